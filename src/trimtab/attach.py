@@ -1,0 +1,123 @@
+"""Attach: the frozen base with a host at each site, and the one mixed forward that training, evaluation and serving share.
+
+The base is a `transformers` causal LM, loaded as it is; no parameter is replaced or written. A `Host` stands in for a module's `forward` and asks the
+batch at hand which edits touch it. Hidden states flow flat, [1, T, H], with explicit positions; attention is `attention.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from trimtab import attention
+from trimtab.bank import PackedAdapter
+from trimtab.batch import Batch
+from trimtab.methods.base import Method, Params, Site
+from trimtab.spec import Spec, read_spec
+
+
+class Around:
+    """A module of the base as an edit sees it (`methods.base.Around`): `call` runs it, or it with the edits before this one."""
+
+    def __init__(self, module: nn.Module, site: int, call: Callable[[Tensor], Tensor]):
+        self.module, self.site, self._call = module, site, call
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._call(x)
+
+    @property
+    def weight_OI(self) -> Tensor:
+        return weight_OI(self.module)
+
+    @property
+    def bias_O(self) -> Tensor | None:
+        return getattr(self.module, "bias", None)
+
+
+def weight_OI(module: nn.Module) -> Tensor:
+    """A module's weight as (out, in): transformers' Conv1D keeps (in, out). Embeddings keep (V, H)."""
+    return module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+
+
+class Host:
+    """Stands in for one module's forward."""
+
+    def __init__(self, attached: Attached, name: str, module: nn.Module, index: int):
+        self.attached, self.name, self.module, self.index, self.original = attached, name, module, index, module.forward
+
+    def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
+        batch = self.attached.batch
+        groups = batch.mix.groups.get(self.name) if batch is not None else None
+        if not groups:
+            return self.original(x, *args, **kwargs)
+        around = Around(self.module, self.index, partial(self.original, *args, **kwargs) if args or kwargs else self.original)
+        for group in groups:
+            rows = batch.rows(group.members)
+            if rows is not None:
+                around = Around(self.module, self.index, partial(group.kernel, base=around, packs=group.packs, rows=rows))
+        leading = x.shape[:-1] if x.is_floating_point() else x.shape  # [1, T, I]; [T, I] inside an edited block; [1, T] token ids
+        y_TO = around(x.flatten(0, -2) if x.is_floating_point() else x.flatten())
+        return y_TO.view(*leading, y_TO.shape[-1])
+
+
+class Attached:
+    """A base model with hosts. One at a time runs a forward: the batch at hand is state."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.spec = model, read_spec(model)
+        self.device, self.dtype = model.device, model.dtype
+        self.batch: Batch | None = None
+        self.body, self.head_module = model.get_submodule(self.spec.family.body), model.get_submodule(self.spec.family.head)
+        self.embedding = model.get_submodule(self.spec.family.embedding)
+        self._index = {name: i for i, (name, _) in enumerate(model.named_modules())}
+        self._hosts: dict[str, Host] = {}
+        model.eval()
+        model.set_attn_implementation(attention.NAME)
+
+    def pack(self, method: Method, params: dict[str, Tensor], sites: Sequence[Site]) -> PackedAdapter:
+        """What the forward runs of one adapter; differentiable. sites: the method's, on this base (found once by the caller)."""
+        edits = {}
+        for site in sites:
+            mine: Params = {t: params[site.key(t)] for t in site.shapes}
+            if not site.name:
+                return PackedAdapter({}, method.prefix(self.spec, mine, self.dtype))
+            module = self._host(site.name).module
+            weight = weight_OI(module) if hasattr(module, "weight") else torch.empty(0, dtype=self.dtype, device=self.device)
+            edits[site.name] = method.pack(site, mine, weight)
+        return PackedAdapter(edits)
+
+    def _host(self, name: str) -> Host:
+        if name not in self._hosts:
+            module = self.model.get_submodule(name)
+            self._hosts[name] = Host(self, name, module, self._index[name])
+            module.forward = self._hosts[name]
+        return self._hosts[name]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states after the final norm, [T, H]. Gradients reach whatever the packs were made of."""
+        with self._running(batch):
+            x_TH = self.embedding(batch.ids_T[None])[0]
+            for start, stop, embeds_NH in batch.embeds:
+                x_TH = torch.cat([x_TH[:start], embeds_NH.to(x_TH.dtype), x_TH[stop:]])
+            out = self.body(inputs_embeds=x_TH[None], position_ids=batch.position_T[None], use_cache=False, trimtab_plan=batch.plan)
+        return out.last_hidden_state[0]
+
+    def head(self, hidden_RH: Tensor, batch: Batch, index: Sequence[int]) -> Tensor:
+        """Logits [R, V] of rows `index` (ascending) of a batch, given their hidden states; edits of the head included."""
+        edited = self.spec.family.head in batch.mix.groups
+        with self._running(batch.subset(index) if edited else batch):
+            logits = self.head_module(hidden_RH[None])[0]
+        cap = self.spec.final_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @contextmanager
+    def _running(self, batch: Batch) -> Iterator[None]:
+        previous, self.batch = self.batch, batch
+        try:
+            yield
+        finally:
+            self.batch = previous

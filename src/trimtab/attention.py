@@ -1,0 +1,191 @@
+"""Attention over the sequences of a flat batch: causal, with a prefix and cached keys before it, no padding of rows, no dense mask.
+
+Rows reach each layer flat, [1, heads, T, D]. A `Plan`, made once for each batch and used by all layers, says for each sequence which rows are its
+queries and which rows of a *pool* are its keys. The pool is the layer's own T rows followed by the stored prefixes, or, with a cache, the cache.
+Sequences of similar length share a bucket and run as one batched matmul; the padding inside a bucket never leaves this file.
+
+One function, registered with `transformers`' attention interface, serves every family. What it does not compute exactly it refuses by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from trimtab import ops
+from trimtab.errors import BaseError
+
+NAME = "trimtab"
+MAX_PADDING = 1.3
+"""A bucket takes the next longer sequence while its padded area stays below this multiple of its real area."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of rows start..stop that attend to each other, at positions `past`.. of their sequence. keys: (first, end) runs of the pool, in order of
+    position; they end with the sequence's own rows."""
+
+    start: int
+    stop: int
+    keys: tuple[tuple[int, int], ...]
+
+    @property
+    def queries(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def length(self) -> int:
+        return sum(b - a for a, b in self.keys)
+
+
+class KVCache:
+    """Keys and values of `slots` sequences of at most `capacity` tokens, for each layer [slots · capacity, kv_heads, head_dim], allocated once."""
+
+    def __init__(self, layers: int, slots: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+        self.capacity = capacity
+        shape = (layers, slots * capacity, kv_heads, head_dim)
+        self.keys, self.values = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+
+    def rows(self, slot: int, first: int, end: int) -> tuple[int, int]:
+        """The pool's rows that hold tokens first..end of a slot's sequence."""
+        return slot * self.capacity + first, slot * self.capacity + end
+
+    def put(self, slot: int, keys_LNHD: Tensor, values_LNHD: Tensor) -> None:
+        """Write a prefix at the start of a slot's sequence."""
+        a, b = self.rows(slot, 0, keys_LNHD.shape[1])
+        self.keys[:, a:b], self.values[:, a:b] = keys_LNHD, values_LNHD
+
+
+@dataclass
+class Bucket:
+    """Sequences of similar length. query_BQ: flat rows; key_BS: pool rows, both padded at the end with a row of the sequence; offset as in ops.attention,
+    where all sequences share it and none is padded between keys and queries, else a mask says it."""
+
+    query_BQ: Tensor
+    key_BS: Tensor
+    offset: int
+    mask_BQS: Tensor | None
+    distance_BQS: Tensor | None = None
+
+    def masked(self, window: int | None) -> Tensor | None:
+        if self.mask_BQS is None or window is None or self.distance_BQS is None:
+            return self.mask_BQS
+        return self.mask_BQS & (self.distance_BQS < window)
+
+
+@dataclass
+class Plan:
+    """Which rows attend to which, for all layers of one forward.
+
+    prefixes: stored (keys, values) [L, N, kv_heads, D] that stand in the pool behind the layer's own rows. cache: keys and values are written there at
+    `write_T` and read from there. captured: filled with each layer's (keys, values) [T, kv_heads, D] where `capture` is set.
+    """
+
+    buckets: list[Bucket]
+    row_T: Tensor
+    prefixes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    cache: KVCache | None = None
+    write_T: Tensor | None = None
+    capture: bool = False
+    captured: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def pool(self, layer: int, k_THD: Tensor, v_THD: Tensor) -> tuple[Tensor, Tensor]:
+        if self.capture:
+            self.captured.append((k_THD, v_THD))
+        if self.cache is not None:
+            self.cache.keys[layer][self.write_T], self.cache.values[layer][self.write_T] = k_THD, v_THD
+            return self.cache.keys[layer], self.cache.values[layer]
+        if not self.prefixes:
+            return k_THD, v_THD
+        return torch.cat([k_THD, *(k[layer] for k, _ in self.prefixes)]), torch.cat([v_THD, *(v[layer] for _, v in self.prefixes)])
+
+
+def make_plan(sequences: Sequence[Run], device: torch.device) -> Plan:
+    """Bucket the sequences by length and lay out the indices; the caller adds where the pool comes from."""
+    order = sorted(range(len(sequences)), key=lambda i: (sequences[i].queries, sequences[i].length))
+    buckets, row_T, at = [], np.zeros(sum(s.queries for s in sequences), dtype=np.int64), 0
+    for group in _grouped([sequences[i] for i in order]):
+        Q = max(s.queries for s in group)
+        for n, s in enumerate(group):
+            row_T[s.start : s.stop] = at + n * Q + np.arange(s.queries)
+        at += len(group) * Q
+        buckets.append(_bucket(group, Q, device))
+    return Plan(buckets, torch.from_numpy(row_T).to(device))
+
+
+def _grouped(ordered: list[Run]) -> list[list[Run]]:
+    groups: list[list[Run]] = []
+    real = 0
+    for s in ordered:
+        area = s.queries * s.length
+        if groups:
+            group = groups[-1]
+            padded = (len(group) + 1) * s.queries * max(s.length, max(g.length for g in group))
+            if padded <= MAX_PADDING * (real + area):
+                group.append(s)
+                real += area
+                continue
+        groups.append([s])
+        real = area
+    return groups
+
+
+def _bucket(group: list[Run], Q: int, device: torch.device) -> Bucket:
+    S = max(s.length for s in group)
+    query, key = np.empty((len(group), Q), dtype=np.int64), np.empty((len(group), S), dtype=np.int64)
+    for n, s in enumerate(group):
+        query[n] = s.start + np.minimum(np.arange(Q), s.queries - 1)
+        own = np.concatenate([np.arange(a, b) for a, b in s.keys])
+        key[n, : s.length], key[n, s.length :] = own, own[-1]
+    offsets = {s.length - s.queries for s in group}
+    mask = distance = None
+    if len(offsets) > 1:  # causality alone also keeps padding keys from real queries where all offsets agree
+        q_pos = np.stack([s.length - s.queries + np.arange(Q) for s in group])[:, :, None]
+        gap = torch.from_numpy(q_pos - np.arange(S)[None, None]).to(device)
+        mask, distance = gap >= 0, gap
+    return Bucket(torch.from_numpy(query).to(device), torch.from_numpy(key).to(device), max(offsets), mask, distance)
+
+
+def forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    trimtab_plan: Plan | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls in each layer: query [1, H, T, D], key and value [1, kv_heads, T, D]; returns [1, T, H, D]."""
+    if trimtab_plan is None:
+        raise RuntimeError("this model is attached to trimtab: call Base.logits, Base.generate or Attached.forward, or load another copy")
+    unknown = set(kwargs) - _HARMLESS
+    if unknown or dropout:
+        raise BaseError(f"this model's attention asks for {', '.join(sorted(unknown)) or f'dropout={dropout}'}, which trimtab's attention does not compute")
+    q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
+    k_pool, v_pool = trimtab_plan.pool(module.layer_idx, k_THD, v_THD)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    outs = []
+    for b in trimtab_plan.buckets:
+        q, k, v = (_gather(x, i) for x, i in ((q_THD, b.query_BQ), (k_pool, b.key_BS), (v_pool, b.key_BS)))
+        window = sliding_window if b.mask_BQS is None else None  # else the mask holds it
+        outs.append(ops.attention(q, k, v, b.offset, b.masked(sliding_window), scaling, softcap, window).flatten(0, 1))
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, trimtab_plan.row_T)[None], None
+
+
+_HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal", "cache_position", "return_dict"}
+
+
+def _gather(x_RHD: Tensor, index: Tensor) -> Tensor:
+    return x_RHD.index_select(0, index.flatten()).view(*index.shape, *x_RHD.shape[1:])
+
+
+AttentionInterface.register(NAME, forward)

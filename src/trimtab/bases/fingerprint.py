@@ -1,0 +1,180 @@
+"""A base's name by content: one sha256 over its stored tensors, whatever files they lie in.
+
+    content(t)  = sha256(dtype, shape, raw little-endian bytes of t)
+    fingerprint = "sha256:" + sha256(lines "name content(t)\\n", names sorted)
+
+Sharding and key order do not count. An output head that is tied to the embedding counts once, whether or not a folder stores it twice;
+one that differs although the config says "tied" counts, because it would be used. dtype names are safetensors' ("BF16").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.bases.cache import cache_dir
+from trimtab.bases.folder import StoredTensor, read_header, read_json, weight_files
+from trimtab.errors import BaseError
+
+OUTPUT_HEAD = "lm_head.weight"
+CHUNK_BYTES = 16 * 2**20
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+# Text on which tokenizers part: contractions, digits, runs of blanks before digits, newlines, accents, CJK, emoji, code.
+PROBE = "Don't  2024-01-02\n\n1. été  naïve\tx=3.14;  if (a_b!=0){ return; }\r\n 東京 🙂   end ' quote' 100,000 HTTPServer"
+
+
+def fingerprint_folder(path: Path | str) -> str:
+    """The "sha256:…" of the tensors in a base's folder; kept in the cache by the files' names, sizes and times.
+
+    Raises BaseError where the files cannot be read.
+    """
+    folder = Path(path).absolute()
+    try:
+        files = weight_files(folder)
+        stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in [*files, folder / "config.json"]]
+        note = cache_dir() / "fingerprints" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.json"
+        if (known := _read_note(note, stamp)) is not None:
+            return known
+        contents = {t.name: _content_of_stored(t) for file in files for t in read_header(file)}
+        found = _combine(contents, tied=_is_tied(folder))
+    except (OSError, ValueError) as error:
+        raise BaseError(f"the base in {folder} cannot be fingerprinted: {error}", fix="fetch or copy the folder anew.") from error
+    _write_note(note, {"folder": str(folder), "stamp": stamp, "fingerprint": found})
+    return found
+
+
+def fingerprint_model(model: Any) -> str:
+    """The "sha256:…" of a model's parameters and persistent buffers by the same formula, under the names of `state_dict()`.
+
+    Equal to its folder's fingerprint where the model was loaded in its stored dtype. Tensors on a GPU are copied one at a time.
+    Raises ValueError on a dtype that safetensors cannot name.
+    """
+    tensors = model.state_dict()
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    head = tensors.get(OUTPUT_HEAD)
+    if tied and head is not None and any(n != OUTPUT_HEAD and _is_same_memory(t, head) for n, t in tensors.items()):
+        del tensors[OUTPUT_HEAD]
+    return _combine({name: _content_of_tensor(t) for name, t in tensors.items()}, tied=tied)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """The "sha256:…" of what turns text into ids: vocabulary, merges, added tokens, and the ids of a fixed probe text.
+
+    The probe stands for normalizer and pre-tokenizer, whose spelling differs between library versions where their effect does not.
+    """
+    facts: dict[str, Any] = {"vocab": sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0]))}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        merges = json.loads(backend.to_str())["model"].get("merges") or []
+        facts["merges"] = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    facts["added"] = sorted((i, t.content, bool(t.special)) for i, t in tokenizer.added_tokens_decoder.items())
+    facts["probe"] = tokenizer.encode(PROBE, add_special_tokens=False)
+    return _sha256_of_json(facts)
+
+
+def template_digest(tokenizer: Any) -> str | None:
+    """The "sha256:…" of the chat template's text (of all of them, where a tokenizer names several); None where there is no template."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return None
+    if isinstance(template, str):
+        return "sha256:" + hashlib.sha256(template.encode()).hexdigest()
+    return _sha256_of_json(template)
+
+
+def _combine(contents: dict[str, str], *, tied: bool) -> str:
+    head = contents.get(OUTPUT_HEAD)
+    if tied and head is not None and any(n != OUTPUT_HEAD and c == head for n, c in contents.items()):
+        contents = {name: content for name, content in contents.items() if name != OUTPUT_HEAD}
+    lines = "".join(f"{json.dumps(name)} {contents[name]}\n" for name in sorted(contents))
+    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _start(dtype: str, shape: Iterable[int]) -> Any:
+    return hashlib.sha256(json.dumps([dtype, [int(n) for n in shape]]).encode() + b"\n")
+
+
+def _content_of_stored(tensor: StoredTensor) -> str:
+    digest, left = _start(tensor.dtype, tensor.shape), tensor.stop - tensor.start
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start)
+        while left > 0:
+            chunk = file.read(min(CHUNK_BYTES, left))
+            if not chunk:
+                raise ValueError(f"{tensor.file.name} ends inside the tensor {tensor.name!r}")
+            digest.update(chunk)
+            left -= len(chunk)
+    return str(digest.hexdigest())
+
+
+def _content_of_tensor(tensor: torch.Tensor) -> str:
+    if tensor.dtype not in DTYPE_NAMES:
+        raise ValueError(f"a tensor of dtype {tensor.dtype} cannot be fingerprinted")
+    digest = _start(DTYPE_NAMES[tensor.dtype], tensor.shape)
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    for start in range(0, len(raw), CHUNK_BYTES):
+        digest.update(raw[start : start + CHUNK_BYTES])
+    return str(digest.hexdigest())
+
+
+def _is_same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
+
+
+def _is_tied(folder: Path) -> bool:
+    """config.json's word on tying; where it is silent, the default of its model type, which transformers knows."""
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        if isinstance(part.get("tie_word_embeddings"), bool):
+            return bool(part["tie_word_embeddings"])
+    from transformers import AutoConfig
+
+    return bool(getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "tie_word_embeddings", False))
+
+
+def _sha256_of_json(value: Any) -> str:
+    return "sha256:" + hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def _read_note(note: Path, stamp: list[list[Any]]) -> str | None:
+    try:
+        kept = read_json(note)
+    except ValueError:
+        return None
+    found = kept.get("fingerprint")
+    return found if kept.get("stamp") == stamp and isinstance(found, str) and found.startswith("sha256:") else None
+
+
+def _write_note(note: Path, value: dict[str, Any]) -> None:
+    """Keep a result for next time; a cache that cannot be written costs time, nothing else."""
+    work = note.with_name(f"{note.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            work.write_text(json.dumps(value), encoding="utf-8")
+            os.replace(work, note)
+        finally:
+            work.unlink(missing_ok=True)
+    except OSError:
+        return

@@ -1,0 +1,150 @@
+"""What a base's folder must hold, checked before transformers reads it: config, whole safetensors, tokenizer, no pickle.
+
+Only headers are read, so the check costs milliseconds; it turns a crash deep inside a loader into a list of what is there and what is not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import BaseError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+MAX_HEADER_BYTES = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: `file`, absolute byte range [`start`, `stop`), safetensors' `dtype` name ("BF16"), `shape`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """The tensors that one safetensors file declares. Raises ValueError where it is truncated, over-long or no safetensors file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"{path.name} is not a whole safetensors file ({size:,} bytes)")
+        header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError(f"{path.name} has a header that is not a JSON object")
+    data, tensors = 8 + length, []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            start, stop = entry["data_offsets"]
+            tensors.append(StoredTensor(name, str(entry["dtype"]), tuple(entry["shape"]), path, data + start, data + stop))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path.name} describes the tensor {name!r} wrongly") from error
+    expected = max((t.stop for t in tensors), default=data)
+    if expected != size:
+        raise ValueError(f"{path.name} holds {size:,} bytes where its header promises {expected:,}: it is truncated or damaged")
+    return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would read, existing or not: `model.safetensors`, else the index's shards, else none.
+
+    Raises ValueError where the index is unreadable or names a file outside the folder.
+    """
+    if (folder / SINGLE_FILE).exists() or not (folder / INDEX_FILE).exists():
+        return [folder / SINGLE_FILE] if (folder / SINGLE_FILE).exists() else []
+    index = read_json(folder / INDEX_FILE)
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{INDEX_FILE} has no weight_map")
+    shards = sorted({str(name) for name in names.values()})
+    if foreign := [name for name in shards if name != os.path.basename(name)]:
+        raise ValueError(f"{INDEX_FILE} names files outside the folder: {foreign[:3]}")
+    return [folder / name for name in shards]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object from a file. Raises ValueError naming the file where it is anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path.name} is not readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds {type(value).__name__} where a JSON object belongs")
+    return value
+
+
+def folder_problems(folder: Path) -> list[str]:
+    """Everything that keeps `folder` from being a base, one line each; empty where it is one."""
+    problems = _config_problems(folder) + _weight_problems(folder)
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        problems.append(f"no tokenizer (looked for {', '.join(TOKENIZER_FILES)})")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        if (folder / name).exists():
+            try:
+                read_json(folder / name)
+            except ValueError as error:
+                problems.append(str(error))
+    return problems
+
+
+def _config_problems(folder: Path) -> list[str]:
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            return ["no config.json, but an adapter_config.json: this is an adapter's folder, not a base's"]
+        return ["no config.json"]
+    try:
+        config = read_json(folder / "config.json")
+    except ValueError as error:
+        return [str(error)]
+    return [] if isinstance(config.get("model_type"), str) else ["config.json names no model_type"]
+
+
+def _weight_problems(folder: Path) -> list[str]:
+    try:
+        files = weight_files(folder)
+    except ValueError as error:
+        return [str(error)]
+    if not files:
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            return [
+                f"weights only as pickle ({', '.join(pickles[:3])}), which can run code when read: refused; convert them to safetensors"
+            ]
+        return [f"no weights: neither {SINGLE_FILE} nor {INDEX_FILE}"]
+    problems = []
+    for path in files:
+        if not path.exists():
+            problems.append(f"missing shard {path.name}, which {INDEX_FILE} names")
+            continue
+        try:
+            read_header(path)
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    return problems
+
+
+def check_folder(folder: Path, *, name: str) -> None:
+    """Raise BaseError listing every problem and what the folder holds, unless `folder` is a readable base. `name`: as the user wrote it."""
+    problems = folder_problems(folder)
+    if not problems:
+        return
+    held = sorted(p.name for p in folder.iterdir())
+    shown = ", ".join(held[:12]) + (f" and {len(held) - 12} more" if len(held) > 12 else "")
+    raise BaseError(
+        f"{name!r} is not a base that can be read: {folder}",
+        problems=[*problems, f"the folder holds: {shown or 'nothing'}"],
+        fix="pass a folder with config.json, model.safetensors (or its shards with their index) and tokenizer.json, "
+        "as `save_pretrained` writes it.",
+    )

@@ -1,0 +1,151 @@
+"""Load a base: a frozen transformers causal LM with its tokenizer, in a dtype and on a device that suit the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trimtab.bases.fingerprint import fingerprint_folder
+from trimtab.bases.locate import locate
+from trimtab.bases.progress import Progress, quiet_transformers, reporting
+from trimtab.errors import BaseError, ConfigError, TrimtabError, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_FLAGS_WITH_BF16_DOT = frozenset({"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedBase:
+    """A base ready to be attached to. Every parameter is frozen; nothing may change them.
+
+    name: as the user gave it. path: folder with safetensors and tokenizer, readable by transformers. model: transformers causal LM in
+    eval mode. fingerprint: "sha256:…" of the folder's tensors. dtype, device: of the model's parameters.
+    """
+
+    name: str
+    path: Path
+    model: Any
+    tokenizer: Any
+    fingerprint: str
+    dtype: torch.dtype
+    device: torch.device
+
+
+def load(
+    name_or_path: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> LoadedBase:
+    """Find, fetch or convert, check and load the base `name_or_path` (bundled name, folder, .gguf file, hub id).
+
+    dtype: "float32", "bfloat16", "float16", "auto" (as stored) or a torch dtype; None picks bfloat16 where the machine multiplies it
+    natively, else float32. device: "cpu", "cuda", "cuda:1"; None picks cuda where there is one. progress: called with one line a slow step.
+    Raises BaseError where the base cannot be found or read, ConfigError on a dtype or device that is not to be had.
+    """
+    on = resolve_device(device)
+    wanted = resolve_dtype(dtype, on)
+    with reporting(progress) as report:
+        path = locate(name_or_path, report)
+    with quiet_transformers():
+        tokenizer = _load_tokenizer(name_or_path, path)
+        model = _load_model(name_or_path, path, wanted).to(on).eval().requires_grad_(False)
+    return LoadedBase(name_or_path, path, model, tokenizer, fingerprint_folder(path), model.dtype, on)
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:
+    """The dtype to load in, or "auto" for the stored one. Raises ConfigError listing what is accepted."""
+    if dtype is None:
+        return default_dtype(device)
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        known = [*DTYPES, "auto"]
+        raise ConfigError(f"dtype {dtype!r} is not one for a base{nearest(dtype, known)}", fix=f"use one of {', '.join(known)}.")
+    return DTYPES[dtype]
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device to load on: cuda where there is one, else cpu, unless one is named. Raises ConfigError where it is not to be had."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is not one that torch knows", fix="use cpu, cuda or cuda:N.") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {str(found)!r} is not supported", fix="use cpu, cuda or cuda:N.")
+    if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ConfigError(f"device {str(found)!r} is not there: torch sees {count} CUDA devices", fix="use cpu, or run `trimtab doctor`.")
+    return found
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where `device` multiplies it natively, else float32."""
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
+    return torch.bfloat16 if native else torch.float32
+
+
+@cache
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has bf16 dot products (AVX512-BF16, AMX, Arm BF16) and torch's oneDNN uses them."""
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+    except (AttributeError, RuntimeError):
+        return False
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(ask() for ask in asked if ask is not None) or not CPU_FLAGS_WITH_BF16_DOT.isdisjoint(_cpu_flags())
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.partition(":")[2].split()}
+
+
+def _load_tokenizer(name: str, path: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except TrimtabError:
+        raise
+    except Exception as error:  # a tokenizer's files can be wrong in as many ways as there are tokenizers
+        raise _unreadable(name, path, "tokenizer", error) from error
+
+
+def _load_model(name: str, path: Path, dtype: torch.dtype | str) -> Any:
+    """The model with every weight from the files: transformers fills what is missing with random numbers, which is refused here."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # unknown model_type, wrong shapes, not a causal LM, code of its own: the text says which
+        raise _unreadable(name, path, "model", error) from error
+    missing = sorted(info["missing_keys"])
+    wrong = sorted(str(key) for key in info.get("mismatched_keys") or ())
+    if missing or wrong:
+        found = [f"missing tensor {key}" for key in missing] + [f"tensor of another shape {key}" for key in wrong]
+        raise BaseError(
+            f"{name!r} does not hold all weights of its model: {path}",
+            problems=found[:10] + ([f"and {len(found) - 10} more"] if len(found) > 10 else []),
+            fix="fetch the folder anew, or check that config.json belongs to these weights.",
+        )
+    return model
+
+
+def _unreadable(name: str, path: Path, what: str, error: Exception) -> BaseError:
+    return BaseError(
+        f"transformers cannot read the {what} of {name!r} in {path}: {type(error).__name__}: {error}",
+        fix="use a causal language model whose architecture transformers has built in; code that comes with a model is never run.",
+    )

@@ -1,0 +1,53 @@
+"""Tell the user what takes so long: a spinner on a terminal, plain lines elsewhere, or the caller's own function."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+Progress = Callable[[str], None]
+
+
+@contextmanager
+def reporting(progress: Progress | None) -> Iterator[Progress]:
+    """Yield the function that takes one message a step of work; nothing is shown until it is first called.
+
+    progress: the caller's function, used as it is. None: a rich spinner on stderr where stderr is a terminal, one plain line a message
+    where it is not.
+    """
+    if progress is not None:
+        yield progress
+        return
+    console = Console(file=sys.stderr)  # held, so that the spinner outlives a redirected stderr
+    if not console.is_terminal:
+        yield lambda message: print(f"trimtab: {message}", file=sys.stderr, flush=True)
+        return
+    status = console.status("")
+
+    def show(message: str) -> None:
+        status.update(message)
+        status.start()
+
+    try:
+        yield show
+    finally:
+        status.stop()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' bars and warnings while we read a base; our own errors say what matters. Restores both afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,166 @@
+"""The batch: flat rows of many sequences, grouped by adapter. The contract between whoever has sequences and the forward.
+
+Members of the mix are laid out one after the other, so that each adapter's rows are one span; the base's rows come first. A member whose prefix is given
+as embeddings gets them as rows of their own, once, before its sequences (unless a cache already holds their keys and values).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trimtab.attention import KVCache, Plan, Run, make_plan
+from trimtab.bank import Mix
+from trimtab.errors import TrimtabError
+from trimtab.methods.base import Rows, Span
+
+BASE = -1
+"""The member number of rows that no adapter touches."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of one sequence that enter this forward. ids: [t] int64. member: its adapter in the mix, or BASE.
+
+    With a cache: slot, and how many tokens of the sequence (virtual ones included) the cache already holds.
+    """
+
+    ids: Tensor
+    member: int = BASE
+    slot: int = 0
+    past: int = 0
+
+
+@dataclass
+class Batch:
+    """Flat rows, ready to run. where[i]: (start, stop) of the i-th piece's rows. spans: the members' runs of rows. embeds: rows that are not tokens."""
+
+    mix: Mix
+    ids_T: Tensor
+    position_T: Tensor
+    plan: Plan
+    spans: list[Span]
+    where: list[tuple[int, int]]
+    embeds: list[tuple[int, int, Tensor]]
+    _rows: dict[tuple[int, ...], Rows | None] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return len(self.ids_T)
+
+    def rows(self, members: tuple[int, ...]) -> Rows | None:
+        """The rows of these members, whose slots are their places in `members`; None where the batch has none."""
+        if members not in self._rows:
+            self._rows[members] = make_rows(self.spans, members, self.total, self.ids_T.device)
+        return self._rows[members]
+
+    def subset(self, index: Sequence[int]) -> Batch:
+        """The same members over a selection of rows, ascending: what the output head sees. Nothing but spans is carried over."""
+        cut = [(bisect_left(index, s.start), bisect_left(index, s.stop), s) for s in self.spans]
+        spans = [Span(a, b, s.slot, s.seed) for a, b, s in cut if b > a]
+        ids = self.ids_T.new_zeros(len(index))
+        return Batch(self.mix, ids, ids, self.plan, spans, [], [])
+
+
+def make_rows(spans: Sequence[Span], members: tuple[int, ...], total: int, device: torch.device) -> Rows | None:
+    slots = {m: i for i, m in enumerate(members)}
+    chosen = tuple(Span(s.start, s.stop, slots[s.slot], s.seed) for s in spans if s.slot in slots)
+    return Rows(chosen, total, device) if chosen else None
+
+
+def make_batch(
+    pieces: Sequence[Piece],
+    mix: Mix,
+    *,
+    device: torch.device,
+    max_positions: int,
+    cache: KVCache | None = None,
+    seeds: Mapping[int, int] | None = None,
+) -> Batch:
+    """Lay pieces out flat, grouped by member. seeds: member -> this step's dropout seed (training only).
+
+    TrimtabError where a sequence, its virtual tokens included, is longer than the base has positions.
+    """
+    build = _Layout(mix, cache)
+    for i in sorted(range(len(pieces)), key=lambda i: pieces[i].member):
+        build.add(i, pieces[i], max_positions)
+    runs, writes = build.runs, build.writes
+    plan = make_plan([Run(a, b, tuple(_place(k, build.total) for k in keys)) for a, b, keys in runs], device)
+    plan.prefixes, plan.cache = build.prefixes, cache
+    plan.write_T = torch.tensor(writes, device=device) if cache is not None else None
+    spans = [Span(a, b, member, (seeds or {}).get(member)) for member, (a, b) in build.spans.items() if member != BASE]
+    return Batch(
+        mix,
+        torch.cat(build.ids).to(device),
+        torch.cat(build.positions).to(device),
+        plan,
+        spans,
+        [build.where[i] for i in range(len(pieces))],
+        build.embeds,
+    )
+
+
+def _place(key: tuple[str, int, int], total: int) -> tuple[int, int]:
+    """A run of keys as rows of the pool: stored prefixes lie behind the batch's own rows."""
+    kind, a, b = key
+    return (a + total, b + total) if kind == "prefix" else (a, b)
+
+
+class _Layout:
+    """Rows so far, and what stands before each member's sequences."""
+
+    def __init__(self, mix: Mix, cache: KVCache | None):
+        self.mix, self.cache, self.total, self.prefix_rows = mix, cache, 0, 0
+        self.ids: list[Tensor] = []
+        self.positions: list[Tensor] = []
+        self.runs: list[tuple[int, int, list[tuple[str, int, int]]]] = []
+        self.writes: list[int] = []
+        self.where: dict[int, tuple[int, int]] = {}
+        self.spans: dict[int, tuple[int, int]] = {}
+        self.embeds: list[tuple[int, int, Tensor]] = []
+        self.prefixes: list[tuple[Tensor, Tensor]] = []
+        self.before: dict[int, list[tuple[str, int, int]]] = {BASE: []}
+
+    def add(self, i: int, piece: Piece, max_positions: int) -> None:
+        member, n = piece.member, len(piece.ids)
+        if self.cache is not None:
+            past, keys = piece.past, [("cache", *self.cache.rows(piece.slot, 0, piece.past + n))]
+            self.writes.extend(range(*self.cache.rows(piece.slot, past, past + n)))
+        else:
+            if member not in self.before:
+                self._prefix(member)
+            past = sum(b - a for _, a, b in self.before[member])
+            keys = [*self.before[member], ("own", self.total, self.total + n)]
+        if past + n > max_positions:
+            virtual = f" after {past} that stand before them" if past else ""
+            raise TrimtabError(f"{n} tokens{virtual} are more than the {max_positions} positions of this base", fix="shorten the text or the prefix")
+        self.where[i] = self._append(piece.ids, past, keys, member)
+
+    def _append(self, ids: Tensor, past: int, keys: list[tuple[str, int, int]], member: int) -> tuple[int, int]:
+        start, stop = self.total, self.total + len(ids)
+        self.ids.append(ids)
+        self.positions.append(torch.arange(past, past + len(ids)))
+        self.runs.append((start, stop, keys))
+        self.spans[member] = (self.spans.get(member, (start, stop))[0], stop)
+        self.total = stop
+        return start, stop
+
+    def _prefix(self, member: int) -> None:
+        adapter = self.mix.adapters[member]
+        prefix, self.before[member] = adapter.prefix, []
+        if prefix is None:
+            return
+        kv = prefix.kv_LNHD or adapter.kv
+        if kv is not None:
+            self.prefixes.append(kv)
+            self.before[member] = [("prefix", self.prefix_rows, self.prefix_rows + prefix.length)]
+            self.prefix_rows += prefix.length
+        else:
+            own = ("own", self.total, self.total + prefix.length)
+            start, stop = self._append(torch.zeros(prefix.length, dtype=torch.int64), 0, [own], member)
+            self.embeds.append((start, stop, prefix.embeds_NH))
+            self.before[member] = [own]

@@ -1,0 +1,57 @@
+"""The one error that a user sees: what was wrong, where, and what to do about it.
+
+Everything that a user can cause (a misspelt module, a broken file, a wrong base) raises `TrimtabError`; the command line prints it and
+exits with `exit_code`, the HTTP layer answers with `http_status`. `assert` and other exceptions mean a bug of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrimtabError(Exception):
+    """A mistake that the user can mend.
+
+    message: what was wrong, naming the input and the value. fix: what to do instead, one sentence.
+    problems: every single finding when there are several (all bad tensors, all unknown keys), shown one a line.
+    """
+
+    exit_code = 2
+    http_status = 400
+
+    def __init__(self, message: str, *, fix: str = "", problems: Iterable[str] = ()):
+        self.message, self.fix, self.problems = message, fix, tuple(problems)
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        lines = [self.message, *(f"  - {p}" for p in self.problems)]
+        if self.fix:
+            lines.append(f"fix: {self.fix}")
+        return "\n".join(lines)
+
+
+class ConfigError(TrimtabError):
+    """A run file, a flag or a method's field is wrong."""
+
+
+class BaseError(TrimtabError):
+    """The base model cannot be found, read or supported."""
+
+
+class AdapterError(TrimtabError):
+    """An adapter folder is refused: wrong base, wrong tensors, wrong values, a hostile file."""
+
+
+class DataError(TrimtabError):
+    """Rows cannot be read, rendered or supervised."""
+
+
+class NotMergeable(TrimtabError):
+    """This adapter cannot be folded into the base's weights; the message says why."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`word`'s nearest known spelling as a hint (" (did you mean 'q_proj'?)"), or "" where nothing is near."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {match[0]!r}?)" if match else ""

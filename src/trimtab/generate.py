@@ -1,0 +1,137 @@
+"""Generation in one mixed batch with a KV cache: prefill all prompts flat, then decode a token a sequence until each has stopped.
+
+Every adapter's prefix is written at the start of its sequences' cache slots, so that decoding does not know of prefixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.attach import Attached
+from trimtab.attention import KVCache
+from trimtab.bank import Mix
+from trimtab.batch import BASE, Piece, make_batch
+from trimtab.errors import TrimtabError
+
+PREFILL_TOKENS = 4096
+"""Tokens of one prefill forward at most (a longer prompt runs alone)."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """max_new_tokens: at most. temperature 0 is greedy. top_p in (0, 1], top_k 0 is off. seed: sequence i draws from (seed, i) alone."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens = {self.max_new_tokens}: must be at least 1")
+        if not 0.0 <= self.temperature < float("inf"):
+            problems.append(f"temperature = {self.temperature}: must be a finite number, 0 or above")
+        if not 0.0 < self.top_p <= 1.0:
+            problems.append(f"top_p = {self.top_p}: must be in (0, 1]")
+        if self.top_k < 0:
+            problems.append(f"top_k = {self.top_k}: must be 0 (off) or above")
+        if problems:
+            raise TrimtabError("cannot sample like this", problems=problems)
+
+
+@torch.no_grad()
+def generate(
+    attached: Attached,
+    mix: Mix,
+    members: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """New ids of each prompt, without the stop token. TrimtabError where a prompt with its new tokens does not fit the base's positions."""
+    spec = attached.spec
+    virtual = [0 if m == BASE else mix.adapters[m].virtual_tokens for m in members]
+    capacity = max(v + len(p) for v, p in zip(virtual, prompts, strict=True)) + sampling.max_new_tokens - 1
+    if capacity > spec.max_positions:
+        raise TrimtabError(
+            f"the longest prompt and max_new_tokens = {sampling.max_new_tokens} need {capacity} positions; this base has {spec.max_positions}",
+            fix="shorten the prompt or lower max_new_tokens",
+        )
+    cache = KVCache(spec.num_layers, len(prompts), capacity, spec.num_kv_heads, spec.head_dim, attached.dtype, attached.device)
+    for slot, m in enumerate(members):
+        if virtual[slot]:
+            cache.put(slot, *_prefix(mix, m))
+    pick = _Picker(sampling, len(prompts), attached.device)
+    lengths, new, live = list(virtual), [[] for _ in prompts], list(range(len(prompts)))
+    feed: dict[int, Sequence[int]] = dict(enumerate(prompts))
+    while live:
+        for group in _chunks(live, feed):
+            logits_BV = _step(attached, mix, cache, [Piece(torch.as_tensor(feed[i], dtype=torch.int64), members[i], i, lengths[i]) for i in group])
+            for i, token in zip(group, pick(logits_BV, group), strict=True):
+                lengths[i] += len(feed[i])
+                feed[i] = [token]
+        for i in live:
+            token = feed[i][0]
+            if token not in stop_ids:
+                new[i].append(token)
+                if on_token is not None:
+                    on_token(i, token)
+        live = [i for i in live if feed[i][0] not in stop_ids and len(new[i]) < sampling.max_new_tokens]
+    return new
+
+
+def _prefix(mix: Mix, member: int) -> tuple[Tensor, Tensor]:
+    adapter = mix.adapters[member]
+    kv = adapter.prefix.kv_LNHD or adapter.kv
+    assert kv is not None, "an embedded prefix must be computed when its adapter is packed for inference"
+    return kv
+
+
+def _chunks(live: Sequence[int], feed: dict[int, Sequence[int]]) -> list[list[int]]:
+    """Split into forwards of at most PREFILL_TOKENS rows."""
+    groups, rows = [[]], 0
+    for i in live:
+        if groups[-1] and rows + len(feed[i]) > PREFILL_TOKENS:
+            groups.append([])
+            rows = 0
+        groups[-1].append(i)
+        rows += len(feed[i])
+    return groups
+
+
+def _step(attached: Attached, mix: Mix, cache: KVCache, pieces: list[Piece]) -> Tensor:
+    """Logits [B, V] of each piece's last row."""
+    batch = make_batch(pieces, mix, device=attached.device, max_positions=attached.spec.max_positions, cache=cache)
+    hidden_TH = attached.forward(batch)
+    last = [stop - 1 for _, stop in batch.where]
+    rows = sorted(last)
+    logits_RV = attached.head(hidden_TH[rows], batch, rows)
+    return logits_RV[[rows.index(r) for r in last]]
+
+
+class _Picker:
+    """Chooses tokens. Each sequence has its own generator, so that what it draws does not depend on its neighbours."""
+
+    def __init__(self, sampling: Sampling, count: int, device: torch.device):
+        self.sampling = sampling
+        self.generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + i) for i in range(count)] if sampling.temperature else []
+
+    def __call__(self, logits_BV: Tensor, sequences: Sequence[int]) -> list[int]:
+        s = self.sampling
+        if not s.temperature:
+            return logits_BV.argmax(-1).tolist()
+        p_BV = torch.softmax(logits_BV.float().cpu() / s.temperature, -1)
+        if s.top_k:
+            p_BV = p_BV * (p_BV >= p_BV.topk(min(s.top_k, p_BV.shape[-1])).values[:, -1:])
+        if s.top_p < 1.0:
+            ordered, index = p_BV.sort(descending=True)
+            ordered[ordered.cumsum(-1) - ordered > s.top_p] = 0.0
+            p_BV = torch.zeros_like(p_BV).scatter(1, index, ordered)
+        return [int(torch.multinomial(p, 1, generator=self.generators[i])) for p, i in zip(p_BV, sequences, strict=True)]

@@ -1,0 +1,243 @@
+"""The contract of a PEFT method: a frozen dataclass of hyperparameters and pure functions on dicts of tensors.
+
+Read this file first. A method says *where* it acts (`sites`), what tensors an adapter holds there (`Site.shapes`, in the names and shapes of
+`peft`'s files), how they start (`init`), and how they become what the mixed forward runs (`pack`). Two kinds only:
+
+- an *edit* acts around one module of the base, row by row. `pack` returns a `Packed`: a kernel of `trimtab.ops` and its tensors. Edits of many
+  adapters that share a kernel run together on one flat batch; a kernel sees spans of rows, never a rank or an alpha.
+- a *prefix* puts keys and values before token 0. `prefix` returns them, or embeddings from which the base computes them.
+
+A class that sets `peft_type` registers itself, and with that trains, co-trains, saves, is served mixed, appears in the CLI and is run by the laws.
+
+Dimensions: T rows of a flat batch, I input features, O output features, r rank, N virtual tokens, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar, Protocol, Self, get_type_hints
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from trimtab.errors import ConfigError, NotMergeable, nearest
+from trimtab.spec import Spec
+
+Params = Mapping[str, Tensor]
+"""Tensors of one adapter at one site, keyed as in `Site.shapes`."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in the base where a method acts.
+
+    name: the module's path in the base ("" for prefixes). shapes: the tensors that an adapter holds here, named as peft names them after the module.
+    rank and scaling: LoRA's, which patterns may set module by module. saved: a whole module trained in full (`modules_to_save`).
+    """
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    rank: int = 0
+    scaling: float = 1.0
+    feedforward: bool = False
+    saved: bool = False
+
+    def key(self, tensor: str) -> str:
+        """The tensor's name within an adapter: the peft file's key without its "base_model.model." prefix."""
+        return f"{self.name}.{tensor}" if self.name else tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows start..stop of a flat batch that share an adapter: slot `slot` of the packs beside it. seed: set while training, drives dropout."""
+
+    start: int
+    stop: int
+    slot: int
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows an edit touches: disjoint spans in ascending order. total: all rows of the batch, touched or not."""
+
+    spans: tuple[Span, ...]
+    total: int
+    device: torch.device
+
+    @cached_property
+    def touched(self) -> tuple[Tensor | slice, Tensor]:
+        """(rows touched, slot of each) for gathered kernels; a slice where the spans leave no gap, so that nothing is copied."""
+        slots = torch.tensor([s.slot for s in self.spans for _ in range(s.start, s.stop)], device=self.device)
+        first, last = self.spans[0].start, self.spans[-1].stop
+        if last - first == len(slots):
+            return slice(first, last), slots
+        return torch.tensor([i for s in self.spans for i in range(s.start, s.stop)], device=self.device), slots
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An edit ready to run at one site. Tensors are in the dtype that the kernel wants; all-zero tensors mean "do nothing"."""
+
+    kernel: Kernel
+    tensors: Mapping[str, Tensor]
+    dropout: float = 0.0
+
+
+class Around(Protocol):
+    """The base's module as an edit sees it: call it for all rows, read its weight as (O, I) and its bias."""
+
+    module: nn.Module
+    weight_OI: Tensor
+    bias_O: Tensor | None
+    site: int
+
+    def __call__(self, x_TI: Tensor) -> Tensor: ...
+
+
+class Packs(Protocol):
+    """The packed edits of the adapters of one batch at one site; all share a kernel. `stacked` pads to a common shape: name -> [slots, ...]."""
+
+    items: Sequence[Packed]
+
+    def stacked(self, name: str) -> Tensor: ...
+
+
+Kernel = Callable[[Tensor, Around, Packs, Rows], Tensor]
+"""kernel(x_TI, base, packs, rows) -> y_TO"""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What stands before token 0. Either `kv_LNHD`: per-layer (keys, values) as stored, each [L, N, kv_heads, head_dim], keys not rotated;
+    or `embeds_NH`: N input embeddings from which the base computes keys and values at positions 0..N-1."""
+
+    length: int
+    kv_LNHD: tuple[Tensor, Tensor] | None = None
+    embeds_NH: Tensor | None = None
+
+
+class BaseView(Protocol):
+    """What an initialiser may ask of a base: shapes, weights, token ids, embeddings, and the keys and values of a text."""
+
+    spec: Spec
+
+    def weight_OI(self, name: str) -> Tensor: ...
+    def parameters_of(self, name: str) -> dict[str, Tensor]: ...
+    def encode(self, text: str) -> list[int]: ...
+    def embed(self, ids: Sequence[int]) -> Tensor: ...
+    def kv(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]: ...
+
+
+METHODS: dict[str, type[Method]] = {}
+"""peft_type -> class, filled by definition of the classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods. Fields are hyperparameters under peft's names; a wrong type, value or name raises ConfigError that lists every finding."""
+
+    peft_type: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    """The name in run files and on the command line."""
+    mergeable: ClassVar[bool] = True
+    in_peft: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        if "peft_type" in cls.__dict__:
+            METHODS[cls.peft_type] = cls
+
+    def __post_init__(self) -> None:
+        problems = _type_problems(self) or self.problems()
+        if problems:
+            raise ConfigError(f"{type(self).__name__} cannot be used", problems=problems)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the hyperparameters, whatever the base; each names field and value."""
+        return []
+
+    @classmethod
+    def examples(cls) -> list[Method]:
+        """Small configurations, one for each option that changes the mathematics. The laws run over these."""
+        raise NotImplementedError
+
+    @property
+    def fresh_is_base(self) -> bool:
+        """Whether a newly initialised adapter computes exactly what the base computes."""
+        return True
+
+    def sites(self, spec: Spec) -> list[Site]:
+        """Where this method acts in a base. ConfigError where a target name matches nothing or cannot be targeted."""
+        raise NotImplementedError
+
+    def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:
+        """One adapter's tensors at one site, fp32, on the CPU, in the shapes of `site.shapes`."""
+        raise NotImplementedError
+
+    def pack(self, site: Site, params: Params, weight_OI: Tensor) -> Packed:
+        """Differentiable: fold scaling in, cast to the dtype of the base's weight at the site (which is passed, and never changed)."""
+        raise NotImplementedError
+
+    def prefix(self, spec: Spec, params: Params, dtype: torch.dtype) -> Prefix | None:
+        """Differentiable. Prefix methods return what stands before token 0; edits return None."""
+        return None
+
+    def export(self, params: Mapping[str, Tensor]) -> tuple[Method, dict[str, Tensor]]:
+        """The method and the tensors that are saved and served: training-time aids (a reparametrisation) are folded away."""
+        return self, dict(params)
+
+    def merge(self, site: Site, weight_OI: Tensor, bias_O: Tensor | None, params: Params) -> tuple[Tensor, Tensor | None]:
+        """New weight and bias, fp32, that compute base and adapter in one matmul; the given ones are not changed. Or raise NotMergeable."""
+        raise NotMergeable(f"{self.name} adapters cannot be merged into the base")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], *, where: str = "") -> Self:
+        """Build from a mapping. Unknown names are refused with the nearest known one. where: what the mapping is, for the message."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        problems = [f"unknown key {k!r}{nearest(k, known)}" for k in fields if k not in known]
+        if problems:
+            raise ConfigError(f"{where or cls.__name__} cannot be used", problems=problems, fix=f"{cls.name} takes: {', '.join(known)}")
+        try:
+            return cls(**fields)
+        except ConfigError as e:
+            raise ConfigError(f"{where}: {e.message}" if where else e.message, problems=e.problems, fix=e.fix) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+@lru_cache
+def _field_types(cls: type[Method]) -> dict[str, TypeAdapter]:
+    hints = get_type_hints(cls)
+    return {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(cls)}
+
+
+def _type_problems(method: Method) -> list[str]:
+    """Check each field against its annotation; lossless conversions that YAML needs (1 -> 1.0, list -> tuple) are applied."""
+    problems = []
+    for name, adapter in _field_types(type(method)).items():
+        value = getattr(method, name)
+        try:
+            object.__setattr__(method, name, adapter.validate_python(value))
+        except ValidationError as e:
+            problems.append(f"{name} = {value!r}: {'; '.join(dict.fromkeys(err['msg'] for err in e.errors()))}")
+    return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetedMethod(Method):
+    """A method that acts on modules chosen by name, the way peft chooses them.
+
+    target_modules: a string is a regular expression that must match the whole name ("all-linear": every linear but the output head); each name of a
+    list matches exactly or as the last dotted part. None: the family's default. exclude_modules: likewise, taken away.
+    modules_to_save: modules trained in full, as their own copy.
+    """
+
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | None = field(default=None)

@@ -1,0 +1,24 @@
+"""Full fine-tuning, the yardstick: a trainable copy of all weights.
+
+It is not an adapter: it shares nothing with the base, so it has its own forward and stays out of mixed batches and out of the registry. It trains from
+the same run file, with the same data, schedule and reports, and is saved as a model folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trimtab.methods.base import Method, Site
+from trimtab.spec import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullConfig(Method):
+    """No hyperparameters of its own: every weight of the base trains."""
+
+    name: ClassVar[str] = "full"
+    in_peft: ClassVar[bool] = False
+
+    def sites(self, spec: Spec) -> list[Site]:
+        return []

@@ -1,0 +1,145 @@
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732), and the
+configuration of DoRA, whose mathematics is in `dora.py`.
+
+    y = W x + b + s · B (A dropout(x))        s = lora_alpha / r, or lora_alpha / √r with use_rslora
+
+W [O, I] frozen; A [r, I] kaiming-uniform(a=√5); B [O, r] zero. On an embedding: y = E[t] + s · Aᵀ[t] Bᵀ with A [r, V] zero, B [H, r] normal.
+Dimensions: I in, O out, r rank, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from trimtab import ops
+from trimtab.errors import ConfigError
+from trimtab.methods import dora
+from trimtab.methods.base import BaseView, Method, Packed, Params, Site, TargetedMethod
+from trimtab.methods.targets import pattern_value, saved_sites, select
+from trimtab.spec import Module, Spec
+
+MAX_RANK = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(TargetedMethod):
+    """LoRA's hyperparameters, under peft's names.
+
+    r: rank. lora_alpha: numerator of the scaling; None means 2r. lora_dropout: dropout on the adapter's input, in [0, 1).
+    target_modules: "all-linear" by default, which beats attention only at equal size ("LoRA Without Regret").
+    rank_pattern, alpha_pattern: r and alpha for modules whose name ends in a match of the key (the first key that matches counts).
+    layers_to_transform: indices of the layers to act on. use_rslora, use_dora: the variants above.
+    """
+
+    peft_type: ClassVar[str] = "LORA"
+    name: ClassVar[str] = "lora"
+
+    r: int = 16
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] | None = "all-linear"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: int | tuple[int, ...] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    @property
+    def alpha(self) -> float:
+        """lora_alpha, with its default written out."""
+        return self.lora_alpha if self.lora_alpha is not None else 2.0 * self.r
+
+    def problems(self) -> list[str]:
+        ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
+        found = [f"{k} = {v}: a rank is at least 1 and at most {MAX_RANK}" for k, v in ranks.items() if not 1 <= v <= MAX_RANK]
+        alphas = {"lora_alpha": self.lora_alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
+        found += [f"{k} = {v}: must be a finite number above 0" for k, v in alphas.items() if v is not None and not (0 < v < math.inf)]
+        if not 0.0 <= self.lora_dropout < 1.0:
+            found.append(f"lora_dropout = {self.lora_dropout}: must be in [0, 1)")
+        return found
+
+    @classmethod
+    def examples(cls) -> list[Method]:
+        return [
+            cls(r=4, lora_alpha=8),
+            cls(r=8, lora_alpha=12, use_rslora=True, target_modules=None),
+            cls(r=4, use_dora=True),
+            cls(r=2, rank_pattern={"mlp.*": 6}, alpha_pattern={"mlp.*": 3}, layers_to_transform=(1,)),
+        ]
+
+    def sites(self, spec: Spec) -> list[Site]:
+        modules = select(
+            spec,
+            self.target_modules if self.target_modules is not None else spec.family.lora_targets,
+            excluded=self.exclude_modules,
+            layers=self.layers_to_transform,
+            kinds=("linear", "conv1d") if self.use_dora else ("linear", "conv1d", "embedding"),
+        )
+        sites = [self._site(m) for m in modules]
+        problems = [f"{s.name}: rank {s.rank} is above its smaller side {_smaller_side(spec.modules[s.name])}" for s in sites if s.rank > _smaller_side(spec.modules[s.name])]
+        saved = saved_sites(spec, self.modules_to_save)
+        problems += [f"{s.name} is both in target_modules and in modules_to_save" for s in saved if s.name in {m.name for m in modules}]
+        if problems:
+            shown = problems[:8] + ([f"… and {len(problems) - 8} more"] if len(problems) > 8 else [])
+            raise ConfigError(f"LoRA cannot attach to this {spec.model_type} base", problems=shown, fix="lower r or rank_pattern, or exclude these modules")
+        return sites + saved
+
+    def _site(self, module: Module) -> Site:
+        r = pattern_value(self.rank_pattern, module.name, self.r)
+        alpha = pattern_value(self.alpha_pattern, module.name, self.alpha)
+        scaling = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        if module.kind == "embedding":
+            shapes: dict[str, tuple[int, ...]] = {"lora_embedding_A": (r, module.in_features), "lora_embedding_B": (module.out_features, r)}
+        else:
+            shapes = {"lora_A.weight": (r, module.in_features), "lora_B.weight": (module.out_features, r)}
+        if self.use_dora:
+            shapes["lora_magnitude_vector"] = (module.out_features,)
+        return Site(module.name, shapes, rank=r, scaling=scaling)
+
+    def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:
+        if site.saved:
+            return base.parameters_of(site.name)
+        params = {name: torch.zeros(shape) for name, shape in site.shapes.items()}
+        if "lora_embedding_B" in params:
+            params["lora_embedding_B"].normal_(generator=generator)
+        else:
+            torch.nn.init.kaiming_uniform_(params["lora_A.weight"], a=math.sqrt(5), generator=generator)
+        if self.use_dora:
+            params["lora_magnitude_vector"] = dora.norm(base.weight_OI(site.name), None, None)
+        return params
+
+    def pack(self, site: Site, params: Params, weight_OI: Tensor) -> Packed:
+        if site.saved:
+            return Packed(ops.replace, {k: v.to(weight_OI.dtype) for k, v in params.items()})
+        A, B = _factors(params)
+        if self.use_dora:
+            return dora.pack(A, site.scaling * B, params["lora_magnitude_vector"], weight_OI, self.lora_dropout)
+        kernel = ops.lora_embedding if "lora_embedding_A" in params else ops.lora
+        return Packed(kernel, {"A": A.to(weight_OI.dtype), "B": (site.scaling * B).to(weight_OI.dtype)}, self.lora_dropout)
+
+    def merge(self, site: Site, weight_OI: Tensor, bias_O: Tensor | None, params: Params) -> tuple[Tensor, Tensor | None]:
+        if site.saved:
+            return params["weight"].float(), params["bias"].float() if "bias" in params else None
+        A, B = _factors(params)
+        delta_OI = site.scaling * (B.float() @ A.float())
+        if "lora_embedding_A" in params:
+            delta_OI = delta_OI.T  # an embedding's weight is (V, H)
+        merged = weight_OI.float() + delta_OI
+        if self.use_dora:
+            merged = dora.merge(merged, params["lora_magnitude_vector"])
+        return merged, None if bias_O is None else bias_O.float()
+
+
+def _factors(params: Params) -> tuple[Tensor, Tensor]:
+    if "lora_embedding_A" in params:
+        return params["lora_embedding_A"], params["lora_embedding_B"]
+    return params["lora_A.weight"], params["lora_B.weight"]
+
+
+def _smaller_side(module: Module) -> int:
+    return min(module.in_features, module.out_features)

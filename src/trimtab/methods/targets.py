@@ -1,0 +1,85 @@
+"""Which modules a method acts on: peft's rules for names, without peft's silence about names that match nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from trimtab.errors import ConfigError, nearest
+from trimtab.methods.base import Site
+from trimtab.spec import Module, Spec
+
+N = TypeVar("N", int, float)
+
+
+def matches(name: str, wanted: str | Sequence[str]) -> bool:
+    """peft's rule: a string is a regular expression for the whole name; a list's entries match exactly or as a dotted suffix."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == w or name.endswith("." + w) for w in wanted)
+
+
+def select(
+    spec: Spec,
+    targets: str | Sequence[str],
+    *,
+    excluded: str | Sequence[str] | None = None,
+    layers: int | Sequence[int] | None = None,
+    kinds: Iterable[str] = ("linear", "conv1d"),
+    option: str = "target_modules",
+) -> list[Module]:
+    """The modules that `targets` name, in the base's order. layers: keep these layer indices only. kinds: what the method can act on.
+
+    ConfigError lists every name that matches nothing (one bad name among good ones too), every module of a kind that the method cannot take.
+    """
+    if targets == "all-linear":
+        chosen = [spec.modules[name] for name in spec.linears]
+    else:
+        chosen = [m for m in spec.modules.values() if matches(m.name, targets)]
+    problems = unmatched(spec, targets, option) + (unmatched(spec, excluded, "exclude_modules") if excluded else [])
+    wrong_kind = [m for m in chosen if m.kind not in set(kinds)]
+    problems += [f"{option}: {m.name} is a {m.kind} layer; this method takes {', '.join(kinds)}" for m in wrong_kind[:8]]
+    if excluded:
+        chosen = [m for m in chosen if not matches(m.name, excluded)]
+    if layers is not None:
+        wanted = {layers} if isinstance(layers, int) else set(layers)
+        problems += [f"layers_to_transform: layer {i} does not exist; there are 0..{spec.num_layers - 1}" for i in sorted(wanted) if not 0 <= i < spec.num_layers]
+        chosen = [m for m in chosen if m.layer in wanted]
+    if not problems and not chosen:
+        problems = [f"{option} = {targets!r} leaves no module after exclude_modules and layers_to_transform"]
+    if problems:
+        raise ConfigError(f"cannot attach to this {spec.model_type} base", problems=problems, fix=f"names there are: {', '.join(short_names(spec, kinds))}")
+    return chosen
+
+
+def unmatched(spec: Spec, wanted: str | Sequence[str], option: str) -> list[str]:
+    """One finding for each name (or for the regular expression) that matches no module of the base."""
+    if wanted == "all-linear":
+        return []
+    if isinstance(wanted, str):
+        try:
+            re.compile(wanted)
+        except re.error as e:
+            return [f"{option} = {wanted!r} is not a regular expression: {e}"]
+        return [] if any(matches(m, wanted) for m in spec.modules) else [f"{option}: {wanted!r} matches no module's whole name{nearest(wanted, short_names(spec))}"]
+    return [f"{option}: {w!r} matches no module{nearest(w, short_names(spec))}" for w in wanted if not any(matches(m, [w]) for m in spec.modules)]
+
+
+def short_names(spec: Spec, kinds: Iterable[str] | None = None) -> list[str]:
+    """The distinct last parts of the base's module names ("q_proj", …), or the whole path where the last part alone says too little."""
+    names = (m.name for m in spec.modules.values() if kinds is None or m.kind in set(kinds))
+    return list(dict.fromkeys(n.rpartition(".")[2] for n in names))
+
+
+def saved_sites(spec: Spec, names: Sequence[str] | None) -> list[Site]:
+    """Sites of `modules_to_save`: whole modules, trained as the adapter's own copy."""
+    if not names:
+        return []
+    chosen = select(spec, names, kinds=("linear", "conv1d", "embedding", "norm"), option="modules_to_save")
+    return [Site(m.name, dict(m.parameters), saved=True) for m in chosen]
+
+
+def pattern_value(pattern: Mapping[str, N], name: str, default: N) -> N:
+    """peft's rule for rank_pattern and alpha_pattern: the first key for which the name ends in a match, else the default."""
+    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)

@@ -1,0 +1,199 @@
+"""Base: a loaded base model and everything one does with it: logits of mixed batches, generation, initial values for adapters.
+
+    base.logits([ids_a, ids_b], adapters=[adapter, None])     one mixed forward
+    base.generate(["…"], adapters=[adapter])                  one mixed batch, with a KV cache
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from trimtab import bases
+from trimtab.attach import Attached, weight_OI
+from trimtab.bank import Mix, PackedAdapter
+from trimtab.batch import BASE, Batch, Piece, make_batch
+from trimtab.errors import TrimtabError
+from trimtab.generate import Sampling, generate
+from trimtab.methods.base import Method, Site
+from trimtab.spec import Spec
+
+
+class AdapterLike(Protocol):
+    """What the forward needs of an adapter: its method, its sites on this base, its tensors by `Site.key`."""
+
+    method: Method
+    sites: Sequence[Site]
+    params: Mapping[str, Tensor]
+
+
+class Base:
+    """One frozen base model. name, path: as loaded; path is a folder that transformers can read. fingerprint: of the stored weights ("sha256:…")."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, name: str = "", path: Path | None = None, fingerprint: str = ""):
+        self.tokenizer, self.name, self.path, self.fingerprint = tokenizer, name, path, fingerprint
+        self.attached = Attached(model)
+        self._packed: WeakKeyDictionary[AdapterLike, PackedAdapter] = WeakKeyDictionary()
+
+    @property
+    def model(self) -> nn.Module:
+        return self.attached.model
+
+    @property
+    def spec(self) -> Spec:
+        return self.attached.spec
+
+    @property
+    def device(self) -> torch.device:
+        return self.attached.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.attached.dtype
+
+    # ---- forward ----------------------------------------------------------------------------------------------------------------------
+
+    def mix(self, adapters: Sequence[AdapterLike | None], *, packed: Callable[[AdapterLike], PackedAdapter] | None = None) -> tuple[Mix, list[int]]:
+        """The distinct adapters among `adapters` as a mix, and each entry's member number (BASE for None). packed: how to pack; by default once, kept."""
+        distinct = list(dict.fromkeys(a for a in adapters if a is not None))
+        number = {a: i for i, a in enumerate(distinct)}
+        return Mix([(packed or self.packed)(a) for a in distinct]), [BASE if a is None else number[a] for a in adapters]
+
+    def packed(self, adapter: AdapterLike) -> PackedAdapter:
+        """The adapter packed for inference, kept as long as the adapter lives. An embedded prefix gets its keys and values here, once."""
+        if adapter not in self._packed:
+            with torch.no_grad():
+                packed = self.attached.pack(adapter.method, dict(adapter.params), adapter.sites)
+                if packed.prefix is not None and packed.prefix.embeds_NH is not None:
+                    packed.kv = self._prefix_kv(packed)
+            self._packed[adapter] = packed
+        return self._packed[adapter]
+
+    def forget(self, adapter: AdapterLike) -> None:
+        """Drop the packed copy: call it after an adapter's tensors have changed."""
+        self._packed.pop(adapter, None)
+
+    def batch(self, pieces: Sequence[Piece], mix: Mix, **options: Any) -> Batch:
+        """`make_batch` on this base's device, with its limit of positions."""
+        return make_batch(pieces, mix, device=self.device, max_positions=self.spec.max_positions, **options)
+
+    def logits(self, sequences: Sequence[Sequence[int]], adapters: Sequence[AdapterLike | None] | None = None, *, grad: bool = False) -> list[Tensor]:
+        """Logits [t, V] of each sequence of token ids under its adapter (None: the base), in one mixed forward. grad: keep the graph to the adapters."""
+        adapters = list(adapters) if adapters is not None else [None] * len(sequences)
+        self._check(sequences, adapters)
+        with torch.set_grad_enabled(grad):
+            mix, members = self.mix(adapters, packed=self._pack_with_grad if grad else None)
+            pieces = [Piece(torch.as_tensor(ids, dtype=torch.int64), member) for ids, member in zip(sequences, members, strict=True)]
+            batch = self.batch(pieces, mix)
+            hidden_TH = self.attached.forward(batch)
+            logits_TV = self.attached.head(hidden_TH, batch, range(batch.total))
+        return [logits_TV[a:b] for a, b in batch.where]
+
+    def _pack_with_grad(self, adapter: AdapterLike) -> PackedAdapter:
+        return self.attached.pack(adapter.method, dict(adapter.params), adapter.sites)
+
+    def _check(self, sequences: Sequence[Sequence[int]], adapters: Sequence[AdapterLike | None]) -> None:
+        if len(adapters) != len(sequences):
+            raise TrimtabError(f"{len(sequences)} sequences but {len(adapters)} adapters", fix="give one adapter (or None) for each sequence")
+        if not sequences:
+            raise TrimtabError("no sequences were given")
+        problems = [f"sequence {i} is empty" for i, ids in enumerate(sequences) if len(ids) == 0]
+        problems += [f"sequence {i} has token ids outside 0..{self.spec.vocab_size - 1}" for i, ids in enumerate(sequences) if len(ids) and not 0 <= int(min(ids)) <= int(max(ids)) < self.spec.vocab_size]
+        if problems:
+            raise TrimtabError("these sequences cannot be run", problems=problems)
+
+    # ---- generation -------------------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        adapters: Sequence[AdapterLike | None] | None = None,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Continue prompts, each under its adapter, in one mixed batch; returns the new texts. Strings are user turns, put through the chat template
+        where the base has one; lists of ids are taken as they are. temperature 0 is greedy. on_token(i, id): called as tokens appear."""
+        ids = [self.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts]
+        new = self.generate_ids(ids, adapters, Sampling(max_new_tokens, temperature, top_p, top_k, seed), on_token)
+        return [self.tokenizer.decode(n, skip_special_tokens=True) for n in new]
+
+    def generate_ids(
+        self,
+        sequences: Sequence[Sequence[int]],
+        adapters: Sequence[AdapterLike | None] | None = None,
+        sampling: Sampling | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """New token ids for each sequence (without the stop token)."""
+        adapters = list(adapters) if adapters is not None else [None] * len(sequences)
+        self._check(sequences, adapters)
+        mix, members = self.mix(adapters)
+        return generate(self.attached, mix, members, sequences, sampling or Sampling(), self.stop_ids, on_token)
+
+    def encode_prompt(self, text: str, system: str | None = None) -> list[int]:
+        """Token ids of a user's turn, ready for the assistant's; plain ids where the base has no chat template."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return self.tokenizer(text)["input_ids"]
+        messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Tokens that end a turn: the tokenizer's eos and those of the generation config."""
+        config = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ids = {self.tokenizer.eos_token_id} if self.tokenizer is not None else set()
+        ids |= set(config) if isinstance(config, (list, tuple)) else {config}
+        return {i for i in ids if i is not None}
+
+    # ---- what initialisers ask (methods.base.BaseView) --------------------------------------------------------------------------------------
+
+    def weight_OI(self, name: str) -> Tensor:
+        return weight_OI(self.model.get_submodule(name))
+
+    def parameters_of(self, name: str) -> dict[str, Tensor]:
+        """fp32 copies, on the CPU, of one module's own parameters."""
+        return {n: p.detach().float().cpu().clone() for n, p in self.model.get_submodule(name).named_parameters(recurse=False)}
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @torch.no_grad()
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Input embeddings [n, H] as the base's own embedding module gives them, fp32 on the CPU."""
+        return self.attached.embedding(torch.as_tensor(ids, device=self.device)[None])[0].float().cpu()
+
+    @torch.no_grad()
+    def kv(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Keys and values [L, n, kv_heads, head_dim] that the base computes for these tokens at positions 0.."""
+        return self._capture(self.batch([Piece(torch.as_tensor(ids, dtype=torch.int64))], Mix([])))
+
+    def _prefix_kv(self, packed: PackedAdapter) -> tuple[Tensor, Tensor]:
+        one = Piece(torch.zeros(1, dtype=torch.int64), 0)  # a prefix is laid out before a sequence of its member; its rows do not see it
+        keys, values = self._capture(self.batch([one], Mix([packed])))
+        return keys[:, : packed.virtual_tokens], values[:, : packed.virtual_tokens]
+
+    def _capture(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        batch.plan.capture = True
+        self.attached.forward(batch)
+        keys, values = zip(*batch.plan.captured, strict=True)
+        return torch.stack(keys), torch.stack(values)
+
+
+def load_base(name_or_path: str, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None) -> Base:
+    """Load a base and freeze it: a bundled name ("smollm2-135m-instruct"), a folder, a hub id, or a .gguf file.
+
+    dtype: bfloat16 by default where the hardware multiplies it natively, else float32. device: CUDA by default where there is one.
+    BaseError where it cannot be found, read or supported; the message says what there is instead.
+    """
+    loaded = bases.load(name_or_path, dtype=dtype, device=device)
+    return Base(loaded.model, loaded.tokenizer, name=loaded.name, path=loaded.path, fingerprint=loaded.fingerprint)

@@ -1,0 +1,369 @@
+"""Row-wise kernels over spans: the only place where kernels live.
+
+A kernel gets all T rows of a flat batch, the base's module, the packed edits of the adapters present, and the spans of rows that each touches.
+It knows no rank, no alpha, no method's name. Two ways of running the same formula:
+
+- by span: one pair of matmuls for each adapter's run of rows; differentiable; what training and prefill use;
+- gathered: each row picks its adapter's stacked tensors and all rows run in one `bmm`; what decoding many short spans uses (no gradients).
+
+Dimensions: T rows, I in, O out, R rank or bottleneck, S adapters ("slots") of this batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+GATHER_ROWS_PER_SPAN = 4
+"""Gather instead of looping where spans are this short on average: one bmm then beats many tiny matmuls."""
+
+
+def dropout(x: Tensor, p: float, seed: int | None, site: int) -> Tensor:
+    """Inverted dropout whose mask depends on (seed, site) only: an adapter sees the same masks alone and among others, and again in the backward."""
+    if seed is None or p == 0.0:
+        return x
+    generator = torch.Generator(x.device).manual_seed((seed * 1_000_003 + site) % 2**63)
+    keep = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - p, generator=generator)
+    return x * keep.mul_(1.0 / (1.0 - p))
+
+
+def gathers(rows: Any) -> bool:
+    """Whether to run gathered: no gradients wanted, several spans, all short."""
+    return not torch.is_grad_enabled() and len(rows.spans) > 1 and sum(s.stop - s.start for s in rows.spans) <= GATHER_ROWS_PER_SPAN * len(rows.spans)
+
+
+def by_span(y: Tensor, rows: Any, edit: Callable[[Any], Tensor]) -> Tensor:
+    """y with the rows of each span replaced by edit(span); differentiable, y itself is left as it is."""
+    if len(rows.spans) == 1 and rows.spans[0].stop - rows.spans[0].start == rows.total:
+        return edit(rows.spans[0])
+    parts, at = [], 0
+    for span in rows.spans:
+        parts += [y[at : span.start], edit(span)]
+        at = span.stop
+    return torch.cat([*parts, y[at:]])
+
+
+# ---- LoRA ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def lora(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+    """y = base(x) + (x Aᵀ) Bᵀ on each span; A [R, I], B [O, R] with the scaling folded in. The product BA is never formed."""
+    y_TO = base(x_TI)
+    if gathers(rows):
+        where, slots = rows.touched
+        shrunk = torch.bmm(packs.stacked("A")[slots], x_TI[where].unsqueeze(-1))
+        y_TO[where] += torch.bmm(packs.stacked("B")[slots], shrunk).squeeze(-1)
+        return y_TO
+    factors = [t for p in packs.items for t in (p.tensors["A"], p.tensors["B"])]
+    return _LoraSpans.apply(x_TI, y_TO, rows, tuple(p.dropout for p in packs.items), base.site, *factors)
+
+
+class _LoraSpans(torch.autograd.Function):
+    """In place on y. Saved: x (which the base's linear shares), A, B and the R-wide x Aᵀ; dropout masks are drawn again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, y_TO: Tensor, rows: Any, dropouts: Sequence[float], site: int, *factors: Tensor) -> Tensor:
+        shrunk = []
+        for span in rows.spans:
+            A, B = factors[2 * span.slot], factors[2 * span.slot + 1]
+            shrunk.append(dropout(x_TI[span.start : span.stop], dropouts[span.slot], span.seed, site) @ A.T)
+            y_TO[span.start : span.stop].addmm_(shrunk[-1], B.T)
+        ctx.mark_dirty(y_TO)
+        ctx.rows, ctx.dropouts, ctx.site = rows, dropouts, site
+        ctx.save_for_backward(x_TI, *factors, *shrunk)
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, dy_TO: Tensor) -> tuple:
+        x_TI, *saved = ctx.saved_tensors
+        factors, shrunk = saved[: -len(ctx.rows.spans)], saved[-len(ctx.rows.spans) :]
+        grads: list[Tensor | None] = [None] * len(factors)
+        dx_TI = torch.zeros_like(x_TI) if ctx.needs_input_grad[0] else None
+        for span, t_R in zip(ctx.rows.spans, shrunk, strict=True):
+            a, p = 2 * span.slot, ctx.dropouts[span.slot]
+            A, B = factors[a], factors[a + 1]
+            dy = dy_TO[span.start : span.stop]
+            dt = dy @ B
+            if ctx.needs_input_grad[5 + a]:
+                x = dropout(x_TI[span.start : span.stop], p, span.seed, ctx.site)
+                grads[a] = _add(grads[a], dt.T @ x)
+                grads[a + 1] = _add(grads[a + 1], dy.T @ t_R)
+            if dx_TI is not None:
+                if p and span.seed is not None:
+                    dx_TI[span.start : span.stop] = dropout(dt @ A, p, span.seed, ctx.site)
+                else:
+                    torch.mm(dt, A, out=dx_TI[span.start : span.stop])
+        return dx_TI, dy_TO, None, None, None, *grads
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part
+
+
+def dora(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+    """y = base(x) + g ∘ (W x̃) + (x̃ Aᵀ) Bᵀ on each span, x̃ = dropout(x); g [O] = m/‖W + sBA‖ - 1, B already scaled by s (1 + g).
+
+    Without dropout W x̃ is base(x) without its bias, which costs no second matmul.
+    """
+    y_TO = base(x_TI)
+    if gathers(rows):
+        where, slots = rows.touched
+        x_RI, y = x_TI[where], y_TO[where]
+        plain = y if base.bias_O is None else y - base.bias_O
+        shrunk = torch.bmm(packs.stacked("A")[slots], x_RI.unsqueeze(-1))
+        y_TO[where] = y + packs.stacked("g")[slots] * plain + torch.bmm(packs.stacked("B")[slots], shrunk).squeeze(-1)
+        return y_TO
+
+    def edit(span: Any) -> Tensor:
+        pack, y, x = packs.items[span.slot], y_TO[span.start : span.stop], x_TI[span.start : span.stop]
+        x_drop = dropout(x, pack.dropout, span.seed, base.site)
+        plain = F.linear(x_drop, base.weight_OI) if x_drop is not x else y if base.bias_O is None else y - base.bias_O
+        return y + pack.tensors["g"] * plain + (x_drop @ pack.tensors["A"].T) @ pack.tensors["B"].T
+
+    return by_span(y_TO, rows, edit)
+
+
+def lora_embedding(ids_T: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+    """y = base(ids) + Aᵀ[ids] Bᵀ; A [R, V], B [O, R] scaled. Dropout does not apply to token ids (as in peft)."""
+    y_TO = base(ids_T)
+
+    def edit(span: Any) -> Tensor:
+        tensors = packs.items[span.slot].tensors
+        return y_TO[span.start : span.stop] + F.embedding(ids_T[span.start : span.stop], tensors["A"].T) @ tensors["B"].T
+
+    return by_span(y_TO, rows, edit)
+
+
+# ---- IA3 ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def scale_input(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+    """y = base(x ∘ (1 + g)) on each span; g [I] in fp32."""
+    return base(_scale(x_TI, packs, rows))
+
+
+def scale_output(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+    """y = base(x) ∘ (1 + g) on each span, bias included; g [O] in fp32."""
+    return _scale(base(x_TI), packs, rows)
+
+
+def _scale(x: Tensor, packs: Any, rows: Any) -> Tensor:
+    if gathers(rows):
+        where, slots = rows.touched
+        scaled = x.clone()
+        scaled[where] = (x[where] * (1.0 + packs.stacked("g")[slots])).to(x.dtype)
+        return scaled
+    return by_span(x, rows, lambda s: (x[s.start : s.stop] * (1.0 + packs.items[s.slot].tensors["g"])).to(x.dtype))
+
+
+# ---- bottleneck adapters ------------------------------------------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "leakyrelu": F.leaky_relu,
+    "sigmoid": torch.sigmoid,
+    "linear": lambda x: x,
+}
+
+
+def bottleneck(activation: str, parallel: bool) -> Callable[[Tensor, Any, Any, Any], Tensor]:
+    """The kernel y + U f(D h + d) + u with h = y = base(x), or h = x where the adapter runs beside the module (parallel).
+
+    D [R, H], d [R], U [H, R], u [H]; the output's scaling is folded into U and u.
+    """
+    f = ACTIVATIONS[activation]
+
+    def kernel(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+        y_TO = base(x_TI)
+        h = x_TI if parallel else y_TO
+        if gathers(rows):
+            where, slots = rows.touched
+            D, d, U, u = (packs.stacked(n)[slots] for n in ("D", "d", "U", "u"))
+            hidden = f(torch.baddbmm(d.unsqueeze(-1), D, h[where].unsqueeze(-1)))
+            y_TO[where] += torch.baddbmm(u.unsqueeze(-1), U, hidden).squeeze(-1)
+            return y_TO
+
+        def edit(span: Any) -> Tensor:
+            pack = packs.items[span.slot]
+            t = pack.tensors
+            inside = dropout(f(F.linear(h[span.start : span.stop], t["D"], t["d"])), pack.dropout, span.seed, base.site)
+            return y_TO[span.start : span.stop] + F.linear(inside, t["U"], t["u"])
+
+        return by_span(y_TO, rows, edit)
+
+    return kernel
+
+
+# ---- modules_to_save ----------------------------------------------------------------------------------------------------------------------
+
+
+def replace(x: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+    """y = module(x) computed with the adapter's own copy of the module's parameters, on each span."""
+    whole = len(rows.spans) == 1 and rows.spans[0].stop - rows.spans[0].start == rows.total
+    y = x if whole else base(x)
+    return by_span(y, rows, lambda s: functional_call(base.module, dict(packs.items[s.slot].tensors), (x[s.start : s.stop],)))
+
+
+# ---- attention ----------------------------------------------------------------------------------------------------------------------------
+
+QUERY_BLOCK = 256
+"""Queries of one block of the attention's score matrix: bounds memory, and lets causality skip the keys after a block."""
+
+
+def attention(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, offset: int, mask_BQS: Tensor | None, scaling: float, softcap: float | None, window: int | None) -> Tensor:
+    """softmax(cap(scaling · q kᵀ) + mask) v for B padded sequences with H query heads over G key heads; returns [B, Q, H, D].
+
+    Key j lies at query i's own place where j = i + offset; later keys are never read. window: keys at distance ≥ window are never read either.
+    mask_BQS: False where a key must not be read (padding, gaps); None where offset and window say all. softcap c: c · tanh(x / c).
+    Softmax in fp32. The scores are formed again in the backward, block by block, so memory is linear in the length.
+    """
+    return _Attention.apply(q_BQHD, k_BSGD, v_BSGD, offset, mask_BQS, scaling, softcap, window)
+
+
+def _blocks(Q: int, S: int, offset: int, window: int | None) -> list[tuple[int, int, int, int]]:
+    """(first query, end, first key, end) of each block, keys that no query of the block may read left out."""
+    blocks = []
+    for i in range(0, Q, QUERY_BLOCK):
+        j = min(i + QUERY_BLOCK, Q)
+        blocks.append((i, j, 0 if window is None else max(0, i + offset - window + 1), min(S, j + offset)))
+    return blocks
+
+
+def _allowed(block: tuple[int, int, int, int], offset: int, mask_BQS: Tensor | None, window: int | None, device: torch.device) -> Tensor | None:
+    """Which keys a block's queries may read, [B or 1, 1, q, s]; None where all of them."""
+    i, j, a, b = block
+    if mask_BQS is not None:
+        return mask_BQS[:, None, i:j, a:b]
+    if j - i == 1 and (window is None or b - a <= window):
+        return None
+    distance = torch.arange(i, j, device=device)[:, None] + offset - torch.arange(a, b, device=device)
+    return ((distance >= 0) if window is None else (distance >= 0) & (distance < window))[None, None]
+
+
+def _probabilities(q_xqD: Tensor, k_xsD: Tensor, allowed: Tensor | None, shape: tuple[int, ...], softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """fp32 softmax of one block, [x, q', s] with x = B·G and q' = (H/G)·q; and d cap/dx where there is a cap."""
+    scores = torch.bmm(q_xqD, k_xsD.transpose(1, 2)).to(torch.promote_types(q_xqD.dtype, torch.float32))
+    slope = None
+    if softcap is not None:
+        t = torch.tanh(scores / softcap)
+        scores, slope = t * softcap, 1.0 - t * t
+    if allowed is not None:
+        scores.view(shape).masked_fill_(~allowed[:, :, None], float("-inf"))
+    return torch.softmax(scores, dim=-1), slope
+
+
+class _Attention(torch.autograd.Function):
+    """Layouts inside: queries [B·G, (H/G)·q, D], so that the query heads that share keys share one matmul."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, offset: int, mask: Tensor | None, scaling: float, softcap: float | None, window: int | None) -> Tensor:
+        B, Q, H, D = q.shape
+        G, S = k.shape[2], k.shape[1]
+        k_x, v_x = _keys(k), _keys(v)
+        out = torch.empty(B, Q, H, v.shape[-1], dtype=v.dtype, device=v.device)
+        for block in _blocks(Q, S, offset, window):
+            i, j, a, b = block
+            allowed = _allowed(block, offset, mask, window, q.device)
+            p, _ = _probabilities(_queries(q[:, i:j] * scaling, G), k_x[:, a:b], allowed, (B, G, H // G, j - i, b - a), softcap)
+            if mask is not None:
+                p = p.nan_to_num(0.0)  # padding queries may read nothing
+            out[:, i:j] = _unqueries(torch.bmm(p.to(v.dtype), v_x[:, a:b]), B, H)
+        ctx.save_for_backward(q, k, v, mask, out)
+        ctx.config = (offset, scaling, softcap, window)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple:
+        q, k, v, mask, out = ctx.saved_tensors
+        offset, scaling, softcap, window = ctx.config
+        B, Q, H, D = q.shape
+        G, S = k.shape[2], k.shape[1]
+        k_x, v_x = _keys(k), _keys(v)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k_x), torch.zeros_like(v_x)
+        for block in _blocks(Q, S, offset, window):
+            i, j, a, b = block
+            q_x, do_x = _queries(q[:, i:j] * scaling, G), _queries(d_out[:, i:j], G)
+            allowed = _allowed(block, offset, mask, window, q.device)
+            p, slope = _probabilities(q_x, k_x[:, a:b], allowed, (B, G, H // G, j - i, b - a), softcap)
+            if mask is not None:
+                p = p.nan_to_num(0.0)
+            dv[:, a:b] += torch.bmm(p.to(v.dtype).transpose(1, 2), do_x)
+            dp = torch.bmm(do_x, v_x[:, a:b].transpose(1, 2))
+            row = (do_x.to(p.dtype) * _queries(out[:, i:j], G).to(p.dtype)).sum(-1, keepdim=True)
+            ds = p.mul_(dp - row)
+            ds = (ds if slope is None else ds.mul_(slope)).to(q.dtype)
+            dq[:, i:j] = _unqueries(torch.bmm(ds, k_x[:, a:b]), B, H).mul_(scaling)
+            dk[:, a:b] += torch.bmm(ds.transpose(1, 2), q_x)
+        return dq, _unkeys(dk, B), _unkeys(dv, B), None, None, None, None, None
+
+
+def _keys(k_BSGD: Tensor) -> Tensor:
+    B, S, G, D = k_BSGD.shape
+    return k_BSGD.transpose(1, 2).reshape(B * G, S, D)
+
+
+def _unkeys(k_xSD: Tensor, B: int) -> Tensor:
+    return k_xSD.view(B, -1, *k_xSD.shape[1:]).transpose(1, 2)
+
+
+def _queries(q_BqHD: Tensor, G: int) -> Tensor:
+    B, q, H, D = q_BqHD.shape
+    return q_BqHD.view(B, q, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(B * G, H // G * q, D)
+
+
+def _unqueries(x: Tensor, B: int, H: int) -> Tensor:
+    """[B·G, (H/G)·q, D] -> [B, q, H, D]"""
+    return x.view(B, H, -1, x.shape[-1]).transpose(1, 2)
+
+
+# ---- loss on supervised rows --------------------------------------------------------------------------------------------------------------
+
+LOSS_ROWS = 1024
+"""Rows of logits alive at a time: bounds memory whatever the batch and the vocabulary."""
+
+
+def supervised_loss(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_R: Tensor, scale_R: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """(Σ scale · nll, nll_R): the negative log-likelihood of each supervised row's target, nats, fp32.
+
+    Logits are formed LOSS_ROWS at a time, logsumexp in fp32, and the gradient to the hidden states is formed in the forward, while they are at hand. The
+    head is frozen: nothing flows to weight or bias. Only the sum carries gradients.
+    """
+    total, nll_R = _SupervisedLoss.apply(hidden_RH, weight_VH, bias_V, target_R, scale_R, softcap)
+    return total, nll_R
+
+
+class _SupervisedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+        nll = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for a in range(0, len(hidden), LOSS_ROWS):
+            rows = slice(a, a + LOSS_ROWS)
+            logits = F.linear(hidden[rows], weight, bias).to(nll.dtype)
+            slope = None
+            if softcap is not None:
+                t = torch.tanh(logits / softcap)
+                logits, slope = t * softcap, 1.0 - t * t
+            lse = torch.logsumexp(logits, -1)
+            nll[rows] = lse - logits.gather(1, target[rows, None]).squeeze(1)
+            if d_hidden is not None:
+                p = logits.sub_(lse[:, None]).exp_()
+                p.scatter_add_(1, target[rows, None], torch.full_like(lse[:, None], -1.0))
+                p.mul_(scale[rows, None])
+                d_hidden[rows] = (p if slope is None else p.mul_(slope)).to(hidden.dtype) @ weight
+        ctx.save_for_backward(d_hidden)
+        ctx.mark_non_differentiable(nll)
+        return (nll * scale).sum(), nll
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple:
+        (d_hidden,) = ctx.saved_tensors
+        return d_hidden * d_total.to(d_hidden.dtype), None, None, None, None, None

@@ -1,0 +1,118 @@
+"""Tiny random models of every family and a byte-level tokenizer, made in the test: nothing is downloaded.
+
+Weights have a spread of 0.2 so that logits differ clearly; biases and norms are random too, so that nothing is right by being zero or one.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+VOCAB = 300  # 256 bytes, 4 special tokens, and ids that no text has
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+EOS_ID, PAD_ID = 258, 259
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "bos_token_id": None,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": PAD_ID,
+    "initializer_range": 0.2,
+}
+_LLAMA_LIKE = _COMMON | {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+_GEMMA_LIKE = _LLAMA_LIKE | {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+# family -> (config class, model class, settings). Windows and soft caps are small enough to matter within a few tokens.
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", _LLAMA_LIKE),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _LLAMA_LIKE | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _LLAMA_LIKE | {"head_dim": 16}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", _LLAMA_LIKE | {"sliding_window": 8}),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        _GEMMA_LIKE | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    ),
+    "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA_LIKE),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", _LLAMA_LIKE),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        _COMMON
+        | {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 512}
+        | {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+    ),
+}
+
+
+def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A random causal LM of `family`, in eval mode, the same for the same seed. Leaves torch's global generator as it found it."""
+    config_name, model_name, settings = FAMILIES[family]
+    config = getattr(transformers, config_name)(**settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, model_name)(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias") or "norm" in name or "ln_" in name:
+                    parameter += 0.1 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, ids 0 to 255, then `SPECIALS`; ChatML template, eos `<|im_end|>`, a pad of its own, no bos."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>", model_max_length=512, clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def tiny_folder(path: Path, family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """Save a tiny model and the tiny tokenizer into `path` as a base's folder; returns `path`."""
+    tiny_model(family, seed=seed, dtype=dtype).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@cache
+def bundled_base(dtype: str | None = None) -> Any:
+    """The bundled base (a `LoadedBase`, one a session and dtype: do not change it). Skips only where its weight file cannot be had."""
+    from trimtab.bases import load
+    from trimtab.bases.bundled import find_gguf
+    from trimtab.errors import BaseError
+
+    try:
+        return load("smollm2-135m-instruct", dtype=dtype, device="cpu", progress=lambda message: None)
+    except BaseError as error:
+        if find_gguf() is None:
+            pytest.skip(f"the bundled base's weights cannot be had: {error.message}")
+        raise
