@@ -3,8 +3,14 @@
 Everything named here is loaded on first use, so that `import trimtab` costs nothing.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# OpenMP's threads spin while they wait for each other. Where other work shares the cores that slows every step many times over; sleeping
+# costs little.
+# Only torch's first import reads this, and a value that the user has set stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from trimtab.errors import TrimtabError

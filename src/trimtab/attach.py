@@ -1,33 +1,49 @@
 """Attach: the frozen base with a host at each site, and the one mixed forward that training, evaluation and serving share.
 
-The base is a `transformers` causal LM, loaded as it is; no parameter is replaced or written. A `Host` stands in for a module's `forward` and asks the
+The base is a `transformers` causal LM, loaded as it is; no parameter is replaced or written. A `Host` stands in for a module's `forward`
+and asks the
 batch at hand which edits touch it. Hidden states flow flat, [1, T, H], with explicit positions; attention is `attention.py`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from trimtab import attention
 from trimtab.bank import PackedAdapter
 from trimtab.batch import Batch
 from trimtab.methods.base import Method, Params, Site
-from trimtab.spec import Spec, read_spec
+from trimtab.spec import read_spec
 
 
 class Around:
     """A module of the base as an edit sees it (`methods.base.Around`): `call` runs it, or it with the edits before this one."""
 
-    def __init__(self, module: nn.Module, site: int, call: Callable[[Tensor], Tensor]):
-        self.module, self.site, self._call = module, site, call
+    def __init__(self, module: nn.Module, site: int, call: Callable[[Tensor], Tensor], original: Callable[[Tensor], Tensor]):
+        self.module, self.site, self._call, self._original = module, site, call, original
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._call(x)
+
+    @property
+    def plain(self) -> bool:
+        """Whether calling this runs the frozen module alone, no other edit before it."""
+        return self._call is self._original
+
+    @property
+    def row_scale(self) -> Tensor | float:
+        """What an embedding multiplies its rows with (Gemma 3 does), so that an addition to the weight is scaled as the weight is."""
+        return getattr(self.module, "embed_scale", 1.0)
+
+    def with_parameters(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The module alone, computed with these parameters in place of its own."""
+        return functional_call(_Original(self.module, self._original), {f"module.{k}": v for k, v in parameters.items()}, (x,))
 
     @property
     def weight_OI(self) -> Tensor:
@@ -36,6 +52,17 @@ class Around:
     @property
     def bias_O(self) -> Tensor | None:
         return getattr(self.module, "bias", None)
+
+
+class _Original(nn.Module):
+    """A module under its own forward: calling the module itself would reach the host that stands in for it, and never end."""
+
+    def __init__(self, module: nn.Module, original: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.module, self.original = module, original
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.original(x)
 
 
 def weight_OI(module: nn.Module) -> Tensor:
@@ -54,11 +81,12 @@ class Host:
         groups = batch.mix.groups.get(self.name) if batch is not None else None
         if not groups:
             return self.original(x, *args, **kwargs)
-        around = Around(self.module, self.index, partial(self.original, *args, **kwargs) if args or kwargs else self.original)
+        original = partial(self.original, *args, **kwargs) if args or kwargs else self.original
+        around = Around(self.module, self.index, original, original)
         for group in groups:
             rows = batch.rows(group.members)
             if rows is not None:
-                around = Around(self.module, self.index, partial(group.kernel, base=around, packs=group.packs, rows=rows))
+                around = Around(self.module, self.index, partial(group.kernel, base=around, packs=group.packs, rows=rows), original)
         leading = x.shape[:-1] if x.is_floating_point() else x.shape  # [1, T, I]; [T, I] inside an edited block; [1, T] token ids
         y_TO = around(x.flatten(0, -2) if x.is_floating_point() else x.flatten())
         return y_TO.view(*leading, y_TO.shape[-1])
@@ -75,7 +103,7 @@ class Attached:
         self.embedding = model.get_submodule(self.spec.family.embedding)
         self._index = {name: i for i, (name, _) in enumerate(model.named_modules())}
         self._hosts: dict[str, Host] = {}
-        model.eval()
+        model.eval().requires_grad_(False)
         model.set_attn_implementation(attention.NAME)
 
     def pack(self, method: Method, params: dict[str, Tensor], sites: Sequence[Site]) -> PackedAdapter:

@@ -1,7 +1,9 @@
 """Attention over the sequences of a flat batch: causal, with a prefix and cached keys before it, no padding of rows, no dense mask.
 
-Rows reach each layer flat, [1, heads, T, D]. A `Plan`, made once for each batch and used by all layers, says for each sequence which rows are its
-queries and which rows of a *pool* are its keys. The pool is the layer's own T rows followed by the stored prefixes, or, with a cache, the cache.
+Rows reach each layer flat, [1, heads, T, D]. A `Plan`, made once for each batch and used by all layers, says for each sequence which
+rows are its
+queries and which rows of a *pool* are its keys. The pool is the layer's own T rows followed by the stored prefixes, or, with a cache,
+the cache.
 Sequences of similar length share a bucket and run as one batched matmul; the padding inside a bucket never leaves this file.
 
 One function, registered with `transformers`' attention interface, serves every family. What it does not compute exactly it refuses by name.
@@ -27,7 +29,8 @@ MAX_PADDING = 1.3
 
 @dataclass(frozen=True)
 class Run:
-    """A run of rows start..stop that attend to each other, at positions `past`.. of their sequence. keys: (first, end) runs of the pool, in order of
+    """A run of rows start..stop that attend to each other, at positions `past`.. of their sequence. keys: (first, end) runs of the pool,
+    in order of
     position; they end with the sequence's own rows."""
 
     start: int
@@ -44,7 +47,8 @@ class Run:
 
 
 class KVCache:
-    """Keys and values of `slots` sequences of at most `capacity` tokens, for each layer [slots · capacity, kv_heads, head_dim], allocated once."""
+    """Keys and values of `slots` sequences of at most `capacity` tokens, for each layer [slots · capacity, kv_heads, head_dim],
+    allocated once."""
 
     def __init__(self, layers: int, slots: int, capacity: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
         self.capacity = capacity
@@ -63,7 +67,8 @@ class KVCache:
 
 @dataclass
 class Bucket:
-    """Sequences of similar length. query_BQ: flat rows; key_BS: pool rows, both padded at the end with a row of the sequence; offset as in ops.attention,
+    """Sequences of similar length. query_BQ: flat rows; key_BS: pool rows, both padded at the end with a row of the sequence; offset as
+    in ops.attention,
     where all sequences share it and none is padded between keys and queries, else a mask says it."""
 
     query_BQ: Tensor
@@ -82,7 +87,8 @@ class Bucket:
 class Plan:
     """Which rows attend to which, for all layers of one forward.
 
-    prefixes: stored (keys, values) [L, N, kv_heads, D] that stand in the pool behind the layer's own rows. cache: keys and values are written there at
+    prefixes: stored (keys, values) [L, N, kv_heads, D] that stand in the pool behind the layer's own rows. cache: keys and values are
+    written there at
     `write_T` and read from there. captured: filled with each layer's (keys, values) [T, kv_heads, D] where `capture` is set.
     """
 
@@ -169,7 +175,8 @@ def forward(
         raise RuntimeError("this model is attached to trimtab: call Base.logits, Base.generate or Attached.forward, or load another copy")
     unknown = set(kwargs) - _HARMLESS
     if unknown or dropout:
-        raise BaseError(f"this model's attention asks for {', '.join(sorted(unknown)) or f'dropout={dropout}'}, which trimtab's attention does not compute")
+        asked = ", ".join(sorted(unknown)) or f"dropout={dropout}"
+        raise BaseError(f"this model's attention asks for {asked}, which trimtab's attention does not compute")
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
     k_pool, v_pool = trimtab_plan.pool(module.layer_idx, k_THD, v_THD)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -1,6 +1,7 @@
 """Packed adapters, and mixes of them: the parameters of a batch, stacked where kernels gather.
 
-A `PackedAdapter` is what the mixed forward runs of one adapter; packing is differentiable, so training packs anew in each step and inference once.
+A `PackedAdapter` is what the mixed forward runs of one adapter; packing is differentiable, so training packs anew in each step and
+inference once.
 A `Mix` is the adapters of a batch, grouped for each site by kernel; its stacks are made on first use and live as long as the mix does.
 """
 
@@ -16,7 +17,8 @@ from trimtab.methods.base import Kernel, Packed, Prefix
 
 @dataclass
 class PackedAdapter:
-    """One adapter, ready to run: its edits by site, or its prefix. kv: an embedded prefix's keys and values once the base has computed them."""
+    """One adapter, ready to run: its edits by site, or its prefix. kv: an embedded prefix's keys and values once the base has computed
+    them."""
 
     edits: dict[str, Packed]
     prefix: Prefix | None = None
@@ -68,6 +70,9 @@ class Mix:
             for site, packed in adapter.edits.items():
                 found.setdefault(site, {}).setdefault(packed.kernel, []).append(i)
         self.groups = {
-            site: [Group(kernel, PackList([self.adapters[i].edits[site] for i in members]), tuple(members)) for kernel, members in kernels.items()]
+            site: [
+                Group(kernel, PackList([self.adapters[i].edits[site] for i in members]), tuple(members))
+                for kernel, members in kernels.items()
+            ]
             for site, kernels in found.items()
         }

@@ -1,6 +1,7 @@
 """The batch: flat rows of many sequences, grouped by adapter. The contract between whoever has sequences and the forward.
 
-Members of the mix are laid out one after the other, so that each adapter's rows are one span; the base's rows come first. A member whose prefix is given
+Members of the mix are laid out one after the other, so that each adapter's rows are one span; the base's rows come first. A member whose
+prefix is given
 as embeddings gets them as rows of their own, once, before its sequences (unless a cache already holds their keys and values).
 """
 
@@ -37,7 +38,8 @@ class Piece:
 
 @dataclass
 class Batch:
-    """Flat rows, ready to run. where[i]: (start, stop) of the i-th piece's rows. spans: the members' runs of rows. embeds: rows that are not tokens."""
+    """Flat rows, ready to run. where[i]: (start, stop) of the i-th piece's rows. spans: the members' runs of rows. embeds: rows that are
+    not tokens."""
 
     mix: Mix
     ids_T: Tensor
@@ -137,7 +139,9 @@ class _Layout:
             keys = [*self.before[member], ("own", self.total, self.total + n)]
         if past + n > max_positions:
             virtual = f" after {past} that stand before them" if past else ""
-            raise TrimtabError(f"{n} tokens{virtual} are more than the {max_positions} positions of this base", fix="shorten the text or the prefix")
+            raise TrimtabError(
+                f"{n} tokens{virtual} are more than the {max_positions} positions of this base", fix="shorten the text or the prefix"
+            )
         self.where[i] = self._append(piece.ids, past, keys, member)
 
     def _append(self, ids: Tensor, past: int, keys: list[tuple[str, int, int]], member: int) -> tuple[int, int]:

@@ -1,4 +1,5 @@
-"""Generation in one mixed batch with a KV cache: prefill all prompts flat, then decode a token a sequence until each has stopped.
+"""Generation in one mixed batch with a KV cache: prompts enter flat beside the sequences that decode, and a sequence that
+ends makes room for the next.
 
 Every adapter's prefix is written at the start of its sequences' cache slots, so that decoding does not know of prefixes.
 """
@@ -17,8 +18,10 @@ from trimtab.bank import Mix
 from trimtab.batch import BASE, Piece, make_batch
 from trimtab.errors import TrimtabError
 
-PREFILL_TOKENS = 4096
-"""Tokens of one prefill forward at most (a longer prompt runs alone)."""
+MAX_ROWS = 2048
+"""Rows of one forward at most: prompts wait for their turn (a longer prompt runs alone)."""
+MAX_LIVE = 64
+"""Sequences that decode together at most: bounds the cache. A sequence that ends gives its place to the next prompt."""
 
 
 @dataclass(frozen=True)
@@ -61,49 +64,54 @@ def generate(
     capacity = max(v + len(p) for v, p in zip(virtual, prompts, strict=True)) + sampling.max_new_tokens - 1
     if capacity > spec.max_positions:
         raise TrimtabError(
-            f"the longest prompt and max_new_tokens = {sampling.max_new_tokens} need {capacity} positions; this base has {spec.max_positions}",
+            f"the longest prompt and max_new_tokens = {sampling.max_new_tokens} need {capacity} positions;"
+            f" this base has {spec.max_positions}",
             fix="shorten the prompt or lower max_new_tokens",
         )
-    cache = KVCache(spec.num_layers, len(prompts), capacity, spec.num_kv_heads, spec.head_dim, attached.dtype, attached.device)
-    for slot, m in enumerate(members):
-        if virtual[slot]:
-            cache.put(slot, *_prefix(mix, m))
-    pick = _Picker(sampling, len(prompts), attached.device)
-    lengths, new, live = list(virtual), [[] for _ in prompts], list(range(len(prompts)))
-    feed: dict[int, Sequence[int]] = dict(enumerate(prompts))
-    while live:
-        for group in _chunks(live, feed):
-            logits_BV = _step(attached, mix, cache, [Piece(torch.as_tensor(feed[i], dtype=torch.int64), members[i], i, lengths[i]) for i in group])
-            for i, token in zip(group, pick(logits_BV, group), strict=True):
-                lengths[i] += len(feed[i])
-                feed[i] = [token]
-        for i in live:
-            token = feed[i][0]
+    slots = min(len(prompts), MAX_LIVE)
+    cache = KVCache(spec.num_layers, slots, capacity, spec.num_kv_heads, spec.head_dim, attached.dtype, attached.device)
+    pick = _Picker(sampling, len(prompts))
+    new: list[list[int]] = [[] for _ in prompts]
+    waiting, free, live = list(range(len(prompts)))[::-1], list(range(slots)), {}
+    while waiting or live:
+        rows = len(live)
+        while waiting and free and (rows == 0 or rows + len(prompts[waiting[-1]]) <= MAX_ROWS):
+            i = waiting.pop()
+            live[i] = _Live(free.pop(), virtual[i], prompts[i])
+            rows += len(prompts[i])
+            if virtual[i]:
+                cache.put(live[i].slot, *_prefix(mix, members[i]))
+        order = list(live)
+        logits_BV = _step(
+            attached, mix, cache, [Piece(torch.as_tensor(s.feed, dtype=torch.int64), members[i], s.slot, s.length) for i, s in live.items()]
+        )
+        for i, token in zip(order, pick(logits_BV, order), strict=True):
+            s = live[i]
+            s.length, s.feed = s.length + len(s.feed), [token]
             if token not in stop_ids:
                 new[i].append(token)
                 if on_token is not None:
                     on_token(i, token)
-        live = [i for i in live if feed[i][0] not in stop_ids and len(new[i]) < sampling.max_new_tokens]
+            if token in stop_ids or len(new[i]) == sampling.max_new_tokens:
+                free.append(live.pop(i).slot)
     return new
+
+
+@dataclass
+class _Live:
+    """A sequence that has a cache slot. length: tokens that the cache holds. feed: those that enter next."""
+
+    slot: int
+    length: int
+    feed: Sequence[int]
 
 
 def _prefix(mix: Mix, member: int) -> tuple[Tensor, Tensor]:
     adapter = mix.adapters[member]
+    assert adapter.prefix is not None
     kv = adapter.prefix.kv_LNHD or adapter.kv
     assert kv is not None, "an embedded prefix must be computed when its adapter is packed for inference"
     return kv
-
-
-def _chunks(live: Sequence[int], feed: dict[int, Sequence[int]]) -> list[list[int]]:
-    """Split into forwards of at most PREFILL_TOKENS rows."""
-    groups, rows = [[]], 0
-    for i in live:
-        if groups[-1] and rows + len(feed[i]) > PREFILL_TOKENS:
-            groups.append([])
-            rows = 0
-        groups[-1].append(i)
-        rows += len(feed[i])
-    return groups
 
 
 def _step(attached: Attached, mix: Mix, cache: KVCache, pieces: list[Piece]) -> Tensor:
@@ -119,9 +127,11 @@ def _step(attached: Attached, mix: Mix, cache: KVCache, pieces: list[Piece]) -> 
 class _Picker:
     """Chooses tokens. Each sequence has its own generator, so that what it draws does not depend on its neighbours."""
 
-    def __init__(self, sampling: Sampling, count: int, device: torch.device):
+    def __init__(self, sampling: Sampling, count: int):
         self.sampling = sampling
-        self.generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + i) for i in range(count)] if sampling.temperature else []
+        self.generators = (
+            [torch.Generator().manual_seed(sampling.seed * 1_000_003 + i) for i in range(count)] if sampling.temperature else []
+        )
 
     def __call__(self, logits_BV: Tensor, sequences: Sequence[int]) -> list[int]:
         s = self.sampling

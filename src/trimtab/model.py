@@ -1,12 +1,13 @@
 """Base: a loaded base model and everything one does with it: logits of mixed batches, generation, initial values for adapters.
 
-    base.logits([ids_a, ids_b], adapters=[adapter, None])     one mixed forward
-    base.generate(["…"], adapters=[adapter])                  one mixed batch, with a KV cache
+base.logits([ids_a, ids_b], adapters=[adapter, None])     one mixed forward
+base.generate(["…"], adapters=[adapter])                  one mixed batch, with a KV cache
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from trimtab import bases
 from trimtab.attach import Attached, weight_OI
 from trimtab.bank import Mix, PackedAdapter
+from trimtab.bases.template import encode_prompt, end_of_turn_id
 from trimtab.batch import BASE, Batch, Piece, make_batch
 from trimtab.errors import TrimtabError
 from trimtab.generate import Sampling, generate
@@ -33,7 +35,8 @@ class AdapterLike(Protocol):
 
 
 class Base:
-    """One frozen base model. name, path: as loaded; path is a folder that transformers can read. fingerprint: of the stored weights ("sha256:…")."""
+    """One frozen base model. name, path: as loaded; path is a folder that transformers can read. fingerprint: of the stored weights
+    ("sha256:…")."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, name: str = "", path: Path | None = None, fingerprint: str = ""):
         self.tokenizer, self.name, self.path, self.fingerprint = tokenizer, name, path, fingerprint
@@ -56,10 +59,13 @@ class Base:
     def dtype(self) -> torch.dtype:
         return self.attached.dtype
 
-    # ---- forward ----------------------------------------------------------------------------------------------------------------------
+    # ---- forward ----
 
-    def mix(self, adapters: Sequence[AdapterLike | None], *, packed: Callable[[AdapterLike], PackedAdapter] | None = None) -> tuple[Mix, list[int]]:
-        """The distinct adapters among `adapters` as a mix, and each entry's member number (BASE for None). packed: how to pack; by default once, kept."""
+    def mix(
+        self, adapters: Sequence[AdapterLike | None], *, packed: Callable[[AdapterLike], PackedAdapter] | None = None
+    ) -> tuple[Mix, list[int]]:
+        """The distinct adapters among `adapters` as a mix, and each entry's member number (BASE for None). packed: how to pack; by
+        default once, kept."""
         distinct = list(dict.fromkeys(a for a in adapters if a is not None))
         number = {a: i for i, a in enumerate(distinct)}
         return Mix([(packed or self.packed)(a) for a in distinct]), [BASE if a is None else number[a] for a in adapters]
@@ -82,8 +88,11 @@ class Base:
         """`make_batch` on this base's device, with its limit of positions."""
         return make_batch(pieces, mix, device=self.device, max_positions=self.spec.max_positions, **options)
 
-    def logits(self, sequences: Sequence[Sequence[int]], adapters: Sequence[AdapterLike | None] | None = None, *, grad: bool = False) -> list[Tensor]:
-        """Logits [t, V] of each sequence of token ids under its adapter (None: the base), in one mixed forward. grad: keep the graph to the adapters."""
+    def logits(
+        self, sequences: Sequence[Sequence[int]], adapters: Sequence[AdapterLike | None] | None = None, *, grad: bool = False
+    ) -> list[Tensor]:
+        """Logits [t, V] of each sequence of token ids under its adapter (None: the base), in one mixed forward. grad: keep the graph to
+        the adapters."""
         adapters = list(adapters) if adapters is not None else [None] * len(sequences)
         self._check(sequences, adapters)
         with torch.set_grad_enabled(grad):
@@ -99,15 +108,21 @@ class Base:
 
     def _check(self, sequences: Sequence[Sequence[int]], adapters: Sequence[AdapterLike | None]) -> None:
         if len(adapters) != len(sequences):
-            raise TrimtabError(f"{len(sequences)} sequences but {len(adapters)} adapters", fix="give one adapter (or None) for each sequence")
+            raise TrimtabError(
+                f"{len(sequences)} sequences but {len(adapters)} adapters", fix="give one adapter (or None) for each sequence"
+            )
         if not sequences:
             raise TrimtabError("no sequences were given")
         problems = [f"sequence {i} is empty" for i, ids in enumerate(sequences) if len(ids) == 0]
-        problems += [f"sequence {i} has token ids outside 0..{self.spec.vocab_size - 1}" for i, ids in enumerate(sequences) if len(ids) and not 0 <= int(min(ids)) <= int(max(ids)) < self.spec.vocab_size]
+        problems += [
+            f"sequence {i} has token ids outside 0..{self.spec.vocab_size - 1}"
+            for i, ids in enumerate(sequences)
+            if len(ids) and not 0 <= int(min(ids)) <= int(max(ids)) < self.spec.vocab_size
+        ]
         if problems:
             raise TrimtabError("these sequences cannot be run", problems=problems)
 
-    # ---- generation -------------------------------------------------------------------------------------------------------------------
+    # ---- generation ----
 
     def generate(
         self,
@@ -121,7 +136,8 @@ class Base:
         seed: int = 0,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Continue prompts, each under its adapter, in one mixed batch; returns the new texts. Strings are user turns, put through the chat template
+        """Continue prompts, each under its adapter, in one mixed batch; returns the new texts. Strings are user turns, put through the
+        chat template
         where the base has one; lists of ids are taken as they are. temperature 0 is greedy. on_token(i, id): called as tokens appear."""
         ids = [self.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts]
         new = self.generate_ids(ids, adapters, Sampling(max_new_tokens, temperature, top_p, top_k, seed), on_token)
@@ -144,18 +160,24 @@ class Base:
         """Token ids of a user's turn, ready for the assistant's; plain ids where the base has no chat template."""
         if not getattr(self.tokenizer, "chat_template", None):
             return self.tokenizer(text)["input_ids"]
-        messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        return self.encode_messages(([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}])
 
-    @property
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's turn: those that stood before the answer in training. DataError where
+        the base has no
+        chat template, the template refuses the conversation, or a message holds a control token's text."""
+        return encode_prompt([dict(m) for m in messages], self.tokenizer)
+
+    @cached_property
     def stop_ids(self) -> set[int]:
-        """Tokens that end a turn: the tokenizer's eos and those of the generation config."""
+        """Tokens that end an answer: the template's end of turn, the tokenizer's eos, and those of the generation config."""
         config = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        ids = {self.tokenizer.eos_token_id} if self.tokenizer is not None else set()
-        ids |= set(config) if isinstance(config, (list, tuple)) else {config}
+        ids = set(config) if isinstance(config, (list, tuple)) else {config}
+        if self.tokenizer is not None:
+            ids |= {self.tokenizer.eos_token_id, end_of_turn_id(self.tokenizer)}
         return {i for i in ids if i is not None}
 
-    # ---- what initialisers ask (methods.base.BaseView) --------------------------------------------------------------------------------------
+    # ---- what initialisers ask (methods.base.BaseView) ----
 
     def weight_OI(self, name: str) -> Tensor:
         return weight_OI(self.model.get_submodule(name))

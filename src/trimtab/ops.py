@@ -1,6 +1,7 @@
 """Row-wise kernels over spans: the only place where kernels live.
 
-A kernel gets all T rows of a flat batch, the base's module, the packed edits of the adapters present, and the spans of rows that each touches.
+A kernel gets all T rows of a flat batch, the base's module, the packed edits of the adapters present, and the spans of rows that each
+touches.
 It knows no rank, no alpha, no method's name. Two ways of running the same formula:
 
 - by span: one pair of matmuls for each adapter's run of rows; differentiable; what training and prefill use;
@@ -17,14 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 GATHER_ROWS_PER_SPAN = 4
 """Gather instead of looping where spans are this short on average: one bmm then beats many tiny matmuls."""
 
 
 def dropout(x: Tensor, p: float, seed: int | None, site: int) -> Tensor:
-    """Inverted dropout whose mask depends on (seed, site) only: an adapter sees the same masks alone and among others, and again in the backward."""
+    """Inverted dropout whose mask depends on (seed, site) only: an adapter sees the same masks alone and among others, and again in the
+    backward."""
     if seed is None or p == 0.0:
         return x
     generator = torch.Generator(x.device).manual_seed((seed * 1_000_003 + site) % 2**63)
@@ -34,7 +35,11 @@ def dropout(x: Tensor, p: float, seed: int | None, site: int) -> Tensor:
 
 def gathers(rows: Any) -> bool:
     """Whether to run gathered: no gradients wanted, several spans, all short."""
-    return not torch.is_grad_enabled() and len(rows.spans) > 1 and sum(s.stop - s.start for s in rows.spans) <= GATHER_ROWS_PER_SPAN * len(rows.spans)
+    return (
+        not torch.is_grad_enabled()
+        and len(rows.spans) > 1
+        and sum(s.stop - s.start for s in rows.spans) <= GATHER_ROWS_PER_SPAN * len(rows.spans)
+    )
 
 
 def by_span(y: Tensor, rows: Any, edit: Callable[[Any], Tensor]) -> Tensor:
@@ -48,33 +53,42 @@ def by_span(y: Tensor, rows: Any, edit: Callable[[Any], Tensor]) -> Tensor:
     return torch.cat([*parts, y[at:]])
 
 
-# ---- LoRA ---------------------------------------------------------------------------------------------------------------------------------
+# ---- LoRA ----
 
 
 def lora(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
     """y = base(x) + (x Aᵀ) Bᵀ on each span; A [R, I], B [O, R] with the scaling folded in. The product BA is never formed."""
-    y_TO = base(x_TI)
     if gathers(rows):
+        y_TO = base(x_TI)
         where, slots = rows.touched
         shrunk = torch.bmm(packs.stacked("A")[slots], x_TI[where].unsqueeze(-1))
         y_TO[where] += torch.bmm(packs.stacked("B")[slots], shrunk).squeeze(-1)
         return y_TO
     factors = [t for p in packs.items for t in (p.tensors["A"], p.tensors["B"])]
-    return _LoraSpans.apply(x_TI, y_TO, rows, tuple(p.dropout for p in packs.items), base.site, *factors)
+    return _LoraSpans.apply(x_TI, None if base.plain else base(x_TI), base, rows, tuple(p.dropout for p in packs.items), *factors)
 
 
 class _LoraSpans(torch.autograd.Function):
-    """In place on y. Saved: x (which the base's linear shares), A, B and the R-wide x Aᵀ; dropout masks are drawn again in the backward."""
+    """LoRA on a frozen linear layer. Where y is None the layer itself runs in here, so that the backward forms dX = dY W + (dY B) A in
+    one buffer;
+    where other edits stand between, y is their result and is added to in place.
+
+    Saved: x, A, B and the R-wide x Aᵀ; dropout masks are drawn again in the backward. W's gradient is never formed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, y_TO: Tensor, rows: Any, dropouts: Sequence[float], site: int, *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, y_TO: Tensor | None, base: Any, rows: Any, dropouts: Sequence[float], *factors: Tensor) -> Tensor:
+        ctx.base = base if y_TO is None else None
+        if y_TO is None:
+            y_TO = base(x_TI)
+        else:
+            ctx.mark_dirty(y_TO)
         shrunk = []
         for span in rows.spans:
             A, B = factors[2 * span.slot], factors[2 * span.slot + 1]
-            shrunk.append(dropout(x_TI[span.start : span.stop], dropouts[span.slot], span.seed, site) @ A.T)
+            shrunk.append(dropout(x_TI[span.start : span.stop], dropouts[span.slot], span.seed, base.site) @ A.T)
             y_TO[span.start : span.stop].addmm_(shrunk[-1], B.T)
-        ctx.mark_dirty(y_TO)
-        ctx.rows, ctx.dropouts, ctx.site = rows, dropouts, site
+        ctx.rows, ctx.dropouts, ctx.site = rows, dropouts, base.site
         ctx.save_for_backward(x_TI, *factors, *shrunk)
         return y_TO
 
@@ -83,7 +97,9 @@ class _LoraSpans(torch.autograd.Function):
         x_TI, *saved = ctx.saved_tensors
         factors, shrunk = saved[: -len(ctx.rows.spans)], saved[-len(ctx.rows.spans) :]
         grads: list[Tensor | None] = [None] * len(factors)
-        dx_TI = torch.zeros_like(x_TI) if ctx.needs_input_grad[0] else None
+        dx_TI = None
+        if ctx.needs_input_grad[0]:
+            dx_TI = torch.zeros_like(x_TI) if ctx.base is None else dy_TO @ ctx.base.weight_OI
         for span, t_R in zip(ctx.rows.spans, shrunk, strict=True):
             a, p = 2 * span.slot, ctx.dropouts[span.slot]
             A, B = factors[a], factors[a + 1]
@@ -95,10 +111,10 @@ class _LoraSpans(torch.autograd.Function):
                 grads[a + 1] = _add(grads[a + 1], dy.T @ t_R)
             if dx_TI is not None:
                 if p and span.seed is not None:
-                    dx_TI[span.start : span.stop] = dropout(dt @ A, p, span.seed, ctx.site)
+                    dx_TI[span.start : span.stop] += dropout(dt @ A, p, span.seed, ctx.site)
                 else:
-                    torch.mm(dt, A, out=dx_TI[span.start : span.stop])
-        return dx_TI, dy_TO, None, None, None, *grads
+                    dx_TI[span.start : span.stop].addmm_(dt, A)
+        return dx_TI, dy_TO if ctx.base is None else None, None, None, None, *grads
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
@@ -129,17 +145,19 @@ def dora(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
 
 
 def lora_embedding(ids_T: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
-    """y = base(ids) + Aᵀ[ids] Bᵀ; A [R, V], B [O, R] scaled. Dropout does not apply to token ids (as in peft)."""
+    """y = base(ids) + e · Aᵀ[ids] Bᵀ; A [R, V], B [O, R] scaled; e: the embedding's own factor. Dropout does not apply to token ids (as
+    in peft)."""
     y_TO = base(ids_T)
 
     def edit(span: Any) -> Tensor:
         tensors = packs.items[span.slot].tensors
-        return y_TO[span.start : span.stop] + F.embedding(ids_T[span.start : span.stop], tensors["A"].T) @ tensors["B"].T
+        added = F.embedding(ids_T[span.start : span.stop], tensors["A"].T) @ tensors["B"].T
+        return y_TO[span.start : span.stop] + (added * base.row_scale).to(y_TO.dtype)
 
     return by_span(y_TO, rows, edit)
 
 
-# ---- IA3 ----------------------------------------------------------------------------------------------------------------------------------
+# ---- IA3 ----
 
 
 def scale_input(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
@@ -161,7 +179,7 @@ def _scale(x: Tensor, packs: Any, rows: Any) -> Tensor:
     return by_span(x, rows, lambda s: (x[s.start : s.stop] * (1.0 + packs.items[s.slot].tensors["g"])).to(x.dtype))
 
 
-# ---- bottleneck adapters ------------------------------------------------------------------------------------------------------------------
+# ---- bottleneck adapters ----
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -202,26 +220,36 @@ def bottleneck(activation: str, parallel: bool) -> Callable[[Tensor, Any, Any, A
     return kernel
 
 
-# ---- modules_to_save ----------------------------------------------------------------------------------------------------------------------
+# ---- modules_to_save ----
 
 
 def replace(x: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
     """y = module(x) computed with the adapter's own copy of the module's parameters, on each span."""
     whole = len(rows.spans) == 1 and rows.spans[0].stop - rows.spans[0].start == rows.total
     y = x if whole else base(x)
-    return by_span(y, rows, lambda s: functional_call(base.module, dict(packs.items[s.slot].tensors), (x[s.start : s.stop],)))
+    return by_span(y, rows, lambda s: base.with_parameters(packs.items[s.slot].tensors, x[s.start : s.stop]))
 
 
-# ---- attention ----------------------------------------------------------------------------------------------------------------------------
+# ---- attention ----
 
 QUERY_BLOCK = 256
 """Queries of one block of the attention's score matrix: bounds memory, and lets causality skip the keys after a block."""
 
 
-def attention(q_BQHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, offset: int, mask_BQS: Tensor | None, scaling: float, softcap: float | None, window: int | None) -> Tensor:
+def attention(
+    q_BQHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGD: Tensor,
+    offset: int,
+    mask_BQS: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
     """softmax(cap(scaling · q kᵀ) + mask) v for B padded sequences with H query heads over G key heads; returns [B, Q, H, D].
 
-    Key j lies at query i's own place where j = i + offset; later keys are never read. window: keys at distance ≥ window are never read either.
+    Key j lies at query i's own place where j = i + offset; later keys are never read. window: keys at distance ≥ window are never read
+    either.
     mask_BQS: False where a key must not be read (padding, gaps); None where offset and window say all. softcap c: c · tanh(x / c).
     Softmax in fp32. The scores are formed again in the backward, block by block, so memory is linear in the length.
     """
@@ -237,7 +265,9 @@ def _blocks(Q: int, S: int, offset: int, window: int | None) -> list[tuple[int, 
     return blocks
 
 
-def _allowed(block: tuple[int, int, int, int], offset: int, mask_BQS: Tensor | None, window: int | None, device: torch.device) -> Tensor | None:
+def _allowed(
+    block: tuple[int, int, int, int], offset: int, mask_BQS: Tensor | None, window: int | None, device: torch.device
+) -> Tensor | None:
     """Which keys a block's queries may read, [B or 1, 1, q, s]; None where all of them."""
     i, j, a, b = block
     if mask_BQS is not None:
@@ -248,7 +278,9 @@ def _allowed(block: tuple[int, int, int, int], offset: int, mask_BQS: Tensor | N
     return ((distance >= 0) if window is None else (distance >= 0) & (distance < window))[None, None]
 
 
-def _probabilities(q_xqD: Tensor, k_xsD: Tensor, allowed: Tensor | None, shape: tuple[int, ...], softcap: float | None) -> tuple[Tensor, Tensor | None]:
+def _probabilities(
+    q_xqD: Tensor, k_xsD: Tensor, allowed: Tensor | None, shape: tuple[int, ...], softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
     """fp32 softmax of one block, [x, q', s] with x = B·G and q' = (H/G)·q; and d cap/dx where there is a cap."""
     scores = torch.bmm(q_xqD, k_xsD.transpose(1, 2)).to(torch.promote_types(q_xqD.dtype, torch.float32))
     slope = None
@@ -264,8 +296,18 @@ class _Attention(torch.autograd.Function):
     """Layouts inside: queries [B·G, (H/G)·q, D], so that the query heads that share keys share one matmul."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, offset: int, mask: Tensor | None, scaling: float, softcap: float | None, window: int | None) -> Tensor:
-        B, Q, H, D = q.shape
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        offset: int,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> Tensor:
+        B, Q, H, _ = q.shape
         G, S = k.shape[2], k.shape[1]
         k_x, v_x = _keys(k), _keys(v)
         out = torch.empty(B, Q, H, v.shape[-1], dtype=v.dtype, device=v.device)
@@ -284,7 +326,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple:
         q, k, v, mask, out = ctx.saved_tensors
         offset, scaling, softcap, window = ctx.config
-        B, Q, H, D = q.shape
+        B, Q, H, _ = q.shape
         G, S = k.shape[2], k.shape[1]
         k_x, v_x = _keys(k), _keys(v)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k_x), torch.zeros_like(v_x)
@@ -324,16 +366,19 @@ def _unqueries(x: Tensor, B: int, H: int) -> Tensor:
     return x.view(B, H, -1, x.shape[-1]).transpose(1, 2)
 
 
-# ---- loss on supervised rows --------------------------------------------------------------------------------------------------------------
+# ---- loss on supervised rows ----
 
 LOSS_ROWS = 1024
 """Rows of logits alive at a time: bounds memory whatever the batch and the vocabulary."""
 
 
-def supervised_loss(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_R: Tensor, scale_R: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+def supervised_loss(
+    hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_R: Tensor, scale_R: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     """(Σ scale · nll, nll_R): the negative log-likelihood of each supervised row's target, nats, fp32.
 
-    Logits are formed LOSS_ROWS at a time, logsumexp in fp32, and the gradient to the hidden states is formed in the forward, while they are at hand. The
+    Logits are formed LOSS_ROWS at a time, logsumexp in fp32, and the gradient to the hidden states is formed in the forward, while they
+    are at hand. The
     head is frozen: nothing flows to weight or bias. Only the sum carries gradients.
     """
     total, nll_R = _SupervisedLoss.apply(hidden_RH, weight_VH, bias_V, target_R, scale_R, softcap)
@@ -342,7 +387,9 @@ def supervised_loss(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None,
 
 class _SupervisedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
         nll = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for a in range(0, len(hidden), LOSS_ROWS):

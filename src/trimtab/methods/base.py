@@ -1,13 +1,16 @@
 """The contract of a PEFT method: a frozen dataclass of hyperparameters and pure functions on dicts of tensors.
 
-Read this file first. A method says *where* it acts (`sites`), what tensors an adapter holds there (`Site.shapes`, in the names and shapes of
+Read this file first. A method says *where* it acts (`sites`), what tensors an adapter holds there (`Site.shapes`, in the names and
+shapes of
 `peft`'s files), how they start (`init`), and how they become what the mixed forward runs (`pack`). Two kinds only:
 
-- an *edit* acts around one module of the base, row by row. `pack` returns a `Packed`: a kernel of `trimtab.ops` and its tensors. Edits of many
+- an *edit* acts around one module of the base, row by row. `pack` returns a `Packed`: a kernel of `trimtab.ops` and its tensors. Edits
+of many
   adapters that share a kernel run together on one flat batch; a kernel sees spans of rows, never a rank or an alpha.
 - a *prefix* puts keys and values before token 0. `prefix` returns them, or embeddings from which the base computes them.
 
-A class that sets `peft_type` registers itself, and with that trains, co-trains, saves, is served mixed, appears in the CLI and is run by the laws.
+A class that sets `peft_type` registers itself, and with that trains, co-trains, saves, is served mixed, appears in the CLI and is run by
+the laws.
 
 Dimensions: T rows of a flat batch, I input features, O output features, r rank, N virtual tokens, L layers, V vocabulary.
 """
@@ -22,7 +25,7 @@ from typing import Any, ClassVar, Protocol, Self, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.errors import ConfigError, NotMergeable, nearest
 from trimtab.spec import Spec
@@ -35,8 +38,11 @@ Params = Mapping[str, Tensor]
 class Site:
     """One place in the base where a method acts.
 
-    name: the module's path in the base ("" for prefixes). shapes: the tensors that an adapter holds here, named as peft names them after the module.
-    rank and scaling: LoRA's, which patterns may set module by module. saved: a whole module trained in full (`modules_to_save`).
+    name: the module's path in the base ("" for prefixes). shapes: the tensors that an adapter holds here, named as peft names them after
+    the module.
+    rank and scaling: LoRA's, which patterns may set module by module. saved: a whole module trained in full (`modules_to_save`), in the
+    shapes in
+    which the base keeps it; transposed where those are (in, out), as GPT-2's are.
     """
 
     name: str
@@ -45,6 +51,7 @@ class Site:
     scaling: float = 1.0
     feedforward: bool = False
     saved: bool = False
+    transposed: bool = False
 
     def key(self, tensor: str) -> str:
         """The tensor's name within an adapter: the peft file's key without its "base_model.model." prefix."""
@@ -53,7 +60,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Span:
-    """Rows start..stop of a flat batch that share an adapter: slot `slot` of the packs beside it. seed: set while training, drives dropout."""
+    """Rows start..stop of a flat batch that share an adapter: slot `slot` of the packs beside it. seed: set while training, drives
+    dropout."""
 
     start: int
     stop: int
@@ -89,18 +97,22 @@ class Packed:
 
 
 class Around(Protocol):
-    """The base's module as an edit sees it: call it for all rows, read its weight as (O, I) and its bias."""
+    """The base's module as an edit sees it: call it for all rows, read its weight as (O, I) and its bias, call it with other parameters.
+    plain: calling it runs the frozen module alone, no other edit before it."""
 
-    module: nn.Module
     weight_OI: Tensor
     bias_O: Tensor | None
+    row_scale: Tensor | float
     site: int
+    plain: bool
 
     def __call__(self, x_TI: Tensor) -> Tensor: ...
+    def with_parameters(self, parameters: Mapping[str, Tensor], x_TI: Tensor) -> Tensor: ...
 
 
 class Packs(Protocol):
-    """The packed edits of the adapters of one batch at one site; all share a kernel. `stacked` pads to a common shape: name -> [slots, ...]."""
+    """The packed edits of the adapters of one batch at one site; all share a kernel. `stacked` pads to a common shape: name -> [slots,
+    ...]."""
 
     items: Sequence[Packed]
 
@@ -124,8 +136,8 @@ class Prefix:
 class BaseView(Protocol):
     """What an initialiser may ask of a base: shapes, weights, token ids, embeddings, and the keys and values of a text."""
 
-    spec: Spec
-
+    @property
+    def spec(self) -> Spec: ...
     def weight_OI(self, name: str) -> Tensor: ...
     def parameters_of(self, name: str) -> dict[str, Tensor]: ...
     def encode(self, text: str) -> list[int]: ...
@@ -139,7 +151,8 @@ METHODS: dict[str, type[Method]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Base of all methods. Fields are hyperparameters under peft's names; a wrong type, value or name raises ConfigError that lists every finding."""
+    """Base of all methods. Fields are hyperparameters under peft's names; a wrong type, value or name raises ConfigError that lists
+    every finding."""
 
     peft_type: ClassVar[str] = ""
     name: ClassVar[str] = ""
@@ -233,7 +246,8 @@ def _type_problems(method: Method) -> list[str]:
 class TargetedMethod(Method):
     """A method that acts on modules chosen by name, the way peft chooses them.
 
-    target_modules: a string is a regular expression that must match the whole name ("all-linear": every linear but the output head); each name of a
+    target_modules: a string is a regular expression that must match the whole name ("all-linear": every linear but the output head);
+    each name of a
     list matches exactly or as the last dotted part. None: the family's default. exclude_modules: likewise, taken away.
     modules_to_save: modules trained in full, as their own copy.
     """

@@ -4,7 +4,8 @@ He et al. 2021 (arXiv:2110.04366).
     y = h' + s · (U f(D h + d) + u)       houlsby, pfeiffer: h = h' = the sub-layer's output, before the residual addition
                                           parallel: h = the MLP's input, h' = the MLP's output
 
-D [b, H] normal(0.02), d zero; U [H, b] zero and u zero, so that a fresh adapter is the base. b = max(1, H // reduction_factor), f a non-linearity.
+D [b, H] normal(0.02), d zero; U [H, b] zero and u zero, so that a fresh adapter is the base. b = max(1, H // reduction_factor), f a
+non-linearity.
 Houlsby acts after attention and after the MLP of each layer, Pfeiffer after the MLP, parallel beside the MLP.
 The non-linearity lies between the two matrices, so the adapter cannot be folded into a weight. Dimensions: H hidden, b bottleneck.
 """
@@ -31,7 +32,8 @@ VARIANTS = ("houlsby", "pfeiffer", "parallel")
 class BottleneckConfig(Method):
     """Hyperparameters, under AdapterHub's names.
 
-    variant: houlsby, pfeiffer or parallel. reduction_factor: hidden size over bottleneck size. non_linearity: relu, gelu, silu, tanh, leakyrelu,
+    variant: houlsby, pfeiffer or parallel. reduction_factor: hidden size over bottleneck size. non_linearity: relu, gelu, silu, tanh,
+    leakyrelu,
     sigmoid, linear. scaling: s. dropout: on the bottleneck's activations, in [0, 1). layers_to_transform: indices of the layers to act on.
     """
 
@@ -52,7 +54,9 @@ class BottleneckConfig(Method):
         if self.variant not in VARIANTS:
             found.append(f"variant = {self.variant!r}{nearest(self.variant, VARIANTS)}: one of {', '.join(VARIANTS)}")
         if self.non_linearity not in ops.ACTIVATIONS:
-            found.append(f"non_linearity = {self.non_linearity!r}{nearest(self.non_linearity, ops.ACTIVATIONS)}: one of {', '.join(ops.ACTIVATIONS)}")
+            found.append(
+                f"non_linearity = {self.non_linearity!r}{nearest(self.non_linearity, ops.ACTIVATIONS)}: one of {', '.join(ops.ACTIVATIONS)}"
+            )
         if not 0 < self.reduction_factor < math.inf:
             found.append(f"reduction_factor = {self.reduction_factor}: must be a finite number above 0")
         if not math.isfinite(self.scaling) or self.scaling == 0:
@@ -94,7 +98,9 @@ class BottleneckConfig(Method):
         return Packed(_kernel(self.non_linearity, self.variant == "parallel"), tensors, self.dropout)
 
     def merge(self, site: Site, weight_OI: Tensor, bias_O: Tensor | None, params: Params) -> tuple[Tensor, Tensor | None]:
-        raise NotMergeable(f"a bottleneck adapter has a non-linearity ({self.non_linearity}) between its matrices, so it cannot be folded into a weight")
+        raise NotMergeable(
+            f"a bottleneck adapter has a non-linearity ({self.non_linearity}) between its matrices, so it cannot be folded into a weight"
+        )
 
 
 @lru_cache

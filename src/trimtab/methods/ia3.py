@@ -17,7 +17,7 @@ from torch import Tensor
 from trimtab import ops
 from trimtab.errors import ConfigError
 from trimtab.methods.base import BaseView, Method, Packed, Params, Site, TargetedMethod
-from trimtab.methods.targets import matches, saved_sites, select, unmatched
+from trimtab.methods.targets import matches, merge_saved, saved_sites, select, unmatched
 from trimtab.spec import Spec
 
 
@@ -45,13 +45,15 @@ class IA3Config(TargetedMethod):
         stray = [m.name for m in spec.modules.values() if matches(m.name, feedforward) and m.name not in {t.name for t in modules}]
         if self.feedforward_modules is not None and stray and self.exclude_modules is None:
             problems.append(f"feedforward_modules names {stray[0]!r}, which target_modules does not")
+        saved = saved_sites(spec, self.modules_to_save)
+        problems += [f"{s.name} is both in target_modules and in modules_to_save" for s in saved if s.name in {m.name for m in modules}]
         if problems:
             raise ConfigError(f"IA3 cannot attach to this {spec.model_type} base", problems=problems)
         sites = []
         for m in modules:
             ff = matches(m.name, feedforward)
             sites.append(Site(m.name, {"ia3_l": (1, m.in_features) if ff else (m.out_features, 1)}, feedforward=ff))
-        return sites + saved_sites(spec, self.modules_to_save)
+        return sites + saved
 
     def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:
         return base.parameters_of(site.name) if site.saved else {"ia3_l": torch.ones(site.shapes["ia3_l"])}
@@ -64,7 +66,7 @@ class IA3Config(TargetedMethod):
 
     def merge(self, site: Site, weight_OI: Tensor, bias_O: Tensor | None, params: Params) -> tuple[Tensor, Tensor | None]:
         if site.saved:
-            return params["weight"].float(), params["bias"].float() if "bias" in params else None
+            return merge_saved(site, params)
         l_shape = params["ia3_l"].float()  # (1, I) or (O, 1): broadcasts over W [O, I] as it is
         bias = None if bias_O is None else bias_O.float() * (1.0 if site.feedforward else l_shape.flatten())
         return weight_OI.float() * l_shape, bias

@@ -3,7 +3,8 @@ configuration of DoRA, whose mathematics is in `dora.py`.
 
     y = W x + b + s · B (A dropout(x))        s = lora_alpha / r, or lora_alpha / √r with use_rslora
 
-W [O, I] frozen; A [r, I] kaiming-uniform(a=√5); B [O, r] zero. On an embedding: y = E[t] + s · Aᵀ[t] Bᵀ with A [r, V] zero, B [H, r] normal.
+W [O, I] frozen; A [r, I] kaiming-uniform(a=√5); B [O, r] zero. On an embedding: y = E[t] + s · Aᵀ[t] Bᵀ with A [r, V] zero, B [H, r]
+normal.
 Dimensions: I in, O out, r rank, V vocabulary, H hidden.
 """
 
@@ -20,7 +21,7 @@ from trimtab import ops
 from trimtab.errors import ConfigError
 from trimtab.methods import dora
 from trimtab.methods.base import BaseView, Method, Packed, Params, Site, TargetedMethod
-from trimtab.methods.targets import pattern_value, saved_sites, select
+from trimtab.methods.targets import merge_saved, pattern_value, regex_problem, saved_sites, select
 from trimtab.spec import Module, Spec
 
 MAX_RANK = 4096
@@ -59,6 +60,8 @@ class LoraConfig(TargetedMethod):
         found = [f"{k} = {v}: a rank is at least 1 and at most {MAX_RANK}" for k, v in ranks.items() if not 1 <= v <= MAX_RANK]
         alphas = {"lora_alpha": self.lora_alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
         found += [f"{k} = {v}: must be a finite number above 0" for k, v in alphas.items() if v is not None and not (0 < v < math.inf)]
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        found += [f"{option}: {key!r} {problem}" for option, keys in patterns.items() for key in keys if (problem := regex_problem(key))]
         if not 0.0 <= self.lora_dropout < 1.0:
             found.append(f"lora_dropout = {self.lora_dropout}: must be in [0, 1)")
         return found
@@ -81,12 +84,20 @@ class LoraConfig(TargetedMethod):
             kinds=("linear", "conv1d") if self.use_dora else ("linear", "conv1d", "embedding"),
         )
         sites = [self._site(m) for m in modules]
-        problems = [f"{s.name}: rank {s.rank} is above its smaller side {_smaller_side(spec.modules[s.name])}" for s in sites if s.rank > _smaller_side(spec.modules[s.name])]
+        problems = [
+            f"{s.name}: rank {s.rank} is above its smaller side {_smaller_side(spec.modules[s.name])}"
+            for s in sites
+            if s.rank > _smaller_side(spec.modules[s.name])
+        ]
         saved = saved_sites(spec, self.modules_to_save)
         problems += [f"{s.name} is both in target_modules and in modules_to_save" for s in saved if s.name in {m.name for m in modules}]
         if problems:
             shown = problems[:8] + ([f"… and {len(problems) - 8} more"] if len(problems) > 8 else [])
-            raise ConfigError(f"LoRA cannot attach to this {spec.model_type} base", problems=shown, fix="lower r or rank_pattern, or exclude these modules")
+            raise ConfigError(
+                f"LoRA cannot attach to this {spec.model_type} base",
+                problems=shown,
+                fix="lower r or rank_pattern, or exclude these modules",
+            )
         return sites + saved
 
     def _site(self, module: Module) -> Site:
@@ -124,7 +135,7 @@ class LoraConfig(TargetedMethod):
 
     def merge(self, site: Site, weight_OI: Tensor, bias_O: Tensor | None, params: Params) -> tuple[Tensor, Tensor | None]:
         if site.saved:
-            return params["weight"].float(), params["bias"].float() if "bias" in params else None
+            return merge_saved(site, params)
         A, B = _factors(params)
         delta_OI = site.scaling * (B.float() @ A.float())
         if "lora_embedding_A" in params:
@@ -132,7 +143,7 @@ class LoraConfig(TargetedMethod):
         merged = weight_OI.float() + delta_OI
         if self.use_dora:
             merged = dora.merge(merged, params["lora_magnitude_vector"])
-        return merged, None if bias_O is None else bias_O.float()
+        return merged, None if bias_O is None else bias_O.float().clone()
 
 
 def _factors(params: Params) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,10 @@
 
     in each layer: softmax(q [K_P; K]ᵀ) [V_P; V]        K_P, V_P [N, kv_heads, head_dim] learned
 
-Prefix keys are used as stored, not rotated; real tokens are at positions N, N+1, …. Saved as peft does: `prompt_embeddings` [N, 2·L·kv_heads·head_dim],
-for each token layer by layer, key then value. The optional reparametrisation MLP (embedding → tanh → keys and values) is a training-time aid:
-only its flattened output is saved. Starts from the keys and values of a text ("TEXT": FACTS say that this more than doubles the score), zero, or normal.
+Prefix keys are used as stored, not rotated; real tokens are at positions N, N+1, …. Saved as peft does: `prompt_embeddings`
+[N, 2·L·kv_heads·D], for each token layer by layer, key then value. The optional reparametrisation MLP (embedding → tanh → keys and values) is
+a training-time aid: only its output is saved. Starts from the keys and values of a text ("TEXT", which in peft's own comparison more than
+doubles the score of a random start), zero, or normal.
 Dimensions: N virtual tokens, L layers, D head_dim, H MLP's hidden size.
 """
 
@@ -31,7 +32,8 @@ DEFAULT_TEXT = "Read the request with care and answer it briefly, in the form th
 class PrefixTuningConfig(Method):
     """num_virtual_tokens: N. prefix_init: TEXT, RANDOM or ZERO. prefix_init_text: the text of TEXT, repeated or cut to N tokens.
 
-    prefix_projection: train through the MLP, of hidden size encoder_hidden_size (None: the width of one layer's keys); it has its own random start.
+    prefix_projection: train through the MLP, of hidden size encoder_hidden_size (None: the width of one layer's keys); it has its own
+    random start.
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
@@ -80,7 +82,9 @@ class PrefixTuningConfig(Method):
         shape = site.shapes["prompt_embeddings"]
         if self.prefix_init == "TEXT":
             keys_LNHD, values_LNHD = base.kv(fit(base.encode(self.prefix_init_text), self.num_virtual_tokens, "prefix_init_text"))
-            return {"prompt_embeddings": torch.stack([keys_LNHD, values_LNHD], 1).float().flatten(3).permute(2, 0, 1, 3).reshape(shape).cpu()}
+            return {
+                "prompt_embeddings": torch.stack([keys_LNHD, values_LNHD], 1).float().flatten(3).permute(2, 0, 1, 3).reshape(shape).cpu()
+            }
         flat = torch.zeros(shape)
         return {"prompt_embeddings": flat if self.prefix_init == "ZERO" else flat.normal_(generator=generator)}
 

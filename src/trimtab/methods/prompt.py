@@ -2,8 +2,10 @@
 
     the base reads [P; E[t_0], E[t_1], …]        P [N, H] learned, real tokens at positions N, N+1, …
 
-P's keys and values do not depend on the tokens after it, so this is a prefix that the base computes from P: once for each adapter and step in training,
-once for each load in serving. P starts as embeddings of random vocabulary entries ("SAMPLE_VOCAB"), of a text ("TEXT"), or normal(0, 1) ("RANDOM").
+P's keys and values do not depend on the tokens after it, so this is a prefix that the base computes from P: once for each adapter and
+step in training,
+once for each load in serving. P starts as embeddings of random vocabulary entries ("SAMPLE_VOCAB"), of a text ("TEXT"), or normal(0, 1)
+("RANDOM").
 Dimensions: N virtual tokens, H hidden.
 """
 
@@ -24,7 +26,8 @@ INITS = ("SAMPLE_VOCAB", "TEXT", "RANDOM")
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuningConfig(Method):
-    """num_virtual_tokens: N. prompt_tuning_init: SAMPLE_VOCAB, TEXT or RANDOM. prompt_tuning_init_text: the text of TEXT, repeated or cut to N tokens."""
+    """num_virtual_tokens: N. prompt_tuning_init: SAMPLE_VOCAB, TEXT or RANDOM. prompt_tuning_init_text: the text of TEXT, repeated or
+    cut to N tokens."""
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     name: ClassVar[str] = "prompt"
@@ -39,7 +42,9 @@ class PromptTuningConfig(Method):
         if self.num_virtual_tokens < 1:
             found.append(f"num_virtual_tokens = {self.num_virtual_tokens}: must be at least 1")
         if self.prompt_tuning_init not in INITS:
-            found.append(f"prompt_tuning_init = {self.prompt_tuning_init!r}{nearest(self.prompt_tuning_init, INITS)}: one of {', '.join(INITS)}")
+            found.append(
+                f"prompt_tuning_init = {self.prompt_tuning_init!r}{nearest(self.prompt_tuning_init, INITS)}: one of {', '.join(INITS)}"
+            )
         if self.prompt_tuning_init == "TEXT" and not (self.prompt_tuning_init_text or "").strip():
             found.append("prompt_tuning_init = 'TEXT' needs prompt_tuning_init_text")
         return found
@@ -80,4 +85,6 @@ def fit(ids: list[int], length: int, option: str) -> list[int]:
 def room_for(virtual_tokens: int, spec: Spec) -> None:
     """ConfigError where the virtual tokens leave no position for a real one."""
     if virtual_tokens >= spec.max_positions:
-        raise ConfigError(f"num_virtual_tokens = {virtual_tokens}: this base has {spec.max_positions} positions, and real tokens need some of them")
+        raise ConfigError(
+            f"num_virtual_tokens = {virtual_tokens}: this base has {spec.max_positions} positions, and real tokens need some of them"
+        )

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
+from torch import Tensor
+
 from trimtab.errors import ConfigError, nearest
-from trimtab.methods.base import Site
+from trimtab.methods.base import Params, Site
 from trimtab.spec import Module, Spec
 
 N = TypeVar("N", int, float)
 
 
 def matches(name: str, wanted: str | Sequence[str]) -> bool:
-    """peft's rule: a string is a regular expression for the whole name; a list's entries match exactly or as a dotted suffix."""
+    """peft's rule: a string is a regular expression for the whole name; a list's entries match exactly or as a dotted suffix.
+
+    A string that is no regular expression matches nothing; `unmatched` says what is wrong with it.
+    """
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return regex_problem(wanted) is None and re.fullmatch(wanted, name) is not None
     return any(name == w or name.endswith("." + w) for w in wanted)
 
 
@@ -31,25 +37,34 @@ def select(
 ) -> list[Module]:
     """The modules that `targets` name, in the base's order. layers: keep these layer indices only. kinds: what the method can act on.
 
-    ConfigError lists every name that matches nothing (one bad name among good ones too), every module of a kind that the method cannot take.
+    ConfigError lists every name that matches nothing (one bad name among good ones too), every module of a kind that the method cannot
+    take.
     """
+    problems = unmatched(spec, targets, option) + (unmatched(spec, excluded, "exclude_modules") if excluded else [])
     if targets == "all-linear":
         chosen = [spec.modules[name] for name in spec.linears]
     else:
         chosen = [m for m in spec.modules.values() if matches(m.name, targets)]
-    problems = unmatched(spec, targets, option) + (unmatched(spec, excluded, "exclude_modules") if excluded else [])
     wrong_kind = [m for m in chosen if m.kind not in set(kinds)]
     problems += [f"{option}: {m.name} is a {m.kind} layer; this method takes {', '.join(kinds)}" for m in wrong_kind[:8]]
     if excluded:
         chosen = [m for m in chosen if not matches(m.name, excluded)]
     if layers is not None:
         wanted = {layers} if isinstance(layers, int) else set(layers)
-        problems += [f"layers_to_transform: layer {i} does not exist; there are 0..{spec.num_layers - 1}" for i in sorted(wanted) if not 0 <= i < spec.num_layers]
+        problems += [
+            f"layers_to_transform: layer {i} does not exist; there are 0..{spec.num_layers - 1}"
+            for i in sorted(wanted)
+            if not 0 <= i < spec.num_layers
+        ]
         chosen = [m for m in chosen if m.layer in wanted]
     if not problems and not chosen:
         problems = [f"{option} = {targets!r} leaves no module after exclude_modules and layers_to_transform"]
     if problems:
-        raise ConfigError(f"cannot attach to this {spec.model_type} base", problems=problems, fix=f"names there are: {', '.join(short_names(spec, kinds))}")
+        raise ConfigError(
+            f"cannot attach to this {spec.model_type} base",
+            problems=problems,
+            fix=f"names there are: {', '.join(short_names(spec, kinds))}",
+        )
     return chosen
 
 
@@ -58,12 +73,27 @@ def unmatched(spec: Spec, wanted: str | Sequence[str], option: str) -> list[str]
     if wanted == "all-linear":
         return []
     if isinstance(wanted, str):
-        try:
-            re.compile(wanted)
-        except re.error as e:
-            return [f"{option} = {wanted!r} is not a regular expression: {e}"]
-        return [] if any(matches(m, wanted) for m in spec.modules) else [f"{option}: {wanted!r} matches no module's whole name{nearest(wanted, short_names(spec))}"]
-    return [f"{option}: {w!r} matches no module{nearest(w, short_names(spec))}" for w in wanted if not any(matches(m, [w]) for m in spec.modules)]
+        if problem := regex_problem(wanted):
+            return [f"{option} = {wanted!r} {problem}"]
+        return (
+            []
+            if any(matches(m, wanted) for m in spec.modules)
+            else [f"{option}: {wanted!r} matches no module's whole name{nearest(wanted, short_names(spec))}"]
+        )
+    return [
+        f"{option}: {w!r} matches no module{nearest(w, short_names(spec))}"
+        for w in wanted
+        if not any(matches(m, [w]) for m in spec.modules)
+    ]
+
+
+def regex_problem(pattern: str) -> str | None:
+    """What is wrong with a regular expression, or None."""
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        return f"is not a regular expression: {e}"
+    return None
 
 
 def short_names(spec: Spec, kinds: Iterable[str] | None = None) -> list[str]:
@@ -77,9 +107,22 @@ def saved_sites(spec: Spec, names: Sequence[str] | None) -> list[Site]:
     if not names:
         return []
     chosen = select(spec, names, kinds=("linear", "conv1d", "embedding", "norm"), option="modules_to_save")
-    return [Site(m.name, dict(m.parameters), saved=True) for m in chosen]
+    return [Site(m.name, dict(m.parameters), saved=True, transposed=m.kind == "conv1d") for m in chosen]
+
+
+def merge_saved(site: Site, params: Params) -> tuple[Tensor, Tensor | None]:
+    """The module's trained copy in the place of its weight, (O, I) as `Method.merge` gives it, and of its bias."""
+    weight = params["weight"].float().clone()
+    return weight.T if site.transposed else weight, params["bias"].float().clone() if "bias" in params else None
 
 
 def pattern_value(pattern: Mapping[str, N], name: str, default: N) -> N:
     """peft's rule for rank_pattern and alpha_pattern: the first key for which the name ends in a match, else the default."""
-    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((v for key, v in pattern.items() if _ending(key).match(name)), default)
+
+
+@lru_cache(
+    maxsize=8192
+)  # re's own cache holds 512: a table with an entry for each module of a large base would compile each one anew for each
+def _ending(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor
 from trimtab.errors import ConfigError
 from trimtab.methods import METHODS
 from trimtab.methods.base import Method, Site
+from trimtab.store.folder import read_folder, write_folder
+from trimtab.store.merge import MergeReport, merge_into
 
 if TYPE_CHECKING:
     from trimtab.model import Base
@@ -19,11 +23,13 @@ class Adapter:
     """One adapter on one base. Two adapters are equal only if they are the same object, so that an adapter can key what is packed from it.
 
     params: tensors by `Site.key`, fp32, on the base's device. info: what `trimtab.json` says beside them (empty for a fresh adapter).
+    verified: False where it was loaded from a folder whose trimtab.json is missing or names no base: only names and shapes are checked.
     """
 
-    def __init__(self, base: Base, method: Method, params: dict[str, Tensor], *, info: dict[str, Any] | None = None):
-        self.base, self.method, self.params, self.info = base, method, params, info or {}
-        self.sites: list[Site] = method.sites(base.spec)
+    def __init__(self, base: Base, method: Method, params: dict[str, Tensor], *, info: dict[str, Any] | None = None, verified: bool = True):
+        self.base, self.method, self.info, self.verified = base, method, info or {}, verified
+        self.params: Mapping[str, Tensor] = params
+        self.sites: Sequence[Site] = method.sites(base.spec)
 
     @classmethod
     def create(cls, base: Base, method: Method, *, seed: int = 0) -> Adapter:
@@ -36,6 +42,23 @@ class Adapter:
             for name, tensor in method.init(site, base, generator).items():
                 params[site.key(name)] = tensor.to(base.device, torch.float32)
         return cls(base, method, params)
+
+    @classmethod
+    def load(cls, folder: str | Path, base: Base) -> Adapter:
+        """Load an adapter folder, ours or peft's, onto a base. AdapterError with every finding where it is not there or is refused."""
+        method, params, info, verified = read_folder(folder, base)
+        return cls(base, method, {k: t.to(base.device) for k, t in params.items()}, info=info, verified=verified)
+
+    def save(self, folder: str | Path, run: Mapping[str, Any] | None = None) -> Path:
+        """Write peft's two files and trimtab.json; an adapter that is there already is replaced in one step. Returns the folder.
+
+        run: what to record of how it was trained (settings, metrics, the data's digest). AdapterError where the folder holds other files.
+        """
+        return write_folder(folder, self.method, self.params, self.base, run)
+
+    def merge_into(self, folder: str | Path) -> MergeReport:
+        """Write the base with this adapter folded into its weights as a model folder; NotMergeable, nothing left, where that cannot be."""
+        return merge_into(self, folder)
 
     @property
     def num_parameters(self) -> int:

@@ -1,0 +1,205 @@
+"""A base's chat template and tokenizer, as training and serving need them: render, find the assistant's turns, let no content forge one.
+
+The spans are found by rendering, never by markers. For an assistant turn j of messages m:
+
+    prompt_j = render(m[:j], with the generation prompt)      what a server feeds the model
+    upto_j   = render(m[:j+1])                                the same and the answer
+    whole    = render(m)
+
+If prompt_j starts upto_j and upto_j starts whole (a closing token apart), the turn is exactly the characters between. If not, the template
+rewrites earlier turns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+
+from trimtab.errors import DataError
+
+Ids = list[int]
+Message = dict[str, str]
+
+_NO_TEMPLATE_FIX = "use an instruction-tuned base, or give prompt and completion (they are joined as they are)."
+
+
+class BadRow(Exception):
+    """This conversation or row cannot be used; the text is the reason ("kind: particulars"). Becomes a DataError or a dropped row."""
+
+
+class Template:
+    """A tokenizer and its chat template. Built once for many rows; keeps nothing of them.
+
+    specials: matches the text of any special token. bos: ids that the tokenizer puts before plain text. eos: its end token, if any.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.exists = bool(getattr(tokenizer, "chat_template", None))
+        self.eos: int | None = tokenizer.eos_token_id
+        empty = list(tokenizer("", add_special_tokens=True)["input_ids"])
+        self.bos: Ids = empty[:1] if empty and empty[0] == tokenizer.bos_token_id else []
+        self._special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self._special |= {text: tokenizer.convert_tokens_to_ids(text) for text in tokenizer.all_special_tokens}
+        texts = sorted((text for text in self._special if text.strip()), key=lambda text: (-len(text), text))
+        self.specials = re.compile("|".join(map(re.escape, texts)) if texts else r"(?!)")
+        # An unknown character becomes the unknown token without any special text, so that one id says nothing about forgery.
+        self._control_ids = frozenset(self._special.values()) - {tokenizer.unk_token_id}
+
+    def render(self, messages: Sequence[Message], *, generate: bool) -> str:
+        """The conversation as text; generate: with the prompt for an assistant turn. BadRow where the template refuses it."""
+        if not self.exists:
+            raise DataError("the base has no chat template, and conversations need one", fix=_NO_TEMPLATE_FIX)
+        try:
+            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate))
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise BadRow(f"the chat template refuses it: {error}") from None
+
+    def turn(self, messages: Sequence[Message], index: int, whole: str) -> tuple[int, int]:
+        """The characters of `whole` that are the answer of assistant turn `index`, its end-of-turn token included, blanks after it not.
+
+        BadRow where the template rewrites earlier turns, so that what is trained would not be what is served.
+        """
+        if index == 0:
+            raise BadRow("starts with an assistant turn: there is no prompt to answer")
+        prompt = self.render(messages[:index], generate=True)
+        upto = whole if index == len(messages) - 1 else self.render(messages[: index + 1], generate=False)
+        if not upto.startswith(prompt) or not whole.startswith(prompt):
+            raise BadRow(f"the chat template rewrites earlier turns: what stands before messages[{index}] changes once it is answered")
+        if (stop := self._shared(upto, whole)) is None:
+            raise BadRow(f"the chat template rewrites earlier turns: messages[{index}] changes once more turns follow")
+        return len(prompt), self.end_of_turn(whole, len(prompt), stop)[0]
+
+    def end_of_turn(self, text: str, start: int, stop: int) -> tuple[int, str | None]:
+        """(where the turn text[start:stop] ends, its end-of-turn token): after the first special token behind the answer, else its text."""
+        run: list[re.Match[str]] = []
+        edge = stop
+        for found in reversed(list(self.specials.finditer(text, start, stop))):
+            if text[found.end() : edge].strip():
+                break
+            run, edge = [found, *run], found.start()
+        if not run:
+            return start + len(text[start:stop].rstrip()), None
+        # A blank answer does not part the tokens that open it from those that end it; the last one ends it for sure.
+        end = run[0] if text[start:edge].strip() else run[-1]
+        return end.end(), end[0]
+
+    def _shared(self, upto: str, whole: str) -> int | None:
+        """How much of `upto` starts `whole`, if all but a closing token does (Phi-3 ends conversations with one, not turns); else None."""
+        if whole.startswith(upto):
+            return len(upto)
+        same = next((i for i, (a, b) in enumerate(zip(upto, whole, strict=False)) if a != b), min(len(upto), len(whole)))
+        same = min([same, *(m.start() for m in self.specials.finditer(upto) if m.start() < same < m.end())])
+        return None if self.specials.sub("", upto[same:]).strip() else same
+
+    def refuse_specials(self, text: str, where: str) -> None:
+        """BadRow where content holds the text of a special token: the tokenizer would read it as one, and a user could forge a turn."""
+        if (found := self.specials.search(text)) is not None:
+            raise BadRow(f"special token in the content: {where} holds {found[0]!r}, which this tokenizer reads as a control token")
+
+    def is_forged(self, text: str, ids: Ids) -> bool:
+        """Whether `ids` hold more or fewer control tokens than `text` spells out: a normaliser made one out of look-alike characters."""
+        spelt = sum(self._special[found[0]] in self._control_ids for found in self.specials.finditer(text))
+        return sum(i in self._control_ids for i in ids) != spelt
+
+    def ids_of(self, texts: Sequence[str]) -> list[Ids]:
+        """Each text's ids, with nothing added."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        return [list(ids) for ids in encoded["input_ids"]]
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def check_conversation(self, messages: Sequence[Message]) -> None:
+        """BadRow where the content of a message holds a special token's text."""
+        for i, message in enumerate(messages):
+            self.refuse_specials(message["content"], f"messages[{i}] ({message['role']})")
+
+    def prompt_ids(self, messages: Sequence[Message]) -> Ids:
+        """The ids that ask for the next assistant turn. BadRow where the template or `check_conversation` refuses the messages."""
+        self.check_conversation(messages)
+        return self.ids_of([self.render(messages, generate=True)])[0]
+
+
+def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> Ids:
+    """The ids that ask for the next assistant turn: what evaluation and serving feed the model, and what training saw before the answer.
+
+    Raises DataError where the template refuses the conversation, a message holds a special token's text, or there is no template.
+    """
+    try:
+        return Template(tokenizer).prompt_ids(messages)
+    except BadRow as bad:
+        raise DataError(f"the conversation cannot be used: {bad}") from None
+
+
+def end_of_turn_id(tokenizer: Any) -> int | None:
+    """The token that ends an assistant turn, on which generation must stop: the template's, else the tokenizer's end token, else None."""
+    template = Template(tokenizer)
+    try:
+        end = _probe(template)[1]
+    except BadRow:
+        end = None
+    return template.eos if end is None else int(tokenizer.convert_tokens_to_ids(end))
+
+
+def template_warnings(tokenizer: Any) -> list[str]:
+    """What about this tokenizer's template may spoil training, one sentence each; those that start with "note:" need no action."""
+    template = Template(tokenizer)
+    found = []
+    if template.eos is None:
+        found.append("the tokenizer has no end token: nothing teaches an adapter to stop")
+    elif template.eos == tokenizer.pad_token_id:
+        found.append("note: the padding token is the end token; rows are never padded here and the end token is always learnt")
+    if not template.exists:
+        return ["there is no chat template: prompt and completion are joined as they are, and conversations cannot be used", *found]
+    try:
+        prompted, end = _probe(template)
+    except BadRow as bad:
+        return [f"a plain question and answer cannot be rendered: {bad}", *found]
+    if not prompted:
+        found.append("the template has no generation prompt: the assistant's header is supervised as part of each answer")
+    if end is None:
+        found.append(
+            "the template writes no end-of-turn token after an assistant turn: the end token is added after the last turn of each row"
+        )
+    elif tokenizer.convert_tokens_to_ids(end) != template.eos:
+        found.append(
+            f"the template ends turns with {end!r}, which is not the end token {tokenizer.eos_token!r}: generation must stop on both"
+        )
+    twice = [*_TALK, *_TALK]
+    try:
+        whole = template.render(twice, generate=False)
+        for index in (1, 3):
+            template.turn(twice, index, whole)
+    except BadRow as bad:
+        found.append(f"conversations of several turns cannot be supervised turn by turn ({bad}): supervise the last turn only")
+    try:
+        template.render([{"role": "system", "content": "x"}, *_TALK], generate=False)
+    except BadRow as bad:
+        found.append(f"system turns cannot be used: {bad}")
+    if writes_the_date(tokenizer):
+        found.append("the template writes the current date into the prompt: what is trained today differs from what is served tomorrow")
+    return found
+
+
+def writes_the_date(tokenizer: Any) -> bool:
+    """Whether the template reads the clock, so that the same row renders differently another day."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+
+
+_TALK: tuple[Message, Message] = ({"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"})
+
+
+def _probe(template: Template) -> tuple[bool, str | None]:
+    """(whether a generation prompt is written, the end-of-turn token's text) of a plain question and answer."""
+    whole = template.render(_TALK, generate=False)
+    template.turn(_TALK, 1, whole)
+    prompt, bare = (template.render(_TALK[:1], generate=g) for g in (True, False))
+    return prompt != bare, template.end_of_turn(whole, len(prompt), len(whole))[1]

@@ -1,0 +1,53 @@
+"""The command line: one thin file a command, each loaded when it is called, so that `--help` needs no torch.
+
+A user's mistake (`TrimtabError`) is printed with its fix and exits with code 2; anything else is a bug of ours and shows its traceback.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+from trimtab import __version__
+from trimtab.errors import TrimtabError
+
+COMMANDS = {
+    "demo": "Train three adapters together on the bundled base and see what they do.",
+    "doctor": "Say what this machine has, and what to do about what is missing.",
+    "plan": "Parameters, file sizes and memory of any method on any base, without weights.",
+    "train": "Train every variant of a run file together on one frozen base.",
+    "generate": "Answer a prompt with the base or an adapter.",
+    "chat": "Talk to the base or an adapter.",
+    "merge": "Fold an adapter into the base's weights: an ordinary model folder.",
+}
+
+
+class Commands(click.Group):
+    """Loads `trimtab.cli.<name>` when the command is called; turns a user's mistake into exit code 2."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return getattr(import_module(f"trimtab.cli.{name}"), name) if name in COMMANDS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except TrimtabError as e:
+            click.echo(f"{click.style('error:', fg='red', bold=True)} {e}", err=True)
+            ctx.exit(e.exit_code)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="trimtab")
+def main() -> None:
+    """Train small parts that steer a large frozen language model, keep them as verifiable artifacts, run many of them on one base.
+
+    Start with `trimtab demo`.
+    """

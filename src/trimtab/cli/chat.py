@@ -1,0 +1,61 @@
+"""`trimtab chat`"""
+
+from __future__ import annotations
+
+import click
+
+from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, sampling_options
+
+
+@click.command()
+@base_option
+@click.option("--adapter", help="An adapter's folder; the base itself where none is given.")
+@click.option("--system", help="A system message before the conversation.")
+@sampling_options
+@dtype_option
+@device_option
+def chat(base_name, adapter, system, max_new_tokens, temperature, top_p, top_k, seed, dtype, device) -> None:
+    """Talk to the base or to an adapter. An empty line or end of input leaves; /reset begins anew.
+
+    \b
+    Example:
+      trimtab chat --adapter runs/desks/adapters/support-lora
+    """
+    from trimtab.generate import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    base = open_base(base_name, dtype, device)
+    speaker = open_adapter(adapter, base)
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    while text := _ask():
+        if text == "/reset":
+            messages = list(start)
+            continue
+        messages.append({"role": "user", "content": text})
+        ids = base.encode_messages(messages)
+        shown = _Stream(base.tokenizer)
+        new = base.generate_ids([ids], [speaker], sampling, shown)[0]
+        click.echo()
+        messages.append({"role": "assistant", "content": base.tokenizer.decode(new, skip_special_tokens=True)})
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+class _Stream:
+    """Prints an answer as its tokens appear; a character that spans tokens waits until it is whole."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.printed = tokenizer, [], 0
+
+    def __call__(self, _: int, token: int) -> None:
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            click.echo(text[self.printed :], nl=False)
+            self.printed = len(text)

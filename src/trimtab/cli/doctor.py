@@ -1,0 +1,36 @@
+"""`trimtab doctor`"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from trimtab.bases import examine
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Say what this machine has (Python, torch, threads, bf16, device, memory, cache, disk, bundled base) and what to do about what is
+    wrong.
+
+    \b
+    Example:
+      trimtab doctor
+
+    Exits with 1 where something is wrong.
+    """
+    checks = examine()
+    if as_json:
+        click.echo(json.dumps([asdict(c) for c in checks], indent=1))
+    else:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for c in checks:
+            table.add_row("[green]ok[/]" if c.ok else "[red]!![/]", c.name, c.value + (f"\n[yellow]{c.advice}[/]" if c.advice else ""))
+        Console(soft_wrap=True).print(table)
+    ctx.exit(0 if all(c.ok for c in checks) else 1)

@@ -1,0 +1,50 @@
+"""`trimtab generate`"""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, sampling_options
+
+
+@click.command()
+@click.argument("prompts", nargs=-1, required=True)
+@base_option
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    help="An adapter's folder; give several to hear each, in one mixed batch. 'base' is the base itself.",
+)
+@click.option("--system", help="A system message before the prompt.")
+@sampling_options
+@dtype_option
+@device_option
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of {prompt, adapter, text}.")
+def generate(prompts, base_name, adapters, system, max_new_tokens, temperature, top_p, top_k, seed, dtype, device, as_json) -> None:
+    """Answer PROMPTS with the base, or with each --adapter.
+
+    \b
+    Example:
+      trimtab generate --adapter runs/desks/adapters/support-lora "How do I cancel an invoice?"
+
+    Every prompt and every adapter run in one mixed batch.
+    """
+    from trimtab.generate import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    base = open_base(base_name, dtype, device)
+    names = list(adapters) or ["base"]
+    loaded = {n: open_adapter(None if n == "base" else n, base) for n in names}
+    asked = [(p, n) for p in prompts for n in names]
+    ids = base.generate_ids([base.encode_prompt(p, system) for p, _ in asked], [loaded[n] for _, n in asked], sampling)
+    texts = [base.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
+    if as_json:
+        click.echo(json.dumps([{"prompt": p, "adapter": n, "text": t} for (p, n), t in zip(asked, texts, strict=True)], indent=1))
+        return
+    for (p, n), text in zip(asked, texts, strict=True):
+        if len(asked) > 1:
+            click.secho(f"{n}: {p}" if len(prompts) > 1 else n, bold=True)
+        click.echo(text)

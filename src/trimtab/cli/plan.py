@@ -1,0 +1,118 @@
+"""`trimtab plan`: what methods cost on a base, from its architecture alone."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trimtab.methods import Method
+    from trimtab.plan import Architecture, Plan
+
+EXAMPLE = """\b
+Examples:
+  trimtab plan llama-2-7b
+  trimtab plan llama-2-7b --method lora --set r=16 --set 'target_modules=[q_proj, v_proj]'
+  trimtab plan ./my-model/config.json --method prefix -o num_virtual_tokens=50 --json
+"""
+
+
+@click.command(epilog=EXAMPLE)
+@click.argument("base")
+@click.option("--method", metavar="NAME", help="One method: lora, ia3, prompt, prefix, bottleneck, full. Without it: all of them.")
+@click.option("-o", "--set", "fields", multiple=True, metavar="FIELD=VALUE", help="A field of the method, as in a run file. Repeatable.")
+@click.option("--all", "everything", is_flag=True, help="Beside --method, show the other methods at their presets too.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="The base's: float32, bfloat16, float16, or auto (as stored).")
+@click.option(
+    "--batch-tokens",
+    default=4096,
+    show_default=True,
+    help="Tokens of a step, all variants together; or in the KV cache.",
+)
+@click.option("--sequence-length", default=512, show_default=True, help="Tokens of one sequence.")
+@click.option("--variants", default=1, show_default=True, help="Adapters trained, or served, together.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes in bytes.")
+def plan(base: str, method: str | None, fields: tuple[str, ...], everything: bool, as_json: bool, **options: Any) -> None:
+    """Parameters, file sizes and memory of methods on BASE, without its weights.
+
+    BASE is a known shape (llama-2-7b, qwen3-8b, …), the bundled base, a folder or its config.json, a .gguf file, or a hub id.
+    Parameters and file sizes are exact; memory is an estimate. MB and GB are 10^6 and 10^9 bytes.
+    """
+    from trimtab.plan import plan as make_plan
+    from trimtab.plan import read_architecture
+
+    methods = _methods(method, fields, everything)
+    architecture = read_architecture(base)
+    plans = [make_plan(architecture, m, **options) for m in methods]
+    if as_json:
+        click.echo(json.dumps({"base": base, "base_parameters": architecture.parameters, "plans": [p.to_dict() for p in plans]}, indent=2))
+        return
+    _show(architecture, plans)
+
+
+def _methods(name: str | None, fields: tuple[str, ...], everything: bool) -> list[Method]:
+    """The method asked for and full fine-tuning beside it, or all methods at their presets."""
+    from trimtab.errors import ConfigError, nearest
+    from trimtab.methods import BY_NAME
+
+    known: Mapping[str, type[Method]] = BY_NAME
+    if name is None:
+        if fields:
+            raise ConfigError("--set says something about a method, but none is named", fix="add --method, for example --method lora")
+        return [cls() for cls in known.values()]
+    if name not in known:
+        raise ConfigError(f"there is no method {name!r}{nearest(name, known)}", fix=f"use one of {', '.join(known)}")
+    chosen = known[name].from_dict(_parse(fields), where=f"--method {name}")
+    others = known if everything else ("full",)
+    return [chosen, *(known[other]() for other in others if other != name)]
+
+
+def _parse(fields: tuple[str, ...]) -> dict[str, Any]:
+    """FIELD=VALUE pairs; values are YAML, as in a run file."""
+    import yaml
+
+    from trimtab.errors import ConfigError
+
+    parsed, problems = {}, []
+    for pair in fields:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            problems.append(f"{pair!r} is not FIELD=VALUE")
+        elif name in parsed:
+            problems.append(f"{name} is set twice")
+        try:
+            parsed[name] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            problems.append(f"{pair!r}: the value is not YAML: {str(e).splitlines()[0]}")
+    if problems:
+        raise ConfigError("--set cannot be read", problems=problems, fix="write --set r=16 or --set 'target_modules=[q_proj, v_proj]'")
+    return parsed
+
+
+def _show(architecture: Architecture, plans: list[Plan]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from trimtab.plan import rows
+
+    p = plans[0]
+    together = f", {p.variants} variants together" if p.variants > 1 else ""
+    click.echo(f"{p.base}: {p.base_parameters:,} parameters, {p.base_bytes / 1e9:.2f} GB in {p.dtype}")
+    click.echo(f"a step of {p.batch_tokens:,} tokens in sequences of {p.sequence_length:,}{together}")
+    click.echo("GB are estimates; an allocator's slack comes on top")
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    table.add_column("method")
+    for heading in ("trainable", "% of base", "adapter MB", "optimizer MB", "train GB", "serve GB"):
+        table.add_column(heading, justify="right")
+    for r in rows(plans):
+        mega = (f"{r['adapter_file_bytes'] / 1e6:,.2f}", f"{r['optimizer_bytes'] / 1e6:,.2f}")
+        giga = (f"{r['train_peak_bytes'] / 1e9:,.2f}", f"{r['serve_peak_bytes'] / 1e9:,.2f}")
+        table.add_row(r["method"], f"{r['trainable']:,}", f"{r['percent']:.3g}", *mega, *giga)
+    console = Console()
+    whole = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.width = max(console.width, whole)  # numbers are never cut, on a narrow terminal or in a pipe
+    console.print(table)

@@ -1,0 +1,36 @@
+"""Rows of text become examples to train on: read, render, mask, tokenise, weigh, order (floor 3).
+
+Knows the base's tokenizer and template, and no model: ids and masks are NumPy arrays. In the order in which data flows: `sources`, `rows`,
+`template`, `render`, `dataset`; `scores` judge what a trained adapter writes.
+"""
+
+from trimtab.bases.template import encode_prompt, end_of_turn_id, template_warnings
+from trimtab.data.dataset import Dataset, load_examples, order, summarise_dropped
+from trimtab.data.render import Example, encode_row, encode_rows, prompt_and_reference
+from trimtab.data.rows import Dropped, Row
+from trimtab.data.scores import SCORES, exact_match, rouge_l, token_f1, valid_json
+from trimtab.data.sources import Source, parse_sources, read_source
+
+__all__ = [
+    "SCORES",
+    "Dataset",
+    "Dropped",
+    "Example",
+    "Row",
+    "Source",
+    "encode_prompt",
+    "encode_row",
+    "encode_rows",
+    "end_of_turn_id",
+    "exact_match",
+    "load_examples",
+    "order",
+    "parse_sources",
+    "prompt_and_reference",
+    "read_source",
+    "rouge_l",
+    "summarise_dropped",
+    "template_warnings",
+    "token_f1",
+    "valid_json",
+]

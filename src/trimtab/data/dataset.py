@@ -1,0 +1,158 @@
+"""From sources to the examples of one variant: read, tokenise (or take from the cache), weigh, count what was dropped, order each epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.bases import template_digest, tokenizer_digest
+from trimtab.bases.template import template_warnings, writes_the_date
+from trimtab.data.render import RENDER_VERSION, Example, encode_rows
+from trimtab.data.rows import Dropped, Row
+from trimtab.data.sources import Source, read_source
+from trimtab.data.token_cache import load_tokens, save_tokens
+from trimtab.errors import DataError
+
+BATCH_ROWS = 2000  # rows tokenised at once: enough to keep the tokenizer's threads busy, little enough to hold as Python lists
+SHOWN = 10
+
+FIXES = {
+    "over-long": "raise max_length, or shorten the rows; nothing is cut silently.",
+    "the chat template rewrites earlier turns": "supervise the last turn only (last_turn_only), or use another base.",
+    "special token in the content": "take them out: conversations belong in `messages`, and the end token is added for you.",
+    "starts with an assistant turn": "begin each conversation with a user or system turn.",
+    "system without a chat template": "put the system text into the prompt, or use a base with a chat template.",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """The examples of one variant or one split.
+
+    examples: what one epoch draws; a row of a source with weight 2 stands in it twice (the same object). dropped: rows that are not
+    trained on. digest: "sha256:…" of rows, tokenizer, template, options and weights, wherever the files lie. tokens, supervised_tokens:
+    over `examples`. warnings: what about the base's template may spoil training.
+    """
+
+    examples: list[Example]
+    dropped: list[Dropped]
+    digest: str
+    tokens: int
+    supervised_tokens: int
+    warnings: list[str]
+
+
+def load_examples(
+    sources: Sequence[Source],
+    tokenizer: Any,
+    *,
+    root: Path,
+    max_length: int,
+    max_dropped_share: float = 0.1,
+    last_turn_only: bool = False,
+    seed: int = 0,
+) -> Dataset:
+    """Read and tokenise all sources. root: where relative paths start. max_length: in tokens. seed: picks the rows of fractional weights.
+
+    Raises DataError where a source cannot be read, where more than `max_dropped_share` of a source's rows were dropped (the message counts
+    the reasons and names the first ten), or where nothing is left to train on.
+    """
+    options = _options(tokenizer, max_length, last_turn_only)
+    examples: list[Example] = []
+    dropped: list[Dropped] = []
+    digest = hashlib.sha256()
+    for index, source in enumerate(sources):
+        rows, lost = read_source(source, root)
+        key, results = _tokens(rows, tokenizer, max_length, last_turn_only, options)
+        good = [r for r in results if isinstance(r, Example)]
+        lost += [r for r in results if isinstance(r, Dropped)]
+        if len(lost) > max_dropped_share * (len(good) + len(lost)) or not good:
+            raise _too_many(source, lost, len(good) + len(lost), max_dropped_share)
+        examples += [good[i] for i in _drawn(len(good), source.weight, seed, index)]
+        dropped += lost
+        digest.update(json.dumps([key, source.weight, seed if source.weight % 1 else None]).encode())
+    if not examples:
+        raise DataError("there are no sources to train on", fix="name at least one.")
+    return Dataset(
+        examples=examples,
+        dropped=dropped,
+        digest="sha256:" + digest.hexdigest(),
+        tokens=sum(len(e.ids) for e in examples),
+        supervised_tokens=sum(int(e.supervised.sum()) for e in examples),
+        warnings=template_warnings(tokenizer),
+    )
+
+
+def order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order (int64 [n], a permutation of 0..n-1) in which `epoch` visits n examples; seed and epoch at least 0.
+
+    Depends on its arguments alone: the raw 64-bit stream of Philox keyed by SeedSequence([seed, epoch]), argsorted. NumPy promises that
+    stream for all machines and versions (NEP 19), which it does not for `Generator.permutation`.
+    """
+    draws = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
+    return np.argsort(draws, kind="stable").astype(np.int64)
+
+
+def summarise_dropped(dropped: Sequence[Dropped]) -> list[str]:
+    """Counts by kind of reason, most frequent first, then the first ten by name; empty where nothing was dropped."""
+    counts = Counter(d.kind for d in dropped)
+    lines = [f"{count} x {kind}" for kind, count in counts.most_common()]
+    lines += [f"{d.origin}: {d.reason}" for d in dropped[:SHOWN]]
+    return lines + ([f"and {len(dropped) - SHOWN} more"] if len(dropped) > SHOWN else [])
+
+
+def _tokens(
+    rows: Sequence[Row], tokenizer: Any, max_length: int, last_turn_only: bool, options: bytes
+) -> tuple[str, list[Example | Dropped]]:
+    """(digest of the rows and all that decides their tokens, what became of each row), from the cache where it is there."""
+    sha = hashlib.sha256(options)
+    for row in rows:
+        sha.update(row.content_key() + b"\n")
+    digest = "sha256:" + sha.hexdigest()
+    keep = not writes_the_date(tokenizer)
+    if keep and (kept := load_tokens(digest, rows)) is not None:
+        return digest, kept
+    results: list[Example | Dropped] = []
+    for start in range(0, len(rows), BATCH_ROWS):
+        results += encode_rows(rows[start : start + BATCH_ROWS], tokenizer, max_length, last_turn_only=last_turn_only)
+    if keep:
+        save_tokens(digest, results)
+    return digest, results
+
+
+def _options(tokenizer: Any, max_length: int, last_turn_only: bool) -> bytes:
+    """All but the rows that decides ids and masks. The tokenizer's digest does not say which tokens begin and end a text; we do."""
+    ends = [
+        list(tokenizer("", add_special_tokens=True)["input_ids"]),
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.unk_token_id,
+    ]
+    parts = [RENDER_VERSION, tokenizer_digest(tokenizer), template_digest(tokenizer), ends, max_length, last_turn_only]
+    return json.dumps(parts).encode() + b"\n"
+
+
+def _drawn(n: int, weight: float, seed: int, source: int) -> list[int]:
+    """Which of a source's n rows an epoch draws: all of them floor(weight) times, and a seeded sample for the fraction; at least one."""
+    whole = int(weight)
+    part = round((weight - whole) * n)
+    if not whole:
+        part = max(part, 1)
+    sample = np.argsort(np.random.Philox(np.random.SeedSequence([seed, source])).random_raw(n), kind="stable")[:part]
+    return [*range(n)] * whole + sorted(sample.tolist())
+
+
+def _too_many(source: Source, lost: list[Dropped], total: int, allowed: float) -> DataError:
+    common = Counter(d.kind for d in lost).most_common(1)[0][0]
+    return DataError(
+        f"{source.path}: {len(lost)} of {total} rows cannot be trained on ({len(lost) / total:.0%}; allowed are {allowed:.0%})",
+        problems=summarise_dropped(lost),
+        fix=FIXES.get(common, "mend the rows, or raise max_dropped_share if they may be left out."),
+    )

@@ -1,0 +1,201 @@
+"""Rows become token ids with a mask of the tokens to be learnt.
+
+| row                 | text                                                     | supervised                                          |
+|---------------------|----------------------------------------------------------|-----------------------------------------------------|
+| conversation        | rendered by the base's chat template                     | each assistant turn (or the last) through its end   |
+| prompt, completion  | as a user and an assistant turn where there is a         | the completion and its end                          |
+|                     | template, else joined as they are, bos before, eos after |                                                     |
+| text                | as it is, bos before, eos after                          | everything but the first token                      |
+
+Where supervision starts or stops, a tokenizer may merge what stands on either side into one token. Three ways, tried in this order:
+
+1. tokenised whole = tokenised piece by piece: each piece's tokens are known, the mask is exact. Nearly every row of nearly every base.
+2. the tokens of each text up to a boundary start the tokens of the whole: the boundary lies after them (tokenizers that add or eat blanks).
+3. a token straddles a boundary: the pieces' tokens are used, if together they spell the same text. That is what a server does as well: it
+   tokenises the prompt and lets the model write on from there. Pieces that spell another text drop the row.
+
+Whatever is not certain drops the row with a reason; nothing is cut to length and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import Any
+
+import numpy as np
+
+from trimtab.bases.template import Ids, Template
+from trimtab.data.rows import BadRow, Dropped, Row
+from trimtab.errors import DataError
+
+RENDER_VERSION = 1
+"""Counts up when the same row would give other ids or another mask; part of every digest."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A tokenised row. ids: int32 [T]. supervised: bool [T], True where the token is a target: the loss of predicting ids[t] from ids[:t].
+
+    supervised[0] is always False. Inputs after the last supervised token matter to no loss.
+    """
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    origin: str
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A row as text. pieces: (text, whether it is supervised) in order. bos before and eos after them are ids; eos is supervised."""
+
+    pieces: tuple[tuple[str, bool], ...]
+    bos: Ids
+    eos: Ids
+    chat: bool
+
+    @property
+    def whole(self) -> str:
+        return "".join(text for text, _ in self.pieces)
+
+
+def encode_row(row: Row, tokenizer: Any, max_length: int, *, last_turn_only: bool = False) -> Example | Dropped:
+    """One row's ids and mask, or why it cannot be trained on. `encode_rows` is faster for many.
+
+    max_length: in tokens; a longer row is dropped. last_turn_only: supervise only the last assistant turn of a conversation.
+    Raises DataError where the row is a conversation and the base has no chat template.
+    """
+    return encode_rows([row], tokenizer, max_length, last_turn_only=last_turn_only)[0]
+
+
+def encode_rows(rows: Sequence[Row], tokenizer: Any, max_length: int, *, last_turn_only: bool = False) -> list[Example | Dropped]:
+    """As `encode_row`, for many rows at once: result i belongs to row i. The tokenizer's own threads share the work."""
+    template = Template(tokenizer)
+    rendered: list[_Rendered | str] = []
+    for row in rows:
+        try:
+            rendered.append(_render(row, template, last_turn_only))
+        except BadRow as bad:
+            rendered.append(str(bad))
+    good = [r for r in rendered if isinstance(r, _Rendered)]
+    wholes = iter(template.ids_of([r.whole for r in good]))
+    pieces = iter(template.ids_of([text for r in good for text, _ in r.pieces]))
+    results: list[Example | Dropped] = []
+    for row, r in zip(rows, rendered, strict=True):
+        if isinstance(r, str):
+            results.append(Dropped(row.origin, r))
+            continue
+        whole, parts = next(wholes), [next(pieces) for _ in r.pieces]
+        try:
+            results.append(_example(row.origin, *_join(r, whole, parts, template), r.chat, max_length))
+        except BadRow as bad:
+            results.append(Dropped(row.origin, str(bad)))
+    return results
+
+
+def prompt_and_reference(row: Row, tokenizer: Any) -> tuple[Ids, str]:
+    """(prompt ids, reference text) for evaluation by generation: the last assistant turn is the reference, all before it the prompt.
+
+    The ids are those that stood before the answer in training. Raises DataError where the row has no answer to compare with, or cannot be
+    rendered.
+    """
+    template = Template(tokenizer)
+    try:
+        if row.prompt is not None and row.completion is not None and not template.exists:
+            _render_plain(row, template)
+            return [*template.bos, *template.ids_of([row.prompt + row.separator])[0]], row.completion
+        messages = row.conversation
+        last = _last_assistant(row)
+        if messages is None or last is None:
+            raise BadRow("nothing to compare with: the row has no assistant turn")
+        return template.prompt_ids(messages[:last]), messages[last]["content"]
+    except BadRow as bad:
+        raise DataError(f"{row.origin}: {bad}") from None
+
+
+def _render(row: Row, template: Template, last_turn_only: bool) -> _Rendered:
+    if row.text is not None:
+        template.refuse_specials(row.text, "text")
+        return _Rendered(((row.text, True),), template.bos, _eos(template), chat=False)
+    if row.messages is None and not template.exists:
+        return _render_plain(row, template)
+    return _render_conversation(row, template, last_turn_only)
+
+
+def _render_plain(row: Row, template: Template) -> _Rendered:
+    """A prompt and its completion, joined as they are: for bases without a chat template."""
+    assert row.prompt is not None and row.completion is not None
+    if row.system is not None:
+        raise BadRow("system without a chat template: the base has none")
+    template.refuse_specials(row.prompt, "prompt")
+    template.refuse_specials(row.completion, "completion")
+    pieces = ((row.prompt + row.separator, False), (row.completion, True))
+    return _Rendered(tuple(p for p in pieces if p[0]), template.bos, _eos(template), chat=False)
+
+
+def _render_conversation(row: Row, template: Template, last_turn_only: bool) -> _Rendered:
+    """Messages after the last assistant turn answer nothing and are left out, which changes no loss."""
+    last = _last_assistant(row)
+    messages = (row.conversation or [])[: 0 if last is None else last + 1]
+    if last is None or last < row.first_supervised:
+        raise BadRow("nothing supervised: the row has no assistant turn to learn from")
+    template.check_conversation(messages)
+    whole = template.render(messages, generate=False)
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= row.first_supervised]
+    pieces: list[tuple[str, bool]] = []
+    start = stop = done = 0
+    for index in turns[-1:] if last_turn_only else turns:
+        start, stop = template.turn(messages, index, whole)
+        pieces += [(whole[done:start], False), (whole[start:stop], True)]
+        done = stop
+    if template.end_of_turn(whole, start, stop)[1] is not None:
+        return _Rendered(tuple(p for p in [*pieces, (whole[done:], False)] if p[0]), [], [], chat=True)
+    # No end-of-turn token of the template's own: without one the adapter would never learn to stop.
+    return _Rendered(tuple(p for p in pieces if p[0]), [], _eos(template), chat=True)
+
+
+def _join(r: _Rendered, whole: Ids, parts: list[Ids], template: Template) -> tuple[Ids, list[bool]]:
+    """The row's ids and mask by the first of the three ways that holds."""
+    ids, ends = list(chain.from_iterable(parts)), list(accumulate(map(len, parts)))
+    if ids != whole:
+        if (found := _prefix_ends(r, whole, template)) is not None:
+            ids, ends = whole, found
+        elif template.text_of(ids) != template.text_of(whole):
+            raise BadRow("the tokenizer merges prompt and answer: the pieces alone spell another text")
+    if template.is_forged(r.whole, ids):
+        raise BadRow("special token in the content: look-alike characters turn into a control token when tokenised")
+    mask: list[bool] = []
+    for end, (_, flag) in zip(ends, r.pieces, strict=True):
+        mask += [flag] * (end - len(mask))
+    return [*r.bos, *ids, *r.eos], [False] * len(r.bos) + mask + [True] * len(r.eos)
+
+
+def _prefix_ends(r: _Rendered, whole: Ids, template: Template) -> list[int] | None:
+    """Where each piece ends within `whole`, if the tokens of the text so far start it; None where a token straddles a boundary."""
+    so_far = list(accumulate(text for text, _ in r.pieces))
+    encoded = template.ids_of(so_far[:-1])
+    if any(whole[: len(ids)] != ids for ids in encoded):
+        return None
+    return [*map(len, encoded), len(whole)]
+
+
+def _example(origin: str, ids: Ids, mask: list[bool], chat: bool, max_length: int) -> Example:
+    if len(ids) > max_length:
+        raise BadRow(f"over-long: {len(ids)} tokens, max_length is {max_length}")
+    if chat and all(mask):
+        raise BadRow("everything supervised: the chat template writes nothing before the answer")
+    supervised = np.array(mask, dtype=bool)
+    supervised[:1] = False  # nothing stands before the first token to predict it from
+    if not supervised.any():
+        raise BadRow("nothing supervised: no token is left to learn")
+    return Example(np.array(ids, dtype=np.int32), supervised, origin)
+
+
+def _last_assistant(row: Row) -> int | None:
+    messages = row.conversation or []
+    return max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+
+
+def _eos(template: Template) -> Ids:
+    return [] if template.eos is None else [template.eos]

@@ -1,0 +1,104 @@
+"""Scores of generated answers against references. Each takes two lists of equal length and returns a mean in percent, 0 to 100.
+
+Raises DataError where the lists are empty or differ in length.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from trimtab.errors import DataError
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_WORD = re.compile(r"[^\W_]+")
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """100 · mean[prediction = reference], blanks around either ignored; case and punctuation count (labels and JSON differ by them)."""
+    return _mean([float(p.strip() == r.strip()) for p, r in _pairs(predictions, references)])
+
+
+def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """100 · mean F1 of words as bags, SQuAD's (Rajpurkar et al. 2016): F1 = 2PR / (P + R), P = common / predicted, R = common / reference.
+
+    Words are what is left after lower-casing and removing ASCII punctuation and the articles a, an, the. Two empty answers score 1.
+    """
+    return _mean([_f1_of_bags(_squad_words(p), _squad_words(r)) for p, r in _pairs(predictions, references)])
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """100 · mean F1 of the longest common subsequence of words (Lin 2004, β = 1): P = LCS / predicted, R = LCS / reference.
+
+    Words are runs of letters and digits, lower-cased, in any script (the `rouge_score` package knows ASCII only); no stemming. Without
+    words on one side the score is 0.
+    """
+    return _mean([_rouge_l(_WORD.findall(p.lower()), _WORD.findall(r.lower())) for p, r in _pairs(predictions, references)])
+
+
+def valid_json(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """100 · mean[the prediction is one JSON value], blanks around it ignored; NaN and Infinity are not JSON. References only count."""
+    return _mean([float(_is_json(p)) for p, _ in _pairs(predictions, references)])
+
+
+SCORES: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+    "rouge_l": rouge_l,
+    "valid_json": valid_json,
+}
+
+
+def _pairs(predictions: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
+    if not predictions or len(predictions) != len(references):
+        raise DataError(f"{len(predictions)} predictions cannot be scored against {len(references)} references")
+    return list(zip(predictions, references, strict=True))
+
+
+def _mean(scores: list[float]) -> float:
+    return 100 * sum(scores) / len(scores)
+
+
+def _squad_words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def _f1_of_bags(predicted: list[str], reference: list[str]) -> float:
+    if not predicted or not reference:
+        return float(predicted == reference)
+    common = (Counter(predicted) & Counter(reference)).total()
+    return 2 * common / (len(predicted) + len(reference))  # = 2PR / (P + R)
+
+
+def _rouge_l(predicted: list[str], reference: list[str]) -> float:
+    if not predicted or not reference:
+        return 0.0
+    return 2 * _lcs(predicted, reference) / (len(predicted) + len(reference))
+
+
+def _lcs(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence, a bit for each word of `a` (Hyyrö 2004): zeros of `row` count matched words."""
+    places: dict[str, int] = {}
+    for i, word in enumerate(a):
+        places[word] = places.get(word, 0) | 1 << i
+    full = (1 << len(a)) - 1
+    row = full
+    for word in b:
+        matched = row & places.get(word, 0)
+        row = ((row + matched) | (row - matched)) & full
+    return len(a) - row.bit_count()
+
+
+def _is_json(text: str) -> bool:
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    try:
+        json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,141 @@
+"""Where rows come from: a `Source` names a file, a folder or a hub dataset, and `read_source` reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trimtab.data.documents import TEXT_SUFFIXES, text_files
+from trimtab.data.formats import READERS, SUFFIXES, Records, read_hub
+from trimtab.data.rows import Dropped, Row, check_columns, form_of, to_row
+from trimtab.errors import ConfigError, DataError, nearest
+
+HUB = "hf:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of rows.
+
+    path: a file, a folder of Markdown/text, or "hf:org/name" ("hf:org/name:config"); relative paths start at the run file's folder.
+    weight: how often an epoch draws each of its rows (2: twice; 0.5: a fixed half of them). format: jsonl, json, csv, parquet or text,
+    where the suffix does not say. columns: our column name -> the file's. system: the system turn of rows that have none. split: of a hub
+    dataset ("train").
+    """
+
+    path: str
+    weight: float = 1.0
+    format: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    system: str | None = None
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not isinstance(self.path, str) or not self.path.removeprefix(HUB):
+            problems.append(f"path = {self.path!r}: not the name of a file, a folder or hf:org/name")
+        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 < self.weight < math.inf:
+            problems.append(f"weight = {self.weight!r}: not a number above 0")
+        if self.format is not None and self.format not in READERS:
+            problems.append(f"format = {self.format!r}: not one of {', '.join(READERS)}{nearest(str(self.format), READERS)}")
+        if not isinstance(self.columns, Mapping) or not all(isinstance(x, str) for pair in self.columns.items() for x in pair):
+            problems.append(f"columns = {self.columns!r}: not a mapping from our column names to the file's")
+        problems += [f"{n} = {v!r}: not text" for n in ("system", "split") if not isinstance(v := getattr(self, n), str | None)]
+        if problems:
+            raise ConfigError(f"the source {self.path!r} cannot be used", problems=problems)
+
+
+def parse_sources(value: Any, *, where: str = "data") -> list[Source]:
+    """Sources as a run file writes them: a path, a mapping of `Source`'s fields, or a list of either.
+
+    where: what the value is, for the message. Raises ConfigError that lists every unknown key with the nearest known one.
+    """
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ConfigError(f"{where} names no source", fix="name a file, a folder or hf:org/name.")
+    known = [f.name for f in dataclasses.fields(Source)]
+    problems, sources = [], []
+    for i, item in enumerate(items):
+        at = f"{where}[{i}]" if isinstance(value, list) else where
+        if isinstance(item, Source):
+            sources.append(item)
+        elif isinstance(item, str | Path):
+            sources.append(Source(str(item)))
+        elif not isinstance(item, Mapping) or "path" not in item:
+            problems.append(f"{at} = {item!r}: neither a path nor a mapping with a path")
+        elif unknown := [key for key in item if key not in known]:
+            problems += [f"{at}: unknown key {key!r}{nearest(str(key), known)}" for key in unknown]
+        else:
+            sources.append(Source(**item))
+    if problems:
+        raise ConfigError(f"{where} cannot be used", problems=problems, fix=f"a source takes: {', '.join(known)}")
+    return sources
+
+
+def read_source(source: Source, root: Path) -> tuple[list[Row], list[Dropped]]:
+    """All rows of a source in file order, and the lines that could not be read or understood, each with "file:line" and the reason.
+
+    root: where relative paths start. Raises DataError where the source is missing or empty, needs a package that is not installed, or has
+    no column of a known form; the message lists the columns that exist.
+    """
+    rows: list[Row] = []
+    dropped: list[Dropped] = []
+    columns_seen: dict[str, None] = {}
+    any_form, records = False, 0
+    for found in _records(source, root):
+        if isinstance(found, Dropped):
+            dropped.append(found)
+            continue
+        origin, record = found
+        records += 1
+        if isinstance(record, dict):
+            columns_seen.update(dict.fromkeys(map(str, record)))
+            any_form = any_form or form_of(record, source.columns) is not None
+        row = to_row(record, origin, source.columns, source.system)
+        (dropped if isinstance(row, Dropped) else rows).append(row)  # type: ignore[arg-type]
+    if not records and not dropped:
+        raise DataError(f"{source.path} holds no rows", fix="name a file that has rows.")
+    if columns_seen:
+        check_columns(columns_seen, source.columns, source.path, any_form=any_form)
+    return rows, dropped
+
+
+def _records(source: Source, root: Path) -> Records:
+    if source.path.startswith(HUB):
+        return read_hub(source.path.removeprefix(HUB), source.split)
+    path = root / Path(source.path).expanduser()
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{source.path} does not exist{nearest(path.name, siblings)}", fix=f"looked for {path.absolute()}")
+    if path.is_dir():
+        return _folder(path, root)
+    format = source.format or SUFFIXES.get(path.suffix.lower())
+    if format is None:
+        raise DataError(
+            f"{source.path}: the suffix {path.suffix!r} does not say what it holds",
+            fix=f"add `format:` with one of {', '.join(READERS)}; known suffixes are {', '.join(SUFFIXES)}.",
+        )
+    return READERS[format](path, _shown(path, root))
+
+
+def _folder(folder: Path, root: Path) -> Iterator[tuple[str, Any] | Dropped]:
+    files = text_files(folder)
+    if not files:
+        others = sorted(p.name for p in folder.iterdir())[:10]
+        raise DataError(
+            f"{_shown(folder, root)} holds no {', '.join(TEXT_SUFFIXES)} files",
+            problems=[f"it holds {name}" for name in others],
+            fix="a folder is read as Markdown and text; name files of other formats one by one.",
+        )
+    for file in files:
+        if file.read_bytes().strip():  # an empty page among others is no fault
+            yield from READERS["text"](file, _shown(file, root))
+
+
+def _shown(path: Path, root: Path) -> str:
+    """The path as messages name it: from the root where it lies below, else whole."""
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)

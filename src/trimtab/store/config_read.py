@@ -1,0 +1,195 @@
+"""From an `adapter_config.json`, peft's or ours, to a method.
+
+What is not there gets peft's defaults, not trimtab's. Every option that changes the mathematics and that trimtab does not have is refused
+by name: an adapter that loads computes what it computed where it was trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from trimtab.errors import AdapterError, ConfigError, nearest
+from trimtab.methods import METHODS, BottleneckConfig, IA3Config, LoraConfig, Method, PrefixTuningConfig, PromptTuningConfig
+from trimtab.methods.targets import matches, saved_sites, select
+from trimtab.spec import Spec
+
+MAX_ENTRIES, MAX_TEXT = 4096, 4096
+"""Entries of a list or a pattern table, characters of a name or regular expression, that a config may hold."""
+MAX_REPEATS = 5
+"""Repeats (`*`, `+`, `{`) of a regular expression from a file: matching takes at most (length of a module's name) ** repeats steps."""
+
+COMMON = frozenset({"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"})
+IGNORED: Mapping[str, frozenset[str]] = {
+    # how tensors were initialised or where they were trained: it is in the tensors by now
+    "LORA": frozenset({"fan_in_fan_out", "init_lora_weights", "megatron_core", "loftq_config", "eva_config", "qalora_group_size"}),
+    "IA3": frozenset({"fan_in_fan_out", "init_ia3_weights"}),
+    "PROMPT_TUNING": frozenset({"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}),
+    "PREFIX_TUNING": frozenset({"prefix_projection", "encoder_hidden_size", "init_weights"}),
+    "BOTTLENECK": frozenset(),
+}
+CHECKED: Mapping[str, frozenset[str]] = {
+    "LORA": frozenset({"bias", "layers_pattern", "ensure_weight_tying"}),
+    "PROMPT_TUNING": frozenset({"num_transformer_submodules", "num_layers", "token_dim", "num_attention_heads"}),
+    "PREFIX_TUNING": frozenset({"num_transformer_submodules", "num_layers", "token_dim", "num_attention_heads"}),
+}
+HARMLESS_INITS = ("gaussian", "orthogonal", "eva", "mica")
+"""init_lora_weights besides true and false that leave the base's weights alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them."""
+
+
+def method_from_config(config: Mapping[str, Any], spec: Spec, where: str) -> Method:
+    """The method that an adapter_config.json asks for. AdapterError, with every finding, where it asks for what trimtab does not have."""
+    kind = config.get("peft_type")
+    if kind is None and "config" in config:
+        fix = (
+            "AdapterHub's adapters use other names and shapes: train anew with method: bottleneck, or convert the adapter to peft's format"
+        )
+        raise AdapterError(
+            f"{where}: adapter_config.json is one of AdapterHub's `adapters` package (version {config.get('version')!r}), not peft's",
+            fix=fix,
+        )
+    if not isinstance(kind, str) or kind not in METHODS:
+        known = ", ".join(METHODS)
+        hint = nearest(kind, METHODS) if isinstance(kind, str) else ""
+        raise AdapterError(f"{where}: peft_type = {kind!r} is not a method that trimtab has{hint}", fix=f"methods there are: {known}")
+    cls = METHODS[kind]
+    fields = {f.name for f in dataclasses.fields(cls)}
+    if kind == "PREFIX_TUNING":
+        fields -= {"prefix_projection", "encoder_hidden_size"}  # what is saved is the projection's output
+    known_keys = COMMON | IGNORED.get(kind, frozenset()) | CHECKED.get(kind, frozenset()) | fields
+    problems = [
+        f"{key} = {_short(value)} is not supported" for key, value in config.items() if key not in known_keys and not _neutral(value)
+    ]
+    problems += _text_problems(config, fields)
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        problems.append(f"task_type = {config['task_type']!r}: only CAUSAL_LM adapters are supported")
+    problems += _CHECKS.get(kind, lambda config, spec: [])(config, spec)
+    if not problems:
+        try:
+            return _READERS[kind](config, spec)
+        except ConfigError as error:
+            problems = list(error.problems) or [error.message]
+    raise AdapterError(f"{where}: adapter_config.json cannot be used", problems=problems)
+
+
+def _neutral(value: Any) -> bool:
+    """Whether an option that trimtab does not know is off."""
+    return value is None or value is False or value in ("", [], {})
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _text_problems(config: Mapping[str, Any], fields: set[str]) -> list[str]:
+    """Names and regular expressions from a file are matched against every module: bound their number, length and time."""
+    problems = []
+    for key in sorted(fields & set(config)):
+        value = config[key]
+        texts = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, dict)) else []
+        if len(texts) > MAX_ENTRIES or any(isinstance(t, str) and len(t) > MAX_TEXT for t in texts):
+            problems.append(
+                f"{key} has {len(texts):,} entries or one that is too long; at most {MAX_ENTRIES:,} of {MAX_TEXT:,} characters are read"
+            )
+        elif isinstance(value, str) or key.endswith("_pattern"):
+            problems += [
+                f"{key}: {_short(t)} could take for ever to match: a repeated group, or more than {MAX_REPEATS} repeats"
+                for t in texts
+                if _slow(t)
+            ]
+    return problems
+
+
+def _slow(pattern: Any) -> bool:
+    """Whether backtracking may blow up: a group that is repeated, a back reference, or too many repeats."""
+    return isinstance(pattern, str) and (
+        re.search(r"\)[*+{]|\\[1-9]|\(\?P=", pattern) is not None or len(re.findall(r"[*+{]", pattern)) > MAX_REPEATS
+    )
+
+
+def _lora_problems(config: Mapping[str, Any], spec: Spec) -> list[str]:
+    problems = []
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias = {config['bias']!r}: trained biases are not supported, only 'none'")
+    init = config.get("init_lora_weights", True)
+    if not isinstance(init, bool) and init is not None and str(init).lower() not in HARMLESS_INITS:
+        problems.append(
+            f"init_lora_weights = {init!r} changed the base's weights in initialising, so the adapter does not fit the base as it is; "
+            "save it with peft's path_initial_model_for_weight_conversion"
+        )
+    layer_name = spec.family.layers.rpartition(".")[2]
+    pattern = config.get("layers_pattern")
+    if pattern not in (None, [], "", layer_name, [layer_name]):
+        problems.append(f"layers_pattern = {_short(pattern)}: this base's layers are {layer_name!r}")
+    if config.get("ensure_weight_tying") and spec.tied_head:
+        problems.append("ensure_weight_tying = True is not supported on a base whose head is tied to its embedding")
+    return problems
+
+
+def _virtual_problems(config: Mapping[str, Any], spec: Spec) -> list[str]:
+    prefix = config["peft_type"] == "PREFIX_TUNING"
+    wanted = {"num_transformer_submodules": 1, "num_layers": spec.num_layers, "token_dim": spec.kv_width if prefix else spec.hidden_size}
+    if prefix:
+        wanted["num_attention_heads"] = spec.num_kv_heads
+    problems = [
+        f"{k} = {_short(config[k])}: this base needs {v}" for k, v in wanted.items() if config.get(k) is not None and config[k] != v
+    ]
+    if config.get("num_virtual_tokens") is None:
+        problems.append("num_virtual_tokens is missing")
+    return problems
+
+
+def _fields(cls: type[Method], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's values for the method's fields; null and peft's other spellings of "not set" left out."""
+    names = [f.name for f in dataclasses.fields(cls)]
+    return {n: config[n] for n in names if n in config and not (config[n] is None or (config[n] == [] and n != "feedforward_modules"))}
+
+
+def _read_lora(config: Mapping[str, Any], spec: Spec) -> Method:
+    return _without_saved(LoraConfig(**{"r": 8, "lora_alpha": 8, "target_modules": None} | _fields(LoraConfig, config)), spec)
+
+
+def _read_ia3(config: Mapping[str, Any], spec: Spec) -> Method:
+    return _without_saved(IA3Config(**_fields(IA3Config, config)), spec)
+
+
+def _without_saved(method: Any, spec: Spec) -> Method:
+    """peft lets modules_to_save win over target_modules; here the two must not overlap, so name the rest."""
+    saved = {s.name for s in saved_sites(spec, method.modules_to_save)}
+    targets = method.target_modules
+    if not saved or targets is None or not any(matches(n, targets) if targets != "all-linear" else n in spec.linears for n in saved):
+        return method
+    layers = getattr(method, "layers_to_transform", None)
+    kinds = ("linear", "conv1d", "embedding")
+    rest = [m.name for m in select(spec, targets, excluded=method.exclude_modules, layers=layers, kinds=kinds) if m.name not in saved]
+    return replace(method, target_modules=tuple(rest), exclude_modules=None)
+
+
+def _read_prompt(config: Mapping[str, Any], spec: Spec) -> Method:
+    return PromptTuningConfig(num_virtual_tokens=config["num_virtual_tokens"], prompt_tuning_init="RANDOM")
+
+
+def _read_prefix(config: Mapping[str, Any], spec: Spec) -> Method:
+    return PrefixTuningConfig(num_virtual_tokens=config["num_virtual_tokens"], prefix_init="RANDOM")
+
+
+def _read_bottleneck(config: Mapping[str, Any], spec: Spec) -> Method:
+    return BottleneckConfig(**_fields(BottleneckConfig, config))
+
+
+_CHECKS: Mapping[str, Callable[[Mapping[str, Any], Spec], list[str]]] = {
+    "LORA": _lora_problems,
+    "PROMPT_TUNING": _virtual_problems,
+    "PREFIX_TUNING": _virtual_problems,
+}
+_READERS: Mapping[str, Callable[[Mapping[str, Any], Spec], Method]] = {
+    "LORA": _read_lora,
+    "IA3": _read_ia3,
+    "PROMPT_TUNING": _read_prompt,
+    "PREFIX_TUNING": _read_prefix,
+    "BOTTLENECK": _read_bottleneck,
+}

@@ -1,0 +1,125 @@
+"""Reading files that strangers wrote: no symlinks, nothing but regular files, bounded sizes, JSON without second meanings.
+
+A folder is opened once and its files through it, so that a folder that is replaced while it is read never gives halves of two adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import AdapterError
+
+MAX_JSON_BYTES = 2**20
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+
+
+class Refusal(ValueError):
+    """One finding about one file; whoever reads the folder collects them into an AdapterError."""
+
+
+class Folder:
+    """An open adapter folder. Files are read through its descriptor, never through their path."""
+
+    def __init__(self, path: Path, descriptor: int):
+        self.path, self._descriptor = path, descriptor
+
+    def names(self) -> list[str]:
+        return sorted(os.listdir(self._descriptor))  # noqa: PTH208 - the descriptor, so that a renamed folder stays the one that was opened
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[tuple[int, int]]:
+        """(descriptor, size in bytes) of a regular file. Refusal where it is a link, a pipe or a folder; FileNotFoundError without it."""
+        try:
+            # O_NONBLOCK: a named pipe would otherwise wait for a writer for ever
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._descriptor)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            link = stat.S_ISLNK(os.stat(name, dir_fd=self._descriptor, follow_symlinks=False).st_mode)
+            raise Refusal(
+                f"{name} is a symbolic link, which is not followed" if link else f"{name} cannot be opened: {error.strerror}"
+            ) from error
+        try:
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise Refusal(f"{name} is not a regular file")
+            yield file, status.st_size
+        finally:
+            os.close(file)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """A whole file of at most `limit` bytes. Refusal where it is larger."""
+        with self.open(name) as (file, size):
+            if size > limit:
+                raise Refusal(f"{name} has {size:,} bytes; at most {limit:,} are read")
+            return read_exactly(file, size, name)
+
+    def read_json(self, name: str) -> tuple[dict[str, Any], bytes]:
+        """One JSON object, and the bytes that it was read from."""
+        data = self.read(name, MAX_JSON_BYTES)
+        return parse_json(data, name), data
+
+
+@contextmanager
+def open_folder(path: str | Path) -> Iterator[Folder]:
+    """Open an adapter folder. AdapterError where it is not there, a symlink, or a file (an archive, a bare weights file)."""
+    path = Path(path)
+    try:
+        mode = path.lstat().st_mode
+    except (OSError, ValueError) as error:
+        fix = "give a folder that holds adapter_config.json and adapter_model.safetensors"
+        raise AdapterError(f"adapter {str(path)!r}: no such folder (looked for {path.absolute()})", fix=fix) from error
+    if stat.S_ISLNK(mode):
+        raise AdapterError(
+            f"adapter {str(path)!r} is a symbolic link, which is not followed", fix=f"give the folder itself: {path.resolve()}"
+        )
+    if not stat.S_ISDIR(mode):
+        kind = "an archive, and archives are not unpacked" if path.suffix.lower() in ARCHIVES else "a file"
+        raise AdapterError(f"adapter {str(path)!r} is {kind}", fix="give the folder that holds adapter_config.json")
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield Folder(path, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_exactly(file: int, count: int, name: str) -> bytes:
+    """The next `count` bytes of an open file. Refusal where it ends before."""
+    parts, left = [], count
+    while left:
+        part = os.read(file, min(left, 2**30))
+        if not part:
+            raise Refusal(f"{name} ends {left:,} bytes early: it is truncated, or was changed while it was read")
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def parse_json(data: bytes, name: str) -> dict[str, Any]:
+    """One JSON object. Refusal on anything else, on a key that is there twice, on NaN and Infinity, on nesting too deep."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if twice:
+            raise Refusal(f"{name} has the key {twice[0]!r} more than once")
+        return dict(pairs)
+
+    def constant(text: str) -> Any:
+        raise Refusal(f"{name} holds {text}, which is not JSON")
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except Refusal:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"{name} is not readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise Refusal(f"{name} holds {type(value).__name__} where a JSON object belongs")
+    return value

@@ -1,0 +1,154 @@
+"""Fold an adapter into the base's weights and write the result as a model folder that needs neither adapter nor trimtab.
+
+The base is never touched: its stored weights are read anew, merged in fp32, rounded once to the dtype that they are stored in, written
+beside the target, read back, and compared with base and adapter on token sequences. Only then does the folder get its name.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from trimtab.attach import weight_OI
+from trimtab.bases.progress import quiet_transformers
+from trimtab.errors import NotMergeable
+from trimtab.methods import Method
+from trimtab.methods.base import Site
+from trimtab.model import Base
+from trimtab.store.staging import staged
+
+if TYPE_CHECKING:
+    from trimtab.store.adapter import Adapter
+
+PROBE_LENGTHS = (1, 7, 24)
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Largest RMS difference of logits, relative to the spread of the logits, that rounding the merged weights to a dtype explains."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    max_difference: of any logit, merged model against base with adapter. relative: RMS difference over the logits' spread. dtype: of the
+    written weights. untied: whether the output head got weights of its own, because the adapter changes it or the embedding.
+    """
+
+    folder: Path
+    max_difference: float
+    relative: float
+    dtype: str
+    untied: bool
+
+
+def merge_into(adapter: Adapter, folder: str | Path) -> MergeReport:
+    """Write base + adapter as a model folder: config, generation config, tokenizer, safetensors.
+
+    NotMergeable, and nothing left, where the method cannot be folded into weights or the written model does not compute what base and
+    adapter do. AdapterError where the folder holds files already.
+    """
+    base = adapter.base
+    method, params = adapter.method.export(adapter.params)
+    sites = method.sites(base.spec)
+    _refuse_unmergeable(method, sites)
+    with staged(folder) as work, quiet_transformers():
+        model = _fresh_copy(base)
+        untied = _untie(model, base, sites)
+        for site in sites:
+            _merge_site(model.get_submodule(site.name), method, site, {t: params[site.key(t)].detach().cpu() for t in site.shapes})
+        dtype = model.dtype
+        model.save_pretrained(work)
+        if base.tokenizer is not None:
+            base.tokenizer.save_pretrained(work)
+        del model
+        gc.collect()
+        largest, relative = _difference(adapter, work)
+        allowed = max(TOLERANCE.get(dtype, 0.0), TOLERANCE.get(base.dtype, 0.0))
+        if not relative <= allowed:
+            raise NotMergeable(
+                f"the merged model does not compute what base and adapter do: logits differ by up to {largest:.3g}, "
+                f"{relative:.3g} of their spread (allowed for {dtype}: {allowed:g})",
+                fix="serve the adapter beside the base; or merge on the base loaded and stored in float32",
+            )
+    return MergeReport(Path(folder), largest, relative, str(dtype).removeprefix("torch."), untied)
+
+
+def _refuse_unmergeable(method: Method, sites: list[Site]) -> None:
+    if any(not s.name for s in sites):
+        reason = f"a {method.name} adapter puts keys and values before token 0, and no weight of the base can stand for those"
+        raise NotMergeable(reason, fix="serve the adapter beside the base")
+    if not method.mergeable:
+        site = sites[0]
+        method.merge(site, torch.empty(0), None, {})  # raises, with the method's own reason
+        raise NotMergeable(f"{method.name} adapters cannot be merged into the base")
+
+
+def _fresh_copy(base: Base) -> Any:
+    """The base's weights once more, on the CPU, as they are stored; without hosts. A base that has no folder is copied as it is loaded."""
+    if base.path is not None:
+        return AutoModelForCausalLM.from_pretrained(
+            base.path, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    config: Any = copy.deepcopy(base.model.config)
+    config._attn_implementation = "eager"  # ours is not its own to be saved with; every family has this one
+    with torch.device("meta"):
+        model: Any = type(base.model)(config)
+    model = model.to_empty(device="cpu").to(base.dtype)
+    model.load_state_dict(base.model.state_dict())
+    for name, buffer in base.model.named_buffers():  # buffers that are not stored, such as rotary frequencies
+        model.get_buffer(name).copy_(buffer)
+    model.tie_weights()
+    model.generation_config = copy.deepcopy(getattr(base.model, "generation_config", None))
+    return model
+
+
+def _untie(model: Any, base: Base, sites: list[Site]) -> bool:
+    """Give a tied head its own weights where the adapter acts on the embedding or on the head: each was trained as a place of its own."""
+    family = base.spec.family
+    if not base.spec.tied_head or not {family.embedding, family.head} & {s.name for s in sites}:
+        return False
+    head = model.get_submodule(family.head)
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    return True
+
+
+@torch.no_grad()
+def _merge_site(module: Any, method: Method, site: Site, params: dict[str, Tensor]) -> None:
+    bias = getattr(module, "bias", None)
+    weight, bias_O = method.merge(site, weight_OI(module), bias, params)
+    _write(weight_OI(module), weight, site)
+    if bias is not None and bias_O is not None:
+        _write(bias, bias_O, site)
+
+
+def _write(target: Tensor, value: Tensor, site: Site) -> None:
+    rounded = value.to(target.dtype)
+    if not bool(torch.isfinite(rounded).all()):
+        raise NotMergeable(f"{site.name}: merged values do not fit {target.dtype}", fix="serve the adapter beside the base")
+    target.copy_(rounded)
+
+
+@torch.no_grad()
+def _difference(adapter: Adapter, folder: Path) -> tuple[float, float]:
+    """(largest, RMS relative to the logits' spread) difference of logits between the model in `folder` and the adapter on its base."""
+    base = adapter.base
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=base.dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
+    merged = Base(model.to(base.device).eval().requires_grad_(False), base.tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [min(n, base.spec.max_positions) for n in PROBE_LENGTHS]
+    sequences = [torch.randint(base.spec.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    base.forget(adapter)  # its tensors may have changed since it was packed
+    theirs = torch.cat(base.logits(sequences, adapters=[adapter] * len(sequences))).float()
+    ours = torch.cat(merged.logits(sequences)).float()
+    spread = float(theirs.std()) or 1.0
+    apart = ours - theirs
+    return float(apart.abs().max()), float(apart.square().mean().sqrt()) / spread

@@ -1,0 +1,217 @@
+"""The run file: one typed class is the YAML's keys, the defaults and the documentation. Every unknown key is refused with the nearest
+known one.
+
+Paths in a run file are relative to the file's own folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trimtab.data import Source, parse_sources
+from trimtab.errors import ConfigError, nearest
+from trimtab.methods import BY_NAME, Method
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+PRESET_LR = {"lora": 1e-3, "ia3": 5e-3, "bottleneck": 1e-3, "prefix": 5e-3, "prompt": 3e-2, "full": 5e-5}
+"""Learning rates that reach good results on small models where a variant names none; larger bases want lora and bottleneck at 2e-4."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainOptions(_Strict):
+    """How one variant trains. Given under `defaults` for all, or in a variant for itself."""
+
+    lr: float | None = Field(None, gt=0, lt=10, description="peak learning rate; None: the method's preset")
+    epochs: float = Field(2, gt=0, description="passes over the training rows; ignored where max_steps is set")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    batch_size: int = Field(16, ge=1, description="rows of one micro-batch")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of one optimizer step")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="decay of the learning rate after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="the gradient's norm over all of the variant's tensors is clipped to this")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    max_length: int = Field(1024, ge=2, description="longer rows are counted and left out, never cut")
+    last_turn_only: bool = Field(False, description="supervise the last assistant turn only")
+    seed: int | None = Field(None, ge=0, description="start values, order of rows, dropout; None: the run's seed")
+
+
+class DataConfig(_Strict):
+    """One data set: train, and optionally valid and test; each a path, or a list of sources with weights."""
+
+    train: list[Source]
+    valid: list[Source] = []
+    test: list[Source] = []
+
+
+class EvalOptions(_Strict):
+    """The scores after training: base and every adapter answer the test rows in one mixed batch."""
+
+    generate: bool = Field(True, description="answer test rows by greedy generation and score the answers")
+    max_rows: int | None = Field(None, ge=1, description="score the first rows only")
+    max_new_tokens: int = Field(96, ge=1, description="length of an answer at most")
+
+
+class VariantConfig(_Strict):
+    """One variant: which data, which method, how it trains."""
+
+    name: str
+    data: str
+    method: Method
+    options: TrainOptions
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    @property
+    def lr(self) -> float:
+        return self.options.lr if self.options.lr is not None else PRESET_LR[self.method.name]
+
+
+class RunConfig(_Strict):
+    """A whole run. `RunConfig.load(path)` reads a run file, `RunConfig.from_dict` a mapping of the same shape."""
+
+    base: str
+    out: Path
+    data: dict[str, DataConfig]
+    variants: list[VariantConfig]
+    seed: int = Field(0, ge=0)
+    dtype: str | None = None
+    device: str | None = None
+    max_tokens: int = Field(4096, ge=64, description="tokens of one forward: bounds memory, however many variants train together")
+    log_every: int = Field(1, ge=1, description="a line in metrics.jsonl every so many steps")
+    evaluate: EvalOptions = EvalOptions()
+    root: Path = Path()
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunConfig:
+        """Read a run file. ConfigError that lists everything wrong with it."""
+        path = Path(path)
+        try:
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"cannot read the run file {path}: {e}") from None
+        except yaml.YAMLError as e:
+            raise ConfigError(f"{path} is not YAML: {e}") from None
+        return cls.from_dict(content, root=path.parent, where=str(path))
+
+    @classmethod
+    def from_dict(cls, content: Any, *, root: Path = Path(), where: str = "run") -> RunConfig:
+        """Build from a mapping of a run file's shape; relative paths are taken from `root`."""
+        if not isinstance(content, Mapping):
+            raise ConfigError(f"{where}: expected a mapping with the keys base, out, data, variants, found {type(content).__name__}")
+        problems: list[str] = []
+        fields = dict(content)
+        known = [*(n for n in cls.model_fields if n != "root"), "defaults"]
+        problems += _unknown(fields, known, "")
+        defaults = fields.pop("defaults", None) or {}
+        data = {name: _data(name, value, problems) for name, value in _mapping(fields, "data", problems)}
+        variants = [_variant(name, value, defaults, data, problems) for name, value in _mapping(fields, "variants", problems)]
+        if not problems:
+            try:
+                rest = {k: v for k, v in fields.items() if k not in ("data", "variants")}
+                return cls(**_rooted(rest, root), data=data, variants=variants, root=root)
+            except ValidationError as e:
+                problems += _explain(e, "")
+        raise ConfigError(f"{where} cannot be run", problems=problems)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys in silence; two variants of one name would lose the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice in one mapping", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 1e-3 as a string; to everybody else it is a number
+_UniqueKeys.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def _mapping(fields: dict[str, Any], key: str, problems: list[str]) -> list[tuple[str, Any]]:
+    value = fields.get(key)
+    if not isinstance(value, Mapping) or not value:
+        problems.append(f"{key}: expected a mapping with at least one entry, found {value!r}")
+        return []
+    bad = [n for n in value if not isinstance(n, str) or not NAME.fullmatch(n)]
+    problems += [f"{key}: {n!r} is not a name: lower-case letters, digits, '.', '_' and '-', at most 63" for n in bad]
+    return [(n, v) for n, v in value.items() if n not in bad]
+
+
+def _data(name: str, value: Any, problems: list[str]) -> DataConfig | None:
+    where = f"data.{name}"
+    if not isinstance(value, Mapping):
+        problems.append(f"{where}: expected a mapping with train, valid, test, found {value!r}")
+        return None
+    problems += _unknown(value, DataConfig.model_fields, where)
+    if not value.get("train"):
+        problems.append(f"{where}: 'train' is missing")
+    splits: dict[str, list[Source]] = {}
+    for split in ("train", "valid", "test"):
+        if value.get(split):
+            try:
+                splits[split] = parse_sources(value[split], where=f"{where}.{split}")
+            except ConfigError as e:
+                problems += e.problems or [e.message]
+    return DataConfig(**splits) if splits.get("train") else None
+
+
+def _variant(name: str, value: Any, defaults: Any, data: Mapping[str, Any], problems: list[str]) -> VariantConfig | None:
+    where = f"variants.{name}"
+    for what, found in (("defaults", defaults), (where, value)):
+        if not isinstance(found, Mapping):
+            problems.append(f"{what}: expected a mapping, found {found!r}")
+            return None
+    problems += [p for p in _unknown(defaults, TrainOptions.model_fields, "defaults") if p not in problems]
+    fields = dict(value)
+    method, source = fields.pop("method", None), fields.pop("data", None)
+    if method not in BY_NAME:
+        problems.append(f"{where}.method = {method!r}{nearest(str(method), BY_NAME)}: one of {', '.join(BY_NAME)}")
+        return None
+    if source not in data:
+        problems.append(f"{where}.data = {source!r}{nearest(str(source), data)}: one of {', '.join(data)}")
+    cls = BY_NAME[method]
+    hyper = [f.name for f in dataclasses.fields(cls)]
+    found = _unknown(fields, [*hyper, *TrainOptions.model_fields, "data", "method"], where)
+    problems += found
+    try:
+        built = cls(**{k: v for k, v in fields.items() if k in hyper})
+    except ConfigError as e:
+        problems += [f"{where}.{p}" for p in e.problems]
+        return None
+    try:
+        options = TrainOptions(**{k: v for k, v in {**defaults, **fields}.items() if k in TrainOptions.model_fields})
+    except ValidationError as e:
+        problems += _explain(e, where)
+        return None
+    return VariantConfig(name=name, data=str(source), method=built, options=options)
+
+
+def _unknown(fields: Mapping[str, Any], known: Any, where: str) -> list[str]:
+    return [f"{where + '.' if where else ''}{k}: unknown key{nearest(str(k), known)}" for k in fields if k not in known]
+
+
+def _explain(error: ValidationError, where: str) -> list[str]:
+    return [
+        f"{'.'.join([*([where] if where else []), *map(str, e['loc'])])}: {e['msg']}"
+        + (f", found {e['input']!r}" if e["type"] != "missing" else "")
+        for e in error.errors()
+    ]
+
+
+def _rooted(fields: dict[str, Any], root: Path) -> dict[str, Any]:
+    return fields | ({"out": root / fields["out"]} if isinstance(fields.get("out"), str) else {})

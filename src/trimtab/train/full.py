@@ -1,0 +1,63 @@
+"""Full fine-tuning as a variant: its own trainable copy of the model, fp32 master weights, the same windows and steps as every adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trimtab.attach import Attached
+from trimtab.bank import PackedAdapter
+from trimtab.data import Example
+from trimtab.model import Base
+from trimtab.train.config import VariantConfig
+from trimtab.train.variant import Variant
+
+
+class FullVariant(Variant):
+    """Every weight trains. The model computes in the base's dtype; the optimizer steps fp32 masters, which are copied back after each
+    step."""
+
+    def __init__(self, config: VariantConfig, base: Base, examples: Sequence[Example], seed: int, max_tokens: int):
+        attached = Attached(_copy(base))
+        self.weights = dict(attached.model.named_parameters())  # tied weights appear once
+        super().__init__(config, attached, [], {k: w.float() for k, w in self.weights.items()}, examples, seed, max_tokens)
+        for w in self.weights.values():
+            w.requires_grad_()
+
+    def pack(self) -> PackedAdapter | None:
+        return None
+
+    def gradients(self) -> list[Tensor]:
+        """Move the model's gradients to the masters."""
+        for k, w in self.weights.items():
+            if w.grad is not None:
+                self.params[k].grad = w.grad.float()
+                w.grad = None
+        return super().gradients()
+
+    def step(self, loss, window, seconds):
+        logged = super().step(loss, window, seconds)
+        with torch.no_grad():
+            for k, w in self.weights.items():
+                w.copy_(self.params[k])
+        return logged
+
+    def save(self, folder: Path, tokenizer: object) -> None:
+        """Write a model folder that transformers loads."""
+        self.attached.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _copy(base: Base) -> torch.nn.Module:
+    """A second model with the base's weights. Not a deepcopy: the base's hosts must not come along."""
+    config = copy.deepcopy(base.model.config)
+    config._attn_implementation = "eager"
+    model = type(base.model)(config).to(base.dtype)
+    model.load_state_dict(base.model.state_dict())
+    if base.model.generation_config is not None:
+        model.generation_config = copy.deepcopy(base.model.generation_config)
+    return model.to(base.device)

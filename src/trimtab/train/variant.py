@@ -1,0 +1,206 @@
+"""A variant: one adapter under training, with its own order of rows, dropout, optimizer, schedule and clipping.
+
+Nothing in here knows whether other variants train beside it; that is what makes a joint run equal to a solo one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimtab.attach import Attached
+from trimtab.bank import PackedAdapter
+from trimtab.data import Example, order
+from trimtab.methods.base import Method, Site
+from trimtab.train.config import VariantConfig
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Rows that enter one forward together. seed: of this portion's dropout."""
+
+    examples: Sequence[Example]
+    seed: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(e.ids) for e in self.examples)
+
+
+@dataclass(frozen=True)
+class Window:
+    """All rows of one optimizer step, cut into portions. supervised: targets in the whole window, over which the loss is the mean."""
+
+    portions: Sequence[Portion]
+    supervised: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(p.tokens for p in self.portions)
+
+    @property
+    def origins(self) -> list[str]:
+        return [e.origin for p in self.portions for e in p.examples]
+
+
+class Rows:
+    """A variant's endless stream of micro-batches: shuffled anew in each epoch, a function of (seed, position) alone."""
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int):
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.epoch = self.position = 0
+        self._order = order(len(examples), seed, 0)
+
+    def take(self) -> list[Example]:
+        """The next micro-batch. The last one of an epoch may be smaller."""
+        if self.position >= len(self.examples):
+            self.epoch, self.position = self.epoch + 1, 0
+            self._order = order(len(self.examples), self.seed, self.epoch)
+        chosen = self._order[self.position : self.position + self.batch_size]
+        self.position += len(chosen)
+        return [self.examples[i] for i in chosen]
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches of one epoch."""
+        return math.ceil(len(self.examples) / self.batch_size)
+
+
+@dataclass
+class Progress:
+    """What a variant has done so far; losses are one number a step."""
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    stopped: str = ""
+
+
+class Variant:
+    """One adapter under training.
+
+    attached: the model that it runs on: the shared base, or (full fine-tuning) its own. params: fp32 leaves, by `Site.key`.
+    """
+
+    def __init__(
+        self,
+        config: VariantConfig,
+        attached: Attached,
+        sites: Sequence[Site],
+        params: Mapping[str, Tensor],
+        examples: Sequence[Example],
+        seed: int,
+        max_tokens: int,
+    ):
+        self.config, self.attached, self.sites, self.max_tokens = config, attached, sites, max_tokens
+        self.seed = config.options.seed if config.options.seed is not None else seed
+        self.params = {k: p.detach().clone().requires_grad_() for k, p in params.items()}
+        self.rows = Rows(examples, config.options.batch_size, self.seed)
+        o = config.options
+        self.total_steps = o.max_steps or max(1, math.ceil(o.epochs * self.rows.batches / o.gradient_accumulation_steps))
+        self.optimizer = torch.optim.AdamW(
+            list(self.params.values()),
+            lr=config.lr,
+            betas=(o.adam_beta1, o.adam_beta2),
+            eps=o.adam_epsilon,
+            weight_decay=o.weight_decay,
+            fused=True,
+        )
+        self.progress = Progress()
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def method(self) -> Method:
+        return self.config.method
+
+    @property
+    def live(self) -> bool:
+        return not self.progress.stopped and self.progress.step < self.total_steps
+
+    def pack(self) -> PackedAdapter | None:
+        """The adapter as this forward runs it, with the graph to its parameters; None where the rows are the model's own (full
+        fine-tuning)."""
+        return self.attached.pack(self.method, self.params, self.sites)
+
+    def window(self) -> Window:
+        """Draw the rows of the next optimizer step."""
+        examples = [e for _ in range(self.config.options.gradient_accumulation_steps) for e in self.rows.take()]
+        cut = list(_cut(examples, self.max_tokens))
+        portions = [Portion(part, _dropout_seed(self.seed, self.progress.step, i)) for i, part in enumerate(cut)]
+        return Window(portions, int(sum(e.supervised.sum() for e in examples)))
+
+    def learning_rate(self) -> float:
+        """The rate of the next step: linear warm-up from 0, then the schedule down to 0 at the last step."""
+        o, step = self.config.options, self.progress.step
+        if step < o.warmup_steps:
+            return self.config.lr * (step + 1) / o.warmup_steps
+        done = (step - o.warmup_steps) / max(1, self.total_steps - o.warmup_steps)
+        return self.config.lr * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[o.schedule]
+
+    def step(self, loss: float, window: Window, seconds: float) -> dict[str, float]:
+        """Clip and step on the gradients that the window's portions have left; returns what to log.
+
+        A loss or gradient that is not finite stops the variant before the optimizer sees it: its tensors stay at the last good step.
+        """
+        grads = self.gradients()
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))) if grads else 0.0
+        p = self.progress
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            p.stopped = f"step {p.step + 1}: the loss is {loss}, the gradient's norm {norm}; rows {', '.join(window.origins[:16])}"
+            self.clear()
+            return {"loss": loss, "grad_norm": norm, "lr": self.learning_rate()}
+        if norm > self.config.options.max_grad_norm:
+            torch._foreach_mul_(grads, self.config.options.max_grad_norm / (norm + 1e-6))
+        lr = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.clear()
+        p.step, p.tokens, p.supervised_tokens, p.seconds = (
+            p.step + 1,
+            p.tokens + window.tokens,
+            p.supervised_tokens + window.supervised,
+            p.seconds + seconds,
+        )
+        p.losses.append(loss)
+        return {"loss": loss, "grad_norm": norm, "lr": lr}
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the parameters that have one."""
+        return [p.grad for p in self.params.values() if p.grad is not None]
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The tensors as they stand, detached."""
+        return {k: p.detach() for k, p in self.params.items()}
+
+
+def _cut(examples: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
+    """Portions of at most max_tokens tokens (a longer row stands alone), rows of similar length together so that attention pads little."""
+    part: list[Example] = []
+    tokens = 0
+    for e in sorted(examples, key=lambda e: len(e.ids)):
+        if part and tokens + len(e.ids) > max_tokens:
+            yield part
+            part, tokens = [], 0
+        part.append(e)
+        tokens += len(e.ids)
+    if part:
+        yield part
+
+
+def _dropout_seed(seed: int, step: int, portion: int) -> int:
+    return int.from_bytes(hashlib.sha256(np.array([seed, step, portion], dtype=np.int64).tobytes()).digest()[:4], "little")

@@ -1,0 +1,112 @@
+"""The command line as a user meets it: help, exit codes, the fix in the message, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from tests.train.common import METHODS, run_file
+from trimtab.cli import COMMANDS, main
+
+
+def call(*arguments: str | Path, text: str | None = None) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments], input=text)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> Path:
+    """A run folder that `trimtab train` has made on the tiny base."""
+    folder = tmp_path_factory.mktemp("run")
+    content = run_file(folder, {n: METHODS[n] | {"data": "a", "max_steps": 2} for n in ("lora", "prompt")}) | {
+        "base": str(tiny_llama_folder),
+        "dtype": "float32",
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(content))
+    result = call("train", folder / "run.yaml", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["variants"]["lora"]["steps"] == 2
+    return folder / "out"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name: str) -> None:
+    result = call(name, "--help")
+    assert result.exit_code == 0
+    assert f"trimtab {name}" in result.output
+    assert "Example" in result.output
+
+
+def test_a_mistake_exits_with_2_and_says_the_fix(tmp_path: Path) -> None:
+    result = call("train", tmp_path / "absent.yaml")
+    assert result.exit_code == 2
+    assert "absent.yaml" in result.output
+    (tmp_path / "run.yaml").write_text("bsae: x\n")
+    result = call("train", tmp_path / "run.yaml")
+    assert result.exit_code == 2
+    assert "bsae: unknown key (did you mean 'base'?)" in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_base_is_a_mistake(tmp_path: Path) -> None:
+    result = call("generate", "--base", tmp_path / "no-such-folder", "hello")
+    assert result.exit_code == 2
+    assert "no-such-folder" in result.output
+
+
+def test_train_prints_the_table(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    content = run_file(tmp_path, {"v": METHODS["ia3"] | {"data": "a", "max_steps": 1}}) | {"base": str(tiny_llama_folder)}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    result = call("train", tmp_path / "run.yaml", "--out", tmp_path / "elsewhere")
+    assert result.exit_code == 0, result.output
+    assert "ia3" in result.output and "tokens/s" in result.output
+    assert (tmp_path / "elsewhere" / "summary.json").is_file()
+    again = call("train", tmp_path / "run.yaml", "--out", tmp_path / "elsewhere")
+    assert again.exit_code == 2
+    assert "not empty" in again.output
+
+
+def test_generate_mixes_base_and_adapters(trained: Path, tiny_llama_folder: Path) -> None:
+    adapters = [a for n in ("lora", "prompt") for a in ("--adapter", trained / "adapters" / n)]
+    options = ["--base", tiny_llama_folder, "--max-new-tokens", "5", "--json"]
+    together = call("generate", *options, "--adapter", "base", *adapters, "n 3")
+    assert together.exit_code == 0, together.output
+    rows = json.loads(together.stdout)
+    assert [Path(r["adapter"]).name for r in rows] == ["base", "lora", "prompt"]
+    alone = call("generate", *options, "--adapter", trained / "adapters" / "prompt", "n 3")
+    assert json.loads(alone.stdout)[0]["text"] == rows[2]["text"]
+
+
+def test_an_adapter_for_another_base_is_refused(trained: Path, tmp_path: Path) -> None:
+    from tests.tiny import tiny_folder
+
+    other = tiny_folder(tmp_path / "other", seed=5)
+    result = call("generate", "--base", other, "--adapter", trained / "adapters" / "lora", "n 3")
+    assert result.exit_code == 2
+    assert "fingerprint" in result.output
+
+
+def test_chat_streams_and_resets(trained: Path, tiny_llama_folder: Path) -> None:
+    result = call(
+        "chat", "--base", tiny_llama_folder, "--adapter", trained / "adapters" / "lora", "--max-new-tokens", "4", text="n 1\n/reset\nn 2\n"
+    )
+    assert result.exit_code == 0, result.output
+    assert result.output.count("> ") >= 3
+
+
+def test_merge_writes_a_model_and_prompts_refuse(trained: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    result = call("merge", trained / "adapters" / "lora", tmp_path / "merged", "--base", tiny_llama_folder, "--dtype", "float32")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "merged" / "config.json").is_file()
+    refused = call("merge", trained / "adapters" / "prompt", tmp_path / "not", "--base", tiny_llama_folder)
+    assert refused.exit_code == 2
+    assert not (tmp_path / "not").exists()
+
+
+def test_doctor_speaks_json() -> None:
+    result = call("doctor", "--json")
+    assert {c["name"] for c in json.loads(result.stdout)} >= {"python", "torch", "device"}

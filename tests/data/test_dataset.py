@@ -1,0 +1,201 @@
+"""From sources to a dataset: weights, shares of dropped rows, digests, the cache, the order of epochs; real rows and the real tokenizer."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.common import END, chatml_mask, learnt, write_jsonl
+from tests.tiny import bundled_base, tiny_tokenizer
+from trimtab.data import Dataset, Source, encode_prompt, load_examples, order, read_source, summarise_dropped
+from trimtab.data import dataset as dataset_module
+from trimtab.data.token_cache import token_file
+from trimtab.errors import DataError
+
+TINY = tiny_tokenizer()
+TENANTS = Path(__file__).parents[3] / "shared" / "data" / "tenants"
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def pairs(n, word="row"):
+    return [{"prompt": f"{word} {i}", "completion": f"answer {i}"} for i in range(n)]
+
+
+def load(root, *sources, **options) -> Dataset:
+    given = [s if isinstance(s, Source) else Source(s) for s in sources]
+    return load_examples(given, TINY, root=root, **({"max_length": 512, "seed": 0} | options))
+
+
+def test_counts_tokens(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", pairs(3))
+    data = load(tmp_path, "a.jsonl")
+    assert [e.origin for e in data.examples] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"] and data.dropped == [] and data.warnings == []
+    assert data.tokens == sum(len(e.ids) for e in data.examples)
+    assert data.supervised_tokens == 3 * (len("answer 0") + 1)
+
+
+def test_weights_draw_rows_that_often(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", pairs(10))
+    write_jsonl(tmp_path / "b.jsonl", pairs(10, "other"))
+    data = load(tmp_path, "a.jsonl", Source("b.jsonl", weight=2.3))
+    counts = Counter(e.origin for e in data.examples)
+    assert [counts[f"a.jsonl:{i}"] for i in range(1, 11)] == [1] * 10
+    assert sorted(counts[f"b.jsonl:{i}"] for i in range(1, 11)) == [2] * 7 + [3] * 3
+    again, other = (load(tmp_path, "a.jsonl", Source("b.jsonl", weight=2.3), seed=s) for s in (0, 1))
+    assert [e.origin for e in again.examples] == [e.origin for e in data.examples] != [e.origin for e in other.examples]
+    assert again.digest == data.digest != other.digest
+    assert len(load(tmp_path, Source("a.jsonl", weight=0.5)).examples) == 5
+    assert len(load(tmp_path, Source("a.jsonl", weight=0.001)).examples) == 1
+
+
+def test_dropped_rows_are_listed_and_too_many_stop(tmp_path):
+    bad = [{"prompt": "x"}, {"prompt": f"{END}", "completion": "y"}, {"prompt": "z" * 600, "completion": "y"}]
+    write_jsonl(tmp_path / "a.jsonl", pairs(27) + bad)
+    data = load(tmp_path, "a.jsonl")
+    assert [d.origin for d in data.dropped] == ["a.jsonl:28", "a.jsonl:29", "a.jsonl:30"] and len(data.examples) == 27
+    assert summarise_dropped(data.dropped)[0].startswith("1 x ") and summarise_dropped([]) == []
+    with pytest.raises(DataError) as stopped:
+        load(tmp_path, "a.jsonl", max_dropped_share=0.09)
+    text = str(stopped.value)
+    assert (
+        "3 of 30 rows cannot be trained on (10%; allowed are 9%)" in text and "a.jsonl:30: over-long: " in text and "1 x over-long" in text
+    )
+
+
+def test_error_lists_ten_and_says_how_to_mend_the_commonest(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "z" * 600, "completion": "y"}] * 12 + pairs(1))
+    with pytest.raises(DataError) as stopped:
+        load(tmp_path, "a.jsonl")
+    assert len([p for p in stopped.value.problems if p.startswith("a.jsonl:")]) == 10
+    assert "and 2 more" in stopped.value.problems and "12 x over-long" in stopped.value.problems and "max_length" in stopped.value.fix
+    with pytest.raises(DataError, match="12 of 12"):
+        write_jsonl(tmp_path / "a.jsonl", [{"prompt": "z" * 600, "completion": "y"}] * 12)
+        load(tmp_path, "a.jsonl", max_dropped_share=1.0)
+    with pytest.raises(DataError, match="no sources"):
+        load(tmp_path)
+
+
+def test_a_good_source_does_not_hide_a_bad_one(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", pairs(100))
+    write_jsonl(tmp_path / "b.jsonl", [*pairs(1), {"prompt": "x"}])
+    with pytest.raises(DataError, match=r"b\.jsonl: 1 of 2"):
+        load(tmp_path, "a.jsonl", "b.jsonl")
+
+
+def test_digest_follows_content_and_options_not_places(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", pairs(3))
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    base = load(tmp_path, "a.jsonl").digest
+    assert base.startswith("sha256:") and len(base) == 71
+    assert load(tmp_path, "b.jsonl").digest == base == load(tmp_path, "a.jsonl", seed=7).digest
+    write_jsonl(tmp_path / "c.jsonl", pairs(2) + pairs(1))
+    other = tiny_tokenizer()
+    other.chat_template = "Talk:\n" + TINY.chat_template
+    end = tiny_tokenizer()
+    end.eos_token = "<|endoftext|>"
+    digests = [
+        load(tmp_path, "c.jsonl").digest,
+        load(tmp_path, "a.jsonl", max_length=500).digest,
+        load(tmp_path, "a.jsonl", last_turn_only=True).digest,
+        load(tmp_path, Source("a.jsonl", weight=2)).digest,
+        load(tmp_path, Source("a.jsonl", system="S")).digest,
+        *(load_examples([Source("a.jsonl")], t, root=tmp_path, max_length=512).digest for t in (other, end)),
+    ]
+    assert len({base, *digests}) == len(digests) + 1
+
+
+def same(a, b):
+    return [(e.ids.tolist(), e.supervised.tolist(), e.origin) for e in a.examples] == [
+        (e.ids.tolist(), e.supervised.tolist(), e.origin) for e in b.examples
+    ] and a.dropped == b.dropped
+
+
+def test_cache_serves_what_was_tokenised(tmp_path, monkeypatch, own_cache):
+    write_jsonl(tmp_path / "a.jsonl", [*pairs(20), {"prompt": "z" * 600, "completion": "y"}])
+    fresh = load(tmp_path, "a.jsonl")
+    (file,) = (own_cache / "tokens").iterdir()
+    monkeypatch.setattr(dataset_module, "encode_rows", None)
+    assert same(load(tmp_path, "a.jsonl"), fresh) and len(fresh.dropped) == 1
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert load(tmp_path, "b.jsonl").dropped[0].origin == "b.jsonl:21"
+    assert [file] == list((own_cache / "tokens").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other", "pickle"])
+def test_damaged_cache_is_written_anew(tmp_path, own_cache, damage):
+    write_jsonl(tmp_path / "a.jsonl", pairs(20))
+    fresh = load(tmp_path, "a.jsonl")
+    (file,) = (own_cache / "tokens").iterdir()
+    raw = file.read_bytes()
+    if damage == "other":
+        write_jsonl(tmp_path / "b.jsonl", pairs(20, "other"))
+        load(tmp_path, "b.jsonl")
+        (other,) = set((own_cache / "tokens").iterdir()) - {file}
+        file.write_bytes(other.read_bytes())
+    elif damage == "pickle":
+        np.savez(file, ids=np.array([{}], dtype=object))
+    else:
+        flipped = bytearray(raw)
+        flipped[len(raw) // 3] ^= 1
+        file.write_bytes({"cut": raw[: len(raw) // 2], "flip": bytes(flipped), "empty": b""}[damage])
+    assert same(load(tmp_path, "a.jsonl"), fresh)
+    assert file.read_bytes() == raw or damage == "flip"
+    assert same(load(tmp_path, "a.jsonl"), fresh)
+
+
+def test_cache_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "file"))
+    write_jsonl(tmp_path / "a.jsonl", pairs(3))
+    assert len(load(tmp_path, "a.jsonl").examples) == 3
+    assert not token_file("sha256:00").exists()
+
+
+def test_template_that_reads_the_clock_is_not_cached(tmp_path, own_cache):
+    write_jsonl(tmp_path / "a.jsonl", pairs(3))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    load_examples([Source("a.jsonl")], tokenizer, root=tmp_path, max_length=512)
+    assert not (own_cache / "tokens").exists()
+
+
+def test_order_is_the_same_everywhere():
+    assert order(8, 0, 0).tolist() == [0, 3, 7, 5, 1, 2, 6, 4]
+    assert order(8, 0, 1).tolist() == [3, 7, 4, 2, 1, 6, 5, 0] and order(8, 1, 0).tolist() == [2, 0, 1, 4, 5, 6, 7, 3]
+    assert order(8, 0, 0).dtype == np.int64
+    assert order(0, 0, 0).tolist() == [] and order(1, 3, 2).tolist() == [0]
+    np.random.seed(5)
+    assert sorted(order(1000, 3, 1).tolist()) == list(range(1000))
+    orders = {tuple(order(50, seed, epoch).tolist()) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+    code = "from trimtab.data import order; print(order(50, 9, 4).tolist())"
+    env = os.environ | {"PYTHONHASHSEED": "77"}
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert json.loads(other.stdout) == order(50, 9, 4).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TENANTS.is_dir(), reason="shared/data/tenants is not there")
+@pytest.mark.parametrize("tenant", ["support", "legal", "finance"])
+def test_real_rows_with_the_real_tokenizer(tenant, monkeypatch, tmp_path):
+    monkeypatch.delenv("TRIMTAB_CACHE")
+    tokenizer = bundled_base().tokenizer
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    rows, dropped = read_source(Source(f"{tenant}/train.jsonl"), TENANTS)
+    write_jsonl(tmp_path / "few.jsonl", [{"messages": list(r.messages)} for r in rows[:150]])
+    data = load_examples([Source("few.jsonl")], tokenizer, root=tmp_path, max_length=2048)
+    assert not dropped and not data.dropped and len(data.examples) == 150
+    for row, example in zip(rows, data.examples, strict=False):
+        messages = list(row.messages)
+        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        answers = [m["content"] for m in messages[: last + 1] if m["role"] == "assistant"]
+        assert learnt(example, tokenizer) == "".join(a + END for a in answers)
+        assert np.array_equal(example.supervised, chatml_mask(example.ids, tokenizer))
+        first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        assert example.ids[: int(example.supervised.argmax())].tolist() == encode_prompt(messages[:first], tokenizer)

@@ -1,0 +1,248 @@
+"""Every form of row in every format, what is dropped with file and line, and the errors that say what a file holds."""
+
+import csv
+import json
+import sys
+import types
+
+import pytest
+
+from tests.data.common import TALK, write_jsonl
+from trimtab.data import Source, parse_sources, read_source
+from trimtab.errors import ConfigError, DataError
+
+PAIR = {"prompt": "Q", "completion": "A"}
+ROWS = {
+    "messages": {"messages": TALK},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+    "pair": PAIR,
+    "lists": {"prompt": TALK[:2], "completion": TALK[2:3]},
+    "alpaca": {"instruction": "Add", "input": "1 2", "output": "3"},
+    "text": {"text": "Once."},
+}
+
+
+def read(path, root=None, **source):
+    return read_source(Source(str(path), **source), root or path.parent)
+
+
+def one(tmp_path, record, **source):
+    rows, dropped = read(write_jsonl(tmp_path / "rows.jsonl", [record]), **source)
+    assert not dropped, dropped
+    return rows[0]
+
+
+def reasons(dropped):
+    return {d.origin: d.reason for d in dropped}
+
+
+def test_each_form(tmp_path):
+    rows = {name: one(tmp_path, record) for name, record in ROWS.items()}
+    assert list(rows["messages"].messages) == TALK and rows["messages"].origin == "rows.jsonl:1"
+    assert [(m["role"], m["content"]) for m in rows["sharegpt"].messages] == [("user", "Q"), ("assistant", "A")]
+    assert (rows["pair"].prompt, rows["pair"].completion, rows["pair"].separator) == ("Q", "A", "")
+    assert list(rows["lists"].messages) == TALK[:3] and rows["lists"].first_supervised == 2
+    assert (rows["alpaca"].prompt, rows["alpaca"].completion, rows["alpaca"].separator) == ("Add\n\n1 2", "3", "\n\n")
+    assert rows["text"].text == "Once."
+    assert one(tmp_path, {"instruction": "Add", "input": "", "output": "3"}).prompt == "Add"
+
+
+def test_text_parts_are_joined_and_null_columns_do_not_count(tmp_path):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": None}, TALK[2]]
+    assert one(tmp_path, {"messages": parts}).messages[0]["content"] == "ab"
+    assert one(tmp_path, {"messages": None, **PAIR}).prompt == "Q"
+
+
+def test_columns_map_names_and_win_over_what_is_there(tmp_path):
+    record = {"messages": TALK, "question": "Q", "answer": "A"}
+    assert one(tmp_path, record, columns={"prompt": "question", "completion": "answer"}).prompt == "Q"
+    row = one(tmp_path, {"text": "great", "label": 1}, columns={"label": "label"})
+    assert (row.prompt, row.completion, row.separator) == ("great", "1", "\n")
+    assert one(tmp_path, {"text": "great", "label": 1}).text == "great"
+    assert one(tmp_path, {"review": "great", "mood": "good"}, columns={"text": "review", "label": "mood"}).completion == "good"
+
+
+def test_system_goes_before_rows_that_have_none(tmp_path):
+    assert one(tmp_path, PAIR, system="S").conversation[0] == {"role": "system", "content": "S"}
+    assert one(tmp_path, {**PAIR, "system": "own"}, system="S").system == "own"
+    assert list(one(tmp_path, {"messages": TALK}, system="S").messages) == TALK
+    row = one(tmp_path, ROWS["lists"] | {"prompt": TALK[1:2]}, system="S")
+    assert [m["role"] for m in row.messages] == ["system", "user", "assistant"] and row.first_supervised == 2
+    assert read(write_jsonl(tmp_path / "t.jsonl", [ROWS["text"]]), system="S")[1][0].kind == "system with plain text"
+
+
+BAD = {
+    "bad messages": [{"messages": []}, {"messages": "x"}, {"messages": ["x"]}],
+    "unknown role": [{"messages": [{"role": "asistant", "content": "x"}]}, {"messages": [{"content": "x"}]}],
+    "not text": [{"messages": [{"role": "user", "content": None}]}, {"prompt": 3, "completion": "A"}, {"prompt": "Q", "completion": None}],
+    "tool calls": [{"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}],
+    "empty": [{"prompt": "Q", "completion": " "}, {"text": ""}],
+    "not an object": [[1], "x", None],
+    "no known form": [{"question": "Q"}],
+    "not Unicode": [{"prompt": "\ud83d", "completion": "A"}],
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_rows_are_dropped_by_line(tmp_path, kind):
+    rows, dropped = read(write_jsonl(tmp_path / "rows.jsonl", [PAIR, *BAD[kind]]))
+    assert len(rows) == 1
+    assert [(d.origin, d.kind) for d in dropped] == [(f"rows.jsonl:{i + 2}", kind) for i in range(len(BAD[kind]))]
+
+
+def test_unknown_role_is_named_with_the_nearest(tmp_path):
+    _, dropped = read(write_jsonl(tmp_path / "rows.jsonl", [PAIR, BAD["unknown role"][0]]))
+    assert dropped[0].reason == "unknown role: messages[0] has role 'asistant' (did you mean 'assistant'?)"
+
+
+def test_jsonl_with_bom_crlf_blank_lines_broken_lines_and_other_encodings(tmp_path):
+    good = json.dumps({"prompt": "é\u2028", "completion": "A"}, ensure_ascii=False).encode()
+    lines = [b"\xef\xbb\xbf" + good + b"\r", b"", b'{"prompt": "Q"', '{"prompt": "é"}'.encode("latin-1"), b"[" * 100_000, good]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    rows, dropped = read(tmp_path / "rows.jsonl")
+    assert [r.origin for r in rows] == ["rows.jsonl:1", "rows.jsonl:6"] and rows[0].prompt == "é\u2028"
+    found = reasons(dropped)
+    assert found["rows.jsonl:3"].startswith("not JSON: ")
+    assert found["rows.jsonl:4"] == "not UTF-8: byte 0xe9 at column 13"
+    assert found["rows.jsonl:5"].startswith("not JSON: ")
+
+
+def test_json_array_counts_lines(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([PAIR, {"prompt": "Q"}, PAIR], indent=1), encoding="utf-8")
+    rows, dropped = read(path)
+    assert [r.origin for r in rows] == ["rows.json:2", "rows.json:9"] and [d.origin for d in dropped] == ["rows.json:6"]
+    path.write_text(json.dumps(PAIR) + "\n" + json.dumps(PAIR) + "\n", encoding="utf-8")
+    assert [r.origin for r in read(path)[0]] == ["rows.json:1", "rows.json:2"]
+    path.write_bytes(b'[{"prompt": "caf\xe9", "completion": "A"},\n ' + json.dumps(PAIR).encode() + b"]")
+    rows, dropped = read(path)
+    assert len(rows) == 1 and reasons(dropped) == {"rows.json:1": "not UTF-8: byte 0xe9 in prompt"}
+
+
+@pytest.mark.parametrize("text", ['[{"prompt": "Q"},\n {"prompt: 1}]', '[{"a": 1}\n {"a": 1}]', "[{}", '[{"a": 1}, '])
+def test_broken_json_array_is_an_error_with_its_line(tmp_path, text):
+    (tmp_path / "rows.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.json:\d is not JSON"):
+        read(tmp_path / "rows.json")
+
+
+def test_json_object_is_not_an_array(tmp_path):
+    (tmp_path / "rows.json").write_text('{"data": []}', encoding="utf-8")
+    with pytest.raises(DataError, match="does not hold a JSON array"):
+        read(tmp_path / "rows.json")
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ","), ("t.csv", ";"), ("t.tsv", "\t")])
+def test_csv(tmp_path, name, delimiter):
+    with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=delimiter).writerows([["prompt", "completion"], ["a\nb, c; d", "é"], ["", ""], ["Q"], ["Q", "A"]])
+    rows, dropped = read(tmp_path / name)
+    assert [(r.origin, r.prompt, r.completion) for r in rows] == [(f"{name}:2", "a\nb, c; d", "é"), (f"{name}:6", "Q", "A")]
+    assert reasons(dropped) == {f"{name}:5": "not CSV: 1 fields where the header has 2"}
+
+
+def test_csv_that_is_broken_or_not_utf8(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(b'prompt,completion\ncaf\xe9,A\n"a"b,A\nQ,A\n')
+    rows, dropped = read(path)
+    assert [r.origin for r in rows] == ["t.csv:4"]
+    assert reasons(dropped)["t.csv:2"] == "not UTF-8: byte 0xe9 in prompt" and reasons(dropped)["t.csv:3"].startswith("not CSV: ")
+    path.write_text('prompt,completion\nQ,A\n"never closed,A\nQ,A\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"t\.csv:3 opens a quote that is never closed"):
+        read(path)
+    path.write_text("prompt,prompt\nQ,A\n", encoding="utf-8")
+    with pytest.raises(DataError, match="names a column twice"):
+        read(path)
+
+
+def test_wrong_columns_list_what_exists_and_what_is_understood(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("id,promt,answer\n1,Q,A\n", encoding="utf-8")
+    with pytest.raises(DataError) as found:
+        read(path)
+    assert "id, promt, answer" in str(found.value) and "did you mean 'prompt'?" in str(found.value) and "instruction" in str(found.value)
+    with pytest.raises(DataError, match=r"completion: 'answr' does not exist \(did you mean 'answer'\?\)"):
+        read(path, columns={"prompt": "promt", "completion": "answr"})
+    with pytest.raises(DataError, match=r"'promp' is not one of ours \(did you mean 'prompt'\?\)"):
+        read(path, columns={"promp": "promt", "completion": "answer"})
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": TALK}, {"messages": TALK[:1]}]), tmp_path / "t.parquet")
+    rows, dropped = read(tmp_path / "t.parquet")
+    assert list(rows[0].messages) == TALK and rows[1].origin == "t.parquet:2" and not dropped
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        read(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize(("path", "module", "package"), [("t.parquet", "pyarrow.parquet", "pyarrow"), ("hf:a/b", "datasets", "datasets")])
+def test_missing_packages_are_named(tmp_path, monkeypatch, path, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=f"pip install {package}"):
+        read_source(Source(path), tmp_path)
+
+
+class ClassLabel:
+    def int2str(self, number):
+        return ["bad", "good"][number]
+
+
+def test_hub_dataset(tmp_path, monkeypatch):
+    class Data(list):
+        features = types.MappingProxyType({"text": object(), "label": ClassLabel()})
+
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return Data([{"text": "great", "label": 1}, {"text": "meh", "label": -1}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, ClassLabel=ClassLabel))
+    rows, _ = read_source(Source("hf:org/name:config", split="test", columns={"label": "label"}), tmp_path)
+    assert [(r.origin, r.completion) for r in rows] == [("hf:org/name:config:1", "good"), ("hf:org/name:config:2", "-1")]
+    assert asked == [("org/name", "config", "test")]
+
+
+def test_hub_dataset_offline(tmp_path):
+    pytest.importorskip("datasets")
+    with pytest.raises(DataError, match="hf:no-such-org/no-such-name cannot be loaded"):
+        read_source(Source("hf:no-such-org/no-such-name"), tmp_path)
+
+
+def test_missing_empty_unknown_and_utf16_files(tmp_path):
+    write_jsonl(tmp_path / "tickets.jsonl", [PAIR])
+    with pytest.raises(DataError, match=r"tickts\.jsonl does not exist \(did you mean 'tickets\.jsonl'\?\)"):
+        read(tmp_path / "tickts.jsonl")
+    for content in (b"", b"\xef\xbb\xbf\n \n"):
+        (tmp_path / "e.jsonl").write_bytes(content)
+        with pytest.raises(DataError, match="is empty"):
+            read(tmp_path / "e.jsonl")
+    for name, content in (("e.csv", "prompt,completion\n"), ("e.json", "[]")):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        with pytest.raises(DataError, match="holds no rows"):
+            read(tmp_path / name)
+    (tmp_path / "e.jsonl").write_text(json.dumps(PAIR), encoding="utf-16")
+    with pytest.raises(DataError, match="is UTF-16"):
+        read(tmp_path / "e.jsonl")
+    (tmp_path / "rows.dat").write_text(json.dumps(PAIR), encoding="utf-8")
+    with pytest.raises(DataError, match="add `format:`"):
+        read(tmp_path / "rows.dat")
+    assert len(read(tmp_path / "rows.dat", format="jsonl")[0]) == 1
+
+
+def test_parse_sources_as_a_run_file_writes_them():
+    assert parse_sources("a.jsonl") == [Source("a.jsonl")]
+    assert parse_sources(["a.jsonl", {"path": "docs", "weight": 2}]) == [Source("a.jsonl"), Source("docs", weight=2)]
+    with pytest.raises(ConfigError, match=r"train\[0\]: unknown key 'wieght' \(did you mean 'weight'\?\)"):
+        parse_sources([{"path": "a", "wieght": 1}], where="train")
+    for bad in ([], 3, {"weight": 1}):
+        with pytest.raises(ConfigError):
+            parse_sources(bad)
+    for fields in ({"weight": 0}, {"weight": float("inf")}, {"format": "jsonll"}, {"columns": {"prompt": 1}}, {"system": 1}):
+        with pytest.raises(ConfigError, match=next(iter(fields))):
+            Source("a", **fields)

@@ -1,0 +1,112 @@
+"""Law 3: a mixed batch of every method, of LoRAs of different rank, alpha and targets, and of the base equals each alone.
+
+Both ways of running: by span (full forwards, prefill) and gathered (decoding many short spans), with and without the KV cache.
+"""
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.laws.common import CASES, adapter_of, adapters_of, base_of, cached_logits, difference, noisy, solo, tokens
+from tests.tiny import FAMILIES
+from trimtab import ops
+from trimtab.generate import Sampling
+from trimtab.methods import LoraConfig
+
+
+def _shuffle(items, seed):
+    return [items[i] for i in torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()]
+
+
+def _two_loras(base):
+    """Different rank, alpha and targets; they meet at one module and miss each other at another."""
+    first, second = base.spec.family.ia3_targets[-1], base.spec.family.lora_targets[0]
+    return [
+        noisy(base, LoraConfig(r=5, lora_alpha=3, target_modules=(first, second)), seed=50),
+        noisy(base, LoraConfig(r=1, lora_alpha=7, target_modules=(second,)), seed=51),
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_at_once_equals_each_alone(family):
+    """Three sequences of every adapter and of the base, lengths 1 to 29, in an order that interleaves them."""
+    base = base_of(family)
+    everyone = [None, *adapters_of(family).values(), *_two_loras(base)]
+    entries = _shuffle([(a, tokens(1 + (7 * i + 11 * k) % 29, 10 * i + k)) for i, a in enumerate(everyone) for k in range(3)], seed=3)
+    adapters, sequences = [a for a, _ in entries], [s for _, s in entries]
+    for got, want in zip(base.logits(sequences, adapters), solo(base, sequences, adapters), strict=True):
+        assert difference(got, want) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "gpt2"])
+def test_long_sequences_equal_each_alone(family):
+    """Longer than a block of the attention and than any window; two long ones of like length share a bucket behind different prefixes."""
+    base = base_of(family)
+    cases = ["lora-0", "prompt-0", "prefix-0", "prefix-1", "ia3-0"]
+    entries = [(adapter_of(family, c), tokens(ops.QUERY_BLOCK + 17 + 9 * i, i)) for i, c in enumerate(cases)]
+    entries += [
+        (None, tokens(2 * ops.QUERY_BLOCK, 40)),
+        (None, tokens(3, 41)),
+        (adapter_of(family, "prefix-0"), tokens(ops.QUERY_BLOCK, 42)),
+    ]
+    adapters, sequences = [a for a, _ in entries], [s for _, s in entries]
+    for got, want in zip(base.logits(sequences, adapters), solo(base, sequences, adapters), strict=True):
+        assert difference(got, want) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_everything_at_once_equals_full_forwards(family, monkeypatch):
+    """One token of every adapter a step, through the cache and the gathered kernels, against one full forward of each."""
+    base, gathered, real = base_of(family), set(), ops.gathers
+    monkeypatch.setattr(ops, "gathers", lambda rows: gathered.add(real(rows)) or real(rows))
+    everyone = [None, *adapters_of(family).values(), *_two_loras(base)]
+    entries = _shuffle([(a, tokens(10 + (i + k) % 4, 20 * i + k)) for i, a in enumerate(everyone) for k in range(2)], seed=4)
+    adapters, sequences = [a for a, _ in entries], [s for _, s in entries]
+    chunks = [[6] + [1] * (len(s) - 6) for s in sequences]  # prefill by span, then decode
+    cached = cached_logits(base, sequences, adapters, chunks)
+    assert gathered == {True, False}, "both ways of running must have run"
+    for got, want in zip(cached, solo(base, sequences, adapters), strict=True):
+        assert difference(got, want) <= 1e-5
+
+
+@st.composite
+def _chunked(draw):
+    """Sequences cut into pieces of arbitrary sizes, each under some adapter: what continuous batching feeds."""
+    chunks = draw(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=7))
+    return [(draw(st.sampled_from([None, *CASES])), c) for c in chunks]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(family=st.sampled_from(list(FAMILIES)), entries=_chunked())
+def test_any_chunks_of_any_mix_equal_full_forwards(family, entries):
+    base = base_of(family)
+    adapters = [c and adapter_of(family, c) for c, _ in entries]
+    sequences, chunks = [tokens(sum(c), i) for i, (_, c) in enumerate(entries)], [c for _, c in entries]
+    for got, want in zip(cached_logits(base, sequences, adapters, chunks), solo(base, sequences, adapters), strict=True):
+        assert difference(got, want) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mixed_generation_equals_solo_generation(family, monkeypatch):
+    """More sequences than there are places in the cache: prompts enter beside sequences that decode, in places that others have left."""
+    monkeypatch.setattr(importlib.import_module("trimtab.generate"), "MAX_LIVE", 7)
+    base = base_of(family)
+    everyone = _shuffle([None, *adapters_of(family).values(), *_two_loras(base)], seed=5)
+    prompts = [tokens(3 + i % 11, 300 + i) for i in range(len(everyone))]
+    mixed = base.generate_ids(prompts, everyone, Sampling(max_new_tokens=10))
+    assert sum(map(len, mixed)) > 5 * len(prompts), "the stop token came too early for this test to say much"
+    for prompt, adapter, got in zip(prompts, everyone, mixed, strict=True):
+        assert got == base.generate_ids([prompt], [adapter], Sampling(max_new_tokens=10))[0]
+
+
+def test_mixed_sampling_equals_its_own_stream():
+    """Sequence i draws from (seed, i) alone, whatever its neighbours are."""
+    base, adapter = base_of("llama"), adapter_of("llama", "lora-0")
+    prompts, sampling = [tokens(5, 1), tokens(9, 2)], Sampling(max_new_tokens=8, temperature=1.0, top_p=0.9, top_k=50, seed=3)
+    one = base.generate_ids(prompts, [adapter, None], sampling)
+    assert one == base.generate_ids(prompts, [adapter, None], sampling)
+    assert one[0] == base.generate_ids([prompts[0]], [adapter], sampling)[0]
+    assert one[0] == base.generate_ids([prompts[0], prompts[0], prompts[1]], [adapter, None, adapter], sampling)[0]

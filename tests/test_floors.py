@@ -1,0 +1,171 @@
+"""The floors of the design: a file imports only from floors below, or from its own floor without a cycle.
+
+Found by parsing, so imports inside functions count too.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "trimtab"
+
+FLOORS = {
+    **dict.fromkeys(["errors", "ops", "spec"], 0),
+    **dict.fromkeys(["methods", "bases"], 1),
+    **dict.fromkeys(["attention", "attach", "bank", "batch", "generate", "model"], 2),
+    **dict.fromkeys(["store", "data"], 3),
+    **dict.fromkeys(["train", "serve", "plan"], 4),
+    "http": 5,
+    "cli": 6,
+    "__main__": 7,
+}
+FACADE = 5.5
+"""`import trimtab` loads everything by name: for the command line and for people, not for the floors that it stands on."""
+
+APART = [{"train", "serve"}]
+KERNELS = {"mm", "bmm", "baddbmm", "addmm", "addmm_", "matmul", "einsum", "scaled_dot_product_attention", "flex_attention", "triton"}
+"""Calls that mean a kernel (`@` is for small algebra, as in a merge)."""
+
+
+@dataclass(frozen=True)
+class Import:
+    line: int
+    target: str
+    typing_only: bool
+
+
+def read(folder: Path = SOURCE) -> dict[str, str]:
+    """dotted module name -> source, of every file."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = ("trimtab", *path.relative_to(folder).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text(encoding="utf-8")
+    return found
+
+
+def imports(module: str, source: str, known: Mapping[str, str]) -> Iterator[Import]:
+    """What a file imports: of trimtab, the module that holds the name; of others, their dotted name."""
+    tree = ast.parse(source)
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}:{node.lineno} is a relative import: write the whole name, so that floors are seen"
+            targets = [f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in known else str(node.module) for a in node.names]
+            if node.module == "trimtab":
+                targets = [t for t, a in zip(targets, node.names, strict=True) if a.name != "__version__"]
+        else:
+            continue
+        for target in dict.fromkeys(targets):
+            yield Import(node.lineno, target, id(node) in typing_only)
+
+
+def top(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def floor(module: str) -> float:
+    return FLOORS.get(top(module), FACADE)
+
+
+def violations(files: Mapping[str, str]) -> list[str]:
+    """Every finding, as "module:line says what"."""
+    found = [f"{m}: not in the map: give {top(m)!r} a floor in FLOORS" for m in files if m != "trimtab" and top(m) not in FLOORS]
+    graph: dict[str, set[str]] = {}
+    for module, source in files.items():
+        found += (
+            [f"{module}: no utils: name the file after what it does"] if module.rpartition(".")[2] in ("utils", "util", "helpers") else []
+        )
+        if module == "trimtab":
+            continue  # the facade: it loads what it is asked for
+        if module != "trimtab.ops":
+            found += [f"{module}:{line}: {what} is a kernel: kernels live in ops.py" for line, what in kernels(source)]
+        for i in imports(module, source, files):
+            if i.target.split(".")[0] == "torch" and top(module) == "http":
+                found.append(f"{module}:{i.line}: http never imports torch")
+            if i.target.split(".")[0] != "trimtab" or i.typing_only:
+                continue
+            if floor(i.target) > floor(module):
+                found.append(f"{module}:{i.line}: imports {i.target}, which is above it")
+            if {top(module), top(i.target)} in APART:
+                found.append(f"{module}:{i.line}: {top(module)} and {top(i.target)} never import each other")
+            if i.target != module:
+                graph.setdefault(module, set()).add(i.target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as e:
+        found.append(f"a cycle: {' -> '.join(reversed(e.args[1]))}")
+    return found
+
+
+def kernels(source: str) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in KERNELS:
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.ClassDef) and any(ast.unparse(b).endswith("autograd.Function") for b in node.bases):
+            yield node.lineno, f"{node.name}(autograd.Function)"
+        elif isinstance(node, (ast.Import, ast.ImportFrom)) and "triton" in ast.unparse(node).split():
+            yield node.lineno, "triton"
+
+
+def test_every_file_keeps_to_its_floor():
+    files = read()
+    assert len(files) > 20, "the source was not found"
+    assert violations(files) == []
+
+
+def test_typing_imports_that_point_upwards_are_these():
+    """Exempt from the floors, but listed: each is a name in an annotation, never a call."""
+    files = read()
+    upward = {
+        (module, i.target)
+        for module, source in files.items()
+        if module != "trimtab"
+        for i in imports(module, source, files)
+        if i.typing_only and i.target.split(".")[0] == "trimtab" and floor(i.target) > floor(module)
+    }
+    assert upward == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "words"),
+    [
+        ("trimtab.ops", "from trimtab.methods.base import Span", "trimtab.ops:1: imports trimtab.methods.base, which is above it"),
+        ("trimtab.errors", "def f():\n    from trimtab import model", "trimtab.errors:2: imports trimtab.model, which is above it"),
+        ("trimtab.bases.load", "import trimtab.store", "imports trimtab.store, which is above it"),
+        ("trimtab.model", "from trimtab import Adapter", "imports trimtab, which is above it"),
+        ("trimtab.train.loop", "from trimtab.serve import engine", "train and serve never import each other"),
+        ("trimtab.serve.engine", "import trimtab.train.step", "serve and train never import each other"),
+        ("trimtab.http.app", "import torch.nn", "http never imports torch"),
+        ("trimtab.http.app", "if True:\n    from torch import Tensor", "trimtab.http.app:2: http never imports torch"),
+        ("trimtab.bank", "import torch\ntorch.bmm(a, b)", "trimtab.bank:2: bmm is a kernel"),
+        ("trimtab.train.loss", "class F(torch.autograd.Function): ...", "F(autograd.Function) is a kernel"),
+        ("trimtab.data.utils", "", "no utils"),
+        ("trimtab.extras", "", "give 'extras' a floor"),
+    ],
+)
+def test_a_planted_violation_is_found(module, source, words):
+    planted = dict.fromkeys(read(), "") | {module: source}
+    findings = violations(planted)
+    assert len(findings) == 1 and words in findings[0], findings
+
+
+def test_a_cycle_is_found_and_typing_is_no_cycle():
+    cycle = {"trimtab.bank": "from trimtab.batch import Batch", "trimtab.batch": "import trimtab.bank"}
+    assert "a cycle: " in violations(cycle)[0]
+    typed = cycle | {"trimtab.batch": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import trimtab.bank"}
+    assert violations(typed) == []
+    assert violations({"trimtab.bank": "from trimtab import __version__"}) == []

@@ -1,0 +1,113 @@
+"""A run from its run file to its run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.train.common import METHODS, metrics, run, run_file, tiny_base
+from trimtab.errors import ConfigError, DataError
+from trimtab.store import Adapter
+from trimtab.train import RunConfig, train
+from trimtab.train.variant import Variant
+
+
+def test_the_run_folder(tmp_path: Path) -> None:
+    variants = {n: f | {"data": "a"} for n, f in METHODS.items()}
+    report = run(tmp_path, variants)
+    summary = json.loads((report.out / "summary.json").read_text())
+    assert summary["base_fingerprint"]["before"] == summary["base_fingerprint"]["after"]
+    assert set(summary["variants"]) == set(variants)
+    base = tiny_base()
+    for name, entry in summary["variants"].items():
+        assert entry["steps"] == 5
+        assert entry["tokens"] > entry["supervised_tokens"] > 0
+        assert entry["adapter_bytes"] > 0
+        assert set(entry["scores"]) >= {"loss", "exact_match", "token_f1", "rouge_l"}
+        assert len(metrics(report)[name]) == 5
+        if name != "full":
+            loaded = Adapter.load(report.out / "adapters" / name, base)
+            for key, tensor in report.adapters[name].params.items():
+                assert torch.equal(loaded.params[key], tensor)
+    full = AutoModelForCausalLM.from_pretrained(report.out / "adapters" / "full")
+    assert not torch.equal(full.lm_head.weight, base.model.lm_head.weight)
+
+
+def test_train_by_its_public_name(tmp_path: Path) -> None:
+    """`trimtab.train` is a package and a function; it must be callable whatever was imported first."""
+    import trimtab.train.config
+
+    content = run_file(tmp_path, {"v": {"data": "a", "method": "ia3", "max_steps": 1}})
+    report = trimtab.train(trimtab.RunConfig.from_dict(content, root=tmp_path), base=tiny_base())
+    assert report.summary["variants"]["v"]["steps"] == 1
+    assert trimtab.train.config.RunConfig is trimtab.RunConfig
+
+
+def test_the_loss_is_the_mean_over_the_targets_of_the_window(tmp_path: Path) -> None:
+    """Computed plainly: all rows of a window, one by one, through the model's own logits."""
+    base = tiny_base()
+    content = run_file(tmp_path, {"v": {"data": "a", "method": "ia3", "max_steps": 1, "batch_size": 2, "gradient_accumulation_steps": 3}})
+    seen: list[tuple[list[int], list[bool]]] = []
+    original = Variant.window
+
+    def spy(self: Variant):
+        window = original(self)
+        seen.extend((e.ids.tolist(), e.supervised.tolist()) for p in window.portions for e in p.examples)
+        return window
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Variant, "window", spy)
+        report = train(RunConfig.from_dict(content, root=tmp_path), base=base)
+    assert len(seen) == 6
+    nll = []
+    for ids, mask in seen:
+        log_p = torch.log_softmax(base.logits([ids])[0].double(), -1)
+        nll += [-log_p[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t]]
+    assert metrics(report)["v"][0]["loss"] == pytest.approx(sum(nll) / len(nll), rel=1e-5)
+
+
+def test_a_variant_that_diverges_stops_alone(tmp_path: Path) -> None:
+    """Its tensors stay at the last good step, its rows are named, the others go on to where they would have come alone."""
+    variants = {"good": METHODS["lora"] | {"data": "a"}, "bad": METHODS["ia3"] | {"data": "b"}}
+    original = Variant.pack
+
+    def poisoned(self: Variant):
+        packed = original(self)
+        if self.name == "bad" and self.progress.step == 2:
+            next(iter(packed.edits.values())).tensors["g"].data.fill_(math.inf)
+        return packed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Variant, "pack", poisoned)
+        report = run(tmp_path / "joint", variants)
+    entries = report.summary["variants"]
+    assert entries["bad"]["steps"] == 2
+    assert "b.jsonl:" in entries["bad"]["stopped"]
+    assert all(torch.isfinite(t).all() for t in report.adapters["bad"].params.values())
+    alone = run(tmp_path / "solo", {"good": variants["good"]})
+    assert [e["loss"] for e in metrics(report)["good"]] == pytest.approx([e["loss"] for e in metrics(alone)["good"]], rel=1e-4)
+
+
+def test_a_run_never_overwrites(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "something").touch()
+    with pytest.raises(ConfigError, match="not empty"):
+        run(tmp_path, {"v": {"data": "a", "method": "lora"}})
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["something"]
+
+
+@pytest.mark.parametrize("name", ["target", "rows"])
+def test_nothing_is_written_before_everything_is_checked(tmp_path: Path, name: str) -> None:
+    content = run_file(
+        tmp_path, {"v": {"data": "a", "method": "lora", "r": 2, "target_modules": ["q_proj", "v_porj" if name == "target" else "v_proj"]}}
+    )
+    if name == "rows":
+        (tmp_path / "a.jsonl").write_text('{"question": "x"}\n')
+    with pytest.raises(ConfigError if name == "target" else DataError):
+        train(RunConfig.from_dict(content, root=tmp_path), base=tiny_base())
+    assert not (tmp_path / "out").exists()
