@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from trimtab.spec import read_spec
 class Around:
     """A module of the base as an edit sees it (`methods.base.Around`): `call` runs it, or it with the edits before this one."""
 
-    def __init__(self, module: nn.Module, site: int, call: Callable[[Tensor], Tensor], original: Callable[[Tensor], Tensor]):
+    def __init__(self, module: Any, site: int, call: Callable[[Tensor], Tensor], original: Callable[[Tensor], Tensor]):
         self.module, self.site, self._call, self._original = module, site, call, original
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ class _Original(nn.Module):
         return self.original(x)
 
 
-def weight_OI(module: nn.Module) -> Tensor:
+def weight_OI(module: Any) -> Tensor:
     """A module's weight as (out, in): transformers' Conv1D keeps (in, out). Embeddings keep (V, H)."""
     return module.weight.T if type(module).__name__ == "Conv1D" else module.weight
 
@@ -73,13 +74,13 @@ def weight_OI(module: nn.Module) -> Tensor:
 class Host:
     """Stands in for one module's forward."""
 
-    def __init__(self, attached: Attached, name: str, module: nn.Module, index: int):
+    def __init__(self, attached: Attached, name: str, module: Any, index: int):
         self.attached, self.name, self.module, self.index, self.original = attached, name, module, index, module.forward
 
-    def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         batch = self.attached.batch
         groups = batch.mix.groups.get(self.name) if batch is not None else None
-        if not groups:
+        if batch is None or not groups:
             return self.original(x, *args, **kwargs)
         original = partial(self.original, *args, **kwargs) if args or kwargs else self.original
         around = Around(self.module, self.index, original, original)
@@ -95,7 +96,7 @@ class Host:
 class Attached:
     """A base model with hosts. One at a time runs a forward: the batch at hand is state."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model, self.spec = model, read_spec(model)
         self.device, self.dtype = model.device, model.dtype
         self.batch: Batch | None = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,7 +159,7 @@ def _bucket(group: list[Run], Q: int, device: torch.device) -> Bucket:
 
 
 def forward(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -168,7 +169,7 @@ def forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     trimtab_plan: Plan | None = None,
-    **kwargs,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in each layer: query [1, H, T, D], key and value [1, kv_heads, T, D]; returns [1, T, H, D]."""
     if trimtab_plan is None:

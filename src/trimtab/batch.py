@@ -166,5 +166,6 @@ class _Layout:
         else:
             own = ("own", self.total, self.total + prefix.length)
             start, stop = self._append(torch.zeros(prefix.length, dtype=torch.int64), 0, [own], member)
+            assert prefix.embeds_NH is not None
             self.embeds.append((start, stop, prefix.embeds_NH))
             self.before[member] = [own]

@@ -72,7 +72,7 @@ def generate(
     cache = KVCache(spec.num_layers, slots, capacity, spec.num_kv_heads, spec.head_dim, attached.dtype, attached.device)
     pick = _Picker(sampling, len(prompts))
     new: list[list[int]] = [[] for _ in prompts]
-    waiting, free, live = list(range(len(prompts)))[::-1], list(range(slots)), {}
+    waiting, free, live = list(range(len(prompts)))[::-1], list(range(slots)), dict[int, _Live]()
     while waiting or live:
         rows = len(live)
         while waiting and free and (rows == 0 or rows + len(prompts[waiting[-1]]) <= MAX_ROWS):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab import bases
 from trimtab.attach import Attached, weight_OI
@@ -38,13 +38,13 @@ class Base:
     """One frozen base model. name, path: as loaded; path is a folder that transformers can read. fingerprint: of the stored weights
     ("sha256:…")."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, name: str = "", path: Path | None = None, fingerprint: str = ""):
+    def __init__(self, model: Any, tokenizer: Any, *, name: str = "", path: Path | None = None, fingerprint: str = ""):
         self.tokenizer, self.name, self.path, self.fingerprint = tokenizer, name, path, fingerprint
         self.attached = Attached(model)
         self._packed: WeakKeyDictionary[AdapterLike, PackedAdapter] = WeakKeyDictionary()
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         return self.attached.model
 
     @property

@@ -192,7 +192,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def bottleneck(activation: str, parallel: bool) -> Callable[[Tensor, Any, Any, Any], Tensor]:
+def bottleneck(activation: str, parallel: bool) -> Any:
     """The kernel y + U f(D h + d) + u with h = y = base(x), or h = x where the adapter runs beside the module (parallel).
 
     D [R, H], d [R], U [H, R], u [H]; the output's scaling is folded into U and u.

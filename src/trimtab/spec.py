@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -33,7 +33,6 @@ class Family:
     learned_positions: bool = False
 
 
-_FUSED_QKV = {"lora_targets": ("qkv_proj",), "ia3_targets": ("qkv_proj", "down_proj")}
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
@@ -41,7 +40,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": Family(),
     "gemma2": Family(),
     "gemma3_text": Family(),
-    "phi3": Family(**_FUSED_QKV),
+    "phi3": Family(lora_targets=("qkv_proj",), ia3_targets=("qkv_proj", "down_proj")),
     "gpt2": Family(
         body="transformer",
         layers="transformer.h",
@@ -98,7 +97,7 @@ class Spec:
         return self.num_kv_heads * self.head_dim
 
 
-def read_spec(model: nn.Module) -> Spec:
+def read_spec(model: Any) -> Spec:
     """Read the spec off a `transformers` causal LM. BaseError where the family, or something that its config asks for, is not supported."""
     config = model.config
     family = FAMILIES.get(config.model_type)
@@ -129,7 +128,7 @@ def read_spec(model: nn.Module) -> Spec:
     )
 
 
-def _refuse_unsupported(config) -> None:
+def _refuse_unsupported(config: Any) -> None:
     """Refuse by name whatever would make one row's result depend on other rows, or that the attention function does not compute exactly."""
     problems = []
     if getattr(config, "use_bidirectional_attention", False):
@@ -152,7 +151,7 @@ def _leaf(name: str, module: nn.Module, layers: str) -> Module | None:
     if isinstance(module, nn.Linear):
         leaf: tuple[Kind, int, int] = ("linear", module.in_features, module.out_features)
     elif kind == "Conv1D":
-        leaf = ("conv1d", *shapes["weight"])  # transformers' Conv1D keeps its weight as (in, out)
+        leaf = ("conv1d", shapes["weight"][0], shapes["weight"][1])  # transformers' Conv1D keeps its weight as (in, out)
     elif isinstance(module, nn.Embedding):
         leaf = ("embedding", module.num_embeddings, module.embedding_dim)
     elif kind.endswith("Norm") and list(shapes)[:1] == ["weight"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, sampling_options
@@ -14,7 +16,18 @@ from trimtab.cli.options import base_option, device_option, dtype_option, open_a
 @sampling_options
 @dtype_option
 @device_option
-def chat(base_name, adapter, system, max_new_tokens, temperature, top_p, top_k, seed, dtype, device) -> None:
+def chat(
+    base_name: str,
+    adapter: str | None,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int,
+    dtype: str | None,
+    device: str | None,
+) -> None:
     """Talk to the base or to an adapter. An empty line or end of input leaves; /reset begins anew.
 
     \b
@@ -50,8 +63,9 @@ def _ask() -> str:
 class _Stream:
     """Prints an answer as its tokens appear; a character that spans tokens waits until it is whole."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.printed = tokenizer, [], 0
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.printed = tokenizer, 0
+        self.ids: list[int] = []
 
     def __call__(self, _: int, token: int) -> None:
         self.ids.append(token)

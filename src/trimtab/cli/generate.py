@@ -23,7 +23,20 @@ from trimtab.cli.options import base_option, device_option, dtype_option, open_a
 @dtype_option
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of {prompt, adapter, text}.")
-def generate(prompts, base_name, adapters, system, max_new_tokens, temperature, top_p, top_k, seed, dtype, device, as_json) -> None:
+def generate(
+    prompts: tuple[str, ...],
+    base_name: str,
+    adapters: tuple[str, ...],
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int,
+    dtype: str | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
     """Answer PROMPTS with the base, or with each --adapter.
 
     \b

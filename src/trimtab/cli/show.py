@@ -23,7 +23,8 @@ class Lines:
     """A run as plain lines on standard error."""
 
     def __init__(self, quiet: bool = False):
-        self.quiet, self.last_status, self.total, self.losses, self.at, self.done = quiet, "", 0, {}, time.monotonic(), 0
+        self.quiet, self.last_status, self.total, self.at, self.done = quiet, "", 0, time.monotonic(), 0
+        self.losses: dict[str, float] = {}
 
     def _print(self, text: str) -> None:
         if not self.quiet:

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.bases.template import Ids, Template
-from trimtab.data.rows import BadRow, Dropped, Row
+from trimtab.bases.template import BadRow, Ids, Template
+from trimtab.data.rows import Dropped, Row
 from trimtab.errors import DataError
 
 RENDER_VERSION = 1

@@ -8,7 +8,8 @@ from trimtab.methods.lora import LoraConfig
 from trimtab.methods.prefix import PrefixTuningConfig
 from trimtab.methods.prompt import PromptTuningConfig
 
-BY_NAME = {cls.name: cls for cls in (*METHODS.values(), FullConfig)}
+_ALL: list[type[Method]] = [*METHODS.values(), FullConfig]
+BY_NAME = {cls.name: cls for cls in _ALL}
 """name in run files -> class; `full` is here and not in METHODS, since it is no part of a mixed batch."""
 
 __all__ = [

@@ -18,7 +18,7 @@ Dimensions: T rows of a flat batch, I input features, O output features, r rank,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Protocol, Self, get_type_hints
@@ -119,8 +119,10 @@ class Packs(Protocol):
     def stacked(self, name: str) -> Tensor: ...
 
 
-Kernel = Callable[[Tensor, Around, Packs, Rows], Tensor]
-"""kernel(x_TI, base, packs, rows) -> y_TO"""
+class Kernel(Protocol):
+    """Runs the edits of one kind at one site: base an Around, packs a Packs, rows a Rows. It touches only its spans."""
+
+    def __call__(self, x: Tensor, /, base: Any, packs: Any, rows: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,8 @@ def _field_types(cls: type[Method]) -> dict[str, TypeAdapter]:
 def _type_problems(method: Method) -> list[str]:
     """Check each field against its annotation; lossless conversions that YAML needs (1 -> 1.0, list -> tuple) are applied."""
     problems = []
-    for name, adapter in _field_types(type(method)).items():
+    cls: Any = type(method)
+    for name, adapter in _field_types(cls).items():
         value = getattr(method, name)
         try:
             object.__setattr__(method, name, adapter.validate_python(value))

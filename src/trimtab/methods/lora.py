@@ -56,11 +56,13 @@ class LoraConfig(TargetedMethod):
         return self.lora_alpha if self.lora_alpha is not None else 2.0 * self.r
 
     def problems(self) -> list[str]:
-        ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
+        ranks: dict[str, int] = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
         found = [f"{k} = {v}: a rank is at least 1 and at most {MAX_RANK}" for k, v in ranks.items() if not 1 <= v <= MAX_RANK]
-        alphas = {"lora_alpha": self.lora_alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
+        alphas: dict[str, float | None] = {"lora_alpha": self.lora_alpha} | {
+            f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()
+        }
         found += [f"{k} = {v}: must be a finite number above 0" for k, v in alphas.items() if v is not None and not (0 < v < math.inf)]
-        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        patterns: dict[str, dict[str, int] | dict[str, float]] = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
         found += [f"{option}: {key!r} {problem}" for option, keys in patterns.items() for key in keys if (problem := regex_problem(key))]
         if not 0.0 <= self.lora_dropout < 1.0:
             found.append(f"lora_dropout = {self.lora_dropout}: must be in [0, 1)")

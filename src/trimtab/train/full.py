@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from trimtab.bank import PackedAdapter
 from trimtab.data import Example
 from trimtab.model import Base
 from trimtab.train.config import VariantConfig
-from trimtab.train.variant import Variant
+from trimtab.train.variant import Variant, Window
 
 
 class FullVariant(Variant):
@@ -39,20 +40,20 @@ class FullVariant(Variant):
                 w.grad = None
         return super().gradients()
 
-    def step(self, loss, window, seconds):
+    def step(self, loss: float, window: Window, seconds: float) -> dict[str, float]:
         logged = super().step(loss, window, seconds)
         with torch.no_grad():
             for k, w in self.weights.items():
                 w.copy_(self.params[k])
         return logged
 
-    def save(self, folder: Path, tokenizer: object) -> None:
+    def save(self, folder: Path, tokenizer: Any) -> None:
         """Write a model folder that transformers loads."""
         self.attached.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def _copy(base: Base) -> torch.nn.Module:
+def _copy(base: Base) -> Any:
     """A second model with the base's weights. Not a deepcopy: the base's hosts must not come along."""
     config = copy.deepcopy(base.model.config)
     config._attn_implementation = "eager"

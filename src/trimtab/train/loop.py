@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from trimtab import bases
 from trimtab.batch import BASE
-from trimtab.data import Dataset, Example, load_examples, prompt_and_reference, read_source
+from trimtab.data import Dataset, Example, Source, load_examples, prompt_and_reference, read_source
 from trimtab.errors import ConfigError
 from trimtab.methods import FullConfig
 from trimtab.model import Base, load_base
@@ -124,14 +124,13 @@ def _load(run: RunConfig, name: str, config: DataConfig, base: Base) -> _Data:
             f"data.{name}: its variants differ in max_length or last_turn_only", fix="give both the same, or name the data twice"
         )
     max_length, last_turn_only = options.pop()
-    splits = {}
-    for split in ("train", "valid", "test"):
-        sources = getattr(config, split)
-        turn = {"last_turn_only": last_turn_only or split != "train"}
-        splits[split] = (
-            load_examples(sources, base.tokenizer, root=run.root, max_length=max_length, seed=run.seed, **turn) if sources else None
-        )
-    return _Data(**splits)
+
+    def read(split: str, sources: list[Source]) -> Dataset:
+        turn = last_turn_only or split != "train"  # held-out rows ask for their last answer
+        return load_examples(sources, base.tokenizer, root=run.root, max_length=max_length, seed=run.seed, last_turn_only=turn)
+
+    valid, test = (read(name, sources) if sources else None for name, sources in (("valid", config.valid), ("test", config.test)))
+    return _Data(read("train", config.train), valid, test)
 
 
 def _variant(run: RunConfig, base: Base, config: Any, examples: Any) -> Variant:
@@ -192,7 +191,6 @@ def _evaluate(
         d: [Contestant("base", BASE)] + [Contestant(v.name, member[v.name]) for v in variants if v.name in member and v.config.data == d]
         for d in held_out
     }
-    limits = {"max_tokens": run.max_tokens, "max_new_tokens": run.evaluate.max_new_tokens}
 
     def decode(ids: list[int]) -> str:
         return base.tokenizer.decode(ids, skip_special_tokens=True)
@@ -200,10 +198,29 @@ def _evaluate(
     def on_answer(n: int) -> None:
         listener.status(f"scoring on held-out rows: {n} tokens")
 
-    scored = compare(base.attached, mix, fields, held_out, base.stop_ids, decode, **limits, on_answer=on_answer)
+    scored = compare(
+        base.attached,
+        mix,
+        fields,
+        held_out,
+        base.stop_ids,
+        decode,
+        max_tokens=run.max_tokens,
+        max_new_tokens=run.evaluate.max_new_tokens,
+        on_answer=on_answer,
+    )
     for v in variants:
         if isinstance(v, FullVariant) and v.config.data in held_out:
-            own = compare(v.attached, mix, {v.config.data: [Contestant(v.name, BASE)]}, held_out, base.stop_ids, decode, **limits)
+            own = compare(
+                v.attached,
+                mix,
+                {v.config.data: [Contestant(v.name, BASE)]},
+                held_out,
+                base.stop_ids,
+                decode,
+                max_tokens=run.max_tokens,
+                max_new_tokens=run.evaluate.max_new_tokens,
+            )
             scored[v.config.data] |= own[v.config.data]
     return scored
 

@@ -118,7 +118,10 @@ class Targets:
     def of(cls, examples: Sequence[tuple[int, Example, float]], device: torch.device) -> Targets:
         """examples: (first row, example, scale), in the order of rows. The token at place t is predicted by the row before it; place 0
         is never a target."""
-        rows, targets, scales, runs = [], [], [], []
+        rows: list[int] = []
+        targets: list[int] = []
+        scales: list[float] = []
+        runs: list[tuple[int, int]] = []
         for start, e, scale in examples:
             places = np.flatnonzero(e.supervised)
             places = places[places > 0]
