@@ -40,7 +40,7 @@ def demo(out: Path | None, as_json: bool) -> None:
 
     run_file = examples() / "desks.yaml"
     run = RunConfig.load(run_file).model_copy(update={"out": out or Path(f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")})
-    console = Console(stderr=as_json)
+    console = Console(stderr=True) if as_json else show.console()
     console.print(
         "A software company has a support, a legal and a finance desk. Each gets its own adapter; all train together on one frozen base.\n"
     )

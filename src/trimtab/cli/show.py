@@ -96,27 +96,30 @@ class Bars:
         self.progress.stop()
 
 
-SCORES = {"exact_match": "exact match", "token_f1": "F1", "rouge_l": "ROUGE-L", "valid_json": "valid JSON"}
+SCORES = {"exact_match": "exact match", "token_f1": "F1"}
+
+
+def console() -> Console:
+    """Standard output: as wide as the terminal, and wide enough for a table where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=110)
 
 
 def score_table(summary: Mapping[str, Any]) -> Table:
-    """One row a variant: what it costs beside the base, and every score as "base → adapter"."""
-    variants = summary["variants"]
-    shown = [k for k in SCORES if any(k in v["scores"] for v in variants.values())]
-    base_mb = summary["base_bytes"] / 1e6
-    table = Table(
-        title=f"{summary['base']}: {summary['base_parameters']:,} parameters, {base_mb:.0f} MB; held-out scores in %, base → adapter"
-    )
+    """One row a variant: what it costs beside the base, and the loss and scores as "base → adapter"; summary.json holds all scores."""
+    table = Table(title=f"{summary['base']}: {summary['base_parameters']:,} parameters, {summary['base_bytes'] / 1e6:.0f} MB")
     for column in ("variant", "method"):
         table.add_column(column)
-    for column in ("trainable", "of base", "adapter MB", "loss", *(SCORES[k] for k in shown)):
+    for column in ("trainable", "MB", "loss", *(f"{title}, %" for title in SCORES.values())):
         table.add_column(column, justify="right")
-    for name, v in variants.items():
+    for name, v in summary["variants"].items():
         before, after = summary["base_scores"].get(v["data"], {}), v["scores"]
-        cells = [
-            f"{before[k]:.{d}f} → [bold]{after[k]:.{d}f}[/]" if k in after and k in before else "–"
-            for k, d in (("loss", 2), *((k, 1) for k in shown))
-        ]
         share = 100 * v["trainable"] / summary["base_parameters"]
-        table.add_row(name, v["method"], f"{v['trainable']:,}", f"{share:.2f}%", f"{v['adapter_bytes'] / 1e6:.2f}", *cells)
+        cells = [_change(before.get(k), after.get(k), digits) for k, digits in (("loss", 2), *((k, 1) for k in SCORES))]
+        table.add_row(name, v["method"], f"{v['trainable']:,} ({share:.2g}%)", f"{v['adapter_bytes'] / 1e6:.1f}", *cells)
     return table
+
+
+def _change(before: float | None, after: float | None, digits: int) -> str:
+    if after is None:
+        return "–"
+    return f"[bold]{after:.{digits}f}[/]" if before is None else f"{before:.{digits}f}→[bold]{after:.{digits}f}[/]"

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from trimtab.cli import show
 
@@ -34,7 +33,7 @@ def train(run_file: Path, out: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report.summary, indent=1))
         return
-    console = Console()
+    console = show.console()
     console.print(show.score_table(report.summary))
     s = report.summary
     console.print(

@@ -5,7 +5,8 @@ from types import ModuleType
 from typing import Any
 
 from trimtab.train.config import RunConfig
-from trimtab.train.loop import Listener, Report, train
+from trimtab.train.listen import Listener
+from trimtab.train.loop import Report, train
 
 __all__ = ["Listener", "Report", "RunConfig", "train"]
 

@@ -86,15 +86,14 @@ def compare(
     held_out: Mapping[str, tuple[Sequence[Example], Sequence[Question]]],
     stop_ids: set[int],
     decode: Callable[[list[int]], str],
-    *,
-    max_tokens: int,
     max_new_tokens: int,
+    max_tokens: int,
     on_answer: Callable[[int], None] | None = None,
-) -> dict[str, dict[str, dict[str, Any]]]:
+) -> dict[str, dict[str, Any]]:
     """data set -> contestant -> loss, scores and the first predictions. fields: who answers each data set."""
     asked = [(d, c, q) for d in fields for c in fields[d] for q in held_out[d][1]]
     said = answers(attached, mix, [(c, q) for _, c, q in asked], stop_ids, decode, max_new_tokens, on_answer) if asked else []
-    result: dict[str, dict[str, dict[str, Any]]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for d in fields:
         examples = held_out[d][0]
         losses = mean_losses(attached, mix, examples, fields[d], max_tokens)

@@ -1,0 +1,66 @@
+"""From a run file to what a run works with: the base, the rows of every data set, the variants. Nothing is written here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trimtab.data import Dataset, Example, Source, load_examples
+from trimtab.errors import ConfigError
+from trimtab.methods import FullConfig
+from trimtab.model import Base
+from trimtab.store import Adapter
+from trimtab.train.config import DataConfig, RunConfig, VariantConfig
+from trimtab.train.full import FullVariant
+from trimtab.train.variant import Variant
+
+
+@dataclass
+class Splits:
+    """A data set, read and encoded."""
+
+    train: Dataset
+    valid: Dataset | None
+    test: Dataset | None
+
+
+@dataclass
+class Prepared:
+    """A run that is ready to train."""
+
+    run: RunConfig
+    base: Base
+    data: dict[str, Splits]
+    variants: list[Variant]
+
+
+def prepare(run: RunConfig, base: Base) -> Prepared:
+    """Read and check everything. TrimtabError where data, methods and base do not fit together."""
+    data = {name: read_splits(run, name, config, base) for name, config in run.data.items() if any(v.data == name for v in run.variants)}
+    return Prepared(run, base, data, [make_variant(run, base, v, data[v.data].train.examples) for v in run.variants])
+
+
+def read_splits(run: RunConfig, name: str, config: DataConfig, base: Base) -> Splits:
+    """Read and encode a data set's splits. Its options are those of the variants that train on it, which must agree."""
+    options = {(v.options.max_length, v.options.last_turn_only) for v in run.variants if v.data == name}
+    if len(options) > 1:
+        raise ConfigError(
+            f"data.{name}: its variants differ in max_length or last_turn_only", fix="give both the same, or name the data twice"
+        )
+    max_length, last_turn_only = options.pop()
+
+    def read(split: str, sources: list[Source]) -> Dataset:
+        turn = last_turn_only or split != "train"  # held-out rows ask for their last answer
+        return load_examples(sources, base.tokenizer, root=run.root, max_length=max_length, seed=run.seed, last_turn_only=turn)
+
+    valid, test = (read(name, sources) if sources else None for name, sources in (("valid", config.valid), ("test", config.test)))
+    return Splits(read("train", config.train), valid, test)
+
+
+def make_variant(run: RunConfig, base: Base, config: VariantConfig, examples: Sequence[Example]) -> Variant:
+    """A fresh variant, its adapter initialised from its seed."""
+    if isinstance(config.method, FullConfig):
+        return FullVariant(config, base, examples, run.seed, run.max_tokens)
+    seed = config.options.seed if config.options.seed is not None else run.seed
+    fresh = Adapter.create(base, config.method, seed=seed)
+    return Variant(config, base.attached, fresh.sites, fresh.params, examples, run.seed, run.max_tokens)
