@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from trimtab import attention
+from trimtab import attention, fast
 from trimtab.bank import PackedAdapter
 from trimtab.batch import Batch
 from trimtab.methods.base import Method, Params, Site
@@ -106,6 +106,7 @@ class Attached:
         self._hosts: dict[str, Host] = {}
         model.eval().requires_grad_(False)
         model.set_attn_implementation(attention.NAME)
+        self.fast = fast.install(model)
 
     def pack(self, method: Method, params: dict[str, Tensor], sites: Sequence[Site]) -> PackedAdapter:
         """What the forward runs of one adapter; differentiable. sites: the method's, on this base (found once by the caller)."""

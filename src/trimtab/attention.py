@@ -179,14 +179,21 @@ def forward(
         asked = ", ".join(sorted(unknown)) or f"dropout={dropout}"
         raise BaseError(f"this model's attention asks for {asked}, which trimtab's attention does not compute")
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
-    k_pool, v_pool = trimtab_plan.pool(module.layer_idx, k_THD, v_THD)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(q_THD, k_THD, v_THD, trimtab_plan, module.layer_idx, scaling, softcap, sliding_window)[None], None
+
+
+def attend(
+    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: Plan, layer: int, scaling: float, softcap: float | None, window: int | None
+) -> Tensor:
+    """Attention of a layer's flat rows over the plan's sequences; q [T, H, D], k and v [T, kv_heads, D]; returns [T, H, D]."""
+    k_pool, v_pool = plan.pool(layer, k_THD, v_THD)
     outs = []
-    for b in trimtab_plan.buckets:
+    for b in plan.buckets:
         q, k, v = (_gather(x, i) for x, i in ((q_THD, b.query_BQ), (k_pool, b.key_BS), (v_pool, b.key_BS)))
-        window = sliding_window if b.mask_BQS is None else None  # else the mask holds it
-        outs.append(ops.attention(q, k, v, b.offset, b.masked(sliding_window), scaling, softcap, window).flatten(0, 1))
-    return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, trimtab_plan.row_T)[None], None
+        inside = window if b.mask_BQS is None else None  # else the mask holds it
+        outs.append(ops.attention(q, k, v, b.offset, b.masked(window), scaling, softcap, inside).flatten(0, 1))
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, plan.row_T)
 
 
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal", "cache_position", "return_dict"}

@@ -232,7 +232,7 @@ def replace(x: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
 
 # ---- attention ----
 
-QUERY_BLOCK = 256
+QUERY_BLOCK = 128
 """Queries of one block of the attention's score matrix: bounds memory, and lets causality skip the keys after a block."""
 
 
@@ -249,9 +249,9 @@ def attention(
     """softmax(cap(scaling · q kᵀ) + mask) v for B padded sequences with H query heads over G key heads; returns [B, Q, H, D].
 
     Key j lies at query i's own place where j = i + offset; later keys are never read. window: keys at distance ≥ window are never read
-    either.
-    mask_BQS: False where a key must not be read (padding, gaps); None where offset and window say all. softcap c: c · tanh(x / c).
-    Softmax in fp32. The scores are formed again in the backward, block by block, so memory is linear in the length.
+    either. mask_BQS: False where a key must not be read (padding, gaps); None where offset and window say all; it holds the window too.
+    softcap c: c · tanh(x / c). Scores are held in the inputs' dtype, and the softmax computes in fp32 inside, as a kernel of one pass: on a
+    CPU fp32 copies of bf16 scores cost ten times the matmuls. The backward forms the scores again, so memory is linear in the length.
     """
     return _Attention.apply(q_BQHD, k_BSGD, v_BSGD, offset, mask_BQS, scaling, softcap, window)
 
@@ -265,31 +265,41 @@ def _blocks(Q: int, S: int, offset: int, window: int | None) -> list[tuple[int, 
     return blocks
 
 
-def _allowed(
-    block: tuple[int, int, int, int], offset: int, mask_BQS: Tensor | None, window: int | None, device: torch.device
-) -> Tensor | None:
-    """Which keys a block's queries may read, [B or 1, 1, q, s]; None where all of them."""
+def _forbidden(block: tuple[int, int, int, int], offset: int, mask_BQS: Tensor | None, window: int | None, like: Tensor) -> Tensor | None:
+    """What is added to a block's scores, [B or 1, q, s] in their dtype: 0, or the lowest number where a key must not be read."""
     i, j, a, b = block
     if mask_BQS is not None:
-        return mask_BQS[:, None, i:j, a:b]
-    if j - i == 1 and (window is None or b - a <= window):
+        allowed = mask_BQS[:, i:j, a:b]
+    elif j - i == 1 and (window is None or b - a <= window):
         return None
-    distance = torch.arange(i, j, device=device)[:, None] + offset - torch.arange(a, b, device=device)
-    return ((distance >= 0) if window is None else (distance >= 0) & (distance < window))[None, None]
+    else:
+        distance = torch.arange(i, j, device=like.device)[:, None] + offset - torch.arange(a, b, device=like.device)
+        allowed = ((distance >= 0) if window is None else (distance >= 0) & (distance < window))[None]
+    return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, torch.finfo(like.dtype).min)
 
 
-def _probabilities(
-    q_xqD: Tensor, k_xsD: Tensor, allowed: Tensor | None, shape: tuple[int, ...], softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """fp32 softmax of one block, [x, q', s] with x = B·G and q' = (H/G)·q; and d cap/dx where there is a cap."""
-    scores = torch.bmm(q_xqD, k_xsD.transpose(1, 2)).to(torch.promote_types(q_xqD.dtype, torch.float32))
-    slope = None
-    if softcap is not None:
-        t = torch.tanh(scores / softcap)
-        scores, slope = t * softcap, 1.0 - t * t
-    if allowed is not None:
-        scores.view(shape).masked_fill_(~allowed[:, :, None], float("-inf"))
-    return torch.softmax(scores, dim=-1), slope
+class _Scores:
+    """One block's probabilities [B·G, (H/G)·q, s], formed alike in the forward and in the backward."""
+
+    def __init__(self, q_x: Tensor, k_x: Tensor, added: Tensor | None, heads: tuple[int, int], softcap: float | None):
+        G, repeat = heads
+        if added is not None:
+            B, q, s = added.shape  # the same for all heads: repeated over H/G in the rows, over G in the batch
+            added = added.repeat(1, repeat, 1) if B == 1 else added[:, None].expand(B, G, q, s).repeat(1, 1, repeat, 1).flatten(0, 1)
+        self.slope: Tensor | None = None
+        if softcap is None:
+            scores = torch.bmm(q_x, k_x.transpose(1, 2)) if added is None else torch.baddbmm(added, q_x, k_x.transpose(1, 2))
+        else:
+            t = torch.tanh(torch.bmm(q_x, k_x.transpose(1, 2)) / softcap)
+            scores, self.slope = t * softcap, 1.0 - t * t
+            if added is not None:
+                scores += added
+        self.p = torch.softmax(scores, dim=-1)
+
+    def backward(self, dp: Tensor) -> Tensor:
+        """The gradient of the scores before the cap, from that of the probabilities."""
+        ds = torch._softmax_backward_data(dp, self.p, -1, self.p.dtype)
+        return ds if self.slope is None else ds.mul_(self.slope)
 
 
 class _Attention(torch.autograd.Function):
@@ -313,37 +323,31 @@ class _Attention(torch.autograd.Function):
         out = torch.empty(B, Q, H, v.shape[-1], dtype=v.dtype, device=v.device)
         for block in _blocks(Q, S, offset, window):
             i, j, a, b = block
-            allowed = _allowed(block, offset, mask, window, q.device)
-            p, _ = _probabilities(_queries(q[:, i:j] * scaling, G), k_x[:, a:b], allowed, (B, G, H // G, j - i, b - a), softcap)
-            if mask is not None:
-                p = p.nan_to_num(0.0)  # padding queries may read nothing
-            out[:, i:j] = _unqueries(torch.bmm(p.to(v.dtype), v_x[:, a:b]), B, H)
-        ctx.save_for_backward(q, k, v, mask, out)
+            added = _forbidden(block, offset, mask, window, q)
+            scores = _Scores(_queries(q[:, i:j] * scaling, G), k_x[:, a:b], added, (G, H // G), softcap)
+            out[:, i:j] = _unqueries(torch.bmm(scores.p, v_x[:, a:b]), B, H)
+        ctx.save_for_backward(q, k, v, mask)
         ctx.config = (offset, scaling, softcap, window)
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple:
-        q, k, v, mask, out = ctx.saved_tensors
+        q, k, v, mask = ctx.saved_tensors
         offset, scaling, softcap, window = ctx.config
         B, Q, H, _ = q.shape
         G, S = k.shape[2], k.shape[1]
         k_x, v_x = _keys(k), _keys(v)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k_x), torch.zeros_like(v_x)
-        for block in _blocks(Q, S, offset, window):
+        blocks = _blocks(Q, S, offset, window)
+        dq = torch.empty_like(q)
+        dk, dv = torch.zeros_like(k_x), torch.zeros_like(v_x)
+        for block in blocks:
             i, j, a, b = block
             q_x, do_x = _queries(q[:, i:j] * scaling, G), _queries(d_out[:, i:j], G)
-            allowed = _allowed(block, offset, mask, window, q.device)
-            p, slope = _probabilities(q_x, k_x[:, a:b], allowed, (B, G, H // G, j - i, b - a), softcap)
-            if mask is not None:
-                p = p.nan_to_num(0.0)
-            dv[:, a:b] += torch.bmm(p.to(v.dtype).transpose(1, 2), do_x)
-            dp = torch.bmm(do_x, v_x[:, a:b].transpose(1, 2))
-            row = (do_x.to(p.dtype) * _queries(out[:, i:j], G).to(p.dtype)).sum(-1, keepdim=True)
-            ds = p.mul_(dp - row)
-            ds = (ds if slope is None else ds.mul_(slope)).to(q.dtype)
+            scores = _Scores(q_x, k_x[:, a:b], _forbidden(block, offset, mask, window, q), (G, H // G), softcap)
+            ds = scores.backward(torch.bmm(do_x, v_x[:, a:b].transpose(1, 2)))
             dq[:, i:j] = _unqueries(torch.bmm(ds, k_x[:, a:b]), B, H).mul_(scaling)
-            dk[:, a:b] += torch.bmm(ds.transpose(1, 2), q_x)
+            dk[:, a:b].baddbmm_(ds.transpose(1, 2), q_x)
+            dv[:, a:b].baddbmm_(scores.p.transpose(1, 2), do_x)
         return dq, _unkeys(dk, B), _unkeys(dv, B), None, None, None, None, None
 
 
@@ -414,3 +418,71 @@ class _SupervisedLoss(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple:
         (d_hidden,) = ctx.saved_tensors
         return d_hidden * d_total.to(d_hidden.dtype), None, None, None, None, None
+
+
+# ---- row-wise parts of a layer ----
+
+
+def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """w ∘ x / √(mean x² + eps), the mean in fp32, x rounded to its dtype before w (as Llama does). w is frozen; kept: x, one number a row."""
+    return _RMSNorm.apply(x_TH, weight_H, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (x32 * rstd).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        x, weight, rstd = ctx.saved_tensors
+        g, x32 = (dy * weight).to(rstd.dtype), x.to(rstd.dtype)
+        along = (g * x32).sum(-1, keepdim=True).mul_(rstd.pow(3)).div_(-x.shape[-1])
+        return g.mul_(rstd).addcmul_(x32, along).to(x.dtype), None, None
+
+
+def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+    """silu(gate) ∘ up; silu is computed again in the backward instead of being kept."""
+    return _SwiGLU.apply(gate_TI, up_TI)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+
+
+def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotary positions in the half-split form (Su et al. 2021, arXiv:2104.09864): [x₁; x₂] ∘ cos + [-x₂; x₁] ∘ sin, for every head."""
+    return _Rotate.apply(x_THD, cos_TD[:, None], sin_TD[:, None])
+
+
+class _Rotate(torch.autograd.Function):
+    """The backward is the transposed rotation, so that nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        y = x * cos
+        y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        cos, sin = ctx.saved_tensors
+        half = dy.shape[-1] // 2
+        dx = dy * cos
+        dx[..., :half].addcmul_(dy[..., half:], sin[..., half:])
+        dx[..., half:].addcmul_(dy[..., :half], sin[..., :half], value=-1)
+        return dx, None, None

@@ -1,0 +1,117 @@
+"""Faster forwards for modules whose formula is known: RMSNorm, gated MLPs and rotary attention, as Llama and its kin write them.
+
+What is known is a class name of transformers; what is trusted is a comparison: before a forward is put in place of a class's own, both are
+run on a few random rows, and where they differ (another version of transformers, an option not thought of) the class keeps its own. Nothing
+here knows of adapters: projections are called as modules, so that their hosts see every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from trimtab import ops
+from trimtab.attention import Run, attend, make_plan
+
+LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3")
+Forward = Callable[..., Any]
+
+
+def install(model: Any) -> list[str]:
+    """Put fast forwards in place; returns the names of the classes that got one."""
+    made: dict[str, bool] = {}
+    for module in model.modules():
+        name = type(module).__name__
+        fast = _fast_forward(module, name)
+        if fast is None:
+            continue
+        if name not in made:
+            made[name] = _agrees(module, fast)
+        if made[name]:
+            module.forward = fast
+    return [name for name, good in made.items() if good]
+
+
+def _fast_forward(module: Any, name: str) -> Forward | None:
+    if name.endswith("RMSNorm") and name.removesuffix("RMSNorm") in LLAMA_LIKE:
+        return _rms_norm(module)
+    if name.endswith("MLP") and name.removesuffix("MLP") in LLAMA_LIKE and _is_silu(module):
+        return _gated(module)
+    if name in ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"):
+        return _attention(module)
+    return None
+
+
+def _rms_norm(norm: Any) -> Forward:
+    original = norm.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if norm.weight.requires_grad:  # full fine-tuning, or an adapter's own copy: ops.rms_norm takes the weight for frozen
+            return original(x)
+        return ops.rms_norm(x, norm.weight, norm.variance_epsilon)
+
+    return forward
+
+
+def _is_silu(mlp: Any) -> bool:
+    x = torch.linspace(-3, 3, 7)
+    return torch.equal((mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn)(x), silu(x))
+
+
+def _gated(mlp: Any) -> Forward:
+    if hasattr(mlp, "gate_up_proj"):
+
+        def fused(x: Tensor) -> Tensor:
+            gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
+            return mlp.down_proj(ops.swiglu(gate, up))
+
+        return fused
+    return lambda x: mlp.down_proj(ops.swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
+def _attention(module: Any) -> Forward:
+    """Projections, rotation and attention on flat rows [T, heads, D]: no transposes to and from [1, heads, T, D]."""
+    original, D = module.forward, module.head_dim
+    window = module.sliding_window if hasattr(module, "sliding_window") else getattr(module.config, "sliding_window", None)
+    normed = hasattr(module, "q_norm")
+
+    def forward(
+        hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], trimtab_plan: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        if trimtab_plan is None:
+            return original(hidden_states, position_embeddings, **kwargs)  # which says what is wrong
+        T, (cos_TD, sin_TD) = hidden_states.shape[1], (p[0] for p in position_embeddings)
+        q_THD, k_THD, v_THD = (p(hidden_states).view(T, -1, D) for p in (module.q_proj, module.k_proj, module.v_proj))
+        if normed:
+            q_THD, k_THD = module.q_norm(q_THD), module.k_norm(k_THD)
+        q_THD, k_THD = ops.rotate(q_THD, cos_TD, sin_TD), ops.rotate(k_THD, cos_TD, sin_TD)
+        out_THD = attend(q_THD, k_THD, v_THD, trimtab_plan, module.layer_idx, module.scaling, None, window)
+        return module.o_proj(out_THD.reshape(1, T, -1)), None
+
+    return forward
+
+
+@torch.no_grad()
+def _agrees(module: Any, fast: Forward) -> bool:
+    """Whether both forwards give the same on random rows, up to rounding."""
+    weight = next(module.parameters())
+    generator = torch.Generator(weight.device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
+
+    inputs: dict[str, Any] = {}
+    if hasattr(module, "q_proj"):
+        angle = torch.rand(1, 5, module.head_dim // 2, generator=generator, device=weight.device).repeat(1, 1, 2)
+        inputs = {"position_embeddings": (angle.cos().to(weight.dtype), angle.sin().to(weight.dtype)), "attention_mask": None}
+        inputs["trimtab_plan"] = make_plan([Run(0, 3, ((0, 3),)), Run(3, 5, ((3, 5),))], weight.device)
+    width = weight.shape[-1] if weight.dim() > 1 else len(weight)
+    x = random(1, 5, width)
+    ours, theirs = (f(x, **inputs) for f in (fast, module.forward))
+    ours, theirs = (y[0] if isinstance(y, tuple) else y for y in (ours, theirs))
+    tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2
+    return bool(((ours - theirs).abs().max() <= tolerance * theirs.abs().max()).item())
