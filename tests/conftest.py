@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: see trimtab/__init__.py
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch is imported: see trimtab/__init__.py
 
 from pathlib import Path
 

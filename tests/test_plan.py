@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import save
 
 from tests.tiny import FAMILIES, tiny_folder, tiny_model
-from trimtab import ops
+from trimtab.activations import FUSED, kept_bytes
 from trimtab.bases import BUNDLED_NAMES
 from trimtab.bases.bundled import bundled_folder, find_gguf
 from trimtab.cli.plan import plan as command
@@ -20,7 +20,8 @@ from trimtab.errors import BaseError, ConfigError
 from trimtab.methods import BY_NAME, METHODS, BottleneckConfig, FullConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from trimtab.methods.base import Site
 from trimtab.model import Base
-from trimtab.plan import LOSS_ROWS, PRESETS, QUERY_BLOCK, Architecture, Plan, file_bytes, kept_bytes, plan, read_architecture, rows
+from trimtab.plan import Plan, file_bytes, plan, rows
+from trimtab.shapes import PRESETS, Architecture, read_architecture
 from trimtab.spec import read_spec
 from trimtab.store import Adapter
 
@@ -184,6 +185,13 @@ def test_activations_are_what_a_forward_keeps(family):
         assert 0.88 <= estimate / measured <= most, (method, estimate, measured)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_families_taken_as_fused_are_those_that_the_forward_fuses(family):
+    architecture, base = tiny(family)
+    fused = {kind for kind in ("RMSNorm", "MLP") if any(name.endswith(kind) for name in base.attached.fast)}
+    assert fused == ({"RMSNorm", "MLP"} if architecture.spec.model_type in FUSED else set())
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_activations_of_full_fine_tuning(family):
     _, base = tiny(family, torch.bfloat16)
@@ -191,10 +199,6 @@ def test_activations_of_full_fine_tuning(family):
     sites = [Site(m.name, m.parameters, saved=True) for m in base.spec.modules.values()]
     estimate = kept_bytes(base.spec, sites, torch.bfloat16, 512, 128)
     assert estimate / saved_for_backward(base, None, 4, 128) == pytest.approx(1.0, abs=0.12)
-
-
-def test_blocks_are_those_of_the_kernels():
-    assert (QUERY_BLOCK, LOSS_ROWS) == (ops.QUERY_BLOCK, ops.LOSS_ROWS)
 
 
 # ---- arithmetic

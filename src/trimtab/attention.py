@@ -11,7 +11,7 @@ One function, registered with `transformers`' attention interface, serves every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,13 +174,18 @@ def forward(
     """The function that transformers calls in each layer: query [1, H, T, D], key and value [1, kv_heads, T, D]; returns [1, T, H, D]."""
     if trimtab_plan is None:
         raise RuntimeError("this model is attached to trimtab: call Base.logits, Base.generate or Attached.forward, or load another copy")
-    unknown = set(kwargs) - _HARMLESS
-    if unknown or dropout:
-        asked = ", ".join(sorted(unknown)) or f"dropout={dropout}"
-        raise BaseError(f"this model's attention asks for {asked}, which trimtab's attention does not compute")
+    refuse_unknown(kwargs.keys(), dropout)
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(q_THD, k_THD, v_THD, trimtab_plan, module.layer_idx, scaling, softcap, sliding_window)[None], None
+
+
+def refuse_unknown(arguments: Set[str], dropout: float) -> None:
+    """BaseError where a model hands its attention something that would change the result and that is not computed here."""
+    unknown = arguments - _HARMLESS
+    if unknown or dropout:
+        asked = ", ".join(sorted(unknown)) or f"dropout={dropout}"
+        raise BaseError(f"this model's attention asks for {asked}, which trimtab's attention does not compute")
 
 
 def attend(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from trimtab import ops
-from trimtab.attention import Run, attend, make_plan
+from trimtab.attention import Run, attend, make_plan, refuse_unknown
 
 LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3")
 Forward = Callable[..., Any]
@@ -84,6 +84,7 @@ def _attention(module: Any) -> Forward:
     ) -> tuple[Tensor, None]:
         if trimtab_plan is None:
             return original(hidden_states, position_embeddings, **kwargs)  # which says what is wrong
+        refuse_unknown(kwargs.keys() - {"attention_mask", "past_key_values"}, 0.0)
         T, (cos_TD, sin_TD) = hidden_states.shape[1], (p[0] for p in position_embeddings)
         q_THD, k_THD, v_THD = (p(hidden_states).view(T, -1, D) for p in (module.q_proj, module.k_proj, module.v_proj))
         if normed:

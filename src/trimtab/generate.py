@@ -58,16 +58,18 @@ def generate(
     stop_ids: Collection[int],
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """New ids of each prompt, without the stop token. TrimtabError where a prompt with its new tokens does not fit the base's positions."""
+    """New ids of each prompt, without the stop token: max_new_tokens, or fewer where the base has no positions left. TrimtabError where a
+    prompt alone does not fit."""
     spec = attached.spec
     virtual = [0 if m == BASE else mix.adapters[m].virtual_tokens for m in members]
-    capacity = max(v + len(p) for v, p in zip(virtual, prompts, strict=True)) + sampling.max_new_tokens - 1
-    if capacity > spec.max_positions:
+    filled = [v + len(p) for v, p in zip(virtual, prompts, strict=True)]
+    if max(filled) > spec.max_positions:
         raise TrimtabError(
-            f"the longest prompt and max_new_tokens = {sampling.max_new_tokens} need {capacity} positions;"
+            f"prompt {filled.index(max(filled))} needs {max(filled)} positions, virtual tokens included;"
             f" this base has {spec.max_positions}",
-            fix="shorten the prompt or lower max_new_tokens",
+            fix="shorten the prompt",
         )
+    capacity = min(spec.max_positions, max(filled) + sampling.max_new_tokens - 1)
     slots = min(len(prompts), MAX_LIVE)
     cache = KVCache(spec.num_layers, slots, capacity, spec.num_kv_heads, spec.head_dim, attached.dtype, attached.device)
     pick = _Picker(sampling, len(prompts))
@@ -92,7 +94,7 @@ def generate(
                 new[i].append(token)
                 if on_token is not None:
                     on_token(i, token)
-            if token in stop_ids or len(new[i]) == sampling.max_new_tokens:
+            if token in stop_ids or len(new[i]) == sampling.max_new_tokens or s.length == capacity:
                 free.append(live.pop(i).slot)
     return new
 

@@ -424,7 +424,8 @@ class _SupervisedLoss(torch.autograd.Function):
 
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """w ∘ x / √(mean x² + eps), the mean in fp32, x rounded to its dtype before w (as Llama does). w is frozen; kept: x, one number a row."""
+    """w ∘ x / √(mean x² + eps), the mean in fp32, x rounded to its dtype before w (as Llama does). w is frozen; kept are x and a number a
+    row."""
     return _RMSNorm.apply(x_TH, weight_H, eps)
 
 

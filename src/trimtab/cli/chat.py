@@ -32,7 +32,7 @@ def chat(
 
     \b
     Example:
-      trimtab chat --adapter runs/desks/adapters/support-lora
+      trimtab chat --adapter examples/runs/desks/adapters/support-lora
     """
     from trimtab.generate import Sampling
 

@@ -56,11 +56,11 @@ def demo(out: Path | None, as_json: bool) -> None:
 
 
 def examples() -> Path:
-    """The examples folder: beside the sources in a checkout, inside the package in an installation."""
+    """The examples folder: inside the package in an installation, beside src/ in a checkout."""
     package = Path(trimtab.__file__).parent
-    for folder in (package.parents[1] / "examples", package / "examples"):
-        if (folder / "desks.yaml").is_file():
-            return folder
+    folder = package.parents[1] / "examples" if package.parent.name == "src" else package / "examples"
+    if (folder / "desks.yaml").is_file():
+        return folder
     raise TrimtabError("the demo's examples are not installed", fix="install trimtab anew, or run the demo in a checkout")
 
 

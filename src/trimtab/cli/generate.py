@@ -41,7 +41,7 @@ def generate(
 
     \b
     Example:
-      trimtab generate --adapter runs/desks/adapters/support-lora "How do I cancel an invoice?"
+      trimtab generate --adapter examples/runs/desks/adapters/support-lora "How do I cancel an invoice?"
 
     Every prompt and every adapter run in one mixed batch.
     """

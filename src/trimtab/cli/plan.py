@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from trimtab.methods import Method
-    from trimtab.plan import Architecture, Plan
+    from trimtab.plan import Plan
+    from trimtab.shapes import Architecture
 
 EXAMPLE = """\b
 Examples:
@@ -21,9 +22,19 @@ Examples:
 """
 
 
+class _MethodOption(click.Option):
+    """Its help lists the methods that there are, and asks for them only when it is shown."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from trimtab.methods import BY_NAME
+
+        self.help = f"One method: {', '.join(BY_NAME)}. Without it: all of them."
+        return super().get_help_record(ctx)
+
+
 @click.command(epilog=EXAMPLE)
 @click.argument("base")
-@click.option("--method", metavar="NAME", help="One method: lora, ia3, prompt, prefix, bottleneck, full. Without it: all of them.")
+@click.option("--method", cls=_MethodOption, metavar="NAME")
 @click.option("-o", "--set", "fields", multiple=True, metavar="FIELD=VALUE", help="A field of the method, as in a run file. Repeatable.")
 @click.option("--all", "everything", is_flag=True, help="Beside --method, show the other methods at their presets too.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="The base's: float32, bfloat16, float16, or auto (as stored).")
@@ -43,7 +54,7 @@ def plan(base: str, method: str | None, fields: tuple[str, ...], everything: boo
     Parameters and file sizes are exact; memory is an estimate. MB and GB are 10^6 and 10^9 bytes.
     """
     from trimtab.plan import plan as make_plan
-    from trimtab.plan import read_architecture
+    from trimtab.shapes import read_architecture
 
     methods = _methods(method, fields, everything)
     architecture = read_architecture(base)

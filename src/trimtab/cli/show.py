@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_EVERY_S = 5.0
 
@@ -19,11 +21,47 @@ def listener(quiet: bool = False) -> Bars | Lines:
     return Bars() if sys.stderr.isatty() and not quiet else Lines(quiet)
 
 
+class Pace:
+    """How far a run is, and how long its steps will still take: of each variant the steps to go, at the time that its own part of the
+    last joint steps took. Variants of different length thus count with what they cost."""
+
+    def __init__(self, steps: Mapping[str, int]):
+        self.total, self.done, self.share_s = dict(steps), dict.fromkeys(steps, 0), dict.fromkeys(steps, 0.0)
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        name, share_s = line["variant"], line["tokens"] / line["tokens_per_s"]
+        self.done[name] = line["step"]
+        self.share_s[name] = 0.8 * self.share_s[name] + 0.2 * share_s if self.share_s[name] else share_s
+
+    def end(self, variant: str) -> None:
+        """A variant goes no further: stopped, or finished early."""
+        self.total[variant] = self.done[variant]
+
+    @property
+    def left(self) -> str:
+        """Time to go, as 3:21; "" while a variant has not stepped yet."""
+        to_go = {n: self.total[n] - self.done[n] for n in self.total}
+        if any(steps and not self.share_s[n] for n, steps in to_go.items()):
+            return ""
+        return clock(sum(steps * self.share_s[n] for n, steps in to_go.items()))
+
+    @property
+    def over(self) -> bool:
+        return self.done == self.total
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 3:21 or 1:03:21."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 class Lines:
     """A run as plain lines on standard error."""
 
     def __init__(self, quiet: bool = False):
-        self.quiet, self.last_status, self.total, self.at, self.done = quiet, "", 0, time.monotonic(), 0
+        self.quiet, self.last_status, self.at, self.pace = quiet, "", time.monotonic(), Pace({})
         self.losses: dict[str, float] = {}
 
     def _print(self, text: str) -> None:
@@ -37,19 +75,30 @@ class Lines:
             self._print(stage)
 
     def begin(self, steps: Mapping[str, int]) -> None:
-        self.total = sum(steps.values())
+        self.pace = Pace(steps)
         self._print("training " + ", ".join(f"{name} ({n} steps)" for name, n in steps.items()))
 
     def step(self, line: Mapping[str, Any]) -> None:
-        self.done += 1
+        self.pace.step(line)
         self.losses[line["variant"]] = line["loss"]
-        if time.monotonic() - self.at >= PLAIN_EVERY_S or self.done == self.total:
+        if time.monotonic() - self.at >= PLAIN_EVERY_S or self.pace.over:
             self.at = time.monotonic()
+            done, total = sum(self.pace.done.values()), sum(self.pace.total.values())
+            left = f"  {self.pace.left} left" if self.pace.left and not self.pace.over else ""
             losses = "  ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items())
-            self._print(f"step {self.done}/{self.total}  {line['tokens_per_s']:.0f} tokens/s  loss: {losses}")
+            self._print(f"step {done}/{total}  {line['tokens_per_s']:.0f} tokens/s{left}  loss: {losses}")
 
     def stopped(self, variant: str, reason: str) -> None:
-        print(f"warning: {variant} has stopped: {reason}", file=sys.stderr, flush=True)
+        self.pace.end(variant)
+        self.warning(f"{variant} has stopped: {reason}")
+
+    def warning(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def valid(self, line: Mapping[str, Any]) -> None:
+        if line.get("finished_early"):
+            self.pace.end(line["variant"])
+        self._print(validation(line))
 
     def __enter__(self) -> Lines:
         return self
@@ -59,34 +108,60 @@ class Lines:
 
 
 class Bars:
-    """A run as one bar a variant, with its loss and the tokens per second."""
+    """A run as one bar a variant with its loss, and one for the whole with tokens per second and the time to go."""
 
     def __init__(self) -> None:
-        columns = [
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        ]
-        self.progress = Progress(*columns, console=Console(stderr=True))
-        self.stage = self.progress.add_task("starting", total=None, note="")
-        self.tasks: dict[str, Any] = {}
+        console = Console(stderr=True)
+        bar = BarColumn(bar_width=32 if console.width >= 100 else 14)
+        columns = [TextColumn("{task.description}"), bar, TextColumn("{task.fields[count]}"), TextColumn("{task.fields[note]}")]
+        self.progress = Progress(*columns, console=console)
+        self.pace, self.started = Pace({}), time.monotonic()
+        self.stage = self._row("starting", None)
+        self.whole: TaskID | None = None
+        self.tasks: dict[str, TaskID] = {}
+
+    def _row(self, name: str, total: int | None) -> TaskID:
+        return self.progress.add_task(escape(name), total=total, count="" if total is None else f"0/{total}", note="")
 
     def status(self, text: str) -> None:
-        self.progress.update(self.stage, description=text, visible=True)
+        self.progress.update(self.stage, description=escape(text), visible=True)
 
     def begin(self, steps: Mapping[str, int]) -> None:
+        self.progress.remove_task(self.stage)
+        self.pace, self.started = Pace(steps), time.monotonic()
+        self.tasks = {name: self._row(name, n) for name, n in steps.items()}
+        self.whole = self._row("all", sum(steps.values()))
+        self.stage = self._row("", None)  # the last line from now on: what comes after training
         self.progress.update(self.stage, visible=False)
-        self.tasks = {name: self.progress.add_task(name, total=n, note="") for name, n in steps.items()}
 
     def step(self, line: Mapping[str, Any]) -> None:
-        note = f"loss {line['loss']:.3f}  {line['tokens_per_s']:.0f} tokens/s"
-        self.progress.update(self.tasks[line["variant"]], completed=line["step"], note=note)
+        name = line["variant"]
+        self.pace.step(line)
+        self._show(self.tasks[name], line["step"], self.pace.total[name], f"loss {line['loss']:.3f}")
+        left = f"{self.pace.left} left" if self.pace.left and not self.pace.over else clock(time.monotonic() - self.started)
+        self._show(self.whole, sum(self.pace.done.values()), sum(self.pace.total.values()), f"{line['tokens_per_s']:.0f} tokens/s  {left}")
+
+    def _show(self, task: TaskID | None, done: int, total: int, note: str) -> None:
+        if task is not None:
+            self.progress.update(task, completed=done, total=total, count=f"{done}/{total}", note=note)
 
     def stopped(self, variant: str, reason: str) -> None:
-        self.progress.console.print(f"[yellow]warning:[/] {variant} has stopped: {reason}", highlight=False)
+        self.pace.end(variant)
+        self._end(variant, "[yellow]stopped[/]")
+        self.warning(f"{variant} has stopped: {reason}")
+
+    def warning(self, text: str) -> None:
+        self.progress.console.print("[yellow]warning:[/]", Text(text), highlight=False)
+
+    def valid(self, line: Mapping[str, Any]) -> None:
+        if line.get("finished_early"):
+            self.pace.end(line["variant"])
+            self._end(line["variant"], "finished early")
+        self.progress.console.print(validation(line), highlight=False, markup=False)
+
+    def _end(self, variant: str, note: str) -> None:
+        done = self.pace.done[variant]
+        self._show(self.tasks[variant], done, done, note)
 
     def __enter__(self) -> Bars:
         self.progress.start()
@@ -94,6 +169,15 @@ class Bars:
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
+
+
+def validation(line: Mapping[str, Any]) -> str:
+    """A validation's line of metrics.jsonl as text."""
+    loss, base = (f"{x:.3f}" if x is not None else "not finite" for x in (line["valid_loss"], line["base_valid_loss"]))
+    metric = line["metric"]
+    judged = "" if metric == "loss" else f"  {metric} {line[f'valid_{metric}']} (base {line[f'base_valid_{metric}']})"
+    early = f"; finished early: {line['finished_early']}" if line.get("finished_early") else ""
+    return f"{line['variant']} step {line['step']}: valid loss {loss} (base {base}){judged}{'  best' if line['best'] else ''}{early}"
 
 
 SCORES = {"exact_match": "exact match", "token_f1": "F1"}

@@ -3,33 +3,62 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from trimtab.cli import show
 
+if TYPE_CHECKING:
+    from trimtab.train.interrupt import Stop
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SHOW_CURSOR = "\x1b[?25h"  # rich hides it; a second signal leaves no time to bring it back
+
 
 @click.command()
 @click.argument("run_file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Write the run folder here instead of the run file's `out`.")
+@click.option("--out", type=click.Path(path_type=Path), help="The run folder, instead of the run file's `out`; from the current folder.")
+@click.option("--resume", is_flag=True, help="Go on from the newest good checkpoint in the run folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json at the end, and no progress.")
-def train(run_file: Path, out: Path | None, as_json: bool) -> None:
+@click.pass_context
+def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, as_json: bool) -> None:
     """Train every variant of RUN_FILE together on one frozen base, score it beside the base on the test rows, and save it.
 
     \b
     Example:
       trimtab train examples/desks.yaml
+      trimtab train examples/desks.yaml --resume
 
-    The run folder holds adapters/<variant>/ (peft's format), metrics.jsonl and summary.json.
+    The run folder holds adapters/<variant>/ (peft's format), checkpoints/, metrics.jsonl, predictions/, summary.json and report.html; `out`
+    starts at the run file's folder, so that of the example is examples/runs/desks. `trimtab check` says beforehand what a run would do.
+    Ctrl-C or SIGTERM ends a run after the current step, with a checkpoint (exit code 130 or 143); a second one ends it at once.
     """
     from trimtab.train import RunConfig, train
+    from trimtab.train.checkpoint import steps_of
+    from trimtab.train.interrupt import Interrupted, Stop
 
     run = RunConfig.load(run_file)
     if out is not None:
         run = run.model_copy(update={"out": out})
-    with show.listener(quiet=as_json) as listener:
-        report = train(run, listener=listener)
+    stop = Stop()
+    try:
+        with _signals(stop), show.listener(quiet=as_json) as listener:
+            report = train(run, listener=listener, resume=resume, stop=stop)
+    except Interrupted as e:
+        saved = steps_of(run.out)[:1]
+        click.echo(f"{e}; {f'saved in {saved[0]}' if saved else 'nothing was saved yet'}", err=True)
+        again = ["trimtab", "train", str(run_file), *(["--out", str(out)] if out is not None else []), "--resume"]
+        click.echo(f"go on with: {shlex.join(again)}", err=True)
+        ctx.exit(e.exit_code)
     if as_json:
         click.echo(json.dumps(report.summary, indent=1))
         return
@@ -40,4 +69,26 @@ def train(run_file: Path, out: Path | None, as_json: bool) -> None:
         f"{s['tokens']:,} tokens in {s['seconds']:.0f} s: {s['tokens_per_s']} tokens/s, peak memory {s['peak_memory_gb']} GB",
         highlight=False,
     )
-    console.print(f"saved in {report.out}: adapters/, metrics.jsonl, summary.json", highlight=False, soft_wrap=True)
+    console.print(f"saved in {report.out}: adapters/, metrics.jsonl, summary.json, report.html", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _signals(stop: Stop) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the run to stop; a second one is the system's to handle. What stood before is put back at the end."""
+    if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread handle signals
+        yield
+        return
+
+    def handle(signum: int, frame: object) -> None:
+        for s in SIGNALS:
+            signal.signal(s, signal.SIG_DFL)
+        text = "\nending after this step, with a checkpoint; once more ends at once\n"
+        os.write(2, (SHOW_CURSOR * sys.stderr.isatty() + text).encode())  # print may be what the signal has interrupted
+        stop.ask(signum)
+
+    before = {s: signal.signal(s, handle) for s in SIGNALS}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

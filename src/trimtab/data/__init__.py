@@ -6,9 +6,10 @@ Knows the base's tokenizer and template, and no model: ids and masks are NumPy a
 
 from trimtab.bases.template import encode_prompt, end_of_turn_id, template_warnings
 from trimtab.data.dataset import Dataset, load_examples, order, summarise_dropped
+from trimtab.data.labels import answer_of, find_labels, label_examples
 from trimtab.data.render import Example, encode_row, encode_rows, prompt_and_reference
 from trimtab.data.rows import Dropped, Row
-from trimtab.data.scores import SCORES, exact_match, rouge_l, token_f1, valid_json
+from trimtab.data.scores import SCORES, bleu, exact_match, has_bleu, perplexity, rouge_l, token_f1, valid_json
 from trimtab.data.sources import Source, parse_sources, read_source
 
 __all__ = [
@@ -18,14 +19,20 @@ __all__ = [
     "Example",
     "Row",
     "Source",
+    "answer_of",
+    "bleu",
     "encode_prompt",
     "encode_row",
     "encode_rows",
     "end_of_turn_id",
     "exact_match",
+    "find_labels",
+    "has_bleu",
+    "label_examples",
     "load_examples",
     "order",
     "parse_sources",
+    "perplexity",
     "prompt_and_reference",
     "read_source",
     "rouge_l",

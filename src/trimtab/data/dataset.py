@@ -22,12 +22,15 @@ from trimtab.errors import DataError
 
 BATCH_ROWS = 2000  # rows tokenised at once: enough to keep the tokenizer's threads busy, little enough to hold as Python lists
 SHOWN = 10
+MAX_DROPPED_SHARE = 0.1
+"""More dropped rows than this share of a source stop a run: what is left would not be the data that was meant."""
 
 FIXES = {
     "over-long": "raise max_length, or shorten the rows; nothing is cut silently.",
     "the chat template rewrites earlier turns": "supervise the last turn only (last_turn_only), or use another base.",
     "special token in the content": "take them out: conversations belong in `messages`, and the end token is added for you.",
     "starts with an assistant turn": "begin each conversation with a user or system turn.",
+    "nothing supervised": "give each row an answer that is not empty, or take it out of the file.",
     "system without a chat template": "put the system text into the prompt, or use a base with a chat template.",
 }
 
@@ -55,7 +58,7 @@ def load_examples(
     *,
     root: Path,
     max_length: int,
-    max_dropped_share: float = 0.1,
+    max_dropped_share: float = MAX_DROPPED_SHARE,
     last_turn_only: bool = False,
     seed: int = 0,
 ) -> Dataset:
@@ -73,9 +76,9 @@ def load_examples(
         key, results = _tokens(rows, tokenizer, max_length, last_turn_only, options)
         good = [r for r in results if isinstance(r, Example)]
         lost += [r for r in results if isinstance(r, Dropped)]
-        if len(lost) > max_dropped_share * (len(good) + len(lost)) or not good:
-            raise _too_many(source, lost, len(good) + len(lost), max_dropped_share)
-        examples += [good[i] for i in _drawn(len(good), source.weight, seed, index)]
+        if (error := too_many(source, lost, len(good), max_dropped_share)) is not None:
+            raise error
+        examples += [good[i] for i in drawn(len(good), source.weight, seed, index)]
         dropped += lost
         digest.update(json.dumps([key, source.weight, seed if source.weight % 1 else None]).encode())
     if not examples:
@@ -139,7 +142,7 @@ def _options(tokenizer: Any, max_length: int, last_turn_only: bool) -> bytes:
     return json.dumps(parts).encode() + b"\n"
 
 
-def _drawn(n: int, weight: float, seed: int, source: int) -> list[int]:
+def drawn(n: int, weight: float, seed: int, source: int) -> list[int]:
     """Which of a source's n rows an epoch draws: all of them floor(weight) times, and a seeded sample for the fraction; at least one."""
     whole = int(weight)
     part = round((weight - whole) * n)
@@ -149,10 +152,14 @@ def _drawn(n: int, weight: float, seed: int, source: int) -> list[int]:
     return [*range(n)] * whole + sorted(sample.tolist())
 
 
-def _too_many(source: Source, lost: list[Dropped], total: int, allowed: float) -> DataError:
+def too_many(source: Source, lost: Sequence[Dropped], good: int, allowed: float = MAX_DROPPED_SHARE) -> DataError | None:
+    """Why a source of `good` rows beside the lost ones cannot be trained on, or None where it can."""
+    total = good + len(lost)
+    if good and len(lost) <= allowed * total:
+        return None
     common = Counter(d.kind for d in lost).most_common(1)[0][0]
     return DataError(
         f"{source.path}: {len(lost)} of {total} rows cannot be trained on ({len(lost) / total:.0%}; allowed are {allowed:.0%})",
         problems=summarise_dropped(lost),
-        fix=FIXES.get(common, "mend the rows, or raise max_dropped_share if they may be left out."),
+        fix=FIXES.get(common, "mend the rows, or take them out of the file."),
     )

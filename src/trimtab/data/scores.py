@@ -1,4 +1,5 @@
-"""Scores of generated answers against references. Each takes two lists of equal length and returns a mean in percent, 0 to 100.
+"""Scores of generated answers against references. Each takes two lists of equal length and returns percent, 0 to 100: a mean over
+rows (BLEU: of the corpus as a whole).
 
 Raises DataError where the lists are empty or differ in length.
 """
@@ -6,10 +7,12 @@ Raises DataError where the lists are empty or differ in length.
 from __future__ import annotations
 
 import json
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 from trimtab.errors import DataError
 
@@ -45,10 +48,34 @@ def valid_json(predictions: Sequence[str], references: Sequence[str]) -> float:
     return _mean([float(_is_json(p)) for p, _ in _pairs(predictions, references)])
 
 
+def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Corpus BLEU as `sacrebleu` computes it by default (Post 2018; 13a tokens, up to 4-grams, exponential smoothing), 0 to 100.
+
+    DataError where sacrebleu is not installed.
+    """
+    pairs = _pairs(predictions, references)
+    if not has_bleu():
+        raise DataError("BLEU needs the package sacrebleu", fix="pip install 'trimtab[eval]'")
+    from sacrebleu import corpus_bleu
+
+    return float(corpus_bleu([p for p, _ in pairs], [[r for _, r in pairs]], force=True).score)  # force: no advice on standard error
+
+
+def has_bleu() -> bool:
+    """Whether sacrebleu is installed."""
+    return find_spec("sacrebleu") is not None
+
+
+def perplexity(loss: float) -> float | None:
+    """exp(mean nats a target); None where that is no finite number."""
+    return math.exp(loss) if loss < 700 else None
+
+
 SCORES: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
     "exact_match": exact_match,
     "token_f1": token_f1,
     "rouge_l": rouge_l,
+    "bleu": bleu,
     "valid_json": valid_json,
 }
 

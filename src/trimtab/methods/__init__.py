@@ -1,6 +1,10 @@
-"""Every PEFT method, one file each. Importing this package fills the registry `METHODS` (peft_type -> class)."""
+"""Every PEFT method, one file each. Importing this package fills the registries: every file in this folder is imported, so that a method is
+there as soon as its file is."""
 
-from trimtab.methods.base import METHODS, Method
+from importlib import import_module
+from pkgutil import iter_modules
+
+from trimtab.methods.base import BY_NAME, METHODS, Method
 from trimtab.methods.bottleneck import BottleneckConfig
 from trimtab.methods.full import FullConfig
 from trimtab.methods.ia3 import IA3Config
@@ -8,9 +12,9 @@ from trimtab.methods.lora import LoraConfig
 from trimtab.methods.prefix import PrefixTuningConfig
 from trimtab.methods.prompt import PromptTuningConfig
 
-_ALL: list[type[Method]] = [*METHODS.values(), FullConfig]
-BY_NAME = {cls.name: cls for cls in _ALL}
-"""name in run files -> class; `full` is here and not in METHODS, since it is no part of a mixed batch."""
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")
+BY_NAME[FullConfig.name] = BY_NAME.pop(FullConfig.name)  # the yardstick stands last in every table
 
 __all__ = [
     "BY_NAME",

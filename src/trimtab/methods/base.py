@@ -148,7 +148,9 @@ class BaseView(Protocol):
 
 
 METHODS: dict[str, type[Method]] = {}
-"""peft_type -> class, filled by definition of the classes."""
+"""peft_type -> class, filled by definition of the classes: what runs in a mixed batch."""
+BY_NAME: dict[str, type[Method]] = {}
+"""name in run files and on the command line -> class; `full` is here and not in METHODS, since it is no part of a mixed batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,12 +161,17 @@ class Method:
     peft_type: ClassVar[str] = ""
     name: ClassVar[str] = ""
     """The name in run files and on the command line."""
+    preset_lr: ClassVar[float] = 1e-3
+    """The learning rate where a variant names none: one that reaches good results on small models."""
     mergeable: ClassVar[bool] = True
-    in_peft: ClassVar[bool] = True
+    in_peft: ClassVar[bool] = False
+    """Whether peft has this method: then `store` spells out peft's keys for it; else adapter_config.json holds the fields as they are."""
 
     def __init_subclass__(cls) -> None:
         if "peft_type" in cls.__dict__:
             METHODS[cls.peft_type] = cls
+        if "name" in cls.__dict__:
+            BY_NAME[cls.name] = cls
 
     def __post_init__(self) -> None:
         problems = _type_problems(self) or self.problems()

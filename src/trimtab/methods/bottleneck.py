@@ -39,8 +39,9 @@ class BottleneckConfig(Method):
 
     peft_type: ClassVar[str] = "BOTTLENECK"
     name: ClassVar[str] = "bottleneck"
+    preset_lr: ClassVar[float] = 1e-3
+    """Larger bases want 2e-4."""
     mergeable: ClassVar[bool] = False
-    in_peft: ClassVar[bool] = False
 
     variant: str = "houlsby"
     reduction_factor: float = 16

@@ -19,7 +19,7 @@ class FullConfig(Method):
     """No hyperparameters of its own: every weight of the base trains."""
 
     name: ClassVar[str] = "full"
-    in_peft: ClassVar[bool] = False
+    preset_lr: ClassVar[float] = 5e-5
 
     def sites(self, spec: Spec) -> list[Site]:
         return []

@@ -30,6 +30,8 @@ class IA3Config(TargetedMethod):
 
     peft_type: ClassVar[str] = "IA3"
     name: ClassVar[str] = "ia3"
+    preset_lr: ClassVar[float] = 5e-3
+    in_peft: ClassVar[bool] = True
 
     feedforward_modules: str | tuple[str, ...] | None = None
 

@@ -11,6 +11,7 @@ Dimensions: I in, O out, r rank, V vocabulary, H hidden.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -21,7 +22,7 @@ from trimtab import ops
 from trimtab.errors import ConfigError
 from trimtab.methods import dora
 from trimtab.methods.base import BaseView, Method, Packed, Params, Site, TargetedMethod
-from trimtab.methods.targets import merge_saved, pattern_value, regex_problem, saved_sites, select
+from trimtab.methods.targets import merge_saved, pattern_value, regex_problem, saved_sites, select, stray_keys
 from trimtab.spec import Module, Spec
 
 MAX_RANK = 4096
@@ -33,12 +34,16 @@ class LoraConfig(TargetedMethod):
 
     r: rank. lora_alpha: numerator of the scaling; None means 2r. lora_dropout: dropout on the adapter's input, in [0, 1).
     target_modules: "all-linear" by default, which beats attention only at equal size ("LoRA Without Regret").
-    rank_pattern, alpha_pattern: r and alpha for modules whose name ends in a match of the key (the first key that matches counts).
+    rank_pattern, alpha_pattern: r and alpha for modules whose name ends in a match of the key (the first key that matches counts; one that
+    matches no targeted module is refused, where peft ignores it).
     layers_to_transform: indices of the layers to act on. use_rslora, use_dora: the variants above.
     """
 
     peft_type: ClassVar[str] = "LORA"
     name: ClassVar[str] = "lora"
+    preset_lr: ClassVar[float] = 1e-3
+    """Larger bases want 2e-4."""
+    in_peft: ClassVar[bool] = True
 
     r: int = 16
     lora_alpha: float | None = None
@@ -78,29 +83,38 @@ class LoraConfig(TargetedMethod):
         ]
 
     def sites(self, spec: Spec) -> list[Site]:
-        modules = select(
-            spec,
-            self.target_modules if self.target_modules is not None else spec.family.lora_targets,
-            excluded=self.exclude_modules,
-            layers=self.layers_to_transform,
-            kinds=("linear", "conv1d") if self.use_dora else ("linear", "conv1d", "embedding"),
-        )
-        sites = [self._site(m) for m in modules]
+        sites, saved = [self._site(m) for m in self._targets(spec)], saved_sites(spec, self.modules_to_save)
+        names = [s.name for s in sites]
+        stray = self._stray_keys(spec, names)
         problems = [
             f"{s.name}: rank {s.rank} is above its smaller side {_smaller_side(spec.modules[s.name])}"
             for s in sites
             if s.rank > _smaller_side(spec.modules[s.name])
         ]
-        saved = saved_sites(spec, self.modules_to_save)
-        problems += [f"{s.name} is both in target_modules and in modules_to_save" for s in saved if s.name in {m.name for m in modules}]
-        if problems:
-            shown = problems[:8] + ([f"… and {len(problems) - 8} more"] if len(problems) > 8 else [])
-            raise ConfigError(
-                f"LoRA cannot attach to this {spec.model_type} base",
-                problems=shown,
-                fix="lower r or rank_pattern, or exclude these modules",
-            )
+        problems += [f"{s.name} is both in target_modules and in modules_to_save" for s in saved if s.name in set(names)]
+        if stray or problems:
+            found, short = stray + problems, dict.fromkeys(n.rpartition(".")[2] for n in names)
+            shown = found[:8] + ([f"… and {len(found) - 8} more"] if len(found) > 8 else [])
+            fixes = [f"correct these keys, or take them away; targeted are: {', '.join(short)}"] if stray else []
+            fixes += ["lower r or rank_pattern, or exclude these modules"] if problems else []
+            raise ConfigError(f"LoRA cannot attach to this {spec.model_type} base", problems=shown, fix="; ".join(fixes))
         return sites + saved
+
+    def _targets(self, spec: Spec) -> list[Module]:
+        try:
+            return select(
+                spec,
+                self.target_modules if self.target_modules is not None else spec.family.lora_targets,
+                excluded=self.exclude_modules,
+                layers=self.layers_to_transform,
+                kinds=("linear", "conv1d") if self.use_dora else ("linear", "conv1d", "embedding"),
+            )
+        except ConfigError as e:  # which modules are meant is not known; a key that no module at all has is wrong whichever they are
+            raise ConfigError(e.message, problems=[*e.problems, *self._stray_keys(spec, list(spec.modules))], fix=e.fix) from None
+
+    def _stray_keys(self, spec: Spec, targeted: Sequence[str]) -> list[str]:
+        ranks, alphas = (stray_keys(spec, p, getattr(self, p), targeted) for p in ("rank_pattern", "alpha_pattern"))
+        return ranks + alphas
 
     def _site(self, module: Module) -> Site:
         r = pattern_value(self.rank_pattern, module.name, self.r)

@@ -38,7 +38,9 @@ class PrefixTuningConfig(Method):
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     name: ClassVar[str] = "prefix"
+    preset_lr: ClassVar[float] = 5e-3
     mergeable: ClassVar[bool] = False
+    in_peft: ClassVar[bool] = True
 
     num_virtual_tokens: int = 30
     prefix_projection: bool = False

@@ -31,7 +31,9 @@ class PromptTuningConfig(Method):
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     name: ClassVar[str] = "prompt"
+    preset_lr: ClassVar[float] = 3e-2
     mergeable: ClassVar[bool] = False
+    in_peft: ClassVar[bool] = True
 
     num_virtual_tokens: int = 20
     prompt_tuning_init: str = "SAMPLE_VOCAB"

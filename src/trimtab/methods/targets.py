@@ -121,6 +121,17 @@ def pattern_value(pattern: Mapping[str, N], name: str, default: N) -> N:
     return next((v for key, v in pattern.items() if _ending(key).match(name)), default)
 
 
+def stray_keys(spec: Spec, option: str, pattern: Mapping[str, object], targeted: Sequence[str]) -> list[str]:
+    """One finding for each key of rank_pattern or alpha_pattern that matches none of the modules acted on; peft ignores it in silence."""
+    short, found = list(dict.fromkeys(n.rpartition(".")[2] for n in targeted)), []
+    for key in pattern:
+        if not any(_ending(key).match(n) for n in targeted):
+            other = next((n for n in spec.modules if _ending(key).match(n)), None)
+            hint = f", only others such as {other}" if other else nearest(key.rpartition(".")[2], short)
+            found.append(f"{option}: {key!r} matches no targeted module{hint}")
+    return found
+
+
 @lru_cache(
     maxsize=8192
 )  # re's own cache holds 512: a table with an entry for each module of a large base would compile each one anew for each

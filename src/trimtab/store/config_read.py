@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from trimtab.errors import AdapterError, ConfigError, nearest
-from trimtab.methods import METHODS, BottleneckConfig, IA3Config, LoraConfig, Method, PrefixTuningConfig, PromptTuningConfig
+from trimtab.methods import METHODS, IA3Config, LoraConfig, Method, PrefixTuningConfig, PromptTuningConfig
 from trimtab.methods.targets import matches, saved_sites, select
 from trimtab.spec import Spec
 
@@ -29,7 +29,6 @@ IGNORED: Mapping[str, frozenset[str]] = {
     "IA3": frozenset({"fan_in_fan_out", "init_ia3_weights"}),
     "PROMPT_TUNING": frozenset({"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}),
     "PREFIX_TUNING": frozenset({"prefix_projection", "encoder_hidden_size", "init_weights"}),
-    "BOTTLENECK": frozenset(),
 }
 CHECKED: Mapping[str, frozenset[str]] = {
     "LORA": frozenset({"bias", "layers_pattern", "ensure_weight_tying"}),
@@ -69,7 +68,7 @@ def method_from_config(config: Mapping[str, Any], spec: Spec, where: str) -> Met
     problems += _CHECKS.get(kind, lambda config, spec: [])(config, spec)
     if not problems:
         try:
-            return _READERS[kind](config, spec)
+            return _READERS[kind](config, spec) if cls.in_peft else _read_own(cls, config)
         except ConfigError as error:
             problems = list(error.problems) or [error.message]
     raise AdapterError(f"{where}: adapter_config.json cannot be used", problems=problems)
@@ -177,8 +176,9 @@ def _read_prefix(config: Mapping[str, Any], spec: Spec) -> Method:
     return PrefixTuningConfig(num_virtual_tokens=config["num_virtual_tokens"], prefix_init="RANDOM")
 
 
-def _read_bottleneck(config: Mapping[str, Any], spec: Spec) -> Method:
-    return BottleneckConfig(**_fields(BottleneckConfig, config))
+def _read_own(cls: type[Method], config: Mapping[str, Any]) -> Method:
+    """A method that peft lacks: its fields stand in the config as they are."""
+    return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})
 
 
 _CHECKS: Mapping[str, Callable[[Mapping[str, Any], Spec], list[str]]] = {
@@ -191,5 +191,4 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any], Spec], Method]] = {
     "IA3": _read_ia3,
     "PROMPT_TUNING": _read_prompt,
     "PREFIX_TUNING": _read_prefix,
-    "BOTTLENECK": _read_bottleneck,
 }

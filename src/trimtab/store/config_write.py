@@ -24,7 +24,9 @@ def config_from_method(method: Method, sites: Sequence[Site], spec: Spec, base_n
         "revision": None,
     }
     if not method.in_peft:
-        return config | method.to_dict()
+        fields = method.to_dict()
+        assert not config.keys() & fields.keys(), f"a field of {type(method).__name__} has the name of one of peft's own keys"
+        return config | fields
     config["peft_version"] = PEFT_VERSION
     if isinstance(method, LoraConfig):
         return config | _lora_config(method, sites, spec)

@@ -36,13 +36,15 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 class MergeReport:
     """What a merge did.
 
-    max_difference: of any logit, merged model against base with adapter. relative: RMS difference over the logits' spread. dtype: of the
-    written weights. untied: whether the output head got weights of its own, because the adapter changes it or the embedding.
+    max_difference: of any logit, merged model against base with adapter. relative: RMS difference over the logits' spread. allowed: what
+    `relative` may be at most, since the weights were rounded. dtype: of the written weights. untied: whether the output head got weights of
+    its own, because the adapter changes it or the embedding.
     """
 
     folder: Path
     max_difference: float
     relative: float
+    allowed: float
     dtype: str
     untied: bool
 
@@ -61,7 +63,8 @@ def merge_into(adapter: Adapter, folder: str | Path) -> MergeReport:
         model = _fresh_copy(base)
         untied = _untie(model, base, sites)
         for site in sites:
-            _merge_site(model.get_submodule(site.name), method, site, {t: params[site.key(t)].detach().cpu() for t in site.shapes})
+            tensors = {t: params[site.key(t)].detach().cpu() for t in site.shapes}
+            _merge_site(model.get_submodule(site.name), method, site, tensors, base.spec.model_type)
         dtype = model.dtype
         model.save_pretrained(work)
         if base.tokenizer is not None:
@@ -76,7 +79,7 @@ def merge_into(adapter: Adapter, folder: str | Path) -> MergeReport:
                 f"{relative:.3g} of their spread (allowed for {dtype}: {allowed:g})",
                 fix="serve the adapter beside the base; or merge on the base loaded and stored in float32",
             )
-    return MergeReport(Path(folder), largest, relative, str(dtype).removeprefix("torch."), untied)
+    return MergeReport(Path(folder), largest, relative, allowed, str(dtype).removeprefix("torch."), untied)
 
 
 def _refuse_unmergeable(method: Method, sites: list[Site]) -> None:
@@ -120,12 +123,18 @@ def _untie(model: Any, base: Base, sites: list[Site]) -> bool:
 
 
 @torch.no_grad()
-def _merge_site(module: Any, method: Method, site: Site, params: dict[str, Tensor]) -> None:
+def _merge_site(module: Any, method: Method, site: Site, params: dict[str, Tensor], model_type: str) -> None:
     bias = getattr(module, "bias", None)
     weight, bias_O = method.merge(site, weight_OI(module), bias, params)
     _write(weight_OI(module), weight, site)
-    if bias is not None and bias_O is not None:
+    if bias is not None:
+        assert bias_O is not None, f"{type(method).__name__}.merge lost the bias of {site.name}"
         _write(bias, bias_O, site)
+    elif bias_O is not None and bool(bias_O.any()):
+        raise NotMergeable(
+            f"{site.name} has no bias in this {model_type} base, and what the {method.name} adapter adds there is one",
+            fix="serve the adapter beside the base",
+        )
 
 
 def _write(target: Tensor, value: Tensor, site: Site) -> None:

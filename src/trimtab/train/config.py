@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from trimtab.data import Source, parse_sources
+from trimtab.data import Source, has_bleu, parse_sources
 from trimtab.errors import ConfigError, nearest
 from trimtab.methods import BY_NAME, Method
+from trimtab.train.sinks import missing
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-PRESET_LR = {"lora": 1e-3, "ia3": 5e-3, "bottleneck": 1e-3, "prefix": 5e-3, "prompt": 3e-2, "full": 5e-5}
-"""Learning rates that reach good results on small models where a variant names none; larger bases want lora and bottleneck at 2e-4."""
+Metric = Literal["loss", "exact_match", "token_f1", "rouge_l", "bleu", "valid_json", "label_accuracy"]
+"""What validation can judge by: the loss, a score of generated answers, or the accuracy of the likeliest label."""
+VALIDATION = ("eval_every", "valid_metric", "patience", "keep_best")
 
 
 class _Strict(BaseModel):
@@ -38,6 +40,9 @@ class TrainOptions(_Strict):
     gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of one optimizer step")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="decay of the learning rate after warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
+    loraplus_lr_ratio: float | None = Field(
+        None, gt=0, description="LoRA+ (arXiv:2402.12354): the rate of the B matrices is this times lr; lora only, embeddings keep lr"
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay")
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient's norm over all of the variant's tensors is clipped to this")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
@@ -45,22 +50,38 @@ class TrainOptions(_Strict):
     adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     max_length: int = Field(1024, ge=2, description="longer rows are counted and left out, never cut")
     last_turn_only: bool = Field(False, description="supervise the last assistant turn only")
+    eval_every: int | None = Field(None, ge=1, description="steps between validations, where the data has valid rows; None: an epoch")
+    valid_metric: Metric = Field("loss", description="what validation judges by; the scores of answers are generated, in the mixed batch")
+    patience: int | None = Field(None, ge=1, description="validations without improvement before the variant finishes; None: never")
+    keep_best: bool = Field(True, description="save the step that validated best, where there are valid rows; false: the last step")
     seed: int | None = Field(None, ge=0, description="start values, order of rows, dropout; None: the run's seed")
 
 
 class DataConfig(_Strict):
-    """One data set: train, and optionally valid and test; each a path, or a list of sources with weights."""
+    """One data set: train, and optionally valid and test; each a path, or a list of sources with weights.
+
+    labels: of a classification, to be judged by their likelihoods: a list, or "auto" for the distinct answers of the training rows.
+    """
 
     train: list[Source]
     valid: list[Source] = []
     test: list[Source] = []
+    labels: list[str] | Literal["auto"] | None = None
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: list[str] | str | None) -> list[str] | str | None:
+        if isinstance(labels, list) and (len(labels) < 2 or len({x.strip() for x in labels} - {""}) < len(labels)):
+            raise ValueError("labels are at least two, distinct and not empty")
+        return labels
 
 
 class EvalOptions(_Strict):
-    """The scores after training: base and every adapter answer the test rows in one mixed batch."""
+    """The scores after training, where base and every adapter answer the test rows in one mixed batch; the limits hold for validation
+    too."""
 
     generate: bool = Field(True, description="answer test rows by greedy generation and score the answers")
-    max_rows: int | None = Field(None, ge=1, description="score the first rows only")
+    max_rows: int | None = Field(None, ge=1, description="score the first rows only, of valid and of test")
     max_new_tokens: int = Field(96, ge=1, description="length of an answer at most")
 
 
@@ -76,7 +97,7 @@ class VariantConfig(_Strict):
 
     @property
     def lr(self) -> float:
-        return self.options.lr if self.options.lr is not None else PRESET_LR[self.method.name]
+        return self.options.lr if self.options.lr is not None else self.method.preset_lr
 
 
 class RunConfig(_Strict):
@@ -92,7 +113,19 @@ class RunConfig(_Strict):
     max_tokens: int = Field(4096, ge=64, description="tokens of one forward: bounds memory, however many variants train together")
     log_every: int = Field(1, ge=1, description="a line in metrics.jsonl every so many steps")
     evaluate: EvalOptions = EvalOptions()
+    track: list[Literal["tensorboard", "wandb"]] = Field([], description="where the lines of metrics.jsonl go too: tensorboard, wandb")
+    checkpoint_every: int | None = Field(
+        100, ge=1, description="joint steps between checkpoints, and one at the end; None: only on a signal"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay; older ones are removed")
     root: Path = Path()
+
+    @field_validator("track")
+    @classmethod
+    def _installed(cls, track: list[str]) -> list[str]:
+        if problems := [p for name in track if (p := missing(name))]:
+            raise ValueError("; ".join(problems))
+        return list(dict.fromkeys(track))
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
@@ -167,7 +200,13 @@ def _data(name: str, value: Any, problems: list[str]) -> DataConfig | None:
                 splits[split] = parse_sources(value[split], where=f"{where}.{split}")
             except ConfigError as e:
                 problems += e.problems or [e.message]
-    return DataConfig(**splits) if splits.get("train") else None
+    if not splits.get("train"):
+        return None
+    try:
+        return DataConfig(**splits, labels=value.get("labels"))
+    except ValidationError as e:
+        problems += _explain(e, where)
+        return DataConfig(**splits)
 
 
 def _variant(name: str, value: Any, defaults: Any, data: Mapping[str, Any], problems: list[str]) -> VariantConfig | None:
@@ -179,6 +218,8 @@ def _variant(name: str, value: Any, defaults: Any, data: Mapping[str, Any], prob
     problems += [p for p in _unknown(defaults, TrainOptions.model_fields, "defaults") if p not in problems]
     fields = dict(value)
     method, source = fields.pop("method", None), fields.pop("data", None)
+    if name == "base":
+        problems.append(f"{where}: 'base' stands for the base among the scores: name the variant otherwise")
     if method not in BY_NAME:
         problems.append(f"{where}.method = {method!r}{nearest(str(method), BY_NAME)}: one of {', '.join(BY_NAME)}")
         return None
@@ -198,7 +239,22 @@ def _variant(name: str, value: Any, defaults: Any, data: Mapping[str, Any], prob
     except ValidationError as e:
         problems += _explain(e, where)
         return None
+    problems += [f"{where}.{p}" for p in _misfits(options, fields, built, data.get(source), str(source))]
     return VariantConfig(name=name, data=str(source), method=built, options=options)
+
+
+def _misfits(options: TrainOptions, own: Mapping[str, Any], method: Method, data: DataConfig | None, source: str) -> list[str]:
+    """Options that would do nothing, or cannot be done. own: what the variant says itself; `defaults` may speak to others."""
+    found = []
+    if options.loraplus_lr_ratio is not None and method.name != "lora":
+        found.append(f"loraplus_lr_ratio = {options.loraplus_lr_ratio}: LoRA+ needs method lora, this is {method.name}")
+    if data is not None and not data.valid:
+        found += [f"{k}: data.{source} has no valid rows: add `valid` to it" for k in VALIDATION if k in own]
+    elif data is not None and options.valid_metric == "label_accuracy" and data.labels is None:
+        found.append(f"valid_metric = 'label_accuracy': data.{source} has no labels: add `labels: auto`, or a list")
+    if options.valid_metric == "bleu" and not has_bleu():
+        found.append("valid_metric = 'bleu': needs the package sacrebleu: pip install 'trimtab[eval]'")
+    return found
 
 
 def _unknown(fields: Mapping[str, Any], known: Any, where: str) -> list[str]:

@@ -1,105 +1,220 @@
-"""Scores on held-out rows: the base and every adapter side by side, answering in one mixed batch."""
+"""Scores on held-out rows: the base and every adapter side by side, in mixed batches.
+
+Three passes, each over all data sets and contestants at once: the loss of the references, greedy answers, the likelihood of labels. Only
+numbers, token ids and texts leave a forward: memory is bounded by `max_tokens`, whatever the count of rows.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from trimtab.attach import Attached
 from trimtab.bank import Mix
-from trimtab.data import SCORES, Example, valid_json
+from trimtab.data import (
+    SCORES,
+    Example,
+    Row,
+    Source,
+    answer_of,
+    find_labels,
+    has_bleu,
+    label_examples,
+    load_examples,
+    perplexity,
+    prompt_and_reference,
+    read_source,
+    valid_json,
+)
+from trimtab.errors import DataError
 from trimtab.generate import Sampling, generate
+from trimtab.model import Base
+from trimtab.train.labels import Ballot, label_likelihoods
 from trimtab.train.step import Part, forward_loss
+
+SAMPLES = 5
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who answers: the base (member BASE) or an adapter of the mix."""
+    """Who answers: the base (member BASE) or an adapter of the mix. generates, chooses: whether it answers questions, and picks labels."""
 
     name: str
     member: int
+    generates: bool = True
+    chooses: bool = True
 
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out row as a prompt and the answer that it should get."""
+    """A held-out row as a prompt and the answer that it should get. choices: the row under each label of its data set."""
 
     prompt: Sequence[int]
     reference: str
+    choices: Sequence[Example] = ()
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A data set's held-out rows: examples to measure the loss on, questions for those of them that have an answer, and its labels."""
+
+    examples: Sequence[Example]
+    questions: Sequence[Question] = ()
+    labels: Sequence[str] = ()
+
+
+@dataclass
+class Result:
+    """What one contestant reached on one data set. predictions: prompt, reference, and answer or label of every question."""
+
+    scores: dict[str, Any]
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+
+
+Results = dict[str, dict[str, Result]]
+"""data set -> contestant -> result"""
+
+
+def ask(examples: Sequence[Example], rows: Sequence[Row], labels: Sequence[str], tokenizer: Any, where: str) -> HeldOut:
+    """Held-out examples with the questions that their rows ask; plain text asks none. rows: those of `examples` among others.
+
+    DataError where no row's answer is one of the labels: they are written otherwise. An answer that is none of them counts as wrong.
+    """
+    known = {label.strip() for label in labels}
+    if labels and not any((answer_of(row) or "").strip() in known for row in rows):
+        fix = "name the labels as the rows write them, or take them from the rows: auto"
+        raise DataError(f"{where}: no row's answer is one of the labels {', '.join(map(repr, labels[:10]))}", fix=fix)
+    by_origin = {row.origin: row for row in rows}
+    asked = [by_origin[e.origin] for e in examples if answer_of(by_origin[e.origin]) is not None]
+    choices = label_examples(asked, labels, tokenizer) if labels else [[] for _ in asked]
+    questions = [Question(*prompt_and_reference(row, tokenizer), found) for row, found in zip(asked, choices, strict=True)]
+    return HeldOut(examples, questions, labels)
+
+
+def read_held_out(base: Base, path: str, labels: Sequence[str] | Literal["auto"] = (), max_rows: int | None = None) -> HeldOut:
+    """The first rows of a file, a folder or a hub data set, to judge by. labels: "auto" for the distinct answers of its rows. DataError."""
+    source = Source(path)
+    dataset = load_examples([source], base.tokenizer, root=Path(), max_length=base.spec.max_positions, last_turn_only=True)
+    rows = read_source(source, Path())[0]
+    return ask(dataset.examples[:max_rows], rows, find_labels(rows, path) if labels == "auto" else labels, base.tokenizer, path)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How contestants are judged. max_new_tokens: of an answer. max_tokens: of a forward. on_answer(tokens so far): called at times."""
+
+    tokenizer: Any
+    stop_ids: set[int]
+    max_new_tokens: int
+    max_tokens: int
+    on_answer: Callable[[int], None] | None = None
+
+    def judge(self, attached: Attached, mix: Mix, fields: Mapping[str, Sequence[Contestant]], held: Mapping[str, HeldOut]) -> Results:
+        """Loss, answers, labels and scores. fields: who is judged on each data set of `held`."""
+        who = [(d, c) for d in fields for c in fields[d]]
+        losses = mean_losses(attached, mix, [(c.member, held[d].examples) for d, c in who], self.max_tokens)
+        asked = [(d, c, q) for d, c in who if c.generates for q in held[d].questions]
+        said = iter(self._answers(attached, mix, [(c.member, q) for _, c, q in asked]))
+        polled = [(d, c, q) for d, c in who if c.chooses and held[d].labels for q in held[d].questions]
+        chosen = iter(label_likelihoods(attached, mix, [Ballot(c.member, q.choices) for _, c, q in polled], self.max_tokens))
+        results: Results = {d: {} for d in fields}
+        for (d, c), loss in zip(who, losses, strict=True):
+            h = held[d]
+            answers = [next(said) for _ in h.questions] if c.generates else []
+            labels = [_likeliest(next(chosen), h.labels) for _ in h.questions] if c.chooses and h.labels else []
+            scores = {"loss": loss, "perplexity": perplexity(loss), "rows": len(h.examples)}
+            results[d][c.name] = self._result(scores, h.questions, answers, labels)
+        return results
+
+    def _answers(self, attached: Attached, mix: Mix, questions: Sequence[tuple[int, Question]]) -> list[str]:
+        """Greedy answers, all contestants and questions in one continuous mixed batch."""
+        count = 0
+
+        def token(_: int, __: int) -> None:
+            nonlocal count
+            count += 1
+            if self.on_answer is not None and count % 64 == 0:
+                self.on_answer(count)
+
+        if not questions:
+            return []
+        members, prompts = [m for m, _ in questions], [q.prompt for _, q in questions]
+        new = generate(attached, mix, members, prompts, Sampling(self.max_new_tokens), self.stop_ids, token)
+        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in new]
+
+    def _result(self, scores: dict[str, Any], questions: Sequence[Question], answers: Sequence[str], labels: Sequence[str]) -> Result:
+        references = [q.reference for q in questions]
+        predictions: list[dict[str, Any]] = []
+        if answers:
+            scores |= score(answers, references)
+        if labels:
+            right = sum(label == r.strip() for label, r in zip(labels, references, strict=True))
+            scores["label_accuracy"] = round(100 * right / len(labels), 2)
+        for i, q in enumerate(questions if answers or labels else ()):
+            prompt = str(self.tokenizer.decode(list(q.prompt), skip_special_tokens=False))  # as the model sees it
+            row: dict[str, Any] = {"prompt": prompt, "reference": q.reference}
+            if labels:
+                row |= {"label": labels[i], "label_correct": labels[i] == q.reference.strip()}
+            answer = answers[i] if answers else labels[i]
+            predictions.append(row | {"answer": answer, "correct": answer.strip() == q.reference.strip()})
+        return Result(scores, predictions)
 
 
 @torch.no_grad()
-def mean_losses(
-    attached: Attached, mix: Mix, examples: Sequence[Example], contestants: Sequence[Contestant], max_tokens: int
-) -> dict[str, float]:
-    """Mean nats a target of each contestant on the same examples."""
-    targets = max(1, int(sum(e.supervised.sum() for e in examples)))
-    total = {c.name: 0.0 for c in contestants}
-    todo = [(c, e) for c in contestants for e in sorted(examples, key=lambda e: len(e.ids))]
+def mean_losses(attached: Attached, mix: Mix, asked: Sequence[tuple[int, Sequence[Example]]], max_tokens: int) -> list[float]:
+    """Mean nats a target of each (member, examples), all packed together into forwards of at most max_tokens tokens."""
+    targets = [max(1, int(sum(e.supervised.sum() for e in examples))) for _, examples in asked]
+    todo = [(n, e) for n, (_, examples) in enumerate(asked) for e in examples]
+    todo.sort(key=lambda x: len(x[1].ids))
+    total = [0.0] * len(asked)
     while todo:
-        chunk, tokens = [todo.pop()], 0
-        while todo and (tokens := tokens + len(chunk[-1][1].ids)) + len(todo[-1][1].ids) <= max_tokens:
+        chunk = [todo.pop()]
+        tokens = len(chunk[0][1].ids)
+        while todo and (tokens := tokens + len(todo[-1][1].ids)) <= max_tokens:
             chunk.append(todo.pop())
-        _, losses = forward_loss(attached, mix, [Part(c.member, [e], 1.0 / targets) for c, e in chunk])
-        for (c, _), loss in zip(chunk, losses, strict=True):
-            total[c.name] += loss
+        _, losses = forward_loss(attached, mix, [Part(asked[n][0], [e], 1.0 / targets[n]) for n, e in chunk])
+        for (n, _), loss in zip(chunk, losses, strict=True):
+            total[n] += loss
     return total
 
 
-def answers(
-    attached: Attached,
-    mix: Mix,
-    questions: Sequence[tuple[Contestant, Question]],
-    stop_ids: set[int],
-    decode: Callable[[list[int]], str],
-    max_new_tokens: int,
-    on_answer: Callable[[int], None] | None = None,
-) -> list[str]:
-    """Greedy answers, all contestants and questions in one continuous mixed batch. on_answer(tokens so far): called as tokens appear."""
-    count = 0
-
-    def token(_: int, __: int) -> None:
-        nonlocal count
-        count += 1
-        if on_answer is not None and count % 64 == 0:
-            on_answer(count)
-
-    new = generate(
-        attached, mix, [c.member for c, _ in questions], [q.prompt for _, q in questions], Sampling(max_new_tokens), stop_ids, token
-    )
-    return [decode(ids).strip() for ids in new]
-
-
 def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Every score that texts allow, in percent; the share of valid JSON only where all references are JSON."""
-    names = [n for n in SCORES if n != "valid_json" or valid_json(references, references) == 100.0]
-    return {n: round(SCORES[n](predictions, references), 2) for n in names}
+    """Every score that texts allow, in percent: the share of valid JSON only where all references are JSON, BLEU only where sacrebleu is
+    installed."""
+    left_out = set() if valid_json(references, references) == 100.0 else {"valid_json"}
+    left_out |= set() if has_bleu() else {"bleu"}
+    return {n: round(s(predictions, references), 2) for n, s in SCORES.items() if n not in left_out}
 
 
-def compare(
-    attached: Attached,
-    mix: Mix,
-    fields: Mapping[str, Sequence[Contestant]],
-    held_out: Mapping[str, tuple[Sequence[Example], Sequence[Question]]],
-    stop_ids: set[int],
-    decode: Callable[[list[int]], str],
-    max_new_tokens: int,
-    max_tokens: int,
-    on_answer: Callable[[int], None] | None = None,
-) -> dict[str, dict[str, Any]]:
-    """data set -> contestant -> loss, scores and the first predictions. fields: who answers each data set."""
-    asked = [(d, c, q) for d in fields for c in fields[d] for q in held_out[d][1]]
-    said = answers(attached, mix, [(c, q) for _, c, q in asked], stop_ids, decode, max_new_tokens, on_answer) if asked else []
-    result: dict[str, dict[str, Any]] = {}
-    for d in fields:
-        examples = held_out[d][0]
-        losses = mean_losses(attached, mix, examples, fields[d], max_tokens)
-        for c in fields[d]:
-            mine = [(q.reference, s) for (dd, cc, q), s in zip(asked, said, strict=True) if dd == d and cc == c]
-            found = score([s for _, s in mine], [r for r, _ in mine]) if mine else {}
-            samples = [{"reference": r, "answer": s} for r, s in mine[:5]]
-            result.setdefault(d, {})[c.name] = {"loss": losses[c.name], "rows": len(examples), **found, "samples": samples}
-    return result
+def samples(predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The first few predictions, for summaries."""
+    return [{k: p[k] for k in ("prompt", "reference", "answer")} for p in predictions[:SAMPLES]]
+
+
+def write_predictions(folder: Path, results: Results) -> dict[tuple[str, str], Path]:
+    """One <data>-<contestant>.jsonl for every contestant that answered; returns each one's path. A second use of a name gets a number."""
+    written: dict[tuple[str, str], Path] = {}
+    for data, by_name in results.items():
+        for name, result in by_name.items():
+            if not result.predictions:
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            stem = f"{data}-{name}"
+            path, count = folder / f"{stem}.jsonl", 1
+            while path in written.values():  # data a with variant b-c, data a-b with variant c
+                count += 1
+                path = folder / f"{stem}~{count}.jsonl"
+            path.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in result.predictions), encoding="utf-8")
+            written[data, name] = path
+    return written
+
+
+def _likeliest(values: Sequence[float], labels: Sequence[str]) -> str:
+    best = max(range(len(labels)), key=lambda i: values[i] if not math.isnan(values[i]) else -math.inf)
+    return labels[best].strip()

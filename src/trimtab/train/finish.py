@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+from trimtab.bank import Mix
 from trimtab.batch import BASE
-from trimtab.data import Example, prompt_and_reference, read_source
+from trimtab.data import Row, Source, find_labels, read_source
 from trimtab.store import Adapter
-from trimtab.train.evaluate import Contestant, Question, compare
+from trimtab.train.evaluate import Contestant, HeldOut, Judge, Results, ask, samples, write_predictions
 from trimtab.train.full import FullVariant
 from trimtab.train.listen import Listener
 from trimtab.train.prepare import Prepared
@@ -24,61 +25,83 @@ def adapter_of(prepared: Prepared, variant: Variant) -> Adapter:
     return Adapter(prepared.base, method, params)
 
 
-def evaluate(prepared: Prepared, adapters: dict[str, Adapter], listener: Listener) -> Scores:
-    """Scores of the base and of all variants, for the data sets that have test rows."""
+def test_rows(prepared: Prepared) -> dict[str, HeldOut]:
+    """The test rows of each data set that has some. Read before training, so that rows which cannot be asked stop a run at its start."""
+    return {name: held_out(prepared, name, "test") for name, splits in prepared.data.items() if splits.test}
+
+
+def evaluate(prepared: Prepared, adapters: dict[str, Adapter], held: dict[str, HeldOut], listener: Listener) -> Scores:
+    """Scores of the base and of all variants on test rows; their predictions go into the run folder."""
     run, base = prepared.run, prepared.base
-    held_out = {name: _held_out(prepared, name) for name, splits in prepared.data.items() if splits.test}
     mix, numbers = base.mix(list(adapters.values()))
     member = dict(zip(adapters, numbers, strict=True))
-    fields = {name: [Contestant("base", BASE)] for name in held_out}
+    generates = run.evaluate.generate
+    fields = {name: [Contestant("base", BASE, generates)] for name in held}
     for v in prepared.variants:
-        if v.name in member and v.config.data in held_out:
-            fields[v.config.data].append(Contestant(v.name, member[v.name]))
-
-    def decode(ids: list[int]) -> str:
-        return str(base.tokenizer.decode(ids, skip_special_tokens=True))
+        if v.name in member and v.config.data in held:
+            fields[v.config.data].append(Contestant(v.name, member[v.name], generates))
 
     def on_answer(n: int) -> None:
         listener.status(f"scoring on held-out rows: {n} tokens")
 
-    def compared(attached: Any, who: dict[str, list[Contestant]]) -> Scores:
-        limits = run.evaluate.max_new_tokens, run.max_tokens
-        return compare(attached, mix, who, held_out, base.stop_ids, decode, *limits, on_answer)
-
-    scored = compared(base.attached, fields)
+    judge = Judge(base.tokenizer, base.stop_ids, run.evaluate.max_new_tokens, run.max_tokens, on_answer)
+    results = judge.judge(base.attached, mix, fields, held)
     for v in prepared.variants:
-        if isinstance(v, FullVariant) and v.config.data in held_out:
-            scored[v.config.data] |= compared(v.attached, {v.config.data: [Contestant(v.name, BASE)]})[v.config.data]
+        if isinstance(v, FullVariant) and (data := v.config.data) in held:
+            results[data] |= judge.judge(v.attached, Mix([]), {data: [Contestant(v.name, BASE, generates)]}, held)[data]
+    return _scores(prepared, results)
+
+
+def _scores(prepared: Prepared, results: Results) -> Scores:
+    """The scores with their first predictions, and the path of all of them in the run folder."""
+    paths = write_predictions(prepared.run.out / "predictions", results)
+    scored: Scores = {}
+    for data, by_name in results.items():
+        for name, result in by_name.items():
+            path = paths.get((data, name))
+            kept = {"predictions": str(path.relative_to(prepared.run.out))} if path else {}
+            scored.setdefault(data, {})[name] = result.scores | kept | {"samples": samples(result.predictions)}
     return scored
 
 
-def _held_out(prepared: Prepared, name: str) -> tuple[list[Example], list[Question]]:
-    """A data set's test rows: to measure the loss on, and as questions to answer."""
-    run, test = prepared.run, prepared.data[name].test
-    assert test is not None
-    examples = test.examples[: run.evaluate.max_rows]
-    if not run.evaluate.generate:
-        return examples, []
-    rows = {row.origin: row for source in run.data[name].test for row in read_source(source, run.root)[0]}
-    return examples, [Question(*prompt_and_reference(rows[e.origin], prepared.base.tokenizer)) for e in examples]
+def held_out(prepared: Prepared, name: str, split: Literal["valid", "test"]) -> HeldOut:
+    """A data set's valid or test rows: to measure the loss on, and as questions to answer. DataError where labels do not fit them."""
+    run, config, dataset = prepared.run, prepared.run.data[name], getattr(prepared.data[name], split)
+    assert dataset is not None
+    rows = _rows(prepared, getattr(config, split))
+    labels = config.labels or []
+    if labels == "auto":
+        labels = find_labels(_rows(prepared, config.train), f"data.{name}")
+    return ask(dataset.examples[: run.evaluate.max_rows], rows, labels, prepared.base.tokenizer, f"data.{name}.{split}")
 
 
-def save(prepared: Prepared, adapters: dict[str, Adapter], scored: Scores) -> dict[str, int]:
-    """Save every variant in the run folder; returns the bytes of each one's tensors on disk."""
+def _rows(prepared: Prepared, sources: list[Source]) -> list[Row]:
+    return [row for source in sources for row in read_source(source, prepared.run.root)[0]]
+
+
+def save(prepared: Prepared, adapters: dict[str, Adapter]) -> dict[str, int]:
+    """Save every variant in the run folder; returns the bytes of each one's tensors on disk. Before scoring, which may take long."""
     sizes = {}
     for v in prepared.variants:
         folder = prepared.run.out / "adapters" / v.name
         if isinstance(v, FullVariant):
             v.save(folder, prepared.base.tokenizer)
         else:
-            adapters[v.name].save(folder, run=_provenance(prepared, v, scored))
+            adapters[v.name].save(folder, run=_provenance(prepared, v, {}))
         sizes[v.name] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return sizes
 
 
+def note_scores(prepared: Prepared, adapters: dict[str, Adapter], scored: Scores) -> None:
+    """Write the scores beside each adapter."""
+    for v in prepared.variants:
+        if v.name in adapters:
+            adapters[v.name].save(prepared.run.out / "adapters" / v.name, run=_provenance(prepared, v, scored))
+
+
 def _provenance(prepared: Prepared, v: Variant, scored: Scores) -> dict[str, Any]:
     """What trimtab.json says of how an adapter came to be."""
-    metrics = {k: x for k, x in scored.get(v.config.data, {}).get(v.name, {}).items() if k != "samples"}
+    metrics = {k: x for k, x in scored.get(v.config.data, {}).get(v.name, {}).items() if k not in ("samples", "predictions")}
     options = v.config.options.model_dump() | {"lr": v.config.lr, "seed": v.seed}
     digest = prepared.data[v.config.data].train.digest
     return {"variant": v.name, "options": options, "steps": v.progress.step, "data_digest": digest, "metrics": metrics}
@@ -100,5 +123,17 @@ def summarise(prepared: Prepared, scored: Scores, sizes: dict[str, int], seconds
         "tokens_per_s": round(tokens / seconds, 1) if seconds else None,
         "peak_memory_gb": round(peak_memory_gb(base.device), 3),
         "base_scores": {d: by_name["base"] for d, by_name in scored.items() if "base" in by_name},
-        "variants": {v.name: variant_summary(v, scored.get(v.config.data, {}).get(v.name, {}), sizes[v.name]) for v in variants},
+        "variants": {
+            v.name: variant_summary(v, scored.get(v.config.data, {}).get(v.name, {}), sizes[v.name]) | _validation(v) for v in variants
+        },
     }
+
+
+def _validation(v: Variant) -> dict[str, Any]:
+    """What validation said of a variant. saved_step: the step whose tensors are saved."""
+    p, o = v.progress, v.config.options
+    if not p.valid:
+        return {"saved_step": p.step}
+    best = {"metric": o.valid_metric, "best": p.best_metric, "best_step": p.best_step, "finished_early": p.finished_early or None}
+    kept = o.keep_best and p.best_metric is not None
+    return {"saved_step": p.best_step if kept else p.step, "valid": best | {"base": p.base_valid, "history": p.valid}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from trimtab.attach import Attached
 from trimtab.bank import PackedAdapter
 from trimtab.data import Example
 from trimtab.model import Base
+from trimtab.store.staging import staged
 from trimtab.train.config import VariantConfig
 from trimtab.train.variant import Variant, Window
 
@@ -42,15 +43,29 @@ class FullVariant(Variant):
 
     def step(self, loss: float, window: Window, seconds: float) -> dict[str, float]:
         logged = super().step(loss, window, seconds)
-        with torch.no_grad():
-            for k, w in self.weights.items():
-                w.copy_(self.params[k])
+        self._publish()
         return logged
 
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        super().restore(state)
+        self._publish()
+
+    def restore_best(self) -> None:
+        super().restore_best()
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Copy the masters into the model, in its dtype."""
+        for k, w in self.weights.items():
+            w.copy_(self.params[k])
+
     def save(self, folder: Path, tokenizer: Any) -> None:
-        """Write a model folder that transformers loads."""
-        self.attached.model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        """Write a model folder that transformers loads, whole or not at all; one that an interrupted run has left is replaced."""
+        earlier = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+        with staged(folder, may_replace=earlier) as work:
+            self.attached.model.save_pretrained(work)
+            tokenizer.save_pretrained(work)
 
 
 def _copy(base: Base) -> Any:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 
 class Listener(Protocol):
-    """Hears a run. status: a stage begins. step: a variant has stepped (the line of metrics.jsonl). stopped: a variant has given up, and
-    why."""
+    """Hears a run. status: a stage begins. step: a variant has stepped (the line of metrics.jsonl). valid: a variant has been
+    validated (its line). stopped: a variant has given up, and why. warning: the run goes on, but somebody should know."""
 
     def status(self, text: str) -> None: ...
     def begin(self, steps: Mapping[str, int]) -> None: ...
     def step(self, line: Mapping[str, Any]) -> None: ...
+    def valid(self, line: Mapping[str, Any]) -> None: ...
     def stopped(self, variant: str, reason: str) -> None: ...
+    def warning(self, text: str) -> None: ...
 
 
 class Silent:
@@ -28,5 +31,12 @@ class Silent:
     def step(self, line: Mapping[str, Any]) -> None:
         """Not shown; metrics.jsonl has it."""
 
+    def valid(self, line: Mapping[str, Any]) -> None:
+        """Not shown; metrics.jsonl has it."""
+
     def stopped(self, variant: str, reason: str) -> None:
         """Not shown; summary.json has it."""
+
+    def warning(self, text: str) -> None:
+        """Logged: a run that had to fall back, or cannot write, is never silent."""
+        logging.getLogger("trimtab").warning(text)

@@ -5,22 +5,30 @@ File order is the run's order. Nothing here prints; a `Listener` hears what happ
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab import bases
-from trimtab.errors import ConfigError
+from trimtab.methods import FullConfig
 from trimtab.model import Base, load_base
 from trimtab.store import Adapter
 from trimtab.train.config import RunConfig
-from trimtab.train.finish import adapter_of, evaluate, save, summarise
+from trimtab.train.finish import adapter_of, evaluate, note_scores, save, summarise, test_rows
 from trimtab.train.full import FullVariant
+from trimtab.train.halving import Halving
+from trimtab.train.interrupt import Stop
+from trimtab.train.keeper import Keeper
 from trimtab.train.listen import Listener, Silent
-from trimtab.train.prepare import prepare
-from trimtab.train.report import Metrics, write_json
+from trimtab.train.page import write_page
+from trimtab.train.prepare import prepare, warn_of_rows
+from trimtab.train.report import write_json
+from trimtab.train.resume import find_start, identity, occupied, refuse_changes, settings
+from trimtab.train.sinks import tracking
 from trimtab.train.step import run_windows
+from trimtab.train.validate import Validator
 from trimtab.train.variant import Variant, Window
 
 
@@ -35,55 +43,91 @@ class Report:
     base: Base
 
 
-def train(run: RunConfig | str | Path, *, base: Base | None = None, listener: Listener | None = None) -> Report:
+def train(
+    run: RunConfig | str | Path,
+    *,
+    base: Base | None = None,
+    listener: Listener | None = None,
+    resume: bool = False,
+    stop: Stop | None = None,
+    halving: Halving | None = None,
+) -> Report:
     """Train every variant of a run together on one frozen base, score it, save it under the run's `out`.
 
-    run: a RunConfig, or a run file's path. base: one that is loaded already. TrimtabError where the run file, the data or the base is at
-    fault; nothing is written before all of these have been read and checked.
+    run: a RunConfig, or a run file's path. base: one that is loaded already. resume: go on from the newest good checkpoint in `out`; a run
+    that was interrupted before its first one starts anew, one that has finished is returned as it is. stop: asks a run to end early, which
+    it does with a checkpoint and Interrupted. halving: ends the worst variants at its rungs; what it is, is no part of the run file, so one
+    that resumes must be given the same. TrimtabError where the run file, the data, the base or the disk is at fault; nothing is written
+    before all of the former have been read and checked.
     """
     run = run if isinstance(run, RunConfig) else RunConfig.load(run)
-    listener = listener or Silent()
-    if run.out.exists() and any(run.out.iterdir()):
-        fix = "name another folder in `out`, or remove this one"
-        raise ConfigError(f"out = {str(run.out)!r} is not empty: a run never overwrites another", fix=fix)
+    listener, stop = listener or Silent(), stop or Stop()
+    if resume and (run.out / "summary.json").exists():
+        return finished(run, base, listener)
+    start = find_start(run, resume)
+    if resume:
+        listener.status(f"going on after step {start.moment.step}" if start else f"{run.out} holds no checkpoint, so the run starts anew")
     listener.status(f"loading {run.base}")
     base = base or load_base(run.base, dtype=run.dtype, device=run.device)
     before = bases.fingerprint_model(base.model)
     prepared = prepare(run, base)
-    (run.out / "adapters").mkdir(parents=True, exist_ok=True)
-    with Metrics(run.out / "metrics.jsonl") as metrics:
-        seconds = _steps(prepared.variants, run, metrics, listener)
-    after = bases.fingerprint_model(base.model)
-    assert after == before, "the frozen base has changed during training"
-    adapters = {v.name: adapter_of(prepared, v) for v in prepared.variants if not isinstance(v, FullVariant)}
-    listener.status("scoring on held-out rows")
-    scored = evaluate(prepared, adapters, listener)
-    sizes = save(prepared, adapters, scored)
-    summary = summarise(prepared, scored, sizes, seconds, {"before": before, "after": after})
-    write_json(run.out / "summary.json", summary)
+    warn_of_rows(prepared, listener)
+    validator, tests = Validator(prepared, halving), test_rows(prepared)
+    what = identity(prepared, before)
+    if start is not None:
+        refuse_changes(start.identity["content"], what["content"], "the base or the data have changed since the checkpoint")
+    with occupied(run.out, start):
+        keeper = Keeper(prepared, what, start, listener)
+        with keeper.metrics:
+            _steps(keeper, validator, listener, stop)
+        after = bases.fingerprint_model(base.model)
+        assert after == before, "the frozen base has changed during training"
+        adapters = {v.name: adapter_of(prepared, v) for v in prepared.variants if not isinstance(v, FullVariant)}
+        with keeper.explained():
+            sizes = save(prepared, adapters)
+            listener.status("scoring on held-out rows")
+            scored = evaluate(prepared, adapters, tests, listener)
+            note_scores(prepared, adapters, scored)
+            fingerprints = {"before": before, "after": after}
+            summary = summarise(prepared, scored, sizes, keeper.seconds, fingerprints) | what
+            write_json(run.out / "summary.json", summary)
+            write_page([run.out], run.out / "report.html")
     return Report(run.out, summary, adapters, base)
 
 
-def _steps(variants: list[Variant], run: RunConfig, metrics: Metrics, listener: Listener) -> float:
-    """Step all live variants together until each has finished or stopped. Returns the steps' time in seconds."""
+def finished(run: RunConfig, base: Base | None, listener: Listener) -> Report:
+    """The report of a run that has nothing left to do. ConfigError where the run file has changed since."""
+    summary = json.loads((run.out / "summary.json").read_text(encoding="utf-8"))
+    refuse_changes(summary.get("settings", {}), settings(run), f"the run in {run.out} is finished, and its run file has changed since")
+    if not (run.out / "report.html").exists():  # killed, or out of disk, after the summary
+        write_page([run.out], run.out / "report.html")
+    listener.status(f"the run in {run.out} is finished, there is nothing left to do")
+    base = base or load_base(run.base, dtype=run.dtype, device=run.device)
+    names = [v.name for v in run.variants if not isinstance(v.method, FullConfig)]
+    return Report(run.out, summary, {n: Adapter.load(run.out / "adapters" / n, base) for n in names}, base)
+
+
+def _steps(keeper: Keeper, validator: Validator, listener: Listener, stop: Stop) -> None:
+    """Step all live variants together until each has finished or stopped, keeping checkpoints. Interrupted where `stop` asks for it."""
+    run, variants = keeper.prepared.run, keeper.prepared.variants
     listener.begin({v.name: v.total_steps for v in variants})
-    total = 0.0
-    while live := [v for v in variants if v.live]:
-        start = time.perf_counter()
-        windows = {v: v.window() for v in live}
-        losses = run_windows(windows, run.max_tokens)
-        tokens, elapsed = sum(w.tokens for w in windows.values()), time.perf_counter() - start
-        logged = {v: v.step(losses[v], w, elapsed * w.tokens / tokens) for v, w in windows.items()}
-        seconds = time.perf_counter() - start
-        total += seconds
-        for v, w in windows.items():
-            line = _line(v, w, logged[v]) | {"seconds": round(seconds, 4), "tokens_per_s": round(tokens / seconds, 1)}
-            if v.progress.step % run.log_every == 0 or not v.live:
-                metrics.write(line)
-            listener.step(line)
-            if v.progress.stopped:
-                listener.stopped(v.name, v.progress.stopped)
-    return total
+    with tracking(run.track, run.out, keeper.identity["settings"], keeper.metrics, listener.warning) as metrics, stop.held():
+        while live := [v for v in variants if v.live]:
+            start = time.perf_counter()
+            windows = {v: v.window() for v in live}
+            losses = run_windows(windows, run.max_tokens)
+            tokens, elapsed = sum(w.tokens for w in windows.values()), time.perf_counter() - start
+            logged = {v: v.step(losses[v], w, elapsed * w.tokens / tokens) for v, w in windows.items()}
+            seconds = time.perf_counter() - start
+            for v, w in windows.items():
+                line = _line(v, w, logged[v]) | {"seconds": round(seconds, 4), "tokens_per_s": round(tokens / seconds, 1)}
+                if v.progress.step % run.log_every == 0 or not v.live:
+                    metrics.write(line)
+                listener.step(line)
+                if v.progress.stopped:
+                    listener.stopped(v.name, v.progress.stopped)
+            validator.after_step(live, metrics, listener)
+            keeper.after_step(seconds, stop)
 
 
 def _line(v: Variant, w: Window, logged: dict[str, float]) -> dict[str, Any]:

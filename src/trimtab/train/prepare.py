@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trimtab.data import Dataset, Example, Source, load_examples
-from trimtab.errors import ConfigError
+from trimtab.data import Dataset, Example, Source, load_examples, summarise_dropped
+from trimtab.errors import ConfigError, DataError
 from trimtab.methods import FullConfig
 from trimtab.model import Base
 from trimtab.store import Adapter
 from trimtab.train.config import DataConfig, RunConfig, VariantConfig
 from trimtab.train.full import FullVariant
+from trimtab.train.listen import Listener
 from trimtab.train.variant import Variant
 
 
@@ -37,6 +38,7 @@ class Prepared:
 def prepare(run: RunConfig, base: Base) -> Prepared:
     """Read and check everything. TrimtabError where data, methods and base do not fit together."""
     data = {name: read_splits(run, name, config, base) for name, config in run.data.items() if any(v.data == name for v in run.variants)}
+    refuse_long(run, base, data)
     return Prepared(run, base, data, [make_variant(run, base, v, data[v.data].train.examples) for v in run.variants])
 
 
@@ -57,6 +59,21 @@ def read_splits(run: RunConfig, name: str, config: DataConfig, base: Base) -> Sp
     return Splits(read("train", config.train), valid, test)
 
 
+def refuse_long(run: RunConfig, base: Base, data: dict[str, Splits]) -> None:
+    """DataError that names the rows which, with a method's virtual tokens before them, are longer than the base has positions."""
+    problems = []
+    for v in run.variants:
+        room = base.spec.max_positions - getattr(v.method, "num_virtual_tokens", 0)
+        splits = [s for s in vars(data[v.data]).values() if s is not None]
+        long = [e for s in splits for e in s.examples if len(e.ids) > room]
+        problems += [f"{v.name}: {e.origin} has {len(e.ids)} tokens, room is for {room}" for e in long[:5]]
+        problems += [f"{v.name}: … and {len(long) - 5} more"] if len(long) > 5 else []
+    if problems:
+        raise DataError(
+            f"rows are longer than the {base.spec.max_positions} positions of this base", problems=problems, fix="lower max_length"
+        )
+
+
 def make_variant(run: RunConfig, base: Base, config: VariantConfig, examples: Sequence[Example]) -> Variant:
     """A fresh variant, its adapter initialised from its seed."""
     if isinstance(config.method, FullConfig):
@@ -64,3 +81,14 @@ def make_variant(run: RunConfig, base: Base, config: VariantConfig, examples: Se
     seed = config.options.seed if config.options.seed is not None else run.seed
     fresh = Adapter.create(base, config.method, seed=seed)
     return Variant(config, base.attached, fresh.sites, fresh.params, examples, run.seed, run.max_tokens)
+
+
+def warn_of_rows(prepared: Prepared, listener: Listener) -> None:
+    """Say which rows were left out, and what about the template may spoil training."""
+    warnings = {w for splits in prepared.data.values() for w in splits.train.warnings if not w.startswith("note:")}
+    for warning in sorted(warnings):
+        listener.warning(warning)
+    for name, splits in prepared.data.items():
+        for split, dataset in vars(splits).items():
+            if dataset is not None and dataset.dropped:
+                listener.warning(f"data.{name}.{split}: left out {'; '.join(summarise_dropped(dataset.dropped))}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,21 +18,66 @@ import torch
 from trimtab.train.variant import Variant
 
 
-class Metrics:
-    """metrics.jsonl: a line per variant per logged step, flushed line by line so that a killed run keeps what it had."""
+@dataclass(frozen=True)
+class Mark:
+    """How far metrics.jsonl is: its bytes, and their sha256."""
 
-    def __init__(self, path: Path):
-        self.file = path.open("a", encoding="utf-8")
+    size: int = 0
+    sha256: str = hashlib.sha256().hexdigest()
+
+
+class Metrics:
+    """metrics.jsonl: a line per variant per logged step, handed to the system line by line so that a killed run keeps what it had.
+
+    keep: bytes that stay of a file that is there already; what follows them, and a line that they cut, goes. warn: hears, once, that the
+    disk takes no more lines: the run goes on, and they are written as soon as there is room.
+    """
+
+    def __init__(self, path: Path, keep: int = 0, warn: Callable[[str], None] = lambda text: None):
+        self.path, self._warn, self._pending, self._warned = path, warn, bytearray(), False
+        self._file = path.open("r+b" if path.exists() else "x+b", buffering=0)
+        kept = self._file.read(keep)
+        kept = kept[: kept.rfind(b"\n") + 1]
+        self._file.seek(len(kept))
+        self._file.truncate()
+        self._size, self._sha = len(kept), hashlib.sha256(kept)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.file.close()
+        try:
+            self._flush()
+        except OSError:
+            pass  # `warn` has heard of it
+        self._file.close()
 
     def write(self, line: dict[str, Any]) -> None:
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        data = (json.dumps(line) + "\n").encode()
+        self._pending += data
+        self._sha.update(data)
+        self._size += len(data)
+        try:
+            self._flush()
+        except OSError as error:
+            if not self._warned:
+                self._warn(f"{self.path} cannot be written ({error.strerror}): its lines are kept until there is room")
+            self._warned = True
+
+    @property
+    def position(self) -> Mark:
+        """How far the file is with all that was written to it."""
+        return Mark(self._size, self._sha.hexdigest())
+
+    def secure(self) -> Mark:
+        """The position, everything before it being safe on disk. OSError where that cannot be had."""
+        self._flush()
+        os.fsync(self._file.fileno())
+        return self.position
+
+    def _flush(self) -> None:
+        while self._pending:
+            del self._pending[: self._file.write(self._pending)]
 
 
 def peak_memory_gb(device: torch.device) -> float:

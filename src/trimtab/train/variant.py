@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from trimtab.bank import PackedAdapter
 from trimtab.data import Example, order
 from trimtab.methods.base import Method, Site
 from trimtab.train.config import VariantConfig
+
+LORA_B = "lora_B.weight"
+"""LoRA's up-projection, by its name in `Site.shapes`."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class Rows:
         self.position += len(chosen)
         return [self.examples[i] for i in chosen]
 
+    def seek(self, epoch: int, position: int) -> None:
+        """Go on from where a checkpoint stood."""
+        self.epoch, self.position = epoch, position
+        self._order = order(len(self.examples), self.seed, epoch)
+
     @property
     def batches(self) -> int:
         """Micro-batches of one epoch."""
@@ -74,7 +83,11 @@ class Rows:
 
 @dataclass
 class Progress:
-    """What a variant has done so far; losses are one number a step."""
+    """What a variant has done so far; losses are one number a step. stopped: why it diverged. finished_early: why validation ended it.
+
+    valid: every validation, {"step", "loss", scores…}. base_valid: the same of the base, which is measured once. best_metric, best_step: of
+    the best validation. bad_evals: validations since.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -82,12 +95,19 @@ class Progress:
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     stopped: str = ""
+    finished_early: str = ""
+    best_metric: float | None = None
+    best_step: int = 0
+    bad_evals: int = 0
+    valid: list[dict[str, Any]] = field(default_factory=list)
+    base_valid: dict[str, Any] = field(default_factory=dict)
 
 
 class Variant:
     """One adapter under training.
 
-    attached: the model that it runs on: the shared base, or (full fine-tuning) its own. params: fp32 leaves, by `Site.key`.
+    attached: the model that it runs on: the shared base, or (full fine-tuning) its own. params: fp32 leaves, by `Site.key`. best: the
+    tensors of the best validation, on the CPU; None where there is none or where params are these.
     """
 
     def __init__(
@@ -107,7 +127,7 @@ class Variant:
         o = config.options
         self.total_steps = o.max_steps or max(1, math.ceil(o.epochs * self.rows.batches / o.gradient_accumulation_steps))
         self.optimizer = torch.optim.AdamW(
-            list(self.params.values()),
+            self._groups(),
             lr=config.lr,
             betas=(o.adam_beta1, o.adam_beta2),
             eps=o.adam_epsilon,
@@ -115,6 +135,7 @@ class Variant:
             fused=True,
         )
         self.progress = Progress()
+        self.best: dict[str, Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -126,7 +147,17 @@ class Variant:
 
     @property
     def live(self) -> bool:
-        return not self.progress.stopped and self.progress.step < self.total_steps
+        p = self.progress
+        return not p.stopped and not p.finished_early and p.step < self.total_steps
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters with the ratio of their rate to the schedule's: 1, and LoRA+'s for the B matrices (Hayou et al. 2024)."""
+        ratio = self.config.options.loraplus_lr_ratio
+        if ratio is None:
+            return [{"params": list(self.params.values()), "ratio": 1.0}]
+        keys = {site.key(LORA_B) for site in self.sites if not site.saved and LORA_B in site.shapes}
+        b, others = ([p for k, p in self.params.items() if (k in keys) is inside] for inside in (True, False))
+        return [{"params": others, "ratio": 1.0}, {"params": b, "ratio": ratio}]
 
     def pack(self) -> PackedAdapter | None:
         """The adapter as this forward runs it, with the graph to its parameters; None where the rows are the model's own (full
@@ -164,7 +195,7 @@ class Variant:
             torch._foreach_mul_(grads, self.config.options.max_grad_norm / (norm + 1e-6))
         lr = self.learning_rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["ratio"]
         self.optimizer.step()
         self.clear()
         p.step, p.tokens, p.supervised_tokens, p.seconds = (
@@ -182,6 +213,44 @@ class Variant:
 
     def clear(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the rest of the run depends on, not copied: "param/KEY", "best/KEY" and the optimizer's "exp_avg/KEY", ….
+
+        There is no more state than these, `progress` and the place in `rows`: the order of rows, dropout and the learning rate are
+        functions of seed and step, and no random number generator outlives a step.
+        """
+        found = {f"param/{k}": p.detach() for k, p in self.params.items()}
+        for k, p in self.params.items():
+            found |= {f"{name}/{k}": t for name, t in self.optimizer.state.get(p, {}).items()}
+        return found | {f"best/{k}": t for k, t in (self.best or {}).items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take on what `state` gave; the tensors are copied."""
+        self.optimizer.state.clear()
+        best = {}
+        for name, tensor in state.items():
+            kind, _, key = name.partition("/")
+            if kind == "param":
+                self.params[key].copy_(tensor)
+            elif kind == "best":
+                best[key] = tensor.to("cpu", copy=True)
+            else:  # a fused AdamW keeps its count of steps, too, where the parameter is
+                self.optimizer.state[self.params[key]][kind] = tensor.to(self.params[key].device, copy=True)
+        self.best = best or None
+
+    def keep(self) -> None:
+        """Remember the tensors as they stand as the best so far."""
+        self.best = {k: p.detach().to("cpu", copy=True) for k, p in self.params.items()}
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Go back to the best tensors, where others have followed; the last word of a variant, not a step of its training."""
+        if self.best is not None:
+            for k, p in self.params.items():
+                p.copy_(self.best[k])
+            self.best = None
 
     def trained(self) -> dict[str, Tensor]:
         """The tensors as they stand, detached."""

@@ -1,0 +1,117 @@
+"""`trimtab sweep`"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from trimtab.cli import show
+from trimtab.cli.train import _signals
+
+
+@click.command()
+@click.argument("sweep_file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Write here instead of into the file's `out`.")
+@click.option("--resume", is_flag=True, help="Go on where the sweep in that folder was interrupted; what has finished is not repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print leaderboard.json at the end, and no progress.")
+@click.pass_context
+def sweep(ctx: click.Context, sweep_file: Path, out: Path | None, resume: bool, as_json: bool) -> None:
+    """Search for the best settings: train all trials of SWEEP_FILE together on one frozen base, and rank them by their valid rows.
+
+    \b
+    Example:
+      trimtab sweep examples/sweep.yaml
+      trimtab sweep examples/sweep.yaml --resume
+
+    A sweep file is a run file with `sweep` in place of `variants`: a template, lists or ranges of values, and optionally halving, which
+    stops the worst trials early. The folder holds a run folder for each group of trials, leaderboard.json and report.html. Only the best
+    trial, and the base, are scored on the test rows. Ctrl-C or SIGTERM ends a sweep after the current step, with a checkpoint.
+    """
+    from trimtab.train.interrupt import Interrupted, Stop
+    from trimtab.train.sweep import sweep as run_sweep
+    from trimtab.train.trials import Sweep
+
+    what = Sweep.load(sweep_file)
+    if out is not None:
+        what = what.into(out)
+    stop = Stop()
+    try:
+        with _signals(stop), show.listener(quiet=as_json) as listener:
+            report = run_sweep(what, listener=listener, resume=resume, stop=stop)
+    except Interrupted as e:
+        again = ["trimtab", "sweep", str(sweep_file), *(["--out", str(out)] if out is not None else []), "--resume"]
+        click.echo(f"{e}\ngo on with: {shlex.join(again)}", err=True)
+        ctx.exit(e.exit_code)
+    if as_json:
+        click.echo(json.dumps(report.leaderboard, indent=1))
+        return
+    _show(report.leaderboard, report.out)
+
+
+def _show(board: Mapping[str, Any], out: Path) -> None:
+    """The table, what to know of it, the best trial, and the run file that trains it alone."""
+    console, table = show.console(), _table(board)
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)  # cut no number
+    console.print(table)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    say(f"ranked by {_title(board)} of the valid rows alone; the base has {_number(board['base_valid'])}")
+    for note in board["notes"]:
+        say(f"note: {note}")
+    best = board["best"]
+    if best is None:
+        say("no trial has finished with a figure, so none is the best; metrics.jsonl says what happened")
+    else:
+        say(f"best: {best['trial']}, saved in {out / best['adapter']}")
+        if best["test"] is not None:
+            say(f"on the test rows, which played no part in the choice: {_tested(best)}")
+        say(f"the run file that trains it alone, to stand beside this one:\n\n{best['run_file']}")
+    say(f"saved in {out}: leaderboard.json, report.html, {', '.join(g['folder'] + '/' for g in board['groups'])}")
+
+
+def _table(board: Mapping[str, Any]) -> Table:
+    """A row for each trial, best first."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    searched = list(dict.fromkeys(k for t in board["trials"] for k in t["values"]))
+    for heading in ("", "trial", *searched):
+        table.add_column(escape(heading), no_wrap=True)
+    for heading in (f"valid {_title(board)}", "step", "steps", "s", "trainable"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for t in board["trials"]:
+        values = [escape(_value(t["values"][k])) if k in t["values"] else "–" for k in searched]
+        figure = _number(t["valid"])
+        figure = f"[bold]{figure}[/]" if board["best"] is not None and t["rank"] == 1 else figure
+        costs = (f"{t['step']}", f"{t['steps']}", f"{t['seconds']:.0f}", f"{t['parameters']:,}")
+        table.add_row(str(t["rank"]), escape(t["trial"]), *values, figure, *costs, t["state"])
+    return table
+
+
+def _title(board: Mapping[str, Any]) -> str:
+    return str(board["metric"]).replace("_", " ")
+
+
+def _tested(best: Mapping[str, Any]) -> str:
+    """The scores of base and winner, as "loss 2.310→1.204, …"."""
+    before, after = best["test"]["base"], best["test"][best["trial"]]
+    return ", ".join(
+        f"{k.replace('_', ' ')} {_number(before.get(k))}→{_number(x)}" for k, x in after.items() if k not in ("rows", "perplexity")
+    )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,58 @@
+"""Classification rows: the answer that a row should get, the labels of a data set, and a row's tokens under each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from trimtab.data.render import Example, encode_rows
+from trimtab.data.rows import Dropped, Row
+from trimtab.errors import DataError
+
+MAX_LABELS = 100
+UNLIMITED = 1 << 30
+"""No max_length: whether a row fits is the forward's to say."""
+
+
+def answer_of(row: Row) -> str | None:
+    """The text that a model should answer with: the completion, or the last assistant turn; None where the row has neither."""
+    if row.completion is not None:
+        return row.completion
+    return next((m["content"] for m in reversed(row.messages or ()) if m["role"] == "assistant"), None)
+
+
+def find_labels(rows: Iterable[Row], where: str) -> list[str]:
+    """The distinct answers of rows, sorted. DataError where they are more than MAX_LABELS, or fewer than two: then they are no labels."""
+    labels = sorted({a.strip() for row in rows if (a := answer_of(row)) is not None})
+    if 2 <= len(labels) <= MAX_LABELS:
+        return labels
+    raise DataError(
+        f"{where}: labels: auto found {len(labels)} distinct answers, and labels are 2 to {MAX_LABELS}",
+        fix="name the labels in a list, or leave `labels` out if the answers are free text",
+    )
+
+
+def label_examples(rows: Sequence[Row], labels: Sequence[str], tokenizer: Any) -> list[list[Example]]:
+    """For each row, its example under each label: tokenised as in training, only the label and its end of turn supervised.
+
+    DataError that lists every row and label that cannot be rendered.
+    """
+    variants = [_answered(row, label) for row in rows for label in labels]
+    encoded = encode_rows(variants, tokenizer, UNLIMITED, last_turn_only=True)
+    good = [e for e in encoded if isinstance(e, Example)]
+    if len(good) < len(encoded):
+        lost = [f"{e.origin} with label {labels[i % len(labels)]!r}: {e.reason}" for i, e in enumerate(encoded) if isinstance(e, Dropped)]
+        raise DataError("labels cannot be put in the place of these rows' answers", problems=lost[:20])
+    return [good[i : i + len(labels)] for i in range(0, len(good), len(labels))]
+
+
+def _answered(row: Row, label: str) -> Row:
+    """The row with another answer; turns after the answer are left out."""
+    if row.completion is not None:
+        return replace(row, completion=label)
+    messages = row.messages or ()
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+    if last is None:
+        raise DataError(f"{row.origin}: nothing to compare with: the row has no assistant turn")
+    return replace(row, messages=(*messages[:last], {"role": "assistant", "content": label}))

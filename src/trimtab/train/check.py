@@ -1,0 +1,259 @@
+"""What a run would train on and what it would cost, without training: everything is read, no weights are loaded, nothing is written.
+
+    report = check("run.yaml")
+    report.errors, report.warnings       # an error is what would stop the run, or train on nothing; a warning is what may spoil it
+
+The order of the work: base, rows, masks, `overlap` of train and held-out rows, positions, `estimate` of memory and time. `findings`
+holds the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from trimtab.bases import BUNDLED_NAMES, locate, resolve_device, resolve_dtype
+from trimtab.bases.locate import HUB_ID
+from trimtab.bases.progress import quiet_transformers
+from trimtab.data import (
+    Dropped,
+    Example,
+    Source,
+    answer_of,
+    encode_rows,
+    find_labels,
+    prompt_and_reference,
+    read_source,
+    template_warnings,
+)
+from trimtab.data.dataset import FIXES, drawn, too_many
+from trimtab.errors import BaseError, DataError
+from trimtab.shapes import Architecture, read_architecture
+from trimtab.spec import Spec
+from trimtab.train.config import DataConfig, RunConfig, TrainOptions
+from trimtab.train.estimate import estimate_run, virtual_tokens
+from trimtab.train.findings import CheckReport, Finding, Level, Rendered, SourceCounts, Split, SplitCounts
+from trimtab.train.overlap import contamination, duplicates
+
+BAD_MASKS = ("nothing supervised", "everything supervised")
+
+Status = Callable[[str], None]
+
+
+def check(run: RunConfig | str | Path, *, rows: int = 2, status: Status = lambda text: None) -> CheckReport:
+    """Read everything that `run` names and report. rows: how many rows of each training source are rendered. status: hears what is read.
+
+    TrimtabError where the run file or the base cannot be read; what is wrong with data and variants is collected as findings.
+    """
+    start = time.perf_counter()
+    run = run if isinstance(run, RunConfig) else RunConfig.load(run)
+    device = resolve_device(run.device)
+    resolve_dtype(run.dtype, device)
+    status(f"reading {run.base}")
+    tokenizer, architecture = read_base(run.base, status)
+    report = CheckReport(run.base, architecture.parameters, architecture.spec.max_positions)
+    report.findings += _template_findings(tokenizer) + _run_findings(run)
+    trained: dict[str, Split] = {}
+    for name, config in run.data.items():
+        splits = _read_data(run, name, config, tokenizer, report, status)
+        trained[name] = splits[0]
+        report.rendered += [_render(e, tokenizer) for e in _first(splits[0], rows)]
+        report.findings += duplicates(splits[0].where, splits[0].rows)
+        for held in splits[1:]:
+            report.findings += contamination(splits[0].where, splits[0].rows, held.where, held.rows)
+        report.findings += _fit(run, name, splits, tokenizer, architecture.spec) + _label_findings(name, config, splits)
+    status("estimating memory and time")
+    estimate_run(run, architecture, trained, device, report)
+    report.findings.sort(key=lambda f: ("error", "warning", "note").index(f.level))
+    report.seconds = round(time.perf_counter() - start, 3)
+    return report
+
+
+# ---- the base ------------------------------------------------------------
+
+
+def read_base(name: str, status: Status) -> tuple[Any, Architecture]:
+    """(tokenizer, shape) of a base without its weights. Of a hub id that is not here, only the small files are fetched. BaseError where it
+    cannot be found or read."""
+    on_hub = name not in BUNDLED_NAMES and not Path(name).expanduser().exists() and HUB_ID.fullmatch(name) and not name.endswith(".gguf")
+    source = name if on_hub else str(locate(name, status))
+    architecture = read_architecture(source)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a tokenizer's files can be wrong in as many ways as there are tokenizers
+        raise BaseError(
+            f"transformers cannot read the tokenizer of {name!r}: {type(error).__name__}: {error}",
+            fix="use a base whose tokenizer transformers has built in; code that comes with a model is never run.",
+        ) from error
+    return tokenizer, dataclasses.replace(architecture, name=name)
+
+
+def _template_findings(tokenizer: Any) -> list[Finding]:
+    return [
+        Finding("note" if text.startswith("note: ") else "warning", "base", text.removeprefix("note: "))
+        for text in template_warnings(tokenizer)
+    ]
+
+
+def _run_findings(run: RunConfig) -> list[Finding]:
+    used = {v.data for v in run.variants}
+    found = [Finding("warning", f"data.{n}", "no variant trains on it") for n in run.data if n not in used]
+    if run.out.exists() and (not run.out.is_dir() or any(run.out.iterdir())):
+        found.append(Finding("note", "out", f"{run.out} is not empty: a new run will be refused there", fix="name another folder in `out`"))
+    return found
+
+
+# ---- rows and masks ------------------------------------------------------------
+
+
+def _read_data(run: RunConfig, name: str, config: DataConfig, tokenizer: Any, report: CheckReport, status: Status) -> list[Split]:
+    """The splits of a data set, train first; counts and findings go into the report."""
+    options = {(v.options.max_length, v.options.last_turn_only) for v in run.variants if v.data == name}
+    if len(options) > 1:
+        message = "its variants differ in max_length or last_turn_only"
+        report.findings.append(Finding("error", f"data.{name}", message, fix="give both the same, or name the data twice"))
+    max_length, last_turn_only = min(options, default=(TrainOptions().max_length, False))
+    splits = []
+    for split, sources in (("train", config.train), ("valid", config.valid), ("test", config.test)):
+        if sources:
+            status(f"reading data.{name}.{split}")
+            turn = last_turn_only or split != "train"  # as training does: held-out rows ask for their last answer
+            splits.append(_read_split(run, Split(name, split), sources, tokenizer, max_length, turn, report))
+    return splits
+
+
+def _read_split(
+    run: RunConfig, split: Split, sources: Sequence[Source], tokenizer: Any, max_length: int, turn: bool, report: CheckReport
+) -> Split:
+    counts, lost = [], list[Dropped]()
+    for index, source in enumerate(sources):
+        try:
+            rows, dropped = read_source(source, run.root)
+        except DataError as e:
+            report.findings.append(Finding("error", split.where, e.message, e.problems, len(e.problems), e.fix))
+            continue
+        try:
+            results = encode_rows(rows, tokenizer, max_length, last_turn_only=turn)
+        except DataError as e:  # conversations without a chat template: no row of this source can be rendered
+            report.findings.append(Finding("error", split.where, f"{source.path}: {e.message}", fix=e.fix))
+            continue
+        dropped += [r for r in results if isinstance(r, Dropped)]
+        kept = [(row, r) for row, r in zip(rows, results, strict=True) if isinstance(r, Example)]
+        split.starts.append(len(split.rows))
+        split.rows += [row for row, _ in kept]
+        split.examples += [e for _, e in kept]
+        epoch = [kept[i][1] for i in drawn(len(kept), source.weight, run.seed, index)] if kept else []
+        split.epoch += epoch
+        lost += dropped
+        tokens, supervised = sum(len(e.ids) for e in epoch), sum(int(e.supervised.sum()) for e in epoch)
+        counts.append(SourceCounts(source.path, source.weight, len(kept) + len(dropped), len(dropped), len(epoch), tokens, supervised))
+        if (stop := too_many(source, dropped, len(kept))) is not None:
+            report.findings.append(Finding("error", split.where, stop.message, fix=stop.fix))
+    report.findings += [*_dropped_findings(split.where, lost), *_mask_findings(split, turn)]
+    lengths = np.array([len(e.ids) for e in split.examples], dtype=np.int64)
+    report.splits.append(SplitCounts(split.data, split.name, tuple(counts), _quantiles(lengths), _histogram(lengths)))
+    return split
+
+
+def _dropped_findings(where: str, lost: Sequence[Dropped]) -> Iterator[Finding]:
+    """One finding for each kind of reason, the commonest first."""
+    for kind, count in Counter(d.kind for d in lost).most_common():
+        level: Level = "error" if kind in BAD_MASKS else "warning"
+        items = [f"{d.origin}: {d.reason}" for d in lost if d.kind == kind]
+        yield Finding.of(level, where, f"{count} rows dropped: {kind}", items, FIXES.get(kind, ""))
+
+
+def _mask_findings(split: Split, last_turn_only: bool) -> list[Finding]:
+    found = []
+    if not split.examples:
+        found.append(Finding("error", split.where, "no row is left", fix="mend the rows that were dropped, or name a file that has rows."))
+    empty, partly = list[str](), list[str]()
+    for row in split.rows:
+        asked = [i for i, m in enumerate(row.messages or ()) if m["role"] == "assistant" and i >= row.first_supervised]
+        asked = asked[-1:] if last_turn_only else asked
+        blank = [i for i in asked if not (row.messages or ())[i]["content"].strip()]
+        if blank:
+            (empty if len(blank) == len(asked) else partly).append(f"{row.origin}: messages[{blank[0]}] is empty")
+    if empty:
+        message = f"{len(empty)} rows have empty answers only: training would take them, and learn to say nothing"
+        found.append(Finding.of("error", split.where, message, empty, FIXES["nothing supervised"]))
+    if partly:
+        message = f"{len(partly)} rows have an empty answer among others: the adapter learns to say nothing there"
+        found.append(Finding.of("warning", split.where, message, partly))
+    return found
+
+
+def _quantiles(lengths: np.ndarray) -> dict[str, int]:
+    """Tokens of the rows that are left: min, median, p95, max; empty where none is."""
+    if not len(lengths):
+        return {}
+    names = {"min": 0, "median": 50, "p95": 95, "max": 100}
+    return {name: int(np.percentile(lengths, q, method="inverted_cdf")) for name, q in names.items()}
+
+
+def _histogram(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Bins that end at powers of two, from the shortest row's to the longest's."""
+    if not len(lengths):
+        return ()
+    powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+    return tuple((2**p, int((powers == p).sum())) for p in range(int(powers.min()), int(powers.max()) + 1))
+
+
+def _first(split: Split, rows: int) -> Iterator[Example]:
+    """The first rows of each source."""
+    for start, stop in zip(split.starts, [*split.starts[1:], len(split.examples)], strict=True):
+        yield from split.examples[start : min(start + rows, stop)]
+
+
+def _render(example: Example, tokenizer: Any) -> Rendered:
+    """Decoded run by run: text and mask are the ids' own, not the row's."""
+    runs = []
+    for flag, places in groupby(range(len(example.ids)), key=lambda i: bool(example.supervised[i])):
+        ids = example.ids[list(places)].tolist()
+        runs.append((str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)), flag))
+    return Rendered(example.origin, tuple(runs))
+
+
+# ---- positions ------------------------------------------------------------
+
+
+def _fit(run: RunConfig, name: str, splits: Sequence[Split], tokenizer: Any, spec: Spec) -> list[Finding]:
+    """Rows that do not fit the base's positions beside a variant's virtual tokens, which would stop the run at its start; and test prompts
+    that leave little room for an answer."""
+    virtual = {v.name: virtual_tokens(v) for v in run.variants if v.data == name}
+    most = max(virtual.values(), default=0)
+    beside = f" with the {most} virtual tokens of {max(virtual, key=lambda n: virtual[n])}" if most else ""
+    found = []
+    for split in splits:
+        long = [f"{e.origin}: {len(e.ids)} tokens" for e in split.examples if len(e.ids) + most > spec.max_positions]
+        if long:
+            message = f"{len(long)} rows are longer than the base's {spec.max_positions} positions{beside}"
+            found.append(Finding.of("error", split.where, message, long, f"set max_length to {spec.max_positions - most} or less."))
+    room = spec.max_positions - most - run.evaluate.max_new_tokens + 1
+    for split in splits if run.evaluate.generate else ():
+        asking = [row for row in split.rows[: run.evaluate.max_rows] if split.name == "test" and answer_of(row) is not None]
+        prompts = [(row.origin, len(prompt_and_reference(row, tokenizer)[0])) for row in asking]
+        if long := [f"{origin}: {n} tokens" for origin, n in prompts if n > room]:
+            message = f"{len(long)} prompts leave less room than {run.evaluate.max_new_tokens} new tokens{beside}: their answers end early"
+            found.append(Finding.of("warning", split.where, message, long, "shorten them, or lower evaluate.max_new_tokens."))
+    return found
+
+
+def _label_findings(name: str, config: DataConfig, splits: Sequence[Split]) -> list[Finding]:
+    """Labels that cannot be had from the training rows, or that no held-out row has."""
+    try:
+        labels = find_labels(splits[0].rows, f"data.{name}") if config.labels == "auto" else config.labels or []
+    except DataError as e:
+        return [Finding("error", f"data.{name}.labels", e.message, fix=e.fix)]
+    known = {label.strip() for label in labels}
+    strange = [s for s in splits[1:] if s.rows and known and not any((answer_of(row) or "").strip() in known for row in s.rows)]
+    return [Finding("error", s.where, "no answer is one of the labels", fix="name the labels as the rows write them.") for s in strange]

@@ -1,0 +1,85 @@
+"""Which trials of a sweep train together: as many as fit the memory, by an estimate from shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from trimtab.errors import ConfigError
+from trimtab.methods import FullConfig
+from trimtab.model import Base
+from trimtab.plan import plan
+from trimtab.shapes import Architecture
+from trimtab.train.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trials that train together. estimated_bytes: of memory at the peak: the base, all that belongs to each of them, activations."""
+
+    folder: str
+    trials: list[str]
+    estimated_bytes: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of one trial. own: of all that belongs to it alone. activations: of a full forward of its rows."""
+
+    own: int
+    activations: int
+
+
+def plan_groups(run: RunConfig, base: Base, longest: int, memory_gb: float | None) -> list[Group]:
+    """Consecutive trials that fit `memory_gb` together, of about equal number; all in one group where it is None. longest: tokens of the
+    longest row. ConfigError that names each trial that does not fit the base, or does not fit the memory even alone.
+
+    The estimate, without an allocator's slack: the base as it is loaded, what each trial owns, and the activations of the greediest.
+    """
+    costs = _costs(run, base, longest)
+    fixed = base.spec.num_parameters * base.dtype.itemsize
+
+    def needs(names: Sequence[str]) -> int:
+        return fixed + sum(costs[n].own for n in names) + max(costs[n].activations for n in names)
+
+    budget = memory_gb * 1e9 if memory_gb is not None else math.inf
+    if alone := [f"trial {n} needs {needs([n]) / 1e9:.3g} GB alone" for n in costs if needs([n]) > budget]:
+        fix = "raise it, or lower max_tokens (tokens of one forward)"
+        raise ConfigError(f"sweep.memory_gb = {memory_gb:g}: some trials do not fit", problems=alone, fix=fix)
+    groups = _split(list(costs), lambda names: needs(names) <= budget)
+    most = math.ceil(len(costs) / len(groups))  # evenly: a last group of one trial would have nobody to halve
+    even = _split(list(costs), lambda names: len(names) <= most and needs(names) <= budget)
+    chosen = even if len(even) == len(groups) else groups
+    return [Group(f"group-{i}", names, needs(names)) for i, names in enumerate(chosen, 1)]
+
+
+def _split(names: Sequence[str], fits: Callable[[list[str]], bool]) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    for n in names:
+        if groups[-1] and not fits([*groups[-1], n]):
+            groups.append([])
+        groups[-1].append(n)
+    return groups
+
+
+def _costs(run: RunConfig, base: Base, longest: int) -> dict[str, Cost]:
+    """What each trial costs. With P trainable parameters and b bytes of the base's dtype it owns P·(4 weights + b packed + 4 gradients +
+    8 moments + 4 best so far); full fine-tuning has its own copy and gradients in the base's dtype, 2·b. Activations: see `trimtab.plan`,
+    at the tokens of one forward."""
+    rows = sum(v.options.batch_size * v.options.gradient_accumulation_steps for v in run.variants)
+    tokens = max(longest, min(run.max_tokens, rows * longest))
+    shape = Architecture(base.name, base.spec, base.spec.num_parameters, base.dtype)
+    costs, problems = {}, []
+    for v in run.variants:
+        try:
+            p = plan(shape, v.method, dtype=str(base.dtype).removeprefix("torch."), batch_tokens=tokens, sequence_length=longest)
+        except ConfigError as e:
+            more = f" (and {len(e.problems) - 1} more)" if len(e.problems) > 1 else ""
+            problems.append(f"trial {v.name}: {e.message}: {e.problems[0]}{more}" if e.problems else f"trial {v.name}: {e.message}")
+            continue
+        copies = (2 if isinstance(v.method, FullConfig) else 1) * base.dtype.itemsize
+        costs[v.name] = Cost(p.trainable * (4 + 4 + 8 + (4 if v.options.keep_best else 0) + copies), p.activation_bytes)
+    if problems:
+        raise ConfigError("these trials do not fit the base", problems=problems, fix="take these values out of sweep.search")
+    return costs

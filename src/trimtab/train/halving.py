@@ -1,0 +1,48 @@
+"""Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): of variants that train together, the worst end at every rung, so that
+the rest of the time goes to those that promise most.
+
+A decision is a variant's `progress.finished_early`, which checkpoints hold; a run that resumes from one makes the rest of them again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from trimtab.train.variant import Variant
+
+HALVED = "halved at step "
+"""How `progress.finished_early` begins for a variant that ended here."""
+
+
+class Halving(BaseModel):
+    """When rungs come, and what share of the variants goes on after each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keep: float = Field(0.5, gt=0, lt=1, description="share of the live trials that go on after a rung, rounded down; always at least one")
+    every: int = Field(ge=1, description="steps between rungs, which are the validations too")
+
+
+def end_worst(halving: Halving, validated: Iterable[Variant]) -> list[Variant]:
+    """End the worst of the variants that have just been validated, where the step is a rung; returns them, best first.
+
+    All live variants of a run stand at the same step. They are ranked by this validation, not by the best so far; where two are equal, the
+    one that comes first in the run goes on. What is not finite is the worst.
+    """
+    live = sorted((v for v in validated if v.live and v.progress.step % halving.every == 0), key=_badness)
+    stay = max(1, math.floor(halving.keep * len(live) + 1e-9))  # 0.29 · 100 is a little below 29
+    for rank, v in enumerate(live[stay:], stay + 1):
+        metric = v.config.options.valid_metric
+        value = v.progress.valid[-1][metric]
+        shown = "not finite" if value is None else f"{value:.6g}"
+        v.progress.finished_early = f"{HALVED}{v.progress.step}: {metric} {shown}, rank {rank} of {len(live)}"
+    return live[stay:]
+
+
+def _badness(v: Variant) -> float:
+    metric = v.config.options.valid_metric
+    value = v.progress.valid[-1][metric]
+    return math.inf if value is None else value if metric == "loss" else -value

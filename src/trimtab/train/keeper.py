@@ -1,0 +1,69 @@
+"""The keeper of a run in progress: its clock, its metrics.jsonl, and when a checkpoint is due."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from trimtab.errors import AdapterError, TrimtabError
+from trimtab.train.checkpoint import Checkpoint, Moment, restore_variants, write_checkpoint
+from trimtab.train.interrupt import Interrupted, Stop
+from trimtab.train.listen import Listener
+from trimtab.train.prepare import Prepared
+from trimtab.train.report import Metrics
+
+
+class Keeper:
+    """Takes on what a checkpoint holds, and writes new ones. step: joint steps done. seconds: their time. saved: the newest checkpoint."""
+
+    def __init__(self, prepared: Prepared, identity: dict[str, Any], start: Checkpoint | None, listener: Listener):
+        self.prepared, self.identity, self.listener = prepared, identity, listener
+        self.step, self.seconds = (start.moment.step, start.moment.seconds) if start else (0, 0.0)
+        self.saved: Path | None = start.path if start else None
+        path = prepared.run.out / "metrics.jsonl"
+        self.metrics = Metrics(path, start.moment.metrics.size if start else 0, listener.warning)
+        if start is None:
+            return
+        restore_variants(start, prepared.variants)
+        for rejected, reason in start.rejected.items():
+            listener.warning(f"{rejected.name} does not verify and was set aside: {reason}; going on from {start.path.name}")
+        if self.metrics.position != start.moment.metrics:
+            listener.warning(f"{path} is not what it was when {start.path.name} was written: its lines may have gaps")
+
+    def after_step(self, seconds: float, stop: Stop) -> None:
+        """Count a joint step; write a checkpoint where one is due: every so many steps, at the end, and before Interrupted."""
+        self.step, self.seconds = self.step + 1, self.seconds + seconds
+        every = self.prepared.run.checkpoint_every
+        ended = not any(v.live for v in self.prepared.variants)
+        if stop.signum or (every is not None and (ended or self.step % every == 0)):
+            self._save()
+        if stop.signum:
+            raise Interrupted(stop.signum, f" after step {self.step}")
+
+    def _save(self) -> None:
+        """Write a checkpoint. A disk that is full does not end the run: the next one may find room, and the last one is still there."""
+        run = self.prepared.run
+        try:
+            moment = Moment(self.step, self.seconds, self.metrics.secure())
+            self.saved = write_checkpoint(run.out, moment, self.identity, self.prepared.variants, run.keep_checkpoints)
+        except (OSError, AdapterError) as error:
+            newest = f"the newest is {self.saved.name}" if self.saved else "there is none yet"
+            reason = error.message if isinstance(error, AdapterError) else str(error)
+            self.listener.warning(f"no checkpoint after step {self.step}, the run goes on ({newest}): {reason}")
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """While results are written: what goes wrong then says what is saved, and how to go on."""
+        try:
+            yield
+        except (OSError, SafetensorError, AdapterError) as error:
+            there = f"what was trained is safe in {self.saved}" if self.saved else "nothing is saved, because checkpoint_every is off"
+            raise TrimtabError(
+                f"the results of the run cannot be written: {error.message if isinstance(error, AdapterError) else error}; {there}",
+                problems=error.problems if isinstance(error, AdapterError) else (),
+                fix="make room, then `trimtab train RUN.yaml --resume`",
+            ) from error

@@ -1,0 +1,59 @@
+"""The leaderboard of a sweep: its trials, best first, from the summaries of the runs in which they trained.
+
+A trial's figure is that of the tensors that are saved: its best validation, or its last where keep_best is off. Those that trained to their
+end come first; then those that were halved, the later the better, since each lost to all that went on; those that diverged come last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trimtab.train.halving import HALVED
+from trimtab.train.past import LOWER_IS_BETTER
+from trimtab.train.trials import Sweep, Trial
+
+STATES = ("finished", "halved", "diverged")
+
+
+def rank(sweep: Sweep, trained: Mapping[str, tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """metric, the base's figure on it, the trials, and the best of those that finished (None where none did), as plain JSON.
+
+    trained: trial -> the folder of its run within `out`, and its entry in that run's summary.json.
+    """
+    metric = sweep.options.metric
+    entries = [_entry(t, metric, *trained[t.name]) for t in sweep.trials]
+    entries.sort(key=lambda e: _order(e, metric in LOWER_IS_BETTER))
+    rows = [{"rank": i} | e for i, e in enumerate(entries, 1)]
+    first = rows[0]
+    base = next((v["valid"]["base"].get(metric) for _, v in trained.values() if "valid" in v), None)
+    best = None
+    if first["state"] == "finished" and first["valid"] is not None:
+        best = {k: first[k] for k in ("trial", "values", "valid", "adapter")} | {"run_file": sweep.run_file(first["trial"]), "test": None}
+    return {"metric": metric, "ranked_by": "valid rows", "base_valid": base, "best": best, "trials": rows}
+
+
+def _entry(trial: Trial, metric: str, folder: str, v: Mapping[str, Any]) -> dict[str, Any]:
+    """One trial. valid: its figure, None where there is none. step: whose tensors are saved. why: it ended before its time."""
+    valid = v.get("valid", {})
+    early = valid.get("finished_early")
+    state = "diverged" if v["stopped"] else "halved" if (early or "").startswith(HALVED) else "finished"
+    return {
+        "trial": trial.name,
+        "values": trial.values,
+        "method": v["method"],
+        "state": state,
+        "why": v["stopped"] or early,
+        "valid": next((x[metric] for x in valid.get("history", ()) if x["step"] == v["saved_step"]), None),
+        "step": v["saved_step"],
+        "steps": v["steps"],
+        "seconds": v["seconds"],
+        "parameters": v["trainable"],
+        "adapter": f"{folder}/adapters/{trial.name}",
+    }
+
+
+def _order(entry: Mapping[str, Any], lower: bool) -> tuple[int, int, bool, float]:
+    value = entry["valid"]
+    later = -entry["steps"] if entry["state"] == "halved" else 0
+    return STATES.index(entry["state"]), later, value is None, 0.0 if value is None else value if lower else -value

@@ -1,0 +1,115 @@
+"""What a run starts from: nothing, or the newest good checkpoint of the same run. Nothing on disk changes before all has been checked."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import ConfigError
+from trimtab.train.checkpoint import STAGING, Checkpoint, Damaged, clear_staging, folder_of, newest_checkpoint, steps_of
+from trimtab.train.config import RunConfig
+from trimtab.train.prepare import Prepared
+
+FREE = {"out", "root", "variants", "checkpoint_every", "keep_checkpoints", "track"}
+"""Keys of a run that a resumed one may change; variants are compared one by one."""
+LEFT_OVER = ("adapters", "checkpoints", "metrics.jsonl", "summary.json.tmp", "tensorboard", "wandb")
+"""What a run leaves that was interrupted before its first checkpoint."""
+
+
+def settings(run: RunConfig) -> dict[str, Any]:
+    """Every setting that decides what a run computes and writes: dotted key -> plain JSON value."""
+    content: dict[str, Any] = run.model_dump(mode="json", exclude=FREE)
+    content["variants"] = {
+        v.name: {"data": v.data, "method": v.method.name, **v.method.to_dict(), **v.options.model_dump(mode="json"), "lr": v.lr}
+        for v in run.variants
+    }
+    # of several variants the order counts too: it is the order of rows in the joint batch, and sums of floats depend on it
+    content["order of variants"] = [v.name for v in run.variants]
+    return dict(_flat(json.loads(json.dumps(content)), ""))
+
+
+def identity(prepared: Prepared, fingerprint: str) -> dict[str, Any]:
+    """What must be equal for a run to go on: its settings, and what it computes with. fingerprint: of the base as it is loaded."""
+    base = prepared.base
+    content = {"base": fingerprint, "dtype": str(base.dtype).removeprefix("torch."), "device": base.device.type}
+    for name, splits in prepared.data.items():
+        for split in ("train", "valid", "test"):
+            if (dataset := getattr(splits, split)) is not None:
+                content[f"data.{name}.{split}"] = dataset.digest
+    return {"settings": settings(prepared.run), "content": content}
+
+
+def find_start(run: RunConfig, resume: bool) -> Checkpoint | None:
+    """The checkpoint that the run goes on from, or None where it starts anew.
+
+    ConfigError where `out` holds something else, where no checkpoint verifies, or where the run file has changed since.
+    """
+    out, names = run.out, sorted(p.name for p in run.out.iterdir()) if run.out.exists() else []
+    if names and not resume:
+        going = ", or go on with it: --resume" if steps_of(out) else ""
+        raise ConfigError(
+            f"out = {str(out)!r} is not empty: a run never overwrites another",
+            fix=f"name another folder in `out`, or remove this one{going}",
+        )
+    try:
+        found = newest_checkpoint(out)
+    except Damaged as reasons:
+        fix = f"put a good copy into {folder_of(out)}, or start anew with another `out`"
+        raise ConfigError(f"no checkpoint in {folder_of(out)} verifies", problems=str(reasons).splitlines(), fix=fix) from None
+    if found is not None:
+        refuse_changes(found.identity["settings"], settings(run), "the run file has changed since its checkpoint")
+        return found
+    others = [n for n in names if n not in LEFT_OVER]
+    others += [f"adapters/{p.name}" for p in (out / "adapters").glob("*") if not STAGING.fullmatch(p.name)]
+    if others:
+        raise ConfigError(
+            f"there is no checkpoint in {str(out)!r} to resume from, and it holds {', '.join(others[:5])}, which a new run would overwrite",
+            fix="name another folder in `out`, or remove this one",
+        )
+    return None
+
+
+def refuse_changes(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """ConfigError that lists every key whose value differs, the old and the new one."""
+    keys = [k for k in dict.fromkeys([*then, *now]) if then.get(k) != now.get(k) or (k in then) != (k in now)]
+    if keys:
+        problems = [f"{k}: was {then[k]!r}" if k not in now else f"{k}: was {then.get(k)!r}, is {now[k]!r}" for k in keys]
+        raise ConfigError(what, problems=problems, fix="undo the change, or start a run of its own with another `out`")
+
+
+@contextmanager
+def occupied(out: Path, start: Checkpoint | None) -> Iterator[None]:
+    """The run folder, made and held for this process alone; what a killed one has left half-written is gone, damaged checkpoints are set
+    aside under another name. ConfigError where another process holds it or it cannot be written."""
+    try:
+        (out / "adapters").mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY)  # a lock on the folder itself: it leaves no file and dies with the process
+    except OSError as error:
+        raise ConfigError(f"cannot write into out = {str(out)!r}: {error.strerror}", fix="name a folder that can be written") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is training into out = {str(out)!r}", fix="wait for it, or stop it first") from None
+        if steps_of(out)[:1] != ([*start.rejected, start.path][:1] if start else []):
+            raise ConfigError(f"another process has just trained into out = {str(out)!r}", fix="resume once more")
+        for path in start.rejected if start else ():
+            path.rename(path.with_name(f"damaged-{path.name}-{os.urandom(4).hex()}"))
+        for folder in (out / "adapters", folder_of(out)):
+            clear_staging(folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            yield from _flat(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner

@@ -1,0 +1,217 @@
+"""A sweep from its file to its leaderboard: all trials train together on one frozen base, in as few runs as memory allows.
+
+    out/sweep.json          what the sweep is: settings, base, rows, groups; a resumed one must be the same
+    out/group-1/ …          a run folder each
+    out/leaderboard.json    the trials, best first; written last
+
+Trials are ranked by the valid rows alone. The test rows play no part until the winner is known; it and the base are then scored on them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab import bases
+from trimtab.bank import Mix
+from trimtab.batch import BASE
+from trimtab.errors import ConfigError, TrimtabError
+from trimtab.methods import FullConfig
+from trimtab.model import Base, load_base
+from trimtab.store import Adapter
+from trimtab.train.config import RunConfig, VariantConfig
+from trimtab.train.evaluate import Contestant, Judge, write_predictions
+from trimtab.train.finish import held_out
+from trimtab.train.groups import Group, plan_groups
+from trimtab.train.interrupt import Stop
+from trimtab.train.leaderboard import rank
+from trimtab.train.listen import Listener, Silent
+from trimtab.train.loop import train
+from trimtab.train.page import write_page
+from trimtab.train.prepare import Prepared, Splits, read_splits, refuse_long
+from trimtab.train.report import write_json
+from trimtab.train.resume import identity, refuse_changes, settings
+from trimtab.train.trials import Sweep
+
+WHAT, BOARD = "sweep.json", "leaderboard.json"
+
+
+@dataclass
+class SweepReport:
+    """A finished sweep. leaderboard: what leaderboard.json holds."""
+
+    out: Path
+    leaderboard: dict[str, Any]
+
+
+def sweep(
+    what: Sweep | str | Path,
+    *,
+    base: Base | None = None,
+    listener: Listener | None = None,
+    resume: bool = False,
+    stop: Stop | None = None,
+) -> SweepReport:
+    """Train all trials of a sweep, rank them, score the best on the test rows.
+
+    what: a Sweep, or a sweep file's path. The other arguments are those of `train`; what has finished is not repeated on resume.
+    TrimtabError where the file, the data, the base or the disk is at fault, or a trial does not fit the base or the memory; nothing is
+    written before all that has been checked.
+    """
+    what = what if isinstance(what, Sweep) else Sweep.load(what)
+    run, listener, stop = what.run, listener or Silent(), stop or Stop()
+    if resume and (run.out / BOARD).exists():
+        return _finished(what, listener)
+    _refuse_occupied(run.out, resume)
+    listener.status(f"loading {run.base}")
+    base = base or load_base(run.base, dtype=run.dtype, device=run.device)
+    data = {run.variants[0].data: read_splits(run, run.variants[0].data, run.data[run.variants[0].data], base)}
+    refuse_long(run, base, data)
+    longest = max(len(e.ids) for s in data.values() for e in s.train.examples)
+    notes = [*_rungs(what, data), *_doubts(what)]
+    groups = plan_groups(run, base, longest, what.options.memory_gb)
+    if len(groups) > 1 and what.options.halving:
+        notes.append("trials are halved among those of their group, which need not be the worst of all")
+    _agree(what, base, data, groups)
+    trained, costs = dict[str, tuple[str, dict[str, Any]]](), list[dict[str, Any]]()
+    for n, group in enumerate(groups, 1):
+        listener.status(f"group {n} of {len(groups)}, {len(group.trials)} trials, about {group.estimated_bytes / 1e9:.1f} GB")
+        part = _part(run, group)
+        going_on = resume and part.out.exists()
+        summary = train(part, base=base, listener=listener, resume=going_on, stop=stop, halving=what.options.halving).summary
+        trained |= {n: (group.folder, v) for n, v in summary["variants"].items()}
+        costs.append(_group(group, summary))
+    board = {"base": run.base, "notes": notes, "groups": costs} | rank(what, trained)
+    with _explained():
+        if board["best"] is not None:
+            listener.status("scoring the best trial on test rows")
+            board["best"]["test"] = _test(run, base, data, board["best"]["trial"], run.out / board["best"]["adapter"])
+        write_page([run.out / g.folder for g in groups], run.out / "report.html")
+        write_json(run.out / BOARD, board)
+    return SweepReport(run.out, board)
+
+
+# ---- before training ------------------------------------------------------------
+
+
+def _refuse_occupied(out: Path, resume: bool) -> None:
+    """ConfigError where `out` holds anything but this sweep, begun."""
+    names = [p.name for p in out.iterdir() if p.name != f"{WHAT}.tmp"] if out.exists() else []
+    if names and not (resume and WHAT in names):
+        going = ", or go on with it: --resume" if WHAT in names else ""
+        raise ConfigError(
+            f"out = {str(out)!r} is not empty: a sweep never overwrites anything",
+            fix=f"name another folder in `out`, or remove this one{going}",
+        )
+
+
+def _rungs(what: Sweep, data: Mapping[str, Splits]) -> Iterator[str]:
+    """What to know of how trials compare at rungs. ConfigError where no rung comes before a trial's end."""
+    halving = what.options.halving
+    if halving is None:
+        return
+    steps = {v.name: _steps(v, data) for v in what.run.variants}
+    if max(steps.values()) <= halving.every:
+        raise ConfigError(
+            f"sweep.halving.every = {halving.every}: no trial has more than {max(steps.values())} steps, so none would be stopped",
+            fix="lower it, train for longer, or leave `halving` away",
+        )
+    if len(set(steps.values())) > 1:
+        few, many = min(steps.values()), max(steps.values())
+        yield f"trials have {few} to {many} steps: rungs compare them at equal steps, wherever each is in its schedule"
+    if len({(v.options.batch_size, v.options.gradient_accumulation_steps) for v in what.run.variants}) > 1:
+        yield "trials take different numbers of rows a step: rungs compare them at equal steps, not at equal rows"
+
+
+def _steps(v: VariantConfig, data: Mapping[str, Splits]) -> int:
+    o = v.options
+    batches = math.ceil(len(data[v.data].train.examples) / o.batch_size)
+    return o.max_steps or max(1, math.ceil(o.epochs * batches / o.gradient_accumulation_steps))
+
+
+def _doubts(what: Sweep) -> Iterator[str]:
+    if what.left_out:
+        yield f"{what.left_out} combinations mean the same as another one and were left out"
+    wanted = what.options.trials or 0
+    if len(what.trials) + what.left_out < wanted:
+        yield f"the search has no more than {len(what.trials)} distinct trials, fewer than trials = {wanted}"
+
+
+def _agree(what: Sweep, base: Base, data: dict[str, Splits], groups: Sequence[Group]) -> None:
+    """Write down what the sweep is, or refuse to go on with another one."""
+    run = what.run
+    said = identity(Prepared(run, base, data, []), bases.fingerprint_model(base.model))
+    now = {"settings": _settings(what), "content": said["content"], "groups": {g.folder: g.trials for g in groups}}
+    path = run.out / WHAT
+    if path.exists():
+        then = json.loads(path.read_text(encoding="utf-8"))
+        refuse_changes(then["settings"], now["settings"], "the sweep file has changed since this sweep began")
+        refuse_changes(then["content"], now["content"], "the base or the data have changed since this sweep began")
+        refuse_changes(then["groups"], now["groups"], "trials would be grouped otherwise than when this sweep began")
+        return
+    with _explained():
+        run.out.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
+
+
+def _settings(what: Sweep) -> dict[str, Any]:
+    o = what.options
+    halving = o.halving.model_dump() if o.halving else None
+    return settings(what.run) | {"sweep.metric": o.metric, "sweep.halving": halving, "sweep.memory_gb": o.memory_gb}
+
+
+def _part(run: RunConfig, group: Group) -> RunConfig:
+    """A group's run. It has no test rows: whoever is scored on them, and how often, is the leaderboard's business."""
+    variants = [v for v in run.variants if v.name in group.trials]
+    data = {n: d.model_copy(update={"test": []}) for n, d in run.data.items()}
+    return run.model_copy(update={"out": run.out / group.folder, "data": data, "variants": variants})
+
+
+# ---- after it ------------------------------------------------------------
+
+
+def _finished(what: Sweep, listener: Listener) -> SweepReport:
+    """The report of a sweep that has nothing left to do. ConfigError where its file has changed since."""
+    out = what.run.out
+    then = json.loads((out / WHAT).read_text(encoding="utf-8"))
+    refuse_changes(then["settings"], _settings(what), f"the sweep in {out} is finished, and its file has changed since")
+    listener.status(f"the sweep in {out} is finished, there is nothing left to do")
+    return SweepReport(out, json.loads((out / BOARD).read_text(encoding="utf-8")))
+
+
+def _group(group: Group, summary: Mapping[str, Any]) -> dict[str, Any]:
+    found = {k: summary[k] for k in ("seconds", "tokens_per_s", "peak_memory_gb")}
+    return {"folder": group.folder, "trials": group.trials, "estimated_gb": round(group.estimated_bytes / 1e9, 3)} | found
+
+
+def _test(run: RunConfig, base: Base, data: dict[str, Splits], name: str, folder: Path) -> dict[str, Any] | None:
+    """Scores of the base and the winner on the test rows, None where there are none; their predictions go into `out`."""
+    (winner,) = (v for v in run.variants if v.name == name)
+    if data[winner.data].test is None:
+        return None
+    held = {winner.data: held_out(Prepared(run, base, data, []), winner.data, "test")}
+    judge = Judge(base.tokenizer, base.stop_ids, run.evaluate.max_new_tokens, run.max_tokens)
+    field, full = [Contestant("base", BASE, run.evaluate.generate)], isinstance(winner.method, FullConfig)
+    mix, members = base.mix([] if full else [Adapter.load(folder, base)])
+    field += [Contestant(name, m, run.evaluate.generate) for m in members]
+    results = judge.judge(base.attached, mix, {winner.data: field}, held)
+    if full:
+        own = load_base(str(folder), dtype=base.dtype, device=base.device)
+        alone = {winner.data: [Contestant(name, BASE, run.evaluate.generate)]}
+        results[winner.data] |= judge.judge(own.attached, Mix([]), alone, held)[winner.data]
+    write_predictions(run.out / "predictions", results)
+    return {who: result.scores for who, result in results[winner.data].items()}
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        fix = "make room, then `trimtab sweep FILE --resume`"
+        raise TrimtabError(f"the results of the sweep cannot be written: {error}; what was trained is safe", fix=fix) from error

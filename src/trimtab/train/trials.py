@@ -1,0 +1,183 @@
+"""From a sweep file to its trials: a run whose variants are not written by hand but are the points of a search."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trimtab.errors import ConfigError
+from trimtab.methods import BY_NAME
+from trimtab.train.config import RunConfig, TrainOptions, VariantConfig, _UniqueKeys
+from trimtab.train.search import SweepOptions, hyperparameters, methods_of, read_options
+
+DRAWS = 50
+"""Times that a random search draws for each trial before it takes what it has found for all that there is."""
+LONG_NAME = 14
+"""Fields with longer names stand in a trial's name by their initials."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of the search. values: of the searched fields, where its method has them. fields: its whole entry as a variant."""
+
+    name: str
+    values: dict[str, Any]
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file, expanded. run: the run whose variants are the trials. content: the file, for the winner's own run file. left_out:
+    combinations that were another one written otherwise."""
+
+    run: RunConfig
+    options: SweepOptions
+    trials: list[Trial]
+    content: Mapping[str, Any]
+    left_out: int
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sweep:
+        """Read a sweep file. ConfigError that lists everything wrong with it."""
+        path = Path(path)
+        try:
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"cannot read the sweep file {path}: {e}") from None
+        except yaml.YAMLError as e:
+            raise ConfigError(f"{path} is not YAML: {e}") from None
+        return cls.from_dict(content, root=path.parent, where=str(path))
+
+    @classmethod
+    def from_dict(cls, content: Any, *, root: Path = Path(), where: str = "sweep") -> Sweep:
+        """Build from a mapping of a sweep file's shape; relative paths are taken from `root`."""
+        if not isinstance(content, Mapping) or "sweep" not in content:
+            raise ConfigError(f"{where} has no `sweep`", fix="add it (see examples/sweep.yaml); a run file is trained with `trimtab train`")
+        if "variants" in content:
+            raise ConfigError(f"{where} has `variants` beside `sweep`", fix="remove them: sweep.search says what is tried")
+        options = read_options(content, where)
+        trials = list(_trials(options, content))
+        run = _expand(content, trials, root, where)
+        distinct: dict[str, tuple[Trial, VariantConfig]] = {}
+        for trial, v in zip(trials, run.variants, strict=True):
+            distinct.setdefault(_meaning(v), (trial, v))
+        kept = list(distinct.values())
+        run = run.model_copy(update={"variants": [v for _, v in kept]})
+        return cls(run, options, [t for t, _ in kept], content, len(trials) - len(kept))
+
+    def into(self, out: Path) -> Sweep:
+        """The same, written elsewhere."""
+        return dataclasses.replace(self, run=self.run.model_copy(update={"out": out}), content={**self.content, "out": str(out)})
+
+    def run_file(self, name: str) -> str:
+        """The run file, to stand where the sweep file stands, that trains one trial alone."""
+        (trial,) = (t for t in self.trials if t.name == name)
+        content = {k: v for k, v in self.content.items() if k not in ("sweep", "data")}
+        data = str(trial.fields["data"])
+        content |= {"out": f"{content['out']}-{name}", "data": {data: self.content["data"][data]}, "variants": {name: trial.fields}}
+        plain = json.loads(json.dumps(content, default=str))  # what YAML knows no name for, and no two uses of one list
+        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=140, default_flow_style=None)
+
+
+def _trials(options: SweepOptions, content: Mapping[str, Any]) -> Iterator[Trial]:
+    """Every combination once. A field that only another of the searched methods has is left out of a trial."""
+    own = {f for m in methods_of(options) for f in hyperparameters(m)} - set(TrainOptions.model_fields)
+    given: dict[str, Any] = {"valid_metric": options.metric} | ({"eval_every": options.halving.every} if options.halving else {})
+    seen: set[str] = set()
+    names: set[str] = set()
+    for values in _grid(options) if options.kind == "grid" else _random(options, content):
+        method = str(values.get("method", options.variant.get("method")))
+        has = set(hyperparameters(BY_NAME[method]))
+        values = {k: v for k, v in values.items() if k not in own or k in has}
+        fields = {k: v for k, v in (options.variant | values).items() if k not in own or k in has} | given
+        if (text := json.dumps(fields, sort_keys=True, default=str)) not in seen:
+            seen.add(text)
+            yield Trial(_name(values, names), values, fields)
+        if len(seen) == options.trials:
+            return
+
+
+def _grid(options: SweepOptions) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*options.search.values()):
+        yield dict(zip(options.search, values, strict=True))
+
+
+def _random(options: SweepOptions, content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Draws without end but for one; the first n of them do not depend on how many are asked for."""
+    seed = options.seed if options.seed is not None else content.get("seed", 0)
+    generator = random.Random(str(seed))
+    for _ in range(DRAWS * (options.trials or 0)):
+        yield {field: _draw(generator, said, _whole(field, options)) for field, said in options.search.items()}
+
+
+def _draw(generator: random.Random, said: Any, whole: bool) -> Any:
+    """One of a list, or a number between min and max, evenly or in its logarithm; three digits are as many as a person would write."""
+    if isinstance(said, list):
+        return generator.choice(said)
+    low, high = said["min"], said["max"]
+    drawn = math.exp(generator.uniform(math.log(low), math.log(high))) if said.get("log") else generator.uniform(low, high)
+    value = round(drawn) if whole else float(f"{drawn:.3g}")
+    return min(max(value, low), high)
+
+
+def _whole(field: str, options: SweepOptions) -> bool:
+    """Whether a field takes whole numbers only."""
+    if field in TrainOptions.model_fields:
+        return "float" not in str(TrainOptions.model_fields[field].annotation)
+    return not any(f.name == field and "float" in str(f.type) for m in methods_of(options) for f in dataclasses.fields(m))
+
+
+def _name(values: Mapping[str, Any], taken: set[str]) -> str:
+    """Short, readable, a valid variant's name, and no other trial's: "lr0.001-r8"."""
+    parts = [_plain(v) if k == "method" else f"{k if len(k) <= LONG_NAME else _initials(k)}{_plain(v)}" for k, v in values.items()]
+    stem = re.sub(r"[^a-z0-9._-]+", "-", "-".join(parts).lower()).strip("-")[:56] or "trial"
+    name = next(n for n in itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2))) if n not in taken)
+    taken.add(name)
+    return name
+
+
+def _initials(field: str) -> str:
+    return "".join(word[0] for word in field.split("_"))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _expand(content: Mapping[str, Any], trials: Sequence[Trial], root: Path, where: str) -> RunConfig:
+    """The run whose variants are the trials. ConfigError where it is none; what is wrong with several trials is said once."""
+    rest = {k: v for k, v in content.items() if k != "sweep"}
+    try:
+        return RunConfig.from_dict(rest | {"variants": {t.name: t.fields for t in trials}}, root=root, where=where)
+    except ConfigError as e:
+        raise ConfigError(f"{where} cannot be swept", problems=by_trial(e.problems, [t.name for t in trials])) from None
+
+
+def by_trial(problems: Iterable[str], names: Sequence[str]) -> list[str]:
+    """Findings on `variants.<trial>…`, each with all trials that it concerns."""
+    concerned: dict[str, list[str]] = {}
+    for problem in problems:
+        of = [n for n in names if problem.startswith((f"variants.{n}.", f"variants.{n}:"))]
+        name = max(of, key=len, default="")  # names hold dots
+        concerned.setdefault(problem.removeprefix(f"variants.{name}").lstrip(".: ") if name else problem, []).append(name)
+    return [
+        text if who == [""] else f"every trial: {text}" if len(who) == len(names) else f"trial {', '.join(who)}: {text}"
+        for text, who in concerned.items()
+    ]
+
+
+def _meaning(v: VariantConfig) -> str:
+    """Equal for trials that would train the same."""
+    return json.dumps([v.method.name, v.method.to_dict(), v.options.model_dump() | {"lr": v.lr}], sort_keys=True, default=str)

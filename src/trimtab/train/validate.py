@@ -1,0 +1,140 @@
+"""Validation while a run trains: judge variants on their valid rows, remember the best tensors, end a variant that improves no more.
+
+Whatever decides is in `variant.progress` and `variant.best`, so that a checkpoint holds it, and belongs to one variant alone, so that a
+variant which trains among others ends where it would end by itself; only a sweep's halving compares them. Adapters are judged as they would
+be saved.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from trimtab.attach import Attached
+from trimtab.bank import Mix
+from trimtab.batch import BASE
+from trimtab.data import valid_json
+from trimtab.errors import DataError
+from trimtab.train.evaluate import Contestant, HeldOut, Judge, Results
+from trimtab.train.finish import adapter_of, held_out
+from trimtab.train.full import FullVariant
+from trimtab.train.halving import Halving, end_worst
+from trimtab.train.listen import Listener
+from trimtab.train.prepare import Prepared
+from trimtab.train.sinks import Sink
+from trimtab.train.variant import Variant
+
+CHOICE = "label_accuracy"
+
+
+class Validator:
+    """Validates a run's variants. halving: ends the worst of them at its rungs. DataError where a data set's valid rows or labels cannot be
+    judged; made before training begins."""
+
+    def __init__(self, prepared: Prepared, halving: Halving | None = None):
+        self.prepared, self.halving, base, run = prepared, halving, prepared.base, prepared.run
+        self.held: dict[str, HeldOut] = {name: held_out(prepared, name, "valid") for name, s in prepared.data.items() if s.valid}
+        problems = [problem for v in prepared.variants if (problem := self._unfit(v))]
+        if problems:
+            raise DataError("these variants cannot be validated", problems=problems, fix="name another valid_metric, or other valid rows")
+        self.judge = Judge(base.tokenizer, base.stop_ids, run.evaluate.max_new_tokens, run.max_tokens)
+
+    def _unfit(self, v: Variant) -> str | None:
+        """Why the metric of a variant cannot be computed from its valid rows."""
+        metric, held = v.config.options.valid_metric, self.held.get(v.config.data)
+        if held is None or metric == "loss":
+            return None
+        where = f"variants.{v.name}.valid_metric = {metric!r}: data.{v.config.data}.valid"
+        references = [q.reference for q in held.questions]
+        if not references:
+            return f"{where} holds plain text, which has no answers to judge"
+        if metric == "valid_json" and valid_json(references, references) < 100.0:
+            return f"{where} has answers that are not JSON"
+        return None
+
+    def after_step(self, stepped: Iterable[Variant], metrics: Sink, listener: Listener) -> None:
+        """Validate those of the variants that are due, all in one mixed pass; those that have ended go back to their best step."""
+        due = [v for v in stepped if v.config.data in self.held and is_due(v)]
+        if due:
+            start = time.perf_counter()
+            results = self._judge(due)
+            seconds = round(time.perf_counter() - start, 4)
+            lines = {v: record(v, _numbers(results[v.config.data][v.name].scores)) | {"seconds": seconds} for v in due}
+            for v in end_worst(self.halving, due) if self.halving else ():
+                lines[v]["finished_early"] = v.progress.finished_early
+            for line in lines.values():
+                metrics.write(line)
+                listener.valid(line)
+        for v in stepped:
+            if not v.live:
+                v.restore_best()
+
+    def _judge(self, due: Sequence[Variant]) -> Results:
+        """Results of the variants, and of the base for data sets on which it has not been judged yet, which their progress then holds."""
+        adapters = {v.name: adapter_of(self.prepared, v) for v in due if not isinstance(v, FullVariant)}
+        mix, numbers = self.prepared.base.mix(list(adapters.values()))
+        member = dict(zip(adapters, numbers, strict=True))
+        fields: dict[str, list[Contestant]] = {v.config.data: [] for v in due}
+        for v in due:
+            if v.name in member:
+                fields[v.config.data].append(_contestant(v.name, member[v.name], [v]))
+        fresh = [d for d in fields if not self._base_of(d)]
+        for d in fresh:
+            fields[d].append(_contestant("", BASE, self._on(d)))  # no variant has this name
+        results = self._pass(self.prepared.base.attached, mix, fields)
+        for v in due:
+            if isinstance(v, FullVariant):
+                results[v.config.data] |= self._pass(v.attached, Mix([]), {v.config.data: [_contestant(v.name, BASE, [v])]})[v.config.data]
+            known = _numbers(results[v.config.data][""].scores) if v.config.data in fresh else self._base_of(v.config.data)
+            v.progress.base_valid = dict(known)
+        return results
+
+    def _pass(self, attached: Attached, mix: Mix, fields: dict[str, list[Contestant]]) -> Results:
+        return self.judge.judge(attached, mix, fields, self.held)
+
+    def _on(self, data: str) -> list[Variant]:
+        return [v for v in self.prepared.variants if v.config.data == data]
+
+    def _base_of(self, data: str) -> dict[str, Any]:
+        return next((v.progress.base_valid for v in self._on(data) if v.progress.base_valid), {})
+
+
+def is_due(v: Variant) -> bool:
+    """Whether a variant that has just stepped is to be validated: every `eval_every` steps (by default once per epoch) and at its end."""
+    o, p = v.config.options, v.progress
+    every = o.eval_every or max(1, math.ceil(v.rows.batches / o.gradient_accumulation_steps))
+    return not p.stopped and (p.step % every == 0 or p.step == v.total_steps)
+
+
+def record(v: Variant, scores: dict[str, Any]) -> dict[str, Any]:
+    """Take a validation into the variant's progress: is it the best, is it time to end? Returns its line for metrics.jsonl."""
+    o, p = v.config.options, v.progress
+    value = scores[o.valid_metric]
+    better = value is not None and (p.best_metric is None or (value < p.best_metric if o.valid_metric == "loss" else value > p.best_metric))
+    p.valid.append({"step": p.step, **scores})
+    p.bad_evals = 0 if better else p.bad_evals + 1
+    if better:
+        p.best_metric, p.best_step = value, p.step
+    if o.patience is not None and p.bad_evals >= o.patience and v.live:
+        best = "there was none" if p.best_metric is None else f"the best was {p.best_metric:.6g} at step {p.best_step}"
+        p.finished_early = f"step {p.step}: valid {o.valid_metric} has not improved in {p.bad_evals} validations, {best}"
+    if better:
+        v.best = None
+        if o.keep_best and v.live:
+            v.keep()
+    line = {"event": "valid", "variant": v.name, "step": p.step, "epoch": v.rows.epoch, "metric": o.valid_metric, "best": better}
+    line |= {f"valid_{k}": x for k, x in scores.items()} | {f"base_valid_{k}": p.base_valid.get(k) for k in scores}
+    return line | ({"finished_early": p.finished_early} if p.finished_early else {})
+
+
+def _contestant(name: str, member: int, judged_by: Sequence[Variant]) -> Contestant:
+    """Answers and labels are asked for only where a variant's metric needs them."""
+    metrics = {v.config.options.valid_metric for v in judged_by}
+    return Contestant(name, member, generates=bool(metrics - {"loss", CHOICE}), chooses=CHOICE in metrics)
+
+
+def _numbers(scores: dict[str, Any]) -> dict[str, Any]:
+    """The scores as JSON can hold them: what is not finite becomes None, which is never the best."""
+    return {k: x if x is not None and math.isfinite(x) else None for k, x in scores.items() if k != "rows"}

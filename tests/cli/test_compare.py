@@ -1,0 +1,164 @@
+"""`trimtab compare`, and the progress that a run shows."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from rich.console import Console
+
+from tests.train.past import run_folder, variant
+from trimtab.cli import main, show
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["compare", *map(str, arguments)])
+
+
+def scored(exact: float, loss: float = 0.5, **keys: object) -> dict:
+    return variant(scores=variant()["scores"] | {"exact_match": exact, "loss": loss}, **keys)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[Path]:
+    first = run_folder(
+        tmp_path / "first", {"x": scored(20, 0.1, seconds=9.0), "y": scored(80, 0.9, fields=variant()["fields"] | {"r": 8}, seconds=1.0)}
+    )
+    return [first, run_folder(tmp_path / "second", {"x": scored(50, 0.4, lr=5e-4, seconds=3.0)}, peak_memory_gb=1.25)]
+
+
+def order(result: Result) -> list[str]:
+    assert result.exit_code == 0, result.output
+    return [f"{v['run']}/{v['variant']}" for v in json.loads(result.stdout)["variants"]]
+
+
+def test_the_table(two: list[Path]) -> None:
+    result = call(*two)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert [line.split()[0] for line in lines if "first/" in line or "second/" in line] == ["first/y", "second/x", "first/x"]
+    assert "by exact match" in lines[0]
+    (row,) = [line for line in lines if "second/x" in line]
+    assert all(word in row for word in ("lora", "1,000", "50.0", "0.400", "1.25", "r=4 lr=0.0005"))
+    assert "rank_pattern" not in result.output  # nothing differs there
+    assert "note" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        ("exact_match", ["first/y", "second/x", "first/x"]),
+        ("loss", ["first/x", "second/x", "first/y"]),
+        ("seconds", ["first/y", "second/x", "first/x"]),
+    ],
+)
+def test_sorted_best_first(two: list[Path], by: str, expected: list[str]) -> None:
+    assert order(call(*two, "--by", by, "--json")) == expected
+
+
+def test_an_unknown_score_lists_what_there_is(two: list[Path]) -> None:
+    result = call(*two, "--by", "exact_mach")
+    assert result.exit_code == 2
+    assert "did you mean 'exact_match'?" in result.output and "token_f1" in result.output
+
+
+def test_folders_that_are_no_runs_are_all_named(two: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    result = call(two[0], tmp_path / "absent", tmp_path / "file", tmp_path / "empty")
+    assert result.exit_code == 2
+    for words in ("absent: there is no such folder", "file: a file", "empty: neither summary.json nor metrics.jsonl"):
+        assert words in result.output
+
+
+def test_an_unfinished_run_shows_what_it_has(two: list[Path], tmp_path: Path) -> None:
+    going = run_folder(tmp_path / "going", {"z": variant()}, steps=40, summary=False)
+    result = call(*two, going, "--json")
+    content = json.loads(result.stdout)
+    (z,) = [v for v in content["variants"] if v["run"] == "going"]
+    assert content["variants"][-1] == z  # without a score it stands last
+    assert (z["finished"], z["fields"]["steps"], z["tokens_per_s"], z["scores"]) == (False, 40, 50.0, {})
+    assert any("going has not finished" in note for note in content["notes"])
+    assert "(not finished)" in call(*two, going).output
+
+
+def test_runs_that_do_not_compare_are_said_so(two: list[Path], tmp_path: Path) -> None:
+    other = run_folder(tmp_path / "other", {"x": variant()}, base_fingerprint={"before": "sha256:zz", "after": "sha256:zz"})
+    output = " ".join(call(*two, other).output.split())
+    assert "note: the runs stand on different bases" in output and "sha256:zz: other" in output
+
+
+def test_equal_names_are_told_apart(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path / n / "out", {"v": variant()}) for n in "ab"]
+    names = {v["run"] for v in json.loads(call(*folders, folders[0], "--json").stdout)["variants"]}
+    assert names == {str(f) for f in folders}
+
+
+def test_the_page_of_several_runs(two: list[Path], tmp_path: Path) -> None:
+    result = call(*two, "--html", tmp_path / "c.html")
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "c.html").read_text(encoding="utf-8")
+    assert all(name in text for name in ("first/x", "first/y", "second/x"))
+
+
+def line(name: str, step: int, tokens: int, **keys: object) -> dict:
+    return {"variant": name, "step": step, "loss": 1.5, "tokens": tokens, "tokens_per_s": 100.0, **keys}
+
+
+def test_time_to_go_by_hand() -> None:
+    """a: 10 steps of 100 tokens at 100 tokens/s; b: 100 steps of 300."""
+    pace = show.Pace({"a": 10, "b": 100})
+    pace.step(line("a", 1, 100))
+    assert pace.left == ""  # nobody knows yet what b costs
+    pace.step(line("b", 1, 300))
+    assert pace.left == show.clock(9 * 1 + 99 * 3)
+    pace.end("b")
+    assert pace.left == "0:09" and not pace.over
+    pace.step(line("a", 10, 100))
+    assert pace.over and pace.left == "0:00"
+    assert [show.clock(s) for s in (0, 59.6, 61, 3723)] == ["0:00", "1:00", "1:01", "1:02:03"]
+
+
+def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(show, "PLAIN_EVERY_S", 0.0)
+    lines = show.Lines()
+    lines.begin({"a": 2, "b": 4})
+    for step in (1, 2):
+        lines.step(line("a", step, 100))
+        lines.step(line("b", step, 100))
+    lines.stopped("b", "step 3: nan")
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "training a (2 steps), b (4 steps)"
+    assert said[-2] == "step 4/6  100 tokens/s  0:02 left  loss: a 1.500  b 1.500"
+    assert said[-1] == "warning: b has stopped: step 3: nan"
+    assert lines.pace.over
+
+
+def test_json_mode_is_silent_but_for_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = show.Lines(quiet=True)
+    lines.status("loading")
+    lines.begin({"a": 1})
+    lines.step(line("a", 1, 10))
+    assert capsys.readouterr() == ("", "")
+    lines.warning("the disk is full")
+    assert capsys.readouterr().err == "warning: the disk is full\n"
+
+
+def test_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a terminal of 80 columns shows them, names with brackets included."""
+    bars = show.Bars()
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    bars.begin({"a": 2, "b[bold]": 4})
+    for step in (1, 2):
+        bars.step(line("a", step, 100))
+        bars.step(line("b[bold]", step, 100))
+    bars.stopped("b[bold]", "nan")
+    bars.status("scoring [x]")
+    screen.print(bars.progress.get_renderable())
+    shown = screen.file.getvalue()  # type: ignore[attr-defined]
+    for words in ("a ", "2/2", "b[bold]", "stopped", "all", "100 tokens/s  0:02 left", "scoring [x]"):
+        assert words in shown
+    assert all(len(row) <= 80 for row in shown.splitlines())

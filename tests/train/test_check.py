@@ -1,0 +1,417 @@
+"""What `check` finds before anything is trained: bad masks, dropped rows, leaks, rows that do not fit; its numbers are training's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.data.common import NO_END, REWRITING
+from tests.tiny import CHATML, tiny_folder
+from tests.train.common import METHODS, run_file, tiny_base
+from trimtab.data import Row
+from trimtab.errors import BaseError, ConfigError, TrimtabError
+from trimtab.plan import plan
+from trimtab.shapes import read_architecture
+from trimtab.train import RunConfig, train
+from trimtab.train.check import check
+from trimtab.train.estimate import HEAP, available_bytes, probe_flops
+from trimtab.train.findings import CheckReport, Finding
+from trimtab.train.overlap import _near, contamination, duplicates, turns, words
+
+LORA = {"v": METHODS["lora"] | {"data": "a"}}
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def pair(prompt: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+
+
+def rows_of(*records: Any) -> bytes:
+    return "".join(json.dumps(r) + "\n" for r in records).encode()
+
+
+@pytest.fixture
+def checked(tmp_path: Path, tiny_llama_folder: Path) -> Callable[..., CheckReport]:
+    """Check a run on the tiny base whose training rows of data set a are these bytes; other keys replace the run file's."""
+
+    def run_check(train_rows: bytes | None = None, test_rows: bytes | None = None, *, variants: Any = None, **keys: Any) -> CheckReport:
+        content = run_file(tmp_path / "run", variants or LORA, **{"base": str(tiny_llama_folder), "dtype": "float32"} | keys)
+        content["data"] = {"a": content["data"]["a"]} if "data" not in keys else keys["data"]
+        for name, rows in (
+            ("a.jsonl", train_rows),
+            ("a-test.jsonl", test_rows if test_rows is not None else rows_of(pair("other", "yes"))),
+        ):
+            if rows is not None:
+                (tmp_path / "run" / name).write_bytes(rows)
+        return check(RunConfig.from_dict(content, root=tmp_path / "run"))
+
+    return run_check
+
+
+def one(findings: list[Finding], words: str) -> Finding:
+    (found,) = [f for f in findings if words in f.message]
+    return found
+
+
+# ---- a run without fault ------------------------------------------------------------
+
+
+def test_nothing_wrong_nothing_written(checked, tmp_path: Path, own_cache: Path) -> None:
+    report = checked()
+    assert report.errors == report.warnings == []
+    assert (report.base_parameters, report.max_positions) == (tiny_base().spec.num_parameters, 512)
+    assert not (tmp_path / "run" / "out").exists() and not own_cache.exists()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["a-test.jsonl", "a.jsonl", "b-test.jsonl", "b.jsonl"]
+    json.dumps(report.to_dict())
+
+
+def test_no_weights_are_read(checked, tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    assert checked().errors == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_are_those_of_training(tmp_path: Path, tiny_llama_folder: Path, method: str) -> None:
+    """Steps, tokens of whole epochs and trainable parameters, against a run of two epochs with accumulation and a short last batch."""
+    own = METHODS[method] | {"data": "a", "epochs": 2, "batch_size": 2, "gradient_accumulation_steps": 3}
+    content = run_file(tmp_path, {"v": own}) | {"base": str(tiny_llama_folder), "dtype": "float32"}
+    del content["defaults"]["max_steps"]
+    content["data"]["a"]["train"] = ["a.jsonl", {"path": "b.jsonl", "weight": 1.6}]
+    run = RunConfig.from_dict(content, root=tmp_path)
+    (estimate,) = check(run).variants
+    done = train(run, base=tiny_base()).summary["variants"]["v"]
+    assert (estimate.steps, estimate.trainable) == (done["steps"], done["trainable"])
+    assert estimate.rows_per_epoch == 11 + 7 + round(0.6 * 7)
+    assert estimate.tokens == pytest.approx(done["tokens"], rel=0.02)
+    assert 0 < estimate.tokens_per_step <= 6 * 128
+
+
+def test_sources_lengths_and_supervised_tokens(checked) -> None:
+    """One byte is a token, and so is each special token."""
+    report = checked(rows_of(pair("ab", "yes"), pair("cd", "no"), pair("e" * 60, "no")))
+    train, test = report.splits
+    (source,) = train.sources
+    assert (source.read, source.dropped, source.drawn) == (3, 0, 3)
+    assert source.supervised == train.supervised == 4 + 3 + 3
+    first = len("#user\nab#\n#assistant\nyes#\n")  # the template, # for a special token
+    assert train.lengths == {"min": first - 1, "median": first, "p95": first + 57, "max": first + 57}
+    assert train.tokens == 3 * first + 56
+    assert train.histogram == ((32, 2), (64, 0), (128, 1))
+    assert (test.split, test.sources[0].drawn) == ("test", 1)
+
+
+def test_rendered_rows_are_the_ids_own(checked) -> None:
+    report = checked(rows_of(*(pair(f"q{i}", f"a{i}") for i in range(5))))
+    assert [r.origin for r in report.rendered] == ["a.jsonl:1", "a.jsonl:2"]
+    assert report.rendered[0].runs == (
+        ("<|im_start|>user\nq0<|im_end|>\n<|im_start|>assistant\n", False),
+        ("a0<|im_end|>", True),
+        ("\n", False),
+    )
+
+
+def test_first_rows_of_each_source(checked) -> None:
+    sources = {"a": {"train": ["a.jsonl", "b.jsonl"], "test": "a-test.jsonl"}}
+    assert [r.origin for r in checked(data=sources).rendered] == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1", "b.jsonl:2"]
+
+
+# ---- hostile rows ------------------------------------------------------------
+
+
+def test_all_answers_empty(checked) -> None:
+    """Training takes such rows: their end of turn is supervised. No mask is zero, and nothing is learnt but silence."""
+    report = checked(rows_of(*(pair(f"q{i}", " \n") for i in range(12))))
+    (found,) = report.errors
+    assert found.message.startswith("12 rows have empty answers only")
+    assert found.items[0] == "a.jsonl:1: messages[1] is empty" and (len(found.items), found.count) == (10, 12)
+    two = {"messages": [*pair("a", "b")["messages"], *pair("c", "")["messages"]]}
+    last = {"v": LORA["v"] | {"last_turn_only": True}}
+    assert one(checked(rows_of(two), variants=last).errors, "1 rows have empty answers only").items == ("a.jsonl:1: messages[3] is empty",)
+
+
+def test_no_row_is_left(checked) -> None:
+    report = checked(rows_of(*({"messages": [{"role": "user", "content": "hello?"}]} for _ in range(3))))
+    assert [f.message for f in report.errors] == [
+        "a.jsonl: 3 of 3 rows cannot be trained on (100%; allowed are 10%)",
+        "3 rows dropped: nothing supervised",
+        "no row is left",
+    ]
+    assert report.estimate is None and report.variants == []
+
+
+def test_one_zero_mask_among_many_is_an_error(checked) -> None:
+    only_user = {"messages": [{"role": "user", "content": "hello?"}]}
+    report = checked(rows_of(*(pair(f"q{i}", "a") for i in range(20)), only_user))
+    assert [f.message for f in report.errors] == ["1 rows dropped: nothing supervised"]
+    assert report.errors[0].items == ("a.jsonl:21: nothing supervised: the row has no assistant turn to learn from",)
+
+
+def test_an_empty_answer_among_others_is_a_warning(checked) -> None:
+    two = {"messages": [*pair("a", "")["messages"], *pair("b", "c")["messages"]]}
+    report = checked(rows_of(two, pair("x", "y")))
+    assert report.errors == []
+    assert one(report.warnings, "1 rows have an empty answer among others").items == ("a.jsonl:1: messages[1] is empty",)
+
+
+def test_all_ones_masks(checked, tmp_path: Path) -> None:
+    bare = "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    report = checked(rows_of(pair("a", "b"), pair("c", "d")), base=str(base_with(tmp_path, bare)))
+    assert one(report.errors, "2 rows dropped: everything supervised").items[0].startswith("a.jsonl:1: everything supervised: the chat ")
+
+
+def base_with(folder: Path, template: str, **fields: Any) -> Path:
+    """The tiny base with another template or other tokens."""
+    path = tiny_folder(folder / "base")
+    config = json.loads((path / "tokenizer_config.json").read_text()) | fields
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    (path / "chat_template.jinja").write_text(template)
+    return path
+
+
+def test_a_template_that_rewrites_earlier_turns(checked, tmp_path: Path) -> None:
+    two = {"messages": [*pair("a", "b")["messages"], *pair("c", "d")["messages"]]}
+    report = checked(rows_of(two, two | {}), base=str(base_with(tmp_path, REWRITING)))
+    assert one(report.warnings, "supervise the last turn only").where == "base"
+    assert "2 rows dropped: the chat template rewrites earlier turns" in [f.message for f in report.warnings]
+    assert one(report.errors, "2 of 2 rows cannot be trained on").fix.startswith("supervise the last turn only (last_turn_only)")
+
+
+def test_a_template_without_an_end_of_turn_and_a_pad_that_is_the_end(checked, tmp_path: Path) -> None:
+    report = checked(base=str(base_with(tmp_path, NO_END, pad_token="<|im_end|>")))
+    assert one(report.warnings, "no end-of-turn token")
+    assert [f.level for f in report.findings if "padding token is the end token" in f.message] == ["note"]
+
+
+def test_byte_order_marks_and_other_encodings(checked) -> None:
+    good = rows_of(*(pair(f"q{i}", "a") for i in range(30)))
+    report = checked(b"\xef\xbb\xbf" + good + '{"prompt": "caf\xe9", "completion": "x"}\n'.encode("latin-1") + b'{"prompt": \n')
+    assert report.errors == []
+    assert one(report.warnings, "1 rows dropped: not UTF-8").items == ("a.jsonl:31: not UTF-8: byte 0xe9 at column 16",)
+    assert one(report.warnings, "1 rows dropped: not JSON").items[0].startswith("a.jsonl:32: not JSON: ")
+    assert report.splits[0].sources[0].read == 32 and report.splits[0].sources[0].dropped == 2
+
+
+def test_wrong_columns_say_which_exist_and_do_not_hide_the_rest(checked) -> None:
+    sources = {"a": {"train": ["a.jsonl", "b.jsonl", "absent.jsonl"], "test": "a-test.jsonl"}}
+    report = checked(rows_of({"question": "x", "reply": "y"}), data=sources)
+    assert "question, reply" in one(report.errors, "no training form found").message
+    assert one(report.errors, "absent.jsonl does not exist")
+    assert [s.path for s in report.splits[0].sources] == ["b.jsonl"] and report.splits[0].sources[0].drawn == 7
+
+
+def test_over_long_rows(checked) -> None:
+    report = checked(rows_of(*(pair(f"q{i}", "a") for i in range(9)), pair("x" * 200, "y")))
+    assert one(report.warnings, "1 rows dropped: over-long").items == ("a.jsonl:10: over-long: 222 tokens, max_length is 128",)
+    assert report.errors == []
+
+
+@pytest.mark.parametrize(("method", "room"), [("lora", 512), ("prompt", 509), ("prefix", 508)])
+def test_rows_longer_than_the_positions(checked, tmp_path: Path, method: str, room: int) -> None:
+    """What is reported is what training refuses; one token less passes both."""
+
+    def length(n: int) -> dict[str, Any]:
+        return pair("x" * (n - 22), "y")
+
+    long = {"v": METHODS[method] | {"data": "a", "max_length": 1000}}
+    report = checked(rows_of(length(room), length(room + 1)), variants=long)
+    found = one(report.errors, "longer than the base's 512 positions")
+    assert found.items == (f"a.jsonl:2: {room + 1} tokens",)
+    assert found.fix == f"set max_length to {room} or less."
+    content = run_file(tmp_path / "t", {"v": long["v"] | {"max_steps": 1}}, evaluate={"generate": False})
+    content["data"] = {"a": {"train": str(tmp_path / "rows.jsonl")}}
+    (tmp_path / "rows.jsonl").write_bytes(rows_of(length(room)))
+    train(RunConfig.from_dict(content, root=tmp_path / "t"), base=tiny_base())
+    (tmp_path / "rows.jsonl").write_bytes(rows_of(length(room + 1)))
+    with pytest.raises(TrimtabError, match="the 512 positions"):
+        train(RunConfig.from_dict(content | {"out": "other"}, root=tmp_path / "t"), base=tiny_base())
+
+
+def test_prompts_that_leave_no_room_to_answer(checked) -> None:
+    report = checked(test_rows=rows_of(pair("x" * 80, "y")), evaluate={"max_new_tokens": 415})
+    assert one(report.warnings, "1 prompts leave less room than 415 new tokens").items == ("a-test.jsonl:1: 99 tokens",)
+    for fits in ({"max_new_tokens": 414}, {"max_new_tokens": 415, "generate": False}):
+        assert not any("less room" in w.message for w in checked(test_rows=rows_of(pair("x" * 80, "y")), evaluate=fits).warnings)
+
+
+# ---- the same row twice ------------------------------------------------------------
+
+LONG = "please tell me how the number on the third invoice of last spring can be changed before it is sent"
+
+
+def test_test_rows_copied_into_train(checked) -> None:
+    train = rows_of(pair("Who?", "me"), pair("When is it?", "now"), pair("Why  not", "so"), pair("Where", "here"), pair(LONG, "so"))
+    test = rows_of(
+        pair("Who?", "me"),
+        pair("when is IT", "Now."),
+        pair("Why  not", "other"),
+        pair("where?", "there"),
+        pair(LONG + " to them", "no"),
+        pair("new", "x"),
+    )
+    report = checked(train, test, variants={"v": LORA["v"] | {"max_length": 512}})
+    assert [(f.message.partition(" train")[0], f.items) for f in report.warnings] == [
+        ("1 of 6 rows stand with their answers in data.a.train", ("a-test.jsonl:1: as a.jsonl:1",)),
+        ("1 of 6 rows stand with their answers, but for case, blanks or punctuation, in data.a.train", ("a-test.jsonl:2: as a.jsonl:2",)),
+        ("1 of 6 rows ask what is asked, with another answer, in data.a.train", ("a-test.jsonl:3: as a.jsonl:3",)),
+        (
+            "1 of 6 rows ask, but for case, blanks or punctuation, what is asked, with another answer, in data.a.train",
+            ("a-test.jsonl:4: as a.jsonl:4",),
+        ),
+        ("1 of 6 rows share at least 50% of their 13-word runs with data.a.train", ("a-test.jsonl:5: 80%, most of it in a.jsonl:5",)),
+    ]
+    assert report.errors == []
+
+
+def test_valid_rows_are_compared_too(checked) -> None:
+    data = {"a": {"train": "a.jsonl", "valid": "a.jsonl"}}
+    assert one(checked(data=data).warnings, "11 of 11 rows stand with their answers").where == "data.a.valid"
+
+
+def test_every_turn_of_a_conversation_is_known_to_train() -> None:
+    talk = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+    train = [Row("t:1", messages=(*talk, {"role": "user", "content": "more"}, {"role": "assistant", "content": "b"}))]
+    (found,) = contamination("train", train, "test", [Row("s:1", messages=talk)])
+    assert found.items == ("s:1: as t:1",)
+
+
+def test_boilerplate_is_no_overlap_and_what_differs_is() -> None:
+    """An instruction of every row tells nothing; it tells of a copy as long as few rows have it."""
+    train = [Row(f"t:{i}", text=f"{LONG} {i}") for i in range(11)]
+    held = [(Row("s:1", text=""), words(f"{LONG} something else"))]
+    assert _near(train, held) == ([], 0.0)
+    near, _ = _near(train[:10], held)
+    assert near[0].startswith("s:1: 80%")
+
+
+def test_rows_of_signs_alone_are_not_taken_for_each_other() -> None:
+    rows = [Row("t:1", prompt="?", completion="!"), Row("t:2", prompt="!!", completion="?")]
+    assert contamination("train", rows[:1], "test", rows[1:]) == duplicates("train", rows) == []
+
+
+def test_words() -> None:
+    assert words("Don’t  STOP, “now”!") == ("don’t", "stop", "now")
+    assert words("a + b") != words("a - b")
+    assert words("東京へ ﬁne") == ("東", "京", "へ", "fine")
+    assert turns(Row("t:1", text="x")) == [("x", "")]
+
+
+def test_duplicates_inside_train(checked) -> None:
+    sources = {"a": {"train": ["a.jsonl", "b.jsonl"], "test": "a-test.jsonl"}}
+    report = checked(rows_of(pair("q", "a"), pair("q", "a"), pair("Q?", "A"), pair("q", "b")), data=sources)
+    assert one(report.warnings, "1 rows repeat another row but for case").items == ("a.jsonl:3: as a.jsonl:1",)
+    assert [f.items for f in report.warnings if f.message == "1 rows repeat another row"] == [("a.jsonl:2: as a.jsonl:1",)]
+
+
+# ---- the run file against the base ------------------------------------------------------------
+
+
+def test_methods_that_do_not_fit_are_collected(checked) -> None:
+    variants = {
+        "bad": {"data": "a", "method": "lora", "r": 2, "target_modules": ["q_porj"]},
+        "long": {"data": "a", "method": "prompt", "num_virtual_tokens": 600},
+        "good": LORA["v"],
+    }
+    report = checked(variants=variants)
+    assert {f.where for f in report.errors} >= {"variants.bad", "variants.long"}
+    assert [v.name for v in report.variants] == ["good"]
+
+
+def test_variants_that_read_one_data_set_differently_are_refused_as_by_training(checked, tmp_path: Path) -> None:
+    variants = {"v": LORA["v"], "w": LORA["v"] | {"max_length": 99}}
+    (found,) = checked(variants=variants).errors
+    with pytest.raises(ConfigError) as caught:
+        train(RunConfig.from_dict(run_file(tmp_path / "t", variants), root=tmp_path / "t"), base=tiny_base())
+    assert caught.value.message == f"{found.where}: {found.message}"
+
+
+def test_labels_that_cannot_be_had(checked) -> None:
+    def data(labels: Any) -> Any:
+        return {"a": {"train": "a.jsonl", "test": "a-test.jsonl", "labels": labels}}
+
+    assert one(checked(rows_of(pair("q", "yes"), pair("r", "yes")), data=data("auto")).errors, "found 1 distinct answers")
+    assert one(checked(data=data(["ja", "nein"])).errors, "no answer is one of the labels").where == "data.a.test"
+    assert checked(data=data(["yes", "no"])).errors == []
+
+
+def test_unused_data_and_a_full_out_folder(checked, tmp_path: Path) -> None:
+    (tmp_path / "run" / "out").mkdir(parents=True)
+    (tmp_path / "run" / "out" / "x").touch()
+    report = checked(data={"a": {"train": "a.jsonl"}, "b": {"train": "b.jsonl"}})
+    assert [(f.where, f.message) for f in report.warnings] == [("data.b", "no variant trains on it")]
+    assert one(report.findings, "is not empty").level == "note"
+
+
+def test_a_base_that_is_not_there_and_one_whose_tokenizer_is_broken(checked, tmp_path: Path) -> None:
+    with pytest.raises(BaseError, match="there is no base 'nowhere'"):
+        checked(base="nowhere")
+    with pytest.raises(BaseError, match="no/such-base"):
+        checked(base="no/such-base")
+    base = base_with(tmp_path, CHATML)
+    (base / "tokenizer.json").write_text("{}")
+    with pytest.raises(BaseError, match="cannot read the tokenizer"):
+        checked(base=str(base))
+
+
+def test_a_hub_base_needs_no_weights(checked, tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "hub" / "models--acme--tiny" / "snapshots" / "0"
+    shutil.copytree(tiny_llama_folder, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert checked(base="acme/tiny").errors == []
+
+
+# ---- memory and time ------------------------------------------------------------
+
+
+def test_memory_counts_the_base_once_and_every_variant(checked, tiny_llama_folder: Path) -> None:
+    variants = {n: METHODS[n] | {"data": "a"} for n in ("lora", "prefix", "full")}
+    report = checked(variants=variants)
+    e, base = report.estimate, read_architecture(str(tiny_llama_folder))
+    assert e is not None
+    longest = next(s for s in report.splits if s.split == "train").lengths["max"]
+    methods = [v.method for v in RunConfig.from_dict(run_file(tiny_llama_folder / "..", variants), root=tiny_llama_folder.parent).variants]
+    plans = [plan(base, m, dtype="float32", batch_tokens=e.forward_tokens, sequence_length=longest) for m in methods]
+    own = sum(p.weight_bytes + p.gradient_bytes + p.optimizer_bytes for p in plans)
+    held, activations = 2 * plans[0].base_bytes + own, max(p.activation_bytes for p in plans)
+    assert e.memory_bytes == (held + activations, held + int(HEAP * activations))
+    by_name = {v.name: v for v in report.variants}
+    assert e.forward_tokens == by_name["lora"].tokens_per_step + by_name["prefix"].tokens_per_step
+    assert e.answers == 4
+
+
+def test_forwards_are_bounded_by_max_tokens(checked) -> None:
+    report = checked(max_tokens=64)
+    assert report.estimate is not None and report.estimate.forward_tokens == 64
+    report = checked(rows_of(pair("x" * 80, "y")), max_tokens=64)
+    assert report.estimate is not None and report.estimate.forward_tokens == 102
+
+
+def test_too_little_memory_is_a_warning(checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trimtab.train.estimate as module
+
+    monkeypatch.setattr(module, "available_bytes", lambda _: 1000)
+    assert one(checked().warnings, "are needed and 0.0 GB are free").where == "memory"
+
+
+def test_time_follows_the_probe(checked, monkeypatch: pytest.MonkeyPatch, tiny_llama_folder: Path) -> None:
+    import trimtab.train.estimate as module
+
+    assert probe_flops(read_architecture(str(tiny_llama_folder)).spec, torch.float32, torch.device("cpu")) > 1e6
+    assert available_bytes(torch.device("cpu")) > 1e6
+    monkeypatch.setattr(module, "probe_flops", lambda *_: 1e6)
+    report = checked()
+    (v,), e = report.variants, report.estimate
+    assert e is not None
+    low, high = e.efficiency
+    assert v.seconds == e.seconds == pytest.approx((v.flops / 1e6 / high, v.flops / 1e6 / low))

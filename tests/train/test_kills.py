@@ -1,0 +1,71 @@
+"""Kills and full disks: nothing lost, nothing corrupt accepted, and what was resumed equals what was never interrupted, bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.train.kill_harness import Tally, fill_disk_at_calls, kill_at_calls, kill_at_random, server, trace
+
+
+def clean(tally: Tally, kills: int) -> None:
+    assert tally.kills >= kills
+    assert tally.finished > 0
+    assert tally.clean, tally
+
+
+def test_killed_at_five_random_moments(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    with server(tmp_path, tiny_llama_folder) as trainings:
+        clean(kill_at_random(trainings, tmp_path, kills=5), kills=5)
+
+
+def test_killed_at_some_calls(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    with server(tmp_path, tiny_llama_folder, short=True) as trainings:
+        tally, calls = kill_at_calls(trainings, tmp_path, every=7)
+        clean(tally, kills=calls // 7)
+
+
+@pytest.mark.slow
+def test_killed_at_fifty_random_moments(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    with server(tmp_path, tiny_llama_folder) as trainings:
+        tally = kill_at_random(trainings, tmp_path, kills=50, seed=1)
+    print(f"\n{tally.report}")
+    clean(tally, kills=50)
+    assert tally.resumable > 15 and tally.finished > 5
+
+
+@pytest.mark.slow
+def test_killed_at_every_call(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    with server(tmp_path, tiny_llama_folder, short=True) as trainings:
+        tally, calls = kill_at_calls(trainings, tmp_path)
+    clean(tally, kills=calls)
+    assert calls > 50
+
+
+@pytest.mark.slow
+def test_full_disk_at_every_call(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    with server(tmp_path, tiny_llama_folder, short=True) as trainings:
+        tally, codes = fill_disk_at_calls(trainings, tmp_path)
+    clean(tally, kills=0)
+    assert codes.count(0) > codes.count(2) > 0  # most strike a checkpoint, and the run goes on; some the results
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed: apt-get install strace")
+@pytest.mark.parametrize(
+    ("call", "fault", "most"),
+    [
+        ("rename", "signal=KILL", 99),
+        ("fsync", "signal=KILL", 99),
+        ("rename", "error=ENOSPC", 99),
+        ("fsync", "error=ENOSPC", 30),
+        ("write", "error=ENOSPC", 99),
+        ("mkdir", "error=ENOSPC", 30),
+    ],
+)
+def test_faults_in_the_system(tmp_path: Path, tiny_llama_folder: Path, call: str, fault: str, most: int) -> None:
+    with server(tmp_path, tiny_llama_folder, short=True) as trainings:
+        tally = trace(trainings, tmp_path, call, fault, most)
+    clean(tally, kills=tally.finished if fault == "signal=KILL" else 0)
