@@ -107,5 +107,16 @@ def test_bad_sequences_are_listed_together():
     assert len(e.value.problems) == 3
     with pytest.raises(TrimtabError, match="positions"):
         base.logits([[1] * (base.spec.max_positions + 1)])
-    with pytest.raises(TrimtabError, match="positions"):
-        base.generate_ids([[1] * base.spec.max_positions], sampling=Sampling(max_new_tokens=2))
+    with pytest.raises(TrimtabError, match="prompt 1 needs 513 positions"):
+        base.generate_ids([[1], [1] * (base.spec.max_positions + 1)], sampling=Sampling(max_new_tokens=2))
+
+
+def test_generation_ends_where_the_positions_end():
+    """The last token that is asked for needs no position of its own: nothing is computed from it."""
+    base = base_of("llama")
+    base.stop_ids = set()
+    try:
+        new = base.generate_ids([[1] * (base.spec.max_positions - 2), [1]], sampling=Sampling(max_new_tokens=5))
+    finally:
+        del base.stop_ids
+    assert [len(n) for n in new] == [3, 5]

@@ -77,7 +77,7 @@ def test_decoding_everything_at_once_equals_full_forwards(family, monkeypatch):
         gathered.add((caller.f_code.co_name, caller.f_locals.get("parallel"), real(rows)))
         return real(rows)
 
-    monkeypatch.setattr(ops, "gathers", spy)
+    monkeypatch.setattr(ops.edit, "gathers", spy)
     everyone = [None, *adapters_of(family).values(), *_two_loras(base), *(_twin(base, c) for c in CASES)]
     entries = _shuffle([(a, tokens(10 + (i + k) % 4, 20 * i + k)) for i, a in enumerate(everyone) for k in range(2)], seed=4)
     adapters, sequences = [a for a, _ in entries], [s for _, s in entries]

@@ -149,7 +149,7 @@ def _slow_attention(q, k, v, offset, mask, scaling, softcap, window):
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize(("Q", "offset"), [(7, 0), (5, 2), (1, 4)])
 def test_attention_equals_a_loop_in_both_directions(Q, offset, softcap, window, masked, monkeypatch):
-    monkeypatch.setattr(ops, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(ops.attend, "QUERY_BLOCK", 3)
     q, k, v = _double(2, Q, 4, 3, seed=1), _double(2, Q + offset, 2, 3, seed=2), _double(2, Q + offset, 2, 3, seed=3)
     mask = None
     if masked:  # the window is in the mask, as attention.py gives it

@@ -159,7 +159,7 @@ def test_the_example_of_contributing_is_a_method_once_its_file_is_there(tmp_path
     kernel, method = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)[:2]
     package = shutil.copytree(ROOT / "src" / "trimtab", tmp_path / "trimtab", ignore=shutil.ignore_patterns("__pycache__"))
     (package / "methods" / "bitfit.py").write_text(method, encoding="utf-8")
-    with (package / "ops.py").open("a", encoding="utf-8") as ops_file:
+    with (package / "ops" / "edit.py").open("a", encoding="utf-8") as ops_file:
         ops_file.write(f"\n\n{kernel}")
     code = """
 import trimtab

@@ -166,7 +166,7 @@ class _LogitsAlive(TorchDispatchMode):
 
 def test_no_logits_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers#7158: the rows of logits alive at a time do not grow with the rows that are scored."""
-    monkeypatch.setattr(ops, "LOSS_ROWS", 16)
+    monkeypatch.setattr(ops.loss, "LOSS_ROWS", 16)
     base, peaks = tiny_base(), []
     for count in (6, 24):
         held = read_held_out(base, str(write_colours(tmp_path / f"{count}.jsonl", count)), LABELS)

@@ -20,6 +20,7 @@ from trimtab.train.finish import adapter_of, evaluate, note_scores, save, summar
 from trimtab.train.full import FullVariant
 from trimtab.train.halving import Halving
 from trimtab.train.interrupt import Stop
+from trimtab.train.heap import Heap
 from trimtab.train.keeper import Keeper
 from trimtab.train.listen import Listener, Silent
 from trimtab.train.page import write_page
@@ -111,6 +112,7 @@ def _steps(keeper: Keeper, validator: Validator, listener: Listener, stop: Stop)
     """Step all live variants together until each has finished or stopped, keeping checkpoints. Interrupted where `stop` asks for it."""
     run, variants = keeper.prepared.run, keeper.prepared.variants
     listener.begin({v.name: v.total_steps for v in variants})
+    heap = Heap()
     with tracking(run.track, run.out, keeper.identity["settings"], keeper.metrics, listener.warning) as metrics, stop.held():
         while live := [v for v in variants if v.live]:
             start = time.perf_counter()
@@ -118,6 +120,7 @@ def _steps(keeper: Keeper, validator: Validator, listener: Listener, stop: Stop)
             losses = run_windows(windows, run.max_tokens)
             tokens, elapsed = sum(w.tokens for w in windows.values()), time.perf_counter() - start
             logged = {v: v.step(losses[v], w, elapsed * w.tokens / tokens) for v, w in windows.items()}
+            heap.after_step()
             seconds = time.perf_counter() - start
             for v, w in windows.items():
                 line = _line(v, w, logged[v]) | {"seconds": round(seconds, 4), "tokens_per_s": round(tokens / seconds, 1)}

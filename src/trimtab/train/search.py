@@ -44,7 +44,7 @@ class SweepOptions(BaseModel):
     seed: int | None = Field(None, ge=0, description="of a random search's draws; None: the run's")
     metric: Metric = Field("loss", description="what trials are ranked by, measured on the valid rows")
     halving: Halving | None = Field(None, description="stop the worst trials at rungs; None: all train to their end")
-    memory_gb: float | None = Field(None, gt=0, description="trials train together in groups that fit this; None: in one group")
+    memory_gb: float | None = Field(None, gt=0, description="trials train together in groups whose estimate fits this; None: in one")
 
 
 def read_options(content: Mapping[str, Any], where: str) -> SweepOptions:

@@ -140,8 +140,8 @@ def supervised_loss(attached: Attached, hidden_TH: Tensor, batch: Batch, targets
     if spec.family.head not in batch.mix.groups and not head.weight.requires_grad:
         return ops.supervised_loss(hidden_RH, head.weight, head.bias, targets.target_R, targets.scale_R, spec.final_softcap)
     parts = []
-    for a in range(0, len(hidden_RH), ops.LOSS_ROWS):
-        b = min(a + ops.LOSS_ROWS, len(hidden_RH))
+    for a in range(0, len(hidden_RH), ops.loss.LOSS_ROWS):
+        b = min(a + ops.loss.LOSS_ROWS, len(hidden_RH))
         logits = attached.head(hidden_RH[a:b], batch, targets.row_R[a:b]).float()
         parts.append(torch.nn.functional.cross_entropy(logits, targets.target_R[a:b], reduction="none"))
     nll_R = torch.cat(parts)

@@ -1,0 +1,39 @@
+"""Kernels: the only place where they live. In the order of a forward: `layer`, `edit`, `attend`, `loss`."""
+
+from trimtab.ops.attend import QUERY_BLOCK, attention
+from trimtab.ops.edit import (
+    ACTIVATIONS,
+    bottleneck,
+    by_span,
+    dora,
+    dropout,
+    gathers,
+    lora,
+    lora_embedding,
+    replace,
+    scale_input,
+    scale_output,
+)
+from trimtab.ops.layer import rms_norm, rotate, swiglu
+from trimtab.ops.loss import LOSS_ROWS, supervised_loss
+
+__all__ = [
+    "ACTIVATIONS",
+    "LOSS_ROWS",
+    "QUERY_BLOCK",
+    "attention",
+    "bottleneck",
+    "by_span",
+    "dora",
+    "dropout",
+    "gathers",
+    "lora",
+    "lora_embedding",
+    "replace",
+    "rms_norm",
+    "rotate",
+    "scale_input",
+    "scale_output",
+    "supervised_loss",
+    "swiglu",
+]

@@ -1,0 +1,230 @@
+"""Kernels of edits: what LoRA, DoRA, IA³, bottleneck adapters and modules trained in full do to the rows of their spans.
+
+A kernel gets all T rows of a flat batch, the base's module, the packed edits of the adapters present, and the spans of rows that each
+touches.
+It knows no rank, no alpha, no method's name. Two ways of running the same formula:
+
+- by span: one pair of matmuls for each adapter's run of rows; differentiable; what training and prefill use;
+- gathered: each row picks its adapter's stacked tensors and all rows run in one `bmm`; what decoding many short spans uses (no gradients).
+
+Dimensions: T rows, I in, O out, R rank or bottleneck, S adapters ("slots") of this batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GATHER_ROWS_PER_SPAN = 4
+"""Gather instead of looping where spans are this short on average: one bmm then beats many tiny matmuls."""
+
+
+def dropout(x: Tensor, p: float, seed: int | None, site: int) -> Tensor:
+    """Inverted dropout whose mask depends on (seed, site) only: an adapter sees the same masks alone and among others, and again in the
+    backward."""
+    if seed is None or p == 0.0:
+        return x
+    generator = torch.Generator(x.device).manual_seed((seed * 1_000_003 + site) % 2**63)
+    keep = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - p, generator=generator)
+    return x * keep.mul_(1.0 / (1.0 - p))
+
+
+def gathers(rows: Any) -> bool:
+    """Whether to run gathered: no gradients wanted, several spans, all short."""
+    return (
+        not torch.is_grad_enabled()
+        and len(rows.spans) > 1
+        and sum(s.stop - s.start for s in rows.spans) <= GATHER_ROWS_PER_SPAN * len(rows.spans)
+    )
+
+
+def by_span(y: Tensor, rows: Any, edit: Callable[[Any], Tensor]) -> Tensor:
+    """y with the rows of each span replaced by edit(span); differentiable, y itself is left as it is."""
+    if len(rows.spans) == 1 and rows.spans[0].stop - rows.spans[0].start == rows.total:
+        return edit(rows.spans[0])
+    parts, at = [], 0
+    for span in rows.spans:
+        parts += [y[at : span.start], edit(span)]
+        at = span.stop
+    return torch.cat([*parts, y[at:]])
+
+
+# ---- LoRA ----
+
+
+def lora(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+    """y = base(x) + (x Aᵀ) Bᵀ on each span; A [R, I], B [O, R] with the scaling folded in. The product BA is never formed."""
+    if gathers(rows):
+        y_TO = base(x_TI)
+        where, slots = rows.touched
+        shrunk = torch.bmm(packs.stacked("A")[slots], x_TI[where].unsqueeze(-1))
+        y_TO[where] += torch.bmm(packs.stacked("B")[slots], shrunk).squeeze(-1)
+        return y_TO
+    factors = [t for p in packs.items for t in (p.tensors["A"], p.tensors["B"])]
+    return _LoraSpans.apply(x_TI, None if base.plain else base(x_TI), base, rows, tuple(p.dropout for p in packs.items), *factors)
+
+
+class _LoraSpans(torch.autograd.Function):
+    """LoRA on a frozen linear layer. Where y is None the layer itself runs in here, so that the backward forms dX = dY W + (dY B) A in
+    one buffer;
+    where other edits stand between, y is their result and is added to in place.
+
+    Saved: x, A, B and the R-wide x Aᵀ; dropout masks are drawn again in the backward. W's gradient is never formed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, y_TO: Tensor | None, base: Any, rows: Any, dropouts: Sequence[float], *factors: Tensor) -> Tensor:
+        ctx.base = base if y_TO is None else None
+        if y_TO is None:
+            y_TO = base(x_TI)
+        else:
+            ctx.mark_dirty(y_TO)
+        shrunk = []
+        for span in rows.spans:
+            A, B = factors[2 * span.slot], factors[2 * span.slot + 1]
+            shrunk.append(dropout(x_TI[span.start : span.stop], dropouts[span.slot], span.seed, base.site) @ A.T)
+            y_TO[span.start : span.stop].addmm_(shrunk[-1], B.T)
+        ctx.rows, ctx.dropouts, ctx.site = rows, dropouts, base.site
+        ctx.save_for_backward(x_TI, *factors, *shrunk)
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, dy_TO: Tensor) -> tuple:
+        x_TI, *saved = ctx.saved_tensors
+        factors, shrunk = saved[: -len(ctx.rows.spans)], saved[-len(ctx.rows.spans) :]
+        grads: list[Tensor | None] = [None] * len(factors)
+        dx_TI = None
+        if ctx.needs_input_grad[0]:
+            dx_TI = torch.zeros_like(x_TI) if ctx.base is None else dy_TO @ ctx.base.weight_OI
+        for span, t_R in zip(ctx.rows.spans, shrunk, strict=True):
+            a, p = 2 * span.slot, ctx.dropouts[span.slot]
+            A, B = factors[a], factors[a + 1]
+            dy = dy_TO[span.start : span.stop]
+            dt = dy @ B
+            if ctx.needs_input_grad[5 + a]:
+                x = dropout(x_TI[span.start : span.stop], p, span.seed, ctx.site)
+                grads[a] = _add(grads[a], dt.T @ x)
+                grads[a + 1] = _add(grads[a + 1], dy.T @ t_R)
+            if dx_TI is not None:
+                if p and span.seed is not None:
+                    dx_TI[span.start : span.stop] += dropout(dt @ A, p, span.seed, ctx.site)
+                else:
+                    dx_TI[span.start : span.stop].addmm_(dt, A)
+        return dx_TI, dy_TO if ctx.base is None else None, None, None, None, *grads
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part
+
+
+def dora(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+    """y = base(x) + g ∘ (W x̃) + (x̃ Aᵀ) Bᵀ on each span, x̃ = dropout(x); g [O] = m/‖W + sBA‖ - 1, B already scaled by s (1 + g).
+
+    Without dropout W x̃ is base(x) without its bias, which costs no second matmul.
+    """
+    y_TO = base(x_TI)
+    if gathers(rows):
+        where, slots = rows.touched
+        x_RI, y = x_TI[where], y_TO[where]
+        plain = y if base.bias_O is None else y - base.bias_O
+        shrunk = torch.bmm(packs.stacked("A")[slots], x_RI.unsqueeze(-1))
+        y_TO[where] = y + packs.stacked("g")[slots] * plain + torch.bmm(packs.stacked("B")[slots], shrunk).squeeze(-1)
+        return y_TO
+
+    def edit(span: Any) -> Tensor:
+        pack, y, x = packs.items[span.slot], y_TO[span.start : span.stop], x_TI[span.start : span.stop]
+        x_drop = dropout(x, pack.dropout, span.seed, base.site)
+        plain = F.linear(x_drop, base.weight_OI) if x_drop is not x else y if base.bias_O is None else y - base.bias_O
+        return y + pack.tensors["g"] * plain + (x_drop @ pack.tensors["A"].T) @ pack.tensors["B"].T
+
+    return by_span(y_TO, rows, edit)
+
+
+def lora_embedding(ids_T: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+    """y = base(ids) + e · Aᵀ[ids] Bᵀ; A [R, V], B [O, R] scaled; e: the embedding's own factor. Dropout does not apply to token ids (as
+    in peft)."""
+    y_TO = base(ids_T)
+
+    def edit(span: Any) -> Tensor:
+        tensors = packs.items[span.slot].tensors
+        added = F.embedding(ids_T[span.start : span.stop], tensors["A"].T) @ tensors["B"].T
+        return y_TO[span.start : span.stop] + (added * base.row_scale).to(y_TO.dtype)
+
+    return by_span(y_TO, rows, edit)
+
+
+# ---- IA3 ----
+
+
+def scale_input(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+    """y = base(x ∘ (1 + g)) on each span; g [I] in fp32."""
+    return base(_scale(x_TI, packs, rows))
+
+
+def scale_output(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+    """y = base(x) ∘ (1 + g) on each span, bias included; g [O] in fp32."""
+    return _scale(base(x_TI), packs, rows)
+
+
+def _scale(x: Tensor, packs: Any, rows: Any) -> Tensor:
+    if gathers(rows):
+        where, slots = rows.touched
+        scaled = x.clone()
+        scaled[where] = (x[where] * (1.0 + packs.stacked("g")[slots])).to(x.dtype)
+        return scaled
+    return by_span(x, rows, lambda s: (x[s.start : s.stop] * (1.0 + packs.items[s.slot].tensors["g"])).to(x.dtype))
+
+
+# ---- bottleneck adapters ----
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "leakyrelu": F.leaky_relu,
+    "sigmoid": torch.sigmoid,
+    "linear": lambda x: x,
+}
+
+
+def bottleneck(activation: str, parallel: bool) -> Any:
+    """The kernel y + U f(D h + d) + u with h = y = base(x), or h = x where the adapter runs beside the module (parallel).
+
+    D [R, H], d [R], U [H, R], u [H]; the output's scaling is folded into U and u.
+    """
+    f = ACTIVATIONS[activation]
+
+    def kernel(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+        y_TO = base(x_TI)
+        h = x_TI if parallel else y_TO
+        if gathers(rows):
+            where, slots = rows.touched
+            D, d, U, u = (packs.stacked(n)[slots] for n in ("D", "d", "U", "u"))
+            hidden = f(torch.baddbmm(d.unsqueeze(-1), D, h[where].unsqueeze(-1)))
+            y_TO[where] += torch.baddbmm(u.unsqueeze(-1), U, hidden).squeeze(-1)
+            return y_TO
+
+        def edit(span: Any) -> Tensor:
+            pack = packs.items[span.slot]
+            t = pack.tensors
+            inside = dropout(f(F.linear(h[span.start : span.stop], t["D"], t["d"])), pack.dropout, span.seed, base.site)
+            return y_TO[span.start : span.stop] + F.linear(inside, t["U"], t["u"])
+
+        return by_span(y_TO, rows, edit)
+
+    return kernel
+
+
+# ---- modules_to_save ----
+
+
+def replace(x: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+    """y = module(x) computed with the adapter's own copy of the module's parameters, on each span."""
+    whole = len(rows.spans) == 1 and rows.spans[0].stop - rows.spans[0].start == rows.total
+    y = x if whole else base(x)
+    return by_span(y, rows, lambda s: base.with_parameters(packs.items[s.slot].tensors, x[s.start : s.stop]))

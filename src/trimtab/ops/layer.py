@@ -1,0 +1,75 @@
+"""Row-wise parts of a layer, fused: RMSNorm, SwiGLU, rotary positions. T rows, H hidden size or heads, I intermediate, D head size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """w ∘ x / √(mean x² + eps), the mean in fp32, x rounded to its dtype before w (as Llama does). w is frozen; kept are x and a number a
+    row."""
+    return _RMSNorm.apply(x_TH, weight_H, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (x32 * rstd).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        x, weight, rstd = ctx.saved_tensors
+        g, x32 = (dy * weight).to(rstd.dtype), x.to(rstd.dtype)
+        along = (g * x32).sum(-1, keepdim=True).mul_(rstd.pow(3)).div_(-x.shape[-1])
+        return g.mul_(rstd).addcmul_(x32, along).to(x.dtype), None, None
+
+
+def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+    """silu(gate) ∘ up; silu is computed again in the backward instead of being kept."""
+    return _SwiGLU.apply(gate_TI, up_TI)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+
+
+def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotary positions in the half-split form (Su et al. 2021, arXiv:2104.09864): [x₁; x₂] ∘ cos + [-x₂; x₁] ∘ sin, for every head."""
+    return _Rotate.apply(x_THD, cos_TD[:, None], sin_TD[:, None])
+
+
+class _Rotate(torch.autograd.Function):
+    """The backward is the transposed rotation, so that nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        y = x * cos
+        y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        cos, sin = ctx.saved_tensors
+        half = dy.shape[-1] // 2
+        dx = dy * cos
+        dx[..., :half].addcmul_(dy[..., half:], sin[..., half:])
+        dx[..., half:].addcmul_(dy[..., :half], sin[..., :half], value=-1)
+        return dx, None, None
