@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from trimtab.train.heap import Heap
 
 
 def test_it_trims_only_beyond_the_allowance(monkeypatch: pytest.MonkeyPatch) -> None:
-    heap, trims, resident = Heap(), [], 100
-
-    class Info:
-        @property
-        def rss(self) -> int:
-            return resident
-
-    heap.trim = lambda: trims.append(resident)
-    monkeypatch.setattr(heap.process, "memory_info", Info)
-    for resident, expected in [(100, False), (129, False), (131, True), (110, False)]:
-        assert heap.after_step() is expected
-    assert trims == [131]
+    heap, trims = Heap(), []
+    heap.trim = lambda: trims.append(1)
+    resident = iter([100, 129, 131, 110])
+    monkeypatch.setattr(heap.process, "memory_info", lambda: SimpleNamespace(rss=next(resident)))
+    assert [heap.after_step() for _ in range(4)] == [False, False, True, False]
+    assert len(trims) == 1
 
 
 def test_without_glibc_it_does_nothing() -> None:

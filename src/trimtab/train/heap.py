@@ -1,8 +1,8 @@
 """Memory that is freed goes back to the system, now and then.
 
-Batches differ in shape from step to step, and glibc keeps what they free in pieces that the next one cannot use: six LoRAs in one run were
-seen to grow from 2 to 5 GB, of which 1.2 were in use. Giving everything back after each step costs a sixth of the speed, so it is done where
-the process has grown well beyond what its first step left.
+Batches differ in shape from step to step, and glibc keeps what they free in pieces that the next one cannot use: six LoRAs in one run
+were seen to grow from 2 to 5 GB, of which 1.2 were in use. Giving everything back after each step costs a sixth of the speed, so it is
+done where the process has grown well beyond what its first step left.
 """
 
 from __future__ import annotations

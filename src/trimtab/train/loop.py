@@ -19,8 +19,8 @@ from trimtab.train.config import RunConfig
 from trimtab.train.finish import adapter_of, evaluate, note_scores, save, summarise, test_rows
 from trimtab.train.full import FullVariant
 from trimtab.train.halving import Halving
-from trimtab.train.interrupt import Stop
 from trimtab.train.heap import Heap
+from trimtab.train.interrupt import Stop
 from trimtab.train.keeper import Keeper
 from trimtab.train.listen import Listener, Silent
 from trimtab.train.page import write_page
