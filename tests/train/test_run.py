@@ -90,6 +90,8 @@ def test_a_variant_that_diverges_stops_alone(tmp_path: Path) -> None:
     assert entries["bad"]["steps"] == 2
     assert "b.jsonl:" in entries["bad"]["stopped"]
     assert all(torch.isfinite(t).all() for t in report.adapters["bad"].params.values())
+    lines = (report.out / "metrics.jsonl").read_text(encoding="utf-8")
+    assert "NaN" not in lines and "Infinity" not in lines, "these are not JSON"
     alone = run(tmp_path / "solo", {"good": variants["good"]})
     assert [e["loss"] for e in metrics(report)["good"]] == pytest.approx([e["loss"] for e in metrics(alone)["good"]], rel=1e-4)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import resource
 import sys
@@ -53,7 +54,7 @@ class Metrics:
         self._file.close()
 
     def write(self, line: dict[str, Any]) -> None:
-        data = (json.dumps(line) + "\n").encode()
+        data = (json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}) + "\n").encode()
         self._pending += data
         self._sha.update(data)
         self._size += len(data)
