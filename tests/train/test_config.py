@@ -39,6 +39,7 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"sweep": {}}, ["is a sweep file", "trimtab sweep"]),
         ({"variant": {}}, ["variant: unknown key (did you mean 'variants'?)"]),
         ({"defaults": {"epoch": 2}}, ["defaults.epoch: unknown key (did you mean 'epochs'?)"]),
         ({"variants": {"v": {"data": "a", "method": "lroa"}}}, ["variants.v.method = 'lroa' (did you mean 'lora'?)"]),

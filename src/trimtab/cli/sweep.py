@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trimtab.cli import show
-from trimtab.cli.train import _signals
+from trimtab.cli.train import stopping
 
 
 @click.command()
@@ -44,7 +44,7 @@ def sweep(ctx: click.Context, sweep_file: Path, out: Path | None, resume: bool, 
         what = what.into(out)
     stop = Stop()
     try:
-        with _signals(stop), show.listener(quiet=as_json) as listener:
+        with stopping(stop), show.listener(quiet=as_json) as listener:
             report = run_sweep(what, listener=listener, resume=resume, stop=stop)
     except Interrupted as e:
         again = ["trimtab", "sweep", str(sweep_file), *(["--out", str(out)] if out is not None else []), "--resume"]

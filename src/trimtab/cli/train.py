@@ -51,7 +51,7 @@ def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, as
         run = run.model_copy(update={"out": out})
     stop = Stop()
     try:
-        with _signals(stop), show.listener(quiet=as_json) as listener:
+        with stopping(stop), show.listener(quiet=as_json) as listener:
             report = train(run, listener=listener, resume=resume, stop=stop)
     except Interrupted as e:
         saved = steps_of(run.out)[:1]
@@ -73,7 +73,7 @@ def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, as
 
 
 @contextmanager
-def _signals(stop: Stop) -> Iterator[None]:
+def stopping(stop: Stop) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask the run to stop; a second one is the system's to handle. What stood before is put back at the end."""
     if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread handle signals
         yield

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trimtab.data import Source, has_bleu, parse_sources
 from trimtab.errors import ConfigError, nearest
 from trimtab.methods import BY_NAME, Method
+from trimtab.train.runfile import explain, read_yaml, unknown_keys
 from trimtab.train.sinks import missing
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -131,12 +131,7 @@ class RunConfig(_Strict):
     def load(cls, path: str | Path) -> RunConfig:
         """Read a run file. ConfigError that lists everything wrong with it."""
         path = Path(path)
-        try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-        except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"cannot read the run file {path}: {e}") from None
-        except yaml.YAMLError as e:
-            raise ConfigError(f"{path} is not YAML: {e}") from None
+        content = read_yaml(path, "run file")
         return cls.from_dict(content, root=path.parent, where=str(path))
 
     @classmethod
@@ -144,10 +139,12 @@ class RunConfig(_Strict):
         """Build from a mapping of a run file's shape; relative paths are taken from `root`."""
         if not isinstance(content, Mapping):
             raise ConfigError(f"{where}: expected a mapping with the keys base, out, data, variants, found {type(content).__name__}")
+        if "sweep" in content:
+            raise ConfigError(f"{where} is a sweep file: it has `sweep`", fix="run it with `trimtab sweep`")
         problems: list[str] = []
         fields = dict(content)
         known = [*(n for n in cls.model_fields if n != "root"), "defaults"]
-        problems += _unknown(fields, known, "")
+        problems += unknown_keys(fields, known, "")
         defaults = fields.pop("defaults", None) or {}
         data = {name: _data(name, value, problems) for name, value in _mapping(fields, "data", problems)}
         variants = [_variant(name, value, defaults, data, problems) for name, value in _mapping(fields, "variants", problems)]
@@ -156,23 +153,8 @@ class RunConfig(_Strict):
                 rest = {k: v for k, v in fields.items() if k not in ("data", "variants")}
                 return cls(**_rooted(rest, root), data=data, variants=variants, root=root)
             except ValidationError as e:
-                problems += _explain(e, "")
+                problems += explain(e, "")
         raise ConfigError(f"{where} cannot be run", problems=problems)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys in silence; two variants of one name would lose the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice in one mapping", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 reads 1e-3 as a string; to everybody else it is a number
-_UniqueKeys.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 def _mapping(fields: dict[str, Any], key: str, problems: list[str]) -> list[tuple[str, Any]]:
@@ -190,7 +172,7 @@ def _data(name: str, value: Any, problems: list[str]) -> DataConfig | None:
     if not isinstance(value, Mapping):
         problems.append(f"{where}: expected a mapping with train, valid, test, found {value!r}")
         return None
-    problems += _unknown(value, DataConfig.model_fields, where)
+    problems += unknown_keys(value, DataConfig.model_fields, where)
     if not value.get("train"):
         problems.append(f"{where}: 'train' is missing")
     splits: dict[str, list[Source]] = {}
@@ -205,7 +187,7 @@ def _data(name: str, value: Any, problems: list[str]) -> DataConfig | None:
     try:
         return DataConfig(**splits, labels=value.get("labels"))
     except ValidationError as e:
-        problems += _explain(e, where)
+        problems += explain(e, where)
         return DataConfig(**splits)
 
 
@@ -215,7 +197,7 @@ def _variant(name: str, value: Any, defaults: Any, data: Mapping[str, Any], prob
         if not isinstance(found, Mapping):
             problems.append(f"{what}: expected a mapping, found {found!r}")
             return None
-    problems += [p for p in _unknown(defaults, TrainOptions.model_fields, "defaults") if p not in problems]
+    problems += [p for p in unknown_keys(defaults, TrainOptions.model_fields, "defaults") if p not in problems]
     fields = dict(value)
     method, source = fields.pop("method", None), fields.pop("data", None)
     if name == "base":
@@ -227,7 +209,7 @@ def _variant(name: str, value: Any, defaults: Any, data: Mapping[str, Any], prob
         problems.append(f"{where}.data = {source!r}{nearest(str(source), data)}: one of {', '.join(data)}")
     cls = BY_NAME[method]
     hyper = [f.name for f in dataclasses.fields(cls)]
-    found = _unknown(fields, [*hyper, *TrainOptions.model_fields, "data", "method"], where)
+    found = unknown_keys(fields, [*hyper, *TrainOptions.model_fields, "data", "method"], where)
     problems += found
     try:
         built = cls(**{k: v for k, v in fields.items() if k in hyper})
@@ -237,7 +219,7 @@ def _variant(name: str, value: Any, defaults: Any, data: Mapping[str, Any], prob
     try:
         options = TrainOptions(**{k: v for k, v in {**defaults, **fields}.items() if k in TrainOptions.model_fields})
     except ValidationError as e:
-        problems += _explain(e, where)
+        problems += explain(e, where)
         return None
     problems += [f"{where}.{p}" for p in _misfits(options, fields, built, data.get(source), str(source))]
     return VariantConfig(name=name, data=str(source), method=built, options=options)
@@ -255,18 +237,6 @@ def _misfits(options: TrainOptions, own: Mapping[str, Any], method: Method, data
     if options.valid_metric == "bleu" and not has_bleu():
         found.append("valid_metric = 'bleu': needs the package sacrebleu: pip install 'trimtab[eval]'")
     return found
-
-
-def _unknown(fields: Mapping[str, Any], known: Any, where: str) -> list[str]:
-    return [f"{where + '.' if where else ''}{k}: unknown key{nearest(str(k), known)}" for k in fields if k not in known]
-
-
-def _explain(error: ValidationError, where: str) -> list[str]:
-    return [
-        f"{'.'.join([*([where] if where else []), *map(str, e['loc'])])}: {e['msg']}"
-        + (f", found {e['input']!r}" if e["type"] != "missing" else "")
-        for e in error.errors()
-    ]
 
 
 def _rooted(fields: dict[str, Any], root: Path) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trimtab.errors import ConfigError, nearest
 from trimtab.methods import BY_NAME, Method
-from trimtab.train.config import Metric, TrainOptions, _explain, _unknown
+from trimtab.train.config import Metric, TrainOptions
 from trimtab.train.halving import Halving
+from trimtab.train.runfile import explain, unknown_keys
 
 MAX_TRIALS = 512
 FIXED = {
@@ -52,11 +53,11 @@ def read_options(content: Mapping[str, Any], where: str) -> SweepOptions:
     said = content["sweep"]
     if not isinstance(said, Mapping):
         raise ConfigError(f"{where}: sweep: expected a mapping with variant and search, found {said!r}")
-    problems = _unknown(said, SweepOptions.model_fields, "sweep")
+    problems = unknown_keys(said, SweepOptions.model_fields, "sweep")
     try:
         options = SweepOptions(**{k: v for k, v in said.items() if k in SweepOptions.model_fields})
     except ValidationError as e:
-        raise ConfigError(f"{where} cannot be swept", problems=problems + _explain(e, "sweep")) from None
+        raise ConfigError(f"{where} cannot be swept", problems=problems + explain(e, "sweep")) from None
     problems += [*_template(options, content), *_draws(options)]
     if problems:
         raise ConfigError(f"{where} cannot be swept", problems=problems)
@@ -69,8 +70,8 @@ def _template(options: SweepOptions, content: Mapping[str, Any]) -> Iterator[str
     yield from (f"sweep: there is no method {m!r}{nearest(str(m), BY_NAME)}: one of {', '.join(BY_NAME)}" for m in unknown)
     known = ["data", "method", *TrainOptions.model_fields, *(f for m in methods for f in hyperparameters(m))]
     if not unknown:
-        yield from _unknown(options.variant, known, "sweep.variant")
-        yield from _unknown(options.search, known, "sweep.search")
+        yield from unknown_keys(options.variant, known, "sweep.variant")
+        yield from unknown_keys(options.search, known, "sweep.search")
     if "method" not in options.variant and "method" not in options.search:
         yield "sweep.variant: 'method' is missing, and it is not searched"
     if isinstance(options.search.get("method"), Mapping):
@@ -112,7 +113,7 @@ def _draws(options: SweepOptions) -> Iterator[str]:
 
 
 def _range(where: str, said: Mapping[str, Any]) -> Iterator[str]:
-    yield from _unknown(said, ("min", "max", "log"), where)
+    yield from unknown_keys(said, ("min", "max", "log"), where)
     ends = [said.get(k) for k in ("min", "max")]
     low, high = (x if isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) else None for x in ends)
     if low is None or high is None or low >= high:

@@ -17,7 +17,8 @@ import yaml
 
 from trimtab.errors import ConfigError
 from trimtab.methods import BY_NAME
-from trimtab.train.config import RunConfig, TrainOptions, VariantConfig, _UniqueKeys
+from trimtab.train.config import RunConfig, TrainOptions, VariantConfig
+from trimtab.train.runfile import read_yaml
 from trimtab.train.search import SweepOptions, hyperparameters, methods_of, read_options
 
 DRAWS = 50
@@ -50,12 +51,7 @@ class Sweep:
     def load(cls, path: str | Path) -> Sweep:
         """Read a sweep file. ConfigError that lists everything wrong with it."""
         path = Path(path)
-        try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-        except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"cannot read the sweep file {path}: {e}") from None
-        except yaml.YAMLError as e:
-            raise ConfigError(f"{path} is not YAML: {e}") from None
+        content = read_yaml(path, "sweep file")
         return cls.from_dict(content, root=path.parent, where=str(path))
 
     @classmethod
