@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trimtab.cli import show
-from trimtab.cli.train import stopping
+from trimtab.cli.train import stopping, tell_how_to_resume
 
 
 @click.command()
@@ -47,8 +46,8 @@ def sweep(ctx: click.Context, sweep_file: Path, out: Path | None, resume: bool, 
         with stopping(stop), show.listener(quiet=as_json) as listener:
             report = run_sweep(what, listener=listener, resume=resume, stop=stop)
     except Interrupted as e:
-        again = ["trimtab", "sweep", str(sweep_file), *(["--out", str(out)] if out is not None else []), "--resume"]
-        click.echo(f"{e}\ngo on with: {shlex.join(again)}", err=True)
+        click.echo(str(e), err=True)
+        tell_how_to_resume("sweep", sweep_file, out)
         ctx.exit(e.exit_code)
     if as_json:
         click.echo(json.dumps(report.leaderboard, indent=1))

@@ -56,8 +56,7 @@ def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, as
     except Interrupted as e:
         saved = steps_of(run.out)[:1]
         click.echo(f"{e}; {f'saved in {saved[0]}' if saved else 'nothing was saved yet'}", err=True)
-        again = ["trimtab", "train", str(run_file), *(["--out", str(out)] if out is not None else []), "--resume"]
-        click.echo(f"go on with: {shlex.join(again)}", err=True)
+        tell_how_to_resume("train", run_file, out)
         ctx.exit(e.exit_code)
     if as_json:
         click.echo(json.dumps(report.summary, indent=1))
@@ -70,6 +69,12 @@ def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, as
         highlight=False,
     )
     console.print(f"saved in {report.out}: adapters/, metrics.jsonl, summary.json, report.html", highlight=False, soft_wrap=True)
+
+
+def tell_how_to_resume(command: str, file: Path, out: Path | None) -> None:
+    """Print the command that goes on where an interrupted one has stopped."""
+    again = ["trimtab", command, str(file), *(["--out", str(out)] if out is not None else []), "--resume"]
+    click.echo(f"go on with: {shlex.join(again)}", err=True)
 
 
 @contextmanager
