@@ -47,6 +47,10 @@ class Run:
         return sum(b - a for a, b in self.keys)
 
 
+Place = int | Sequence[int]
+"""Where a cache keeps a sequence: its slot, or its blocks."""
+
+
 class KVCache:
     """Keys and values of `slots` sequences of at most `capacity` tokens, for each layer [slots · capacity, kv_heads, head_dim],
     allocated once."""
@@ -56,14 +60,39 @@ class KVCache:
         shape = (layers, slots * capacity, kv_heads, head_dim)
         self.keys, self.values = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
 
-    def rows(self, slot: int, first: int, end: int) -> tuple[int, int]:
-        """The pool's rows that hold tokens first..end of a slot's sequence."""
-        return slot * self.capacity + first, slot * self.capacity + end
+    def runs(self, place: Place, first: int, end: int) -> list[tuple[int, int]]:
+        """The pool's rows that hold tokens first..end of a sequence, as (first, end) runs in order. place: the sequence's slot."""
+        assert isinstance(place, int)
+        return [(place * self.capacity + first, place * self.capacity + end)]
 
-    def put(self, slot: int, keys_LNHD: Tensor, values_LNHD: Tensor) -> None:
-        """Write a prefix at the start of a slot's sequence."""
-        a, b = self.rows(slot, 0, keys_LNHD.shape[1])
-        self.keys[:, a:b], self.values[:, a:b] = keys_LNHD, values_LNHD
+    def put(self, place: Place, keys_LNHD: Tensor, values_LNHD: Tensor) -> None:
+        """Write a prefix at the start of a sequence."""
+        at = 0
+        for a, b in self.runs(place, 0, keys_LNHD.shape[1]):
+            self.keys[:, a:b], self.values[:, a:b] = keys_LNHD[:, at : at + b - a], values_LNHD[:, at : at + b - a]
+            at += b - a
+
+
+class PagedKV(KVCache):
+    """The same memory in `blocks` blocks of `block_size` tokens; a sequence's place is the list of its blocks, in order (Kwon et al. 2023,
+    arXiv:2309.06180). Who owns which block is not known here."""
+
+    def __init__(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+        super().__init__(layers, blocks, block_size, kv_heads, head_dim, dtype, device)
+        self.blocks, self.block_size = blocks, block_size
+
+    def runs(self, place: Place, first: int, end: int) -> list[tuple[int, int]]:
+        assert not isinstance(place, int)
+        size, found = self.block_size, list[tuple[int, int]]()
+        while first < end:
+            stop = min(end, (first // size + 1) * size)
+            a = place[first // size] * size + first % size
+            if found and found[-1][1] == a:
+                found[-1] = (found[-1][0], a + stop - first)
+            else:
+                found.append((a, a + stop - first))
+            first = stop
+        return found
 
 
 @dataclass

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trimtab.attention import KVCache, Plan, Run, make_plan
+from trimtab.attention import KVCache, Place, Plan, Run, make_plan
 from trimtab.bank import Mix
 from trimtab.errors import TrimtabError
 from trimtab.methods.base import Rows, Span
@@ -27,12 +27,12 @@ BASE = -1
 class Piece:
     """Tokens of one sequence that enter this forward. ids: [t] int64. member: its adapter in the mix, or BASE.
 
-    With a cache: slot, and how many tokens of the sequence (virtual ones included) the cache already holds.
+    With a cache: slot, the sequence's place in it, and how many tokens of the sequence (virtual ones included) the cache already holds.
     """
 
     ids: Tensor
     member: int = BASE
-    slot: int = 0
+    slot: Place = 0
     past: int = 0
 
 
@@ -130,8 +130,9 @@ class _Layout:
     def add(self, i: int, piece: Piece, max_positions: int) -> None:
         member, n = piece.member, len(piece.ids)
         if self.cache is not None:
-            past, keys = piece.past, [("cache", *self.cache.rows(piece.slot, 0, piece.past + n))]
-            self.writes.extend(range(*self.cache.rows(piece.slot, past, past + n)))
+            past, keys = piece.past, [("cache", a, b) for a, b in self.cache.runs(piece.slot, 0, piece.past + n)]
+            for a, b in self.cache.runs(piece.slot, past, past + n):
+                self.writes.extend(range(a, b))
         else:
             if member not in self.before:
                 self._prefix(member)

@@ -51,6 +51,34 @@ class NotMergeable(TrimtabError):
     """This adapter cannot be folded into the base's weights; the message says why."""
 
 
+class AuthError(TrimtabError):
+    """No key, a wrong one, or one that may not do this (http_status 401 or 403)."""
+
+    http_status = 401
+
+
+class NotFoundError(TrimtabError):
+    """There is no such thing, or it is not this tenant's: the two look alike."""
+
+    http_status = 404
+
+
+class LimitError(TrimtabError):
+    """A tenant is over one of its own limits. retry_after: seconds after which it is worth another try."""
+
+    http_status = 429
+
+    def __init__(self, message: str, *, fix: str = "", retry_after: float = 1.0):
+        super().__init__(message, fix=fix)
+        self.retry_after = retry_after
+
+
+class OverloadedError(LimitError):
+    """The server is full, or is shutting down."""
+
+    http_status = 503
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`word`'s nearest known spelling as a hint (" (did you mean 'q_proj'?)"), or "" where nothing is near."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

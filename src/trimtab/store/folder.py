@@ -20,6 +20,7 @@ from torch import Tensor
 from trimtab.errors import AdapterError, ConfigError
 from trimtab.methods import Method
 from trimtab.methods.base import Site
+from trimtab.store.card import CARD, is_untouched, make_card
 from trimtab.store.config_read import method_from_config
 from trimtab.store.config_write import config_from_method
 from trimtab.store.files import Folder, Refusal, open_folder, read_exactly
@@ -41,9 +42,10 @@ T = TypeVar("T")
 def write_folder(
     target: str | Path, method: Method, params: Mapping[str, Tensor], base: Base, run: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write an adapter as peft's folder plus trimtab.json, in one step: a whole folder is there, or what was there before.
+    """Write an adapter as peft's folder plus trimtab.json and a card, in one step: a whole folder is there, or what was there before.
 
-    Training-time aids are folded away first. AdapterError where values are not finite or the target holds other files.
+    Training-time aids are folded away first. AdapterError where values are not finite or the target holds other files, a README.md that
+    trimtab did not write or that was edited among them.
     """
     method, params = method.export(params)
     sites = method.sites(base.spec)
@@ -57,7 +59,9 @@ def write_folder(
     }
     note = make_note(method, base, {name: _digest(data) for name, data in files.items()}, run)
     files[NOTE] = json.dumps(note, indent=2, allow_nan=False).encode() + b"\n"
-    with staged(target, may_replace=REPLACEABLE) as work:
+    files[CARD] = make_card(method, note, sites, len(files[WEIGHTS]))
+    replaceable = (*REPLACEABLE, CARD) if is_untouched(Path(target) / CARD) else REPLACEABLE
+    with staged(target, may_replace=replaceable) as work:
         for name, data in files.items():
             (work / name).write_bytes(data)
     return Path(target)

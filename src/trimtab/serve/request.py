@@ -1,0 +1,142 @@
+"""The contract of serving: what is asked of the engine and what comes back. Whoever has prompts and the engine share this file alone.
+
+A request is token ids, how to sample, an adapter (None: the base) and whom it is for. What comes back is a stream of `Delta`s through a
+sink that the asker gives; the last one says why it ended. The engine knows nothing of HTTP, keys, chat templates or names of adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from trimtab.errors import TrimtabError
+from trimtab.store import Adapter
+
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS, MAX_STOP_CHARS = 16, 256
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+"""stop: an end token, a stop text or a finished grammar. length: max_tokens, or the base has no positions left."""
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A constraint on the whole answer. kind: json_schema (text: the schema as JSON), json_object (text: ""), regex, choice (text: a JSON
+    list of strings)."""
+
+    kind: Literal["json_schema", "json_object", "regex", "choice"]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. temperature 0 is greedy. A request's draws depend on its seed and its own tokens alone, never on neighbours.
+
+    max_tokens: new tokens at most. top_k 0 is off; min_p: least probability relative to the likeliest token. presence and frequency
+    penalties are OpenAI's (over new tokens), repetition_penalty is Keskar et al. 2019's (arXiv:1909.05858, over prompt and new tokens).
+    stop: texts that end the answer and are not part of it. logprobs: None, or how many of the likeliest alternatives come with each token.
+    ignore_eos: end tokens do not end the answer (for measurements). min_tokens: no end before so many.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} = {getattr(self, name)}: {rule}"
+            for name, rule, good in (
+                ("max_tokens", "must be at least 1", self.max_tokens >= 1),
+                ("min_tokens", "must be between 0 and max_tokens", 0 <= self.min_tokens <= self.max_tokens),
+                ("temperature", "must be in [0, 100]", 0.0 <= self.temperature <= 100.0),
+                ("top_p", "must be in (0, 1]", 0.0 < self.top_p <= 1.0),
+                ("top_k", "must be 0 (off) or above", self.top_k >= 0),
+                ("min_p", "must be in [0, 1)", 0.0 <= self.min_p < 1.0),
+                ("presence_penalty", "must be in [-2, 2]", -2.0 <= self.presence_penalty <= 2.0),
+                ("frequency_penalty", "must be in [-2, 2]", -2.0 <= self.frequency_penalty <= 2.0),
+                ("repetition_penalty", "must be a finite number above 0", 0.0 < self.repetition_penalty < math.inf),
+                ("seed", "must be in [0, 2**63)", self.seed is None or 0 <= self.seed < 2**63),
+                ("logprobs", f"must be in [0, {MAX_TOP_LOGPROBS}]", self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS),
+                ("stop", f"at most {MAX_STOPS} texts", len(self.stop) <= MAX_STOPS),
+                ("stop", f"texts have 1 to {MAX_STOP_CHARS} characters", all(1 <= len(s) <= MAX_STOP_CHARS for s in self.stop)),
+            )
+            if not good
+        ]
+        if problems:
+            raise TrimtabError("cannot sample like this", problems=problems)
+
+
+class Servable(Protocol):
+    """An adapter that can be loaded. digest: "sha256:…" of its content; the same digest means the same tensors for ever, so everything that
+    the engine keeps (packed parameters, KV blocks) is keyed by it and never by a name."""
+
+    @property
+    def digest(self) -> str: ...
+    def load(self) -> Adapter:
+        """Read and check it (off the step loop). TrimtabError where it is refused: only the requests that wait for it fail."""
+        ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer asked for. id: unique among live requests. tenant, weight: whose share of the machine it counts against, and how large
+    that share is. deadline: time.monotonic() after which it ends with "deadline", wherever it is; None: never. cache_salt: parts prefix-cache
+    entries further ("" = by tenant)."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    adapter: Servable | None = None
+    tenant: str = ""
+    weight: float = 1.0
+    deadline: float | None = None
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token. logprob (natural log, of the model's distribution before temperature and cuts) and top, the likeliest alternatives
+    [(id, logprob), …], are there where they were asked for."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request. cached: prompt tokens whose keys and values were there already."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is new of an answer. text: what the tokens so far add to it; text that may be the start of a stop text, or half a character, is
+    held back. tokens: the new tokens, end tokens included. finish: set on the last delta, with usage, and error where finish is "error"."""
+
+    text: str = ""
+    tokens: tuple[Token, ...] = ()
+    finish: FinishReason | None = None
+    usage: Usage = field(default_factory=Usage)
+    error: TrimtabError | None = None
+
+
+Sink = Callable[[Delta], None]
+"""Called on the engine's thread, in order, once with `finish`; it must not block or raise."""

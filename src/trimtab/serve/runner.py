@@ -1,0 +1,86 @@
+"""The runner: tokens of many sequences in, logits out, in one flat mixed forward over paged keys and values.
+
+It owns the memory of the KV blocks, not who has which: the engine says where each sequence lies. It knows adapters only as packed
+parameters, and nothing of requests, tenants or time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.attention import PagedKV
+from trimtab.bank import Mix, PackedAdapter
+from trimtab.batch import BASE, Piece
+from trimtab.model import Base
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Tokens of one sequence that enter a forward. past: tokens whose keys and values its blocks hold (virtual ones included). blocks: its
+    KV blocks in order, enough for past + len(ids) tokens. adapter: None is the base. logits: whether those of its last row are wanted (not
+    for a chunk of a prompt that goes on)."""
+
+    ids: Sequence[int]
+    past: int
+    blocks: Sequence[int]
+    adapter: PackedAdapter | None = None
+    logits: bool = True
+
+
+class Runner:
+    """Runs forwards of one base over `blocks` KV blocks of `block_size` tokens. One thread at a time."""
+
+    def __init__(self, base: Base, *, blocks: int, block_size: int = 16):
+        s = base.spec
+        self.base, self.block_size = base, block_size
+        self.kv = PagedKV(s.num_layers, blocks, block_size, s.num_kv_heads, s.head_dim, base.dtype, base.device)
+        self._mix = Mix([])
+
+    @staticmethod
+    def bytes_per_block(base: Base, block_size: int = 16) -> int:
+        """Memory of one KV block over all layers."""
+        s = base.spec
+        return 2 * s.num_layers * block_size * s.kv_width * torch.finfo(base.dtype).bits // 8
+
+    @torch.inference_mode()
+    def __call__(self, feeds: Sequence[Feed]) -> Tensor:
+        """Logits [n, V], in the base's dtype, of the feeds that want them, in order. Keys and values of all fed tokens are written."""
+        mix = self._mix_of([f.adapter for f in feeds])
+        number = {id(a): i for i, a in enumerate(mix.adapters)}
+        pieces = [
+            Piece(torch.as_tensor(f.ids, dtype=torch.int64), BASE if f.adapter is None else number[id(f.adapter)], f.blocks, f.past)
+            for f in feeds
+        ]
+        batch = self.base.batch(pieces, mix, cache=self.kv)
+        hidden_TH = self.base.attached.forward(batch)
+        last = [stop - 1 for (_, stop), f in zip(batch.where, feeds, strict=True) if f.logits]
+        if not last:
+            return hidden_TH.new_empty(0, self.base.spec.vocab_size)
+        rows = sorted(last)
+        logits_RV = self.base.attached.head(hidden_TH[rows], batch, rows)
+        place = {r: i for i, r in enumerate(rows)}
+        return logits_RV[[place[r] for r in last]]
+
+    @torch.inference_mode()
+    def write_prefix(self, blocks: Sequence[int], adapter: PackedAdapter) -> None:
+        """Put an adapter's virtual tokens at the start of a sequence."""
+        if adapter.prefix is not None:
+            kv = adapter.prefix.kv_LNHD or adapter.kv
+            assert kv is not None, "an embedded prefix is computed when its adapter is packed"
+            self.kv.put(blocks, *kv)
+
+    def forget(self, adapter: PackedAdapter) -> None:
+        """Let go of what is kept of an adapter that leaves memory."""
+        if any(a is adapter for a in self._mix.adapters):
+            self._mix = Mix([])
+
+    def _mix_of(self, adapters: Sequence[PackedAdapter | None]) -> Mix:
+        """A mix that holds these adapters: the last one if it does, so that what it stacked stays."""
+        wanted = {id(a): a for a in adapters if a is not None}
+        if not wanted.keys() <= {id(a) for a in self._mix.adapters}:
+            self._mix = Mix(list(wanted.values()))
+        return self._mix
