@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.func import functional_call
 from trimtab import attention, fast
 from trimtab.bank import PackedAdapter
 from trimtab.batch import Batch
+from trimtab.lean import Lean, make_lean
 from trimtab.methods.base import Method, Params, Site
 from trimtab.spec import read_spec
 
@@ -83,14 +84,18 @@ class Host:
         if batch is None or not groups:
             return self.original(x, *args, **kwargs)
         original = partial(self.original, *args, **kwargs) if args or kwargs else self.original
+        leading = x.shape[:-1] if x.is_floating_point() else x.shape  # [1, T, I]; [T, I] inside an edited block; [1, T] token ids
+        y_TO = self.edited(x.flatten(0, -2) if x.is_floating_point() else x.flatten(), batch, original)
+        return y_TO.view(*leading, y_TO.shape[-1])
+
+    def edited(self, x_TI: Tensor, batch: Batch, original: Callable[[Tensor], Tensor]) -> Tensor:
+        """The module on flat rows with the edits of the batch around it; original: how to run the module itself."""
         around = Around(self.module, self.index, original, original)
-        for group in groups:
+        for group in batch.mix.groups[self.name]:
             rows = batch.rows(group.members)
             if rows is not None:
                 around = Around(self.module, self.index, partial(group.kernel, base=around, packs=group.packs, rows=rows), original)
-        leading = x.shape[:-1] if x.is_floating_point() else x.shape  # [1, T, I]; [T, I] inside an edited block; [1, T] token ids
-        y_TO = around(x.flatten(0, -2) if x.is_floating_point() else x.flatten())
-        return y_TO.view(*leading, y_TO.shape[-1])
+        return around(x_TI)
 
 
 class Attached:
@@ -127,8 +132,27 @@ class Attached:
             module.forward = self._hosts[name]
         return self._hosts[name]
 
+    def edited(self, name: str, x_TI: Tensor, batch: Batch, original: Callable[[Tensor], Tensor]) -> Tensor:
+        """A module with the batch's edits around it, on flat rows; original: how to run the module itself."""
+        return self._host(name).edited(x_TI, batch, original)
+
+    @cached_property
+    def lean(self) -> Lean | None:
+        """The lean forward, made at the first batch that could use it."""
+        return make_lean(self)
+
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, [T, H]. Gradients reach whatever the packs were made of."""
+        if self._is_lean(batch):
+            assert self.lean is not None
+            return self.lean.forward(batch)
+        return self.forward_plain(batch)
+
+    def _is_lean(self, batch: Batch) -> bool:
+        return batch.plan.cache is not None and not torch.is_grad_enabled() and self.lean is not None and self.lean.takes(batch)
+
+    def forward_plain(self, batch: Batch) -> Tensor:
+        """The same through the model's own modules, whatever the batch."""
         with self._running(batch):
             x_TH = self.embedding(batch.ids_T[None])[0]
             for start, stop, embeds_NH in batch.embeds:
@@ -139,6 +163,9 @@ class Attached:
     def head(self, hidden_RH: Tensor, batch: Batch, index: Sequence[int]) -> Tensor:
         """Logits [R, V] of rows `index` (ascending) of a batch, given their hidden states; edits of the head included."""
         edited = self.spec.family.head in batch.mix.groups
+        if not edited and self._is_lean(batch):
+            assert self.lean is not None
+            return self.lean.head(hidden_RH)
         with self._running(batch.subset(index) if edited else batch):
             logits = self.head_module(hidden_RH[None])[0]
         cap = self.spec.final_softcap

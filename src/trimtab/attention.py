@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -119,16 +120,22 @@ class Plan:
 
     prefixes: stored (keys, values) [L, N, kv_heads, D] that stand in the pool behind the layer's own rows. cache: keys and values are
     written there at
-    `write_T` and read from there. captured: filled with each layer's (keys, values) [T, kv_heads, D] where `capture` is set.
+    `write_T` and read from there; each run's sequence has its place there. captured: filled with each layer's (keys, values)
+    [T, kv_heads, D] where `capture` is set.
     """
 
-    buckets: list[Bucket]
-    row_T: Tensor
+    runs: Sequence[Run]
+    device: torch.device
     prefixes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     cache: KVCache | None = None
+    places: Sequence[Place] = ()
     write_T: Tensor | None = None
     capture: bool = False
     captured: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @cached_property
+    def layout(self) -> tuple[list[Bucket], Tensor]:
+        return lay_out(self.runs, self.device)
 
     def pool(self, layer: int, k_THD: Tensor, v_THD: Tensor) -> tuple[Tensor, Tensor]:
         if self.capture:
@@ -141,8 +148,8 @@ class Plan:
         return torch.cat([k_THD, *(k[layer] for k, _ in self.prefixes)]), torch.cat([v_THD, *(v[layer] for _, v in self.prefixes)])
 
 
-def make_plan(sequences: Sequence[Run], device: torch.device) -> Plan:
-    """Bucket the sequences by length and lay out the indices; the caller adds where the pool comes from."""
+def lay_out(sequences: Sequence[Run], device: torch.device) -> tuple[list[Bucket], Tensor]:
+    """(buckets by length, each flat row's place in the buckets' concatenated results)."""
     order = sorted(range(len(sequences)), key=lambda i: (sequences[i].queries, sequences[i].length))
     buckets, row_T, at = [], np.zeros(sum(s.queries for s in sequences), dtype=np.int64), 0
     for group in _grouped([sequences[i] for i in order]):
@@ -151,7 +158,7 @@ def make_plan(sequences: Sequence[Run], device: torch.device) -> Plan:
             row_T[s.start : s.stop] = at + n * Q + np.arange(s.queries)
         at += len(group) * Q
         buckets.append(_bucket(group, Q, device))
-    return Plan(buckets, torch.from_numpy(row_T).to(device))
+    return buckets, torch.from_numpy(row_T).to(device)
 
 
 def _grouped(ordered: list[Run]) -> list[list[Run]]:
@@ -222,12 +229,25 @@ def attend(
 ) -> Tensor:
     """Attention of a layer's flat rows over the plan's sequences; q [T, H, D], k and v [T, kv_heads, D]; returns [T, H, D]."""
     k_pool, v_pool = plan.pool(layer, k_THD, v_THD)
-    outs = []
-    for b in plan.buckets:
+    return over_buckets(q_THD, k_pool, v_pool, plan.layout, scaling, softcap, window)
+
+
+def over_buckets(
+    q_THD: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    layout: tuple[list[Bucket], Tensor],
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """Attention of rows over what `lay_out` laid out; [T, H, D]."""
+    outs, (buckets, row_T) = [], layout
+    for b in buckets:
         q, k, v = (_gather(x, i) for x, i in ((q_THD, b.query_BQ), (k_pool, b.key_BS), (v_pool, b.key_BS)))
         inside = window if b.mask_BQS is None else None  # else the mask holds it
         outs.append(ops.attention(q, k, v, b.offset, b.masked(window), scaling, softcap, inside).flatten(0, 1))
-    return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, plan.row_T)
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, row_T)
 
 
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal", "cache_position", "return_dict"}

@@ -8,11 +8,17 @@ A `Mix` is the adapters of a batch, grouped for each site by kernel; its stacks 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from trimtab.methods.base import Kernel, Packed, Prefix
+from trimtab.ops import native
+
+ALIGNED = 64
+"""Bytes to whose multiples tensors are laid out: a cache line, and the widest register."""
 
 
 @dataclass
@@ -28,6 +34,21 @@ class PackedAdapter:
     def virtual_tokens(self) -> int:
         return self.prefix.length if self.prefix else 0
 
+    def for_inference(self) -> PackedAdapter:
+        """The same with all tensors in one piece of memory, in the order in which a forward reads them, so that reading it is one stream.
+        Output factors B [O, R] are laid out as their transpose, along which kernels that run row by row read them."""
+        laid = [(site, name, t.T if name == "B" else t) for site, p in self.edits.items() for name, t in p.tensors.items()]
+        sizes = [-(-t.numel() * t.element_size() // ALIGNED) * ALIGNED for _, _, t in laid]
+        arena = torch.empty(sum(sizes), dtype=torch.uint8, device=laid[0][2].device) if laid else torch.empty(0)
+        native.advise_huge(arena)
+        edits = {site: replace(p, tensors=dict(p.tensors)) for site, p in self.edits.items()}
+        at = 0
+        for (site, name, t), size in zip(laid, sizes, strict=True):
+            place = arena[at : at + t.numel() * t.element_size()].view(t.dtype).view(t.shape).copy_(t)
+            edits[site].tensors[name] = place.T if name == "B" else place  # type: ignore[index]
+            at += size
+        return PackedAdapter(edits, self.prefix, self.kv)
+
 
 class PackList:
     """The packed edits of one kernel at one site, one for each adapter of a mix that has it there."""
@@ -35,6 +56,7 @@ class PackList:
     def __init__(self, items: Sequence[Packed]):
         self.items = items
         self._stacked: dict[str, Tensor] = {}
+        self._addresses: dict[str, tuple[Tensor, Tensor, list[Tensor]]] = {}
 
     def stacked(self, name: str) -> Tensor:
         """[slots, ...], padded with zeros at the end of each dimension to the largest; zeros do nothing."""
@@ -46,6 +68,22 @@ class PackList:
                 row[tuple(slice(n) for n in t.shape)] = t
             self._stacked[name] = out
         return self._stacked[name]
+
+    def addresses(self, name: str, *, transposed: bool = False) -> tuple[Tensor, Tensor]:
+        """(address of each slot's tensor, its first size), int64 and int32, for native kernels. transposed: of the transposed tensor, which
+        `Base.packed` has laid out in that order; others are copied here once."""
+        key = name + "ᵀ" if transposed else name
+        if key not in self._addresses:
+            tensors = [p.tensors[name].T if transposed else p.tensors[name] for p in self.items]
+            kept = [t.contiguous() for t in tensors]
+            table = torch.tensor([t.data_ptr() for t in kept], dtype=torch.int64)
+            self._addresses[key] = table, torch.tensor([t.shape[0] for t in kept], dtype=torch.int32), kept
+        return self._addresses[key][:2]
+
+    @cached_property
+    def lora_parts(self) -> native.LoraParts:
+        """The factors of this site alone, for `ops.native.lora`."""
+        return native.LoraParts([self], [self.items[0].tensors["B"].shape[0]])
 
 
 @dataclass(frozen=True)
@@ -63,6 +101,7 @@ class Mix:
 
     adapters: Sequence[PackedAdapter]
     groups: dict[str, list[Group]] = field(init=False)
+    joined: dict[tuple[str, ...], native.LoraParts | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         found: dict[str, dict[Kernel, list[int]]] = {}
@@ -76,3 +115,13 @@ class Mix:
             ]
             for site, kernels in found.items()
         }
+
+    def lora_parts(self, sites: tuple[str, ...], kernel: Kernel) -> native.LoraParts | None:
+        """The factors of sites that share an input, for one pass over all; None where anything but this kernel runs there, or not for the
+        same members everywhere."""
+        if sites not in self.joined:
+            groups = [self.groups.get(s, []) for s in sites]
+            same = all(len(g) == 1 and g[0].kernel is kernel and g[0].members == groups[0][0].members for g in groups)
+            widths = [g[0].packs.items[0].tensors["B"].shape[0] for g in groups] if same else []
+            self.joined[sites] = native.LoraParts([g[0].packs for g in groups], widths) if same else None
+        return self.joined[sites]

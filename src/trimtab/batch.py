@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trimtab.attention import KVCache, Place, Plan, Run, make_plan
+from trimtab.attention import KVCache, Place, Plan, Run
 from trimtab.bank import Mix
 from trimtab.errors import TrimtabError
 from trimtab.methods.base import Rows, Span
@@ -91,8 +91,8 @@ def make_batch(
     for i in sorted(range(len(pieces)), key=lambda i: pieces[i].member):
         build.add(i, pieces[i], max_positions)
     runs, writes = build.runs, build.writes
-    plan = make_plan([Run(a, b, tuple(_place(k, build.total) for k in keys)) for a, b, keys in runs], device)
-    plan.prefixes, plan.cache = build.prefixes, cache
+    plan = Plan([Run(a, b, tuple(_place(k, build.total) for k in keys)) for a, b, keys in runs], device)
+    plan.prefixes, plan.cache, plan.places = build.prefixes, cache, build.places
     plan.write_T = torch.tensor(writes, device=device) if cache is not None else None
     spans = [Span(a, b, member, (seeds or {}).get(member)) for member, (a, b) in build.spans.items() if member != BASE]
     return Batch(
@@ -121,6 +121,7 @@ class _Layout:
         self.positions: list[Tensor] = []
         self.runs: list[tuple[int, int, list[tuple[str, int, int]]]] = []
         self.writes: list[int] = []
+        self.places: list[Place] = []
         self.where: dict[int, tuple[int, int]] = {}
         self.spans: dict[int, tuple[int, int]] = {}
         self.embeds: list[tuple[int, int, Tensor]] = []
@@ -131,6 +132,7 @@ class _Layout:
         member, n = piece.member, len(piece.ids)
         if self.cache is not None:
             past, keys = piece.past, [("cache", a, b) for a, b in self.cache.runs(piece.slot, 0, piece.past + n)]
+            self.places.append(piece.slot)
             for a, b in self.cache.runs(piece.slot, past, past + n):
                 self.writes.extend(range(a, b))
         else:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_LINE = 2000
+"""Characters of one line of a message: a value from a hostile file may be a megabyte long."""
+
 
 class TrimtabError(Exception):
     """A mistake that the user can mend.
@@ -28,7 +31,7 @@ class TrimtabError(Exception):
         lines = [self.message, *(f"  - {p}" for p in self.problems)]
         if self.fix:
             lines.append(f"fix: {self.fix}")
-        return "\n".join(lines)
+        return "\n".join(line if len(line) <= MAX_LINE else line[: MAX_LINE - 1] + "…" for line in "\n".join(lines).split("\n"))
 
 
 class ConfigError(TrimtabError):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from trimtab import ops
-from trimtab.attention import Run, attend, make_plan, refuse_unknown
+from trimtab.attention import Plan, Run, attend, refuse_unknown
 
 LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3")
 Forward = Callable[..., Any]
@@ -109,7 +109,7 @@ def _agrees(module: Any, fast: Forward) -> bool:
     if hasattr(module, "q_proj"):
         angle = torch.rand(1, 5, module.head_dim // 2, generator=generator, device=weight.device).repeat(1, 1, 2)
         inputs = {"position_embeddings": (angle.cos().to(weight.dtype), angle.sin().to(weight.dtype)), "attention_mask": None}
-        inputs["trimtab_plan"] = make_plan([Run(0, 3, ((0, 3),)), Run(3, 5, ((3, 5),))], weight.device)
+        inputs["trimtab_plan"] = Plan([Run(0, 3, ((0, 3),)), Run(3, 5, ((3, 5),))], weight.device)
     width = weight.shape[-1] if weight.dim() > 1 else len(weight)
     x = random(1, 5, width)
     ours, theirs = (f(x, **inputs) for f in (fast, module.forward))

@@ -74,7 +74,7 @@ class Base:
         """The adapter packed for inference, kept as long as the adapter lives. An embedded prefix gets its keys and values here, once."""
         if adapter not in self._packed:
             with torch.no_grad():
-                packed = self.attached.pack(adapter.method, dict(adapter.params), adapter.sites)
+                packed = self.attached.pack(adapter.method, dict(adapter.params), adapter.sites).for_inference()
                 if packed.prefix is not None and packed.prefix.embeds_NH is not None:
                     packed.kv = self._prefix_kv(packed)
             self._packed[adapter] = packed

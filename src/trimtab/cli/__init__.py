@@ -23,7 +23,11 @@ COMMANDS = {
     "compare": "Several runs side by side: what each variant costs and scores.",
     "generate": "Answer a prompt with the base or an adapter.",
     "chat": "Talk to the base or an adapter.",
+    "export": "Write an adapter as another program wants it: peft, vLLM, llama.cpp, or merged.",
     "merge": "Fold an adapter into the base's weights: an ordinary model folder.",
+    "tenants": "Who may use a server: tenants, their API keys, what they have used.",
+    "adapters": "Publish adapters into the store by name and version; list, compare, move and remove them.",
+    "store": "The folder in which published adapters are kept: make, verify, clean it.",
 }
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, sampling_options
+from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, sampling_options, store_option
 
 
 @click.command()
 @base_option
-@click.option("--adapter", help="An adapter's folder; the base itself where none is given.")
+@click.option("--adapter", help="An adapter's folder, or its name in the store; the base itself where none is given.")
+@store_option
 @click.option("--system", help="A system message before the conversation.")
 @sampling_options
 @dtype_option
@@ -19,6 +21,7 @@ from trimtab.cli.options import base_option, device_option, dtype_option, open_a
 def chat(
     base_name: str,
     adapter: str | None,
+    root: Path | None,
     system: str | None,
     max_new_tokens: int,
     temperature: float,
@@ -38,7 +41,7 @@ def chat(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     base = open_base(base_name, dtype, device)
-    speaker = open_adapter(adapter, base)
+    speaker = open_adapter(adapter, base, root)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     while text := _ask():

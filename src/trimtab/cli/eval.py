@@ -12,7 +12,7 @@ import click
 from rich.table import Table
 
 from trimtab.cli import show
-from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base
+from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, store_option
 from trimtab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +33,10 @@ COLUMNS = {
 @click.command("eval")
 @click.argument("data")
 @base_option
-@click.option("--adapter", "adapters", multiple=True, help="An adapter's folder; give several to judge all in one pass.")
+@click.option(
+    "--adapter", "adapters", multiple=True, help="An adapter's folder, or its name in the store; give several to judge all in one pass."
+)
+@store_option
 @click.option("--labels", help="A classification's labels, as a,b,c; auto: the distinct answers of the rows. Judged by their likelihoods.")
 @click.option("--max-rows", type=click.IntRange(1), help="The first rows only.")
 @click.option("--max-new-tokens", default=96, show_default=True, type=click.IntRange(1), help="Length of an answer at most.")
@@ -49,6 +52,7 @@ def evaluate(
     data: str,
     base_name: str,
     adapters: tuple[str, ...],
+    root: Path | None,
     labels: str | None,
     max_rows: int | None,
     max_new_tokens: int,
@@ -73,7 +77,7 @@ def evaluate(
     if out is not None and out.exists() and any(out.iterdir()):
         raise ConfigError(f"--out {out} is not empty", fix="name another folder, or remove this one")
     base = open_base(base_name, dtype, device)
-    named = {name: open_adapter(folder, base) for name, folder in _names(adapters).items()}
+    named = {name: open_adapter(folder, base, root) for name, folder in _names(adapters).items()}
     held = read_held_out(base, data, _labels(labels), max_rows)
     mix, members = base.mix(list(named.values()))
     field = [Contestant(name, member, not no_generate) for name, member in zip(["base", *named], [BASE, *members], strict=True)]

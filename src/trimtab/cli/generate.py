@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
 
-from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, sampling_options
+from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, sampling_options, store_option
 
 
 @click.command()
@@ -16,8 +17,9 @@ from trimtab.cli.options import base_option, device_option, dtype_option, open_a
     "--adapter",
     "adapters",
     multiple=True,
-    help="An adapter's folder; give several to hear each, in one mixed batch. 'base' is the base itself.",
+    help="An adapter's folder, or its name in the store; give several to hear each, in one mixed batch. 'base' is the base itself.",
 )
+@store_option
 @click.option("--system", help="A system message before the prompt.")
 @sampling_options
 @dtype_option
@@ -27,6 +29,7 @@ def generate(
     prompts: tuple[str, ...],
     base_name: str,
     adapters: tuple[str, ...],
+    root: Path | None,
     system: str | None,
     max_new_tokens: int,
     temperature: float,
@@ -42,6 +45,7 @@ def generate(
     \b
     Example:
       trimtab generate --adapter examples/runs/desks/adapters/support-lora "How do I cancel an invoice?"
+      trimtab generate --adapter base --adapter acme/support@2 "How do I cancel an invoice?"
 
     Every prompt and every adapter run in one mixed batch.
     """
@@ -50,7 +54,7 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     base = open_base(base_name, dtype, device)
     names = list(adapters) or ["base"]
-    loaded = {n: open_adapter(None if n == "base" else n, base) for n in names}
+    loaded = {n: open_adapter(None if n == "base" else n, base, root) for n in names}
     asked = [(p, n) for p in prompts for n in names]
     ids = base.generate_ids([base.encode_prompt(p, system) for p, _ in asked], [loaded[n] for _, n in asked], sampling)
     texts = [base.tokenizer.decode(i, skip_special_tokens=True) for i in ids]

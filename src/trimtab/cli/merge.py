@@ -8,18 +8,20 @@ from pathlib import Path
 
 import click
 
-from trimtab.cli.options import base_option, device_option, dtype_option, open_base
+from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, store_option
 
 
 @click.command()
 @click.argument("adapter")
 @click.argument("folder", type=click.Path(path_type=Path))
 @base_option
+@store_option
 @dtype_option
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def merge(adapter: str, folder: Path, base_name: str, dtype: str | None, device: str | None, as_json: bool) -> None:
-    """Fold ADAPTER into the base's weights and write an ordinary model folder to FOLDER. The merged model is reloaded and compared first.
+def merge(adapter: str, folder: Path, base_name: str, root: Path | None, dtype: str | None, device: str | None, as_json: bool) -> None:
+    """Fold ADAPTER (its folder, or its name in the store) into the base's weights and write an ordinary model folder to FOLDER. The merged
+    model is reloaded and compared first.
 
     \b
     Example:
@@ -29,9 +31,9 @@ def merge(adapter: str, folder: Path, base_name: str, dtype: str | None, device:
     base and adapter. The relative difference says how much: 0.01 is a hundredth of what logits vary by. Above what rounding explains, the
     merge is refused and nothing is written.
     """
-    from trimtab.store import Adapter
-
-    report = Adapter.load(adapter, open_base(base_name, dtype, device)).merge_into(folder)
+    loaded = open_adapter(adapter, open_base(base_name, dtype, device), root)
+    assert loaded is not None
+    report = loaded.merge_into(folder)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report) | {"folder": str(report.folder)}))
         return

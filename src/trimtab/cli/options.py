@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +17,14 @@ base_option = click.option(
 )
 dtype_option = click.option("--dtype", help="float32, bfloat16 or float16; by default what the hardware multiplies natively.")
 device_option = click.option("--device", help="cpu, cuda, cuda:1, …; by default CUDA where there is one.")
+
+
+store_option = click.option(
+    "--store",
+    "root",
+    type=click.Path(path_type=Path),
+    help="The store's folder, instead of $TRIMTAB_STORE or ~/.local/share/trimtab/store.",
+)
 
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,8 +47,8 @@ def open_base(name: str, dtype: str | None, device: str | None) -> Base:
     return load_base(name, dtype=dtype, device=device)
 
 
-def open_adapter(name: str | None, base: Base) -> Adapter | None:
-    """Load an adapter; None stands for the base itself."""
+def open_adapter(name: str | None, base: Base, root: Path | None = None) -> Adapter | None:
+    """Load an adapter from its folder, or by its name from the store at `root`; None stands for the base itself."""
     from trimtab.store import Adapter
 
-    return None if name is None else Adapter.load(name, base)
+    return None if name is None else Adapter.load(name, base, store=root)

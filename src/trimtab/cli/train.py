@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from trimtab.cli import show
+from trimtab.cli.options import store_option
 
 if TYPE_CHECKING:
     from trimtab.train.interrupt import Stop
@@ -28,9 +29,10 @@ SHOW_CURSOR = "\x1b[?25h"  # rich hides it; a second signal leaves no time to br
 @click.argument("run_file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder, instead of the run file's `out`; from the current folder.")
 @click.option("--resume", is_flag=True, help="Go on from the newest good checkpoint in the run folder.")
+@store_option
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json at the end, and no progress.")
 @click.pass_context
-def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, as_json: bool) -> None:
+def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, root: Path | None, as_json: bool) -> None:
     """Train every variant of RUN_FILE together on one frozen base, score it beside the base on the test rows, and save it.
 
     \b
@@ -39,7 +41,8 @@ def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, as
       trimtab train examples/desks.yaml --resume
 
     The run folder holds adapters/<variant>/ (peft's format), checkpoints/, metrics.jsonl, predictions/, summary.json and report.html; `out`
-    starts at the run file's folder, so that of the example is examples/runs/desks. `trimtab check` says beforehand what a run would do.
+    starts at the run file's folder, so that of the example is examples/runs/desks. With `store: acme` in the run file its adapters are
+    published as acme/<variant>. `trimtab check` says beforehand what a run would do.
     Ctrl-C or SIGTERM ends a run after the current step, with a checkpoint (exit code 130 or 143); a second one ends it at once.
     """
     from trimtab.train import RunConfig, train
@@ -52,11 +55,11 @@ def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, as
     stop = Stop()
     try:
         with stopping(stop), show.listener(quiet=as_json) as listener:
-            report = train(run, listener=listener, resume=resume, stop=stop)
+            report = train(run, listener=listener, resume=resume, stop=stop, store=root)
     except Interrupted as e:
         saved = steps_of(run.out)[:1]
         click.echo(f"{e}; {f'saved in {saved[0]}' if saved else 'nothing was saved yet'}", err=True)
-        tell_how_to_resume("train", run_file, out)
+        tell_how_to_resume("train", run_file, out, root)
         ctx.exit(e.exit_code)
     if as_json:
         click.echo(json.dumps(report.summary, indent=1))
@@ -69,11 +72,14 @@ def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, as
         highlight=False,
     )
     console.print(f"saved in {report.out}: adapters/, metrics.jsonl, summary.json, report.html", highlight=False, soft_wrap=True)
+    if published := [v["published"] for v in s["variants"].values() if "published" in v]:
+        console.print(f"published: {', '.join(published)}", highlight=False, markup=False, soft_wrap=True)
 
 
-def tell_how_to_resume(command: str, file: Path, out: Path | None) -> None:
+def tell_how_to_resume(command: str, file: Path, out: Path | None, root: Path | None = None) -> None:
     """Print the command that goes on where an interrupted one has stopped."""
-    again = ["trimtab", command, str(file), *(["--out", str(out)] if out is not None else []), "--resume"]
+    again = ["trimtab", command, str(file), *(["--out", str(out)] if out is not None else [])]
+    again += [*(["--store", str(root)] if root is not None else []), "--resume"]
     click.echo(f"go on with: {shlex.join(again)}", err=True)
 
 

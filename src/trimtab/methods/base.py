@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Protocol, Self, get_type_hints
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -69,6 +70,10 @@ class Span:
     seed: int | None = None
 
 
+SHORT_SPAN = 8
+"""Spans of at most so many rows run row by row in native kernels; longer ones are worth a matmul of their own."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """Which rows an edit touches: disjoint spans in ascending order. total: all rows of the batch, touched or not."""
@@ -85,6 +90,18 @@ class Rows:
         if last - first == len(slots):
             return slice(first, last), slots
         return torch.tensor([i for s in self.spans for i in range(s.start, s.stop)], device=self.device), slots
+
+    @cached_property
+    def by_row(self) -> tuple[Tensor | None, tuple[Span, ...]]:
+        """(slot of every row of the batch, int32, -1 for rows of no short span; None without one, the spans longer than SHORT_SPAN)."""
+        short = [s for s in self.spans if s.stop - s.start <= SHORT_SPAN]
+        long = tuple(s for s in self.spans if s.stop - s.start > SHORT_SPAN)
+        if not short:
+            return None, long
+        slots = np.full(self.total, -1, dtype=np.int32)
+        for s in short:
+            slots[s.start : s.stop] = s.slot
+        return torch.from_numpy(slots), long
 
 
 @dataclass(frozen=True)
@@ -117,6 +134,8 @@ class Packs(Protocol):
     items: Sequence[Packed]
 
     def stacked(self, name: str) -> Tensor: ...
+    @property
+    def lora_parts(self) -> Any: ...
 
 
 class Kernel(Protocol):

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.ops import native
+
 GATHER_ROWS_PER_SPAN = 4
 """Gather instead of looping where spans are this short on average: one bmm then beats many tiny matmuls."""
 
@@ -58,6 +60,8 @@ def by_span(y: Tensor, rows: Any, edit: Callable[[Any], Tensor]) -> Tensor:
 
 def lora(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
     """y = base(x) + (x Aᵀ) Bᵀ on each span; A [R, I], B [O, R] with the scaling folded in. The product BA is never formed."""
+    if native.available(x_TI):
+        return _lora_native(x_TI, base(x_TI), packs, rows)
     if gathers(rows):
         y_TO = base(x_TI)
         where, slots = rows.touched
@@ -66,6 +70,17 @@ def lora(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
         return y_TO
     factors = [t for p in packs.items for t in (p.tensors["A"], p.tensors["B"])]
     return _LoraSpans.apply(x_TI, None if base.plain else base(x_TI), base, rows, tuple(p.dropout for p in packs.items), *factors)
+
+
+def _lora_native(x_TI: Tensor, y_TO: Tensor, packs: Any, rows: Any) -> Tensor:
+    """Short spans row by row, long ones as matmuls; y is added to in place."""
+    slot_T, long = rows.by_row
+    if slot_T is not None:
+        native.lora(x_TI, y_TO, slot_T, packs.lora_parts)
+    for span in long:
+        tensors = packs.items[span.slot].tensors
+        y_TO[span.start : span.stop].addmm_(x_TI[span.start : span.stop] @ tensors["A"].T, tensors["B"].T)
+    return y_TO
 
 
 class _LoraSpans(torch.autograd.Function):

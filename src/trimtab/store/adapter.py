@@ -12,8 +12,10 @@ from torch import Tensor
 from trimtab.errors import ConfigError
 from trimtab.methods import METHODS
 from trimtab.methods.base import Method, Site
-from trimtab.store.folder import read_folder, write_folder
+from trimtab.store.folder import read_folder, read_opened, write_folder
 from trimtab.store.merge import MergeReport, merge_into
+from trimtab.store.names import NoSuchAdapter, is_reference
+from trimtab.store.registry import Store, Version
 
 if TYPE_CHECKING:
     from trimtab.model import Base
@@ -44,17 +46,28 @@ class Adapter:
         return cls(base, method, params)
 
     @classmethod
-    def load(cls, folder: str | Path, base: Base) -> Adapter:
-        """Load an adapter folder, ours or peft's, onto a base. AdapterError with every finding where it is not there or is refused."""
-        method, params, info, verified = read_folder(folder, base)
+    def load(cls, source: str | Path, base: Base, *, store: str | Path | Store | None = None) -> Adapter:
+        """Load an adapter onto a base: from a folder, ours or peft's, or from a store, named as "acme/support@3".
+
+        A folder that is there is taken before a name. store: the store or its folder, `default_root()` where None. AdapterError with every
+        finding where it is not there or is refused.
+        """
+        if is_reference(source):
+            where, version = _find(str(source), store)
+            with where.open(version) as folder:
+                method, params, info, verified = read_opened(folder, base, f"adapter {version.ref}")
+        else:
+            method, params, info, verified = read_folder(source, base)
         return cls(base, method, {k: t.to(base.device) for k, t in params.items()}, info=info, verified=verified)
 
-    def save(self, folder: str | Path, run: Mapping[str, Any] | None = None) -> Path:
-        """Write peft's two files and trimtab.json; an adapter that is there already is replaced in one step. Returns the folder.
+    def save(self, folder: str | Path, run: Mapping[str, Any] | None = None, *, dtype: str = "float32") -> Path:
+        """Write peft's two files, trimtab.json and a card; an adapter that is there already is replaced in one step. Returns the folder.
 
-        run: what to record of how it was trained (settings, metrics, the data's digest). AdapterError where the folder holds other files.
+        run: what to record of how it was trained (settings, metrics, the data's digest). dtype: what the tensors are stored in, float32,
+        bfloat16 or float16; loading gives fp32 tensors with the rounded values (`store.compress.rounding_error` says what that costs).
+        AdapterError where the folder holds other files, or values do not fit the dtype.
         """
-        return write_folder(folder, self.method, self.params, self.base, run)
+        return write_folder(folder, self.method, self.params, self.base, run, dtype)
 
     def merge_into(self, folder: str | Path) -> MergeReport:
         """Write the base with this adapter folded into its weights as a model folder; NotMergeable, nothing left, where that cannot be."""
@@ -64,3 +77,12 @@ class Adapter:
     def num_parameters(self) -> int:
         """How many numbers train."""
         return sum(t.numel() for t in self.params.values())
+
+
+def _find(text: str, store: str | Path | Store | None) -> tuple[Store, Version]:
+    try:
+        found = store if isinstance(store, Store) else Store(store)
+        return found, found.resolve(text)
+    except NoSuchAdapter as error:
+        message = f"adapter {text!r}: no such folder (looked for {Path(text).absolute()}), and {error.message}"
+        raise NoSuchAdapter(message, fix=error.fix) from error

@@ -37,7 +37,9 @@ PLAIN_NAME = re.compile(r"[\w./@:~-]{1,200}", re.ASCII)
 
 def make_card(method: Method, note: Mapping[str, Any], sites: Sequence[Site], weights_bytes: int) -> bytes:
     """The card of an adapter. note: trimtab.json's content. sites: those of its tensors. weights_bytes: of adapter_model.safetensors."""
-    body = "\n".join([*_front_matter(method, note), *_facts(method, note, sites, weights_bytes), *_scores(note), *_uses(method, note, sites)])
+    body = "\n".join(
+        [*_front_matter(method, note), *_facts(method, note, sites, weights_bytes), *_scores(note), *_uses(method, note, sites)]
+    )
     data = (body.rstrip() + "\n\n").encode("utf-8", "replace")
     return data + MARK.format(hashlib.sha256(data).hexdigest()).encode()
 
@@ -95,18 +97,19 @@ def _scores(note: Mapping[str, Any]) -> Iterator[str]:
     if not own:
         return
     rows = _mapping(run.get("metrics")).get("rows")
-    yield f"\n## Scores on {f'{rows:,} ' if _number(rows) else ''}held-out rows\n"
+    yield f"## Scores on {f'{rows:,} ' if _number(rows) else ''}held-out rows\n"
     yield from ("| score | base | with this adapter |", "|---|---:|---:|") if base else ("| score | value |", "|---|---:|")
     for name, value in own.items():
         before = ([f"{base[name]:.6g}"] if name in base else ["–"]) if base else []
         yield f"| {' | '.join([_span(name), *before, f'{value:.6g}'])} |"
+    yield ""
 
 
 def _uses(method: Method, note: Mapping[str, Any], sites: Sequence[Site]) -> Iterator[str]:
     """How to load it, and what it cannot do."""
     name = _base_name(note)
     shown = name if name and PLAIN_NAME.fullmatch(name) else "BASE"
-    yield "\n## Use\n"
+    yield "## Use\n"
     yield "`FOLDER` is this folder. trimtab loads it on the base with the fingerprint above and refuses any other base, tokenizer or chat"
     yield "template.\n"
     yield from _block("bash", f'trimtab generate --base {shlex.quote(shown)} --adapter FOLDER "…"')

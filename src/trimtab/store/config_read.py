@@ -7,10 +7,14 @@ by name: an adapter that loads computes what it computed where it was trained.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from trimtab.errors import AdapterError, ConfigError, nearest
 from trimtab.methods import METHODS, IA3Config, LoraConfig, Method, PrefixTuningConfig, PromptTuningConfig
@@ -43,9 +47,7 @@ def method_from_config(config: Mapping[str, Any], spec: Spec, where: str) -> Met
     """The method that an adapter_config.json asks for. AdapterError, with every finding, where it asks for what trimtab does not have."""
     kind = config.get("peft_type")
     if kind is None and "config" in config:
-        fix = (
-            "AdapterHub's adapters use other names and shapes: train anew with method: bottleneck, or convert the adapter to peft's format"
-        )
+        fix = "trimtab adapters import FOLDER TARGET carries it over where trimtab has the same mathematics"
         raise AdapterError(
             f"{where}: adapter_config.json is one of AdapterHub's `adapters` package (version {config.get('version')!r}), not peft's",
             fix=fix,
@@ -62,7 +64,7 @@ def method_from_config(config: Mapping[str, Any], spec: Spec, where: str) -> Met
     problems = [
         f"{key} = {_short(value)} is not supported" for key, value in config.items() if key not in known_keys and not _neutral(value)
     ]
-    problems += _text_problems(config, fields)
+    problems += _text_problems(config, fields) or type_problems(cls, {k: config[k] for k in config if k in fields})
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         problems.append(f"task_type = {config['task_type']!r}: only CAUSAL_LM adapters are supported")
     problems += _CHECKS.get(kind, lambda config, spec: [])(config, spec)
@@ -72,6 +74,26 @@ def method_from_config(config: Mapping[str, Any], spec: Spec, where: str) -> Met
         except ConfigError as error:
             problems = list(error.problems) or [error.message]
     raise AdapterError(f"{where}: adapter_config.json cannot be used", problems=problems)
+
+
+def type_problems(cls: type[Method], fields: Mapping[str, Any]) -> list[str]:
+    """Fields whose JSON value is not of the field's own type, one line each. A run file may say "8" for 8; of a file that other programs
+    read too, each would make something else of "no" for a switch, or of true for a scaling."""
+    problems, kind = [], cast(Any, cls)  # dataclasses have a __hash__ that type checkers do not see
+    for name, types in _json_types(kind).items():
+        if fields.get(name) is not None:
+            try:
+                types.validate_json(json.dumps(fields[name]), strict=True)
+            except ValidationError as error:
+                reasons = "; ".join(dict.fromkeys(e["msg"] for e in error.errors()[:3]))
+                problems.append(f"{name} = {_short(fields[name])}: {reasons}")
+    return problems
+
+
+@lru_cache
+def _json_types(cls: type[Method]) -> dict[str, TypeAdapter]:
+    hints = get_type_hints(cls)
+    return {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(cls)}
 
 
 def _neutral(value: Any) -> bool:

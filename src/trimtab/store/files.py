@@ -106,10 +106,11 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
     """One JSON object. Refusal on anything else, on a key that is there twice, on NaN and Infinity, on nesting too deep."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if twice:
-            raise Refusal(f"{name} has the key {twice[0]!r} more than once")
-        return dict(pairs)
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise Refusal(f"{name} has the key {twice!r} more than once")
+        return found
 
     def constant(text: str) -> Any:
         raise Refusal(f"{name} holds {text}, which is not JSON")

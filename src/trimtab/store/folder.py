@@ -17,8 +17,9 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as format_tensors
 from torch import Tensor
 
-from trimtab.errors import AdapterError, ConfigError
-from trimtab.methods import Method
+from trimtab.bases.load import DTYPES
+from trimtab.errors import AdapterError, ConfigError, nearest
+from trimtab.methods import METHODS, Method
 from trimtab.methods.base import Site
 from trimtab.store.card import CARD, is_untouched, make_card
 from trimtab.store.config_read import method_from_config
@@ -27,7 +28,7 @@ from trimtab.store.files import Folder, Refusal, open_folder, read_exactly
 from trimtab.store.header import Entry, read_header
 from trimtab.store.note import fit_problems, make_note, method_of, recorded_fingerprint
 from trimtab.store.staging import staged
-from trimtab.store.tensors import copies_of_base, expected, file_key, layout_problems, value_problems
+from trimtab.store.tensors import PREFIX, copies_of_base, expected, file_key, layout_problems, value_problems
 
 if TYPE_CHECKING:
     from trimtab.model import Base
@@ -40,18 +41,24 @@ T = TypeVar("T")
 
 
 def write_folder(
-    target: str | Path, method: Method, params: Mapping[str, Tensor], base: Base, run: Mapping[str, Any] | None = None
+    target: str | Path,
+    method: Method,
+    params: Mapping[str, Tensor],
+    base: Base,
+    run: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
 ) -> Path:
     """Write an adapter as peft's folder plus trimtab.json and a card, in one step: a whole folder is there, or what was there before.
 
-    Training-time aids are folded away first. AdapterError where values are not finite or the target holds other files, a README.md that
-    trimtab did not write or that was edited among them.
+    Training-time aids are folded away first, and values rounded to dtype. AdapterError where values are not finite, do not fit the dtype,
+    or the target holds other files, a README.md that trimtab did not write or that was edited among them.
     """
     method, params = method.export(params)
     sites = method.sites(base.spec)
     tensors = {file_key(s, t): params[s.key(t)].detach().to("cpu", torch.float32).contiguous() for s in sites for t in s.shapes}
     where = f"cannot save {target}"
     _refuse(where, value_problems(tensors, {}, base, edits=False), fix="train again from the last good checkpoint")
+    tensors = _rounded(tensors, dtype, where)
     config = config_from_method(method, sites, base.spec, base.name or (str(base.path) if base.path else None))
     files = {
         CONFIG: json.dumps(dict(sorted(config.items())), indent=2).encode() + b"\n",
@@ -67,23 +74,35 @@ def write_folder(
     return Path(target)
 
 
+def _rounded(tensors: Mapping[str, Tensor], dtype: str, where: str) -> dict[str, Tensor]:
+    if dtype not in DTYPES:
+        raise ConfigError(f"{where}: dtype = {dtype!r}{nearest(dtype, DTYPES)}", fix=f"one of {', '.join(DTYPES)}")
+    rounded = {name: t.to(DTYPES[dtype]) for name, t in tensors.items()}
+    problems = [f"{name} has values that do not fit {dtype}" for name, t in rounded.items() if not bool(torch.isfinite(t).all())]
+    problems += [f"{name} would be all zero in {dtype}" for name, t in rounded.items() if tensors[name].any() and not t.any()]
+    _refuse(where, problems, fix="store it as float32 or bfloat16")
+    return rounded
+
+
 def read_folder(path: str | Path, base: Base) -> tuple[Method, dict[str, Tensor], dict[str, Any], bool]:
     """(method, tensors by `Site.key` in fp32 on the CPU, trimtab.json's content, whether that vouches for the folder on this base).
 
     AdapterError, with every finding, where anything is missing, left over, damaged, hostile, made for another base or not supported.
     """
-    where = f"adapter {str(path)!r}"
     with open_folder(path) as folder:
-        config, config_bytes, note = _read_json(folder, where)
-        if note is not None:
-            _refuse(
-                f"{where} does not fit this base",
-                fit_problems(note, base),
-                fix="load it on the base, tokenizer and template of its training",
-            )
-        method = _method(config, note, base, where)
-        sites = _sites(method, base, where)
-        tensors, copies, digest = _read_tensors(folder, sites, base, where)
+        return read_opened(folder, base, f"adapter {str(path)!r}")
+
+
+def read_opened(folder: Folder, base: Base, where: str) -> tuple[Method, dict[str, Tensor], dict[str, Any], bool]:
+    """`read_folder` for a folder that is open, or that a store keeps as blobs. where: what errors call the adapter."""
+    config, config_bytes, note = _read_json(folder, where)
+    if note is not None:
+        _refuse(
+            f"{where} does not fit this base", fit_problems(note, base), fix="load it on the base, tokenizer and template of its training"
+        )
+    method = _method(config, note, base, where)
+    sites = _sites(method, base, where)
+    tensors, copies, digest = _read_tensors(folder, sites, base, where)
     if note is not None:
         _refuse(
             f"{where} is not what was saved", _damage(note, {CONFIG: _digest(config_bytes), WEIGHTS: digest}), fix="fetch or copy it anew"
@@ -91,6 +110,36 @@ def read_folder(path: str | Path, base: Base) -> tuple[Method, dict[str, Tensor]
     _refuse(f"{where} is refused", value_problems(tensors, copies, base, edits=bool(sites[0].name)))
     params = {key: tensors[name].float() for name, (key, _) in expected(sites).items()}
     return method, params, note or {}, note is not None and recorded_fingerprint(note) == (base.fingerprint or None)
+
+
+def survey(folder: Folder, where: str) -> tuple[dict[str, Any], dict[str, Any] | None, list[Entry]]:
+    """(adapter_config.json, trimtab.json, the weights' entries) of an adapter whose base is not at hand, checked as far as that goes.
+
+    AdapterError, with every finding, where no base would accept it: damaged or hostile files, other methods, values that are not finite.
+    """
+    config, config_bytes, note = _read_json(folder, where)
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in METHODS:
+        fix = f"methods there are: {', '.join(METHODS)}"
+        raise AdapterError(f"{where}: peft_type = {str(kind)[:80]!r} is not a method that trimtab has", fix=fix)
+    if note is not None and _noted_method(note, where).peft_type != kind:
+        raise AdapterError(f"{where}: adapter_config.json and trimtab.json describe different adapters", fix="fetch or copy it anew")
+
+    def read() -> tuple[list[Entry], bytes]:
+        with folder.open(WEIGHTS) as (file, size):
+            entries, head = read_header(file, size, WEIGHTS)
+            return entries, head + read_exactly(file, _data_bytes(entries), WEIGHTS)
+
+    entries, data = _collected(read, where)
+    if note is not None:
+        found = {CONFIG: _digest(config_bytes), WEIGHTS: _digest(data)}
+        _refuse(f"{where} is not what was saved", _damage(note, found), fix="fetch or copy it anew")
+    tensors = parse_tensors(data)
+    problems = [f"{n} has values that are not finite" for n, t in tensors.items() if not bool(torch.isfinite(t).all())]
+    if any(name.startswith(PREFIX) for name in tensors) and not any(bool(t.any()) for t in tensors.values()):
+        problems.append(f"all {len(tensors)} tensors are zero: the adapter does nothing")
+    _refuse(f"{where} is refused", problems)
+    return config, note, entries
 
 
 def _read_json(folder: Folder, where: str) -> tuple[dict[str, Any], bytes, dict[str, Any] | None]:
@@ -121,13 +170,19 @@ def _method(config: Mapping[str, Any], note: Mapping[str, Any] | None, base: Bas
     described = method_from_config(config, base.spec, where)
     if note is None:
         return described
-    try:
-        method = method_of(note, where)
-    except ConfigError as error:
-        raise AdapterError(error.message, problems=error.problems, fix=error.fix) from error
-    if described.peft_type != method.peft_type or _sites(described, base, where) != _sites(method, base, where):
+    method = _noted_method(note, where)
+    same = described.peft_type == method.peft_type and _sites(described, base, where) == _sites(method, base, where)
+    # where peft has the method, its other spellings of one thing are seen at the sites; else the config holds the very fields
+    if not same or not (method.in_peft or described == method):
         raise AdapterError(f"{where}: adapter_config.json and trimtab.json describe different adapters", fix="fetch or copy it anew")
     return method
+
+
+def _noted_method(note: Mapping[str, Any], where: str) -> Method:
+    try:
+        return method_of(note, where)
+    except ConfigError as error:
+        raise AdapterError(error.message, problems=error.problems, fix=error.fix) from error
 
 
 def _sites(method: Method, base: Base, where: str) -> list[Site]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def merge_into(adapter: Adapter, folder: str | Path) -> MergeReport:
     sites = method.sites(base.spec)
     _refuse_unmergeable(method, sites)
     with staged(folder) as work, quiet_transformers():
-        model = _fresh_copy(base)
+        model = fresh_copy(base)
         untied = _untie(model, base, sites)
         for site in sites:
             tensors = {t: params[site.key(t)].detach().cpu() for t in site.shapes}
@@ -92,7 +93,7 @@ def _refuse_unmergeable(method: Method, sites: list[Site]) -> None:
         raise NotMergeable(f"{method.name} adapters cannot be merged into the base")
 
 
-def _fresh_copy(base: Base) -> Any:
+def fresh_copy(base: Base) -> Any:
     """The base's weights once more, on the CPU, as they are stored; without hosts. A base that has no folder is copied as it is loaded."""
     if base.path is not None:
         return AutoModelForCausalLM.from_pretrained(
@@ -152,12 +153,25 @@ def _difference(adapter: Adapter, folder: Path) -> tuple[float, float]:
         folder, dtype=base.dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
     )
     merged = Base(model.to(base.device).eval().requires_grad_(False), base.tokenizer)
+    return apart(merged.logits(probes(base)), probed(adapter))
+
+
+def probes(base: Base) -> list[list[int]]:
+    """Sequences of token ids on which two ways of computing an adapter are compared."""
     generator = torch.Generator().manual_seed(0)
     lengths = [min(n, base.spec.max_positions) for n in PROBE_LENGTHS]
-    sequences = [torch.randint(base.spec.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    base.forget(adapter)  # its tensors may have changed since it was packed
-    theirs = torch.cat(base.logits(sequences, adapters=[adapter] * len(sequences))).float()
-    ours = torch.cat(merged.logits(sequences)).float()
-    spread = float(theirs.std()) or 1.0
-    apart = ours - theirs
-    return float(apart.abs().max()), float(apart.square().mean().sqrt()) / spread
+    return [torch.randint(base.spec.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def probed(adapter: Adapter) -> list[Tensor]:
+    """The logits of base and adapter on the probes, from the adapter's tensors as they are now."""
+    sequences = probes(adapter.base)
+    adapter.base.forget(adapter)  # its tensors may have changed since it was packed
+    return adapter.base.logits(sequences, adapters=[adapter] * len(sequences))
+
+
+def apart(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[float, float]:
+    """(largest, RMS relative to the spread of `theirs`) difference of the logits of several sequences."""
+    wanted = torch.cat(list(theirs)).float()
+    difference = torch.cat(list(ours)).float() - wanted
+    return float(difference.abs().max()), float(difference.square().mean().sqrt()) / (float(wanted.std()) or 1.0)

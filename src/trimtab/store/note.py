@@ -12,6 +12,7 @@ from trimtab import __version__
 from trimtab.bases import template_digest, tokenizer_digest
 from trimtab.errors import AdapterError
 from trimtab.methods import METHODS, Method
+from trimtab.store.config_read import type_problems
 
 if TYPE_CHECKING:
     from trimtab.model import Base
@@ -68,6 +69,8 @@ def method_of(note: Mapping[str, Any], where: str) -> Method:
         raise AdapterError(
             f"{where}: trimtab.json names no method that trimtab has (peft_type = {kind!r})", fix=f"methods there are: {', '.join(METHODS)}"
         )
+    if problems := type_problems(METHODS[kind], fields):
+        raise AdapterError(f"{where}: trimtab.json cannot be used", problems=problems, fix="fetch or copy the adapter anew")
     return METHODS[kind].from_dict(fields, where=f"{where}: trimtab.json")
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from trimtab.data import Source, has_bleu, parse_sources
 from trimtab.errors import ConfigError, nearest
 from trimtab.methods import BY_NAME, Method
+from trimtab.store.names import RULE, is_word
 from trimtab.train.runfile import explain, read_yaml, unknown_keys
 from trimtab.train.sinks import missing
 
@@ -118,7 +119,15 @@ class RunConfig(_Strict):
         100, ge=1, description="joint steps between checkpoints, and one at the end; None: only on a signal"
     )
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay; older ones are removed")
+    store: str | None = Field(None, description="publish the trained adapters to the store, as <this namespace>/<variant>; None: not")
     root: Path = Path()
+
+    @field_validator("store")
+    @classmethod
+    def _namespace(cls, store: str | None) -> str | None:
+        if store is not None and not is_word(store):
+            raise ValueError(f"not a namespace: {RULE}")
+        return store
 
     @field_validator("track")
     @classmethod

@@ -101,10 +101,12 @@ def note_scores(prepared: Prepared, adapters: dict[str, Adapter], scored: Scores
 
 def _provenance(prepared: Prepared, v: Variant, scored: Scores) -> dict[str, Any]:
     """What trimtab.json says of how an adapter came to be."""
-    metrics = {k: x for k, x in scored.get(v.config.data, {}).get(v.name, {}).items() if k not in ("samples", "predictions")}
+    scores = scored.get(v.config.data, {})
+    metrics, before = ({k: x for k, x in scores.get(n, {}).items() if k not in ("samples", "predictions")} for n in (v.name, "base"))
     options = v.config.options.model_dump() | {"lr": v.config.lr, "seed": v.seed}
     digest = prepared.data[v.config.data].train.digest
-    return {"variant": v.name, "options": options, "steps": v.progress.step, "data_digest": digest, "metrics": metrics}
+    told = {"metrics": metrics, "base_metrics": before}
+    return {"variant": v.name, "options": options, "steps": v.progress.step, "data_digest": digest} | told
 
 
 def summarise(prepared: Prepared, scored: Scores, sizes: dict[str, int], seconds: float, fingerprints: dict[str, str]) -> dict[str, Any]:

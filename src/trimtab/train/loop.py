@@ -15,6 +15,7 @@ from trimtab import bases
 from trimtab.methods import FullConfig
 from trimtab.model import Base, load_base
 from trimtab.store import Adapter
+from trimtab.store.registry import Store
 from trimtab.train.config import RunConfig
 from trimtab.train.finish import adapter_of, evaluate, note_scores, save, summarise, test_rows
 from trimtab.train.full import FullVariant
@@ -25,6 +26,7 @@ from trimtab.train.keeper import Keeper
 from trimtab.train.listen import Listener, Silent
 from trimtab.train.page import write_page
 from trimtab.train.prepare import prepare, warn_of_rows
+from trimtab.train.publish import open_store, publish_variants, refuse_unpublished
 from trimtab.train.report import write_json
 from trimtab.train.resume import find_start, identity, occupied, refuse_changes, settings
 from trimtab.train.sinks import tracking
@@ -52,20 +54,23 @@ def train(
     resume: bool = False,
     stop: Stop | None = None,
     halving: Halving | None = None,
+    store: str | Path | None = None,
 ) -> Report:
     """Train every variant of a run together on one frozen base, score it, save it under the run's `out`.
 
     run: a RunConfig, or a run file's path. base: one that is loaded already. resume: go on from the newest good checkpoint in `out`; a run
     that was interrupted before its first one starts anew, one that has finished is returned as it is. stop: asks a run to end early, which
     it does with a checkpoint and Interrupted. halving: ends the worst variants at its rungs; what it is, is no part of the run file, so one
-    that resumes must be given the same. TrimtabError where the run file, the data, the base or the disk is at fault; nothing is written
-    before all of the former have been read and checked.
+    that resumes must be given the same. store: the folder of the store that a run with `store` publishes to, `default_root()` where None;
+    one that fails at the end costs nothing but the publishing, which a resumed run makes good. TrimtabError where the run file, the data,
+    the base, the store or the disk is at fault; nothing is written into `out` before all of the former have been read and checked.
     """
     run = run if isinstance(run, RunConfig) else RunConfig.load(run)
     listener, stop = listener or Silent(), stop or Stop()
     if resume and (run.out / "summary.json").exists():
-        return finished(run, base, listener)
+        return finished(run, base, listener, store)
     start = find_start(run, resume)
+    target = open_store(run, store)
     if resume:
         listener.status(f"going on after step {start.moment.step}" if start else f"{run.out} holds no checkpoint, so the run starts anew")
     listener.status(f"loading {run.base}")
@@ -93,19 +98,30 @@ def train(
             summary = summarise(prepared, scored, sizes, keeper.seconds, fingerprints) | what
             write_json(run.out / "summary.json", summary)
             write_page([run.out], run.out / "report.html")
+            _publish(run, target, base, summary, listener)
     return Report(run.out, summary, adapters, base)
 
 
-def finished(run: RunConfig, base: Base | None, listener: Listener) -> Report:
-    """The report of a run that has nothing left to do. ConfigError where the run file has changed since."""
+def finished(run: RunConfig, base: Base | None, listener: Listener, store: str | Path | None = None) -> Report:
+    """The report of a run that has nothing left to do but to publish what is not yet. ConfigError where the run file has changed since."""
     summary = json.loads((run.out / "summary.json").read_text(encoding="utf-8"))
     refuse_changes(summary.get("settings", {}), settings(run), f"the run in {run.out} is finished, and its run file has changed since")
     if not (run.out / "report.html").exists():  # killed, or out of disk, after the summary
         write_page([run.out], run.out / "report.html")
     listener.status(f"the run in {run.out} is finished, there is nothing left to do")
     base = base or load_base(run.base, dtype=run.dtype, device=run.device)
+    _publish(run, open_store(run, store), base, summary, listener)
     names = [v.name for v in run.variants if not isinstance(v.method, FullConfig)]
     return Report(run.out, summary, {n: Adapter.load(run.out / "adapters" / n, base) for n in names}, base)
+
+
+def _publish(run: RunConfig, store: Store | None, base: Base, summary: dict[str, Any], listener: Listener) -> None:
+    """Publish what is in the run folder, and say so in summary.json. TrimtabError, with the commands that do it, where that fails."""
+    if store is not None:
+        listener.status(f"publishing to {store.root}")
+        problems = publish_variants(run, store, base, summary, listener)
+        write_json(run.out / "summary.json", summary)
+        refuse_unpublished(run, store, problems)
 
 
 def _steps(keeper: Keeper, validator: Validator, listener: Listener, stop: Stop) -> None:

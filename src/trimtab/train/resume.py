@@ -15,7 +15,7 @@ from trimtab.train.checkpoint import STAGING, Checkpoint, Damaged, clear_staging
 from trimtab.train.config import RunConfig
 from trimtab.train.prepare import Prepared
 
-FREE = {"out", "root", "variants", "checkpoint_every", "keep_checkpoints", "track"}
+FREE = {"out", "root", "variants", "checkpoint_every", "keep_checkpoints", "track", "store"}
 """Keys of a run that a resumed one may change; variants are compared one by one."""
 LEFT_OVER = ("adapters", "checkpoints", "metrics.jsonl", "summary.json.tmp", "tensorboard", "wandb")
 """What a run leaves that was interrupted before its first checkpoint."""

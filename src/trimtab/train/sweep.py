@@ -166,10 +166,11 @@ def _settings(what: Sweep) -> dict[str, Any]:
 
 
 def _part(run: RunConfig, group: Group) -> RunConfig:
-    """A group's run. It has no test rows: whoever is scored on them, and how often, is the leaderboard's business."""
+    """A group's run. It has no test rows: whoever is scored on them, and how often, is the leaderboard's business. It publishes nothing:
+    `store` stands in the winner's run file."""
     variants = [v for v in run.variants if v.name in group.trials]
     data = {n: d.model_copy(update={"test": []}) for n, d in run.data.items()}
-    return run.model_copy(update={"out": run.out / group.folder, "data": data, "variants": variants})
+    return run.model_copy(update={"out": run.out / group.folder, "data": data, "variants": variants, "store": None})
 
 
 # ---- after it ------------------------------------------------------------

@@ -1,0 +1,126 @@
+"""`trimtab adapters list` and `show`"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trimtab.cli.options import store_option
+from trimtab.cli.tables import print_table, shown
+from trimtab.cli.transfer import megabytes
+
+if TYPE_CHECKING:
+    from trimtab.store.registry import Store, Version
+
+
+@click.command("list")
+@click.argument("namespace", required=False)
+@store_option
+@click.option("--json", "as_json", is_flag=True, help="Print one object for each name.")
+def list_names(namespace: str | None, root: Path | None, as_json: bool) -> None:
+    """The newest version of every name, or of those in NAMESPACE.
+
+    \b
+    Example:
+      trimtab adapters list acme
+    """
+    from trimtab.store.registry import Store
+
+    store = Store(root)
+    found = store.list(namespace)
+    if as_json:
+        click.echo(json.dumps([as_dict(v) for v in found], indent=1))
+    elif found:
+        print_table(("adapter", *HEADINGS, "base"), [(v.ref, *_cells(v), shown(v.base or "–", 40)) for v in found], right=NUMBERS)
+    else:
+        click.echo(f"no adapters {f'in namespace {namespace} ' if namespace else ''}in {store.root}")
+
+
+@click.command("show")
+@click.argument("ref")
+@store_option
+@click.option("--json", "as_json", is_flag=True, help="Print one object, trimtab.json's content in it.")
+def show_version(ref: str, root: Path | None, as_json: bool) -> None:
+    """One version: where it comes from, what it scores, its files. REF is namespace/name, with @version or @alias for another than the
+    newest.
+
+    \b
+    Example:
+      trimtab adapters show acme/support@2
+    """
+    from trimtab.store.registry import Store
+
+    store = Store(root)
+    version = store.resolve(ref)
+    note, versions = _note(store, version), store.versions(version.name)
+    if as_json:
+        files = {n: {"digest": f.digest, "bytes": f.size} for n, f in version.files.items()}
+        click.echo(json.dumps(as_dict(version) | {"files": files, "note": note, "versions": [v.version for v in versions]}, indent=1))
+        return
+    for name, value in _facts(version, note):
+        click.echo(f"{name:<12} {value}")
+    click.echo()
+    print_table(("file", "bytes", "digest"), [(n, f"{f.size:,}", f.digest) for n, f in version.files.items()], right=("bytes",))
+    if len(versions) > 1:
+        click.echo(f"\nversions of {version.name}")
+        print_table(("version", *HEADINGS), [(f"@{v.version}", *_cells(v)) for v in reversed(versions)], right=NUMBERS)
+
+
+HEADINGS = ("aliases", "method", "parameters", "size", "created")
+NUMBERS = ("parameters", "size")
+
+
+def _cells(v: Version) -> tuple[str, ...]:
+    numbers = f"{v.parameters:,}" if v.parameters is not None else "–"
+    return ", ".join(v.aliases), shown(v.method or "–"), numbers, megabytes(v.size), shown(v.created[:16] or "–")
+
+
+def as_dict(v: Version) -> dict[str, Any]:
+    """A version as --json gives it."""
+    names = {"ref": v.ref, "name": v.name, "version": v.version, "aliases": list(v.aliases), "digest": v.digest}
+    return names | {
+        "method": v.method or None,
+        "base": v.base or None,
+        "fingerprint": v.fingerprint or None,
+        "parameters": v.parameters,
+        "bytes": v.size,
+        "created": v.created or None,
+    }
+
+
+def _note(store: Store, version: Version) -> dict[str, Any] | None:
+    """trimtab.json, which a peft folder does not have. AdapterError where it is damaged."""
+    from trimtab.errors import AdapterError
+    from trimtab.store.files import Refusal
+    from trimtab.store.folder import NOTE
+
+    if NOTE not in version.files:
+        return None
+    try:
+        with store.open(version) as folder:
+            return folder.read_json(NOTE)[0]
+    except Refusal as reason:
+        raise AdapterError(f"{version.ref} is refused: {reason}", fix="`trimtab store verify` lists all that is wrong") from reason
+
+
+def _facts(v: Version, note: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    facts = [("adapter", f"{v.ref} ({', '.join(v.aliases)})" if v.aliases else v.ref), ("digest", v.digest)]
+    facts += [("base", shown(v.base or "not named", 100)), ("fingerprint", shown(v.fingerprint or "none: it is unverified", 100))]
+    numbers = f"{v.parameters:,} parameters, " if v.parameters is not None else ""
+    facts += [("method", shown(v.method or "–")), ("size", f"{numbers}{v.size:,} bytes"), ("created", shown(v.created or "–"))]
+    run = (note or {}).get("run")
+    if note is not None and isinstance(note.get("fields"), dict):
+        facts.append(("fields", _pairs(note["fields"])))
+    if isinstance(run, dict):
+        facts += [(name, _pairs(run[name])) for name in ("options", "metrics") if isinstance(run.get(name), dict) and run[name]]
+        facts += [("data", shown(run["data_digest"], 100))] if run.get("data_digest") else []
+    return facts
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    said = [f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items() if v not in (None, {}, [])]
+    return shown(" ".join(said), 400)

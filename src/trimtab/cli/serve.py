@@ -1,0 +1,175 @@
+"""`trimtab serve`"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from trimtab.cli.options import base_option, device_option, dtype_option, open_base, store_option
+from trimtab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trimtab.serve.tenants import Tenants
+    from trimtab.store.registry import Store
+
+PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
+GB = 1e9
+
+
+@click.command()
+@base_option
+@store_option
+@click.option(
+    "--adapter", "named", multiple=True, metavar="NAME=SOURCE", help="Serve a folder, or one of the store, as NAME. With --local."
+)
+@click.option(
+    "--adapters-from",
+    "folders",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A folder below which /v1/load_lora_adapter may read; below it, a tenant has the folders of its namespaces.",
+)
+@click.option("--local", is_flag=True, help="For this machine only: 127.0.0.1, no keys, no tenants, no limits.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 for all.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
+@click.option("--tenants", "database", type=click.Path(path_type=Path), help="Their database, as `trimtab tenants --db` has it.")
+@click.option("--kv-gb", type=click.FloatRange(0, min_open=True), help="Memory for keys and values; by default a share of what is free.")
+@click.option("--adapters-gb", type=click.FloatRange(0, min_open=True), help="Memory for adapters; by default a share of what is free.")
+@click.option("--max-running", default=64, show_default=True, type=click.IntRange(1), help="Answers that are computed at a time.")
+@click.option("--max-queued", default=256, show_default=True, type=click.IntRange(1), help="Answers that wait at most; more get 503.")
+@click.option(
+    "--request-seconds", type=click.FloatRange(0, min_open=True), help="An answer's time at most; by default as long as it takes."
+)
+@click.option("--drain-seconds", default=60.0, show_default=True, type=click.FloatRange(0), help="After SIGTERM, for running answers.")
+@dtype_option
+@device_option
+@click.option("--json", "as_json", is_flag=True, help="Print the line that says it is ready as JSON.")
+def serve(
+    base_name: str,
+    root: Path | None,
+    named: tuple[str, ...],
+    folders: tuple[Path, ...],
+    local: bool,
+    host: str,
+    port: int,
+    database: Path | None,
+    kv_gb: float | None,
+    adapters_gb: float | None,
+    max_running: int,
+    max_queued: int,
+    request_seconds: float | None,
+    drain_seconds: float,
+    dtype: str | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Serve the base and any number of adapters over OpenAI's HTTP API. `model` chooses: support, acme/support@3, or the base's name.
+
+    \b
+    Example:
+      trimtab serve --local --adapter support=examples/runs/desks/adapters/support-lora
+      curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
+        -d '{"model": "support", "messages": [{"role": "user", "content": "How do I cancel?"}]}'
+
+    Without --local every request needs a key (`trimtab tenants add`), and a tenant sees the adapters of its namespaces in the store. One
+    line on standard output says that it is ready; the log goes to standard error, a JSON line a request, without prompts or keys. SIGTERM
+    or Ctrl-C lets running answers finish.
+    """
+    _check_packages()
+    adapters = _pairs(named)
+    _check(local, host, database, adapters)
+    from trimtab.http import logs, server
+    from trimtab.http.app import create_app
+    from trimtab.http.assemble import Asked, services_of
+    from trimtab.http.services import Limits
+    from trimtab.serve.audit import Audit, audit_path
+    from trimtab.serve.engine import Engine, EngineConfig
+
+    config = EngineConfig(
+        kv_bytes=None if kv_gb is None else int(kv_gb * GB),
+        adapter_bytes=None if adapters_gb is None else int(adapters_gb * GB),
+        max_running=max_running,
+        max_queued=max_queued,
+    )
+    tenants = None if local else _tenants(database)
+    store = _store(root, needed=root is not None)
+    sock = server.bind(host, port)
+    port = sock.getsockname()[1]
+    engine = Engine(open_base(base_name, dtype, device), config)
+    audit = None if tenants is None else Audit(audit_path(tenants.path))
+    try:
+        services = services_of(
+            engine,
+            Asked(
+                store=store,
+                folders=folders,
+                adapters=adapters,
+                tenants=tenants,
+                audit=audit,
+                hosts=server.local_hosts(port) if local else None,
+                max_open=max_running + max_queued,
+                limits=Limits(request_s=request_seconds),
+            ),
+        )
+        logs.configure()
+        engine.start()
+        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        told = {"url": where, "base": services.base_name, "local": local, "adapters": sorted(adapters)}
+        text = json.dumps(told) if as_json else f"serving {services.base_name} at {where}{' for this machine only' * local}"
+        server.run(create_app(services), sock, services, drain_s=drain_seconds, ready=lambda: click.echo(text), stop=engine.close)
+    finally:
+        engine.close()
+        for part in (audit, tenants):
+            if part is not None:
+                part.close()
+
+
+def _check_packages() -> None:
+    if missing := [shown for name, shown in PACKAGES.items() if find_spec(name) is None]:
+        raise ConfigError(f"serving needs {', '.join(missing)}", fix="pip install 'trimtab[serve]'")
+
+
+def _pairs(named: tuple[str, ...]) -> dict[str, str]:
+    """NAME=SOURCE options. ConfigError with all that are not."""
+    pairs = [n.partition("=") for n in named]
+    problems = [f"--adapter {a}{e}{b}: must be NAME=FOLDER or NAME=NAMESPACE/NAME" for a, e, b in pairs if not (a and e and b)]
+    names = [a for a, _, _ in pairs]
+    problems += [f"--adapter {n}: is given twice" for n in dict.fromkeys(names) if names.count(n) > 1]
+    if problems:
+        raise ConfigError("these adapters cannot be named", problems=problems)
+    return {a: b for a, _, b in pairs}
+
+
+def _check(local: bool, host: str, database: Path | None, adapters: dict[str, str]) -> None:
+    problems = []
+    if local and host not in ("127.0.0.1", "localhost", "::1"):
+        problems.append(f"--local listens on this machine only, not on --host {host}")
+    if local and database is not None:
+        problems.append("--local knows no tenants: leave out --tenants")
+    if adapters and not local:
+        problems.append("--adapter is for --local: with tenants, publish to the store, in a tenant's namespace")
+    if problems:
+        raise ConfigError("these options do not go together", problems=problems)
+
+
+def _tenants(database: Path | None) -> Tenants:
+    from trimtab.serve.tenants import Tenants, default_path
+
+    path = database or default_path()
+    if not path.exists():
+        raise ConfigError(
+            f"there is no tenants database {path}", fix="make one with `trimtab tenants add`, or serve this machine alone: --local"
+        )
+    return Tenants(path)
+
+
+def _store(root: Path | None, *, needed: bool) -> Store | None:
+    """The store at `root`, or the default one where there is one."""
+    from trimtab.store.names import default_root
+    from trimtab.store.registry import Store
+
+    return Store(root) if needed or (default_root() / "index.json").is_file() else None

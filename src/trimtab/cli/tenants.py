@@ -1,0 +1,271 @@
+"""`trimtab tenants`"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from trimtab.cli import show
+from trimtab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trimtab.serve.audit import Audit
+    from trimtab.serve.tenants import Key, Tenant, Tenants
+
+DAY = 24 * 3600.0
+ONCE = "This key is shown this once and kept nowhere."
+
+
+@click.group()
+def tenants() -> None:
+    """Who may use a server: tenants, their API keys, what they have used.
+
+    \b
+    Example:
+      trimtab tenants add acme --namespace acme --tokens-per-minute 100000
+      trimtab tenants key-rotate 5f0c31a09b7e --grace-hours 1
+      trimtab tenants usage --since 2026-11-01
+
+    A running server sees every change at the next request. What is done here goes into the audit log beside the database.
+    """
+
+
+def common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--db, --json."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+    where = "${XDG_DATA_HOME:-~/.local/share}/trimtab/tenants.db"
+    return click.option("--db", type=click.Path(path_type=Path), help=f"The database; by default {where}.")(command)
+
+
+def settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What a tenant may do; 0 takes a limit away."""
+    for option in (
+        click.option("--admin/--no-admin", default=None, help="Whether its keys may use the admin routes."),
+        click.option("--weight", type=float, help="Its share of the machine beside others' (1)."),
+        click.option("--tokens-per-minute", type=click.IntRange(0), help="Prompt and completion tokens; 0: no limit (the default)."),
+        click.option("--max-concurrent", type=click.IntRange(0), help="Answers at a time; 0: no limit. By default 32."),
+        click.option("--namespace", "namespaces", multiple=True, help="Of the store, in the order in which short names are looked up."),
+    ):
+        command = option(command)
+    return command
+
+
+@tenants.command()
+@click.argument("name")
+@settings
+@common
+def add(
+    name: str,
+    namespaces: tuple[str, ...],
+    max_concurrent: int | None,
+    tokens_per_minute: int | None,
+    weight: float | None,
+    admin: bool | None,
+    db: Path | None,
+    as_json: bool,
+) -> None:
+    """Add the tenant NAME and print its first key. It sees the namespace of its own name unless told otherwise."""
+    from trimtab.serve.tenants import Tenant, check
+
+    wanted = _changed(Tenant(name, name, (name,)), namespaces, max_concurrent, tokens_per_minute, weight, admin)
+    check(wanted)  # before the log and the database hear of it
+    with opened(db, create=True) as (store, act), act("tenant.add", name, _told(wanted)) as learnt:
+        store.add(
+            name,
+            namespaces=wanted.namespaces,
+            max_concurrent=wanted.max_concurrent,
+            tokens_per_minute=wanted.tokens_per_minute,
+            weight=wanted.weight,
+            admin=wanted.admin,
+        )
+        key, text = store.create_key(name)
+        learnt["key"] = key.id
+        _print_key(key, text, as_json, _told(store.get(name)))
+
+
+@tenants.command()
+@click.argument("name")
+@settings
+@common
+def update(
+    name: str,
+    namespaces: tuple[str, ...],
+    max_concurrent: int | None,
+    tokens_per_minute: int | None,
+    weight: float | None,
+    admin: bool | None,
+    db: Path | None,
+    as_json: bool,
+) -> None:
+    """Change what the tenant NAME may do; what is not named stays. Counts from its next request on."""
+    with opened(db) as (store, act):
+        wanted = _changed(store.get(name), namespaces, max_concurrent, tokens_per_minute, weight, admin)
+        with act("tenant.update", name, _told(wanted)):
+            store.update(wanted)
+        _print(_told(wanted), as_json, f"changed {name}: {_limits(wanted)}")
+
+
+@tenants.command("list")
+@common
+def list_(db: Path | None, as_json: bool) -> None:
+    """Every tenant, what it may do, and its keys' public ids."""
+    with opened(db) as (store, _):
+        found = [(t, store.keys(t.name)) for t in store.list()]
+    if as_json:
+        click.echo(json.dumps([_told(t) | {"keys": [_told_key(k) for k in keys]} for t, keys in found], indent=1))
+        return
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for column in ("tenant", "namespaces", "limits", "keys"):
+        table.add_column(column, overflow="fold")
+    for tenant, keys in found:
+        shown = [f"{k.id} ({k.state(time.time())})" for k in keys]
+        table.add_row(tenant.name, ", ".join(tenant.namespaces), _limits(tenant), "\n".join(shown) or "none")
+    show.console().print(table)
+
+
+@tenants.command()
+@click.argument("name")
+@common
+def remove(name: str, db: Path | None, as_json: bool) -> None:
+    """Remove the tenant NAME: none of its keys is valid any more. Its usage stays in the reports."""
+    with opened(db) as (store, act), act("tenant.remove", name):
+        _print(_told(store.remove(name)), as_json, f"removed {name}")
+
+
+@tenants.command("key-create")
+@click.argument("name")
+@click.option("--expires-days", type=click.FloatRange(0, 36500, min_open=True), help="Days until it ends; by default never.")
+@common
+def key_create(name: str, expires_days: float | None, db: Path | None, as_json: bool) -> None:
+    """Print a new key of the tenant NAME."""
+    with opened(db) as (store, act), act("key.create", name) as learnt:
+        key, text = store.create_key(name, lifetime=None if expires_days is None else expires_days * DAY)
+        learnt["key"] = key.id
+        _print_key(key, text, as_json)
+
+
+@tenants.command("key-rotate")
+@click.argument("key_id")
+@click.option("--grace-hours", type=click.FloatRange(0, 24 * 366), default=24, show_default=True, help="How long the old one stays valid.")
+@common
+def key_rotate(key_id: str, grace_hours: float, db: Path | None, as_json: bool) -> None:
+    """Print a new key for the tenant of the key KEY_ID (the part before the dot), which then ends after a while."""
+    _refuse_whole(key_id)
+    with opened(db) as (store, act), act("key.rotate", key_id) as learnt:
+        key, text = store.rotate_key(key_id, grace=grace_hours * 3600)
+        learnt["key"] = key.id
+        _print_key(key, text, as_json)
+
+
+@tenants.command("key-revoke")
+@click.argument("key_id")
+@common
+def key_revoke(key_id: str, db: Path | None, as_json: bool) -> None:
+    """Make the key KEY_ID (the part before the dot) invalid, at once and for good."""
+    _refuse_whole(key_id)
+    with opened(db) as (store, act), act("key.revoke", key_id):
+        _print(_told_key(store.revoke_key(key_id)), as_json, f"revoked {key_id}")
+
+
+@tenants.command()
+@click.option("--tenant", default="", help="One tenant's only.")
+@click.option("--since", type=click.DateTime(["%Y-%m-%d"]), help="From this day on (UTC).")
+@click.option("--until", type=click.DateTime(["%Y-%m-%d"]), help="To this day, included.")
+@common
+def usage(tenant: str, since: datetime | None, until: datetime | None, db: Path | None, as_json: bool) -> None:
+    """Requests and tokens per tenant, day (UTC) and adapter digest; the base's have no digest."""
+    with opened(db) as (store, _):
+        rows = store.usage.report(tenant, f"{since:%Y-%m-%d}" if since else "", f"{until:%Y-%m-%d}" if until else "")
+    if as_json:
+        click.echo(json.dumps([asdict(r) for r in rows], indent=1))
+        return
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for column in ("tenant", "day", "adapter", "requests", "prompt tokens", "completion tokens"):
+        table.add_column(column, justify="right" if column.endswith("s") else "left")
+    for r in rows:
+        table.add_row(r.tenant, r.day, r.adapter[:19] or "base", *(f"{n:,}" for n in (r.requests, r.prompt_tokens, r.completion_tokens)))
+    show.console().print(table)
+
+
+Act = Callable[..., Any]
+
+
+@contextmanager
+def opened(db: Path | None, *, create: bool = False) -> Iterator[tuple[Tenants, Act]]:
+    """The database, and what puts a block of code into its audit log as an administrator's act."""
+    from trimtab.serve.audit import Audit, audit_path
+    from trimtab.serve.tenants import Tenants, default_path
+
+    path = db or default_path()
+    with Tenants(path, create=create) as store, Audit(audit_path(path)) as audit:
+        yield store, _acting(audit)
+
+
+def _acting(audit: Audit) -> Act:
+    return lambda what, target, details=None: audit.act(what, f"cli:uid={os.getuid()}", target, details)
+
+
+def _changed(
+    tenant: Tenant,
+    namespaces: tuple[str, ...],
+    max_concurrent: int | None,
+    tokens_per_minute: int | None,
+    weight: float | None,
+    admin: bool | None,
+) -> Tenant:
+    """The tenant with what was named on the command line."""
+    return replace(
+        tenant,
+        namespaces=namespaces or tenant.namespaces,
+        max_concurrent=tenant.max_concurrent if max_concurrent is None else max_concurrent or None,
+        tokens_per_minute=tenant.tokens_per_minute if tokens_per_minute is None else tokens_per_minute or None,
+        weight=tenant.weight if weight is None else weight,
+        admin=tenant.admin if admin is None else admin,
+    )
+
+
+def _refuse_whole(key_id: str) -> None:
+    """Before anything is opened: a secret that was given by mistake is to be written nowhere."""
+    if "." in key_id:
+        raise ConfigError("a whole key was given, with its secret", fix="give its id only, the part before the dot")
+
+
+def _told(tenant: Tenant) -> dict[str, Any]:
+    return asdict(tenant) | {"namespaces": list(tenant.namespaces)}
+
+
+def _told_key(key: Key) -> dict[str, Any]:
+    def iso(at: float | None) -> str | None:
+        return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+
+    times = {"created": iso(key.created), "expires": iso(key.expires), "revoked": iso(key.revoked)}
+    return {"id": key.id, "tenant": key.tenant, "state": key.state(time.time())} | times
+
+
+def _limits(tenant: Tenant) -> str:
+    concurrent = "any number of" if tenant.max_concurrent is None else str(tenant.max_concurrent)
+    tokens = "" if tenant.tokens_per_minute is None else f", {tenant.tokens_per_minute:,} tokens a minute"
+    return f"{concurrent} answers at a time{tokens}, weight {tenant.weight:g}{', admin' if tenant.admin else ''}"
+
+
+def _print(told: dict[str, Any], as_json: bool, text: str) -> None:
+    click.echo(json.dumps(told, indent=1) if as_json else text)
+
+
+def _print_key(key: Key, text: str, as_json: bool, tenant: dict[str, Any] | None = None) -> None:
+    """The key alone on standard output, so that a script can take it."""
+    if as_json:
+        click.echo(json.dumps(_told_key(key) | {"key": text} | ({"settings": tenant} if tenant else {}), indent=1))
+        return
+    click.echo(f"{ONCE} Its id is {key.id}, its tenant {key.tenant}.", err=True)
+    click.echo(text)

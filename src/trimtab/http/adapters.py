@@ -1,0 +1,35 @@
+"""vLLM's routes that give adapters a name while the server runs. A name that a tenant loads is seen by that tenant alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import PlainTextResponse, Response
+
+from trimtab.http.auth import Caller, caller
+from trimtab.http.errors import documented
+from trimtab.http.limits import read_body
+from trimtab.http.openai import S
+from trimtab.http.schema import LoadBody, UnloadBody, takes
+
+router = APIRouter(prefix="/v1", dependencies=[Depends(caller)])
+TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+ERRORS = documented(400, 401, 403, 404, 408, 413, 415, 500, 503)
+
+
+@router.post("/load_lora_adapter", response_class=PlainTextResponse, responses=ERRORS | TEXT, openapi_extra=takes(LoadBody))
+async def load_lora_adapter(request: Request, tenant: Caller, s: S) -> Response:
+    """Read and check an adapter's folder on the server, any method, and name it; the next request may ask for it."""
+    body = await read_body(request, LoadBody, s.limits)
+    await run_in_threadpool(s.catalog.load, body.lora_name, body.lora_path, tenant)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+@router.post("/unload_lora_adapter", response_class=PlainTextResponse, responses=ERRORS | TEXT, openapi_extra=takes(UnloadBody))
+async def unload_lora_adapter(request: Request, tenant: Caller, s: S) -> Response:
+    """Take the name away; requests that run go on to their end, then its memory is freed."""
+    body = await read_body(request, UnloadBody, s.limits)
+    await run_in_threadpool(s.catalog.unload, body.lora_name, tenant)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -1,0 +1,190 @@
+"""One HTTP request at the engine: its n answers, what has come of them, and their end, whoever brings it about.
+
+The engine calls sinks on its own thread. `Mailbox` carries what they get to the event loop, one wake-up for all that has gathered, so a
+step over 64 streams costs one system call and not 64. What waits is merged: a reader who falls behind gets larger pieces, not a longer
+queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive
+
+from trimtab.errors import TrimtabError
+from trimtab.http.errors import ClientGone, Fault, fault_of_engine
+from trimtab.http.logs import Record
+from trimtab.http.services import Engine
+from trimtab.serve.admission import Ticket
+from trimtab.serve.request import Delta, Request, Usage
+
+
+def mailbox(app: FastAPI) -> Mailbox:
+    """The app's mailbox on the running loop."""
+    loop = asyncio.get_running_loop()
+    box: Mailbox | None = getattr(app.state, "mailbox", None)
+    if box is None or box.loop is not loop:
+        box = app.state.mailbox = Mailbox(loop)
+    return box
+
+
+class Mailbox:
+    """From the engine's thread to one event loop. Whoever posts does not wait."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self._waiting: deque[tuple[Answer, int, Delta]] = deque()
+        self._called = False
+
+    def post(self, answer: Answer, index: int, delta: Delta) -> None:
+        self._waiting.append((answer, index, delta))
+        if not self._called:  # `_deliver` lowers the flag before it looks, so nothing is left lying
+            self._called = True
+            try:
+                self.loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # the loop is closed: the server is gone, and nobody reads
+                pass
+
+    def _deliver(self) -> None:
+        self._called = False
+        while self._waiting:
+            answer, index, delta = self._waiting.popleft()
+            answer.take(index, delta)
+
+
+@dataclass
+class Answer:
+    """The engine's requests that stem from one HTTP request. All methods run on the event loop.
+
+    n: choices of each prompt; a prompt is counted once, as OpenAI does, whoever of them computes it. on_usage: hears prompt and new tokens.
+    The ticket is closed once the last of them is over at the engine, not when the client has read all: a slow reader holds up itself only.
+    """
+
+    engine: Engine
+    mailbox: Mailbox
+    ticket: Ticket
+    record: Record
+    n: int = 1
+    on_usage: Callable[[int, int], None] | None = None
+    usage: Usage = field(default_factory=Usage)
+    _live: dict[int, str] = field(default_factory=dict)
+    _news: dict[int, Delta] = field(default_factory=dict)
+    _ring: asyncio.Event = field(default_factory=asyncio.Event)
+    _gone: bool = False
+    _sealed: bool = False
+    _watch: asyncio.Task[None] | None = None
+
+    def watch(self, receive: Receive) -> None:
+        """From now on, a client that goes away cancels everything at once. To be called when its body has been read."""
+
+        async def watching() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self._gone = True
+            self.cancel()
+            self._ring.set()
+
+        self._watch = asyncio.create_task(watching())
+
+    async def submit(self, requests: Sequence[Request], *, in_thread: bool = False) -> None:
+        """Hand over the requests, in the order of their choices; none where the client has left. Raises what the engine says of them.
+        in_thread: where the engine may take long over it."""
+        if self._gone:
+            raise ClientGone
+        self._live = {i: r.id for i, r in enumerate(requests)}
+        taken: list[int] = []
+        try:
+            if in_thread:
+                await run_in_threadpool(self._hand_over, requests, taken)
+            else:
+                self._hand_over(requests, taken)
+        finally:
+            self._live = {i: name for i, name in self._live.items() if i in taken}
+            self._sealed = True
+            self._look_back()
+
+    def _look_back(self) -> None:
+        """Whoever left while the requests were handed over could not cancel those that were not there yet."""
+        if self._gone:
+            self.cancel()
+            self._settle()
+
+    def _hand_over(self, requests: Sequence[Request], taken: list[int]) -> None:
+        for index, request in enumerate(requests):
+            self.engine.submit(request, partial(self.mailbox.post, self, index))
+            taken.append(index)
+
+    def take(self, index: int, delta: Delta) -> None:
+        """What the engine has to say of one choice."""
+        if self.record.first_token_s is None and delta.tokens:
+            self.record.first_token_s = round(time.perf_counter() - self.record.started, 4)
+        before = self._news.get(index)
+        self._news[index] = delta if before is None else merged(before, delta)
+        if delta.finish is not None:
+            self._live.pop(index, None)
+            first, u, d = index % self.n == 0, self.usage, delta.usage
+            self.usage = Usage(u.prompt + first * d.prompt, u.completion + d.completion, u.cached + first * d.cached)
+            self.record.finish = delta.finish if self.record.finish in (None, delta.finish) else "several"
+            self._settle()
+        self._ring.set()
+
+    async def news(self) -> dict[int, Delta]:
+        """What has come of each choice since the last call, merged; waits until there is something. ClientGone where the client is."""
+        while not self._news and not self._gone:
+            self._ring.clear()
+            await self._ring.wait()
+        if self._gone:
+            raise ClientGone
+        taken, self._news = self._news, {}
+        return taken
+
+    @property
+    def over(self) -> bool:
+        """Whether the engine is done with all choices and all of it has been taken."""
+        return self._sealed and not self._live and not self._news
+
+    def cancel(self) -> None:
+        """Free what the engine holds. Its last word still comes, and closes the ticket."""
+        for request_id in list(self._live.values()):
+            self.engine.cancel(request_id)
+
+    def close(self) -> None:
+        """Nobody reads any more. To be called at every end; a second call changes nothing."""
+        if self._watch is not None:
+            self._watch.cancel()
+        self._sealed = True
+        self.cancel()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Give the room back once nothing of the request is left at the engine, and note what it has cost."""
+        if self._live or not self._sealed or self.ticket.closed:
+            return
+        self.ticket.close(self.usage.prompt + self.usage.completion)
+        r, u = self.record, self.usage
+        r.prompt_tokens, r.completion_tokens, r.cached_tokens = u.prompt, u.completion, u.cached
+        if self.on_usage is not None:
+            self.on_usage(u.prompt, u.completion)
+
+
+def merged(a: Delta, b: Delta) -> Delta:
+    """Two pieces of one answer, the second right after the first."""
+    return Delta(a.text + b.text, a.tokens + b.tokens, b.finish, b.usage, b.error)
+
+
+def failure(delta: Delta) -> Fault | None:
+    """What went wrong with a choice, or None."""
+    if delta.finish == "error":
+        return fault_of_engine(delta.error or TrimtabError("the answer failed"))
+    if delta.finish == "deadline":
+        return Fault("the answer was not done within the server's time for a request", status=504, code="deadline")
+    if delta.finish == "cancelled":
+        return Fault("the server is shutting down", status=503, code="shutting_down", headers={"Retry-After": "5"})
+    return None

@@ -1,0 +1,58 @@
+"""The app: routes, limits, errors and the log put together. Order from outside in: log, gate, routes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from trimtab import __version__
+from trimtab.http import adapters, admin, health, openai
+from trimtab.http.errors import install
+from trimtab.http.limits import Gate
+from trimtab.http.logs import Record, RequestLog
+from trimtab.http.schema import ChatBody, CompletionBody, LoadBody, UnloadBody
+from trimtab.http.services import Services
+
+BODIES = (ChatBody, CompletionBody, LoadBody, UnloadBody, *admin.BODIES)
+REFUSED = {401: "auth", 403: "forbidden", 404: "not_found", 413: "too_large", 429: "limit", 503: "full"}
+"""A refusal's reason in metrics and audit log, by its status; all other 4xx are "invalid"."""
+
+
+def create_app(services: Services) -> FastAPI:
+    """The server's ASGI app. Admin routes are there where there are tenants; local mode has none."""
+    app = FastAPI(title="trimtab", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.services = services
+    for router in (health.public, health.router, openai.router, adapters.router, *([admin.router] if services.tenants is not None else [])):
+        app.include_router(router)
+    install(app)
+    app.add_middleware(Gate, services=services)
+    app.add_middleware(RequestLog, on_end=lambda record: _tell(record, services))  # added last: outermost
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _tell(record: Record, s: Services) -> None:
+    """Refusals, for the metrics and the audit log. Those for lack of room are in the metrics already: admission counts them."""
+    if record.status is None or not 400 <= record.status < 504 or record.status in (499, 500):
+        return
+    reason = "draining" if record.error == "shutting_down" else REFUSED.get(record.status, "invalid")
+    if reason not in ("limit", "full"):
+        s.metrics.rejected(reason)
+    if s.audit is not None and reason in ("auth", "forbidden", "limit", "full"):
+        s.audit.refused(reason, tenant=record.tenant or "", route=record.path, request_id=record.id, client=record.client)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The document, with the bodies that routes read by themselves; made once."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        _, schemas = models_json_schema([(m, "validation") for m in BODIES], ref_template="#/components/schemas/{model}")
+        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas.get("$defs", {}))
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)  # FastAPI's; here a wrong parameter is a 400
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,196 @@
+"""From a checked body to requests for the engine: prompts as ids, how to sample, a grammar, the adapter that `model` names.
+
+The order is the one in which a refusal is cheapest: the name, then room, then the prompt's tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from starlette.concurrency import run_in_threadpool
+
+from trimtab.errors import DataError, TrimtabError
+from trimtab.http.errors import Fault, fault_of
+from trimtab.http.schema import ChatBody, CompletionBody, Message, Sampled, StructuredOutputs
+from trimtab.http.services import Services, Words
+from trimtab.serve.request import Grammar, Request, SamplingParams
+from trimtab.serve.served import Served
+from trimtab.serve.tenants import Tenant
+
+SMALL = 4096
+"""Characters that are tokenized on the event loop: a thread costs more than they do."""
+ROLES = {"developer": "system"}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a body asks for. id, object: of the answer. choices: n answers to each prompt."""
+
+    id: str
+    body: ChatBody | CompletionBody
+    adapter: Served | None
+    n: int
+    choices: int
+
+    @property
+    def chat(self) -> bool:
+        return isinstance(self.body, ChatBody)
+
+    @property
+    def usage_in_stream(self) -> bool:
+        return self.body.stream_options is not None and bool(self.body.stream_options.include_usage)
+
+
+async def plan(body: ChatBody | CompletionBody, tenant: Tenant, s: Services) -> Plan:
+    """Find the adapter and count the answers. Fault: 404 where there is no such model, 400 where there are too many answers."""
+    try:
+        adapter = await run_in_threadpool(s.catalog.find, body.model, tenant)
+    except TrimtabError as error:
+        raise fault_of(error).about("model", "model_not_found") from None
+    n = _or(body.n, 1)
+    choices = n * (len(_prompts(body)) if isinstance(body, CompletionBody) else 1)
+    if choices > s.limits.choices:
+        raise Fault(f"n: {choices} answers (n times the prompts); at most {s.limits.choices} in a request", param="n", code="invalid_value")
+    prefix = "chatcmpl" if isinstance(body, ChatBody) else "cmpl"
+    return Plan(f"{prefix}-{uuid.uuid4().hex}", body, adapter, n, choices)
+
+
+async def requests(plan: Plan, tenant: Tenant, s: Services) -> list[Request]:
+    """The engine's requests, one for each choice, in order. Fault (400) where a prompt is too long or cannot be used."""
+    sampling = sampling_of(plan.body)  # before the prompt's tokens, which cost more
+    prompts = await _encoded(plan.body, s.words)
+    end = None if s.limits.request_s is None else time.monotonic() + s.limits.request_s
+    found: list[Request] = []
+    for ids in prompts:
+        room = s.words.max_positions - len(ids)
+        own = replace(sampling, max_tokens=min(sampling.max_tokens, room), min_tokens=min(sampling.min_tokens, room))
+        for i in range(plan.n):
+            seed = None if own.seed is None else (own.seed + i) % (1 << 63)
+            name = f"{plan.id}-{len(found)}"
+            found.append(Request(name, tuple(ids), replace(own, seed=seed), plan.adapter, tenant.id, tenant.weight, end))
+    return found
+
+
+def sampling_of(body: ChatBody | CompletionBody) -> SamplingParams:
+    """How to sample; max_tokens is as large as the body leaves it. Fault (400) where fields contradict each other."""
+    most = body.max_tokens
+    if isinstance(body, ChatBody):
+        if body.max_completion_tokens is not None and most is not None and most != body.max_completion_tokens:
+            raise Fault("max_tokens and max_completion_tokens differ; give one", param="max_tokens", code="invalid_value")
+        most = body.max_completion_tokens if most is None else most
+        if body.top_logprobs is not None and not body.logprobs:
+            raise Fault("top_logprobs: needs logprobs: true", param="top_logprobs", code="invalid_value")
+        most, logprobs = _or(most, 1 << 30), (body.top_logprobs or 0) if body.logprobs else None
+    else:
+        most, logprobs = _or(most, 16), body.logprobs
+    least = _or(body.min_tokens, 0)
+    if least > most:
+        raise Fault(f"min_tokens: {least} is more than max_tokens", param="min_tokens", code="invalid_value")
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    return SamplingParams(
+        max_tokens=most,
+        temperature=_or(body.temperature, 1.0),
+        top_p=_or(body.top_p, 1.0),
+        top_k=max(0, _or(body.top_k, 0)),
+        min_p=_or(body.min_p, 0.0),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        seed=None if body.seed is None else body.seed % (1 << 63),
+        stop=stop,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+        min_tokens=least,
+        logprobs=logprobs,
+        grammar=grammar_of(body),
+    )
+
+
+def grammar_of(body: Sampled) -> Grammar | None:
+    """The constraint on the answer, from OpenAI's response_format or vLLM's structured_outputs; Fault (400) where they contradict."""
+    form, own = body.response_format, body.structured_outputs
+    found = [] if own is None else _own_grammars(own)
+    if own is not None and len(found) != 1:
+        text = "structured_outputs: give exactly one of json, json_object, regex and choice"
+        raise Fault(text, param="structured_outputs", code="invalid_value")
+    if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
+        raise Fault(
+            "response_format: json_schema goes with type json_schema, and only with it", param="response_format", code="invalid_value"
+        )
+    if form is not None and form.type == "json_object":
+        found.append(Grammar("json_object"))
+    if form is not None and form.json_schema is not None:
+        found.append(Grammar("json_schema", _schema_text(form.json_schema.schema_, "response_format")))
+    if len(found) > 1:
+        raise Fault("response_format and structured_outputs: give one of them", param="structured_outputs", code="invalid_value")
+    return found[0] if found else None
+
+
+def _own_grammars(own: StructuredOutputs) -> list[Grammar]:
+    return [
+        *([Grammar("json_schema", _schema_text(own.json_, "structured_outputs"))] if own.json_ is not None else []),
+        *([Grammar("json_object")] if own.json_object else []),
+        *([Grammar("regex", own.regex)] if own.regex is not None else []),
+        *([Grammar("choice", json.dumps(own.choice))] if own.choice is not None else []),
+    ]
+
+
+def _schema_text(schema: dict[str, object], param: str) -> str:
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except ValueError:  # 1e999 is JSON, but infinite once it is read
+        raise Fault(f"{param}: the schema holds a number that is too large", param=param, code="invalid_value") from None
+
+
+async def _encoded(body: ChatBody | CompletionBody, words: Words) -> list[list[int]]:
+    """Each prompt's ids, off the event loop where they are long."""
+    param = "messages" if isinstance(body, ChatBody) else "prompt"
+    if isinstance(body, ChatBody):
+        messages = [{"role": ROLES.get(m.role, m.role), "content": _text(m)} for m in body.messages]
+        size, encode = sum(len(m["content"]) for m in messages), lambda: [words.encode_chat(messages)]
+    else:
+        prompts = _prompts(body)
+        size = sum(len(p) for p in prompts if isinstance(p, str))
+        encode = lambda: [words.encode_text(p) if isinstance(p, str) else p for p in prompts]  # noqa: E731
+    try:
+        found = encode() if size <= SMALL else await run_in_threadpool(encode)
+    except DataError as error:
+        raise Fault(error.render(), param=param, code="invalid_prompt") from None
+    for i, ids in enumerate(found):
+        where = f"{param}[{i}]" if len(found) > 1 else param
+        _check_ids(ids, where, words)
+    return found
+
+
+def _check_ids(ids: list[int], where: str, words: Words) -> None:
+    if not ids:
+        raise Fault(f"{where}: has no tokens", param=where, code="invalid_prompt")
+    if len(ids) >= words.max_positions:
+        raise Fault(
+            f"{where}: {len(ids)} tokens, and the base has {words.max_positions} positions for prompt and answer together",
+            param=where,
+            code="context_length_exceeded",
+        )
+    if (large := max(ids)) >= words.vocab_size:
+        raise Fault(f"{where}: token id {large} is not in 0..{words.vocab_size - 1}", param=where, code="invalid_prompt")
+
+
+def _prompts(body: CompletionBody) -> list[str] | list[list[int]]:
+    p = body.prompt
+    if isinstance(p, str):
+        return [p]
+    return [p] if isinstance(p[0], int) else p  # type: ignore[list-item,return-value]
+
+
+def _text(message: Message) -> str:
+    c = message.content
+    return c if isinstance(c, str) else "\n".join(part.text for part in c)
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value

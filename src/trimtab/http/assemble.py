@@ -1,0 +1,78 @@
+"""A server's parts around an engine, put together as `Services`: for `trimtab serve`, and for whoever serves from a process of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trimtab.errors import ConfigError
+from trimtab.http.services import Limits, Services
+from trimtab.http.words import words_of
+from trimtab.serve.admission import Admission
+from trimtab.serve.audit import Audit
+from trimtab.serve.catalog import Catalog
+from trimtab.serve.engine import Engine
+from trimtab.serve.metrics import Metrics
+from trimtab.serve.served import PlainFolder, Served, StoredAdapter
+from trimtab.serve.tenants import LOCAL, Tenants
+from trimtab.store.registry import Store
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a server is asked to be. store, folders: where adapters come from (catalog.py). adapters: names given at the start, in local
+    mode: name -> a folder or a name in the store. base_names: further names of the base. tenants, audit: None in local mode."""
+
+    store: Store | None = None
+    folders: Sequence[Path] = ()
+    adapters: Mapping[str, str] | None = None
+    base_names: Sequence[str] = ()
+    tenants: Tenants | None = None
+    audit: Audit | None = None
+    hosts: frozenset[str] | None = None
+    max_open: int = 256
+    limits: Limits = field(default_factory=Limits)
+
+
+def services_of(engine: Engine, asked: Asked) -> Services:
+    """The services of a server around this engine, which is observed from now on. AdapterError where a named adapter is refused."""
+    base = engine.base
+    catalog = Catalog(base, asked.store, folders=asked.folders, base_names=asked.base_names, evict=engine.evict)
+    if asked.adapters and asked.tenants is not None:
+        raise ConfigError("names for adapters at the start are for local mode", fix="publish them to the store, in the tenants' namespaces")
+    for name, source in (asked.adapters or {}).items():
+        catalog.put(name, _served(source, engine, asked.store), LOCAL)
+    usage = None if asked.tenants is None else asked.tenants.usage
+    admission = Admission(asked.max_open)
+    metrics = Metrics(catalog.base_names[0], engine.stats, admission=admission, audit=asked.audit, usage=usage)
+    engine.on_finish = metrics.finished
+    return Services(
+        base_name=catalog.base_names[0],
+        fingerprint=base.fingerprint,
+        words=words_of(base),
+        engine=engine,
+        admission=admission,
+        catalog=catalog,
+        metrics=metrics,
+        alive=lambda: engine.alive,
+        tenants=asked.tenants,
+        audit=asked.audit,
+        hosts=asked.hosts,
+        limits=asked.limits,
+    )
+
+
+def _served(source: str, engine: Engine, store: Store | None) -> Served:
+    """A folder where there is one, else a version of the store; read once, so that what is wrong with it shows at the start."""
+    real = Path(os.path.realpath(source))
+    served: Served
+    if real.is_dir():
+        served = PlainFolder.read(real.parent, (real.name,), engine.base)
+    elif store is not None:
+        served = StoredAdapter(store.resolve(source), store, engine.base)
+    else:
+        raise ConfigError(f"{source!r} is no adapter's folder, and there is no store to look in", fix="give a folder, or --store")
+    served.load()
+    return served

@@ -1,0 +1,38 @@
+"""Who calls. Every route but the public ones depends on `caller` or `admin_caller`; a test walks the routes and asks each.
+
+Authentication stands on the routes, not on paths, so no spelling of a path goes around it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from trimtab.http.services import Services
+from trimtab.serve.tenants import LOCAL, Tenant
+
+PUBLIC = frozenset({"/livez", "/readyz", "/openapi.json"})
+"""Paths that need no key. They tell nothing of tenants, models or load."""
+
+bearer = HTTPBearer(auto_error=False, scheme_name="key", description="An API key: Authorization: Bearer <id>.<secret>.")
+Given = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+
+
+async def caller(request: Request, given: Given) -> Tenant:
+    """The tenant whose key this is; AuthError (401) without a valid one. In local mode: LOCAL. Reads memory, so it needs no thread."""
+    s: Services = request.app.state.services
+    tenant = LOCAL if s.tenants is None else s.tenants.authenticate(given.credentials if given is not None else None)
+    request.scope["trimtab.record"].tenant = tenant.name
+    return tenant
+
+
+async def admin_caller(tenant: Annotated[Tenant, Depends(caller)]) -> Tenant:
+    """The tenant, if its key may administer; Forbidden (403) otherwise."""
+    tenant.require_admin()
+    return tenant
+
+
+Caller = Annotated[Tenant, Depends(caller)]
+Admin = Annotated[Tenant, Depends(admin_caller)]

@@ -1,0 +1,105 @@
+"""The answers of the OpenAI routes, as OpenAPI documents them. `write.py` writes them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+Finish = Literal["stop", "length"]
+
+
+class CachedTokens(BaseModel):
+    cached_tokens: int
+
+
+class UsageReply(BaseModel):
+    """prompt_tokens counts each prompt once, however many answers it gets."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class Alternative(BaseModel):
+    """bytes: joined over tokens they are the text's, end tokens and halves of characters included."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(Alternative):
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Finish
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Finish
+
+
+class _Reply(BaseModel):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: UsageReply
+
+
+class ChatReply(_Reply):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class CompletionReply(_Reply):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+
+
+class Model(BaseModel):
+    """root: the full name (acme/support@3). parent: the base's name, null for the base. digest: of the adapter's content."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["trimtab"] = "trimtab"
+    root: str
+    parent: str | None
+    digest: str | None
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string", "description": "Server-sent events where stream is true."}}}

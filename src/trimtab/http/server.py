@@ -1,0 +1,118 @@
+"""The process: a socket, uvicorn in it, and an end that drops nobody.
+
+SIGTERM or SIGINT: /readyz says no, new requests get 503 with Retry-After, running ones finish, then the process ends with 0. What has not
+finished after `drain_s` is cancelled, and its client is told so. A second signal ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from trimtab.errors import ConfigError
+from trimtab.http.services import Services
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+HEAD_S = 20.0
+"""Seconds within which a connection must have sent the head of a request."""
+KEEP_ALIVE_S = 75
+"""Of a connection without a request: longer than clients keep theirs, so that none sends into one that is being closed."""
+LAST_S = 5
+"""For connections to take what was sent to them, after the last answer."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, before anything slow is begun; port 0 takes a free one. ConfigError where it cannot be had."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}", fix="choose another --port (0: any free one) or --host") from None
+
+
+def local_hosts(port: int) -> frozenset[str]:
+    """The Host headers of clients that really mean this machine. A page that has its own name point here sends that name."""
+    names = ("127.0.0.1", "localhost", "[::1]")
+    return frozenset(f"{n}:{port}" for n in names) | (frozenset(names) if port == 80 else frozenset())
+
+
+def make(app: FastAPI, services: Services, *, drain_s: float, ready: Callable[[], None], stop: Callable[[], None]) -> Server:
+    """A server, to be run with a socket: `.run([sock])` serves until a signal. ready: called once requests are answered. stop: ends the
+    engine, cancelling what still runs."""
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="off",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=LAST_S,
+    )
+    return Server(config, services, drain_s, ready, stop)
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, with an end for connections that never send a whole head."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+
+    def _watch_head(self) -> None:
+        waiting = self.cycle is None or self.cycle.response_complete
+        if self._head_timer is not None and not waiting:
+            self._head_timer.cancel()
+            self._head_timer = None
+        elif self._head_timer is None and waiting:
+            self._head_timer = self.loop.call_later(HEAD_S, self.transport.close)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, with a drain: it keeps listening while requests run, so that newcomers are told to go elsewhere."""
+
+    def __init__(self, config: uvicorn.Config, services: Services, drain_s: float, ready: Callable[[], None], stop: Callable[[], None]):
+        super().__init__(config)
+        self.life, self.drain_s, self.ready, self.stop = services.life, drain_s, ready, stop
+        self._deadline = float("inf")
+        self._stopping: asyncio.Future[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Not uvicorn's, which stops listening at once and then dies of the signal."""
+        if self.life.draining:
+            self.should_exit = self.force_exit = True
+        self.life.draining = True
+        self._deadline = time.monotonic() + self.drain_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether it is time to go."""
+        if self.life.draining and self.life.open == 0:
+            self.should_exit = True
+        if time.monotonic() > self._deadline and self._stopping is None:
+            self._stopping = asyncio.get_running_loop().run_in_executor(None, self.stop)
+            self._deadline = time.monotonic() + LAST_S
+        elif time.monotonic() > self._deadline:
+            self.should_exit = True  # somebody does not take even the news of the end
+        return await super().on_tick(counter)

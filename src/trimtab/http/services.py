@@ -1,0 +1,84 @@
+"""What routes use: an engine, room for a request, what a model's name means, who calls, words for tokens, limits.
+
+`cli/serve.py` puts the real ones together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from trimtab.serve.admission import Admission
+from trimtab.serve.audit import Audit
+from trimtab.serve.catalog import Catalog
+from trimtab.serve.metrics import Metrics
+from trimtab.serve.request import Request, Sink
+from trimtab.serve.tenants import Tenants
+
+
+class Engine(Protocol):
+    """See serve/request.py. submit and cancel may be called from any thread and do not block."""
+
+    def submit(self, request: Request, sink: Sink) -> None: ...
+    def cancel(self, request_id: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Words:
+    """A base's tokenizer and template, as far as routes need them. encode_chat, encode_text: to token ids; TrimtabError where the template
+    refuses. piece: the bytes of a token, which joined over tokens are the text's. vocab_size, max_positions: what ids and prompts are
+    measured against."""
+
+    encode_chat: Callable[[list[dict[str, str]]], list[int]]
+    encode_text: Callable[[str], list[int]]
+    piece: Callable[[int], bytes]
+    vocab_size: int
+    max_positions: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may be, whoever sends it. Times in seconds.
+
+    body_bytes: of a request's body. json_depth: of lists and objects in each other. choices: n times the prompts of one request. body_s:
+    until the body is there. write_s: until a client has read what was sent. request_s: from a request's arrival to its last token; None: no
+    end.
+    """
+
+    body_bytes: int = 4 << 20
+    json_depth: int = 32
+    choices: int = 64
+    body_s: float = 30.0
+    write_s: float = 30.0
+    request_s: float | None = None
+
+
+@dataclass
+class Life:
+    """Whether the server takes requests (draining: no new ones), and how many it is answering."""
+
+    draining: bool = False
+    open: int = 0
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything that routes use. tenants, audit: None in local mode, where whoever reaches the server may do everything. alive: whether
+    the engine still runs. hosts: values of the Host header that are answered; None: all. fingerprint: the base's."""
+
+    base_name: str
+    fingerprint: str
+    words: Words
+    engine: Engine
+    admission: Admission
+    catalog: Catalog
+    metrics: Metrics
+    alive: Callable[[], bool]
+    tenants: Tenants | None = None
+    audit: Audit | None = None
+    hosts: frozenset[str] | None = None
+    limits: Limits = field(default_factory=Limits)
+    life: Life = field(default_factory=Life)
+    created: int = field(default_factory=lambda: int(time.time()))

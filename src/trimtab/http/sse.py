@@ -1,0 +1,68 @@
+"""A stream of server-sent events: what has come of each choice, as soon as it is there, then the usage and [DONE].
+
+A client that stops reading is cut off after `write_s`; one that goes away has been cancelled by then (answer.py watches).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from trimtab.http.answer import Answer, failure
+from trimtab.http.errors import ClientGone
+from trimtab.http.write import DONE, Writer, error_chunk
+from trimtab.serve.request import Delta
+
+HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+"""So that no proxy holds events back."""
+
+
+class EventStream(Response):
+    """The answer as events. first: what has come already, so that a request that fails at once still gets a proper status."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, writer: Writer, first: dict[int, Delta], *, write_s: float, headers: Mapping[str, str]):
+        super().__init__(headers={**HEADERS, **headers})
+        del self.headers["content-length"]  # of the empty content that the constructor saw
+        self.answer, self.writer, self.first, self.write_s = answer, writer, first, write_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await self._events(send)
+        except ClientGone:
+            self.answer.record.error = "client_gone"
+        finally:
+            self.answer.close()
+
+    async def _events(self, send: Send) -> None:
+        news = self.first
+        while True:
+            failed = next((f for d in news.values() if (f := failure(d)) is not None), None)
+            told = b"".join(c for i, d in news.items() if failure(d) is None for c in self.writer.chunks(i, d))
+            if failed is not None:
+                self.answer.record.error = failed.code
+                await self._send(send, told + error_chunk(failed.body) + DONE, last=True)
+                return
+            if self.answer.over:
+                usage = self.writer.usage_chunk(self.answer.usage) if self.writer.plan.usage_in_stream else b""
+                await self._send(send, told + usage + DONE, last=True)
+                return
+            if told:
+                await self._send(send, told)
+            news = await self.answer.news()
+
+    async def _send(self, send: Send, body: bytes, *, last: bool = False) -> None:
+        try:
+            async with asyncio.timeout(self.write_s):
+                await send({"type": "http.response.body", "body": body, "more_body": not last})
+        except TimeoutError:
+            raise SlowReader(f"nothing was read for {self.write_s:g} s") from None
+
+
+class SlowReader(ClientGone):
+    """The client does not read what it asked for."""

@@ -1,0 +1,67 @@
+"""What routes need of a base's tokenizer: prompts to ids, and the bytes of a token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from trimtab.bases.template import BadRow, Template
+from trimtab.errors import DataError
+from trimtab.http.services import Words
+from trimtab.model import Base
+
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def words_of(base: Base) -> Words:
+    """The words of a base. Prompts become what they were in training: conversations by the template, texts with the start token if any."""
+    template = Template(base.tokenizer)
+
+    def encode_chat(messages: list[dict[str, str]]) -> list[int]:
+        try:
+            return template.prompt_ids(messages)
+        except BadRow as bad:
+            raise DataError(f"the conversation cannot be used: {bad}") from None
+
+    def encode_text(text: str) -> list[int]:
+        return [*template.bos, *template.ids_of([text])[0]]
+
+    return Words(encode_chat, encode_text, pieces(base.tokenizer), base.spec.vocab_size, base.spec.max_positions)
+
+
+def pieces(tokenizer: Any) -> Callable[[int], bytes]:
+    """id -> the token's bytes, such that those of a text's tokens, joined, are the text's in UTF-8 (half characters are in no other form).
+
+    Byte-level vocabularies spell bytes as letters, others have tokens <0x0A> for bytes and ▁ for blanks. An id without a token is empty.
+    """
+    of_letter = {letter: byte for byte, letter in _letters().items()}
+    byte_level = '"ByteLevel"' in tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else False
+    special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
+    kept: dict[int, bytes] = {}
+
+    def spell(token_id: int) -> bytes:
+        if token_id in special:
+            return special[token_id].encode()
+        token = tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:
+            return b""
+        if byte_level and all(letter in of_letter for letter in token):
+            return bytes(of_letter[letter] for letter in token)
+        if (byte := BYTE.fullmatch(token)) is not None:
+            return bytes([int(byte[1], 16)])
+        return str(token).replace("▁", " ").encode()
+
+    def piece(token_id: int) -> bytes:
+        if token_id not in kept:
+            kept[token_id] = spell(token_id)
+        return kept[token_id]
+
+    return piece
+
+
+def _letters() -> dict[int, str]:
+    """byte -> the letter that stands for it in byte-level vocabularies (GPT-2's): printable bytes are themselves, others follow 255."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}

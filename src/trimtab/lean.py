@@ -1,0 +1,228 @@
+"""The lean forward: Llama and its kin at inference on a CPU, where a step has few rows and dispatch costs more than arithmetic.
+
+The same formulas as the model's own forward in a tenth of the operations: projections that share an input run as one matmul over weights in
+the layout that the matmul wants, and everything between them is one kernel each (`ops.native`), keys and values straight into the cache.
+Edits of every method go through the same kernels of `ops` as everywhere. What is trusted is a comparison: before its first use it runs
+beside the model's own forward, and where the two differ the model keeps its own. It copies the projections' weights, if memory allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from trimtab import ops
+from trimtab.attention import KVCache, PagedKV, Plan, Run, lay_out, over_buckets
+from trimtab.ops import native
+
+if TYPE_CHECKING:
+    from trimtab.attach import Attached
+    from trimtab.batch import Batch
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LONG = 64
+"""Sequences that bring this many rows run their attention as batched matmuls, which a long prompt is worth."""
+FEW_ROWS = 128
+"""Up to so many rows a matmul is bound by reading its weights; beyond, the library's own blocking is faster."""
+MEMORY_SHARE = 0.25
+"""Weights are copied into the matmul's layout where that takes at most this share of the memory that is free."""
+
+Linear = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Paging:
+    """Where the native attention finds each row's keys: row t belongs to a sequence, sees its first length_T[t] tokens (0: it is run
+    elsewhere), and token j of sequence s lies at row table_SB[s][j // block] * block + j % block of the pools. All int32."""
+
+    sequence_T: Tensor
+    length_T: Tensor
+    table_SB: Tensor
+    block: int
+    longest: int
+
+
+class Lean:
+    """The lean forward of one attached model. `takes` says whether it computes a batch; `forward` does."""
+
+    def __init__(self, attached: Attached):
+        self.attached, spec, body = attached, attached.spec, attached.body
+        self.heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        weights = sum(p.numel() * p.element_size() for p in body.layers.parameters())
+        packs = attached.dtype == torch.bfloat16 and weights <= MEMORY_SHARE * psutil.virtual_memory().available
+        self.layers = [_Layer(attached, i, layer, packs) for i, layer in enumerate(body.layers)]
+        self.sites = frozenset(name for layer in self.layers for name in layer.sites) | {spec.family.head}
+        self.norm, self.eps = body.norm.weight, body.norm.variance_epsilon
+        self.head = _linear([attached.head_module], packs)
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether all that this batch asks for is computed here: a cache, no embedded prefix rows, edits at the layers' modules only."""
+        return batch.plan.cache is not None and not batch.embeds and not batch.plan.capture and batch.mix.groups.keys() <= self.sites
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states after the final norm, [T, H]; keys and values go into the batch's cache."""
+        cache, plan = batch.plan.cache, batch.plan
+        assert cache is not None and plan.write_T is not None
+        x_TH = self.attached.embedding(batch.ids_T[None])[0].contiguous()
+        cos_TD, sin_TD = (p[0].contiguous() for p in self.attached.body.rotary_emb(x_TH[None], position_ids=batch.position_T[None]))
+        paging, long = _paging(plan, cache)
+        y_TH: Tensor | None = None
+        for layer in self.layers:
+            h_TH = native.add_rms_norm(x_TH, y_TH, layer.input_norm, self.eps)
+            qkv_T = layer.qkv(h_TH, batch)
+            pools = cache.keys[layer.index], cache.values[layer.index]
+            native.rotate_and_write(qkv_T, self.heads, cos_TD, sin_TD, layer.head_norms, self.eps, pools, plan.write_T)
+            a_TH = native.attend(qkv_T, self.heads, pools, paging, layer.scaling, layer.window)
+            for rows, layout in long:
+                self._attend_long(a_TH, qkv_T, pools, rows, layout, layer)
+            h_TH = native.add_rms_norm(x_TH, layer.o(a_TH, batch), layer.mlp_norm, self.eps)
+            y_TH = layer.mlp(h_TH, batch)
+        return native.add_rms_norm(x_TH, y_TH, self.norm, self.eps)
+
+    def _attend_long(self, a_TH: Tensor, qkv_T: Tensor, pools: tuple[Tensor, Tensor], rows: slice, layout: Any, layer: _Layer) -> None:
+        H, _, D = self.heads
+        q_THD = qkv_T[rows, : H * D].reshape(-1, H, D)
+        a_TH[rows] = over_buckets(q_THD, *pools, layout, layer.scaling, None, layer.window).flatten(1)
+
+
+def _paging(plan: Plan, cache: KVCache) -> tuple[Paging, list[tuple[slice, Any]]]:
+    """The native attention's tables, and for each long sequence its rows and the layout of its own."""
+    total = sum(r.queries for r in plan.runs)
+    sequence, length, long = np.zeros(total, dtype=np.int32), np.zeros(total, dtype=np.int32), []
+    for i, run in enumerate(plan.runs):
+        if run.queries >= LONG:
+            layout = lay_out([Run(0, run.queries, run.keys)], plan.device)
+            long.append((slice(run.start, run.stop), layout))
+        else:
+            sequence[run.start : run.stop] = i
+            length[run.start : run.stop] = np.arange(run.length - run.queries + 1, run.length + 1)
+    if isinstance(cache, PagedKV):
+        table = np.zeros((len(plan.places), max(len(p) for p in plan.places)), dtype=np.int32)  # type: ignore[arg-type]
+        for line, place in zip(table, plan.places, strict=True):
+            line[: len(place)] = place  # type: ignore[arg-type]
+    else:
+        table = np.asarray(plan.places, dtype=np.int32)[:, None]
+    tensors = (torch.from_numpy(a) for a in (sequence, length, table))
+    return Paging(*tensors, cache.capacity, max(1, int(length.max(initial=0)))), long
+
+
+class _Projection:
+    """Linear layers that share an input, as one matmul; edits of each act on its part of the result."""
+
+    def __init__(self, attached: Attached, names: Sequence[str], packs: bool):
+        self.attached, self.names = attached, tuple(names)
+        self.modules = [attached.model.get_submodule(n) for n in names]
+        self.plain = _linear(self.modules, packs)
+        stops = np.cumsum([m.out_features for m in self.modules]).tolist()
+        self.parts = list(zip([0, *stops[:-1]], stops, strict=True))
+
+    def __call__(self, x_TI: Tensor, batch: Batch) -> Tensor:
+        y_TO = self.plain(x_TI)
+        groups: Mapping[str, Any] = batch.mix.groups
+        if groups and not self._joined(x_TI, y_TO, batch):
+            for name, module, (a, b) in zip(self.names, self.modules, self.parts, strict=True):
+                if name in groups:
+                    part = y_TO[:, a:b]
+                    edited = self.attached.edited(name, x_TI, batch, _known(x_TI, part, module))
+                    if edited.data_ptr() != part.data_ptr():
+                        part.copy_(edited)
+        return y_TO
+
+    def _joined(self, x_TI: Tensor, y_TO: Tensor, batch: Batch) -> bool:
+        """Add LoRA at all of these modules in one pass, where that is all there is and every adapter's run of rows is short."""
+        parts = batch.mix.lora_parts(self.names, ops.lora)
+        if parts is None:
+            return False
+        rows = batch.rows(batch.mix.groups[self.names[0]][0].members)
+        if rows is None:
+            return True
+        slot_T, long = rows.by_row
+        if long or slot_T is None:
+            return False
+        native.lora(x_TI, y_TO, slot_T, parts)
+        return True
+
+
+def _known(x_TI: Tensor, y_TO: Tensor, module: Any) -> Linear:
+    """The module for an edit to call: what it gives for x is known; for another input it is computed."""
+    return lambda x: y_TO if x is x_TI else torch.nn.functional.linear(x, module.weight, module.bias)
+
+
+def _linear(modules: Sequence[Any], packs: bool) -> Linear:
+    biases = [m.bias for m in modules]
+    if any(b is None for b in biases) and not all(b is None for b in biases):  # a bias of some: zeros for the others
+        biases = [m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in modules]
+    bias = None if biases[0] is None else torch.cat(biases)
+    many: Linear = lambda x: torch.cat([torch.nn.functional.linear(x, m.weight, m.bias) for m in modules], dim=1)  # noqa: E731
+    if len(modules) == 1:
+        many = partial(torch.nn.functional.linear, weight=modules[0].weight, bias=bias)
+    if packs:
+        weight = torch.cat([m.weight for m in modules])
+        few = _packed(weight, bias)
+        return lambda x: few(x) if len(x) <= FEW_ROWS else many(x)
+    return many
+
+
+def _packed(weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
+    if native.has_tiles() and weight_OI.shape[1] % 32 == 0:
+        return native.PackedWeight(weight_OI, bias_O)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, 32)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, "none", [], "")
+
+
+class _Layer:
+    """One layer's weights and places for edits."""
+
+    def __init__(self, attached: Attached, index: int, layer: Any, packs: bool):
+        family, attn = attached.spec.family, layer.self_attn
+        at = f"{family.layers}.{index}"
+        self.attached, self.index, self.scaling = attached, index, attn.scaling
+        config_window = getattr(attn.config, "sliding_window", None)
+        self.window = attn.sliding_window if hasattr(attn, "sliding_window") else config_window
+        self.input_norm, self.mlp_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        self.head_norms = (attn.q_norm.weight, attn.k_norm.weight) if hasattr(attn, "q_norm") else None
+        self.mlp_name = f"{at}.mlp"
+        self.qkv = _Projection(attached, [f"{at}.self_attn.{p}_proj" for p in "qkv"], packs)
+        self.o = _Projection(attached, [f"{at}.self_attn.o_proj"], packs)
+        self.gate_up = _Projection(attached, [f"{at}.mlp.{p}_proj" for p in ("gate", "up")], packs)
+        self.down = _Projection(attached, [f"{at}.mlp.down_proj"], packs)
+        self.sites = [n for p in (self.qkv, self.o, self.gate_up, self.down) for n in p.names] + [self.mlp_name]
+
+    def mlp(self, h_TH: Tensor, batch: Batch) -> Tensor:
+        inside = lambda x: self.down(native.swiglu(self.gate_up(x, batch)), batch)  # noqa: E731
+        return self.attached.edited(self.mlp_name, h_TH, batch, inside) if self.mlp_name in batch.mix.groups else inside(h_TH)
+
+
+@torch.no_grad()
+def make_lean(attached: Attached) -> Lean | None:
+    """The lean forward, where this model has one here that agrees with the model's own; else None."""
+    if attached.spec.model_type not in FAMILIES or attached.model.config.hidden_act != "silu":
+        return None
+    if not native.available(attached.embedding.weight):
+        return None
+    lean = Lean(attached)
+    return lean if _agrees(attached, lean) else None
+
+
+def _agrees(attached: Attached, lean: Lean) -> bool:
+    """Whether both forwards give the same hidden states, keys and values on random tokens, up to rounding."""
+    from trimtab.bank import Mix
+    from trimtab.batch import Piece, make_batch
+
+    spec, results = attached.spec, []
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(spec.vocab_size, (n,), generator=generator) for n in (5, 2)]
+    for forward in (lean.forward, attached.forward_plain):
+        cache = PagedKV(spec.num_layers, 4, 4, spec.num_kv_heads, spec.head_dim, attached.dtype, attached.device)
+        pieces = [Piece(ids[0], slot=(2, 0)), Piece(ids[1], slot=(3,))]
+        hidden = forward(make_batch(pieces, Mix([]), device=attached.device, max_positions=spec.max_positions, cache=cache))
+        results.append((hidden, cache.keys, cache.values))
+    tolerance = 1e-4 if attached.dtype == torch.float32 else 0.1
+    return all(bool((a - b).abs().max() <= tolerance * b.abs().max()) for a, b in zip(*results, strict=True))

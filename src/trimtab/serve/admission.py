@@ -1,0 +1,185 @@
+"""Who may come in: a tenant's answers at a time, its tokens a minute, and how many answers the whole server holds.
+
+Asked before a prompt is tokenized, answered in microseconds from counters in memory, so that overload costs next to nothing. Knows tenants
+and numbers; nothing of prompts, adapters or the engine. Several server processes count each for itself.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal
+
+from trimtab.errors import LimitError, OverloadedError, TrimtabError
+from trimtab.serve.tenant import Tenant
+
+DEFAULT_MAX_OPEN = 256
+LEAST_WAIT, MOST_WAIT, FIRST_GUESS = 0.05, 60.0, 1.0
+"""Seconds: bounds of a wait that is estimated, and the guess before any answer has ended."""
+FIRST_TOKENS = 256.0
+"""Tokens of an answer, prompt included, before any has ended."""
+MEMORY = 0.1
+"""Weight of the newest request in the running means of how long an answer is held and how many tokens it takes."""
+
+Reason = Literal["concurrency", "tokens", "full", "draining"]
+
+
+@dataclass
+class _Bucket:
+    """Tokens that a tenant may still use: fills at tokens_per_minute / 60 a second up to tokens_per_minute, which it starts with."""
+
+    level: float
+    at: float
+
+    def fill(self, per_minute: int, now: float) -> None:
+        self.level = min(float(per_minute), self.level + (now - self.at) * per_minute / 60)
+        self.at = now
+
+
+@dataclass
+class _Holding:
+    """What one tenant has open."""
+
+    open: int = 0
+    bucket: _Bucket | None = None
+    seconds: float = FIRST_GUESS
+    tokens: float = FIRST_TOKENS
+
+
+@dataclass
+class Ticket:
+    """The right to run n answers. Close it exactly when they are over, however they ended; closing again changes nothing."""
+
+    tenant: Tenant
+    n: int
+    estimate: float
+    opened: float
+    _close: Callable[[Ticket, int], None] = field(repr=False)
+    closed: bool = False
+
+    def close(self, usage_tokens: int = 0) -> None:
+        """usage_tokens: prompt and completion tokens that were really used; what was charged too much at the start is given back."""
+        self._close(self, usage_tokens)
+
+    def __enter__(self) -> Ticket:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Admission:
+    """Counters of all tenants. max_open: answers that the server holds at a time, queued ones included. Safe for any number of threads."""
+
+    def __init__(self, max_open: int = DEFAULT_MAX_OPEN, clock: Callable[[], float] = time.monotonic):
+        if max_open < 1:
+            raise TrimtabError(f"max_open = {max_open}: must be at least 1")
+        self.max_open, self._clock = max_open, clock
+        self.rejects: Counter[Reason] = Counter()
+        """How many requests were refused, by reason, since the start."""
+        self._lock = threading.Lock()
+        self._holdings: dict[str, _Holding] = {}
+        self._open, self._seconds, self._draining = 0, FIRST_GUESS, False
+
+    @property
+    def open(self) -> int:
+        """Answers that have a ticket."""
+        return self._open
+
+    def admit(self, tenant: Tenant, n: int = 1, estimate: int | None = None) -> Ticket:
+        """A ticket for n answers. estimate: prompt and completion tokens that they will use, charged now and corrected when the ticket is
+        closed; by default n times what the tenant's answers have used of late.
+
+        LimitError where the tenant is over its own limits, OverloadedError where the server is full or drains, both with retry_after.
+        TrimtabError where n answers can never run at a time under these limits. A tenant with any tokens left may start a request, however
+        large: so its tokens are overdrawn by one request at most where no estimate is too low.
+        """
+        now = self._clock()
+        with self._lock:
+            holding = self._holdings.get(tenant.id) or _Holding()
+            self._refuse_if_over(tenant, holding, n, now)
+            self._holdings[tenant.id] = holding
+            holding.open += n
+            self._open += n
+            charged = n * holding.tokens if estimate is None else float(estimate)
+            if holding.bucket is not None:
+                holding.bucket.level -= charged
+        return Ticket(tenant, n, charged, now, self._close)
+
+    def drain(self) -> None:
+        """From now on nobody comes in; those inside are not touched."""
+        self._draining = True
+
+    def tokens_left(self, tenant: Tenant) -> float | None:
+        """What the tenant may use at this moment, below 0 where it is overdrawn; None where it has no limit."""
+        if tenant.tokens_per_minute is None:
+            return None
+        with self._lock:
+            holding = self._holdings.get(tenant.id)
+            if holding is None or holding.bucket is None:
+                return float(tenant.tokens_per_minute)
+            holding.bucket.fill(tenant.tokens_per_minute, self._clock())
+            return holding.bucket.level
+
+    def _refuse_if_over(self, tenant: Tenant, holding: _Holding, n: int, now: float) -> None:
+        """The tenant's own limits first: whoever is over those should hear so, also while the server is full."""
+        bound = min(self.max_open, tenant.max_concurrent or self.max_open)
+        if not 1 <= n <= bound:
+            raise TrimtabError(f"n = {n}: must be from 1 to {bound} here", fix="ask for fewer answers at a time")
+        if self._draining:
+            raise self._overloaded("draining", "the server is shutting down", self._seconds)
+        if tenant.max_concurrent is not None and holding.open + n > tenant.max_concurrent:
+            self.rejects["concurrency"] += 1
+            raise LimitError(
+                f"{holding.open} answers are under way and {n} more would exceed this tenant's limit of {tenant.max_concurrent}",
+                fix="wait until one has ended",
+                retry_after=_wait(holding.seconds, holding.open),
+            )
+        self._refuse_if_out_of_tokens(tenant, holding, now)
+        if self._open + n > self.max_open:
+            raise self._overloaded("full", "the server is full", _wait(self._seconds, self._open))
+
+    def _refuse_if_out_of_tokens(self, tenant: Tenant, holding: _Holding, now: float) -> None:
+        if tenant.tokens_per_minute is None:
+            holding.bucket = None
+            return
+        if holding.bucket is None:
+            holding.bucket = _Bucket(float(tenant.tokens_per_minute), now)
+        holding.bucket.fill(tenant.tokens_per_minute, now)
+        if holding.bucket.level < 1:
+            self.rejects["tokens"] += 1
+            raise LimitError(
+                f"this tenant's {tenant.tokens_per_minute} tokens a minute are used up",
+                fix="wait, or ask for a higher limit",
+                retry_after=max(LEAST_WAIT, (1 - holding.bucket.level) * 60 / tenant.tokens_per_minute),
+            )
+
+    def _overloaded(self, reason: Reason, message: str, wait: float) -> OverloadedError:
+        self.rejects[reason] += 1
+        return OverloadedError(message, fix="try again later", retry_after=min(MOST_WAIT, max(LEAST_WAIT, wait)))
+
+    def _close(self, ticket: Ticket, tokens: int) -> None:
+        now = self._clock()
+        with self._lock:
+            if ticket.closed:
+                return
+            ticket.closed = True
+            holding = self._holdings[ticket.tenant.id]
+            holding.open -= ticket.n
+            self._open -= ticket.n
+            held = now - ticket.opened
+            holding.seconds += MEMORY * (held - holding.seconds)
+            holding.tokens += MEMORY * (tokens / ticket.n - holding.tokens)
+            self._seconds += MEMORY * (held - self._seconds)
+            if holding.bucket is not None and ticket.tenant.tokens_per_minute is not None:
+                holding.bucket.fill(ticket.tenant.tokens_per_minute, now)
+                holding.bucket.level += ticket.estimate - tokens
+
+
+def _wait(seconds: float, open_answers: int) -> float:
+    """When the next of so many answers should end, if one takes so many seconds and they began at all times."""
+    return min(MOST_WAIT, max(LEAST_WAIT, seconds / max(1, open_answers)))

@@ -1,0 +1,243 @@
+"""Which adapter a tenant means by a name: the store's, through the tenant's namespaces, or one that it loaded from a folder itself.
+
+Names are resolved at every request and kept nowhere, so a publish or a moved alias counts from the next request on, and a request goes
+with one version to its end. What is not the tenant's is answered as what does not exist. Knows nothing of keys, HTTP or the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trimtab.errors import AdapterError, NotFoundError, TrimtabError
+from trimtab.serve.served import PlainFolder, Served, StoredAdapter, below
+from trimtab.serve.store_names import StoreNames
+from trimtab.serve.tenant import EVERYTHING, NAME, Tenant
+from trimtab.store.names import NoSuchAdapter, Ref
+from trimtab.store.registry import Store
+from trimtab.store.version import Version
+
+if TYPE_CHECKING:
+    from trimtab.model import Base
+
+log = logging.getLogger(__name__)
+MAX_NAME = 256
+MAX_LOADED = 1000
+"""Adapters that a tenant may have loaded from folders at a time."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One line of /v1/models. created: seconds since 1970. root: what the name stands for now. parent: the base's name, None for the base.
+    digest: "" for the base."""
+
+    id: str
+    created: int
+    root: str
+    parent: str | None = None
+    digest: str = ""
+
+
+class StoreTrouble(TrimtabError):
+    """The store cannot be read: it is damaged, or gone."""
+
+    http_status = 503
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    servable: Served
+    created: int
+
+
+class Catalog:
+    """What can be asked for. store: None where there is none. folders: under which `load` may read, none: `load` is off.
+
+    base_names: further names of the base. evict: hears the digest of an adapter that no loaded name stands for any more, to free its
+    memory once nobody uses it. Under one of the folders, a tenant may load what lies in a subfolder named after one of its namespaces;
+    an admin tenant may load all. Safe for any number of threads.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        store: Store | None,
+        *,
+        folders: Sequence[str | Path] = (),
+        base_names: Sequence[str] = (),
+        evict: Callable[[str], None] = lambda digest: None,
+    ):
+        self.base, self.store, self._evict = base, store, evict
+        self._names = None if store is None else StoreNames(store)
+        self.base_names = tuple(dict.fromkeys(n for n in (base.name, *base_names) if n))
+        if not self.base_names:
+            raise TrimtabError("the base has no name by which it could be asked for", fix="give it one")
+        self.folders = tuple(Path(f).resolve() for f in folders)
+        absent = [str(f) for f in self.folders if not f.is_dir()]
+        if absent:
+            raise TrimtabError("adapters cannot be loaded from these", problems=[f"{f} is no folder" for f in absent])
+        self._lock = threading.Lock()
+        self._loaded: dict[tuple[str, str], _Loaded] = {}
+        self._started = int(time.time())
+
+    def find(self, model: str, tenant: Tenant) -> Served | None:
+        """The adapter that this tenant means by this name; None for the base. NotFoundError where it has none of that name.
+
+        A name is the base's, that of an adapter the tenant has loaded, "name[@selector]" in the first of its namespaces that has it, or
+        "namespace/name[@selector]". The selector is a version, an alias or a digest; without one, the newest version is meant.
+        """
+        if model in self.base_names:
+            return None
+        with self._lock:
+            loaded = self._loaded.get((tenant.id, model))
+        if loaded is not None:
+            return loaded.servable
+        version = self._version(model, tenant)
+        if version is None or self.store is None:
+            raise _unknown(model)
+        return StoredAdapter(version, self.store, self.base)
+
+    def models(self, tenant: Tenant) -> list[ModelInfo]:
+        """What this tenant may ask for: the base's names, what it has loaded, the newest version of each adapter in its namespaces
+        that was not made for another base."""
+        found = [ModelInfo(n, self._started, self.base_names[0]) for n in self.base_names]
+        with self._lock:
+            mine = [(name, x) for (owner, name), x in sorted(self._loaded.items()) if owner == tenant.id]
+        found += [ModelInfo(name, x.created, x.servable.ref, self.base_names[0], x.servable.digest) for name, x in mine]
+        if self.store is not None:
+            with _readable():
+                versions = [v for ns in ([None] if EVERYTHING in tenant.namespaces else tenant.namespaces) for v in self.store.list(ns)]
+            fits = {"", self.base.fingerprint} if self.base.fingerprint else {v.fingerprint for v in versions}
+            found += [
+                ModelInfo(v.name, _seconds(v.created), v.ref, self.base_names[0], v.digest) for v in versions if v.fingerprint in fits
+            ]
+        return found
+
+    def load(self, name: str, path: str | Path, tenant: Tenant) -> None:
+        """Read and check an adapter's folder and give it a name that this tenant alone sees. Reads all of it: call it off the event loop.
+
+        AdapterError where it is refused or the name is taken; NotFoundError, the same one, where there is no such folder, it is not under
+        an allowed one, or it is not this tenant's.
+        """
+        if not self.folders:
+            raise AdapterError(
+                "this server loads no adapters from folders", fix="publish it to the store, or start the server with a folder"
+            )
+        self._check_free(name, tenant)
+        inside = below(self.folders, str(path), None if tenant.admin else tenant.namespaces)
+        if inside is None:
+            shown = repr(str(path)[:MAX_NAME])
+            raise NotFoundError(f"there is no adapter folder {shown} that this key may load", fix="give the folder's whole path")
+        servable = PlainFolder.read(*inside, self.base)
+        servable.load()  # refused now, not at the first request
+        self.put(name, servable, tenant)
+
+    def put(self, name: str, servable: Served, tenant: Tenant) -> None:
+        """Give an adapter a name that this tenant alone sees; AdapterError where the name is taken."""
+        self._check_free(name, tenant)
+        with self._lock:
+            if self._loaded.setdefault((tenant.id, name), entry := _Loaded(servable, int(time.time()))) is not entry:
+                raise _taken(name)
+
+    def replace(self, name: str, servable: Served, tenant: Tenant) -> None:
+        """Let a name that was put or loaded stand for something newer, from the next request on. NotFoundError where there is none."""
+        self._move(name, tenant, _Loaded(servable, int(time.time())))
+
+    def unload(self, name: str, tenant: Tenant) -> None:
+        """The name is gone for the next request; running ones are not touched. NotFoundError where this tenant has loaded none of that
+        name."""
+        self._move(name, tenant, None)
+
+    def _move(self, name: str, tenant: Tenant, new: _Loaded | None) -> None:
+        with self._lock:
+            old = self._loaded.pop((tenant.id, name), None)
+            if old is None:
+                raise _unknown(name)
+            if new is not None:
+                self._loaded[tenant.id, name] = new
+            used = {x.servable.digest for x in self._loaded.values()}
+        if old.servable.digest not in used:
+            self._evict(old.servable.digest)
+
+    def _check_free(self, name: str, tenant: Tenant) -> None:
+        if not NAME.fullmatch(name):
+            raise AdapterError(f"{name[:MAX_NAME]!r} is no name for an adapter", fix="at most 63 of a-z 0-9 . _ -, a letter or digit first")
+        with self._lock:
+            mine = [n for owner, n in self._loaded if owner == tenant.id]
+        if name in (*self.base_names, *mine) or self._version(name, tenant) is not None:
+            raise _taken(name)
+        if len(mine) >= MAX_LOADED:
+            raise AdapterError(f"{MAX_LOADED} adapters are loaded from folders already", fix="unload some first")
+
+    def _version(self, model: str, tenant: Tenant) -> Version | None:
+        """Looked up only where the tenant may look, so neither words nor time tell what is elsewhere."""
+        path, at, selector = model.partition("@")
+        namespace, slash, name = path.rpartition("/")
+        if len(model) > MAX_NAME or (at and not selector) or (slash and not tenant.sees(namespace)):
+            return None
+        there = self._there().get(name, ())
+        if slash:
+            return self._lookup(namespace, name, selector) if namespace in there else None
+        if EVERYTHING not in tenant.namespaces:
+            return next((v for ns in tenant.namespaces if ns in there and (v := self._lookup(ns, name, selector))), None)
+        everywhere = [v for ns in there if (v := self._lookup(ns, name, selector))]
+        if len(everywhere) > 1:  # no order says which comes first, and a guess would serve the wrong one
+            raise AdapterError(f"several namespaces have {model!r}", problems=[v.ref for v in everywhere], fix="give the whole name")
+        return everywhere[0] if everywhere else None
+
+    def _there(self) -> Mapping[str, tuple[str, ...]]:
+        if self._names is None:
+            return {}
+        with _readable():
+            return self._names.namespaces()
+
+    def _lookup(self, namespace: str, name: str, selector: str, *, skip_damaged: bool = False) -> Version | None:
+        """The version of a name that is there; None without such a version. skip_damaged: None where its manifest cannot be read, too."""
+        assert self.store is not None
+        try:
+            ref = Ref(namespace, name, selector)
+        except AdapterError:  # no version can have such a selector
+            return None
+        with _readable():
+            try:
+                return self.store.resolve(ref)
+            except NoSuchAdapter:
+                return None
+            except AdapterError as error:
+                if not skip_damaged:
+                    raise
+                log.error("an adapter of the store cannot be read", extra={"told": {"adapter": str(ref), "error": error.message}})
+                return None
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """A store that is damaged or gone is our trouble, not a wrong name."""
+    try:
+        yield
+    except (AdapterError, OSError) as error:
+        log.error("the store cannot be read", extra={"told": {"error": str(error)}})
+        raise StoreTrouble("the store of adapters cannot be read", fix="try again; the server's log says more") from error
+
+
+def _seconds(created: str) -> int:
+    """An ISO time as seconds since 1970; 0 where a version's files say none that can be read."""
+    try:
+        return int(datetime.fromisoformat(created).timestamp())
+    except ValueError:
+        return 0
+
+
+def _unknown(model: str) -> NotFoundError:
+    return NotFoundError(f"the model {model[:MAX_NAME]!r} does not exist", fix="GET /v1/models lists the models that this key may use")
+
+
+def _taken(name: str) -> AdapterError:
+    return AdapterError(f"there is a model {name!r} already", fix="choose another name, or unload that one first")

@@ -1,0 +1,67 @@
+"""What an engine is told: how much memory it may use, how much it runs at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from trimtab.errors import ConfigError
+from trimtab.model import Base
+
+KV_SHARE, ADAPTER_SHARE = 0.3, 0.1
+"""Shares of the free memory that are taken where none is named: a base's activations and the rest of the machine need room too."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """kv_bytes: memory of the KV blocks; adapter_bytes: of packed adapters. None: a share of what is free. block_size: tokens of a block.
+    max_running: sequences that hold KV blocks at once. max_step_rows: token rows of one step, decodes first. max_queued: requests that wait
+    at most; more are refused. prefix_cache: keep blocks of ended sequences for prompts that begin alike.
+    share_prefix_across_tenants: let tenants find each other's blocks of the same adapter (who waits less learns what others have asked).
+    """
+
+    kv_bytes: int | None = None
+    adapter_bytes: int | None = None
+    block_size: int = 16
+    max_running: int = 64
+    max_step_rows: int = 1024
+    max_queued: int = 1024
+    prefix_cache: bool = True
+    share_prefix_across_tenants: bool = False
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} = {getattr(self, name)}: must be at least 1"
+            for name in ("kv_bytes", "adapter_bytes", "block_size", "max_running", "max_step_rows", "max_queued")
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]
+        if self.max_step_rows < self.max_running:
+            problems.append(
+                f"max_step_rows = {self.max_step_rows}: each of max_running = {self.max_running} sequences needs a row to decode"
+            )
+        if problems:
+            raise ConfigError("cannot serve like this", problems=problems)
+
+
+def kv_blocks(config: EngineConfig, base: Base, block_bytes: int) -> int:
+    """How many KV blocks fit; never more than max_running sequences of full length can fill. ConfigError where not even one fits."""
+    most = config.max_running * -(-base.spec.max_positions // config.block_size)
+    budget = config.kv_bytes if config.kv_bytes is not None else int(KV_SHARE * _free_bytes(base.device))
+    blocks = min(most, budget // block_bytes)
+    if blocks < 1:
+        raise ConfigError(
+            f"kv_bytes = {budget}: one block of {config.block_size} tokens takes {block_bytes} bytes",
+            fix="give more memory to the KV cache",
+        )
+    return blocks
+
+
+def adapter_budget(config: EngineConfig, base: Base) -> int:
+    """Bytes that packed adapters may take."""
+    return config.adapter_bytes if config.adapter_bytes is not None else int(ADAPTER_SHARE * _free_bytes(base.device))
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -1,0 +1,165 @@
+"""The server's own database: one SQLite file in WAL mode, opened safely, its schema brought up to date.
+
+A file that is not ours, is damaged, or was made by a later trimtab is refused and never written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import TrimtabError
+from trimtab.serve.tenant import Tenant
+
+APPLICATION_ID = 0x54524954  # "TRIT": tells our file from any other program's
+BUSY_SECONDS = 10.0
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        # A removed tenant's row stays, so that its usage keeps its owner; its name may be taken again, its id never.
+        """CREATE TABLE tenants (
+            id TEXT PRIMARY KEY,
+            name TEXT NOT NULL,
+            namespaces TEXT NOT NULL,
+            max_concurrent INTEGER CHECK (max_concurrent > 0),
+            tokens_per_minute INTEGER CHECK (tokens_per_minute > 0),
+            weight REAL NOT NULL CHECK (weight > 0),
+            admin INTEGER NOT NULL CHECK (admin IN (0, 1)),
+            created REAL NOT NULL,
+            removed REAL
+        )""",
+        "CREATE UNIQUE INDEX tenants_name ON tenants (name) WHERE removed IS NULL",
+        """CREATE TABLE keys (
+            id TEXT PRIMARY KEY,
+            tenant TEXT NOT NULL REFERENCES tenants (id),
+            secret_sha256 BLOB NOT NULL CHECK (length(secret_sha256) = 32),
+            created REAL NOT NULL,
+            expires REAL,
+            revoked REAL
+        )""",
+        """CREATE TABLE usage (
+            tenant TEXT NOT NULL REFERENCES tenants (id),
+            day TEXT NOT NULL,
+            adapter TEXT NOT NULL,
+            requests INTEGER NOT NULL,
+            prompt_tokens INTEGER NOT NULL,
+            completion_tokens INTEGER NOT NULL,
+            PRIMARY KEY (tenant, day, adapter)
+        ) WITHOUT ROWID""",
+        # Counts changes of tenants and keys, so that a writing of usage makes nobody read all keys again.
+        "CREATE TABLE generation (number INTEGER NOT NULL)",
+        "INSERT INTO generation VALUES (1)",
+        *(
+            f"CREATE TRIGGER {table}_{verb.lower()} AFTER {verb} ON {table} BEGIN UPDATE generation SET number = number + 1; END"
+            for table in ("tenants", "keys")
+            for verb in ("INSERT", "UPDATE", "DELETE")
+        ),
+    ),
+)
+"""Statements that lead from version i to i + 1 of the schema. Only ever appended to."""
+
+TENANT_COLUMNS = "t.id, t.name, t.namespaces, t.max_concurrent, t.tokens_per_minute, t.weight, t.admin"
+
+
+class DatabaseError(TrimtabError):
+    """The database cannot be used: damaged, another program's, from a later version, not readable."""
+
+    http_status = 503
+
+
+def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
+    """An open connection, for any thread but one at a time, the schema up to date. create: make the file (mode 0600) where there is none.
+
+    DatabaseError where there is no file, or one that is not ours to use.
+    """
+    if create:
+        _create_file(path)
+    elif not path.is_file():
+        raise DatabaseError(f"no tenants database at {path}", fix="make one: trimtab tenants add NAME --db " + str(path))
+    with explained(path):
+        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        try:
+            _check_owner(connection, path)
+            connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            connection.execute("PRAGMA synchronous = FULL")  # a revocation must survive a power cut
+            connection.execute("PRAGMA foreign_keys = ON")
+            _migrate(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def tenant_of(row: Sequence[Any]) -> Tenant:
+    """A row of TENANT_COLUMNS as a tenant."""
+    tenant_id, name, namespaces, max_concurrent, tokens_per_minute, weight, admin = row
+    return Tenant(tenant_id, name, tuple(json.loads(namespaces)), max_concurrent, tokens_per_minute, weight, bool(admin))
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """All of the block's changes, or none. Waits up to BUSY_SECONDS for other writers."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield connection
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:  # a full disk may have ended it already
+            connection.execute("ROLLBACK")
+        raise
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """SQLite's errors as ours, with the file's name."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        fix = "look at the disk and at who else holds the file; it was not changed"
+        raise DatabaseError(f"the tenants database {path} cannot be used: {error}", fix=fix) from error
+    except sqlite3.DatabaseError as error:
+        fix = "restore it from a backup, or move it away and make a new one; it was not changed"
+        raise DatabaseError(f"{path} is damaged, or no tenants database: {error}", fix=fix) from error
+
+
+def _create_file(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # SQLite gives its side files the same mode
+    except FileExistsError:
+        if not path.is_file():
+            raise DatabaseError(f"{path} is no file", fix="give --db the name of a file") from None
+    except OSError as error:
+        raise DatabaseError(f"cannot make {path}: {error.strerror}", fix="give --db a file in a folder that can be written") from error
+
+
+def _check_owner(connection: sqlite3.Connection, path: Path) -> None:
+    """Before anything is written: is this file empty, or ours?"""
+    owner = connection.execute("PRAGMA application_id").fetchone()[0]
+    if owner == APPLICATION_ID or (not owner and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]):
+        return
+    raise DatabaseError(f"{path} is another program's database", fix="give --db another file")
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    def version() -> int:
+        return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+    if version() == len(MIGRATIONS):
+        return
+    with transaction(connection):
+        found = version()  # again: another process may have been faster
+        if found > len(MIGRATIONS):
+            raise DatabaseError(
+                f"{path} has schema version {found}; this trimtab knows up to {len(MIGRATIONS)}", fix="use the trimtab that wrote it"
+            )
+        for statements in MIGRATIONS[found:]:
+            for statement in statements:
+                connection.execute(statement)
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")

@@ -1,0 +1,102 @@
+"""API keys: `id.secret`. The id is public and finds the row; of the secret only a sha256 is kept, and it is compared in constant time.
+
+A plain hash is enough: the secret has 256 random bits, so there is nothing to guess that a slow hash would protect. All keys are held in
+memory, and read again when the database says that tenants or keys have changed. That is asked at every request, so a revocation counts
+from the next request on, in every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimtab.errors import AuthError
+from trimtab.serve.database import TENANT_COLUMNS, connect, explained, tenant_of
+from trimtab.serve.tenant import LOCAL, Tenant
+
+MAX_KEY_CHARS = 200
+NOBODY = hashlib.sha256(secrets.token_bytes(32)).digest()
+"""What an unknown id is compared with: no secret has this hash, and the comparison costs what a known id's costs."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What may be shown of a key. tenant: its id. created, expires, revoked: seconds since 1970, or None."""
+
+    id: str
+    tenant: str
+    created: float
+    expires: float | None = None
+    revoked: float | None = None
+
+    def state(self, now: float) -> str:
+        """active, expiring (it works but has an end), expired or revoked."""
+        if self.revoked is not None:
+            return "revoked"
+        if self.expires is None:
+            return "active"
+        return "expiring" if now < self.expires else "expired"
+
+
+def make_key() -> tuple[str, str]:
+    """(public id, secret), fresh."""
+    return secrets.token_hex(6), secrets.token_urlsafe(32)
+
+
+def split_key(text: str) -> tuple[str, bytes]:
+    """(id, the secret's hash) of whatever a client sent; never an error, so that every wrong key goes the same way."""
+    key_id, _, secret = text[:MAX_KEY_CHARS].partition(".")
+    return key_id, hash_secret(secret)
+
+
+def hash_secret(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+class Keyring:
+    """The keys in force, for reading. Any number of threads."""
+
+    def __init__(self, path: Path, clock: Callable[[], float]):
+        self._path, self._clock = path, clock
+        self._connection = connect(path)  # of its own: data_version shows only what other connections have changed
+        self._lock = threading.Lock()
+        self._data_version, self._generation = -1, -1
+        self._known: dict[str, tuple[bytes, float, Tenant]] = {}
+
+    def authenticate(self, text: str | None) -> Tenant:
+        """The tenant whose key this is. AuthError, the same whatever is wrong with the key: unknown, secret wrong, expired, revoked."""
+        if not text:
+            raise AuthError("no API key was given", fix="send the header Authorization: Bearer <key>")
+        key_id, given = split_key(text)
+        kept, end, tenant = self._current().get(key_id, (NOBODY, -math.inf, LOCAL))
+        if hmac.compare_digest(given, kept) and self._clock() < end:
+            return tenant
+        raise AuthError("this API key is not valid", fix="check the key, or ask for a new one")
+
+    def _current(self) -> dict[str, tuple[bytes, float, Tenant]]:
+        """id -> (hash, end, tenant) of every key in force, as of now."""
+        with self._lock, explained(self._path):
+            data_version = self._connection.execute("PRAGMA data_version").fetchone()[0]
+            if data_version != self._data_version:  # usage is written often; only the generation says that keys have changed
+                generation = self._connection.execute("SELECT number FROM generation").fetchone()[0]
+                if generation != self._generation:
+                    self._known = self._read()
+                self._data_version, self._generation = data_version, generation
+            return self._known
+
+    def _read(self) -> dict[str, tuple[bytes, float, Tenant]]:
+        rows = self._connection.execute(
+            f"SELECT k.id, k.secret_sha256, k.expires, {TENANT_COLUMNS} FROM keys k JOIN tenants t ON t.id = k.tenant "
+            "WHERE k.revoked IS NULL AND t.removed IS NULL"
+        )
+        return {key_id: (kept, math.inf if expires is None else expires, tenant_of(rest)) for key_id, kept, expires, *rest in rows}
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()

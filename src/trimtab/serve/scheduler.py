@@ -1,0 +1,247 @@
+"""What runs in a step: continuous batching with chunked prefill over paged keys and values.
+
+Sequences that decode come first, then prompts, in chunks, within a number of rows. Tenants take turns by their counters; within a tenant
+requests come in order, except that one whose adapter is still loading lets others pass. When KV blocks run out the newest sequence gives up
+its own and comes back later: what it had is computed again. Nothing is known here of forwards, sampling or sinks.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+
+from trimtab.errors import TrimtabError
+from trimtab.serve.blocks import BlockPool
+from trimtab.serve.config import EngineConfig
+from trimtab.serve.fairness import Fairness
+from trimtab.serve.residency import Residency
+from trimtab.serve.sequence import Live
+
+MIN_CHUNK = 128
+"""Prompts enter together while each gets so many rows of a step: fewer at once finish sooner."""
+LOOKAHEAD = 16
+"""Requests whose adapters are loading, or loaded and not yet used: others wait without claiming memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """`rows` tokens of a sequence that enter this step."""
+
+    live: Live
+    rows: int
+
+
+class Scheduler:
+    """Queues, and the sequences that run. max_length: tokens of one sequence, virtual ones included."""
+
+    def __init__(self, config: EngineConfig, pool: BlockPool, residency: Residency, max_length: int):
+        self.config, self.pool, self.residency, self.max_length = config, pool, residency, max_length
+        self.fairness = Fairness()
+        self.running: list[Live] = []  # oldest arrival first
+        self.loading: dict[str, list[Live]] = {}
+        self.preemptions = self.query_tokens = self.hit_tokens = 0
+        self._waiting: dict[str, deque[Live]] = {}
+        self._returning: list[Live] = []  # oldest arrival first
+        self._leased: set[Live] = set()  # those that wait and hold a lease
+        self.refused: dict[Live, TrimtabError] = {}  # those that can never run, until they are removed
+
+    @property
+    def waiting_count(self) -> int:
+        return sum(map(len, self._waiting.values())) + len(self._returning)
+
+    @property
+    def loading_count(self) -> int:
+        return sum(map(len, self.loading.values()))
+
+    # ---- coming and going ----
+
+    def add(self, live: Live) -> None:
+        """A new request, at the end of its tenant's queue."""
+        live.where = "waiting"
+        self.fairness.arrive(live.request.tenant)
+        self._waiting.setdefault(live.request.tenant, deque()).append(live)
+
+    def remove(self, live: Live) -> None:
+        """Out, wherever it is; what it holds is free again."""
+        if live.where == "new":
+            live.where = "ended"
+            return
+        if live.where == "waiting":
+            self._leave_queue(live)
+        elif live.where == "loading":
+            self._leave_loading(live)
+        elif live.where == "returning":
+            self._returning.remove(live)
+        else:
+            self.running.remove(live)
+        live.where = "ended"
+        self.refused.pop(live, None)
+        self._give_back(live)
+        if live.resident is not None:
+            self.residency.release(live.resident)
+            live.resident = None
+        self.fairness.leave(live.request.tenant)
+
+    def _take_loaded(self) -> None:
+        """Take up loads that have ended: who waited for them is next in its tenant's queue."""
+        ready: list[Live] = []
+        for ended in self.residency.collect(self.loading):
+            for live in self.loading.get(ended.digest, ()):
+                if ended.error is not None:
+                    self.refused[live] = ended.error
+                elif self._lease(live):
+                    ready.append(live)
+        self.residency.settle()
+        for live in sorted(ready, key=lambda r: -r.serial):
+            self._leave_loading(live)
+            live.where = "waiting"
+            self._waiting.setdefault(live.request.tenant, deque()).appendleft(live)
+
+    def _lease(self, live: Live) -> bool:
+        """Whether its adapter is in memory, and now held for it."""
+        if live.digest is not None and live.resident is None:
+            live.resident = self.residency.lease(live.digest)
+            if live.resident is None:
+                return False
+            live.virtual = live.resident.packed.virtual_tokens
+            self._leased.add(live)
+        if live.total > self.max_length:
+            self.refused[live] = TrimtabError(
+                f"the prompt has {len(live.tokens)} tokens and its adapter {live.virtual} virtual ones, {live.total} in all;"
+                f" at most {self.max_length} fit",
+                fix="shorten the prompt",
+            )
+        return live not in self.refused
+
+    def _leave_queue(self, live: Live) -> None:
+        queue = self._waiting[live.request.tenant]
+        queue.remove(live)
+        if not queue:
+            del self._waiting[live.request.tenant]
+        self._leased.discard(live)
+
+    def _leave_loading(self, live: Live) -> None:
+        assert live.digest is not None
+        self.loading[live.digest].remove(live)
+        if not self.loading[live.digest]:
+            del self.loading[live.digest]
+
+    # ---- a step ----
+
+    def schedule(self, now: float) -> list[Work]:
+        """What runs next: decodes, then chunks of prompts. Sequences that enter get their blocks."""
+        self._start_loads()
+        self._take_loaded()
+        rows: dict[Live, int] = {}
+        for live in list(self.running):
+            if live.where == "running" and live.remaining == 1 and self._room(live, 1, rows):
+                rows[live] = 1
+        budget = self.config.max_step_rows - len(rows)
+        prefills = [live for live in self.running if live.remaining > 1]
+        self._admit(prefills, budget, now)
+        self._share(prefills, budget, rows)
+        return [Work(live, n) for live, n in rows.items()]
+
+    def _share(self, prefills: list[Live], budget: int, rows: dict[Live, int]) -> None:
+        """Rows for prompts: the same for each, and what short ones leave to the longer ones, so that a long prompt holds up nobody."""
+        left = len(prefills)
+        for live in sorted(prefills, key=lambda p: (p.remaining, p.serial)):
+            chunk = min(live.remaining, budget // left)
+            left -= 1
+            if live.where == "running" and chunk and (chunk := self._room(live, chunk, rows)):
+                rows[live] = chunk
+                budget -= chunk
+
+    def _room(self, live: Live, chunk: int, rows: dict[Live, int]) -> int:
+        """Blocks for `chunk` more tokens of a running sequence, taken from newer sequences if need be; how many of them have room."""
+        size = self.config.block_size
+        missing = -(-(live.past + chunk) // size) - len(live.blocks)
+        while missing > self.pool.available and self.running[-1].serial > live.serial:
+            rows.pop(self.running[-1], None)
+            self._preempt(self.running[-1])
+        taken = min(max(missing, 0), self.pool.available)
+        live.blocks += self.pool.take(taken)
+        return min(chunk, len(live.blocks) * size - live.past)
+
+    def _preempt(self, live: Live) -> None:
+        self.preemptions += 1
+        self.running.remove(live)
+        self._give_back(live)
+        live.where = "returning"
+        insort(self._returning, live, key=lambda r: r.serial)
+
+    def _give_back(self, live: Live) -> None:
+        self.pool.release(live.blocks)
+        live.blocks, live.past, live.published, live.unwritten = [], 0, 0, False
+
+    # ---- entering ----
+
+    def _start_loads(self) -> None:
+        """Have the adapters read of those who are next: at most LOOKAHEAD requests, so that a long queue does not turn memory over."""
+        ahead = self.loading_count + len(self._leased)
+        for tenant in self.fairness.order(self._waiting):
+            while ahead < LOOKAHEAD and tenant in self._waiting and self._must_load(live := self._waiting[tenant][0]):
+                assert live.digest is not None and live.request.adapter is not None
+                self._leave_queue(live)
+                live.where = "loading"
+                self.loading.setdefault(live.digest, []).append(live)
+                self.residency.load(live.request.adapter)
+                ahead += 1
+
+    def _must_load(self, live: Live) -> bool:
+        return live.digest is not None and live.resident is None and not self.residency.holds(live.digest)
+
+    def _admit(self, prefills: list[Live], budget: int, now: float) -> None:
+        """Let sequences in while there is a place, rows worth a chunk, and blocks for the whole prompt; those that come back go first."""
+        claimed = sum(min(p.remaining, MIN_CHUNK) for p in prefills)
+        while len(self.running) < self.config.max_running and claimed < budget:
+            live = self._returning[0] if self._returning else self._next()
+            if live is None or not self._enter(live):
+                break
+            if live.admitted is None:
+                live.admitted = now
+                self.fairness.charge(live.request.tenant, live.request.weight, tokens_in=len(live.request.prompt) - live.cached)
+            claimed += min(live.remaining, MIN_CHUNK)
+            prefills.append(live)
+
+    def _next(self) -> Live | None:
+        for tenant in self.fairness.order(self._waiting):
+            live = self._waiting[tenant][0]
+            if self._lease(live):
+                return live
+        return None
+
+    def _enter(self, live: Live) -> bool:
+        """Whether there was room: then it runs, with the blocks that are known already, and with those of its virtual tokens."""
+        size, pool = self.config.block_size, self.pool
+        known = pool.find(live.key(i, size) for i in range((live.total - 1) // size)) if self.config.prefix_cache else []
+        free = pool.available - sum(not pool.held(b) for b in known)
+        promised = sum(-(-r.total // size) - len(r.blocks) + 1 for r in self.running)  # their prompts, and a block for what they write
+        if free < -(-live.total // size) - len(known) + promised:
+            return False
+        if live.where == "returning":
+            self._returning.remove(live)
+        else:
+            self._leave_queue(live)
+        live.where = "running"
+        insort(self.running, live, key=lambda r: r.serial)
+        pool.share(known)
+        live.blocks, live.past, live.published = list(known), len(known) * size, len(known)
+        if live.past < live.virtual:
+            live.past, live.unwritten = live.virtual, True
+            live.blocks += pool.take(-(-live.virtual // size) - len(known))
+        if live.admitted is None:
+            live.cached = max(0, len(known) * size - live.virtual)
+            self.query_tokens += len(live.tokens)
+            self.hit_tokens += live.cached
+        return True
+
+    def computed(self, work: Work) -> None:
+        """The rows have run: what they filled can be found by others from now on."""
+        live, size = work.live, self.config.block_size
+        live.past += work.rows
+        if self.config.prefix_cache:
+            while (live.published + 1) * size <= live.past:
+                self.pool.publish(live.blocks[live.published], live.key(live.published, size), live.digest)
+                live.published += 1

@@ -1,0 +1,85 @@
+"""A live request: its tokens, where it stands, what it holds. Everything that one answer needs between `submit` and its last delta."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trimtab.errors import TrimtabError
+from trimtab.serve.blocks import VIRTUAL, chain_next
+from trimtab.serve.grammar import Matcher
+from trimtab.serve.request import Request, Sink, Usage
+from trimtab.serve.residency import Resident
+from trimtab.serve.sampling import Draw
+from trimtab.serve.text import TextStream
+
+Where = Literal["new", "waiting", "loading", "running", "returning", "ended"]
+"""new: not yet seen by the step loop. waiting: for a place. loading: for its adapter. running: holds KV blocks. returning: had to give them up, and comes back first."""
+
+
+class ServingError(TrimtabError):
+    """A failure that is ours, not the request's."""
+
+    http_status = 500
+
+
+@dataclass(eq=False, slots=True)
+class Live:
+    """serial: order of arrival. tokens: the prompt and the new tokens. virtual: virtual tokens before them. past: tokens (virtual ones
+    included) whose keys and values the blocks hold. chain: the hash before its first block; keys: those of its full blocks;
+    published: how many of them the pool has been told. unwritten: the virtual tokens must be written into the blocks. cached: prompt tokens
+    found in the cache."""
+
+    request: Request
+    sink: Sink
+    text: TextStream
+    draw: Draw
+    matcher: Matcher | None
+    serial: int
+    arrived: float
+    chain: bytes
+    tokens: list[int]
+    where: Where = "new"
+    resident: Resident | None = None
+    virtual: int = 0
+    past: int = 0
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    published: int = 0
+    unwritten: bool = False
+    cached: int = 0
+    admitted: float | None = None
+    first: float | None = None
+    last: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str | None:
+        return None if self.request.adapter is None else self.request.adapter.digest
+
+    @property
+    def total(self) -> int:
+        """Tokens so far, virtual ones included."""
+        return self.virtual + len(self.tokens)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that have not entered a forward: one while it decodes."""
+        return self.virtual + len(self.tokens) - self.past
+
+    @property
+    def new(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.request.prompt), self.new, self.cached)
+
+    def key(self, block: int, size: int) -> bytes:
+        """The key of its block number `block`, which all of its tokens so far must fill."""
+        while len(self.keys) <= block:
+            start = len(self.keys) * size - self.virtual
+            tokens = [VIRTUAL] * min(size, -start) + self.tokens[: max(0, start + size)] if start < 0 else self.tokens[start : start + size]
+            assert len(tokens) == size
+            self.keys.append(chain_next(self.keys[-1] if self.keys else self.chain, tokens))
+        return self.keys[block]

@@ -1,0 +1,161 @@
+"""What a name of the catalog stands for, as the engine loads it: a version of the store, or a plain folder pinned to its bytes.
+
+A digest means the same tensors for ever: the store's versions never change, and a folder's files are compared with what they were when its
+digest was taken, each time they are read. Also here: which folders are really below an allowed one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from trimtab.errors import AdapterError
+from trimtab.serve.request import Servable
+from trimtab.store import Adapter
+from trimtab.store.files import Folder, Refusal, read_exactly
+from trimtab.store.folder import CONFIG, NOTE, WEIGHTS, read_opened
+from trimtab.store.registry import Store
+from trimtab.store.version import Version
+
+if TYPE_CHECKING:
+    from trimtab.model import Base
+
+FILES = (CONFIG, WEIGHTS, NOTE)
+CHUNK = 2**22
+
+
+class Served(Servable, Protocol):
+    """What a name stands for. ref: what to call it in logs: acme/support@3, or the folder's path."""
+
+    @property
+    def ref(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """A version of the store as the engine loads it. digest: its manifest's."""
+
+    version: Version = field(repr=False)
+    store: Store = field(repr=False, compare=False)
+    base: Base = field(repr=False, compare=False)
+
+    @property
+    def digest(self) -> str:
+        return self.version.digest
+
+    @property
+    def ref(self) -> str:
+        return self.version.ref
+
+    def load(self) -> Adapter:
+        """AdapterError where it was removed meanwhile, is damaged, or is for another base."""
+        with self.store.open(self.version) as folder:
+            method, params, info, verified = read_opened(folder, self.base, f"adapter {self.version.ref}")
+        return Adapter(self.base, method, {k: t.to(self.base.device) for k, t in params.items()}, info=info, verified=verified)
+
+
+class Pinned(Folder):
+    """A folder of which only files with known digests are given out, as copies that nobody can change any more."""
+
+    def __init__(self, path: Path, descriptor: int, digests: Mapping[str, str]):
+        super().__init__(path, descriptor)
+        self._digests = digests
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[tuple[int, int]]:
+        """Refusal where the bytes are not those that were there at first."""
+        copy = os.memfd_create("adapter", os.MFD_CLOEXEC)
+        try:
+            with super().open(name) as (file, size):
+                if _hash(file, size, name, copy) != self._digests.get(name):
+                    raise Refusal(f"{name} has changed since the adapter was loaded: unload it and load it again")
+            os.lseek(copy, 0, os.SEEK_SET)
+            yield copy, size
+        finally:
+            os.close(copy)
+
+
+@dataclass(frozen=True)
+class PlainFolder:
+    """A folder as the engine loads it. parts: of its path below root. digest: sha256 over names and bytes of the files that count."""
+
+    root: Path
+    parts: tuple[str, ...]
+    digest: str
+    digests: Mapping[str, str] = field(repr=False, compare=False)
+    base: Base = field(repr=False, compare=False)
+
+    @property
+    def ref(self) -> str:
+        return str(self.root.joinpath(*self.parts))
+
+    @classmethod
+    def read(cls, root: Path, parts: tuple[str, ...], base: Base) -> PlainFolder:
+        """AdapterError where a file is missing or is none that is read."""
+        where, digests = root.joinpath(*parts), {}
+        try:
+            with descend(root, parts) as descriptor:
+                folder = Folder(where, descriptor)
+                for name in sorted(set(folder.names()) & set(FILES)):
+                    with folder.open(name) as (file, size):
+                        digests[name] = _hash(file, size, name)
+        except (Refusal, OSError) as error:
+            raise AdapterError(f"adapter {str(where)!r} is refused", problems=[str(error)]) from error
+        whole = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in digests.items()).encode())
+        return cls(root, parts, f"sha256:{whole.hexdigest()}", digests, base)
+
+    def load(self) -> Adapter:
+        """AdapterError where it is refused, or has changed since it was read."""
+        where = f"adapter {self.ref!r}"
+        try:
+            with descend(self.root, self.parts) as descriptor:
+                pinned = Pinned(Path(self.ref), descriptor, self.digests)
+                method, params, info, verified = read_opened(pinned, self.base, where)
+        except OSError as error:
+            raise AdapterError(f"{where} cannot be read any more: {error.strerror}", fix="unload it") from error
+        return Adapter(self.base, method, {k: t.to(self.base.device) for k, t in params.items()}, info=info, verified=verified)
+
+
+def below(roots: Sequence[Path], path: str, first: Collection[str] | None) -> tuple[Path, tuple[str, ...]] | None:
+    """(root, parts below it) of a folder that is really below one of the roots, links followed; None where it is not, or is not there.
+    first: what the first part may be; None: anything."""
+    if "\0" in path or len(path) > 4096 or not Path(path).is_absolute():
+        return None
+    real = Path(os.path.realpath(path))
+    for root in roots:
+        if root in real.parents and real.is_dir():
+            parts = real.relative_to(root).parts
+            if first is None or (parts[0] in first and len(parts) > 1):
+                return root, parts
+    return None
+
+
+@contextmanager
+def descend(root: Path, parts: Sequence[str]) -> Iterator[int]:
+    """A descriptor of a folder below root, reached part by part without following a link: what was checked cannot be swapped for one."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    descriptor = os.open(root, flags)
+    try:
+        for part in parts:
+            descriptor, above = os.open(part, flags | os.O_NOFOLLOW, dir_fd=descriptor), descriptor
+            os.close(above)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _hash(file: int, size: int, name: str, copy: int | None = None) -> str:
+    """sha256 of the next `size` bytes, copied on the way. Refusal where the file ends before."""
+    sha = hashlib.sha256()
+    for start in range(0, size, CHUNK):
+        chunk = read_exactly(file, min(CHUNK, size - start), name)
+        sha.update(chunk)
+        view = memoryview(chunk)
+        while copy is not None and view:
+            view = view[os.write(copy, view) :]
+    return sha.hexdigest()

@@ -1,0 +1,228 @@
+"""Blobs: files named by the sha256 of their bytes. Knows nothing of what refers to them.
+
+Bytes are given out only after they hash to their digest, and as they were hashed. A blob is put in place by rename and never changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimtab.store.files import Folder, Refusal, read_exactly
+from trimtab.store.manifest import Descriptor
+
+CHUNK = 2**20
+
+
+@dataclass
+class Staged:
+    """A whole file in tmp. anew: there was no good blob under its digest when it was written, so it was flushed to disk."""
+
+    path: Path
+    digest: str
+    size: int
+    anew: bool
+
+
+class Blobs:
+    """folder: `blobs/sha256`. tmp: where files are written before they get their names; in the same file system."""
+
+    def __init__(self, folder: Path, tmp: Path):
+        self.folder, self.tmp = folder, tmp
+
+    def path(self, digest: str) -> Path:
+        algorithm, _, digits = digest.partition(":")
+        assert algorithm == "sha256" and len(digits) == 64 and set(digits) <= set("0123456789abcdef"), digest
+        return self.folder / digits
+
+    def has(self, digest: str, size: int | None = None) -> bool:
+        """Whether a blob is there, of this size; its bytes are not read."""
+        try:
+            status = os.lstat(self.path(digest))
+        except FileNotFoundError:
+            return False
+        return stat.S_ISREG(status.st_mode) and size in (None, status.st_size)
+
+    def problem(self, blob: Descriptor) -> str | None:
+        """What is wrong with a blob, all its bytes having been hashed; None where it is there and whole."""
+        try:
+            for _ in self._chunks(blob):
+                pass
+        except Refusal as reason:
+            return str(reason)
+        return None
+
+    def read(self, blob: Descriptor) -> bytes:
+        """A small blob's bytes, compared with its digest. Refusal where it is missing or differs."""
+        return b"".join(self._chunks(blob))
+
+    @contextmanager
+    def open(self, blob: Descriptor, path: Path | None = None) -> Iterator[tuple[int, int]]:
+        """(descriptor, size) of an anonymous file in memory that holds the blob's bytes as they were hashed.
+
+        path: where the bytes are if not in the store yet. The blob's own file is not given out: it could change after it was hashed.
+        """
+        copy = os.memfd_create("blob", os.MFD_CLOEXEC)
+        try:
+            for chunk in self._chunks(blob, path):
+                write_all(copy, chunk)
+            os.lseek(copy, 0, os.SEEK_SET)
+            yield copy, blob.size
+        finally:
+            os.close(copy)
+
+    def copy(self, blob: Descriptor, target: Path) -> None:
+        """Copy a blob's bytes to a new file. Refusal where they differ from the digest; the file is incomplete or wrong then."""
+        file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            for chunk in self._chunks(blob):
+                write_all(file, chunk)
+        finally:
+            os.close(file)
+
+    def _chunks(self, blob: Descriptor, path: Path | None = None) -> Iterator[bytes]:
+        """A blob's bytes. Refusal, at the latest behind the last chunk, where they are not those of its digest and size."""
+        sha, left = hashlib.sha256(), blob.size
+        with open_regular(path or self.path(blob.digest), f"blob {blob.digest}") as (file, size):
+            if size != blob.size:
+                raise Refusal(f"blob {blob.digest} has {size:,} bytes; its descriptor says {blob.size:,}")
+            while left:
+                chunk = read_exactly(file, min(CHUNK, left), f"blob {blob.digest}")
+                sha.update(chunk)
+                left -= len(chunk)
+                yield chunk
+        if f"sha256:{sha.hexdigest()}" != blob.digest:
+            raise Refusal(f"blob {blob.digest} is damaged: its bytes hash to sha256:{sha.hexdigest()}")
+
+    @contextmanager
+    def staging(self) -> Iterator[Staging]:
+        """Files in tmp that are gone when the block ends, but for those that were renamed."""
+        self.tmp.mkdir(exist_ok=True)  # other tools' layouts have none
+        stage = Staging(self)
+        try:
+            yield stage
+        finally:
+            for path in stage.paths:
+                path.unlink(missing_ok=True)
+
+    def keep(self, staged: Iterable[Staged]) -> None:
+        """Move staged files among the blobs, and make that last. Call it under the lock.
+
+        A good blob is never replaced. It is touched instead: nothing may refer to it yet, and garbage collection goes by its age. A damaged
+        one is replaced by the good bytes at hand, whole, so that readers of the old file are not disturbed.
+        """
+        for item in staged:
+            target = self.path(item.digest)
+            blob = Descriptor("", item.digest, item.size)
+            if self.has(item.digest, item.size) and (not item.anew or self.problem(blob) is None):
+                os.utime(target, follow_symlinks=False)
+            else:
+                if not item.anew:  # the blob was there when it was staged, and was collected since
+                    sync(item.path)
+                os.replace(item.path, target)
+        sync(self.folder)
+
+
+class Staging:
+    """Writes files into tmp: read-only, hashed on the way, flushed to disk."""
+
+    def __init__(self, blobs: Blobs):
+        self.blobs, self.paths = blobs, list[Path]()
+
+    def copy(self, file: int, size: int, name: str) -> Staged:
+        """The next `size` bytes of an open file. Refusal where it ends before."""
+
+        def chunks() -> Iterator[bytes]:
+            left = size
+            while left:
+                chunk = read_exactly(file, min(CHUNK, left), name)
+                left -= len(chunk)
+                yield chunk
+
+        return self.write(chunks())
+
+    def write(self, chunks: Iterable[bytes], *, time_ns: int | None = None) -> Staged:
+        """time_ns: the file's time, for one that will not be a blob."""
+        path = self.blobs.tmp / uuid.uuid4().hex
+        self.paths.append(path)
+        sha, size = hashlib.sha256(), 0
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444)
+        try:
+            for chunk in chunks:
+                write_all(file, chunk)
+                sha.update(chunk)
+                size += len(chunk)
+            digest = f"sha256:{sha.hexdigest()}"
+            anew = self.blobs.problem(Descriptor("", digest, size)) is not None
+            if time_ns is not None:
+                os.utime(file, ns=(time_ns, time_ns))
+            if anew or time_ns is not None:  # else it is thrown away
+                os.fsync(file)
+        finally:
+            os.close(file)
+        return Staged(path, digest, size, anew)
+
+
+class BlobFolder(Folder):
+    """An adapter's folder whose files are blobs. path: what it is called. files: name -> the blob and, before it is in its place, where."""
+
+    def __init__(self, path: Path, blobs: Blobs, files: Mapping[str, tuple[Descriptor, Path | None]]):
+        self.path, self._blobs, self._files = path, blobs, files
+
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[tuple[int, int]]:
+        """(descriptor, size) of a file whose bytes have hashed to its digest. Refusal where they do not; FileNotFoundError without it."""
+        if name not in self._files:
+            raise FileNotFoundError(name)
+        with self._blobs.open(*self._files[name]) as opened:
+            yield opened
+
+
+@contextmanager
+def open_regular(path: Path, what: str) -> Iterator[tuple[int, int]]:
+    """(descriptor, size) of a regular file. Refusal where it is missing, a link, or anything else."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise Refusal(f"{what} is missing") from None
+    except OSError as error:
+        reason = "is a symbolic link, which is not followed" if path.is_symlink() else f"cannot be opened: {error.strerror}"
+        raise Refusal(f"{what} {reason}") from error
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise Refusal(f"{what} is not a regular file")
+        yield file, status.st_size
+    finally:
+        os.close(file)
+
+
+def read_whole(path: Path, limit: int, what: str) -> tuple[bytes, os.stat_result]:
+    with open_regular(path, what) as (file, size):
+        if size > limit:
+            raise Refusal(f"{what} has {size:,} bytes; at most {limit:,} are read")
+        return read_exactly(file, size, what), os.fstat(file)
+
+
+def write_all(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, last."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

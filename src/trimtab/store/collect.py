@@ -1,0 +1,61 @@
+"""Garbage collection: removing blobs that no version needs, and what killed writers have left."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimtab.store.blobs import sync
+from trimtab.store.layout import Layout
+from trimtab.store.names import DIGEST
+
+
+@dataclass(frozen=True)
+class GcReport:
+    """Removed, or, in a dry run, what would be. unfinished: files of writers that never came to their end. bytes: of all of these."""
+
+    blobs: int
+    bytes: int
+    unfinished: int
+
+
+def collect(layout: Layout, needed: Iterable[str], grace_seconds: float, dry_run: bool) -> GcReport:
+    """Call it under the lock, with the digests that the index needs as it is now.
+
+    What is younger than `grace_seconds` stays: a pull puts blobs in one by one before a manifest refers to them, and a writer may be busy
+    with a file in tmp. Names that are not digests are left alone: they are not ours.
+    """
+    kept = set(needed)
+    # the index that was read may have been renamed by a writer that was killed then: no blob goes before it is sure to last
+    sync(layout.root)
+    oldest = time.time() - grace_seconds
+    blobs = [f for f in _files(layout.blobs.folder) if DIGEST.fullmatch(f"sha256:{f.name}") and f"sha256:{f.name}" not in kept]
+    doomed = [f for f in blobs if f.changed <= oldest]
+    unfinished = [f for f in _files(layout.tmp) if f.changed <= oldest]
+    if not dry_run:
+        for file in (*doomed, *unfinished):
+            file.path.unlink()
+        sync(layout.blobs.folder)
+    return GcReport(len(doomed), sum(f.size for f in (*doomed, *unfinished)), len(unfinished))
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    name: str
+    size: int
+    changed: float
+
+
+def _files(folder: Path) -> Iterator[_File]:
+    """Regular files, links not followed."""
+    if not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_file(follow_symlinks=False):
+                status = entry.stat(follow_symlinks=False)
+                yield _File(Path(entry.path), entry.name, status.st_size, status.st_mtime)

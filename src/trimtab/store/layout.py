@@ -1,0 +1,150 @@
+"""An OCI image layout on disk: `oci-layout`, `index.json`, `blobs/sha256/<hex>`. Knows bytes and digests, nothing of adapters or names.
+
+    root/oci-layout            {"imageLayoutVersion": "1.0.0"}
+    root/index.json            the single commit point; replaced by rename, never written in place
+    root/blobs/sha256/<hex>    read-only files; put there by rename, never changed
+    root/tmp/<uuid>            what is being written; whatever a killed writer has left there counts for nothing
+    root/.lock                 the writers' lock; readers take none
+
+Bytes are given out only after they hash to their digest. Nothing that is a symbolic link is followed, wherever in the layout it is.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
+
+from trimtab.errors import AdapterError
+from trimtab.store.blobs import Blobs, Staging, read_whole, sync
+from trimtab.store.files import Refusal, parse_json
+from trimtab.store.names import NoSuchAdapter
+
+VERSION = {"imageLayoutVersion": "1.0.0"}
+LOCK_SECONDS = 120.0
+"""How long a writer waits for another; the longest anyone holds the lock is a garbage collection."""
+PARTS = ("oci-layout", "index.json", "blobs", "tmp", ".lock")
+FOLDERS = ("blobs", "blobs/sha256", "tmp")
+
+
+class Mark(NamedTuple):
+    """What tells one state of index.json from another without reading it: writers make the time grow with every state."""
+
+    inode: int
+    mtime_ns: int
+    size: int
+
+
+class Layout:
+    """root: as the user names it; a link to the folder itself is the user's own and is followed once, here."""
+
+    def __init__(self, root: Path, *, create: bool, first_index: bytes):
+        self.root = Path(os.path.realpath(root))
+        self.blobs = Blobs(self.root / "blobs" / "sha256", self.root / "tmp")
+        self.tmp, self.index = self.blobs.tmp, self.root / "index.json"
+        self.lock = FileLock(self.root / ".lock", timeout=LOCK_SECONDS)
+        if create:
+            self._create(first_index)
+        if not self.index.is_file() or not self.blobs.folder.is_dir():
+            fix = "publish an adapter to it, which creates it, or name another with TRIMTAB_STORE or --store"
+            raise NoSuchAdapter(f"there is no store in {root}", fix=fix)
+        self._refuse_strange()
+
+    def _create(self, first_index: bytes) -> None:
+        with self.writing(f"cannot create a store in {self.root}"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            self.check_parts()
+            others = sorted(p.name for p in self.root.iterdir() if p.name not in PARTS) if not self.index.exists() else []
+            if others:
+                raise AdapterError(
+                    f"{self.root} holds other things ({', '.join(others[:5])}), so no store is created there",
+                    fix="name a new or empty folder",
+                )
+            for name in FOLDERS:
+                (self.root / name).mkdir(exist_ok=True)
+            for path, data in ((self.root / "oci-layout", b'{"imageLayoutVersion":"1.0.0"}'), (self.index, first_index)):
+                if not path.exists():
+                    with self.locked(), self.blobs.staging() as stage:
+                        if not path.exists():
+                            os.replace(stage.write([data]).path, path)
+                            sync(self.root)
+
+    def _refuse_strange(self) -> None:
+        """Refuse a layout that another version wrote, or in which something is not what it must be."""
+        try:
+            said, _ = read_whole(self.root / "oci-layout", 4096, "oci-layout")
+            document = parse_json(said, "oci-layout")
+        except (Refusal, OSError) as error:
+            raise AdapterError(f"{self.root} is no store that can be read: {error}", fix="name another store") from error
+        if document != VERSION:
+            raise AdapterError(f"{self.root}: oci-layout says {document}, not {VERSION}", fix="update trimtab, or name another store")
+        self.check_parts()
+
+    def check_parts(self) -> None:
+        """AdapterError where a part of the layout is a link, or a file where a folder belongs."""
+        problems = []
+        for name in (*FOLDERS, "oci-layout", "index.json", ".lock"):
+            try:
+                mode = os.lstat(self.root / name).st_mode
+            except FileNotFoundError:
+                continue
+            if stat.S_ISLNK(mode):
+                problems.append(f"{name} is a symbolic link, which is not followed")
+            elif stat.S_ISDIR(mode) != (name in FOLDERS):
+                problems.append(f"{name} is not a {'folder' if name in FOLDERS else 'file'}")
+        if problems:
+            raise AdapterError(f"the store {self.root} is refused", problems=problems, fix="put the store's own files and folders back")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the writers' lock; a thread that holds it already goes on. AdapterError where another writer keeps it too long."""
+        try:
+            self.lock.acquire()
+        except Timeout:
+            fix = "wait for the other process, or end it: the lock goes with it"
+            raise AdapterError(f"another process has held {self.root / '.lock'} for {LOCK_SECONDS:.0f} seconds", fix=fix) from None
+        try:
+            yield
+        finally:
+            self.lock.release()
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Say what could not be done where the disk is full, read-only or failing."""
+        try:
+            yield
+        except OSError as error:
+            raise AdapterError(f"{what}: {error.strerror or error}", fix=f"make room in {self.root}, or let it be written to") from error
+
+    # index.json
+
+    def mark(self) -> Mark:
+        """Nothing but zeros where there is no index any more."""
+        try:
+            return _mark(os.lstat(self.index))
+        except FileNotFoundError:
+            return Mark(0, 0, 0)
+
+    def read_index(self, limit: int) -> tuple[bytes, Mark]:
+        """Refusal where it is not a plain file or too large."""
+        data, status = read_whole(self.index, limit, "index.json")
+        return data, _mark(status)
+
+    def write_index(self, data: bytes, stage: Staging) -> Mark:
+        """Commit: from here on, whatever happens, readers see this state or the one before. Call it under the lock."""
+        time_ns = max(time.time_ns(), self.mark().mtime_ns + 1)
+        staged = stage.write([data], time_ns=time_ns)
+        mark = _mark(os.lstat(staged.path))
+        os.replace(staged.path, self.index)
+        sync(self.root)
+        return mark
+
+
+def _mark(status: os.stat_result) -> Mark:
+    return Mark(status.st_ino, status.st_mtime_ns, status.st_size)

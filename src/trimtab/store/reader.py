@@ -1,0 +1,163 @@
+"""Finding and reading what a store holds: takes no lock and changes nothing.
+
+Index and blobs are replaced by rename, never written in place, and every byte is compared with its digest before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+from trimtab.errors import AdapterError
+from trimtab.store.blobs import BlobFolder
+from trimtab.store.card import CARD, is_untouched
+from trimtab.store.diff import Diff, compare
+from trimtab.store.files import Folder, Refusal
+from trimtab.store.folder import REPLACEABLE
+from trimtab.store.index import MAX_INDEX_BYTES, Entry, Index, Name, parse_index
+from trimtab.store.layout import Layout, Mark
+from trimtab.store.manifest import CREATED, MANIFEST_TYPE, Descriptor, Manifest, parse_manifest
+from trimtab.store.names import DIGEST, Ref, default_root, parse_name, short
+from trimtab.store.staging import staged
+from trimtab.store.verify import VerifyReport, verify
+from trimtab.store.version import Version
+
+MAX_SHOWN = 12
+MAX_MANIFESTS = 2**16
+"""Manifests that a store remembers, about 3 KB each."""
+Versions: TypeAlias = list[Version]
+Names: TypeAlias = list[str]
+"""In the class below, `list` is a method."""
+
+
+class StoreReader:
+    """What `Store` does without changing anything."""
+
+    def __init__(self, root: str | Path | None = None, create: bool = False):
+        self._layout = Layout(default_root() if root is None else Path(root), create=create, first_index=Index().to_bytes())
+        self._blobs = self._layout.blobs
+        self._cached: tuple[Mark, Index] | None = None
+        self._manifests: dict[str, Manifest] = {}
+
+    @property
+    def root(self) -> Path:
+        return self._layout.root
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.root)!r})"
+
+    # ---- finding ----
+
+    def resolve(self, ref: str | Ref) -> Version:
+        """The version that a reference means. NoSuchAdapter, with the nearest name, where there is none."""
+        ref = Ref.parse(ref)
+        name = self._index().find(ref, str(self.root))
+        return self._version(name, name.number(ref))
+
+    def list(self, namespace: str | None = None) -> Versions:
+        """The newest version of each name, in the order of the names."""
+        return [self._version(n, n.newest) for n in self._index().live if namespace in (None, n.path.partition("/")[0])]
+
+    def versions(self, name: str | Ref) -> Versions:
+        """All versions of a name, oldest first."""
+        found = self._index().find(parse_name(name), str(self.root))
+        return [self._version(found, number) for number in sorted(found.versions)]
+
+    def namespaces(self) -> Names:
+        return sorted({name.path.partition("/")[0] for name in self._index().live})
+
+    # ---- reading ----
+
+    @contextmanager
+    def open(self, version: Version | str | Ref) -> Iterator[Folder]:
+        """A version's files as those of a folder. Every byte that it gives has hashed to its digest; AdapterError where one has not."""
+        found = version if isinstance(version, Version) else self.resolve(version)
+        with refusing(found.ref):
+            yield self._folder(found.ref, found)
+
+    def export(self, ref: str | Ref, folder: str | Path) -> Path:
+        """Write a version as a plain peft folder, whole or not at all. AdapterError where the folder holds files that would be lost."""
+        version = self.resolve(ref)
+        replaceable = (*REPLACEABLE, CARD) if is_untouched(Path(folder) / CARD) else REPLACEABLE
+        with staged(folder, may_replace=replaceable) as work, refusing(version.ref):
+            for name, blob in version.files.items():
+                self._blobs.copy(blob, work / name)
+        return Path(folder)
+
+    def diff(self, a: str | Ref, b: str | Ref, *, weights: bool = True) -> Diff:
+        """What differs between two versions. weights: compare tensors, for which both are read."""
+        old, new = self.resolve(a), self.resolve(b)
+        shared = tuple(n for n, blob in old.files.items() if n in new.files and new.files[n].digest == blob.digest)
+        with refusing(f"{old.ref} or {new.ref}"):
+            return compare(old.ref, new.ref, self._folder(old.ref, old), self._folder(new.ref, new), shared, weights=weights)
+
+    def manifest(self, digest: str) -> bytes:
+        """A manifest's bytes. AdapterError where it is missing or damaged."""
+        path = self.blob_path(digest)
+        with refusing(f"manifest {digest}"):
+            size = path.lstat().st_size if self._blobs.has(digest) else 0
+            return self._blobs.read(Descriptor(MANIFEST_TYPE, digest, size))
+
+    def blob_path(self, digest: str) -> Path:
+        """Where a blob is, if it is there. Its bytes are not looked at: compare them with the digest while reading."""
+        if DIGEST.fullmatch(digest) is None:
+            raise AdapterError(f"{short(digest)} is no digest", fix="write sha256: and 64 hexadecimal digits")
+        return self._blobs.path(digest)
+
+    def verify(self) -> VerifyReport:
+        """Hash every blob and compare all that refers to another; everything that is wrong is in the report."""
+        before = self._layout.mark()
+        report = verify(self._layout)
+        if report.problems and self._layout.mark() != before:  # a version was removed, and collected, under our eyes
+            with self._layout.locked():
+                report = verify(self._layout)
+        return report
+
+    # ---- beneath ----
+
+    def _index(self) -> Index:
+        """The index as it is now, read anew only where it has changed. AdapterError where anything in it cannot be."""
+        with refusing(f"the store {self.root}"):
+            cached = self._cached
+            if cached is not None and self._layout.mark() == cached[0]:
+                return cached[1]
+            self._layout.check_parts()
+            data, mark = self._layout.read_index(MAX_INDEX_BYTES)
+            index, problems = parse_index(data)
+            if problems:
+                raise Refusal("\n".join(problems))
+        self._cached = mark, index
+        return index
+
+    def _version(self, name: Name, number: int) -> Version:
+        entry = name.versions[number]
+        manifest = self._manifest(entry, f"{name.path}@{number}")
+        created = manifest.annotations.get(CREATED, "")
+        return Version(name.path, number, entry.digest, name.aliases_of(number), created, manifest.files, manifest.annotations)
+
+    def _manifest(self, entry: Entry, where: str) -> Manifest:
+        found = self._manifests.get(entry.digest)
+        if found is None:
+            with refusing(where):
+                found = parse_manifest(self._blobs.read(Descriptor(MANIFEST_TYPE, *entry)), "its manifest")
+            if len(self._manifests) >= MAX_MANIFESTS:
+                self._manifests.clear()
+            self._manifests[entry.digest] = found
+        return found
+
+    def _folder(self, where: str, version: Version | Manifest) -> BlobFolder:
+        return BlobFolder(Path(where), self._blobs, {name: (blob, None) for name, blob in version.files.items()})
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn what reading refuses into the user's error."""
+    try:
+        yield
+    except Refusal as reason:
+        lines = str(reason).splitlines()
+        shown = lines[:MAX_SHOWN] + ([f"… and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else [])
+        fix = "`trimtab store verify` lists all that is wrong; publish or pull it again"
+        raise AdapterError(f"{what} is refused", problems=shown, fix=fix) from reason

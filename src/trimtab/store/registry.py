@@ -1,0 +1,244 @@
+"""The store of adapters: names whose versions never change, over content-addressed blobs.
+
+What makes it safe to kill, to share and to copy:
+
+- `index.json` alone says what there is. A version is there as soon as it is in the index, and everything that it needs was on disk before.
+- Writers prepare all files under `tmp`, then take the lock, give the files their names, and replace the index. Garbage collection does all
+  its work under the same lock. So a blob on which a publish relies, its own or one that was there, is either in place when the index is
+  written or put there at that moment; there is no instant between looking and committing in which collection could take it away.
+- Only blobs that are put in one by one before anything refers to them (`put_blob`, then `adopt`, as a pull does) depend on the grace of the
+  collection: it spares blobs younger than `grace_seconds`, and putting one that is there makes it young again. If one is gone after all,
+  `adopt` says so and changes nothing.
+- Readers take no lock: index and blobs are replaced by rename, and every byte is compared with its digest before it is used.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from trimtab.errors import AdapterError
+from trimtab.store.blobs import CHUNK, BlobFolder, Staged, Staging
+from trimtab.store.collect import GcReport, collect
+from trimtab.store.describe import contradictions, describe
+from trimtab.store.diff import Diff
+from trimtab.store.files import MAX_JSON_BYTES, Folder, Refusal, open_folder
+from trimtab.store.folder import PICKLES, read_opened
+from trimtab.store.index import Entry, Index, Name
+from trimtab.store.manifest import (
+    EMPTY,
+    EMPTY_DESCRIPTOR,
+    FILE_TYPES,
+    SMALL_FILES,
+    Descriptor,
+    Manifest,
+    digest_of,
+    file_descriptor,
+    parse_manifest,
+)
+from trimtab.store.names import Ref, check_alias, default_root, parse_name
+from trimtab.store.reader import StoreReader, Versions, refusing
+from trimtab.store.verify import VerifyReport
+from trimtab.store.version import Version
+
+if TYPE_CHECKING:
+    from trimtab.model import Base
+    from trimtab.store.adapter import Adapter
+
+__all__ = ["Descriptor", "Diff", "GcReport", "Ref", "Store", "VerifyReport", "Version", "default_root"]
+
+
+class Store(StoreReader):
+    """A store on this machine's disk. Any number of processes may read and write it at once; a Store may be used by several threads.
+
+    root: the store's folder, `default_root()` where None. create: make an empty one where there is none. AdapterError where there is none,
+    or where it is not one that can be trusted.
+    """
+
+    # ---- putting in ----
+
+    def publish(self, source: str | Path | Adapter, name: str, *, base: Base | None = None, aliases: Sequence[str] = ()) -> Version:
+        """Make an adapter, or an adapter's folder, the newest version of a name; `aliases` move to it in the same instant.
+
+        The folder's files are copied, and the copies are checked: on `base` as if they were loaded, without one as far as that goes. Files
+        that are not an adapter's are refused. What the newest version holds already gives that version. AdapterError, nothing published,
+        where anything is wrong.
+        """
+        ref, wanted = parse_name(name), [check_alias(a) for a in aliases]
+        if not isinstance(source, (str, Path)):
+            with tempfile.TemporaryDirectory(prefix="trimtab-") as work:
+                folder = source.save(Path(work) / "adapter", run=source.info.get("run"))
+                return self.publish(folder, name, base=source.base, aliases=aliases)
+        where = f"adapter {str(source)!r}"
+        with self._changing(f"cannot publish {ref}"), open_folder(source) as opened, self._blobs.staging() as stage:
+            with refusing(where):
+                copies = _copy_files(opened, stage)
+            files = {n: file_descriptor(n, c.digest, c.size) for n, c in copies.items()}
+            copied = BlobFolder(Path(source), self._blobs, {n: (files[n], c.path) for n, c in copies.items()})
+            manifest = Manifest(files, describe(copied, where))
+            if base is not None:
+                read_opened(copied, base, where)
+            return self._commit(ref, manifest, stage.write([manifest.to_bytes()]), [*copies.values()], stage, wanted)
+
+    def adopt(self, manifest_bytes: bytes, name: str, *, aliases: Sequence[str] = ()) -> Version:
+        """`publish` for a manifest whose blobs are in the store already, as after a pull. All is checked as it is without a base."""
+        ref, wanted = parse_name(name), [check_alias(a) for a in aliases]
+        where = f"manifest {digest_of(manifest_bytes)}"
+        with self._changing(f"cannot publish {ref}"), self._blobs.staging() as stage:
+            with refusing(where):
+                manifest = parse_manifest(manifest_bytes, "the manifest")
+            derived = describe(self._folder(where, manifest), where)
+            if problems := contradictions(manifest.annotations, derived):
+                raise AdapterError(f"{where} is refused", problems=problems, fix="publish the adapter's folder anew")
+            return self._commit(ref, manifest, stage.write([manifest_bytes]), [], stage, wanted)
+
+    def put_blob(self, source: BinaryIO | bytes | str | Path, expected_digest: str | None = None) -> Descriptor:
+        """Put one blob in. AdapterError, nothing kept, where its bytes are not those of `expected_digest`.
+
+        Nothing refers to it yet: garbage collection spares it for its grace, anew whenever it is put in.
+        """
+        with self._changing("cannot write a blob"), self._blobs.staging() as stage:
+            if isinstance(source, (str, Path)):
+                with Path(source).open("rb") as file:
+                    staged = stage.write(_chunks(file))
+            else:
+                staged = stage.write([source] if isinstance(source, bytes) else _chunks(source))
+            if expected_digest not in (None, staged.digest):
+                raise AdapterError(f"the bytes hash to {staged.digest}, not to {expected_digest}", fix="fetch them anew")
+            with self._layout.locked():
+                self._layout.check_parts()
+                self._blobs.keep([staged])
+        return Descriptor("application/octet-stream", staged.digest, staged.size)
+
+    def _commit(
+        self, ref: Ref, manifest: Manifest, written: Staged, files: Sequence[Staged], stage: Staging, aliases: Sequence[str]
+    ) -> Version:
+        """Give staged files their names, then the version its number."""
+        empty = [] if self._blobs.problem(EMPTY_DESCRIPTOR) is None else [stage.write([EMPTY])]
+        with self._layout.locked():
+            index = self._index()
+            self._blobs.keep([*files, *empty, written])
+            gone = [f"blob {b.digest} is missing" for b in manifest.blobs if not self._blobs.has(b.digest, b.size)]
+            if gone:
+                raise AdapterError(f"cannot publish {ref}", problems=gone, fix="put them in again: they were collected, or never came")
+            name = index.names.get(ref.path, Name(ref.path)).published(Entry(written.digest, written.size))
+            for alias in aliases:
+                name = name.aliased(alias, name.newest)
+            self._write(index, name)
+        return self._version(name, name.newest)
+
+    def has_blob(self, digest: str) -> bool:
+        """Whether a blob is there; its bytes are not looked at. One that is becomes young again, so that collection spares it for now."""
+        path = self.blob_path(digest)
+        if not self._blobs.has(digest):
+            return False
+        try:
+            os.utime(path, follow_symlinks=False)
+        except OSError:
+            pass  # a store that can only be read has no collection either
+        return True
+
+    # ---- changing ----
+
+    def alias(self, ref: str | Ref, alias: str) -> None:
+        """Let an alias stand for a version, whatever it stood for before."""
+        ref, alias = Ref.parse(ref), check_alias(alias)
+        with self._changing(f"cannot set {ref.path}@{alias}"), self._layout.locked():
+            index = self._index()
+            name = index.find(ref, str(self.root))
+            self._write(index, name.aliased(alias, name.number(ref)))
+
+    def unalias(self, name: str | Ref, alias: str) -> None:
+        """Take an alias away. NoSuchAdapter where it is not there."""
+        ref, alias = parse_name(name), check_alias(alias)
+        with self._changing(f"cannot remove {ref}@{alias}"), self._layout.locked():
+            index = self._index()
+            found = index.find(ref, str(self.root))
+            found.number(ref.at(alias))
+            self._write(index, found.without_alias(alias))
+
+    def remove(self, ref: str | Ref, *, all: bool = False) -> Versions:
+        """Take a version out of the index, or, with all, a whole name; `gc` frees the space. Returns what was removed.
+
+        A version for which an alias stands is kept until the alias moves. Numbers are never used again.
+        """
+        ref = Ref.parse(ref)
+        if all == bool(ref.selector):
+            fix = f"write {ref.path}@VERSION for one version, or {ref.path} and all of them"
+            raise AdapterError(f"{ref} does not say what to remove", fix=fix)
+        with self._changing(f"cannot remove {ref}"), self._layout.locked():
+            index = self._index()
+            name = index.find(ref, str(self.root))
+            numbers = sorted(name.versions) if all else [name.number(ref)]
+            held = sorted(a for a, n in name.aliases.items() if n in numbers)
+            if held and not all:
+                raise AdapterError(f"{name.path}@{numbers[0]} is what {', '.join(held)} stands for", fix="move or remove the alias first")
+            removed = [self._bare(name, n) for n in numbers]
+            for number in numbers:
+                name = name.without(number)
+            self._write(index, replace(name, aliases={}) if all else name)
+        return removed
+
+    def gc(self, *, grace_seconds: float = 3600, dry_run: bool = False) -> GcReport:
+        """Remove blobs that no version needs and that are older than `grace_seconds`. AdapterError where what is needed cannot be read."""
+        with self._changing("cannot collect garbage"), self._layout.locked():
+            needed = {EMPTY_DESCRIPTOR.digest}
+            for name in self._index().live:
+                for number, entry in name.versions.items():
+                    manifest = self._manifest(entry, f"{name.path}@{number}")
+                    needed |= {entry.digest, *(blob.digest for blob in manifest.blobs)}
+            return collect(self._layout, needed, grace_seconds, dry_run)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """The writers' lock, to do several things as one; the thread that holds it can still call every method."""
+        return self._layout.locked()
+
+    # ---- beneath ----
+
+    @contextmanager
+    def _changing(self, what: str) -> Iterator[None]:
+        """Before a change, and while it is made: the layout is as it must be, and a disk that fails is said."""
+        self._layout.check_parts()
+        with self._layout.writing(what):
+            yield
+
+    def _bare(self, name: Name, number: int) -> Version:
+        """A version that may be damaged, which is a reason to remove it: without files then."""
+        try:
+            return self._version(name, number)
+        except AdapterError:
+            return Version(name.path, number, name.versions[number].digest, name.aliases_of(number), "", {}, {})
+
+    def _write(self, index: Index, name: Name) -> None:
+        """Commit a changed name. Call it under the lock."""
+        if name == index.names.get(name.path):
+            return
+        changed = index.with_name(name)
+        with self._blobs.staging() as stage:
+            mark = self._layout.write_index(changed.to_bytes(), stage)
+        self._cached = mark, changed
+
+
+def _copy_files(folder: Folder, stage: Staging) -> dict[str, Staged]:
+    """Copies of an adapter's files. Refusal, with a line for each, where there are others, or one is too large."""
+    names = folder.names()
+    others = [f"{n} is {'a pickle' if n in PICKLES else 'none of the files of an adapter'}" for n in names if n not in FILE_TYPES]
+    if others:
+        raise Refusal("\n".join([*others, f"a folder with nothing but {', '.join(FILE_TYPES)} can be published"]))
+    copies = {}
+    for name in (n for n in FILE_TYPES if n in names):
+        with folder.open(name) as (file, size):
+            if name in SMALL_FILES and size > MAX_JSON_BYTES:
+                raise Refusal(f"{name} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
+            copies[name] = stage.copy(file, size, name)
+    return copies
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.read(CHUNK):
+        yield chunk

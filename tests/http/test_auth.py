@@ -1,0 +1,264 @@
+"""Who may do what: every route denies by default, a wrong key is a 401, another tenant's adapter does not exist, admin routes need an admin."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import iter_route_contexts
+
+from tests.http.common import TEXT, Caller, Site, base_of, call, error_of, post, site
+from tests.store.common import stirred
+from trimtab.http.assemble import Asked
+from trimtab.http.auth import PUBLIC, admin_caller, caller
+from trimtab.http.logs import JsonLines
+from trimtab.methods import LoraConfig
+from trimtab.serve.audit import Audit, audit_path
+from trimtab.serve.tenants import Tenants
+from trimtab.store.registry import Store
+
+
+@dataclass
+class Town:
+    site: Site
+    tenants: Tenants
+    keys: dict[str, str]
+    audit: Audit
+
+    def get(self, path: str, who: str = "", method: str = "GET", body=None):
+        return call(self.site.app, method, path, body, headers=self.headers(who))
+
+    def headers(self, who: str) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.keys[who]}"} if who else {}
+
+    def ask(self, who: str, model: str, **more):
+        return post(self.site.app, "/v1/completions", TEXT | {"model": model} | more, **self.headers(who))
+
+
+@pytest.fixture(scope="module")
+def town(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
+    """acme and bolt with a store, an admin, and a tenant with tight limits."""
+    folder = tmp_path_factory.mktemp("town")
+    base = base_of()
+    store = Store(folder / "store", create=True)
+    for seed, name in enumerate(("acme/support", "acme/support", "bolt/billing"), start=1):
+        store.publish(stirred(base, LoraConfig(r=4), seed=seed), name, aliases=["prod"] if seed == 1 else [])
+    with Tenants(folder / "tenants.db", create=True) as tenants, Audit(audit_path(folder / "tenants.db")) as audit:
+        tenants.add("acme")
+        tenants.add("bolt")
+        tenants.add("root", admin=True)
+        tenants.add("tight", namespaces=["acme"], max_concurrent=2)
+        tenants.add("poor", namespaces=["acme"], tokens_per_minute=1)
+        keys = {n: tenants.create_key(n)[1] for n in ("acme", "bolt", "root", "tight", "poor")}
+        with site(Asked(store=store, tenants=tenants, audit=audit), base=base) as s:
+            yield Town(s, tenants, keys, audit)
+            s.idle()
+
+
+def calls_of(dependant: Dependant) -> set[object]:
+    return {dependant.call} | {c for d in dependant.dependencies for c in calls_of(d)}
+
+
+def test_every_route_depends_on_a_key(town: Town):
+    seen = set()
+    for context in iter_route_contexts(town.site.app.routes):
+        path = context.path or ""
+        seen.add(path)
+        if path in PUBLIC:
+            continue
+        calls = calls_of(context.dependant)
+        assert caller in calls, f"{path} asks for no key"
+        assert (admin_caller in calls) == (path.startswith("/admin") or path == "/metrics"), path
+    assert {"/v1/chat/completions", "/v1/models/{model:path}", "/metrics", "/admin/usage", "/v1/load_lora_adapter"} <= seen
+    assert seen & PUBLIC == PUBLIC
+
+
+ROUTES = [
+    ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"), ("GET", "/metrics"),
+    ("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter"), ("GET", "/admin/tenants"), ("POST", "/admin/tenants"),
+    ("GET", "/admin/usage"), ("DELETE", "/admin/keys/abc"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+@pytest.mark.parametrize(
+    "given", ["", "Bearer", "Bearer ", "Bearer nonsense", "Bearer a.b", "Basic YTpi", "Bearer {id}.wrong", "Bearer {id}", "bearer \u00e9.\u00e9", "Bearer " + "x" * 9000]
+)  # fmt: skip
+def test_a_wrong_key_is_a_401(town: Town, method: str, path: str, given: str):
+    key = given.replace("{id}", town.keys["acme"].partition(".")[0])
+    r = call(town.site.app, method, path, headers={"authorization": key.encode("latin-1")} if given else None)
+    error = error_of(r, 401)
+    assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+    assert r.headers["www-authenticate"] == "Bearer"
+
+
+def test_a_key_is_checked_before_the_body_is_read(town: Town):
+    c = Caller(town.site.app, "/v1/completions", TEXT)
+    asyncio.run(c.run())
+    assert c.status == 401 and not c.was_read
+
+
+def test_public_routes_need_no_key(town: Town):
+    for path in PUBLIC:
+        assert town.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/admin/tenants", "/admin/usage", "/admin/tenants/acme"])
+def test_admin_routes_need_an_admin(town: Town, path: str):
+    assert error_of(town.get(path, "acme"), 403)["type"] == "permission_error"
+    assert town.get(path, "root").status_code == 200
+
+
+def test_a_foreign_adapter_is_answered_as_one_that_does_not_exist(town: Town):
+    assert town.ask("acme", "acme/support").status_code == 200
+    assert town.ask("bolt", "bolt/billing").status_code == 200
+    same = []
+    for who, model in (("bolt", "acme/support"), ("bolt", "acme/nothing"), ("bolt", "nobody/support"), ("acme", "acme/support@9")):
+        r = town.ask(who, model)
+        same.append(error_of(r, 404) | {"message": r.json()["error"]["message"].replace(model, "X")})
+        listed = town.get(f"/v1/models/{model}", who)
+        assert error_of(listed, 404) == r.json()["error"]
+    assert all(e == same[0] for e in same), same
+
+
+def test_names_go_through_a_tenants_namespaces(town: Town):
+    short, full = town.ask("acme", "support"), town.ask("acme", "acme/support@2")
+    assert short.json()["choices"] == full.json()["choices"]
+    assert short.headers["x-trimtab-adapter"] == full.headers["x-trimtab-adapter"]
+    assert short.headers["x-trimtab-adapter"].startswith("acme/support@2 sha256:")
+    assert town.ask("acme", "support@prod").headers["x-trimtab-adapter"].startswith("acme/support@1 ")
+    assert [m["id"] for m in town.get("/v1/models", "bolt").json()["data"]] == ["tiny", "bolt/billing"]
+
+
+def test_a_tenants_limits_are_429_with_a_time_to_wait(town: Town):
+    r = town.ask("tight", "tiny", n=2)
+    assert r.status_code == 200
+    error = error_of(town.ask("tight", "tiny", n=3), 400)
+    assert "n = 3" in error["message"]
+
+    async def two_at_once() -> list[Caller]:
+        body = TEXT | {"max_tokens": 100_000, "ignore_eos": True}
+        callers = [Caller(town.site.app, "/v1/completions", body, town.headers("tight")) for _ in range(3)]
+        tasks = [c.start() for c in callers]
+        while callers[2].status is None:
+            await asyncio.sleep(0.001)
+        for c in callers:
+            c.leave()
+        await asyncio.gather(*tasks)
+        await town.site.settled()
+        return callers
+
+    callers = asyncio.run(two_at_once())
+    assert callers[2].status == 429
+    headers = dict(callers[2].sent[0]["headers"])
+    assert int(headers[b"retry-after"]) >= 1
+    assert json.loads(callers[2].body)["error"]["code"] == "rate_limit_exceeded"
+
+
+def test_tokens_a_minute_are_counted(town: Town):
+    assert town.ask("poor", "tiny").status_code == 200
+    r = town.ask("poor", "tiny")
+    assert error_of(r, 429)["type"] == "rate_limit_error" and int(r.headers["retry-after"]) > 1
+
+
+def test_usage_is_kept_by_tenant_and_adapter(town: Town):
+    before = {r["adapter"]: r for r in town.get("/admin/usage?tenant=bolt", "root").json()}
+    digest = town.ask("bolt", "bolt/billing", n=2, prompt=["hello", "you"]).headers["x-trimtab-adapter"].split()[1]
+    after = {r["adapter"]: r for r in town.get("/admin/usage?tenant=bolt", "root").json()}
+    old = before.get(digest, {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0})
+    assert after[digest]["requests"] - old["requests"] == 4
+    assert after[digest]["prompt_tokens"] - old["prompt_tokens"] == len("hello" + "you")
+    assert after[digest]["completion_tokens"] - old["completion_tokens"] == 4 * 6
+    assert error_of(town.get("/admin/usage?since=yesterday", "root"), 400)["param"] == "since"
+
+
+def test_the_life_of_a_tenant_and_its_keys(town: Town):
+    made = town.get("/admin/tenants", "root", "POST", {"name": "newco", "tokens_per_minute": 1000, "weight": 2})
+    assert made.status_code == 201 and made.json()["namespaces"] == ["newco"] and made.json()["weight"] == 2.0
+    assert "already" in error_of(town.get("/admin/tenants", "root", "POST", {"name": "newco"}), 400)["message"]
+    assert error_of(town.get("/admin/tenants", "root", "POST", {"name": "x", "wieght": 1}), 400)["param"] == "wieght"
+    key = town.get("/admin/tenants/newco/keys", "root", "POST", {"lifetime": 3600}).json()
+    town.keys["newco"] = key["key"]
+    assert town.get("/v1/models", "newco").status_code == 200
+    changed = town.get("/admin/tenants/newco", "root", "PATCH", {"namespaces": ["acme"], "tokens_per_minute": None}).json()
+    assert changed["namespaces"] == ["acme"] and changed["tokens_per_minute"] is None and changed["weight"] == 2.0
+    assert town.ask("newco", "acme/support").status_code == 200, "from the next request on"
+    turned = town.get(f"/admin/keys/{key['id']}/rotate", "root", "POST", {"grace": 0}).json()
+    error_of(town.get("/v1/models", "newco"), 401)
+    town.keys["newco"] = turned["key"]
+    assert town.get("/v1/models", "newco").status_code == 200
+    listed = town.get("/admin/tenants/newco/keys", "root").json()
+    assert [k["id"] for k in listed] == [key["id"], turned["id"]] and all(k["key"] is None for k in listed)
+    assert town.get(f"/admin/keys/{turned['id']}", "root", "DELETE").json()["revoked"] is not None
+    error_of(town.get("/v1/models", "newco"), 401)
+    assert town.get("/admin/tenants/newco", "root", "DELETE").status_code == 200
+    error_of(town.get("/admin/tenants/newco", "root"), 404)
+    error_of(town.get("/admin/tenants/newco", "root", "DELETE"), 404)
+    lines = [json.loads(line) for line in town.audit.path.read_text().splitlines()]
+    acts = [(x["event"], x["target"], x["stage"]) for x in lines if x.get("actor") == "tenant:root"]
+    assert ("tenant.add", "newco", "done") in acts and ("key.create", "newco", "done") in acts
+    assert ("key.revoke", turned["id"], "done") in acts and ("tenant.remove", "newco", "failed") in acts
+    assert key["key"] not in town.audit.path.read_text() and turned["key"].partition(".")[2] not in town.audit.path.read_text()
+
+
+def test_refusals_are_audited_and_counted(town: Town):
+    town.get("/v1/models")
+    town.get("/admin/tenants", "bolt")
+    town.audit.flush()
+    refused = [x for x in map(json.loads, town.audit.path.read_text().splitlines()) if x["event"] == "refused"]
+    assert any(x["reason"] == "auth" for x in refused) and any(x["reason"] == "forbidden" and x["tenant"] == "bolt" for x in refused)
+    text = town.get("/metrics", "root").text
+    for reason in ("auth", "forbidden", "not_found", "invalid"):
+        line = next(x for x in text.splitlines() if "requests_rejected_total" in x and f'reason="{reason}"' in x)
+        assert float(line.rpartition(" ")[2]) >= 1, line
+
+
+def test_the_log_has_ids_and_numbers_but_no_prompts_and_no_keys(town: Town, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, "trimtab.http"):
+        r = town.ask("acme", "acme/support", prompt="a very private prompt")
+        town.get(f"/admin/keys/{town.keys['acme']}", "root", "DELETE")
+        town.ask("acme", "acme/support", prompt="a very private prompt", temperature=-1)
+        town.get("/livez")
+    lines = [json.loads(JsonLines().format(x)) for x in caplog.records if x.name == "trimtab.http"]
+    assert len(lines) == 3, "health checks that succeed are not logged"
+    done, _, wrong = lines
+    assert done["id"] == r.headers["x-request-id"] and done["tenant"] == "acme" and done["model"] == "acme/support"
+    assert (done["status"], done["choices"], done["prompt_tokens"], done["completion_tokens"]) == (200, 1, 21, 6)
+    assert done["adapter"] == "acme/support@2" and done["finish"] == "length" and 0 < done["first_token_s"] <= done["seconds"]
+    assert wrong["status"] == 400 and wrong["error"] == "invalid_value"
+    text = json.dumps(lines)
+    assert "private" not in text
+    assert all(key.partition(".")[2] not in text for key in town.keys.values())
+
+
+@pytest.fixture(autouse=True)
+def keys_stay(town: Town) -> Iterator[None]:
+    """The log's test gives a whole key where an id belongs; that must have revoked nothing."""
+    yield
+    assert town.get("/v1/models", "acme").status_code == 200
+
+
+def test_folders_are_loaded_by_their_tenant_alone(tmp_path: Path):
+    base = base_of()
+    for who in ("acme", "bolt"):
+        stirred(base, LoraConfig(r=2), seed=3).save(tmp_path / "drop" / who / "one")
+    with Tenants(tmp_path / "t.db", create=True) as tenants:
+        for who in ("acme", "bolt"):
+            tenants.add(who)
+        keys = {n: {"authorization": f"Bearer {tenants.create_key(n)[1]}"} for n in ("acme", "bolt")}
+        with site(Asked(tenants=tenants, folders=[tmp_path / "drop"]), base=base) as s:
+
+            def load(who: str, whose: str, name: str = "mine"):
+                return post(
+                    s.app, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(tmp_path / "drop" / whose / "one")}, **keys[who]
+                )
+
+            assert error_of(load("acme", "bolt"), 404)["message"].replace("bolt", "X") == error_of(load("acme", "X"), 404)["message"]
+            assert load("acme", "acme").status_code == 200
+            assert post(s.app, "/v1/completions", TEXT | {"model": "mine"}, **keys["acme"]).status_code == 200
+            error_of(post(s.app, "/v1/completions", TEXT | {"model": "mine"}, **keys["bolt"]), 404)
+            error_of(post(s.app, "/v1/unload_lora_adapter", {"lora_name": "mine"}, **keys["bolt"]), 404)

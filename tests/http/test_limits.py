@@ -1,0 +1,167 @@
+"""Sizes, times and hosts, checked while bytes arrive; with a real socket where it is about connections."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.http.common import TEXT, Caller, error_of, limited, post, site
+from trimtab.http import server
+from trimtab.http.services import Services
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator:
+    with site(change=limited(body_bytes=2000, body_s=0.3)) as s:
+        yield s
+        s.idle()
+
+
+class Pieces(Caller):
+    """A client that sends its body in pieces, and perhaps not to the end."""
+
+    def __init__(self, app, pieces: list[bytes], *, end: bool = True, headers=None):
+        super().__init__(app, "/v1/completions", b"", headers)
+        self.scope["headers"] = [(k, v) for k, v in self.scope["headers"] if k != b"content-length"]
+        self.pieces, self.end, self.taken = pieces, end, 0
+
+    async def _receive(self):
+        if self.taken < len(self.pieces):
+            self.taken += 1
+            return {"type": "http.request", "body": self.pieces[self.taken - 1], "more_body": self.taken < len(self.pieces) or not self.end}
+        await self._left.wait()
+        return {"type": "http.disconnect"}
+
+
+def test_a_body_is_refused_by_its_length_before_it_is_read(small):
+    raw = json.dumps(TEXT | {"prompt": "x" * 3000}).encode()
+    c = Caller(small.app, "/v1/completions", raw)
+    asyncio.run(c.run())
+    assert c.status == 413 and not c.was_read
+    r = post(small.app, "/v1/completions", raw)
+    assert error_of(r, 413)["code"] == "body_too_large" and r.headers["connection"] == "close"
+    assert error_of(post(small.app, "/v1/completions", TEXT, **{"content-length": "9" * 30}), 413)
+
+
+def test_a_body_without_a_length_is_counted(small):
+    c = Pieces(small.app, [b" " * 500] * 1000)
+    asyncio.run(c.run())
+    assert c.status == 413 and c.taken == 5, "it stopped reading as soon as it was too much"
+    assert json.loads(c.body)["error"]["code"] == "body_too_large"
+
+
+def test_a_length_that_lies_does_not_help(small):
+    c = Pieces(small.app, [b" " * 500] * 10, headers={"content-length": "5"})
+    c.scope["headers"].append((b"content-length", b"5"))
+    asyncio.run(c.run())
+    assert c.status == 413
+
+
+def test_a_body_in_pieces_is_read(small):
+    raw = json.dumps(TEXT).encode()
+    c = Pieces(small.app, [raw[i : i + 7] for i in range(0, len(raw), 7)])
+    asyncio.run(c.run())
+    assert c.status == 200, c.body
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(small):
+    c = Pieces(small.app, [b'{"model":'], end=False)
+    began = time.monotonic()
+    asyncio.run(c.run())
+    assert c.status == 408 and 0.25 < time.monotonic() - began < 3
+    assert json.loads(c.body)["error"]["code"] == "body_timeout"
+    small.idle()
+
+
+def test_a_client_that_leaves_while_it_sends_is_let_go(small):
+    async def go() -> Pieces:
+        c = Pieces(small.app, [b'{"model":'], end=False)
+        task = c.start()
+        await asyncio.sleep(0.01)
+        c.leave()
+        await task
+        return c
+
+    assert asyncio.run(go()).status == 499
+    small.idle()
+
+
+def test_a_full_server_says_so_in_no_time():
+    from trimtab.http.assemble import Asked
+
+    with site(Asked(max_open=2)) as s:
+
+        async def go() -> tuple[list[Caller], float]:
+            body = TEXT | {"max_tokens": 100_000, "ignore_eos": True}
+            running = [Caller(s.app, "/v1/completions", body) for _ in range(2)]
+            tasks = [c.start() for c in running]
+            while s.services.admission.open < 2:
+                await asyncio.sleep(0.001)
+            refused = [Caller(s.app, "/v1/completions", TEXT | {"prompt": "x" * 400}) for _ in range(50)]
+            began = time.perf_counter()
+            await asyncio.gather(*(c.start() for c in refused))
+            spent = time.perf_counter() - began
+            for c in running:
+                c.leave()
+            await asyncio.gather(*tasks)
+            await s.settled()
+            return refused, spent / len(refused)
+
+        refused, each = asyncio.run(go())
+        assert {c.status for c in refused} == {503}
+        assert all(int(dict(c.sent[0]["headers"])[b"retry-after"]) >= 1 for c in refused)
+        assert {json.loads(c.body)["error"]["type"] for c in refused} == {"overloaded_error"}
+        assert each < 0.05
+        s.idle()
+
+
+@contextmanager
+def listening(services: Services, app, *, drain_s: float = 5.0) -> Iterator[tuple[str, int]]:
+    """The app behind a real socket, in a thread."""
+    sock = server.bind("127.0.0.1", 0)
+    ready = threading.Event()
+    made: list[server.Server] = []
+
+    def go() -> None:
+        server.run(app, sock, services, drain_s=drain_s, ready=ready.set, stop=lambda: None, made=made.append)
+
+    thread = threading.Thread(target=go)
+    thread.start()
+    try:
+        assert ready.wait(10)
+        yield sock.getsockname()
+    finally:
+        made[0].handle_exit(15, None)
+        thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_connection_that_sends_no_head_is_closed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(server, "HEAD_S", 0.3)
+    with site() as s, listening(s.services, s.app) as address:
+        with (
+            socket.create_connection(address) as silent,
+            socket.create_connection(address) as slow,
+            socket.create_connection(address) as good,
+        ):
+            good.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert good.recv(4096).startswith(b"HTTP/1.1 200")
+            slow.sendall(b"GET /livez HTTP/1.1\r\nhost")
+            for sock in (silent, slow):
+                sock.settimeout(3)
+                assert sock.recv(4096) in (b"",), "closed"
+            time.sleep(0.2)
+            good.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert good.recv(4096).startswith(b"HTTP/1.1 200"), "an idle connection that has sent a request is kept"
+
+
+def test_a_port_that_is_taken_is_a_users_mistake():
+    from trimtab.errors import ConfigError
+
+    with server.bind("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match="cannot listen on"):
+        server.bind("127.0.0.1", taken.getsockname()[1])
