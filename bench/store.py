@@ -147,39 +147,29 @@ def load(work: Path, name: str) -> list[dict[str, Any]]:
     from trimtab.store.registry import Store
 
     base = trimtab.load_base(name)
-    folder = trimtab.Adapter.create(base, trimtab.LoraConfig(r=16)).save(work / "large")
-    stir(folder)
+    large = trimtab.Adapter.create(base, trimtab.LoraConfig(r=16))
+    for tensor in large.params.values():
+        tensor.normal_()  # a fresh B is zero
+    folder = large.save(work / "large")
     store = Store(work / "large-store", create=True)
     store.publish(folder, "acme/large")
     theirs = AutoModelForCausalLM.from_pretrained(base.path, dtype=base.dtype)
 
-    def by_peft() -> None:
-        PeftModel.from_pretrained(theirs, folder).unload()
-
     ways: dict[str, Callable[[], Any]] = {
         "trimtab, store": lambda: trimtab.Adapter.load("acme/large", base, store=store),
         "trimtab, folder": lambda: trimtab.Adapter.load(folder, base),
-        "peft, folder": by_peft,
+        "peft, folder": lambda: PeftModel.from_pretrained(theirs, folder),
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(6):
         for way, call in ways.items():
             started = time.perf_counter()
-            call()
+            loaded = call()
             times[way].append(time.perf_counter() - started)
+            if isinstance(loaded, PeftModel):
+                loaded.unload()
     size = (folder / "adapter_model.safetensors").stat().st_size
     return [{"load": way, "bytes": size, "median ms": ms(statistics.median(t[1:])), "fastest ms": ms(min(t))} for way, t in times.items()]
-
-
-def stir(folder: Path) -> None:
-    """A fresh adapter's B is zero and is loaded all the same; a folder of peft's, without the note, may hold any values."""
-    from safetensors.torch import load_file, save_file
-
-    (folder / "trimtab.json").unlink()
-    tensors = load_file(folder / "adapter_model.safetensors")
-    for tensor in tensors.values():
-        tensor.normal_()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def median(call: Callable[[], Any], rounds: int, calls: int = 1) -> float:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.laws.common import EXAMPLES, base_of, noisy, tokens
-from tests.serve.common import ByHand, Clock, Held, Heard, engine_of, without_end
+from tests.serve.common import ByHand, Clock, Heard, Held, engine_of, without_end
 from trimtab.generate import Sampling
 from trimtab.serve import engine as engine_module
 from trimtab.serve import scheduler as scheduler_module
@@ -82,10 +82,17 @@ class World:
 
     def ask(self) -> None:
         rng, name = self.rng, f"r{len(self.asked)}"
-        tenant = f"tenant{min(rng.randrange(TENANTS), rng.randrange(TENANTS))}"
-        adapter = None if rng.random() < 0.1 else self.names[rng.choice(list(self.names)[: rng.choice((4, len(self.names)))])]
+        tenant = f"tenant{min(rng.randrange(TENANTS) for _ in range(3))}"
+        adapter = None if rng.random() < 0.1 else self.names[rng.choice(list(self.names)[: rng.choice((4, 4, len(self.names)))])]
         prompt = (*(rng.choice(openings()) if rng.random() < 0.6 else ()), *tokens(rng.randint(1, 20), len(self.asked)))
-        params = SamplingParams(max_tokens=rng.randint(1, 12), ignore_eos=rng.random() < 0.5, logprobs=rng.choice((None, 0, 2)))
+        ended = [r for r, h in self.asked.values() if h.finish == "length"][-8:]
+        if ended and rng.random() < 0.5:  # a conversation goes on, or somebody else says the same
+            before = rng.choice(ended)
+            prompt = (*before.prompt, *self.asked[before.id][1].ids, *prompt)[:120]
+            tenant, adapter = rng.choice([(before.tenant, before.adapter)] * 3 + [(tenant, before.adapter), (before.tenant, adapter)])
+        params = SamplingParams(
+            max_tokens=rng.randint(1, rng.choice((6, 12, 90))), ignore_eos=rng.random() < 0.5, logprobs=rng.choice((None, 0, 2))
+        )
         deadline = self.engine.clock() + rng.randint(3, 60) if rng.random() < 0.05 else None
         heard = Heard()
         request = Request(name, prompt, params, adapter, tenant, rng.choice((0.5, 1.0, 4.0)), deadline)
@@ -95,7 +102,7 @@ class World:
     def disturb(self) -> None:
         rng, engine = self.rng, self.engine
         some = rng.choice(list(self.names))
-        what = rng.choices(("alias", "publish", "evict", "prefetch", "cancel", "nothing"), (3, 2, 2, 1, 2, 10))[0]
+        what = rng.choices(("alias", "publish", "evict", "prefetch", "cancel", "nothing"), (3, 2, 2, 1, 1, 6))[0]
         if what == "alias":
             self.names[some] = self.names[rng.choice(list(self.names))]
         elif what == "publish" and self.spare:
@@ -104,17 +111,17 @@ class World:
             engine.evict(self.names[some].digest)
         elif what == "prefetch":
             engine.prefetch(self.names[some])
-        elif what == "cancel" and engine._live:
+        elif what == "cancel" and engine._live and rng.random() < 0.5:
             engine.cancel(rng.choice(sorted(engine._live)))
         self.happened[what] += 1
 
     def run(self, requests: int) -> None:
         rng = self.rng
         while len(self.asked) < requests or self.engine._live:
-            for _ in range(rng.choice((0, 0, 1, 2, 5)) if len(self.asked) < requests else 0):
+            for _ in range(rng.choice((0, 0, 2, 4, 8, 12)) if len(self.asked) < requests else 0):
                 self.ask()
             self.disturb()
-            for _ in range(min(len(self.loader.jobs), rng.choice((0, 1, 2)))):
+            for _ in range(min(len(self.loader.jobs), rng.choice((0, 1, 4)))):
                 self.loader.run(rng.randrange(len(self.loader.jobs)))
             self.engine.step()
             self.engine.clock.now += 1.0
@@ -161,12 +168,12 @@ def check_answer(engine: Engine, request: Request, heard: Heard, *, generate: bo
         assert got == (want if heard.finish in ("stop", "length") else want[: len(got)])
 
 
-def world(seed: int, *, block_size: int = 8, max_step_rows: int = 40) -> World:
-    """Room for about four sequences and a dozen adapters."""
+def world(seed: int, *, block_size: int = 8, max_step_rows: int = 40, kv_tokens: int = 320) -> World:
+    """Room for a few sequences and a dozen adapters."""
     loader, some = ByHand(), adapters()
     budget = sum(t.numel() * 4 for h in some[:12] for t in h.adapter.params.values())
     engine = engine_of(
-        blocks=360 // block_size,
+        blocks=kv_tokens // block_size,
         block_size=block_size,
         max_running=12,
         max_step_rows=max_step_rows,
@@ -187,9 +194,9 @@ def settled(made: World, requests: int, generate_every: int) -> World:
     return made
 
 
-@pytest.mark.parametrize(("seed", "block_size", "max_step_rows"), [(1, 4, 13), (2, 8, 40), (3, 16, 200)])
-def test_everything_at_once_equals_solo(seed, block_size, max_step_rows):
-    made = settled(world(seed, block_size=block_size, max_step_rows=max_step_rows), 100, generate_every=4)
+@pytest.mark.parametrize(("seed", "block_size", "max_step_rows", "kv_tokens"), [(1, 4, 13, 256), (2, 8, 40, 320), (3, 16, 200, 320)])
+def test_everything_at_once_equals_solo(seed, block_size, max_step_rows, kv_tokens):
+    made = settled(world(seed, block_size=block_size, max_step_rows=max_step_rows, kv_tokens=kv_tokens), 100, generate_every=4)
     stats = made.engine.stats()
     assert made.reused > 0 and stats.prefix_hit_tokens > 0, "nothing was found in the prefix cache"
     assert stats.evictions > 20 and stats.loads > 40, "the adapters' budget was not tight"
@@ -199,12 +206,12 @@ def test_everything_at_once_equals_solo(seed, block_size, max_step_rows):
 
 @pytest.mark.slow
 def test_two_thousand_requests_equal_solo():
-    made = settled(world(7), 2000, generate_every=1)
+    made = settled(world(7, max_step_rows=100, kv_tokens=600), 2000, generate_every=8)
     stats = made.engine.stats()
-    assert len({r.tenant for r, _ in made.asked.values()}) == TENANTS
-    assert stats.preemptions > 50 and stats.evictions > 500 and made.reused > 200
+    assert len({r.tenant for r, _ in made.asked.values()}) > 0.8 * TENANTS
+    assert stats.preemptions > 20 and stats.evictions > 300 and made.reused > 200 and stats.prefix_hit_tokens > 1000
     finished = Counter(h.finish for _, h in made.asked.values())
-    assert finished["cancelled"] > 20 and finished["deadline"] > 5 and finished["stop"] > 50 and finished["length"] > 500
+    assert finished["cancelled"] > 20 and finished["deadline"] > 5 and finished["stop"] > 20 and finished["length"] > 1000
 
 
 def test_an_adapter_that_has_left_leaves_no_tensors_behind():
@@ -252,7 +259,7 @@ def _one_token_too_few_at_a_chunks_end(monkeypatch):
 def _skipping_feed(real):
     def run(self, work):
         for w in work:  # the feed starts where past says, and says that it starts one further
-            if 0 < w.live.past - w.live.virtual and w.rows > 1 and not w.live.unwritten:
+            if w.live.past - w.live.virtual > 0 and w.rows > 1 and not w.live.unwritten:
                 w.live.past += 1
                 object.__setattr__(w, "rows", w.rows - 1)
         return real(self, work)
@@ -281,27 +288,30 @@ def _blocks_that_stay(monkeypatch):
 
 
 def _blocks_freed_too_early(monkeypatch):
-    def publish(self, block, key, digest):
-        self._holders[block] -= self._holders[block] == 1 and bool(self._by_digest)
-        self._holders[block] += self._holders[block] == 0
+    real = scheduler_module.BlockPool.take
 
-    monkeypatch.setattr(scheduler_module.BlockPool, "find", lambda self, keys: [b for b, _ in zip(range(2), keys, strict=False)])
-    monkeypatch.setattr(scheduler_module.BlockPool, "share", lambda self, blocks: None)
-    monkeypatch.setattr(scheduler_module.BlockPool, "publish", publish)
+    def take(self, count):
+        taken = real(self, count)
+        if len(self._cached) == 0 and taken:
+            self._empty.insert(0, taken[0])  # somebody else gets it too
+        return taken
+
+    monkeypatch.setattr(scheduler_module.BlockPool, "take", take)
 
 
 @pytest.mark.parametrize(
-    "plant",
+    ("plant", "words"),
     [
-        _keys_without_tenant,
-        _keys_without_adapter,
-        _one_token_too_few_at_a_chunks_end,
-        _an_adapter_of_another_name,
-        _a_lease_that_stays,
-        _blocks_that_stay,
+        (_keys_without_tenant, "found a block of"),
+        (_keys_without_adapter, "found a block of"),
+        (_one_token_too_few_at_a_chunks_end, "another token than solo"),
+        (_an_adapter_of_another_name, "another token than solo"),
+        (_a_lease_that_stays, "leases are held by nobody"),
+        (_blocks_that_stay, "KV blocks are held by nobody"),
+        (_blocks_freed_too_early, "is released by nobody's holder"),
     ],
 )
-def test_a_planted_fault_is_caught(plant, monkeypatch):
+def test_a_planted_fault_is_caught(plant, words, monkeypatch):
     plant(monkeypatch)
-    with pytest.raises(AssertionError):
-        settled(world(5, max_step_rows=20), 60, generate_every=8)
+    with pytest.raises(AssertionError, match=words):
+        settled(world(5, max_step_rows=20, kv_tokens=400 if plant is _blocks_freed_too_early else 1200), 40, generate_every=8)

@@ -98,7 +98,9 @@ class Heard:
         return [t.id for t in self.tokens]
 
 
-def engine_of(family: str = "llama", *, blocks: int = 200, loader: Executor | None = None, clock: Clock | None = None, **config: Any) -> Engine:
+def engine_of(
+    family: str = "llama", *, blocks: int = 200, loader: Executor | None = None, clock: Clock | None = None, **config: Any
+) -> Engine:
     """An engine on a tiny base, driven by the test. blocks: KV blocks of 16 tokens (or of config's block_size)."""
     base = base_of(family)
     config = {"adapter_bytes": 64 << 20, **config}
@@ -107,9 +109,16 @@ def engine_of(family: str = "llama", *, blocks: int = 200, loader: Executor | No
 
 
 def ask(
-    engine: Engine, name: str, prompt: int | Iterable[int] = 8, adapter: Held | None = None, *, tenant: str = "", weight: float = 1.0, **params: Any
+    engine: Engine,
+    name: str,
+    prompt: int | Iterable[int] = 8,
+    adapter: Held | None = None,
+    *,
+    tenant: str = "",
+    weight: float = 1.0,
+    **params: Any,
 ) -> Heard:
-    """Submit a request; prompt: its tokens, or how many random ones. Other arguments: Request's deadline and cache_salt, SamplingParams'."""
+    """Submit a request; prompt: its tokens, or how many random ones. Others are Request's deadline and cache_salt, and SamplingParams'."""
     heard = Heard()
     ids = tokens(prompt, sum(map(ord, name))) if isinstance(prompt, int) else list(prompt)
     of_request = {k: params.pop(k) for k in ("deadline", "cache_salt") if k in params}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.laws.common import CASES, base_of, tokens
-from tests.serve.common import AtOnce, ByHand, Clock, Held, Heard, ask, engine_of, finish, held, solo, without_end
+from tests.serve.common import AtOnce, ByHand, Clock, Heard, Held, ask, engine_of, finish, held, solo, without_end
 from tests.tiny import FAMILIES
 from trimtab.errors import ConfigError, OverloadedError, TrimtabError
 from trimtab.serve.engine import Engine, EngineConfig, ServingError
@@ -131,7 +131,11 @@ def test_an_adapter_that_gives_no_numbers_ends_its_own_requests_alone():
     bad = noisy(base, method_of("lora-0", base.spec))
     bad.params = {k: t * float("nan") for k, t in bad.params.items()}
     engine = engine_of()
-    a, b, c = ask(engine, "a", 5, Held("sha256:nan", bad)), ask(engine, "b", 40, max_tokens=5), ask(engine, "c", 5, held("ia3-0"), max_tokens=5)
+    a, b, c = (
+        ask(engine, "a", 5, Held("sha256:nan", bad)),
+        ask(engine, "b", 40, max_tokens=5),
+        ask(engine, "c", 5, held("ia3-0"), max_tokens=5),
+    )
     drawn = ask(engine, "d", 5, Held("sha256:nan", bad), temperature=1.0)
     finish(engine)
     assert a.finish == drawn.finish == "error" and "not finite" in str(a.error) and isinstance(a.error, ServingError)
@@ -287,7 +291,7 @@ def test_a_stop_text_ends_the_answer_before_it():
     assert heard.finish == "stop" and heard.text == free.text[: free.text.index(stop)] and len(heard.ids) < 30
 
 
-def test_grammars_hold_and_end_the_answer():
+def test_grammars_hold_and_end_the_answer(monkeypatch):
     import json
 
     from trimtab.serve.request import Grammar
@@ -301,6 +305,11 @@ def test_grammars_hold_and_end_the_answer():
     assert a.finish == "stop" and json.loads(a.text)["n"] in (1, 22)
     assert b.finish == "stop" and b.text in ("ja", "nein") and b.tokens[0].logprob < 0 and len(b.tokens[0].top) == 2
     assert without_end(engine, c.ids) == solo("llama", tokens(8, 1), None, 6)
+    monkeypatch.setattr("trimtab.serve.grammar.MAX_STATES", 20)
+    vast = ask(engine, "v", 8, max_tokens=200, grammar=Grammar("regex", "(a|b)*a(a|b){20}"))
+    beside = ask(engine, "x", tokens(8, 1), max_tokens=6)
+    finish(engine)
+    assert vast.finish == "error" and "its grammar" in str(vast.error) and vast.error.http_status == 400 and beside.ids == c.ids
     with pytest.raises(TrimtabError, match="cannot be followed"):
         ask(engine, "d", 8, grammar=Grammar("regex", "a(b"))
     with pytest.raises(TrimtabError, match="cannot be followed"):

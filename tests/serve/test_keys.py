@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from trimtab.errors import AuthError, ConfigError, NotFoundError
 from trimtab.serve import keys
+from trimtab.serve.database import DatabaseError
 from trimtab.serve.tenants import Tenants
 
 
@@ -122,6 +123,25 @@ def test_rotating_never_lengthens_a_key(tenants: Tenants, clock: Clock) -> None:
     tenants.rotate_key(old.id, grace=1000.0)
     clock.now += 10
     refusal(tenants, text)
+
+
+def test_a_key_that_is_rotated_twice_gives_keys_that_live_as_long_as_it_did(tenants: Tenants, clock: Clock) -> None:
+    old, _ = tenants.create_key("acme")
+    tenants.rotate_key(old.id, grace=10.0)
+    assert tenants.rotate_key(old.id, grace=10.0)[0].expires is None
+    short, _ = tenants.create_key("acme", lifetime=500.0)
+    tenants.rotate_key(short.id, grace=10.0)
+    clock.now += 5
+    assert tenants.rotate_key(short.id)[0].expires == clock.now + 500
+
+
+def test_while_the_database_cannot_be_read_nobody_gets_in_and_nothing_is_told(tenants: Tenants, tmp_path: Path) -> None:
+    _, text = tenants.create_key("acme")
+    tenants.authenticate(text)
+    tenants._keyring._connection.close()
+    with pytest.raises(DatabaseError) as caught:
+        tenants.authenticate(text)
+    assert caught.value.http_status == 503 and str(tmp_path) not in str(caught.value)
 
 
 def test_a_revoked_key_ends_at_once_and_for_good(tenants: Tenants) -> None:

@@ -165,7 +165,11 @@ def test_a_thread_that_cannot_write_says_it_once_and_goes_on(tmp_path: Path, cap
     other = sqlite3.connect(tmp_path / "t.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     book.add("acme", "", 1, 1)
-    threading.Event().wait(0.3)
+    for _ in range(500):
+        if book.problem:
+            break
+        threading.Event().wait(0.01)
+    threading.Event().wait(0.1)
     assert "locked" in book.problem
     other.execute("ROLLBACK")
     for _ in range(500):

@@ -28,7 +28,7 @@ class FakeHub:
     objects: dict[str, bytes] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)
-    tokens: set[str] = field(default_factory=set)
+    tokens: dict[str, set[str]] = field(default_factory=dict)
     url: str = ""
     # faults
     cut: int | None = None
@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
     def _route(self, method: str, body: bytes) -> None:
         hub, path = self.server.hub, unquote(urlsplit(self.path).path)
         hub.log.append(f"{method} {path}")
-        hub.tokens.add(self.headers.get("Authorization", ""))
+        hub.tokens.setdefault("lfs" if path.startswith("/lfs/") else "hub", set()).add(self.headers.get("Authorization", ""))
         if hub.busy:
             hub.busy -= 1
             self._answer(503, {"error": "busy"}, {"Retry-After": "0"})
@@ -205,6 +205,9 @@ ROUTES = [
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     hub: FakeHub
+
+    def handle_error(self, *_: object) -> None:
+        """A client that goes away is what tests are about."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A store's writers that are killed, or whose disk is full, at each call that changes the disk; then looked at, and what they did done again.
+"""A store's writers, killed or with a full disk at each call that changes the disk; then the store is looked at, and the change made again.
 
 A server process imports everything once and forks for each change, as in tests/train/kill_harness.py; SIGKILL ends a fork as it would any
 process. A fork that is killed in a write has written half of it.
@@ -31,7 +31,7 @@ Names = dict[str, tuple[dict[int, str], dict[str, int]]]
 
 @dataclass
 class Outcome:
-    """code: 0, 2 for an error of ours, 70 for a bug, negative for a signal. calls: how many of CHANGES and of ROOM were made, if it lived."""
+    """code: 0, 2 for an error of ours, 70 for a bug, negative for a signal. calls: how many of CHANGES and of ROOM it made."""
 
     code: int
     output: str
@@ -170,7 +170,7 @@ def serve() -> None:
         if pid == 0:
             os._exit(_change(order, writer))
         os.close(writer)
-        with open(reader) as answer:
+        with os.fdopen(reader) as answer:
             said = answer.read().partition("\n")
         status = os.waitpid(pid, 0)[1]
         calls = json.loads(said[0]) if said[0] else {}

@@ -1,4 +1,5 @@
-"""Run by an interpreter that has xllamacpp (llama.cpp as a wheel): greedy tokens of a GGUF model, without and with a GGUF LoRA.
+"""Run by an interpreter that has xllamacpp (llama.cpp as a wheel): greedy tokens of a GGUF model, up to an end of turn,
+without and with a GGUF LoRA.
 
     python llama_cpp_generate.py MODEL.gguf ADAPTER.gguf '[[1, 2, …], …]' NEW-TOKENS
 
@@ -24,7 +25,7 @@ def generate(model: str, adapter: str | None, sequences: list[list[int]], new: i
     server = xllamacpp.Server(params)
     found: dict = {"tokens": [], "first": []}
     for sequence in sequences:
-        asked = {"prompt": sequence, "max_tokens": new, "temperature": 0, "logprobs": 5, "ignore_eos": True, "cache_prompt": False}
+        asked = {"prompt": sequence, "max_tokens": new, "temperature": 0, "logprobs": 5, "cache_prompt": False}
         said = server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
         found["tokens"].append([t["id"] for t in said])
         found["first"].append([(t["id"], t["logprob"]) for t in said[0]["top_logprobs"]])

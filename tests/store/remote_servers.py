@@ -61,13 +61,30 @@ def _wait_for(port: int) -> None:
 class Wire:
     """A TCP proxy that may fail. cut: after so many bytes to the client a connection is cut, all in all `cuts` times.
 
-    dies: after so many bytes to clients nothing passes any more. flip: the byte at this offset of what goes to the client on a connection
-    is another one. down: bytes that went to clients.
+    dies: after so many bytes to clients nothing passes any more; with stalls, connections stay open, silent. flip: the byte at this offset
+    of what goes to the client on a connection is another one. down: bytes that went to clients.
     """
 
-    def __init__(self, upstream: str, *, cut: int | None = None, cuts: int = 1, dies: int | None = None, flip: int | None = None):
+    def __init__(
+        self,
+        upstream: str,
+        *,
+        cut: int | None = None,
+        cuts: int = 1,
+        dies: int | None = None,
+        stalls: bool = False,
+        flip: int | None = None,
+    ):
         host, _, port = upstream.partition(":")
-        self._upstream, self.cut, self.cuts, self.dies, self.flip, self.down = (host, int(port)), cut, cuts, dies, flip, 0
+        self._upstream, self.cut, self.cuts, self.dies, self.stalls, self.flip, self.down = (
+            (host, int(port)),
+            cut,
+            cuts,
+            dies,
+            stalls,
+            flip,
+            0,
+        )
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._open = True
@@ -103,6 +120,8 @@ class Wire:
                 if self.dies is not None and self.down + len(data) > self.dies:
                     client.sendall(data[: max(0, self.dies - self.down)])
                     self.down = self.dies
+                    while self.stalls and self._open:
+                        time.sleep(0.02)
                     break
                 if self.flip is not None and sent <= self.flip < sent + len(data):
                     data[self.flip - sent] ^= 1

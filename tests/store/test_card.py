@@ -112,6 +112,7 @@ HOSTILE = [
     "x\n---\nbase_model: evil/model",
     "<script>alert(1)</script><img src=x onerror=alert(1)>",
     "`` </code><b>bold</b> `",
+    "a ` <script>alert(1)</script> ` b `` <b>evil</b> `` c",
     "```\n<script>alert(1)</script>\n```",
     "| a | b |\n|---|---|\n[link](javascript:alert(1)) ![i](http://evil/x.png) https://evil.example",
     "<!-- trimtab wrote this card -->",

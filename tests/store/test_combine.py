@@ -116,9 +116,9 @@ def test_ties_by_hand():
     """Yadav et al.'s three steps on numbers that one can follow: density 0.5 keeps two of four entries."""
     from trimtab.store.sparsify import ties
 
-    one, two = torch.tensor([[4.0, -1.0, 3.0, 0.5]]), torch.tensor([[-2.0, -3.0, 1.0, 0.1]])
-    # trimmed: [4, 0, 3, 0] and [-2, -3, 0, 0]; elected: + (4 - 2), - (-3), + (3), + (0)
-    assert ties([one, two], [1.0, 1.0], 0.5).tolist() == [[4.0, -3.0, 3.0, 0.0]]
+    one, two = torch.tensor([[2.0, -1.0, 3.0, 0.5]]), torch.tensor([[-4.0, -3.0, 1.0, 0.1]])
+    # trimmed: [2, 0, 3, 0] and [-4, -3, 0, 0]; elected: - (2 - 4), - (-3), + (3), + (0)
+    assert ties([one, two], [1.0, 1.0], 0.5).tolist() == [[-4.0, -3.0, 3.0, 0.0]]
     # both agree on the last entry here: trimmed [0, 6, 0, 4], [0, 0, 2, 8]; the mean of 4 and 8 is over two
     assert ties([torch.tensor([[1.0, 6, 1, 4]]), torch.tensor([[1.0, 1, 2, 8]])], [1.0, 0.5], 0.5).tolist() == [[0.0, 6.0, 1.0, 4.0]]
 

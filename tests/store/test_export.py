@@ -169,7 +169,7 @@ def test_a_gguf_file_has_llama_cpps_names_and_order(base, tmp_path):
     fields = {k: reader.get_field(k).contents() for k in ("general.type", "adapter.type", "general.architecture", "adapter.lora.alpha")}
     assert fields == {"general.type": "adapter", "adapter.type": "lora", "general.architecture": "llama", "adapter.lora.alpha": 9.0}
     tensors = {t.name: torch.from_numpy(t.data.copy()).double() for t in reader.tensors}
-    modules = "attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down".split()
+    modules = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
     assert set(tensors) == {f"blk.{i}.{m}.weight.lora_{x}" for i in (0, 1) for m in modules for x in "ab"}
     for peft_name, name, heads in [("self_attn.q_proj", "attn_q", 4), ("self_attn.k_proj", "attn_k", 2), ("mlp.down_proj", "ffn_down", 0)]:
         f = factors_of(adapter)[f"model.layers.1.{peft_name}"]

@@ -6,6 +6,7 @@ else may be raised, no folder may take long, and memory stays where it was.
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import signal
@@ -23,9 +24,9 @@ from torch import Tensor
 import tests.store.mutate_files  # noqa: F401 - adds its mutations
 from tests.store.common import EXAMPLES, stirred, tiny_base
 from tests.store.described import DESCRIBED, described, digest, fingerprint
-from tests.store.mutate import CONFIG, EITHER, MUTATIONS, NOTE, REFUSED, SAME, WEIGHTS, Files, split, write
+from tests.store.mutate import CONFIG, EITHER, MUTATIONS, NOTE, REFUSED, SAME, WEIGHTS, Files, join, split, write
 from trimtab.errors import AdapterError
-from trimtab.methods import METHODS, LoraConfig
+from trimtab.methods import METHODS, BottleneckConfig, LoraConfig
 from trimtab.model import Base
 from trimtab.store import Adapter
 
@@ -190,3 +191,49 @@ def test_headers_are_split_as_they_are_joined(tmp_path):
     data = stirred(tiny_base(), LoraConfig(r=2)).save(tmp_path / "a") / WEIGHTS
     header, values = split(data.read_bytes())
     assert sum(e["data_offsets"][1] - e["data_offsets"][0] for k, e in header.items() if k != "__metadata__") == len(values)
+
+
+# ---- what it has found ----
+
+
+def test_a_note_that_changes_what_the_config_says(tmp_path):
+    """The note is no file of its own digests; of a method that peft lacks, places alone do not say what it computes."""
+    base = tiny_base()
+    folder = stirred(base, BottleneckConfig(reduction_factor=4, non_linearity="relu")).save(tmp_path / "a")
+    for field_name, value in (("non_linearity", "gelu"), ("scaling", 3.0)):
+        note = json.loads((folder / NOTE).read_text())
+        note["fields"][field_name] = value
+        shutil.copytree(folder, tmp_path / field_name)
+        (tmp_path / field_name / NOTE).write_text(json.dumps(note))
+        with pytest.raises(AdapterError, match="describe different adapters"):
+            Adapter.load(tmp_path / field_name, base)
+
+
+@pytest.mark.parametrize(
+    ("field_name", "value"),
+    [("use_rslora", "no"), ("use_rslora", 1), ("lora_alpha", "8"), ("lora_alpha", True), ("r", 2.0), ("alpha_pattern", {"q_proj": "3"})],
+)
+@pytest.mark.parametrize("where", [CONFIG, NOTE])
+def test_json_values_of_another_type(tmp_path, field_name, value, where):
+    """peft takes the text "no" for true; what was trained depends on who reads it."""
+    base = tiny_base()
+    folder = stirred(base, LoraConfig(r=2)).save(tmp_path / "a")
+    if where == CONFIG:
+        (folder / NOTE).unlink()
+    content = json.loads((folder / where).read_text())
+    (content if where == CONFIG else content["fields"])[field_name] = value
+    (folder / where).write_text(json.dumps(content))
+    with pytest.raises(AdapterError, match=field_name):
+        Adapter.load(folder, base)
+
+
+def test_a_huge_value_does_not_make_a_huge_message(tmp_path):
+    base = tiny_base()
+    folder = stirred(base, LoraConfig(r=2)).save(tmp_path / "a")
+    header, values = split((folder / WEIGHTS).read_bytes())
+    for entry in header.values():
+        entry["shape"] = [None] * 2000
+    (folder / WEIGHTS).write_bytes(join(header, values))
+    with pytest.raises(AdapterError) as caught:
+        Adapter.load(folder, base)
+    assert len(str(caught.value)) < 30_000

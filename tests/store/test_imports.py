@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -151,7 +152,9 @@ def test_a_lora_is_carried_over_with_its_scaling(base, tmp_path):
         ({"cross_adapter": True}, "cross-attention"),
         ({"scaling": "learned"}, "learnt scaling"),
         ({"reduction_factor": {"0": 2, "default": 4}}, "one number for all layers"),
+        ({"scaling": 0.0}, "other than 0"),
         ({"non_linearity": "gelu_new"}, "non_linearity = 'gelu_new'"),
+        ({"non_linearity": ["relu"]}, "non_linearity = "),
         ({"leave_out": [0, 1]}, "leaves no layer"),
         ({"mh_adapter": False, "output_adapter": False}, "neither"),
         ({"brand_new": 3}, "brand_new = '3' is not known here"),
@@ -166,7 +169,13 @@ def test_what_cannot_be_carried_over_is_named(base, houlsby, change, words, tmp_
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"use_dora": True}, "DoRA"), ({"vera_d": 0.1}, "VeRA"), ({"r": "4"}, "r = '4'"), ({"attn_matrices": ["x"]}, "attn_matrices")],
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"vera_d": 0.1}, "VeRA"),
+        ({"r": "4"}, "r = '4'"),
+        ({"r": 4.5}, "a whole number"),
+        ({"attn_matrices": ["x"]}, "attn_matrices"),
+    ],
 )
 def test_loras_that_cannot_be_carried_over(base, change, words, tmp_path):
     with pytest.raises(AdapterError, match=words):
@@ -224,6 +233,30 @@ def test_tensors_that_do_not_belong_are_refused(base, houlsby, damage, tmp_path)
     words = {"missing": "is missing", "left-over": "belongs to no module", "shape": "has shape", "nan": "not finite"}
     with pytest.raises(AdapterError, match=words.get(damage, "missing|truncated")):
         import_folder(folder, base)
+
+
+def test_mutated_folders_are_refused_or_mean_the_same(base, houlsby, tmp_path):
+    """Values of the config and bytes of the weights changed at random: never a crash, and what is taken computes what its file says."""
+    rng, odd = random.Random(0), [None, True, False, 0, -1, 2, 0.5, 1e300, "", "relu", "lora", [], [0], {}, {"0": 2}]
+    folder, taken = hub_folder(tmp_path / "a", BN, hub_tensors(houlsby)), 0
+    config, weights = json.loads((folder / "adapter_config.json").read_text()), (folder / "adapter.safetensors").read_bytes()
+    for _ in range(400):
+        mutant, data = json.loads(json.dumps(config)), bytearray(weights)
+        where = mutant["config"] if rng.random() < 0.7 else mutant
+        where[rng.choice(list(where))] = rng.choice(odd)
+        if rng.random() < 0.3:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (folder / "adapter_config.json").write_text(json.dumps(mutant))
+        (folder / "adapter.safetensors").write_bytes(data)
+        try:
+            adapter = import_folder(folder, base).adapter
+        except AdapterError:
+            continue
+        taken += 1
+        stored = load_file(folder / "adapter.safetensors")
+        assert all(torch.equal(t, stored[hub_name(k)]) for k, t in adapter.params.items() if hub_name(k) in stored)
+        assert adapter.method.scaling == mutant["config"]["scaling"]
+    assert 20 < taken < 300
 
 
 @pytest.mark.slow

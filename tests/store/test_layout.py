@@ -340,6 +340,35 @@ def test_a_writer_that_waits_too_long_says_for_what(root, monkeypatch):
         assert two.resolve("acme/support@held").version == 2, "readers need no lock"
     two.alias("acme/support@1", "held")
     assert one.resolve("acme/support@held").version == 1
+    (root / ".lock").unlink()
+    (root / ".lock").mkdir()
+    with pytest.raises(AdapterError, match=r"\.lock"):
+        one.lock().__enter__()
+
+
+def test_every_state_of_the_index_has_a_time_of_its_own(root, monkeypatch):
+    """So that none is taken for another that has the same size, and maybe the same inode: even if the clock stands still."""
+    monkeypatch.setattr(layout_module.time, "time_ns", lambda: 10**18)
+    store, times = Store(root), []
+    for n in range(5):
+        store.alias(f"acme/support@{1 + n % 2}", "prod")
+        times.append((root / "index.json").stat().st_mtime_ns)
+    store.alias("acme/support@1", "prod")
+    assert times[1:] == sorted(set(times[1:])) and (root / "index.json").stat().st_mtime_ns == times[-1], "no change, no new state"
+
+
+def test_a_reader_in_the_middle_of_a_file_is_not_disturbed(root, tmp_path):
+    """Index and blobs are replaced, never written in place."""
+    store = Store(root)
+    blob = store.blob_path(store.resolve("acme/legal").files["adapter_config.json"].digest)
+    blob.chmod(0o644)
+    blob.write_bytes(b"!" + blob.read_bytes()[1:])
+    before = {path: path.read_bytes() for path in (root / "index.json", blob)}
+    with (root / "index.json").open("rb", buffering=0) as index, blob.open("rb", buffering=0) as damaged:
+        halves = {root / "index.json": (index, index.read(100)), blob: (damaged, damaged.read(5))}
+        store.publish(adapter_folder(tmp_path / "b", 4, {"revision": "legal"}), "acme/legal", aliases=["mended"])
+        assert store.verify().problems == () and all(path.read_bytes() != data for path, data in before.items())
+        assert {path: half + file.read() for path, (file, half) in halves.items()} == before
 
 
 def test_a_store_that_can_only_be_read_is_read(root, tmp_path):

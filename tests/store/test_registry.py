@@ -228,6 +228,8 @@ def test_a_name_never_leaves_the_store(store, tmp_path, name):
     assert {k: v for k, v in snapshot(tmp_path).items() if not k.startswith("f/")} == {k: v for k, v in before.items() if k[:2] != "f/"}
     with pytest.raises(AdapterError, match="alias"):
         store.publish(folder, "acme/x", aliases=["prod", "../../x"])
+    with pytest.raises(AdapterError, match=r"write aliases=\['prod'\]"):
+        store.publish(folder, "acme/x", aliases="prod")
     assert store.list() == []
 
 

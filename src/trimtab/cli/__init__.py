@@ -25,6 +25,7 @@ COMMANDS = {
     "chat": "Talk to the base or an adapter.",
     "export": "Write an adapter as another program wants it: peft, vLLM, llama.cpp, or merged.",
     "merge": "Fold an adapter into the base's weights: an ordinary model folder.",
+    "serve": "Serve the base and many adapters over OpenAI's HTTP API.",
     "tenants": "Who may use a server: tenants, their API keys, what they have used.",
     "adapters": "Publish adapters into the store by name and version; list, compare, move and remove them.",
     "store": "The folder in which published adapters are kept: make, verify, clean it.",

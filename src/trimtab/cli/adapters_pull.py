@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from trimtab.cli.options import store_option
 from trimtab.cli.transfer import megabytes, showing
 
 
@@ -14,9 +15,7 @@ from trimtab.cli.transfer import megabytes, showing
 @click.argument("url")
 @click.argument("name")
 @click.option("--alias", "aliases", multiple=True, help="Also give the version this alias; may be given several times.")
-@click.option(
-    "--store", "root", type=click.Path(path_type=Path), help="The store, instead of $TRIMTAB_STORE or ~/.local/share/trimtab/store."
-)
+@store_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress.")
 def pull(url: str, name: str, aliases: tuple[str, ...], root: Path | None, as_json: bool) -> None:
     """Fetch the adapter at URL into the store, as the next version of NAME.
@@ -38,8 +37,11 @@ def pull(url: str, name: str, aliases: tuple[str, ...], root: Path | None, as_js
         report = pull(Store(root, create=True), url, name, aliases=aliases, begin=begin)
     version = report.version
     if as_json:
-        found = {"ref": version.ref, "digest": version.digest, "aliases": version.aliases, "url": report.url, "there": report.there}
+        found = {"ref": version.ref, "digest": version.digest, "aliases": version.aliases, "verified": bool(version.fingerprint)}
+        found |= {"url": report.url, "there": report.there}
         click.echo(json.dumps(found | {"bytes_moved": report.moved, "bytes_skipped": report.skipped}))
         return
     click.echo(f"{version.ref} ({', '.join(version.aliases)}) holds what is at {report.url}")
+    if not version.fingerprint:
+        click.echo("unverified: its files do not say which base they were made for; names and shapes are checked when it is loaded")
     click.echo(f"{megabytes(report.moved)} fetched, {megabytes(report.skipped)} were here already")

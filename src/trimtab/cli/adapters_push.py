@@ -7,15 +7,14 @@ from pathlib import Path
 
 import click
 
+from trimtab.cli.options import store_option
 from trimtab.cli.transfer import megabytes, showing
 
 
 @click.command()
 @click.argument("adapter")
 @click.argument("url")
-@click.option(
-    "--store", "root", type=click.Path(path_type=Path), help="The store, instead of $TRIMTAB_STORE or ~/.local/share/trimtab/store."
-)
+@store_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress.")
 def push(adapter: str, url: str, root: Path | None, as_json: bool) -> None:
     """Send ADAPTER, a version in the store, to URL. Files that are there already are not sent again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -11,7 +12,7 @@ from trimtab.cli.options import base_option, device_option, dtype_option, open_a
 
 
 @click.command()
-@click.argument("prompts", nargs=-1, required=True)
+@click.argument("prompts", nargs=-1)
 @base_option
 @click.option(
     "--adapter",
@@ -20,6 +21,10 @@ from trimtab.cli.options import base_option, device_option, dtype_option, open_a
     help="An adapter's folder, or its name in the store; give several to hear each, in one mixed batch. 'base' is the base itself.",
 )
 @store_option
+@click.option(
+    "--file", "file", type=click.Path(path_type=Path), help="A JSONL file of prompts instead: a line is {prompt | messages, adapter, …}."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="With --file: where its answers go, a line each, in the same order.")
 @click.option("--system", help="A system message before the prompt.")
 @sampling_options
 @dtype_option
@@ -30,6 +35,8 @@ def generate(
     base_name: str,
     adapters: tuple[str, ...],
     root: Path | None,
+    file: Path | None,
+    out: Path | None,
     system: str | None,
     max_new_tokens: int,
     temperature: float,
@@ -46,9 +53,26 @@ def generate(
     Example:
       trimtab generate --adapter examples/runs/desks/adapters/support-lora "How do I cancel an invoice?"
       trimtab generate --adapter base --adapter acme/support@2 "How do I cancel an invoice?"
+      trimtab generate --file prompts.jsonl --out answers.jsonl
 
-    Every prompt and every adapter run in one mixed batch.
+    Every prompt and every adapter run in one mixed batch. A file may be long: its lines go through the serving engine.
     """
+    if bool(prompts) == (file is not None) or (file is None) != (out is None) or (file is not None and len(adapters) > 1):
+        raise click.UsageError("give PROMPTS, or --file with --out and at most one --adapter, for lines that name none")
+    if file is not None and out is not None:
+        _answer_file(
+            file,
+            out,
+            base_name,
+            (*adapters, "base")[0],
+            root,
+            system,
+            (max_new_tokens, temperature, top_p, top_k, seed),
+            dtype,
+            device,
+            as_json,
+        )
+        return
     from trimtab.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
@@ -65,3 +89,32 @@ def generate(
         if len(asked) > 1:
             click.secho(f"{n}: {p}" if len(prompts) > 1 else n, bold=True)
         click.echo(text)
+
+
+def _answer_file(
+    file: Path,
+    out: Path,
+    base_name: str,
+    adapter: str,
+    root: Path | None,
+    system: str | None,
+    sampling: tuple[int, float, float, int, int],
+    dtype: str | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    from trimtab.serve.engine import Engine
+    from trimtab.serve.offline import answer_file
+    from trimtab.serve.request import SamplingParams
+
+    max_tokens, temperature, top_p, top_k, seed = sampling
+    defaults = SamplingParams(max_tokens, temperature, top_p, top_k, seed=seed)
+    engine = Engine(open_base(base_name, dtype, device))
+    try:
+        summary = answer_file(file, out, engine, defaults=defaults, adapter=adapter, system=system, store=root)
+    finally:
+        engine.close()
+    if as_json:
+        click.echo(json.dumps(asdict(summary) | {"out": str(out)}))
+    else:
+        click.echo(f"{summary.answers} answers, {summary.failed} of them failed; {summary.new_tokens} new tokens; {out}")

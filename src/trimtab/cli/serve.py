@@ -22,6 +22,7 @@ GB = 1e9
 
 @click.command()
 @base_option
+@click.option("--base-name", "shown", help="The base's name for clients; by default its own, of a folder or file the last part.")
 @store_option
 @click.option(
     "--adapter", "named", multiple=True, metavar="NAME=SOURCE", help="Serve a folder, or one of the store, as NAME. With --local."
@@ -50,6 +51,7 @@ GB = 1e9
 @click.option("--json", "as_json", is_flag=True, help="Print the line that says it is ready as JSON.")
 def serve(
     base_name: str,
+    shown: str | None,
     root: Path | None,
     named: tuple[str, ...],
     folders: tuple[Path, ...],
@@ -99,7 +101,9 @@ def serve(
     store = _store(root, needed=root is not None)
     sock = server.bind(host, port)
     port = sock.getsockname()[1]
-    engine = Engine(open_base(base_name, dtype, device), config)
+    base = open_base(base_name, dtype, device)
+    base.name = shown or (Path(base_name).name if Path(base_name).exists() else base_name)  # a path is nothing for clients
+    engine = Engine(base, config)
     audit = None if tenants is None else Audit(audit_path(tenants.path))
     try:
         services = services_of(
@@ -120,7 +124,8 @@ def serve(
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         told = {"url": where, "base": services.base_name, "local": local, "adapters": sorted(adapters)}
         text = json.dumps(told) if as_json else f"serving {services.base_name} at {where}{' for this machine only' * local}"
-        server.run(create_app(services), sock, services, drain_s=drain_seconds, ready=lambda: click.echo(text), stop=engine.close)
+        made = server.make(create_app(services), services, drain_s=drain_seconds, ready=lambda: click.echo(text), stop=engine.close)
+        made.run([sock])
     finally:
         engine.close()
         for part in (audit, tenants):

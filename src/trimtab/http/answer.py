@@ -45,12 +45,14 @@ class Mailbox:
 
     def post(self, answer: Answer, index: int, delta: Delta) -> None:
         self._waiting.append((answer, index, delta))
-        if not self._called:  # `_deliver` lowers the flag before it looks, so nothing is left lying
+        if self.loop.is_closed():  # nobody reads any more, but room is to be given back
+            self._deliver()
+        elif not self._called:  # `_deliver` lowers the flag before it looks, so nothing is left lying
             self._called = True
             try:
                 self.loop.call_soon_threadsafe(self._deliver)
-            except RuntimeError:  # the loop is closed: the server is gone, and nobody reads
-                pass
+            except RuntimeError:  # it was closed at this moment
+                self._deliver()
 
     def _deliver(self) -> None:
         self._called = False

@@ -60,7 +60,7 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> Fault | None:
         headers = dict(scope["headers"])
-        if self.s.hosts is not None and headers.get(b"host", b"").decode("latin-1").lower() not in self.s.hosts:
+        if self.s.hosts is not None and not self._is_us([v for k, v in scope["headers"] if k == b"host"]):
             return Fault(
                 "this server answers only to its own name (the Host header is another): it runs in local mode",
                 status=403,
@@ -73,6 +73,9 @@ class Gate:
         if length.isdigit() and int(length[:20]) > self.s.limits.body_bytes:
             return _too_large(self.s.limits.body_bytes)
         return None
+
+    def _is_us(self, named: list[bytes]) -> bool:
+        return len(named) == 1 and self.s.hosts is not None and named[0].decode("latin-1").lower() in self.s.hosts
 
 
 def _too_large(limit: int) -> Fault:

@@ -70,7 +70,7 @@ class Span:
     seed: int | None = None
 
 
-SHORT_SPAN = 8
+SHORT_SPAN = 64
 """Spans of at most so many rows run row by row in native kernels; longer ones are worth a matmul of their own."""
 
 

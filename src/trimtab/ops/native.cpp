@@ -46,9 +46,9 @@ static inline void fetch(const void* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
 
-// e^x to 2 ulp: 2^k times a polynomial on [-ln2/2, ln2/2]; below -87 it is 0.
+// e^x to 2 ulp: 2^k times a polynomial on [-ln2/2, ln2/2]; below -87 it is 0, above 88 it stays.
 static inline float fast_exp(float x) {
-    float clipped = std::max(x, -87.0f);
+    float clipped = std::min(std::max(x, -87.0f), 88.0f);
     float k = std::nearbyint(clipped * 1.44269504088896341f);
     float r = clipped - k * 0.693359375f + k * 2.12194440e-4f;
     float p = 1.9875691500e-4f;

@@ -111,13 +111,10 @@ class Catalog:
         with self._lock:
             mine = [(name, x) for (owner, name), x in sorted(self._loaded.items()) if owner == tenant.id]
         found += [ModelInfo(name, x.created, x.servable.ref, self.base_names[0], x.servable.digest) for name, x in mine]
-        if self.store is not None:
-            with _readable():
-                versions = [v for ns in ([None] if EVERYTHING in tenant.namespaces else tenant.namespaces) for v in self.store.list(ns)]
-            fits = {"", self.base.fingerprint} if self.base.fingerprint else {v.fingerprint for v in versions}
-            found += [
-                ModelInfo(v.name, _seconds(v.created), v.ref, self.base_names[0], v.digest) for v in versions if v.fingerprint in fits
-            ]
+        there = sorted((ns, name) for name, those in self._there().items() for ns in those if tenant.sees(ns))
+        for v in filter(None, (self._lookup(ns, name, "", skip_damaged=True) for ns, name in there)):
+            if not (v.fingerprint and self.base.fingerprint) or v.fingerprint == self.base.fingerprint:
+                found.append(ModelInfo(v.name, _seconds(v.created), v.ref, self.base_names[0], v.digest))
         return found
 
     def load(self, name: str, path: str | Path, tenant: Tenant) -> None:

@@ -12,6 +12,8 @@ from trimtab.model import Base
 
 KV_SHARE, ADAPTER_SHARE = 0.3, 0.1
 """Shares of the free memory that are taken where none is named: a base's activations and the rest of the machine need room too."""
+TYPICAL_TOKENS = 1024
+"""On a CPU, whose memory others use as well, blocks for max_running sequences of this length are enough where no size is named."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class EngineConfig:
 
 def kv_blocks(config: EngineConfig, base: Base, block_bytes: int) -> int:
     """How many KV blocks fit; never more than max_running sequences of full length can fill. ConfigError where not even one fits."""
-    most = config.max_running * -(-base.spec.max_positions // config.block_size)
+    longest = -(-base.spec.max_positions // config.block_size)
+    most = config.max_running * longest
+    if config.kv_bytes is None and base.device.type == "cpu":
+        most = min(most, max(longest, config.max_running * -(-TYPICAL_TOKENS // config.block_size)))
     budget = config.kv_bytes if config.kv_bytes is not None else int(KV_SHARE * _free_bytes(base.device))
     blocks = min(most, budget // block_bytes)
     if blocks < 1:

@@ -39,6 +39,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             tenant TEXT NOT NULL REFERENCES tenants (id),
             secret_sha256 BLOB NOT NULL CHECK (length(secret_sha256) = 32),
             created REAL NOT NULL,
+            lifetime REAL CHECK (lifetime > 0),
             expires REAL,
             revoked REAL
         )""",

@@ -208,9 +208,10 @@ class Engine:
     def _take_token(self, live: Live, token: Token | None, now: float) -> None:
         """A new token of a sequence: its text, and whether it is the last. What goes wrong here ends this sequence alone."""
         if token is None:
-            who = live.digest or "the base"
-            why = live.matcher.error if live.matcher is not None and live.matcher.error else f"{who} gives logits that are not finite"
-            self._finish(live, "error", ServingError(f"no token can be chosen: {why}"))
+            if live.matcher is not None and live.matcher.error:
+                self._finish(live, "error", TrimtabError(f"the answer cannot follow its grammar any further: {live.matcher.error}"))
+            else:
+                self._finish(live, "error", ServingError(f"{live.digest or 'the base'} gives numbers that are not finite"))
             return
         live.tokens.append(token.id)
         if live.first is None:

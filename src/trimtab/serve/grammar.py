@@ -36,8 +36,10 @@ class Matcher:
         self._matcher = matcher
 
     def mask(self, row: np.ndarray) -> None:
-        """Write which tokens may come next: a bit each, int32 words."""
+        """Write which tokens may come next: a bit each, int32 words; none where the grammar has run into its limits (see `error`)."""
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._matcher.is_error():  # the library allows an end then, which would pass off half an answer as a whole one
+            row[:] = 0
 
     def advance(self, token: int) -> bool:
         """Whether the token was allowed."""
@@ -45,11 +47,11 @@ class Matcher:
 
     @property
     def done(self) -> bool:
-        return bool(self._matcher.is_stopped())
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     @property
     def error(self) -> str:
-        return str(self._matcher.get_error())
+        return _short(self._matcher.get_error()) if self._matcher.is_error() else ""
 
 
 class Grammars:
@@ -81,7 +83,9 @@ class Grammars:
             raise TrimtabError("answers under a grammar need llguidance", fix="pip install 'trimtab[serve]'") from None
         if self._ours is None:
             self._ours = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._stop_ids)
-        limits = llguidance.LLParserLimits(initial_lexer_fuel=LEXER_FUEL, max_grammar_size=MAX_SIZE, max_lexer_states=MAX_STATES)
+        limits = llguidance.LLParserLimits(
+            initial_lexer_fuel=LEXER_FUEL, max_grammar_size=MAX_SIZE, max_lexer_states=MAX_STATES, verbose_errors=False
+        )
         matcher = llguidance.LLMatcher(self._ours, _source(grammar), log_level=0, limits=limits)
         if matcher.is_error():
             raise TrimtabError(f"this {grammar.kind} cannot be followed: {_short(matcher.get_error())}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import math
 import secrets
 import threading
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimtab.errors import AuthError
-from trimtab.serve.database import TENANT_COLUMNS, connect, explained, tenant_of
+from trimtab.serve.database import TENANT_COLUMNS, DatabaseError, connect, explained, tenant_of
 from trimtab.serve.tenant import LOCAL, Tenant
 
+log = logging.getLogger(__name__)
 MAX_KEY_CHARS = 200
 NOBODY = hashlib.sha256(secrets.token_bytes(32)).digest()
 """What an unknown id is compared with: no secret has this hash, and the comparison costs what a known id's costs."""
@@ -70,11 +72,16 @@ class Keyring:
         self._known: dict[str, tuple[bytes, float, Tenant]] = {}
 
     def authenticate(self, text: str | None) -> Tenant:
-        """The tenant whose key this is. AuthError, the same whatever is wrong with the key: unknown, secret wrong, expired, revoked."""
+        """The tenant whose key this is. AuthError, the same whatever is wrong with the key: unknown, secret wrong, expired, revoked.
+        DatabaseError (503), without details, where the database cannot be read: then nobody gets in."""
         if not text:
             raise AuthError("no API key was given", fix="send the header Authorization: Bearer <key>")
         key_id, given = split_key(text)
-        kept, end, tenant = self._current().get(key_id, (NOBODY, -math.inf, LOCAL))
+        try:
+            kept, end, tenant = self._current().get(key_id, (NOBODY, -math.inf, LOCAL))
+        except DatabaseError as error:
+            log.error("keys cannot be checked", extra={"told": {"error": error.message}})
+            raise DatabaseError("API keys cannot be checked at the moment", fix="try again later") from error
         if hmac.compare_digest(given, kept) and self._clock() < end:
             return tenant
         raise AuthError("this API key is not valid", fix="check the key, or ask for a new one")

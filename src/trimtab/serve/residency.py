@@ -73,6 +73,7 @@ class Residency:
         self._ended: SimpleQueue[Loaded] = SimpleQueue()
         self._parked: deque[Loaded] = deque()  # read, but there is no room yet
         self._leave_at_once: set[str] = set()
+        self._fresh: list[Resident] = []  # placed, and not yet leased by those who wait
 
     @property
     def count(self) -> int:
@@ -147,6 +148,7 @@ class Residency:
 
     def settle(self) -> None:
         """After leases on what was collected: adapters that were to be evicted while they were loading leave."""
+        self._fresh.clear()
         for digest in [d for d in self._leave_at_once if d in self._resident]:
             self._leave_at_once.discard(digest)
             self.evict(digest)
@@ -163,7 +165,7 @@ class Residency:
         for resident in list(self._resident.values()):
             if self.bytes + new.bytes <= self.budget_bytes:
                 break
-            if not resident.leases:
+            if not resident.leases and resident not in self._fresh:
                 self._leave(resident)
         if self.bytes + new.bytes > self.budget_bytes:
             if not wanted:
@@ -172,6 +174,7 @@ class Residency:
             self._let_leave(self.bytes + new.bytes - self.budget_bytes)
             return False
         self._resident[new.digest] = new
+        self._fresh.append(new)
         return True
 
     def _failed_if_too_large(self, ended: Loaded) -> Loaded:
@@ -192,8 +195,9 @@ class Residency:
         for resident in list(self._resident.values()):
             if missing <= 0:
                 break
-            missing -= resident.bytes
-            self._leave(resident)
+            if resident not in self._fresh:
+                missing -= resident.bytes
+                self._leave(resident)
 
     def _leave(self, resident: Resident) -> None:
         del self._resident[resident.digest]

@@ -14,7 +14,8 @@ from trimtab.serve.sampling import Draw
 from trimtab.serve.text import TextStream
 
 Where = Literal["new", "waiting", "loading", "running", "returning", "ended"]
-"""new: not yet seen by the step loop. waiting: for a place. loading: for its adapter. running: holds KV blocks. returning: had to give them up, and comes back first."""
+"""new: not yet seen by the step loop. waiting: for a place. loading: for its adapter. running: holds KV blocks. returning: had to give them
+up, and comes back first."""
 
 
 class ServingError(TrimtabError):

@@ -139,7 +139,8 @@ class Tenants:
                 raise ConfigError(f"the key {key_id!r} is {old.state(now)}", fix="create a new key for the tenant")
             end = now + grace if old.expires is None else min(old.expires, now + grace)
             db.execute("UPDATE keys SET expires = ? WHERE id = ?", (end, key_id))
-            return self._new_key(db, old.tenant, None if old.expires is None else old.expires - old.created)
+            (lifetime,) = db.execute("SELECT lifetime FROM keys WHERE id = ?", (key_id,)).fetchone()  # an earlier rotation moved its end
+            return self._new_key(db, old.tenant, lifetime)
 
     def revoke_key(self, key_id: str) -> Key:
         """At once and for good. NotFoundError where there is no such key; revoking twice changes nothing."""
@@ -160,8 +161,8 @@ class Tenants:
         now = self._clock()
         key = Key(key_id, tenant_id, now, None if lifetime is None else now + lifetime)
         db.execute(
-            "INSERT INTO keys (id, tenant, secret_sha256, created, expires) VALUES (?, ?, ?, ?, ?)",
-            (key.id, key.tenant, hash_secret(secret), key.created, key.expires),
+            "INSERT INTO keys (id, tenant, secret_sha256, created, lifetime, expires) VALUES (?, ?, ?, ?, ?, ?)",
+            (key.id, key.tenant, hash_secret(secret), key.created, lifetime, key.expires),
         )
         return key, f"{key_id}.{secret}"
 

@@ -17,7 +17,8 @@ HALF = "\ufffd"
 
 
 class Decoder:
-    """A base's tokenizer, as far as text needs it. held: ids of single bytes that the tokenizer joins only once a run of them has ended."""
+    """A base's tokenizer, as far as text needs it. special: ids that are no text. held: ids of single bytes that the tokenizer joins only
+    once a run of them has ended."""
 
     def __init__(self, tokenizer: Any):
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -25,6 +26,7 @@ class Decoder:
             self.decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)
         else:  # the same without three layers of Python
             self.decode = lambda ids: backend.decode(ids, skip_special_tokens=True)
+        self.special = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         vocabulary = tokenizer.get_vocab()
         self.held = frozenset(i for token, i in vocabulary.items() if re.fullmatch(r"<0x[0-9A-F]{2}>", token))
 
@@ -47,6 +49,8 @@ class TextStream:
     def push(self, token: int) -> str:
         """What this token adds to the text that is certain."""
         self._count += 1
+        if token in self._decoder.special:
+            return ""
         self._window.append(token)
         if token in self._decoder.held:
             return ""

@@ -149,10 +149,10 @@ def _config_problems(config: Mapping[str, Any], options: Mapping[str, Any], kind
 
 def _bottleneck_problems(options: Mapping[str, Any], spec: Spec) -> list[str]:
     problems = [] if layers_of(options, spec) else ["leave_out leaves no layer"]
-    if options["non_linearity"] not in ACTIVATIONS:
+    if not isinstance(options["non_linearity"], str) or options["non_linearity"] not in ACTIVATIONS:
         problems.append(f"non_linearity = {str(options['non_linearity'])[:40]!r}: carried over are {', '.join(ACTIVATIONS)}")
-    if not isinstance(options["scaling"], float):
-        problems.append(f"scaling = {str(options['scaling'])[:40]!r}: only a number is carried over, not a learnt scaling")
+    if not isinstance(options["scaling"], float) or not 0 < abs(options["scaling"]) < 2**20:
+        problems.append(f"scaling = {str(options['scaling'])[:40]!r}: only a number other than 0 is carried over, not a learnt scaling")
     if not _number(options["reduction_factor"]):
         problems.append(f"reduction_factor = {str(options['reduction_factor'])[:40]!r}: only one number for all layers is carried over")
     if not (options["mh_adapter"] is True or options["output_adapter"] is True):
@@ -163,6 +163,7 @@ def _bottleneck_problems(options: Mapping[str, Any], spec: Spec) -> list[str]:
 def _lora_problems(options: Mapping[str, Any], spec: Spec) -> list[str]:
     problems = [] if layers_of(options, spec) else ["leave_out leaves no layer"]
     problems += [f"{k} = {str(options[k])[:40]!r}: a number above 0 is expected" for k in ("r", "alpha") if not _number(options[k])]
+    problems += [f"r = {options['r']}: a whole number is expected"] if isinstance(options["r"], float) else []
     if not (isinstance(options["attn_matrices"], list) and set(map(str, options["attn_matrices"])) <= {"q", "k", "v"}):
         problems.append(f"attn_matrices = {str(options['attn_matrices'])[:40]!r}: names of q, k and v are expected")
     return problems

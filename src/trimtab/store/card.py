@@ -4,7 +4,7 @@ It says what the folder's other files say, and how to load them where. It is no 
 its last line holds a digest of the lines above it, by which a card that is still as it was written is told from somebody's own words.
 
 What comes from data (names, settings, scores) may hold anything. It stands in code spans and code blocks only, where Markdown and HTML mean
-nothing, and in the front matter as quoted YAML.
+nothing; the front matter takes nothing but the id of a hub repository.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _front_matter(method: Method, note: Mapping[str, Any]) -> Iterator[str]:
     name = _base_name(note)
     yield "---"
     if name and _on_hub(name):
-        yield f"base_model: {_quoted(name)}"
+        yield f"base_model: {name}"  # letters, digits, '.', '_', '-' about one slash: text in YAML as it is
         yield "base_model_relation: adapter"
     if method.in_peft:
         yield "library_name: peft"
@@ -187,10 +187,6 @@ def _block(language: str, text: str) -> Iterator[str]:
 
 def _longest_run(text: str) -> int:
     return max((len(run) for run in re.findall("`+", text)), default=0)
-
-
-def _quoted(text: str) -> str:
-    return yaml.safe_dump(text, default_style='"', width=2**20).strip()
 
 
 # ---- reading the note ----

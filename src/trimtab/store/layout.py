@@ -109,6 +109,9 @@ class Layout:
         except Timeout:
             fix = "wait for the other process, or end it: the lock goes with it"
             raise AdapterError(f"another process has held {self.root / '.lock'} for {LOCK_SECONDS:.0f} seconds", fix=fix) from None
+        except OSError as error:
+            fix = "let the store be written to, or name another"
+            raise AdapterError(f"cannot lock {self.root / '.lock'}: {error.strerror or error}", fix=fix) from error
         try:
             yield
         finally:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -93,6 +93,13 @@ def check_alias(alias: str) -> str:
     if not is_word(alias) or alias.isdigit():
         raise AdapterError(f"{short(alias)} is no alias", fix=f"{RULE}; not digits alone, which are versions")
     return alias
+
+
+def check_aliases(aliases: Sequence[str]) -> list[str]:
+    """The aliases, each checked. AdapterError where they are one string, whose letters would be aliases of their own."""
+    if isinstance(aliases, str):
+        raise AdapterError(f"aliases = {aliases!r} is not a list", fix=f"write aliases=[{aliases!r}]")
+    return [check_alias(a) for a in aliases]
 
 
 def is_word(text: str) -> bool:

@@ -152,12 +152,11 @@ class StoreReader:
 
 
 @contextmanager
-def refusing(what: str) -> Iterator[None]:
+def refusing(what: str, fix: str = "`trimtab store verify` lists all that is wrong; publish or pull it again") -> Iterator[None]:
     """Turn what reading refuses into the user's error."""
     try:
         yield
     except Refusal as reason:
         lines = str(reason).splitlines()
         shown = lines[:MAX_SHOWN] + ([f"… and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else [])
-        fix = "`trimtab store verify` lists all that is wrong; publish or pull it again"
         raise AdapterError(f"{what} is refused", problems=shown, fix=fix) from reason

@@ -41,7 +41,7 @@ from trimtab.store.manifest import (
     file_descriptor,
     parse_manifest,
 )
-from trimtab.store.names import Ref, check_alias, default_root, parse_name
+from trimtab.store.names import Ref, check_alias, check_aliases, default_root, parse_name
 from trimtab.store.reader import StoreReader, Versions, refusing
 from trimtab.store.verify import VerifyReport
 from trimtab.store.version import Version
@@ -66,17 +66,17 @@ class Store(StoreReader):
         """Make an adapter, or an adapter's folder, the newest version of a name; `aliases` move to it in the same instant.
 
         The folder's files are copied, and the copies are checked: on `base` as if they were loaded, without one as far as that goes. Files
-        that are not an adapter's are refused. What the newest version holds already gives that version. AdapterError, nothing published,
-        where anything is wrong.
+        that are not an adapter's are refused. Files that the newest version holds already give that version; an Adapter is saved first, the
+        time in its trimtab.json, and is a new version each time. AdapterError, nothing published, where anything is wrong.
         """
-        ref, wanted = parse_name(name), [check_alias(a) for a in aliases]
+        ref, wanted = parse_name(name), check_aliases(aliases)
         if not isinstance(source, (str, Path)):
             with tempfile.TemporaryDirectory(prefix="trimtab-") as work:
                 folder = source.save(Path(work) / "adapter", run=source.info.get("run"))
                 return self.publish(folder, name, base=source.base, aliases=aliases)
         where = f"adapter {str(source)!r}"
         with self._changing(f"cannot publish {ref}"), open_folder(source) as opened, self._blobs.staging() as stage:
-            with refusing(where):
+            with refusing(where, f"publish a folder that holds nothing but {', '.join(FILE_TYPES)}"):
                 copies = _copy_files(opened, stage)
             files = {n: file_descriptor(n, c.digest, c.size) for n, c in copies.items()}
             copied = BlobFolder(Path(source), self._blobs, {n: (files[n], c.path) for n, c in copies.items()})
@@ -87,10 +87,10 @@ class Store(StoreReader):
 
     def adopt(self, manifest_bytes: bytes, name: str, *, aliases: Sequence[str] = ()) -> Version:
         """`publish` for a manifest whose blobs are in the store already, as after a pull. All is checked as it is without a base."""
-        ref, wanted = parse_name(name), [check_alias(a) for a in aliases]
+        ref, wanted = parse_name(name), check_aliases(aliases)
         where = f"manifest {digest_of(manifest_bytes)}"
         with self._changing(f"cannot publish {ref}"), self._blobs.staging() as stage:
-            with refusing(where):
+            with refusing(where, "pull it again, or publish the adapter's folder"):
                 manifest = parse_manifest(manifest_bytes, "the manifest")
             derived = describe(self._folder(where, manifest), where)
             if problems := contradictions(manifest.annotations, derived):
@@ -229,7 +229,7 @@ def _copy_files(folder: Folder, stage: Staging) -> dict[str, Staged]:
     names = folder.names()
     others = [f"{n} is {'a pickle' if n in PICKLES else 'none of the files of an adapter'}" for n in names if n not in FILE_TYPES]
     if others:
-        raise Refusal("\n".join([*others, f"a folder with nothing but {', '.join(FILE_TYPES)} can be published"]))
+        raise Refusal("\n".join(others))
     copies = {}
     for name in (n for n in FILE_TYPES if n in names):
         with folder.open(name) as (file, size):

@@ -26,7 +26,7 @@ LOOPBACK = re.compile(r"localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]")
 
 CREDENTIALS = {
     "hf": "log in once with `hf auth login`, or set HF_TOKEN",
-    "oci": "log in once with `docker login` or `skopeo login`, which write ~/.docker/config.json",
+    "oci": "log in once with `docker login`, or `skopeo login --authfile ~/.docker/config.json`",
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or keep them in ~/.aws/credentials",
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
 }
@@ -95,7 +95,9 @@ def parse_address(url: str) -> Address:
 
 
 def redacted(text: str) -> str:
-    """Text with what URLs in it may hide taken out: user names, passwords and queries (a signed URL's signature stands there)."""
+    """Text from elsewhere as it may be shown: without what a terminal would obey, and without what URLs in it may hide (user names,
+    passwords, queries: a signed URL's signature stands there)."""
+    text = "".join(c if c.isprintable() else " " for c in text)
     text = re.sub(r"(?<=://)[^/\s'\"@]*@", "***@", text)
     return re.sub(r"(?<=[^\s'\"])\?[^\s'\")>]+", "?***", text)
 

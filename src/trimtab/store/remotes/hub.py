@@ -76,7 +76,7 @@ class Hub:
                 if answer.status_code == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                     raise AdapterError(f"{self.where} answers another range than was asked for", fix="do not trust that server")
                 skip = start if answer.status_code == 200 else 0
-                for piece in answer.iter_raw(CHUNK_BYTES):
+                for piece in answer.iter_raw():  # as they come: gathered into chunks, a part of one would be lost with the connection
                     yield piece[skip:]
                     skip = max(0, skip - len(piece))
 
@@ -87,37 +87,45 @@ class Hub:
 
         Files of the repository that are no part of an adapter stay as they are.
         """
+        if COMMIT.fullmatch(self.address.revision):
+            raise AdapterError(f"{self.where}: a commit cannot be pushed to", fix="give a branch, or nothing")
         with tempfile.TemporaryDirectory(prefix="trimtab-push-") as work:
             folder = store.export(version.ref, Path(work) / "adapter")
-            return patiently(lambda: self._commit(version, folder, begin), self.where)
+            info = patiently(self._made, self.where)
+            there = {s.rfilename: _part(s.rfilename, s) for s in info.siblings or ()}
+            changed = [n for n in version.files if not _same(there.get(n), folder / n)]
+            stale = [NOTE] if NOTE in there and NOTE not in version.files else []
+            moved = {n: begin(n, blob.size, 0 if n in changed else blob.size) for n, blob in version.files.items()}
+            if not changed and not stale:
+                return str(info.sha)
+            commit = patiently(lambda: self._commit(version, folder, changed, stale), self.where)
+            for name in changed:
+                moved[name](version.files[name].size)
+            return commit
 
-    def _commit(self, version: Version, folder: Path, begin: Callable[[str, int, int], Moved]) -> str:
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    def _made(self) -> Any:
+        """What is in the repository, which is made where there is none, as is the branch."""
+        from huggingface_hub import HfApi
 
-        api, repository, revision = HfApi(), self.address.repository, self.address.revision or None
-        if revision and COMMIT.fullmatch(revision):
-            raise AdapterError(f"{self.where}: a commit cannot be pushed to", fix="give a branch, or nothing")
-        with self._speaking(), _uploading(self.where):
+        api, repository, revision = HfApi(), self.address.repository, self.address.revision
+        with self._speaking():
             if not api.repo_exists(repository):
                 api.create_repo(repository, private=True, exist_ok=True)
             if revision:
                 api.create_branch(repository, branch=revision, exist_ok=True)
-            info = api.model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT_S[1])
-            there = {s.rfilename: _part(s.rfilename, s) for s in info.siblings or ()}
-            tell = {n: begin(n, b.size, b.size if _same(there.get(n), folder / n) else 0) for n, b in version.files.items()}
-            changed = [n for n in version.files if not _same(there.get(n), folder / n)]
-            stale = [NOTE] if NOTE in there and NOTE not in version.files else []
-            if not changed and not stale:
-                return str(info.sha)
-            commit = api.create_commit(
-                repository,
+        return self._info()
+
+    def _commit(self, version: Version, folder: Path, changed: list[str], stale: list[str]) -> str:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+        with self._speaking(), _uploading(self.where):
+            commit = HfApi().create_commit(
+                self.address.repository,
                 [*(CommitOperationAdd(n, str(folder / n)) for n in changed), *(CommitOperationDelete(n) for n in stale)],
                 commit_message=f"{version.ref} from trimtab",
                 commit_description=f"manifest {version.digest}",
-                revision=revision,
+                revision=self.address.revision or None,
             )
-        for name in changed:
-            tell[name](version.files[name].size)
         return str(commit.oid)
 
     # ---- speaking ----
@@ -141,7 +149,7 @@ class Hub:
             if status in BUSY:
                 raise Transient(f"the hub answers {status}") from error
             fix = CREDENTIALS["hf"] if status in (401, 403) else "see whether the name and the revision are right"
-            raise AdapterError(f"{self.where}: the hub answers {status}: {redacted(_first_line(error))}", fix=fix) from error
+            raise AdapterError(f"{self.where}: the hub answers {status}: {_said(error)}", fix=fix) from error
         except Exception as error:
             kinds = {c.__name__ for c in type(error).__mro__}
             if "TooManyRedirects" in kinds:
@@ -188,12 +196,13 @@ def _uploading(where: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        said = redacted(_first_line(error.__cause__ or error))
+        said = _said(error) + (f" {_said(error.__cause__)}" if isinstance(error, RuntimeError) and error.__cause__ else "")
         raise AdapterError(f"{where}: the hub does not take it: {said}", fix="mend what it names, or push again") from error
     finally:
         if silence:
             enable_progress_bars()
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+def _said(error: BaseException) -> str:
+    """What an exception says, on one line and not too long, without secrets."""
+    return redacted(" ".join(str(error).split()))[:300] or type(error).__name__

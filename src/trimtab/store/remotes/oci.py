@@ -1,19 +1,11 @@
-"""An OCI registry: the distribution API's calls for blobs, manifests and tags.
-
-`oras` gives the session and the credentials that `docker login` left, and trades them for tokens. Its own transfers are not used: they
-serialise manifests anew (which changes their digest), read whole blobs into memory, have no ranges, no bounds and no time limits, compare
-no digest, and wait two minutes over a wrong password.
-"""
+"""An OCI registry: the distribution API's calls for blobs, manifests and tags."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urljoin, urlsplit
 
@@ -22,7 +14,8 @@ from trimtab.store.files import MAX_JSON_BYTES
 from trimtab.store.manifest import MANIFEST_TYPE, Descriptor, digest_of
 from trimtab.store.names import DIGEST
 from trimtab.store.remotes.address import CREDENTIALS, TAG, RegistryAddress, redacted
-from trimtab.store.remotes.fetch import CHUNK_BYTES, TIMEOUT_S, Transient, patiently
+from trimtab.store.remotes.fetch import Transient, patiently
+from trimtab.store.remotes.oci_session import open_provider, speaking
 from trimtab.store.remotes.source import Source
 
 if TYPE_CHECKING:
@@ -30,7 +23,8 @@ if TYPE_CHECKING:
 
     from trimtab.store.registry import Version
 
-MAX_REDIRECTS = 5
+PIECE_BYTES = 2**14
+"""Read at once: of what has come, less than that is lost when a connection is reset or the process ends."""
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -39,7 +33,7 @@ class Registry:
 
     def __init__(self, address: RegistryAddress):
         self.address, self.where = address, str(address)
-        provider = _provider(address)
+        provider = open_provider(address)
         self._session, self._auth, scheme = provider.session, provider.auth, provider.prefix
         self._root = f"{scheme}://{address.registry}/v2/{address.repository}"
         self._headers: dict[str, str] = {}
@@ -115,15 +109,16 @@ class Registry:
     def finish(self, version: Version, manifest: bytes) -> list[str]:
         """Upload the manifest under its tags: the address's, or else the version's number and its aliases. Returns them.
 
-        AdapterError where the number is taken by other content: a version never changes.
+        AdapterError where a tag that is a number is taken by other content: a version never changes.
         """
         if DIGEST.fullmatch(self.address.reference):
             raise AdapterError(f"{self.where}: a digest cannot be pushed to", fix="give a tag, or none")
-        number = str(version.version)
-        tags = [self.address.reference] if self.address.reference else [number, *version.aliases]
-        if number in tags and (there := patiently(lambda: self._digest_there(number), self.where)) not in (None, version.digest):
-            fix = f"push to a tag of your own, for example {self.where.removesuffix(':' + number)}:{number}-{version.digest[7:15]}"
-            raise AdapterError(f"{self.where}: tag {number} is there already, with other content ({there})", fix=fix)
+        tags = [self.address.reference] if self.address.reference else [str(version.version), *version.aliases]
+        if (number := tags[0]).isdigit():
+            there = patiently(lambda: self._digest_there(number), self.where)
+            if there not in (None, version.digest):
+                fix = f"push to a tag of your own, for example {self.where.removesuffix(':' + number)}:{number}-{version.digest[7:15]}"
+                raise AdapterError(f"{self.where}: tag {number} is there already, with other content ({there})", fix=fix)
         for tag in tags:
             patiently(lambda tag=tag: self._put_manifest(tag, manifest), self.where)  # type: ignore[misc]
         return tags
@@ -147,7 +142,7 @@ class Registry:
         url = self._root + path if path.startswith("/") else path
         ours = urlsplit(url)[:2] == urlsplit(self._root)[:2]
         asked = {"Accept-Encoding": "identity", **(headers or {})}
-        with _speaking(self.where):
+        with speaking(self.where):
             answer = self._session.request(method, url, headers=asked | (self._headers if ours else {}), data=body, stream=True)
             if answer.status_code == 401 and ours:
                 with closing(answer):
@@ -192,60 +187,9 @@ class Registry:
         raise AdapterError(f"{self.where}: the registry answers {status} {answer.reason}{said}", fix=hint)
 
 
-def _provider(address: RegistryAddress) -> Any:
-    """oras's session and credentials for one registry, made patient but not endlessly so."""
-    try:
-        import oras.container  # type: ignore[import-untyped]
-        import oras.provider  # type: ignore[import-untyped]
-        from requests.adapters import HTTPAdapter
-    except ImportError as error:
-        raise AdapterError(
-            f"{address}: the package {error.name!r} is missing, which speaks to registries", fix="pip install 'trimtab[oci]'"
-        ) from error
-
-    class Bounded(HTTPAdapter):
-        """Every request has a time limit, those included that oras makes for tokens."""
-
-        def send(
-            self, request: Any, stream: bool = False, timeout: Any = None, verify: Any = True, cert: Any = None, proxies: Any = None
-        ) -> Any:
-            return super().send(request, stream, timeout or TIMEOUT_S, verify, cert, proxies)
-
-    logging.getLogger("oras").setLevel(logging.CRITICAL)  # what it logs as errors, we raise
-    provider = oras.provider.Registry(hostname=address.registry, insecure=address.is_local)
-    for scheme in ("http://", "https://"):
-        provider.session.mount(scheme, Bounded())
-    provider.session.max_redirects = MAX_REDIRECTS
-    folder = os.environ.get("DOCKER_CONFIG")
-    configs = [str(Path(folder) / "config.json")] if folder else None
-    provider.auth.load_configs(oras.container.Container(f"{address.registry}/{address.repository}", registry=address.registry), configs)
-    return provider
-
-
-@contextmanager
-def _speaking(where: str) -> Iterator[None]:
-    """requests' errors as ours."""
-    import requests
-    import urllib3
-
-    try:
-        yield
-    except requests.exceptions.TooManyRedirects as error:
-        raise AdapterError(f"{where}: more than {MAX_REDIRECTS} redirects", fix="see whether the registry's address is right") from error
-    except requests.exceptions.SSLError as error:
-        fix = "see whether the registry's address is right; a certificate authority of your own goes into REQUESTS_CA_BUNDLE"
-        raise AdapterError(f"{where}: no safe connection: {redacted(str(error))}", fix=fix) from error
-    except (requests.exceptions.ConnectionError, requests.exceptions.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-        raise Transient(str(error)) from error
-    except (requests.exceptions.RequestException, urllib3.exceptions.LocationValueError) as error:
-        raise AdapterError(f"{where}: {redacted(str(error))}", fix="see whether the registry's address is right") from error
-    except urllib3.exceptions.HTTPError as error:
-        raise Transient(str(error)) from error
-
-
 def _pieces(answer: requests.Response) -> Iterator[bytes]:
     """The body as it came: nothing is unpacked, so a small answer never becomes a large one."""
-    yield from answer.raw.stream(CHUNK_BYTES, decode_content=False)
+    yield from answer.raw.stream(PIECE_BYTES, decode_content=False)
 
 
 def _bounded(answer: requests.Response, limit: int, what: str) -> bytes:

@@ -1,0 +1,141 @@
+"""The native kernels against the same formulas in torch, in both dtypes, at sizes that do and do not fit their registers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trimtab.bank import PackList
+from trimtab.lean import Paging
+from trimtab.methods.base import Packed
+from trimtab.ops import native
+
+pytestmark = pytest.mark.skipif(native.load()[0] is None, reason=f"no native kernels: {native.load()[1]}")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.015}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(got, want, dtype):
+    return float((got.float() - want.float()).abs().max() / want.float().abs().max().clamp_min(1e-9)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("T, width", [(1, 48), (5, 576), (3, 33)])
+def test_add_rms_norm(dtype, T, width):
+    x, y, w = randn(T, width, dtype=dtype), randn(T, width, dtype=dtype, seed=1), randn(width, dtype=dtype, seed=2)
+    total = (x.float() + y.float()).to(dtype)
+    want = total.float() * torch.rsqrt(total.float().square().mean(-1, keepdim=True) + 1e-5) * w.float()
+    plain = native.add_rms_norm(x.clone(), None, w, 1e-5)
+    assert close(native.add_rms_norm(x, y, w, 1e-5), want, dtype)
+    assert torch.equal(x, total), "the sum stays in place"
+    assert not close(plain, want, dtype)
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotate_and_write(dtype, normed):
+    T, H, G, D = 3, 4, 2, 16
+    qkv = randn(T, (H + 2 * G) * D, dtype=dtype)
+    q, k, v = (t.view(T, -1, D).float() for t in qkv.split([H * D, G * D, G * D], dim=1))
+    angle = randn(T, D // 2, seed=1).repeat(1, 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    norms = (randn(D, dtype=dtype, seed=2), randn(D, dtype=dtype, seed=3)) if normed else None
+    if norms:
+        q, k = ((t * torch.rsqrt(t.square().mean(-1, keepdim=True) + 1e-6)) * w.float() for t, w in zip((q, k), norms, strict=True))
+    turned = [t * cos.float()[:, None] + torch.cat([-t[..., D // 2 :], t[..., : D // 2]], -1) * sin.float()[:, None] for t in (q, k)]
+    pools = torch.zeros(9, G, D, dtype=dtype), torch.zeros(9, G, D, dtype=dtype)
+    write = torch.tensor([7, 0, 4])
+    native.rotate_and_write(qkv, (H, G, D), cos, sin, norms, 1e-6, pools, write)
+    assert close(qkv[:, : H * D], turned[0].flatten(1), dtype) and close(pools[0][write], turned[1], dtype)
+    assert torch.equal(pools[1][write], v.to(dtype)) and not pools[1][[1, 2, 3, 5, 6, 8]].any()
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("D", [16, 64, 128])
+def test_attend(dtype, window, D):
+    H, G, block, lengths = 6, 2, 16, [1, 2, 15, 16, 17, 0, 64, 83]
+    T = len(lengths)
+    k, v, q = (randn(64 * block, G, D, dtype=dtype, seed=i) for i in range(2)), None, randn(T, (H + 2 * G) * D, dtype=dtype, seed=2)
+    k, v = k
+    table = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(i))[:6] for i in range(T)]).int()
+    paging = Paging(torch.arange(T, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32), table, block, max(lengths))
+    out = native.attend(q, (H, G, D), (k, v), paging, D**-0.5, window)
+    for t, n in enumerate(lengths):
+        rows = [int(table[t, j // block]) * block + j % block for j in range(n)][-window if window else 0 :]
+        if not rows:
+            continue  # run elsewhere, so not written
+        queries = q[t, : H * D].view(G, H // G, D).float()
+        p = torch.softmax(torch.einsum("grd,jgd->grj", queries, k[rows].float()) * D**-0.5, -1)
+        assert close(out[t], torch.einsum("grj,jgd->grd", p, v[rows].float()).flatten(), dtype), (t, n)
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_swiglu(dtype):
+    x = 4 * randn(3, 2 * 50, dtype=dtype)
+    x[0, :4] = torch.tensor([-200.0, 200.0, -90.0, 0.0])
+    assert close(native.swiglu(x), torch.nn.functional.silu(x[:, :50].float()) * x[:, 50:].float(), dtype)
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("inputs, widths", [(64, (96,)), (33, (7, 40)), (576, (576, 192, 192))])
+def test_lora(dtype, inputs, widths):
+    """Different ranks, odd sizes, rows without an adapter, several modules side by side."""
+    ranks = [16, 3, 1]
+    sites = [
+        [{"A": randn(r, inputs, dtype=dtype, seed=10 * p + s), "B": randn(r, w, dtype=dtype, seed=50 + s).T} for s, r in enumerate(ranks)]
+        for p, w in enumerate(widths)
+    ]
+    packs = [PackList([Packed(None, t) for t in site]) for site in sites]  # type: ignore[arg-type]
+    slots = torch.tensor([1, -1, 0, 0, 2, 1], dtype=torch.int32)
+    x, y = randn(len(slots), inputs, dtype=dtype, seed=3), randn(len(slots), sum(widths) + 5, dtype=dtype, seed=4)
+    before = y.clone()
+    native.lora(x, y[:, : sum(widths)], slots, native.LoraParts(packs, widths))
+    assert torch.equal(y[:, sum(widths) :], before[:, sum(widths) :]) and torch.equal(y[1], before[1])
+    for t, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            added = torch.cat([x[t].float() @ s[slot]["A"].float().T @ s[slot]["B"].float().T for s in sites])
+            assert close(y[t, : sum(widths)], before[t, : sum(widths)].float() + added, dtype), t
+
+
+@pytest.mark.skipif(not native.has_tiles(), reason="this processor has no matrix tiles")
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 32, 33, 70])
+@pytest.mark.parametrize("outputs", [32, 40, 192])
+def test_tiles(T, outputs):
+    w, b, x = (randn(*s, dtype=torch.bfloat16, seed=i) for i, s in enumerate([(outputs, 96), (outputs,), (70, 96)]))
+    packed = native.PackedWeight(w, b)
+    assert close(packed(x[:T]), torch.nn.functional.linear(x[:T].float(), w.float(), b.float()), torch.bfloat16)
+    assert torch.equal(packed(x[:T])[-1:], packed(x[T - 1 : T])), "a row's result must not depend on the rows beside it"
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_argmax_takes_the_first_of_equals(dtype):
+    x = randn(4, 1000, dtype=dtype)
+    x[1] = 2.0
+    x[2, 999] = 50.0
+    x[3, [30, 700]] = 9.0
+    assert native.argmax(x).tolist() == [int(x[0].float().argmax()), 0, 999, 30]
+
+
+def test_without_a_compiler_the_reason_is_said(monkeypatch):
+    for name, value, said in (("TRIMTAB_NATIVE", "0", "TRIMTAB_NATIVE"), ("CXX", "/nowhere/c++", "/nowhere/c++")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            library, why = native.load.__wrapped__()
+            assert library is None and said in why
+
+
+def test_gradients_and_other_dtypes_do_not_come_here():
+    assert native.available(torch.zeros(1)) and not native.available(torch.zeros(1, dtype=torch.float64))
+    assert not native.available(torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16))
+    with torch.enable_grad():
+        assert not native.available(torch.zeros(1))

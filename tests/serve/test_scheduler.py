@@ -1,0 +1,160 @@
+"""What runs in a step: decodes before prompts, chunks, preemption, who may pass whom."""
+
+from __future__ import annotations
+
+from tests.laws.common import tokens
+from tests.serve.common import ByHand, Held, ask, engine_of, finish, held, solo, without_end
+from trimtab.serve import scheduler as scheduler_module
+from trimtab.serve.runner import Feed, Runner
+
+
+def _fed(engine, monkeypatch):
+    """What each forward is fed: a list of (past, rows, logits) for each step."""
+    steps: list[list[tuple[int, int, bool]]] = []
+    real = Runner.__call__
+
+    def spy(self, feeds: list[Feed]):
+        steps.append([(f.past, len(f.ids), f.logits) for f in feeds])
+        return real(self, feeds)
+
+    monkeypatch.setattr(Runner, "__call__", spy)
+    return steps
+
+
+def test_decodes_come_first_and_prompts_fill_the_rest(monkeypatch):
+    engine = engine_of(max_step_rows=20, max_running=4)
+    steps = _fed(engine, monkeypatch)
+    first = ask(engine, "a", 15, max_tokens=6, ignore_eos=True)
+    engine.step()
+    ask(engine, "b", 50, max_tokens=2, ignore_eos=True)
+    finish(engine)
+    assert steps[0] == [(0, 15, True)]
+    assert steps[1] == [(15, 1, True), (0, 19, False)] and steps[2] == [(16, 1, True), (19, 19, False)]
+    assert steps[3] == [(17, 1, True), (38, 12, True)]
+    assert all(sum(rows for _, rows, _ in s) <= 20 for s in steps) and len(first.ids) == 6
+
+
+def test_a_long_prompt_does_not_hold_up_a_short_one(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "MIN_CHUNK", 8)
+    engine = engine_of(max_step_rows=40, max_running=8)
+    long, short = ask(engine, "long", 300, max_tokens=1), ask(engine, "short", 10, max_tokens=1)
+    engine.step()
+    assert short.finish is not None and long.finish is None
+    finish(engine)
+
+
+def test_a_step_that_is_full_of_prompts_takes_no_more_than_it_can_chunk():
+    engine = engine_of(max_step_rows=128, max_running=64, blocks=400)
+    for i in range(5):
+        ask(engine, f"{i}", 200, max_tokens=1)
+    engine.step()
+    assert engine.stats().running == 1, "each gets MIN_CHUNK rows, so one at a time here"
+    finish(engine)
+
+
+def test_no_more_run_than_may_and_the_others_wait_their_turn():
+    engine = engine_of(max_running=2)
+    heard = [ask(engine, f"{i}", 4, max_tokens=3, ignore_eos=True) for i in range(5)]
+    engine.step()
+    assert (engine.stats().running, engine.stats().waiting) == (2, 3)
+    assert [bool(h.deltas) for h in heard] == [True, True, False, False, False]
+    finish(engine)
+    assert all(h.finish == "length" for h in heard)
+
+
+def test_the_newest_gives_way_and_comes_back_with_the_same_answer():
+    engine = engine_of(blocks=10, max_running=3)
+    prompts = [tokens(30, i) for i in range(3)]
+    heard = [ask(engine, f"{i}", p, held("prefix-0") if i == 1 else None, max_tokens=60, ignore_eos=True) for i, p in enumerate(prompts)]
+    finished = []
+    for _ in range(500):
+        if not engine.step():
+            break
+        finished += [i for i, h in enumerate(heard) if h.finish and i not in finished]
+    engine.idle_check()
+    assert engine.stats().preemptions > 0 and finished == [0, 1, 2]
+    for i, h in enumerate(heard):
+        want = engine_of(blocks=200)
+        alone = ask(want, "x", prompts[i], held("prefix-0") if i == 1 else None, max_tokens=60, ignore_eos=True)
+        finish(want)
+        assert h.ids == alone.ids and h.text == alone.text and h.deltas[-1].usage.completion == 60
+
+
+def test_a_preempted_sequence_draws_what_it_would_have_drawn():
+    def drawn(blocks):
+        engine = engine_of(blocks=blocks, max_running=3)
+        heard = [ask(engine, f"{i}", 30, max_tokens=50, temperature=1.2, seed=i, presence_penalty=0.5, ignore_eos=True) for i in range(3)]
+        finish(engine)
+        return [h.ids for h in heard], engine.stats().preemptions
+
+    (tight, some), (roomy, none) = drawn(8), drawn(100)
+    assert some > 0 and none == 0 and tight == roomy
+
+
+def test_one_sequence_may_fill_all_blocks():
+    engine = engine_of(blocks=3)
+    a = ask(engine, "a", 40, max_tokens=60, ignore_eos=True)
+    b = ask(engine, "b", 40, max_tokens=3, ignore_eos=True)
+    finish(engine)
+    assert a.finish == "length" and len(a.ids) == 48 - 40 + 1 and len(b.ids) == 3
+
+
+def test_who_waits_for_an_adapter_lets_others_of_its_tenant_pass():
+    loader = ByHand()
+    engine = engine_of(loader=loader)
+    slow, base = ask(engine, "slow", 5, held("lora-0"), max_tokens=3), ask(engine, "base", 5, max_tokens=3)
+    finish_steps = 0
+    while engine.step():
+        finish_steps += 1
+    assert base.finish is not None and slow.deltas == [] and engine.stats().loading == 1
+    loader.run()
+    finish(engine)
+    assert slow.finish is not None
+
+
+def test_requests_of_one_adapter_wait_for_one_load_and_keep_their_order():
+    loader = ByHand()
+    engine = engine_of(loader=loader, max_running=1)
+    heard = [ask(engine, f"{i}", 5, held("lora-0"), max_tokens=2, ignore_eos=True) for i in range(3)]
+    engine.step()
+    assert len(loader.jobs) == 1 and engine.stats().loading == 3
+    loader.run()
+    engine.step()
+    assert [bool(h.deltas) for h in heard] == [True, False, False]
+    finish(engine)
+    assert engine.stats().loads == 1
+
+
+def test_a_long_queue_does_not_claim_memory_ahead(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "LOOKAHEAD", 3)
+    loader = ByHand()
+    engine = engine_of(loader=loader, max_running=1)
+    some = [Held(f"sha256:{i}", held("ia3-0").adapter) for i in range(8)]
+    for i, adapter in enumerate(some):
+        ask(engine, f"{i}", 5, adapter, max_tokens=2)
+    engine.step()
+    assert engine.stats().loading == 3
+    while loader.jobs:
+        loader.run()
+        engine.step()
+        stats = engine.stats()
+        assert stats.loading + len(engine.scheduler._leased) <= 3 and stats.adapter_leases <= 4
+    while loader.jobs or engine.step():
+        if loader.jobs:
+            loader.run()
+    engine.idle_check()
+    assert engine.stats().loads == 8
+
+
+def test_who_comes_back_enters_before_who_is_new():
+    engine = engine_of(blocks=8, max_running=2)
+    a = ask(engine, "a", 30, max_tokens=60, ignore_eos=True)
+    b = ask(engine, "b", 30, max_tokens=60, ignore_eos=True)
+    while not engine.stats().preemptions:
+        engine.step()
+    c = ask(engine, "c", 30, max_tokens=5, ignore_eos=True, tenant="other")
+    while b.finish is None:
+        engine.step()
+        assert not (c.deltas and a.finish is None)
+    finish(engine)
+    assert without_end(engine, c.ids)[:3] == solo("llama", tokens(30, ord("c")), None, 5)[:3]
