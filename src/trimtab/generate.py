@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab import ops
 from trimtab.attach import Attached
 from trimtab.attention import KVCache
 from trimtab.bank import Mix
@@ -138,7 +139,7 @@ class _Picker:
     def __call__(self, logits_BV: Tensor, sequences: Sequence[int]) -> list[int]:
         s = self.sampling
         if not s.temperature:
-            return logits_BV.argmax(-1).tolist()
+            return ops.largest(logits_BV)[1].tolist()
         p_BV = torch.softmax(logits_BV.float().cpu() / s.temperature, -1)
         if s.top_k:
             p_BV = p_BV * (p_BV >= p_BV.topk(min(s.top_k, p_BV.shape[-1])).values[:, -1:])

@@ -109,8 +109,8 @@ def _paging(plan: Plan, cache: KVCache) -> tuple[Paging, list[tuple[slice, Any]]
             line[: len(place)] = place  # type: ignore[arg-type]
     else:
         table = np.asarray(plan.places, dtype=np.int32)[:, None]
-    tensors = (torch.from_numpy(a) for a in (sequence, length, table))
-    return Paging(*tensors, cache.capacity, max(1, int(length.max(initial=0)))), long
+    sequence_T, length_T, table_SB = (torch.from_numpy(a) for a in (sequence, length, table))
+    return Paging(sequence_T, length_T, table_SB, cache.capacity, max(1, int(length.max(initial=0)))), long
 
 
 class _Projection:

@@ -59,7 +59,7 @@ ASK = [{"role": "user", "content": SECRET}]
         ("stop", "x" * 257, "at most 256 characters"),
         ("presence_penalty", 2.1, "less than or equal to 2"),
         ("frequency_penalty", -2.1, "greater than or equal to -2"),
-        ("repetition_penalty", 0, "greater than 0"),
+        ("repetition_penalty", 1e-300, "greater than or equal to 0.01"),
         ("logprobs", 3, "valid boolean"),
         ("top_logprobs", 21, "less than or equal to 20"),
         ("top_logprobs", 3, "needs logprobs: true"),

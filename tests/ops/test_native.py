@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from trimtab import ops
 from trimtab.bank import PackList
 from trimtab.lean import Paging
 from trimtab.methods.base import Packed
@@ -117,13 +118,16 @@ def test_tiles(T, outputs):
     assert torch.equal(packed(x[:T])[-1:], packed(x[T - 1 : T])), "a row's result must not depend on the rows beside it"
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", native.DTYPES)
-def test_argmax_takes_the_first_of_equals(dtype):
-    x = randn(4, 1000, dtype=dtype)
-    x[1] = 2.0
-    x[2, 999] = 50.0
-    x[3, [30, 700]] = 9.0
-    assert native.argmax(x).tolist() == [int(x[0].float().argmax()), 0, 999, 30]
+def test_largest_is_the_first_of_equals_and_shows_nan(dtype, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "available", lambda *tensors: False)
+    x = randn(5, 1000, dtype=dtype)
+    x[1], x[2, 999], x[3, [30, 700]], x[4, 3] = 2.0, 50.0, 9.0, torch.nan
+    values, places = ops.largest(x)
+    assert places[:4].tolist() == [int(x[0].float().argmax()), 0, 999, 30]
+    assert values[1:4].tolist() == [2.0, 50.0, 9.0] and bool(values[4].isnan())
 
 
 def test_without_a_compiler_the_reason_is_said(monkeypatch):

@@ -25,6 +25,8 @@ def test_every_part_of_a_key_counts_and_lengths_part_the_fields():
         chain_start("base", "d", "t", "s", 32),
         chain_start("base", "base", "t", "s", 16),
         chain_start("based", "", "t", "s", 16),
+        chain_start("base", "d", "a", "bsaltc", 16),
+        chain_start("base", "d", "asaltb", "c", 16),
     ]
     assert all(a != b for a, b in combinations(starts, 2)) and {len(s) for s in starts} == {32}
     assert chain_start("base", "d", "t", "s", 16) == starts[0]
@@ -60,6 +62,15 @@ def test_the_least_recently_freed_goes_first():
     pool.release([a])
     assert pool.take(1) == [b] and pool.find([b"\1"]) == [] and pool.find([b"\0"]) == [a]
     assert pool.find([b"\2"]) == [c], "still held, and still found"
+
+
+def test_the_end_of_a_sequence_goes_before_its_beginning():
+    pool = BlockPool(2)
+    blocks = pool.take(2)
+    for i, block in enumerate(blocks):
+        pool.publish(block, bytes([i]), None)
+    pool.release(blocks)
+    assert pool.take(1) == blocks[1:]
 
 
 def test_the_second_of_a_kind_stays_unknown():

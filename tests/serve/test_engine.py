@@ -213,6 +213,17 @@ def test_deadlines_end_a_request_wherever_it_is():
     engine.idle_check()
 
 
+def test_a_deadline_does_not_outlive_its_request():
+    clock = Clock()
+    engine = engine_of(clock=clock)
+    ask(engine, "a", 5, deadline=110.0, max_tokens=1)
+    finish(engine)
+    again = ask(engine, "a", 5, max_tokens=5, ignore_eos=True)
+    clock.now = 111.0
+    finish(engine)
+    assert again.finish == "length"
+
+
 def test_a_full_queue_and_a_draining_engine_refuse():
     engine = engine_of(max_queued=2)
     ask(engine, "a", 5, max_tokens=3), ask(engine, "b", 5, max_tokens=3)

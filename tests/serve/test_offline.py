@@ -117,7 +117,7 @@ def test_all_that_is_wrong_is_listed_and_nothing_is_written(engine, tmp_path):
     told = caught.value.problems
     assert len(told) == 7 and [p.split("in.jsonl:")[1][0] for p in told] == list("2345678")
     assert "did you mean 'temperature'" in told[2] and "max_tokens" in told[3]
-    for lines, words in (([{"prompt": "x", "top_p": 0.0}, {"prompt": "<|im_end|>"}], "top_p = 0.0"), ([""], "no lines")):
+    for lines, words in (([{"prompt": "x", "top_p": 0.0}, {"prompt": "<|im_end|>"}], "top_p = 0.0"), ([""], "is empty")):
         with pytest.raises(DataError) as caught:
             answer_file(write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", engine, defaults=SamplingParams())
         assert words in str(caught.value)

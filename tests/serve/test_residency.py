@@ -59,6 +59,17 @@ def test_one_in_use_leaves_with_its_last_lease_for_one_that_is_waited_for():
     assert r.bytes <= r.budget_bytes and not r.busy
 
 
+def test_evicting_one_that_leaves_already_takes_all_that_is_kept_of_it():
+    freed: list[tuple[str, bool]] = []
+    r = Residency(base_of("llama"), int(1.5 * SIZE), AtOnce(), Lock(), on_free=lambda x: freed.append((x.digest, x.purge)))
+    _load(r, _like(1))
+    lease = r.lease("sha256:1")
+    _load(r, _like(2))
+    r.evict("sha256:1")
+    r.release(lease)
+    assert freed == [("sha256:1", True)]
+
+
 def test_one_that_nobody_waits_for_puts_out_nobody_who_is_used():
     r, freed = _residency(1.5)
     _load(r, _like(1))

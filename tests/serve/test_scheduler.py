@@ -146,6 +146,24 @@ def test_a_long_queue_does_not_claim_memory_ahead(monkeypatch):
     assert engine.stats().loads == 8
 
 
+def test_a_tenant_with_many_adapters_does_not_take_all_loads(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "LOOKAHEAD", 3)
+    engine = engine_of(loader=ByHand())
+    for i in range(6):
+        ask(engine, f"many{i}", 5, Held(f"sha256:{i}", held("ia3-0").adapter), tenant="many")
+    ask(engine, "one", 5, held("lora-0"), tenant="one")
+    engine.step()
+    assert sorted(x.request.tenant for waiting in engine.scheduler.loading.values() for x in waiting) == ["many", "many", "one"]
+    engine.close()
+
+
+def test_blocks_that_a_long_prompt_will_need_are_not_given_away():
+    engine = engine_of(blocks=10, max_step_rows=32, max_running=4)
+    long, short = ask(engine, "long", 128, max_tokens=4), ask(engine, "short", 40, max_tokens=4)
+    finish(engine)
+    assert long.finish and short.finish and engine.stats().preemptions == 0
+
+
 def test_who_comes_back_enters_before_who_is_new():
     engine = engine_of(blocks=8, max_running=2)
     a = ask(engine, "a", 30, max_tokens=60, ignore_eos=True)

@@ -38,7 +38,7 @@ Model = dict[str, Known]
 EMPTY = {EMPTY_DESCRIPTOR.digest}
 
 
-def publish(model: Model, name: str, content: int, moved: list[str]) -> None:
+def with_version(model: Model, name: str, content: int, moved: list[str]) -> None:
     known = model.setdefault(name, Known())
     if not known.versions or known.versions[max(known.versions)] != content:
         known.last += 1
@@ -120,7 +120,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(name=names, content=contents, moved=st.lists(aliases, unique=True, max_size=2))
     def publish(self, name: str, content: int, moved: list[str]) -> None:
         model = self.changed
-        publish(model, name, content, moved)
+        with_version(model, name, content, moved)
         self.do(lambda: self.store.publish(self.folder / str(content), name, aliases=moved), model)
 
     @rule(name=names, number=numbers, alias=aliases)
@@ -195,7 +195,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 StoreMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=30, stateful_step_count=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 TestStore = StoreMachine.TestCase
 

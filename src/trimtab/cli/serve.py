@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,17 +96,18 @@ def serve(
         kv_bytes=None if kv_gb is None else int(kv_gb * GB),
         adapter_bytes=None if adapters_gb is None else int(adapters_gb * GB),
         max_running=max_running,
-        max_queued=max_queued,
+        max_queued=max_running + max_queued,  # admission counts them all; the engine's bound is not to be met before
     )
-    tenants = None if local else _tenants(database)
-    store = _store(root, needed=root is not None)
-    sock = server.bind(host, port)
-    port = sock.getsockname()[1]
-    base = open_base(base_name, dtype, device)
-    base.name = shown or (Path(base_name).name if Path(base_name).exists() else base_name)  # a path is nothing for clients
-    engine = Engine(base, config)
-    audit = None if tenants is None else Audit(audit_path(tenants.path))
-    try:
+    with ExitStack() as open_parts:
+        tenants = None if local else open_parts.enter_context(_tenants(database))
+        audit = None if tenants is None else open_parts.enter_context(Audit(audit_path(tenants.path)))
+        store = _store(root, needed=root is not None)
+        sock = open_parts.enter_context(server.bind(host, port))
+        port = sock.getsockname()[1]
+        base = open_base(base_name, dtype, device)
+        base.name = shown or (Path(base_name).name if Path(base_name).exists() else base_name)  # a path is nothing for clients
+        engine = Engine(base, config)
+        open_parts.callback(engine.close)
         services = services_of(
             engine,
             Asked(
@@ -126,11 +128,6 @@ def serve(
         text = json.dumps(told) if as_json else f"serving {services.base_name} at {where}{' for this machine only' * local}"
         made = server.make(create_app(services), services, drain_s=drain_seconds, ready=lambda: click.echo(text), stop=engine.close)
         made.run([sock])
-    finally:
-        engine.close()
-        for part in (audit, tenants):
-            if part is not None:
-                part.close()
 
 
 def _check_packages() -> None:

@@ -19,7 +19,7 @@ TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schem
 ERRORS = documented(400, 401, 403, 404, 408, 413, 415, 500, 503)
 
 
-@router.post("/load_lora_adapter", response_class=PlainTextResponse, responses=ERRORS | TEXT, openapi_extra=takes(LoadBody))
+@router.post("/load_lora_adapter", response_class=Response, responses=ERRORS | TEXT, openapi_extra=takes(LoadBody))
 async def load_lora_adapter(request: Request, tenant: Caller, s: S) -> Response:
     """Read and check an adapter's folder on the server, any method, and name it; the next request may ask for it."""
     body = await read_body(request, LoadBody, s.limits)
@@ -27,7 +27,7 @@ async def load_lora_adapter(request: Request, tenant: Caller, s: S) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/unload_lora_adapter", response_class=PlainTextResponse, responses=ERRORS | TEXT, openapi_extra=takes(UnloadBody))
+@router.post("/unload_lora_adapter", response_class=Response, responses=ERRORS | TEXT, openapi_extra=takes(UnloadBody))
 async def unload_lora_adapter(request: Request, tenant: Caller, s: S) -> Response:
     """Take the name away; requests that run go on to their end, then its memory is freed."""
     body = await read_body(request, UnloadBody, s.limits)

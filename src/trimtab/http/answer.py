@@ -55,7 +55,6 @@ class Mailbox:
                 self._deliver()
 
     def _deliver(self) -> None:
-        self._called = False
         while self._waiting:
             answer, index, delta = self._waiting.popleft()
             answer.take(index, delta)

@@ -30,7 +30,7 @@ def create_app(services: Services) -> FastAPI:
     install(app)
     app.add_middleware(Gate, services=services)
     app.add_middleware(RequestLog, on_end=lambda record: _tell(record, services))  # added last: outermost
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: _openapi(app, services.tenants is None)  # type: ignore[method-assign]
     return app
 
 
@@ -45,14 +45,17 @@ def _tell(record: Record, s: Services) -> None:
         s.audit.refused(reason, tenant=record.tenant or "", route=record.path, request_id=record.id, client=record.client)
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The document, with the bodies that routes read by themselves; made once."""
+def _openapi(app: FastAPI, local: bool) -> dict[str, Any]:
+    """The document, with the bodies that routes read by themselves; made once. local: there are no keys, so none is asked for."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         _, schemas = models_json_schema([(m, "validation") for m in BODIES], ref_template="#/components/schemas/{model}")
         document.setdefault("components", {}).setdefault("schemas", {}).update(schemas.get("$defs", {}))
-        for path in document["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)  # FastAPI's; here a wrong parameter is a 400
+        for operation in (o for path in document["paths"].values() for o in path.values()):
+            operation["responses"].pop("422", None)  # FastAPI's; here a wrong parameter is a 400
+            if local:
+                operation.pop("security", None)
+        if local:
+            document["components"].pop("securitySchemes", None)
         app.openapi_schema = document
     return app.openapi_schema

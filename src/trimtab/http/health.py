@@ -37,7 +37,9 @@ async def readyz(request: Request) -> Response:
     return _status("ready" if s.alive() else "the engine has stopped", s.alive())
 
 
-@router.get("/metrics", responses=documented(401, 403) | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+@router.get(
+    "/metrics", response_class=Response, responses=documented(401, 403) | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+)
 async def metrics(request: Request) -> Response:
     """What Prometheus reads. It tells of all tenants, so it needs an admin key (none in local mode)."""
     s: Services = request.app.state.services

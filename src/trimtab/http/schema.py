@@ -79,7 +79,7 @@ class Sampled(Body):
 
     top_k: int | None = Field(0, ge=-1, lt=1 << 31, description="vLLM's. Draw from the k likeliest tokens; 0 or -1: from all.")
     min_p: float | None = Field(0.0, ge=0, lt=1, description="vLLM's. Least probability relative to the likeliest token.")
-    repetition_penalty: float | None = Field(1.0, gt=0, le=100, description="vLLM's.")
+    repetition_penalty: float | None = Field(1.0, ge=0.01, le=100, description="vLLM's.")
     min_tokens: int | None = Field(0, ge=0, lt=1 << 31, description="vLLM's. No end before so many.")
     ignore_eos: bool | None = Field(False, description="vLLM's. End tokens do not end the answer.")
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True, max_length=64)] | None = None

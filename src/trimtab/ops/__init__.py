@@ -14,7 +14,7 @@ from trimtab.ops.edit import (
     scale_input,
     scale_output,
 )
-from trimtab.ops.layer import rms_norm, rotate, swiglu
+from trimtab.ops.layer import largest, rms_norm, rotate, swiglu
 from trimtab.ops.loss import LOSS_ROWS, supervised_loss
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "dora",
     "dropout",
     "gathers",
+    "largest",
     "lora",
     "lora_embedding",
     "replace",

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.ops import native
+
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """w ∘ x / √(mean x² + eps), the mean in fp32, x rounded to its dtype before w (as Llama does). w is frozen; kept are x and a number a
@@ -73,3 +75,11 @@ class _Rotate(torch.autograd.Function):
         dx[..., :half].addcmul_(dy[..., half:], sin[..., half:])
         dx[..., half:].addcmul_(dy[..., :half], sin[..., :half], value=-1)
         return dx, None, None
+
+
+def largest(x_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """(each row's largest value, NaN where the row holds one; its index, the first of equals). On a CPU in bf16 torch's own is slow."""
+    if native.available(x_TV):
+        return native.largest(x_TV)
+    value, place = x_TV.max(-1)
+    return value.float(), place

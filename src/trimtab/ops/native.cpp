@@ -487,17 +487,18 @@ static void pack(const bf16* W, bf16* to, int64_t K, int64_t O) {
 }
 #endif
 
-// The first place of each row's largest value.
-template <class V> static void argmax(const V* x, int64_t stride, int64_t* out, int64_t T, int64_t width) {
+// Each row's largest value and the first place where it stands; NaN where the row holds one.
+template <class V> static void largest(const V* x, int64_t stride, float* value, int64_t* place, int64_t T, int64_t width) {
 #pragma omp parallel for if (T > 1) schedule(static)
     for (int64_t t = 0; t < T; t++) {
         const V* row = x + t * stride;
         float most = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : most)
-        for (int64_t i = 0; i < width; i++) most = std::max(most, up(row[i]));
-        int64_t at = 0;
+        int64_t bad = 0, at = 0;
+#pragma omp simd reduction(max : most) reduction(+ : bad)
+        for (int64_t i = 0; i < width; i++) most = std::max(most, up(row[i])), bad += up(row[i]) != up(row[i]);
         while (at < width - 1 && up(row[at]) != most) at++;
-        out[t] = at;
+        value[t] = bad ? std::numeric_limits<float>::quiet_NaN() : most;
+        place[t] = at;
     }
 }
 
@@ -547,5 +548,6 @@ FOR_EACH(lora,
           int64_t* B, int32_t* rank, int64_t S, int64_t T, int64_t I),
          lora((const V*)x, x_stride, (V*)y, y_stride, slot, parts, first, width, A, B, rank, S, T, I))
 
-FOR_EACH(argmax, (void* x, int64_t stride, int64_t* out, int64_t T, int64_t width), argmax((const V*)x, stride, out, T, width))
+FOR_EACH(largest, (void* x, int64_t stride, float* value, int64_t* place, int64_t T, int64_t width),
+         largest((const V*)x, stride, value, place, T, width))
 }

@@ -108,6 +108,22 @@ def _libc() -> Any:
     return ctypes.CDLL(None)
 
 
+def let_threads_go() -> None:
+    """End the calling thread's team of OpenMP threads, if it has one: a process with more of them than cores makes each wait asleep, and
+    waking takes longer than most kernels. For a thread that will not compute for long; its next parallel operation makes a new team."""
+    pause = getattr(_libc(), "omp_pause_resource_all", None)
+    if pause is not None:
+        pause(1)  # omp_pause_soft
+
+
+def compute_alone() -> None:
+    """Have the calling thread compute without a team of its own, for the same reason: for threads that work beside the forward."""
+    torch.get_num_threads()  # torch sets a thread's number at its first question, and not again
+    limit = getattr(_libc(), "omp_set_num_threads", None)
+    if limit is not None:
+        limit(1)
+
+
 def _built(compiler: str) -> Path:
     """The library's path, built if it is not there. Its name is a digest of what decides it, the processor's features included."""
     source = SOURCE.read_bytes()
@@ -217,8 +233,9 @@ def lora(x_TI: Tensor, y_TO: Tensor, slot_T: Tensor, parts: LoraParts) -> None:
     )  # fmt: skip
 
 
-def argmax(x_TV: Tensor) -> Tensor:
-    """Index [T] of each row's largest value, the first of equals."""
-    out = torch.empty(x_TV.shape[0], dtype=torch.int64)
-    _function("argmax", x_TV.dtype, "pipii")(x_TV.data_ptr(), x_TV.stride(0), out.data_ptr(), *x_TV.shape)
-    return out
+def largest(x_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """(each row's largest value in fp32, NaN where the row holds one; its index, the first of equals)."""
+    T = x_TV.shape[0]
+    value, place = torch.empty(T), torch.empty(T, dtype=torch.int64)
+    _function("largest", x_TV.dtype, "pippii")(x_TV.data_ptr(), x_TV.stride(0), value.data_ptr(), place.data_ptr(), *x_TV.shape)
+    return value, place

@@ -19,16 +19,18 @@ from torch import Tensor
 
 from trimtab.errors import OverloadedError, TrimtabError
 from trimtab.model import Base
+from trimtab.ops import native
 from trimtab.serve.blocks import BlockPool, chain_start
 from trimtab.serve.config import EngineConfig, adapter_budget, kv_blocks
 from trimtab.serve.grammar import Grammars
 from trimtab.serve.request import Delta, FinishReason, Grammar, Request, Servable, Sink, Token, Usage
 from trimtab.serve.residency import LOADERS, Residency, Resident
+from trimtab.serve.results import Collector, Result
 from trimtab.serve.runner import Feed, Runner
 from trimtab.serve.sampling import Sampler, make_draw
 from trimtab.serve.scheduler import Scheduler, Work
 from trimtab.serve.sequence import Live, ServingError
-from trimtab.serve.stats import EngineStats, Result, StepFacts, TokenCounts
+from trimtab.serve.stats import EngineStats, StepFacts, TokenCounts
 from trimtab.serve.text import Decoder
 
 __all__ = ["Engine", "EngineConfig", "EngineStats", "Result", "ServingError", "StepFacts"]
@@ -55,7 +57,7 @@ class Engine:
         self.runner = Runner(base, blocks=self.pool.total, block_size=size)
         self.forward_lock = Lock()
         self._own_loader = loader is None
-        self._loader = loader or ThreadPoolExecutor(LOADERS, thread_name_prefix="trimtab-load")
+        self._loader = loader or ThreadPoolExecutor(LOADERS, thread_name_prefix="trimtab-load", initializer=native.compute_alone)
         self._wake = Event()
         self.residency = Residency(base, adapter_budget(self.config, base), self._loader, self.forward_lock, self._wake.set, self._freed)
         self.scheduler = Scheduler(self.config, self.pool, self.residency, min(base.spec.max_positions, self.pool.total * size))
@@ -353,6 +355,7 @@ class Engine:
         """Run steps on a thread of the engine's own."""
         assert self._thread is None, "the engine runs already"
         self._stop.clear()
+        native.let_threads_go()
         self._thread = Thread(target=self._loop, name="trimtab-engine", daemon=True)
         self._thread.start()
 
@@ -384,7 +387,7 @@ class Engine:
             self._until(lambda: len(self._live) < self.config.max_queued)
             results.append(None)
             try:
-                self.submit(request, _Collector(results, len(results) - 1))
+                self.submit(request, Collector(results, len(results) - 1))
             except TrimtabError as error:
                 results[-1] = Result("", [], [], "error", Usage(), error)
         self._until(lambda: all(r is not None for r in results))
@@ -422,19 +425,3 @@ class Engine:
                 _log.exception("a step failed; all open requests end, the engine goes on")
                 for live in list(self._live.values()):
                     self._finish(live, "error", ServingError(f"the server failed: {type(error).__name__}: {error}"))
-
-
-class _Collector:
-    """A sink that gathers an answer into results[place]."""
-
-    def __init__(self, results: list[Result | None], place: int):
-        self._results, self._place = results, place
-        self._texts: list[str] = []
-        self._tokens: list[Token] = []
-
-    def __call__(self, delta: Delta) -> None:
-        self._texts.append(delta.text)
-        self._tokens += delta.tokens
-        if delta.finish is not None:
-            ids, logprobs = [t.id for t in self._tokens], [t for t in self._tokens if t.logprob is not None]
-            self._results[self._place] = Result("".join(self._texts), ids, logprobs, delta.finish, delta.usage, delta.error)

@@ -21,8 +21,9 @@ from trimtab.data.formats import read_jsonl
 from trimtab.data.rows import Dropped
 from trimtab.errors import DataError, TrimtabError, nearest
 from trimtab.model import Base
-from trimtab.serve.engine import Engine, Result
+from trimtab.serve.engine import Engine
 from trimtab.serve.request import Grammar, Request, SamplingParams, Servable
+from trimtab.serve.results import Result
 from trimtab.serve.served import PlainFolder, StoredAdapter
 from trimtab.store.names import is_reference
 from trimtab.store.registry import Store
@@ -122,9 +123,9 @@ def read_lines(path: Path) -> list[tuple[str, Line]]:
         problems += [f"{origin}: {p}" for p in found]
         if not found:
             lines.append((origin, Line.model_validate(content)))
-    if problems or not lines:
+    if problems:
         fix = f"a line is an object with prompt, messages or ids, and any of {', '.join(_KEYS[3:])}"
-        raise DataError(f"{path} cannot be answered", problems=problems or ["it has no lines"], fix=fix)
+        raise DataError(f"{path} cannot be answered", problems=problems, fix=fix)
     return lines
 
 

@@ -82,11 +82,11 @@ class Residency:
     @property
     def bytes(self) -> int:
         """What the resident adapters take, those that leave included."""
-        return sum(r.bytes for r in self._resident.values()) + sum(r.bytes for r in self._leaving)
+        return sum(r.bytes for r in [*self._resident.values(), *self._leaving])
 
     @property
     def leases(self) -> int:
-        return sum(r.leases for r in self._resident.values()) + sum(r.leases for r in self._leaving)
+        return sum(r.leases for r in [*self._resident.values(), *self._leaving])
 
     @property
     def busy(self) -> bool:

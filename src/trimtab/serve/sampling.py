@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from trimtab import ops
 from trimtab.serve.grammar import Matcher, masks
 from trimtab.serve.request import SamplingParams, Token
 
@@ -53,7 +54,7 @@ class Sampler:
     @torch.inference_mode()
     def __call__(self, logits_NV: Tensor, draws: Sequence[Draw]) -> list[Token | None]:
         """One token for each row; None where a row holds a number that is not finite, or a grammar leaves no token."""
-        best_N, ids_N = logits_NV.max(-1)
+        best_N, ids_N = ops.largest(logits_NV)
         best, ids = best_N.tolist(), ids_N.tolist()
         tokens: list[Token | None] = [Token(i) if math.isfinite(b) else None for i, b in zip(ids, best, strict=True)]
         special = [i for i, (d, t) in enumerate(zip(draws, tokens, strict=True)) if t is not None and not d.plain]

@@ -178,16 +178,20 @@ class Scheduler:
     # ---- entering ----
 
     def _start_loads(self) -> None:
-        """Have the adapters read of those who are next: at most LOOKAHEAD requests, so that a long queue does not turn memory over."""
+        """Have the adapters read of those who are next, a tenant after the other; at most LOOKAHEAD requests, so that a long queue does not
+        turn memory over."""
         ahead = self.loading_count + len(self._leased)
-        for tenant in self.fairness.order(self._waiting):
-            while ahead < LOOKAHEAD and tenant in self._waiting and self._must_load(live := self._waiting[tenant][0]):
+        tenants = self.fairness.order(self._waiting) if ahead < LOOKAHEAD else []
+        while tenants and ahead < LOOKAHEAD:
+            tenants = [t for t in tenants if t in self._waiting and self._must_load(self._waiting[t][0])][: LOOKAHEAD - ahead]
+            for tenant in tenants:
+                live = self._waiting[tenant][0]
                 assert live.digest is not None and live.request.adapter is not None
                 self._leave_queue(live)
                 live.where = "loading"
                 self.loading.setdefault(live.digest, []).append(live)
                 self.residency.load(live.request.adapter)
-                ahead += 1
+            ahead += len(tenants)
 
     def _must_load(self, live: Live) -> bool:
         return live.digest is not None and live.resident is None and not self.residency.holds(live.digest)

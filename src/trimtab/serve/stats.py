@@ -1,27 +1,12 @@
-"""What an engine tells of itself: how a request ended, what a step was, where everything stands."""
+"""What an engine tells of itself: what a step was, where everything stands."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trimtab.errors import TrimtabError
-from trimtab.serve.request import FinishReason, Token, Usage
-
 MAX_TENANTS = 1000
 OTHER = "(other)"
 """Tenants beyond the first MAX_TENANTS are counted together."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A whole answer. token_ids: all new ones, the end token included where one ended it. logprobs: where they were asked for."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[Token]
-    finish: FinishReason
-    usage: Usage
-    error: TrimtabError | None = None
 
 
 @dataclass(frozen=True)

@@ -87,13 +87,12 @@ class TextStream:
         return text[: len(text) - kept]
 
     def _shorten(self) -> None:
-        """Begin the window with its last tokens. All that they decode to has been given but for half a character at the end, which is
-        theirs alone if they are more than its three bytes."""
+        """Begin the window with its last tokens: all that they decode to has been given but for half a character at the end, of which at
+        most three bytes are there, fewer than SHORT tokens hold."""
         window = self._window[-SHORT:]
-        text = self._decoder.decode(window)
-        half = text.endswith(HALF)
-        if window[0] not in self._decoder.held and (not half or len(text) > 4):
-            self._window, self._given = window, len(text) - half
+        if window[0] not in self._decoder.held:
+            text = self._decoder.decode(window)
+            self._window, self._given = window, len(text) - text.endswith(HALF)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,0 +1,50 @@
+"""Tokens as bytes, and prompts as they were in training."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from tests.http.common import base_of
+from tests.tiny import EOS_ID, bundled_base, tiny_tokenizer
+from trimtab.errors import DataError
+from trimtab.http.words import pieces, words_of
+
+TEXTS = ["hello", "naïve – 日本語 🙂", " two  blanks\n\ttab", "\x00\x7f"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_joined_are_the_texts_bytes(text: str):
+    tokenizer = tiny_tokenizer()
+    piece = pieces(tokenizer)
+    assert b"".join(piece(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]) == text.encode()
+
+
+def test_special_tokens_are_spelt_and_ids_without_a_token_are_empty():
+    piece = pieces(tiny_tokenizer())
+    assert piece(EOS_ID) == b"<|im_end|>" and piece(299) == b""
+
+
+def test_bytes_and_blanks_of_vocabularies_that_are_not_byte_level():
+    vocabulary = {"<unk>": 0, "▁the": 1, "<0xE2>": 2, "<0x82>": 3, "<0xAC>": 4, "é": 5}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    piece = pieces(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert b"".join(map(piece, (1, 2, 3, 4, 5))).decode() == " the€é"
+
+
+def test_prompts_are_what_they_were_in_training():
+    base, words = base_of(), words_of(base_of())
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
+    assert words.encode_chat(messages) == base.encode_messages(messages)
+    assert words.encode_text("hi <|im_end|>") == base.tokenizer("hi <|im_end|>", add_special_tokens=False)["input_ids"]
+    with pytest.raises(DataError, match="control token"):
+        words.encode_chat([{"role": "user", "content": "a<|im_start|>system"}])
+    assert (words.vocab_size, words.max_positions) == (300, 512)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_of_the_bundled_base(text: str):
+    tokenizer = bundled_base().tokenizer
+    piece = pieces(tokenizer)
+    assert b"".join(piece(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]) == text.encode()
