@@ -23,13 +23,19 @@ from pathlib import Path
 from threading import Event
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-import trimtab  # noqa: E402  (sets how OpenMP waits, before torch is imported)
-from trimtab.methods import METHODS  # noqa: E402
-from trimtab.serve.engine import Engine, EngineConfig  # noqa: E402
-from trimtab.serve.request import Delta, Request, SamplingParams  # noqa: E402
-from trimtab.store import Adapter  # noqa: E402
+import trimtab
+from trimtab.methods import METHODS
+from trimtab.serve.engine import Engine, EngineConfig
+from trimtab.serve.request import Delta, Request, SamplingParams
+from trimtab.store import Adapter
 
-ROWS = {"lora": {"r": 16, "lora_alpha": 32}, "ia3": {}, "bottleneck": {}, "prompt": {"num_virtual_tokens": 20}, "prefix": {"num_virtual_tokens": 30}}
+METHOD_FIELDS = {
+    "lora": {"r": 16, "lora_alpha": 32},
+    "ia3": {},
+    "bottleneck": {},
+    "prompt": {"num_virtual_tokens": 20},
+    "prefix": {"num_virtual_tokens": 30},
+}
 
 
 class InMemory:
@@ -47,7 +53,7 @@ def adapter(base: trimtab.Base, name: str, seed: int) -> Adapter:
     import torch
 
     cls = next(c for c in METHODS.values() if c.name == name)
-    made = Adapter.create(base, cls(**ROWS[name]), seed=seed)
+    made = Adapter.create(base, cls(**METHOD_FIELDS[name]), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for tensor in made.params.values():
         tensor += 0.01 * torch.randn(tensor.shape, generator=generator)
@@ -68,7 +74,9 @@ class Stream:
             self.done()
 
 
-def measure(engine: Engine, prompts: Sequence[tuple[int, ...]], adapters: Sequence[InMemory | None], new: int, run: int) -> dict[str, float]:
+def measure(
+    engine: Engine, prompts: Sequence[tuple[int, ...]], adapters: Sequence[InMemory | None], new: int, run: int
+) -> dict[str, float]:
     """All streams at once; tokens per second, time to first token and between tokens."""
     finished, left = Event(), len(prompts)
 
@@ -100,9 +108,9 @@ def measure(engine: Engine, prompts: Sequence[tuple[int, ...]], adapters: Sequen
 def ours(base: trimtab.Base, args: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
     """kind -> streams -> figures."""
     most = max(args.streams)
-    made = {name: [InMemory(adapter(base, name, i), f"sha256:{name}{i}") for i in range(most)] for name in ROWS}
+    made = {name: [InMemory(adapter(base, name, i), f"sha256:{name}{i}") for i in range(most)] for name in METHOD_FIELDS}
     kinds: dict[str, list[InMemory | None]] = {"base": [None] * most, **made}
-    kinds["mix of all"] = [None if i % 6 == 5 else made[list(ROWS)[i % 6]][i] for i in range(most)]
+    kinds["mix of all"] = [None if i % 6 == 5 else made[list(METHOD_FIELDS)[i % 6]][i] for i in range(most)]
     if args.kinds:
         kinds = {k: v for k, v in kinds.items() if k in args.kinds}
     engine = Engine(base, EngineConfig(kv_bytes=2 * 10**9, adapter_bytes=4 * 10**9))
@@ -162,7 +170,8 @@ def zipf(base: trimtab.Base, args: argparse.Namespace) -> dict[str, float]:
                 time.sleep(0.002)
             streams.append(Stream(done))
             servable = StoredAdapter(store, versions[rank], base)
-            engine.submit(Request(f"z{i}", prompt, SamplingParams(max_tokens=args.new_tokens, ignore_eos=True), servable, tenant=f"t{rank}"), streams[-1])
+            sampling = SamplingParams(max_tokens=args.new_tokens, ignore_eos=True)
+            engine.submit(Request(f"z{i}", prompt, sampling, servable, tenant=f"t{rank}"), streams[-1])
         assert finished.wait(1800), "the engine stands still"
         seconds, stats = time.perf_counter() - start, engine.stats()
         engine.close()
@@ -221,7 +230,8 @@ def main() -> None:
     for kind, by_streams in figures.items():
         for streams, f in by_streams.items():
             share = f["tokens_per_s"] / figures["base"][streams]["tokens_per_s"] if "base" in figures else float("nan")
-            print(f"| {kind} | {streams} | {f['tokens_per_s']:.0f} | {share:.2f} | {f['ttft_ms']:.0f} | {f['itl_ms']:.1f} | {f['itl_p99_ms']:.1f} |")
+            numbers = (f"{f['tokens_per_s']:.0f}", f"{share:.2f}", f"{f['ttft_ms']:.0f}", f"{f['itl_ms']:.1f}", f"{f['itl_p99_ms']:.1f}")
+            print(f"| {kind} | {streams} | {' | '.join(numbers)} |")
     print(json.dumps({"trimtab": figures, "peers": peers(base, args)}))
 
 

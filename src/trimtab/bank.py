@@ -21,6 +21,10 @@ ALIGNED = 64
 """Bytes to whose multiples tensors are laid out: a cache line, and the widest register."""
 
 
+TRANSPOSED = ("B", "U")
+"""The names of output factors."""
+
+
 @dataclass
 class PackedAdapter:
     """One adapter, ready to run: its edits by site, or its prefix. kv: an embedded prefix's keys and values once the base has computed
@@ -36,8 +40,8 @@ class PackedAdapter:
 
     def for_inference(self) -> PackedAdapter:
         """The same with all tensors in one piece of memory, in the order in which a forward reads them, so that reading it is one stream.
-        Output factors B [O, R] are laid out as their transpose, along which kernels that run row by row read them."""
-        laid = [(site, name, t.T if name == "B" else t) for site, p in self.edits.items() for name, t in p.tensors.items()]
+        Output factors [O, R] are laid out as their transpose, along which kernels that run row by row read them."""
+        laid = [(site, name, t.T if name in TRANSPOSED else t) for site, p in self.edits.items() for name, t in p.tensors.items()]
         sizes = [-(-t.numel() * t.element_size() // ALIGNED) * ALIGNED for _, _, t in laid]
         arena = torch.empty(sum(sizes), dtype=torch.uint8, device=laid[0][2].device) if laid else torch.empty(0)
         native.advise_huge(arena)
@@ -45,7 +49,7 @@ class PackedAdapter:
         at = 0
         for (site, name, t), size in zip(laid, sizes, strict=True):
             place = arena[at : at + t.numel() * t.element_size()].view(t.dtype).view(t.shape).copy_(t)
-            edits[site].tensors[name] = place.T if name == "B" else place  # type: ignore[index]
+            edits[site].tensors[name] = place.T if name in TRANSPOSED else place  # type: ignore[index]
             at += size
         return PackedAdapter(edits, self.prefix, self.kv)
 

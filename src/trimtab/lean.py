@@ -124,8 +124,10 @@ class _Projection:
         self.parts = list(zip([0, *stops[:-1]], stops, strict=True))
 
     def __call__(self, x_TI: Tensor, batch: Batch) -> Tensor:
-        y_TO = self.plain(x_TI)
         groups: Mapping[str, Any] = batch.mix.groups
+        if len(self.names) == 1 and self.names[0] in groups:
+            return self.attached.edited(self.names[0], x_TI, batch, self.plain)
+        y_TO = self.plain(x_TI)
         if groups and not self._joined(x_TI, y_TO, batch):
             for name, module, (a, b) in zip(self.names, self.modules, self.parts, strict=True):
                 if name in groups:

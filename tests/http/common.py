@@ -45,9 +45,13 @@ class Site:
     engine: Engine
     services: Services
     app: FastAPI = field(init=False)
+    ends: list[str] = field(default_factory=list)
+    """How each request ended at the engine."""
 
     def __post_init__(self) -> None:
         self.app = create_app(self.services)
+        observe = self.engine.on_finish
+        self.engine.on_finish = lambda request, usage, finish, *times: (self.ends.append(finish), observe(request, usage, finish, *times))
 
     async def settled(self, seconds: float = 10.0) -> None:
         """Until the engine has said its last word of every request, on the loop where it is heard."""
@@ -144,6 +148,7 @@ class Caller:
         }
         self.app, self._raw, self._left = app, raw, asyncio.Event()
         self.sent: list[Any] = []
+        self.sending = False
         self.more = asyncio.Event()
         self.blocked = asyncio.Event()
         self.blocked.set()  # cleared: the client does not read
@@ -177,6 +182,8 @@ class Caller:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Any) -> None:
+        self.sending = True
         await self.blocked.wait()
+        self.sending = False
         self.sent.append(message)
         self.more.set()

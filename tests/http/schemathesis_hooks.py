@@ -1,5 +1,5 @@
 """Loaded by schemathesis (SCHEMATHESIS_HOOKS): most of its requests name a model that there is and ask for few tokens, so that they get
-past the first check; without this nearly all end in a 404."""
+past the first check; without this nearly all end in a 404. What is wrong in a request stays wrong."""
 
 from __future__ import annotations
 
@@ -11,11 +11,25 @@ MODELS = ("tiny", "lora", "ia3", "tiny")
 
 
 @schemathesis.hook
-def map_body(context: Any, body: Any) -> Any:
-    if isinstance(body, dict) and isinstance(body.get("model"), str):
-        if len(body["model"]) % 5:
-            body["model"] = MODELS[len(body["model"]) % 4]
-        for field in ("max_tokens", "max_completion_tokens"):
-            if not isinstance(body.get(field), bool | str) and (body.get(field) or 9) > 8:
-                body[field] = 8
-    return body
+def before_call(context: Any, case: Any, kwargs: Any) -> None:
+    body = case.body
+    if not isinstance(body, dict) or not isinstance(body.get("model"), str) or not 1 <= len(body["model"]) <= 256:
+        return
+    body["model"] = MODELS[len(body["model"]) % 4]
+    for field in ("max_tokens", "max_completion_tokens"):
+        given = body.get(field)
+        if given is None or (type(given) is int and 8 < given < 2**31):
+            body[field] = 8
+    if type(body.get("min_tokens")) is int and 8 < body["min_tokens"] < 2**31:
+        body["min_tokens"] = 8
+    if isinstance(body.get("prompt"), list):
+        body["prompt"] = [_small(p) for p in body["prompt"]]
+    if "prompt" in body:
+        body.pop("max_completion_tokens", None)
+
+
+def _small(part: Any) -> Any:
+    """Ids that the base has."""
+    if isinstance(part, list):
+        return [_small(p) for p in part]
+    return part % 300 if type(part) is int and 0 <= part < 2**31 else part

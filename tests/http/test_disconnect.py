@@ -33,6 +33,53 @@ def test_leaving_while_decoding(stream: bool):
 
         asyncio.run(go())
         s.idle()
+        assert s.ends == ["cancelled"] * 3
+
+
+def test_leaving_while_nothing_is_read():
+    """The stream is stuck in sending: the engine is told nevertheless."""
+    with site() as s:
+
+        async def go() -> None:
+            c = Caller(s.app, "/v1/completions", LONG | {"stream": True})
+            task = c.start()
+            await until(lambda: len(c.sent) >= 2)
+            c.blocked.clear()
+            await until(lambda: c.sending)
+            c.leave()
+            await until(lambda: s.ends)
+            assert not task.done()
+            c.blocked.set()
+            await task
+            await s.settled()
+
+        asyncio.run(go())
+        s.idle()
+        assert s.ends == ["cancelled"]
+
+
+def test_leaving_while_a_grammar_is_compiled():
+    with site() as s:
+        submit = s.engine.submit
+
+        def slow(request, sink):
+            time.sleep(0.1)
+            submit(request, sink)
+
+        s.engine.submit = slow
+
+        async def go() -> None:
+            c = Caller(s.app, "/v1/completions", LONG | {"structured_outputs": {"regex": "[a-z]{400}"}})
+            task = c.start()
+            await until(lambda: s.services.admission.open == 1)
+            await asyncio.sleep(0.03)
+            c.leave()
+            await task
+            await s.settled()
+
+        asyncio.run(go())
+        s.idle()
+        assert s.ends == ["cancelled"]
 
 
 def test_leaving_while_queued():
@@ -54,6 +101,7 @@ def test_leaving_while_queued():
 
         asyncio.run(go())
         s.idle()
+        assert s.ends == ["cancelled"] * 2
 
 
 def test_leaving_during_a_long_prefill_and_while_an_adapter_loads(tmp_path):
@@ -78,6 +126,7 @@ def test_leaving_during_a_long_prefill_and_while_an_adapter_loads(tmp_path):
 
         asyncio.run(go())
         s.idle()
+        assert s.ends == ["cancelled"] * 2
 
 
 def test_leaving_before_the_engine_has_heard_of_it():
@@ -145,3 +194,4 @@ def test_a_crowd_that_comes_and_goes_leaves_nothing(tmp_path, count: int):
         assert seen.get(499, 0) > count // 10 and seen.get(200, 0) > count // 10, seen
         s.idle()
         assert s.engine.stats().waiting == 0
+        assert s.ends.count("cancelled") > count // 20 and set(s.ends) <= {"cancelled", "length", "stop"}, s.ends

@@ -107,9 +107,9 @@ def test_a_wrong_field_is_named(served: Site, field: str, value, words: str):
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        ("", "no tokens"),
+        ("", "at least 1 character"),
         ([], "at least 1 item"),
-        ([""], "no tokens"),
+        ([""], "at least 1 character"),
         ([[]], "at least 1 item"),
         ([1, "a"], "valid"),
         ([1, -1], "greater than or equal to 0"),

@@ -108,6 +108,27 @@ def test_lora(dtype, inputs, widths):
             assert close(y[t, : sum(widths)], before[t, : sum(widths)].float() + added, dtype), t
 
 
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("inputs", [64, 33])
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_bottleneck_and_scale(dtype, inputs, activation):
+    shapes = [{"D": (r, inputs), "d": (r,), "U": (inputs, r), "u": (inputs,), "g": (inputs,)} for r in (16, 3, 1)]
+    tensors = [{n: randn(*shape, seed=7 * i + ord(n)) for n, shape in site.items()} for i, site in enumerate(shapes)]
+    packs = PackList([Packed(None, {n: t if n == "g" else t.to(dtype) for n, t in site.items()}) for site in tensors])  # type: ignore[arg-type]
+    slots = torch.tensor([1, -1, 0, 2, 0], dtype=torch.int32)
+    h, y = randn(5, inputs, dtype=dtype, seed=3), randn(5, inputs, dtype=dtype, seed=4)
+    got, scaled = y.clone(), h.clone()
+    native.bottleneck(h, got, slots, packs, list(ops.ACTIVATIONS).index(activation))
+    native.scale(scaled, slots, packs)
+    assert torch.equal(got[1], y[1]) and torch.equal(scaled[1], h[1])
+    for t, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            w = {n: x.float() for n, x in packs.items[slot].tensors.items()}
+            inside = ops.ACTIVATIONS[activation](w["D"] @ h[t].float() + w["d"])
+            assert close(got[t], y[t].float() + w["U"] @ inside + w["u"], dtype), t
+            assert close(scaled[t], h[t].float() * (1 + w["g"]), dtype), t
+
+
 @pytest.mark.skipif(not native.has_tiles(), reason="this processor has no matrix tiles")
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 32, 33, 70])
 @pytest.mark.parametrize("outputs", [32, 40, 192])

@@ -157,7 +157,8 @@ def test_a_tenant_with_many_adapters_does_not_take_all_loads(monkeypatch):
     engine.close()
 
 
-def test_blocks_that_a_long_prompt_will_need_are_not_given_away():
+def test_blocks_that_a_long_prompt_will_need_are_not_given_away(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "MIN_CHUNK", 8)
     engine = engine_of(blocks=10, max_step_rows=32, max_running=4)
     long, short = ask(engine, "long", 128, max_tokens=4), ask(engine, "short", 40, max_tokens=4)
     finish(engine)

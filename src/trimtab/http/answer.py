@@ -55,6 +55,7 @@ class Mailbox:
                 self._deliver()
 
     def _deliver(self) -> None:
+        self._called = False
         while self._waiting:
             answer, index, delta = self._waiting.popleft()
             answer.take(index, delta)
@@ -109,13 +110,6 @@ class Answer:
         finally:
             self._live = {i: name for i, name in self._live.items() if i in taken}
             self._sealed = True
-            self._look_back()
-
-    def _look_back(self) -> None:
-        """Whoever left while the requests were handed over could not cancel those that were not there yet."""
-        if self._gone:
-            self.cancel()
-            self._settle()
 
     def _hand_over(self, requests: Sequence[Request], taken: list[int]) -> None:
         for index, request in enumerate(requests):

@@ -102,4 +102,5 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string", "description": "Server-sent events where stream is true."}}}
+STREAM: dict[str, Any] = {"text/event-stream": {}}
+"""Where stream is true: each event's data is a chunk in OpenAI's shape, the last is [DONE]. OpenAPI 3.1 has no schema for events."""

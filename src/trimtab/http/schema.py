@@ -20,6 +20,7 @@ MAX_IDS = 1 << 20
 NoList = Annotated[list[Any], Field(max_length=0)] | None
 NoDict = Annotated[dict[str, Any], Field(max_length=0)] | None
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True, min_length=1, max_length=MAX_IDS)]
+Text = Annotated[str, Field(min_length=1)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -140,8 +141,8 @@ class CompletionBody(Sampled):
     """POST /v1/completions: the prompt as it is, without a chat template."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+        Text
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
         | Ids
         | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="A text, texts, token ids, or lists of token ids.")

@@ -186,6 +186,13 @@ def scale_output(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
 
 
 def _scale(x: Tensor, packs: Any, rows: Any) -> Tensor:
+    if native.available(x):
+        scaled, (slot_T, long) = x.clone(), rows.by_row
+        if slot_T is not None:
+            native.scale(scaled, slot_T, packs)
+        for s in long:
+            scaled[s.start : s.stop] *= 1.0 + packs.items[s.slot].tensors["g"]
+        return scaled
     if gathers(rows):
         where, slots = rows.touched
         scaled = x.clone()
@@ -212,11 +219,24 @@ def bottleneck(activation: str, parallel: bool) -> Any:
 
     D [R, H], d [R], U [H, R], u [H]; the output's scaling is folded into U and u.
     """
-    f = ACTIVATIONS[activation]
+    f, number = ACTIVATIONS[activation], list(ACTIVATIONS).index(activation)
+
+    def edit_of(h: Tensor, y_TO: Tensor, packs: Any, span: Any, site: int) -> Tensor:
+        pack = packs.items[span.slot]
+        t = pack.tensors
+        inside = dropout(f(F.linear(h[span.start : span.stop], t["D"], t["d"])), pack.dropout, span.seed, site)
+        return y_TO[span.start : span.stop] + F.linear(inside, t["U"], t["u"])
 
     def kernel(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
         y_TO = base(x_TI)
         h = x_TI if parallel else y_TO
+        if native.available(h, y_TO):
+            slot_T, long = rows.by_row
+            if slot_T is not None:
+                native.bottleneck(h, y_TO, slot_T, packs, number)
+            for span in long:
+                y_TO[span.start : span.stop] = edit_of(h, y_TO, packs, span, base.site)
+            return y_TO
         if gathers(rows):
             where, slots = rows.touched
             D, d, U, u = (packs.stacked(n)[slots] for n in ("D", "d", "U", "u"))
@@ -224,13 +244,7 @@ def bottleneck(activation: str, parallel: bool) -> Any:
             y_TO[where] += torch.baddbmm(u.unsqueeze(-1), U, hidden).squeeze(-1)
             return y_TO
 
-        def edit(span: Any) -> Tensor:
-            pack = packs.items[span.slot]
-            t = pack.tensors
-            inside = dropout(f(F.linear(h[span.start : span.stop], t["D"], t["d"])), pack.dropout, span.seed, base.site)
-            return y_TO[span.start : span.stop] + F.linear(inside, t["U"], t["u"])
-
-        return by_span(y_TO, rows, edit)
+        return by_span(y_TO, rows, lambda span: edit_of(h, y_TO, packs, span, base.site))
 
     return kernel
 

@@ -395,6 +395,55 @@ static void lora(const V* x, int64_t x_stride, V* y, int64_t y_stride, const int
     }
 }
 
+// x[t] *= 1 + g of slot[t]; rows of slot -1 are left alone.
+template <class V>
+static void scale(V* x, int64_t stride, const int32_t* slot, const int64_t* g, int64_t T, int64_t width) {
+#pragma omp parallel for if (T > 1) schedule(static)
+    for (int64_t t = 0; t < T; t++) {
+        if (slot[t] < 0) continue;
+        const float* by = (const float*)g[slot[t]];
+        V* row = x + t * stride;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) down(up(row[i]) * (1.0f + by[i]), row + i);
+    }
+}
+
+// The numbers are those of `ACTIVATIONS`.
+static inline float activate(int64_t kind, float x) {
+    switch (kind) {
+        case 0: return std::max(x, 0.0f);
+        case 1: return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
+        case 2: return x / (1.0f + std::exp(-x));
+        case 3: return std::tanh(x);
+        case 4: return x > 0 ? x : 0.01f * x;
+        case 5: return 1.0f / (1.0f + std::exp(-x));
+        default: return x;
+    }
+}
+
+// y[t] += U f(D h[t] + d) + u with the D [R, I], d [R], U^T [R, O], u [O] of slot[t]; rows of slot -1 are left alone.
+template <class V>
+static void bottleneck(const V* h, int64_t h_stride, V* y, int64_t y_stride, const int32_t* slot, const int64_t* D, const int64_t* d,
+                       const int64_t* U, const int64_t* u, const int32_t* rank, int64_t kind, int64_t T, int64_t I, int64_t O) {
+#pragma omp parallel for if (T > 1) schedule(static)
+    for (int64_t t = 0; t < T; t++) {
+        const int32_t s = slot[t];
+        if (s < 0) continue;
+        const int32_t next = t + 1 < T && slot[t + 1] != s ? slot[t + 1] : -1;
+        const int64_t R = rank[s];
+        const bool ahead = next >= 0 && rank[next] >= R;
+        const V *down_w = (const V*)D[s], *down_b = (const V*)d[s], *up_b = (const V*)u[s];
+        float hidden[R];
+        for (int64_t r = 0; r < R; r++) {
+            if (ahead) fetch((const V*)D[next] + r * I, I * sizeof(V));
+            hidden[r] = activate(kind, rounded<V>(dot(down_w + r * I, h + t * h_stride, I) + up(down_b[r])));
+        }
+        V* row = y + t * y_stride;
+        expand(hidden, (const V*)U[s], ahead ? (const V*)U[next] : nullptr, R, O, row, O);
+        for (int64_t o = 0; o < O; o++) down(up(row[o]) + up(up_b[o]), row + o);
+    }
+}
+
 #if defined(__AMX_BF16__) && defined(__linux__)
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -547,6 +596,14 @@ FOR_EACH(lora,
          (void* x, int64_t x_stride, void* y, int64_t y_stride, int32_t* slot, int64_t parts, int64_t* first, int64_t* width, int64_t* A,
           int64_t* B, int32_t* rank, int64_t S, int64_t T, int64_t I),
          lora((const V*)x, x_stride, (V*)y, y_stride, slot, parts, first, width, A, B, rank, S, T, I))
+
+FOR_EACH(scale, (void* x, int64_t stride, int32_t* slot, int64_t* g, int64_t T, int64_t width),
+         scale((V*)x, stride, slot, g, T, width))
+
+FOR_EACH(bottleneck,
+         (void* h, int64_t h_stride, void* y, int64_t y_stride, int32_t* slot, int64_t* D, int64_t* d, int64_t* U, int64_t* u, int32_t* rank,
+          int64_t kind, int64_t T, int64_t I, int64_t O),
+         bottleneck((const V*)h, h_stride, (V*)y, y_stride, slot, D, d, U, u, rank, kind, T, I, O))
 
 FOR_EACH(largest, (void* x, int64_t stride, float* value, int64_t* place, int64_t T, int64_t width),
          largest((const V*)x, stride, value, place, T, width))

@@ -233,6 +233,22 @@ def lora(x_TI: Tensor, y_TO: Tensor, slot_T: Tensor, parts: LoraParts) -> None:
     )  # fmt: skip
 
 
+def scale(x_TI: Tensor, slot_T: Tensor, packs: Any) -> None:
+    """x ∘= 1 + g in place, each row with the g [I] (fp32) of its slot in `packs` (-1: none)."""
+    g, _ = packs.addresses("g")
+    _function("scale", x_TI.dtype, "pippii")(x_TI.data_ptr(), x_TI.stride(0), slot_T.data_ptr(), g.data_ptr(), *x_TI.shape)
+
+
+def bottleneck(h_TI: Tensor, y_TO: Tensor, slot_T: Tensor, packs: Any, activation: int) -> None:
+    """y += U f(D h + d) + u in place, each row with the D [R, I], d, U [O, R], u of its slot in `packs` (-1: none). activation: the
+    number of f in `ACTIVATIONS`."""
+    (D, rank), (d, _), (U, _), (u, _) = (packs.addresses(n, transposed=n == "U") for n in ("D", "d", "U", "u"))
+    _function("bottleneck", h_TI.dtype, "pipippppppiiii")(
+        h_TI.data_ptr(), h_TI.stride(0), y_TO.data_ptr(), y_TO.stride(0), slot_T.data_ptr(), D.data_ptr(), d.data_ptr(), U.data_ptr(),
+        u.data_ptr(), rank.data_ptr(), activation, *h_TI.shape, y_TO.shape[1],
+    )  # fmt: skip
+
+
 def largest(x_TV: Tensor) -> tuple[Tensor, Tensor]:
     """(each row's largest value in fp32, NaN where the row holds one; its index, the first of equals)."""
     T = x_TV.shape[0]

@@ -93,9 +93,12 @@ class Servable(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """One answer asked for. id: unique among live requests. tenant, weight: whose share of the machine it counts against, and how large
-    that share is. deadline: time.monotonic() after which it ends with "deadline", wherever it is; None: never. cache_salt: parts prefix-cache
-    entries further ("" = by tenant)."""
+    """One answer asked for.
+
+    id: unique among live requests. tenant, weight: whose share of the machine it counts against, and how large that share is. deadline:
+    time.monotonic() after which it ends with "deadline", wherever it is; None: never. cache_salt: parts prefix-cache entries further ("" =
+    by tenant).
+    """
 
     id: str
     prompt: tuple[int, ...]
