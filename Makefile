@@ -41,14 +41,16 @@ format: setup
 	$(BIN)/ruff format src tests
 	$(BIN)/ruff check --fix src tests
 
+# Two tests at a time, each on one core; those of a file together, since they share what it loads.
 test: setup
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 bench: setup
 	$(BIN)/python bench/train_joint.py
+	$(BIN)/python bench/serve_mixed.py
 	@echo "bench/train_vs_trl.py needs the peer's own environment: docs/benchmarks.md has the command"
 
 clean:

@@ -132,7 +132,10 @@ def test_a_wrong_prompt_is_named(served: Site, prompt, words: str):
         assert error["code"] == "context_length_exceeded"
 
 
-@pytest.mark.parametrize(("field", "value"), [("echo", True), ("best_of", 2), ("suffix", "x"), ("messages", ASK), ("logprobs", 21)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("echo", True), ("echo", 0), ("best_of", 2), ("best_of", True), ("suffix", "x"), ("messages", ASK), ("logprobs", 21)],
+)
 def test_completions_refuse_what_would_change_the_answer(served: Site, field: str, value):
     assert error_of(post(served.app, "/v1/completions", TEXT | {field: value}), 400)["param"] == field
 

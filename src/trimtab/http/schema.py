@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from trimtab.serve.request import MAX_STOP_CHARS, MAX_STOPS, MAX_TOP_LOGPROBS
 
@@ -17,6 +17,15 @@ MAX_N, MAX_PROMPTS = 16, 64
 MAX_IDS = 1 << 20
 """Ids of one prompt: what no base has positions for. It bounds what a check of the list costs."""
 
+
+def _exact(value: Any) -> Any:
+    """Literal[False] compares, so it would take 0 too."""
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+Exact = BeforeValidator(_exact)
 NoList = Annotated[list[Any], Field(max_length=0)] | None
 NoDict = Annotated[dict[str, Any], Field(max_length=0)] | None
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True, min_length=1, max_length=MAX_IDS)]
@@ -55,7 +64,7 @@ class StructuredOutputs(Body):
     """vLLM's constraints on the whole answer; exactly one."""
 
     json_: dict[str, Any] | None = Field(None, alias="json", description="A JSON Schema.")
-    json_object: Literal[True] | None = None
+    json_object: Annotated[Literal[True], Exact] | None = None
     regex: str | None = Field(None, min_length=1, max_length=4096)
     choice: Annotated[list[StopText], Field(fail_fast=True, min_length=1, max_length=256)] | None = None
 
@@ -151,8 +160,8 @@ class CompletionBody(Sampled):
         None, ge=0, le=MAX_TOP_LOGPROBS, description="How many of the likeliest alternatives come with each token."
     )
 
-    echo: Literal[False] | None = Field(None, description="Not supported.")
-    best_of: Literal[1] | None = Field(None, description="Not supported.")
+    echo: Annotated[Literal[False], Exact] | None = Field(None, description="Not supported.")
+    best_of: int | None = Field(None, ge=1, le=1, description="Not supported.")
     suffix: Literal[""] | None = Field(None, description="Not supported.")
 
 

@@ -140,9 +140,12 @@ def _create_file(path: Path) -> None:
 
 
 def _check_owner(connection: sqlite3.Connection, path: Path) -> None:
-    """Before anything is written: is this file empty, or ours?"""
+    """Before anything is written: is this file empty, or ours? One transaction: another process may be making it just now."""
+    connection.execute("BEGIN")
     owner = connection.execute("PRAGMA application_id").fetchone()[0]
-    if owner == APPLICATION_ID or (not owner and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]):
+    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    connection.execute("COMMIT")
+    if owner == APPLICATION_ID or (not owner and not tables):
         return
     raise DatabaseError(f"{path} is another program's database", fix="give --db another file")
 
