@@ -98,7 +98,6 @@ def measure(
     gaps = [b - a for s in streams for a, b in zip(s.times, s.times[1:], strict=False)]
     return {
         "tokens_per_s": len(prompts) * new / seconds,
-        "decode_tokens_per_s": len(prompts) * (new - 1) / (max(s.times[-1] for s in streams) - max(first)),
         "ttft_ms": statistics.median(first) * 1e3,
         "itl_ms": statistics.median(gaps) * 1e3,
         "itl_p99_ms": sorted(gaps)[int(0.99 * len(gaps))] * 1e3,
@@ -169,7 +168,7 @@ def zipf(base: trimtab.Base, args: argparse.Namespace) -> dict[str, float]:
             while i - (requests - left) >= 2 * engine.config.max_running:  # a closed loop: so many wait or run
                 time.sleep(0.002)
             streams.append(Stream(done))
-            servable = StoredAdapter(store, versions[rank], base)
+            servable = StoredAdapter(versions[rank], store, base)
             sampling = SamplingParams(max_tokens=args.new_tokens, ignore_eos=True)
             engine.submit(Request(f"z{i}", prompt, sampling, servable, tenant=f"t{rank}"), streams[-1])
         assert finished.wait(1800), "the engine stands still"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,17 +42,22 @@ class PackedAdapter:
     def for_inference(self) -> PackedAdapter:
         """The same with all tensors in one piece of memory, in the order in which a forward reads them, so that reading it is one stream.
         Output factors [O, R] are laid out as their transpose, along which kernels that run row by row read them."""
-        laid = [(site, name, t.T if name in TRANSPOSED else t) for site, p in self.edits.items() for name, t in p.tensors.items()]
+        laid = [(site, name, _laid(name, t)) for site, p in self.edits.items() for name, t in p.tensors.items()]
         sizes = [-(-t.numel() * t.element_size() // ALIGNED) * ALIGNED for _, _, t in laid]
         arena = torch.empty(sum(sizes), dtype=torch.uint8, device=laid[0][2].device) if laid else torch.empty(0)
         native.advise_huge(arena)
-        edits = {site: replace(p, tensors=dict(p.tensors)) for site, p in self.edits.items()}
+        edits = {site: replace(p, tensors=dict(p.tensors), addresses={}) for site, p in self.edits.items()}
         at = 0
         for (site, name, t), size in zip(laid, sizes, strict=True):
             place = arena[at : at + t.numel() * t.element_size()].view(t.dtype).view(t.shape).copy_(t)
             edits[site].tensors[name] = place.T if name in TRANSPOSED else place  # type: ignore[index]
+            edits[site].addresses[name] = place.data_ptr(), t.shape[0]  # type: ignore[index]
             at += size
         return PackedAdapter(edits, self.prefix, self.kv)
+
+
+def _laid(name: str, tensor: Tensor) -> Tensor:
+    return tensor.T if name in TRANSPOSED else tensor
 
 
 class PackList:
@@ -73,16 +79,14 @@ class PackList:
             self._stacked[name] = out
         return self._stacked[name]
 
-    def addresses(self, name: str, *, transposed: bool = False) -> tuple[Tensor, Tensor]:
-        """(address of each slot's tensor, its first size), int64 and int32, for native kernels. transposed: of the transposed tensor, which
-        `Base.packed` has laid out in that order; others are copied here once."""
-        key = name + "ᵀ" if transposed else name
-        if key not in self._addresses:
-            tensors = [p.tensors[name].T if transposed else p.tensors[name] for p in self.items]
-            kept = [t.contiguous() for t in tensors]
-            table = torch.tensor([t.data_ptr() for t in kept], dtype=torch.int64)
-            self._addresses[key] = table, torch.tensor([t.shape[0] for t in kept], dtype=torch.int32), kept
-        return self._addresses[key][:2]
+    def addresses(self, name: str) -> tuple[Tensor, Tensor]:
+        """(address of each slot's tensor as `for_inference` lays it out, its first size), int64 and int32, for native kernels."""
+        if name not in self._addresses:
+            kept = [] if all(p.addresses for p in self.items) else [_laid(name, p.tensors[name]).contiguous() for p in self.items]
+            found = [(t.data_ptr(), t.shape[0]) for t in kept] or [p.addresses[name] for p in self.items]
+            table = np.array(found, dtype=np.int64)
+            self._addresses[name] = torch.from_numpy(table[:, 0].copy()), torch.from_numpy(table[:, 1].astype(np.int32)), kept
+        return self._addresses[name][:2]
 
     @cached_property
     def lora_parts(self) -> native.LoraParts:

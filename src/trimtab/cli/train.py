@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from trimtab.cli.options import store_option
 
 if TYPE_CHECKING:
     from trimtab.train.interrupt import Stop
+    from trimtab.train.listen import Beside, Listener
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOW_CURSOR = "\x1b[?25h"  # rich hides it; a second signal leaves no time to bring it back
@@ -30,9 +31,18 @@ SHOW_CURSOR = "\x1b[?25h"  # rich hides it; a second signal leaves no time to br
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder, instead of the run file's `out`; from the current folder.")
 @click.option("--resume", is_flag=True, help="Go on from the newest good checkpoint in the run folder.")
 @store_option
+@click.option(
+    "--serve",
+    "port",
+    is_flag=False,
+    flag_value=8000,
+    type=click.IntRange(0, 65535),
+    metavar="[PORT]",
+    help="Serve the base and the variants at this port of 127.0.0.1 (8000; 0: any free one) while they train.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print summary.json at the end, and no progress.")
 @click.pass_context
-def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, root: Path | None, as_json: bool) -> None:
+def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, root: Path | None, port: int | None, as_json: bool) -> None:
     """Train every variant of RUN_FILE together on one frozen base, score it beside the base on the test rows, and save it.
 
     \b
@@ -43,19 +53,23 @@ def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, ro
     The run folder holds adapters/<variant>/ (peft's format), checkpoints/, metrics.jsonl, predictions/, summary.json and report.html; `out`
     starts at the run file's folder, so that of the example is examples/runs/desks. With `store: acme` in the run file its adapters are
     published as acme/<variant>. `trimtab check` says beforehand what a run would do.
+    With --serve, `trimtab train RUN.yaml --serve` answers as `trimtab serve --local` does, with the variants' names as models and their
+    tensors as they stand between two steps; requests wait for the step that runs, and the server ends with the training.
     Ctrl-C or SIGTERM ends a run after the current step, with a checkpoint (exit code 130 or 143); a second one ends it at once.
     """
     from trimtab.train import RunConfig, train
     from trimtab.train.checkpoint import steps_of
     from trimtab.train.interrupt import Interrupted, Stop
+    from trimtab.train.listen import alone
 
     run = RunConfig.load(run_file)
     if out is not None:
         run = run.model_copy(update={"out": out})
     stop = Stop()
     try:
-        with stopping(stop), show.listener(quiet=as_json) as listener:
-            report = train(run, listener=listener, resume=resume, stop=stop, store=root)
+        with stopping(stop), show.listener(quiet=as_json) as listener, ExitStack() as open_parts:
+            beside = alone if port is None else open_parts.enter_context(_serving(port, listener))
+            report = train(run, listener=listener, resume=resume, stop=stop, store=root, beside=beside)
     except Interrupted as e:
         saved = steps_of(run.out)[:1]
         click.echo(f"{e}; {f'saved in {saved[0]}' if saved else 'nothing was saved yet'}", err=True)
@@ -74,6 +88,15 @@ def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, ro
     console.print(f"saved in {report.out}: adapters/, metrics.jsonl, summary.json, report.html", highlight=False, soft_wrap=True)
     if published := [v["published"] for v in s["variants"].values() if "published" in v]:
         console.print(f"published: {', '.join(published)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _serving(port: int, listener: Listener) -> AbstractContextManager[Beside]:
+    from trimtab.cli.serve import _check_packages
+
+    _check_packages()
+    from trimtab.cli.train_serve import serving
+
+    return serving(port, listener)
 
 
 def tell_how_to_resume(command: str, file: Path, out: Path | None, root: Path | None = None) -> None:

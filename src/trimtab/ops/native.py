@@ -219,7 +219,7 @@ class LoraParts:
     """The factors of several adapters at sites that share an input, in tables for `lora`. packs: one a site; widths: the sites' outputs."""
 
     def __init__(self, packs: Sequence[Any], widths: Sequence[int]):
-        tables = [(*p.addresses("A"), p.addresses("B", transposed=True)[0]) for p in packs]
+        tables = [(*p.addresses("A"), p.addresses("B")[0]) for p in packs]
         A, rank, B = (torch.stack(list(column)) for column in zip(*tables, strict=True))
         self._kept = A, B, rank, torch.tensor([0, *accumulate(widths)][:-1]), torch.tensor(list(widths)), list(packs)
         addresses = [t.data_ptr() for t in self._kept[:5]]
@@ -242,7 +242,7 @@ def scale(x_TI: Tensor, slot_T: Tensor, packs: Any) -> None:
 def bottleneck(h_TI: Tensor, y_TO: Tensor, slot_T: Tensor, packs: Any, activation: int) -> None:
     """y += U f(D h + d) + u in place, each row with the D [R, I], d, U [O, R], u of its slot in `packs` (-1: none). activation: the
     number of f in `ACTIVATIONS`."""
-    (D, rank), (d, _), (U, _), (u, _) = (packs.addresses(n, transposed=n == "U") for n in ("D", "d", "U", "u"))
+    (D, rank), (d, _), (U, _), (u, _) = (packs.addresses(n) for n in ("D", "d", "U", "u"))
     _function("bottleneck", h_TI.dtype, "pipippppppiiii")(
         h_TI.data_ptr(), h_TI.stride(0), y_TO.data_ptr(), y_TO.stride(0), slot_T.data_ptr(), D.data_ptr(), d.data_ptr(), U.data_ptr(),
         u.data_ptr(), rank.data_ptr(), activation, *h_TI.shape, y_TO.shape[1],

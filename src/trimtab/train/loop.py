@@ -23,7 +23,7 @@ from trimtab.train.halving import Halving
 from trimtab.train.heap import Heap
 from trimtab.train.interrupt import Stop
 from trimtab.train.keeper import Keeper
-from trimtab.train.listen import Listener, Silent
+from trimtab.train.listen import Beside, Listener, Silent, alone
 from trimtab.train.page import write_page
 from trimtab.train.prepare import prepare, warn_of_rows
 from trimtab.train.publish import open_store, publish_variants, refuse_unpublished
@@ -55,6 +55,7 @@ def train(
     stop: Stop | None = None,
     halving: Halving | None = None,
     store: str | Path | None = None,
+    beside: Beside = alone,
 ) -> Report:
     """Train every variant of a run together on one frozen base, score it, save it under the run's `out`.
 
@@ -62,8 +63,9 @@ def train(
     that was interrupted before its first one starts anew, one that has finished is returned as it is. stop: asks a run to end early, which
     it does with a checkpoint and Interrupted. halving: ends the worst variants at its rungs; what it is, is no part of the run file, so one
     that resumes must be given the same. store: the folder of the store that a run with `store` publishes to, `default_root()` where None;
-    one that fails at the end costs nothing but the publishing, which a resumed run makes good. TrimtabError where the run file, the data,
-    the base, the store or the disk is at fault; nothing is written into `out` before all of the former have been read and checked.
+    one that fails at the end costs nothing but the publishing, which a resumed run makes good. beside: what uses base and variants between
+    steps. TrimtabError where the run file, the data, the base, the store or the disk is at fault; nothing is written into `out` before all
+    of the former have been read and checked.
     """
     run = run if isinstance(run, RunConfig) else RunConfig.load(run)
     listener, stop = listener or Silent(), stop or Stop()
@@ -85,7 +87,7 @@ def train(
     with occupied(run.out, start):
         keeper = Keeper(prepared, what, start, listener)
         with keeper.metrics:
-            _steps(keeper, validator, listener, stop)
+            _steps(keeper, validator, listener, stop, beside)
         after = bases.fingerprint_model(base.model)
         assert after == before, "the frozen base has changed during training"
         adapters = {v.name: adapter_of(prepared, v) for v in prepared.variants if not isinstance(v, FullVariant)}
@@ -124,12 +126,13 @@ def _publish(run: RunConfig, store: Store | None, base: Base, summary: dict[str,
         refuse_unpublished(run, store, problems)
 
 
-def _steps(keeper: Keeper, validator: Validator, listener: Listener, stop: Stop) -> None:
+def _steps(keeper: Keeper, validator: Validator, listener: Listener, stop: Stop, beside: Beside) -> None:
     """Step all live variants together until each has finished or stopped, keeping checkpoints. Interrupted where `stop` asks for it."""
     run, variants = keeper.prepared.run, keeper.prepared.variants
     listener.begin({v.name: v.total_steps for v in variants})
     heap = Heap()
-    with tracking(run.track, run.out, keeper.identity["settings"], keeper.metrics, listener.warning) as metrics, stop.held():
+    tracked = tracking(run.track, run.out, keeper.identity["settings"], keeper.metrics, listener.warning)
+    with tracked as metrics, stop.held(), beside(keeper.prepared) as between:
         while live := [v for v in variants if v.live]:
             start = time.perf_counter()
             windows = {v: v.window() for v in live}
@@ -147,6 +150,7 @@ def _steps(keeper: Keeper, validator: Validator, listener: Listener, stop: Stop)
                     listener.stopped(v.name, v.progress.stopped)
             validator.after_step(live, metrics, listener)
             keeper.after_step(seconds, stop)
+            between()
 
 
 def _line(v: Variant, w: Window, logged: dict[str, float]) -> dict[str, Any]:
