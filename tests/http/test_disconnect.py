@@ -114,8 +114,7 @@ def test_leaving_during_a_long_prefill_and_while_an_adapter_loads(tmp_path):
                 prefill = Caller(s.app, "/v1/completions", LONG | {"prompt": "x" * 400})
                 loading = Caller(s.app, "/v1/completions", LONG | {"model": "lora", "stream": True})
                 tasks = [prefill.start(), loading.start()]
-                await until(lambda: s.services.admission.open == 2)
-                await asyncio.sleep(0.02)
+                await until(lambda: (e := s.engine.stats()).running + e.waiting + e.loading == 2)  # both have reached the engine
                 for c in (prefill, loading):
                     c.leave()
                 await asyncio.wait_for(asyncio.gather(*tasks), 5)

@@ -82,7 +82,7 @@ def serve(
     line on standard output says that it is ready; the log goes to standard error, a JSON line a request, without prompts or keys. SIGTERM
     or Ctrl-C lets running answers finish.
     """
-    _check_packages()
+    check_packages()
     adapters = _pairs(named)
     _check(local, host, database, adapters)
     from trimtab.http import logs, server
@@ -130,7 +130,7 @@ def serve(
         made.run([sock])
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
     if missing := [shown for name, shown in PACKAGES.items() if find_spec(name) is None]:
         raise ConfigError(f"serving needs {', '.join(missing)}", fix="pip install 'trimtab[serve]'")
 
