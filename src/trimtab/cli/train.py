@@ -91,9 +91,9 @@ def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, ro
 
 
 def _serving(port: int, listener: Listener) -> AbstractContextManager[Beside]:
-    from trimtab.cli.serve import _check_packages
+    from trimtab.cli.serve import check_packages
 
-    _check_packages()
+    check_packages()
     from trimtab.cli.train_serve import serving
 
     return serving(port, listener)
