@@ -6,7 +6,7 @@ import pytest
 
 from trimtab.bases import bundled, doctor, examine
 
-NAMES = ["python", "torch", "transformers", "threads", "device", "bfloat16", "memory", "cache", "disk", "bundled base"]
+NAMES = ["python", "torch", "transformers", "threads", "device", "bfloat16", "kernels", "memory", "cache", "disk", "bundled base"]
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ from trimtab.bases.fingerprint import fingerprint_folder
 from trimtab.bases.gguf import is_converted, sha256_of_file
 from trimtab.bases.load import cpu_has_bf16
 from trimtab.errors import TrimtabError
+from trimtab.ops import native
 
 MIN_PYTHON = (3, 11)
 MIN_TORCH, MIN_TRANSFORMERS = (2, 6), (5, 0)
@@ -47,6 +48,7 @@ def examine() -> list[Check]:
         ("threads", _threads),
         ("device", _device),
         ("bfloat16", _bf16),
+        ("kernels", _kernels),
         ("memory", _memory),
         ("cache", _cache),
         ("disk", _disk),
@@ -105,6 +107,13 @@ def _bf16() -> Check:
     if cpu_has_bf16():
         return Check("bfloat16", "native on this CPU", True)
     return Check("bfloat16", "not native on this CPU: bases load in float32", True, "dtype=bfloat16 would halve memory and run slower.")
+
+
+def _kernels() -> Check:
+    compiler, why = native.find_compiler()
+    if compiler is None:
+        return Check("kernels", f"torch's: {why}", True, "serving on a CPU is several times faster with g++ or clang++ installed")
+    return Check("kernels", f"native, built by {compiler} at first use", True)
 
 
 def _memory() -> Check:

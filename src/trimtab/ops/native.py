@@ -42,14 +42,20 @@ HUGE = 2**21
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
+def find_compiler() -> tuple[str | None, str]:
+    """(the compiler that builds the kernels, "") or (None, why they are not built)."""
+    if os.environ.get("TRIMTAB_NATIVE") == "0":
+        return None, "TRIMTAB_NATIVE=0"
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    return found, "" if found else "no C++ compiler (g++, clang++) is installed"
+
+
 @cache
 def load() -> tuple[Any, str]:
     """(the library, "") or (None, why there is none)."""
-    if os.environ.get("TRIMTAB_NATIVE") == "0":
-        return None, "TRIMTAB_NATIVE=0"
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    compiler, why = find_compiler()
     if compiler is None:
-        return None, "no C++ compiler (g++, clang++) is installed"
+        return None, why
     try:
         library = ctypes.CDLL(str(_built(compiler)))
         return (library, "") if library.trimtab_native() == 1 else (None, "the built library is another one")
