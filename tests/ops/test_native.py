@@ -159,6 +159,16 @@ def test_without_a_compiler_the_reason_is_said(monkeypatch):
             assert library is None and said in why
 
 
+def test_a_library_that_others_may_write_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
+    library, why = native.load.__wrapped__()
+    assert library is not None, why
+    (built,) = (tmp_path / "native").glob("native-*.so")
+    built.chmod(0o777)
+    library, why = native.load.__wrapped__()
+    assert library is None and "others may write it" in why
+
+
 def test_gradients_and_other_dtypes_do_not_come_here():
     assert native.available(torch.zeros(1)) and not native.available(torch.zeros(1, dtype=torch.float64))
     assert not native.available(torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16))

@@ -143,6 +143,9 @@ def _built(compiler: str) -> Path:
             made = Path(work) / "native.so"
             subprocess.run([compiler, *FLAGS, "-o", str(made), str(SOURCE)], capture_output=True, text=True, check=True, timeout=300)
             made.replace(target)
+    status = target.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise OSError(f"{target} is somebody else's, or others may write it: it is not loaded")
     return target
 
 
