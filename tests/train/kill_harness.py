@@ -275,13 +275,20 @@ def trace(trainings: Server, folder: Path, call: str, fault: str, most: int) -> 
     _, lines = _traced(trainings, trainings_of / "counted", [f"trace={call}"])
     calls = [line for line in lines if f"{call}(" in line]
     # what the command prints is its user's pipe or terminal, not the run folder
-    places = [at for at, line in enumerate(calls, 1) if not any(f"write({fd}," in line for fd in (1, 2))]
+    places = [at for at, line in enumerate(calls, 1) if not _prints(line)]
     assert places
     for at in places[:: max(1, -(-len(places) // most))]:
         out, what = trainings_of / f"run-{at}", f"{call} {at} of {len(calls)}, {fault}"
-        attempt, _ = _traced(trainings, out, [f"trace={call}", f"inject={call}:{fault}:when={at}"])
+        attempt, lines = _traced(trainings, out, [f"trace={call}", f"inject={call}:{fault}:when={at}"])
+        if any("(INJECTED)" in line and _prints(line) for line in lines):
+            continue  # this run wrote once more or less before than the counted one
         recover(trainings, out, attempt, reference, tally, what)
     return tally
+
+
+def _prints(line: str) -> bool:
+    """Whether a line of strace's is a write to standard output or error."""
+    return any(f"write({fd}," in line for fd in (1, 2))
 
 
 def _traced(trainings: Server, out: Path, expressions: list[str]) -> tuple[Attempt, list[str]]:
