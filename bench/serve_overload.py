@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 
 import httpx
@@ -67,7 +68,10 @@ def main() -> None:
     args = parser.parse_args()
     command = [sys.executable, "-m", "trimtab", "serve", "--local", "--port", "0", "--json"]
     command += ["--max-running", str(args.places), "--max-queued", str(args.places // 2)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"}) as server:
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"}) as server,
+    ):
         try:
             assert server.stdout is not None
             url = json.loads(server.stdout.readline())["url"]
@@ -77,6 +81,13 @@ def main() -> None:
         finally:
             server.terminate()
             server.wait(60)
+        log.seek(0)
+        lines = [json.loads(line) for line in log if line.startswith("{")]
+        for status in (200, 503):  # from the first byte that the server read: without the clients' own waiting for a core
+            seconds = sorted(r["seconds"] for r in lines if r.get("status") == status)
+            if seconds:
+                middle, most = (round(1e3 * seconds[int(q * (len(seconds) - 1))], 1) for q in (0.5, 0.99))
+                print(json.dumps({"server": status, "count": len(seconds), "p50_ms": middle, "p99_ms": most}))
 
 
 if __name__ == "__main__":
