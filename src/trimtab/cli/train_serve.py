@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +27,7 @@ from trimtab.http.app import create_app
 from trimtab.http.assemble import Asked, services_of
 from trimtab.serve.engine import Engine, EngineConfig
 from trimtab.serve.live import Snapshot, snapshot
-from trimtab.serve.request import FinishReason, Request, Usage
+from trimtab.serve.request import Request
 from trimtab.serve.runner import Runner
 from trimtab.serve.tenant import LOCAL
 from trimtab.train.full import FullVariant
@@ -148,19 +148,10 @@ class LiveServer:
         now = time.monotonic()
         self._snapshots_due = now + (now - began) * (1 / SNAPSHOT_SHARE - 1)
 
-    def _finished(
-        self,
-        request: Request,
-        usage: Usage,
-        finish: FinishReason,
-        queue_s: float,
-        ttft_s: float | None,
-        total_s: float,
-        gaps: Sequence[float],
-    ) -> None:
+    def _finished(self, request: Request, *facts: Any) -> None:
         """A request has ended. Where its snapshot was replaced while it waited for the step that ran, the snapshot was loaded after the
         catalog had let go of it, and nobody else would."""
-        self.services.metrics.finished(request, usage, finish, queue_s, ttft_s, total_s, gaps)
+        self.services.metrics.finished(request, *facts)
         adapter = request.adapter
         if adapter is not None and all(s.digest != adapter.digest for _, s in self.shown.values()):
             self.engine.evict(adapter.digest)
