@@ -1,4 +1,4 @@
-"""The kernels of native.cpp: built once with the machine's own compiler, kept in the cache, called with addresses of tensors.
+"""The kernels of cpp/: built once with the machine's own compiler, kept in the cache, called with addresses of tensors.
 
 They serve inference on a CPU, where a step has few rows and the dispatch of small operations is most of its time. Without a compiler, or
 with TRIMTAB_NATIVE=0, `available` is false and callers run the same formulas in torch. No gradients.
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = Path(__file__).with_name("cpp")
 FLAGS = (
     "-O3",
     "-march=native",
@@ -132,16 +132,18 @@ def compute_alone() -> None:
 
 def _built(compiler: str) -> Path:
     """The library's path, built if it is not there. Its name is a digest of what decides it, the processor's features included."""
-    source = SOURCE.read_bytes()
+    files = sorted(f for f in SOURCES.iterdir() if f.suffix in (".cpp", ".h"))
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    digest = hashlib.sha256(b"\0".join([source, " ".join(FLAGS).encode(), version.encode(), _features().encode()])).hexdigest()
+    options = " ".join(FLAGS).encode(), version.encode(), _features().encode()
+    digest = hashlib.sha256(b"\0".join([*(f.read_bytes() for f in files), *options])).hexdigest()
     folder = _folder()
     target = folder / f"native-{digest[:16]}.so"
     if not target.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             made = Path(work) / "native.so"
-            subprocess.run([compiler, *FLAGS, "-o", str(made), str(SOURCE)], capture_output=True, text=True, check=True, timeout=300)
+            command = [compiler, *FLAGS, "-o", str(made), *(str(f) for f in files if f.suffix == ".cpp")]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
             made.replace(target)
     status = target.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:

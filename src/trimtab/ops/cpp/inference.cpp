@@ -1,68 +1,7 @@
 // Kernels of inference on a CPU, for batches of few rows, where one call of a large library costs more than the work itself.
-//
-// Plain C++ without headers of torch: built in seconds with whatever compiler there is, and called through ctypes with addresses of
-// tensors. Values are float or bfloat16 (its bits), arithmetic is in float, loops are written for the compiler to vectorise.
 // T rows, H query heads, G key heads, D head size, I inputs, O outputs, R rank, S adapters.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <memory>
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-#if defined(__AMX_BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
-typedef uint16_t bf16;
-
-static inline float up(float v) { return v; }
-static inline float up(bf16 v) {
-    uint32_t bits = uint32_t(v) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-static inline void down(float f, float* p) { *p = f; }
-static inline void down(float f, bf16* p) {  // to nearest even; NaN stays NaN
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    *p = (bits & 0x7fffffffu) > 0x7f800000u ? bf16(0x7fc0) : bf16(rounded);
-}
-template <class V> static inline float rounded(float f) {
-    V v;
-    down(f, &v);
-    return up(v);
-}
-
-// Ask for memory that is read soon.
-static inline void fetch(const void* p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
-}
-
-// e^x to 2 ulp: 2^k times a polynomial on [-ln2/2, ln2/2]; below -87 it is 0, above 88 it stays.
-static inline float fast_exp(float x) {
-    float clipped = std::min(std::max(x, -87.0f), 88.0f);
-    float k = std::nearbyint(clipped * 1.44269504088896341f);
-    float r = clipped - k * 0.693359375f + k * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits = (int32_t(k) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return x < -87.0f ? 0.0f : p * scale;
-}
+#include "common.h"
 
 // x += y (where y is given), out = w * (x / sqrt(mean x^2 + eps)), x / … rounded before w as Llama does.
 template <class V>
@@ -569,10 +508,6 @@ void matmul_bf16(void* x, int64_t x_stride, void* W, void* bias, void* y, int64_
 }
 void pack_bf16(void* W, void* to, int64_t K, int64_t O) { pack((const bf16*)W, (bf16*)to, K, O); }
 #endif
-
-#define FOR_EACH(NAME, PARAMETERS, ...)                                                   \
-    void NAME##_f32 PARAMETERS { typedef float V; __VA_ARGS__; }                          \
-    void NAME##_bf16 PARAMETERS { typedef bf16 V; __VA_ARGS__; }
 
 FOR_EACH(add_rms_norm, (void* x, void* y, void* w, void* out, int64_t T, int64_t width, double eps),
          add_rms_norm((V*)x, (const V*)y, (const V*)w, (V*)out, T, width, float(eps)))
