@@ -1,28 +1,35 @@
-"""Memory that is freed goes back to the system, now and then.
+"""The process's memory between steps: kept for the next one, given back where it is only scattered.
 
-Batches differ in shape from step to step, and glibc keeps what they free in pieces that the next one cannot use: six LoRAs in one run
-were seen to grow from 2 to 5 GB, of which 1.2 were in use. Giving everything back after each step costs a sixth of the speed, so it is
-done where the process has grown well beyond what its first step left.
+A step frees what it allocated, and the next one asks for as much. glibc by itself hands a free end of its heap back to the system after
+every step, and each page of it costs a fault when it comes again: a sixth of the speed. But batches differ in shape, and what they free
+in pieces the next one cannot always use: six LoRAs in one run were seen to grow from 2 to 5 GB, of which 1.2 were in use. So the heap keeps
+what steps need, and gives all back where it has grown well beyond that.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 
 GROWTH = 1.3
-"""How far the resident memory may grow beyond that after the first step."""
+"""How far the resident memory may grow beyond that after a step which began with nothing to spare."""
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""glibc's numbers of these settings of `mallopt`."""
+LARGEST_BLOCK = 2**25
+"""Bytes; what is larger is mapped and unmapped by itself: glibc takes no higher threshold."""
 
 
 class Heap:
     """Watches the process between joint steps. Does nothing where there is no glibc."""
 
     def __init__(self) -> None:
-        self.trim = _malloc_trim()
+        self.trim = _keep_what_is_freed()
         self.process = psutil.Process()
         self.allowed = 0.0
+        """Bytes that may stay resident; 0 where the next step shows what steps need."""
 
     def after_step(self) -> bool:
         """Give freed memory back if the process has outgrown its allowance; whether it was done."""
@@ -34,12 +41,17 @@ class Heap:
         if resident <= self.allowed:
             return False
         self.trim()
+        self.allowed = 0.0
         return True
 
 
-def _malloc_trim() -> Callable[[], object] | None:
+def _keep_what_is_freed() -> Callable[[], object] | None:
+    """Tell glibc to keep freed memory; returns what gives it back, or None where there is no glibc."""
     try:
-        trim = ctypes.CDLL(None).malloc_trim
+        libc: Any = ctypes.CDLL(None)
+        trim, mallopt = libc.malloc_trim, libc.mallopt
     except (OSError, AttributeError, TypeError):
         return None
+    mallopt(TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(MMAP_THRESHOLD, LARGEST_BLOCK)
     return lambda: trim(0)
