@@ -1,10 +1,11 @@
-"""Overload over HTTP: ten times as many clients as the server has places, each asking again and again.
+"""Overload over HTTP: requests arrive at ten times the rate that the server can answer.
 
     python bench/serve_overload.py            # a server of its own on 127.0.0.1, the bundled base
 
-First as many clients as answers are computed at a time, then ten times as many. Reported: latency of the answers that were accepted, and of
-the refusals, which must be quick and carry Retry-After. Clients share the cores with the server, and honour Retry-After only by a
-hundredth, so that the overload lasts.
+First as many clients as answers are computed at a time, each asking again as soon as it is answered: that gives the rate which the server
+can do, and the latency of a full server. Then requests arrive at random (Poisson) at that rate and at ten times that rate, whatever becomes
+of those before. Reported, as the clients see it: latency of the answers that were accepted, and of the refusals, which must be quick and
+carry Retry-After. The clients share the cores with the server, so they are written to cost little.
 """
 
 from __future__ import annotations
@@ -13,61 +14,109 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
-
-BODY = {"model": "smollm2-135m-instruct", "prompt": "Tell me about the history of sailing.", "max_tokens": 16, "ignore_eos": True}
+ASKED = {"model": "smollm2-135m-instruct", "prompt": "Tell me about the history of sailing.", "max_tokens": 16, "ignore_eos": True}
 
 
-async def client(http: httpx.AsyncClient, until: float, accepted: list[float], refused: list[float], wrong: list[str]) -> None:
-    while time.perf_counter() < until:
-        start = time.perf_counter()
-        answer = await http.post("/v1/completions", json=BODY)
-        seconds = time.perf_counter() - start
-        if answer.status_code == 200:
-            accepted.append(seconds)
-        elif answer.status_code == 503 and "retry-after" in answer.headers:
-            refused.append(seconds)
-            await asyncio.sleep(float(answer.headers["retry-after"]) / 100)
+@dataclass
+class Seen:
+    """What the clients of one phase saw; seconds."""
+
+    accepted: list[float] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def take(self, status: int, head: bytes, seconds: float) -> None:
+        if status == 200:
+            self.accepted.append(seconds)
+        elif status == 503 and b"retry-after:" in head.lower():
+            self.refused.append(seconds)
         else:
-            wrong.append(f"{answer.status_code} {answer.text[:200]}")
+            self.wrong.append(head[:200].decode("latin-1"))
 
 
-async def phase(url: str, clients: int, seconds: float) -> dict[str, object]:
-    accepted: list[float] = []
-    refused: list[float] = []
-    wrong: list[str] = []
-    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
-        until = time.perf_counter() + seconds
-        await asyncio.gather(*(client(http, until, accepted, refused, wrong) for _ in range(clients)))
+class Clients:
+    """Connections that are kept open and used again."""
 
+    def __init__(self, url: str):
+        parts = urlsplit(url)
+        self.host, self.port = parts.hostname, parts.port
+        body = json.dumps(ASKED).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.request = head.encode() + body
+        self.idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(self, seen: Seen) -> None:
+        start = time.perf_counter()
+        reader, writer = self.idle.pop() if self.idle else await asyncio.open_connection(self.host, self.port)
+        writer.write(self.request)
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = next(int(line.partition(b":")[2]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        await reader.readexactly(length)
+        seen.take(int(head[9:12]), head, time.perf_counter() - start)
+        self.idle.append((reader, writer))
+
+    def close(self) -> None:
+        for _, writer in self.idle:
+            writer.close()
+
+
+async def closed_loop(url: str, clients: int, seconds: float) -> tuple[Seen, float]:
+    """What `clients` see that ask one after the other, and answers a second."""
+    asking, seen, start = Clients(url), Seen(), time.perf_counter()
+
+    async def client() -> None:
+        while time.perf_counter() - start < seconds:
+            await asking.ask(seen)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    asking.close()
+    return seen, len(seen.accepted) / (time.perf_counter() - start)
+
+
+async def open_loop(url: str, rate: float, seconds: float) -> Seen:
+    """What requests see that arrive at `rate` a second."""
+    asking, seen, chance = Clients(url), Seen(), random.Random(0)
+    start = at = time.perf_counter()
+    under_way: set[asyncio.Task[None]] = set()
+    while at - start < seconds:
+        at += chance.expovariate(rate)
+        await asyncio.sleep(max(0.0, at - time.perf_counter()))
+        task = asyncio.create_task(asking.ask(seen))
+        under_way.add(task)
+        task.add_done_callback(under_way.discard)
+    await asyncio.gather(*under_way)
+    asking.close()
+    return seen
+
+
+def summary(what: str, seen: Seen) -> dict[str, Any]:
     def at(values: list[float], share: float) -> float | None:
         return round(1e3 * sorted(values)[min(len(values) - 1, int(share * len(values)))], 1) if values else None
 
-    return {
-        "clients": clients,
-        "accepted": len(accepted),
-        "accepted_p50_ms": at(accepted, 0.5),
-        "accepted_p99_ms": at(accepted, 0.99),
-        "refused": len(refused),
-        "refused_p50_ms": at(refused, 0.5),
-        "refused_p99_ms": at(refused, 0.99),
-        "wrong": wrong[:3],
-    }
+    table = {"load": what, "wrong": seen.wrong[:3]}
+    for name, values in (("accepted", seen.accepted), ("refused", seen.refused)):
+        table |= {name: len(values), f"{name}_p50_ms": at(values, 0.5), f"{name}_p99_ms": at(values, 0.99)}
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--places", type=int, default=16, help="answers that are computed at a time; half as many may wait")
-    parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--places", type=int, default=16, help="answers that are computed at a time")
+    parser.add_argument("--queued", type=int, default=4, help="answers that may wait")
+    parser.add_argument("--seconds", type=float, default=15, help="of each phase")
+    parser.add_argument("--times", type=float, nargs="+", default=[1, 10], help="multiples of the rate that the server can do")
     args = parser.parse_args()
     command = [sys.executable, "-m", "trimtab", "serve", "--local", "--port", "0", "--json"]
-    command += ["--max-running", str(args.places), "--max-queued", str(args.places // 2)]
+    command += ["--max-running", str(args.places), "--max-queued", str(args.queued)]
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"}) as server,
@@ -75,19 +124,15 @@ def main() -> None:
         try:
             assert server.stdout is not None
             url = json.loads(server.stdout.readline())["url"]
-            asyncio.run(phase(url, args.places, 3))  # warms up
-            for clients in (args.places, 10 * args.places):
-                print(json.dumps(asyncio.run(phase(url, clients, args.seconds))), flush=True)
+            asyncio.run(closed_loop(url, args.places, 3))  # warms up
+            seen, rate = asyncio.run(closed_loop(url, args.places, args.seconds))
+            print(json.dumps(summary(f"{args.places} clients", seen) | {"answers_a_second": round(rate, 1)}), flush=True)
+            for times in args.times:
+                seen = asyncio.run(open_loop(url, times * rate, args.seconds))
+                print(json.dumps(summary(f"{times:g} times that rate", seen)), flush=True)
         finally:
             server.terminate()
             server.wait(60)
-        log.seek(0)
-        lines = [json.loads(line) for line in log if line.startswith("{")]
-        for status in (200, 503):  # from the first byte that the server read: without the clients' own waiting for a core
-            seconds = sorted(r["seconds"] for r in lines if r.get("status") == status)
-            if seconds:
-                middle, most = (round(1e3 * seconds[int(q * (len(seconds) - 1))], 1) for q in (0.5, 0.99))
-                print(json.dumps({"server": status, "count": len(seconds), "p50_ms": middle, "p99_ms": most}))
 
 
 if __name__ == "__main__":

@@ -266,3 +266,21 @@ def test_folders_are_loaded_by_their_tenant_alone(tmp_path: Path):
             assert post(s.app, "/v1/completions", TEXT | {"model": "mine"}, **keys["acme"]).status_code == 200
             error_of(post(s.app, "/v1/completions", TEXT | {"model": "mine"}, **keys["bolt"]), 404)
             error_of(post(s.app, "/v1/unload_lora_adapter", {"lora_name": "mine"}, **keys["bolt"]), 404)
+
+
+def test_a_full_server_tells_only_those_who_have_a_key(town, monkeypatch):
+    """Its refusal comes before the routes, which check keys; so it checks them itself. A tenant's own limit is told first."""
+    admission = town.site.services.admission
+    held = [admission.admit(town.tenants.authenticate(town.keys["tight"])) for _ in range(2)]
+    monkeypatch.setattr(admission, "max_open", 2)
+    try:
+        assert error_of(town.ask("", "tiny"), 401)["code"] == "invalid_api_key"
+        wrong = post(town.site.app, "/v1/completions", TEXT, authorization="Bearer 0123456789ab.nonsense-nonsense")
+        assert error_of(wrong, 401)["code"] == "invalid_api_key"
+        assert error_of(town.ask("acme", "tiny"), 503)["code"] == "overloaded"
+        assert error_of(town.ask("tight", "tiny"), 429)["code"] == "rate_limit_exceeded"
+        assert town.get("/v1/models", "acme").status_code == 200
+    finally:
+        for ticket in held:
+            ticket.close()
+    assert town.ask("acme", "tiny").status_code == 200

@@ -116,6 +116,8 @@ def test_a_full_server_says_so_in_no_time():
         assert {c.status for c in refused} == {503}
         assert all(int(dict(c.sent[0]["headers"])[b"retry-after"]) >= 1 for c in refused)
         assert {json.loads(c.body)["error"]["type"] for c in refused} == {"overloaded_error"}
+        assert not any(c.was_read for c in refused), "a refusal costs next to nothing: the body is not even read"
+        assert s.services.admission.rejects["full"] == len(refused)
         assert each < 0.05
         s.idle()
 

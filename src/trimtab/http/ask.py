@@ -51,7 +51,10 @@ class Plan:
 async def plan(body: ChatBody | CompletionBody, tenant: Tenant, s: Services) -> Plan:
     """Find the adapter and count the answers. Fault: 404 where there is no such model, 400 where there are too many answers."""
     try:
-        adapter = await run_in_threadpool(s.catalog.find, body.model, tenant)
+        if s.catalog.looks_in_store(body.model, tenant):
+            adapter = await run_in_threadpool(s.catalog.find, body.model, tenant)
+        else:
+            adapter = s.catalog.find(body.model, tenant)
     except TrimtabError as error:
         raise fault_of(error).about("model", "model_not_found") from None
     n = _or(body.n, 1)

@@ -16,8 +16,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trimtab.http.errors import RETRY_S, ClientGone, Fault, fault_of_body, reply
+from trimtab.errors import LimitError, TrimtabError
+from trimtab.http.errors import RETRY_S, ClientGone, Fault, fault_of, fault_of_body, reply
 from trimtab.http.services import Limits, Services
+from trimtab.serve.tenants import LOCAL
 
 MAX_FIELDS = 100
 """Of a body: more than there are, and few enough to look for each one's nearest spelling."""
@@ -25,6 +27,8 @@ SMALL = 16 << 10
 """Bytes of a body that is parsed on the event loop; a larger one would hold up other requests' tokens."""
 ALWAYS = frozenset({"/livez", "/readyz", "/metrics"})
 """Answered while the server shuts down."""
+ANSWERS = frozenset({"/v1/chat/completions", "/v1/completions"})
+"""Routes that need room in the engine."""
 M = TypeVar("M", bound=BaseModel)
 STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
@@ -72,10 +76,32 @@ class Gate:
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length[:20]) > self.s.limits.body_bytes:
             return _too_large(self.s.limits.body_bytes)
+        if scope["path"] in ANSWERS and self.s.admission.full:
+            return self._no_room(scope, headers.get(b"authorization", b"").decode("latin-1"))
         return None
+
+    def _no_room(self, scope: Scope, authorization: str) -> Fault | None:
+        """The refusal of a request for which there is no room, before anything of it is read: under overload there are many. Whoever has
+        no valid key passes, to be told so by the route."""
+        try:
+            tenant = LOCAL if self.s.tenants is None else self.s.tenants.authenticate(_token(authorization))
+        except TrimtabError:
+            return None
+        if (record := scope.get("trimtab.record")) is not None:
+            record.tenant = tenant.name
+        try:
+            self.s.admission.refuse_if_over(tenant)
+        except LimitError as error:
+            return fault_of(error)
+        return None  # somebody has just gone
 
     def _is_us(self, named: list[bytes]) -> bool:
         return len(named) == 1 and self.s.hosts is not None and named[0].decode("latin-1").lower() in self.s.hosts
+
+
+def _token(authorization: str) -> str | None:
+    scheme, _, token = authorization.partition(" ")
+    return token if scheme.lower() == "bearer" else None
 
 
 def _too_large(limit: int) -> Fault:

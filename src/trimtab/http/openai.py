@@ -30,7 +30,7 @@ router = APIRouter(prefix="/v1", dependencies=[Depends(caller)])
 ERRORS = documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
-def services(request: Request) -> Services:
+async def services(request: Request) -> Services:
     s: Services = request.app.state.services
     return s
 

@@ -110,6 +110,16 @@ class Admission:
                 holding.bucket.level -= charged
         return Ticket(tenant, n, charged, now, self._close)
 
+    @property
+    def full(self) -> bool:
+        """Whether the server has no room for a single answer more."""
+        return self._open >= self.max_open
+
+    def refuse_if_over(self, tenant: Tenant) -> None:
+        """What `admit` would raise for one answer, without letting it in."""
+        with self._lock:
+            self._refuse_if_over(tenant, self._holdings.get(tenant.id) or _Holding(), 1, self._clock())
+
     def drain(self) -> None:
         """From now on nobody comes in; those inside are not touched."""
         self._draining = True

@@ -87,6 +87,10 @@ class Catalog:
         self._loaded: dict[tuple[str, str], _Loaded] = {}
         self._started = int(time.time())
 
+    def looks_in_store(self, model: str, tenant: Tenant) -> bool:
+        """Whether `find` has to read the store, which may take long; else it answers from memory."""
+        return model not in self.base_names and (tenant.id, model) not in self._loaded
+
     def find(self, model: str, tenant: Tenant) -> Served | None:
         """The adapter that this tenant means by this name; None for the base. NotFoundError where it has none of that name.
 
