@@ -137,6 +137,20 @@ def test_evicting_while_it_loads_serves_those_who_wait_and_then_lets_go():
     assert engine.stats().kv_blocks_cached == 0, "what is kept of its digest goes too"
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_evicting_one_that_is_only_queued_for_serves_it_and_then_lets_go(steps):
+    """Before its load has begun: it has just come, or stands behind others of its tenant."""
+    engine = engine_of(max_running=1)
+    first = ask(engine, "a", tokens(40, 1), held("lora-0"), max_tokens=8, ignore_eos=True)
+    queued = [ask(engine, name, tokens(40, 1), held("lora-1"), max_tokens=3) for name in "bc"]
+    for _ in range(steps):
+        engine.step()
+    engine.evict("sha256:lora-1")
+    finish(engine)
+    assert first.finish == "length" and all(q.finish in ("stop", "length") for q in queued)
+    assert engine.stats().adapters_resident == 1 and not engine.residency.holds("sha256:lora-1")
+
+
 def test_evicting_one_in_use_finishes_its_requests_and_frees_everything_of_it():
     engine = engine_of()
     running = ask(engine, "a", tokens(40, 1), held("lora-0"), max_tokens=10, ignore_eos=True)

@@ -324,7 +324,7 @@ class Engine:
 
     def _evict(self, digest: str) -> None:
         self.pool.forget(digest)
-        self.residency.evict(digest)
+        self.residency.evict(digest, wanted=any(live.digest == digest and live.resident is None for live in list(self._live.values())))
 
     def _freed(self, resident: Resident) -> None:
         self.runner.forget(resident.packed)
