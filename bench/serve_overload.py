@@ -50,8 +50,8 @@ class Clients:
         parts = urlsplit(url)
         self.host, self.port = parts.hostname, parts.port
         body = json.dumps(ASKED).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        self.request = head.encode() + body
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+        self.request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         self.idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def ask(self, seen: Seen) -> None:

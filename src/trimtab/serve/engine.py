@@ -81,7 +81,7 @@ class Engine:
     def submit(self, request: Request, sink: Sink) -> None:
         """Take a request; everything later goes through the sink. TrimtabError where it can never run, OverloadedError where too many wait
         or the engine is shutting down, ValueError where its id is in use."""
-        self._check(request)
+        request.check(self.base.spec.vocab_size, self.scheduler.max_length)
         matcher = self.grammars.matcher(request.sampling.grammar) if request.sampling.grammar is not None else None
         p = request.sampling
         digest = None if request.adapter is None else request.adapter.digest
@@ -215,16 +215,11 @@ class Engine:
             else:
                 self._finish(live, "error", ServingError(f"{live.digest or 'the base'} gives numbers that are not finite"))
             return
-        live.tokens.append(token.id)
-        if live.first is None:
-            live.first = now
-        else:
-            live.gaps.append(now - live.last)
-        live.last = now
+        live.take(token.id, now)
         self.scheduler.fairness.charge(live.request.tenant, live.request.weight, tokens_out=1)
         self._tokens.add(live.request.tenant, 0, 1)
         try:
-            text, finish = self._continue(live, token.id)
+            text, finish = live.say(self.base.stop_ids, self.scheduler.max_length)
         except Exception as error:
             _log.exception("request %s: a token could not be taken up", live.request.id)
             self._finish(live, "error", ServingError(f"the answer could not go on: {type(error).__name__}: {error}"))
@@ -233,20 +228,6 @@ class Engine:
             self._send(live, Delta(text, (token,)))
         else:
             self._finish(live, finish, text=text, tokens=(token,))
-
-    def _continue(self, live: Live, token: int) -> tuple[str, FinishReason | None]:
-        """What the token adds to the text, and why the answer ends with it, if it does."""
-        p = live.request.sampling
-        if live.matcher is not None and not live.matcher.advance(token):
-            raise ValueError(f"token {token} does not follow the grammar: {live.matcher.error}")
-        may_end = live.new >= p.min_tokens
-        ended = may_end and ((token in self.base.stop_ids and not p.ignore_eos) or token in p.stop_token_ids)
-        text = live.text.push(token)
-        if ended or live.text.stopped or (live.matcher is not None and live.matcher.done):
-            return text, "stop"
-        if live.new >= p.max_tokens or live.past >= self.scheduler.max_length:
-            return text, "length"
-        return text, None
 
     # ---- coming and going ----
 
@@ -334,20 +315,6 @@ class Engine:
     def _post(self, what: Callable[[], None]) -> None:
         self._inbox.append(what)
         self._wake.set()
-
-    def _check(self, request: Request) -> None:
-        prompt, vocab, most = request.prompt, self.base.spec.vocab_size, self.scheduler.max_length
-        problems = []
-        if not prompt:
-            problems.append("the prompt is empty")
-        elif not 0 <= min(prompt) <= max(prompt) < vocab:
-            problems.append(f"the prompt has token ids outside 0..{vocab - 1}")
-        if len(prompt) > most:
-            problems.append(f"the prompt has {len(prompt)} tokens; at most {most} fit: positions of the base, or its KV blocks")
-        if not 0.0 < request.weight < float("inf"):
-            problems.append(f"weight = {request.weight}: must be a finite number above 0")
-        if problems:
-            raise TrimtabError("this request cannot be run", problems=problems)
 
     # ---- who drives it ----
 

@@ -109,6 +109,20 @@ class Request:
     deadline: float | None = None
     cache_salt: str = ""
 
+    def check(self, vocab_size: int, longest: int) -> None:
+        """TrimtabError where it can never run. longest: tokens of one sequence."""
+        problems = []
+        if not self.prompt:
+            problems.append("the prompt is empty")
+        elif not 0 <= min(self.prompt) <= max(self.prompt) < vocab_size:
+            problems.append(f"the prompt has token ids outside 0..{vocab_size - 1}")
+        if len(self.prompt) > longest:
+            problems.append(f"the prompt has {len(self.prompt)} tokens; at most {longest} fit: positions of the base, or its KV blocks")
+        if not 0.0 < self.weight < math.inf:
+            problems.append(f"weight = {self.weight}: must be a finite number above 0")
+        if problems:
+            raise TrimtabError("this request cannot be run", problems=problems)
+
 
 @dataclass(frozen=True)
 class Token:

@@ -120,8 +120,8 @@ class Residency:
             self._begin()
 
     def evict(self, digest: str, *, wanted: bool = False) -> None:
-        """No new leases; it is freed when the last one ends, and all that is kept of its digest with it. wanted: requests for it are queued,
-        which may not have asked for it yet: they get it still, and then it goes."""
+        """No new leases; it is freed when the last one ends, and all that is kept of its digest with it. wanted: requests for it are
+        queued, whose load may not have begun: they get it still, and then it goes."""
         for leaving in self._leaving:
             leaving.purge |= leaving.digest == digest
         resident = self._resident.get(digest)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Literal
 
 from trimtab.errors import TrimtabError
 from trimtab.serve.blocks import VIRTUAL, chain_next
 from trimtab.serve.grammar import Matcher
-from trimtab.serve.request import Request, Sink, Usage
+from trimtab.serve.request import FinishReason, Request, Sink, Usage
 from trimtab.serve.residency import Resident
 from trimtab.serve.sampling import Draw
 from trimtab.serve.text import TextStream
@@ -75,6 +76,29 @@ class Live:
     @property
     def usage(self) -> Usage:
         return Usage(len(self.request.prompt), self.new, self.cached)
+
+    def take(self, token: int, now: float) -> None:
+        """A new token has been chosen for it at this time."""
+        self.tokens.append(token)
+        if self.first is None:
+            self.first = now
+        else:
+            self.gaps.append(now - self.last)
+        self.last = now
+
+    def say(self, stop_ids: Container[int], longest: int) -> tuple[str, FinishReason | None]:
+        """What its newest token adds to the text, and why the answer ends with it, if it does. stop_ids: the base's end tokens. longest:
+        tokens of a sequence. ValueError where the token does not follow the grammar."""
+        token, p = self.tokens[-1], self.request.sampling
+        if self.matcher is not None and not self.matcher.advance(token):
+            raise ValueError(f"token {token} does not follow the grammar: {self.matcher.error}")
+        ended = self.new >= p.min_tokens and ((token in stop_ids and not p.ignore_eos) or token in p.stop_token_ids)
+        text = self.text.push(token)
+        if ended or self.text.stopped or (self.matcher is not None and self.matcher.done):
+            return text, "stop"
+        if self.new >= p.max_tokens or self.past >= longest:
+            return text, "length"
+        return text, None
 
     def key(self, block: int, size: int) -> bytes:
         """The key of its block number `block`, which all of its tokens so far must fill."""
