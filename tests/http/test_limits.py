@@ -166,6 +166,22 @@ def test_a_connection_that_sends_no_head_is_closed(monkeypatch: pytest.MonkeyPat
             assert answer(good).startswith(b"HTTP/1.1 200"), "an idle connection that has sent a request is kept"
 
 
+def test_small_packets_are_sent_at_once(monkeypatch: pytest.MonkeyPatch):
+    """Nagle's algorithm would hold an answer's body until the client acknowledges its head, which takes 40 ms."""
+    delays: list[int] = []
+    made = server.Protocol.connection_made
+
+    def observed(self, transport: asyncio.Transport) -> None:
+        made(self, transport)
+        delays.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(server.Protocol, "connection_made", observed)
+    with site() as s, listening(s.services, s.app) as address, socket.create_connection(address) as client:
+        client.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert answer(client).startswith(b"HTTP/1.1 200")
+    assert delays == [1]
+
+
 def test_a_port_that_is_taken_is_a_users_mistake():
     from trimtab.errors import ConfigError
 

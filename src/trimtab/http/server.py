@@ -30,9 +30,18 @@ LAST_S = 5
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket, before anything slow is begun; port 0 takes a free one. ConfigError where it cannot be had."""
+    # asyncio sends small packets at once (TCP_NODELAY) only on sockets that name their protocol; else an answer's body waits 40 ms for the
+    # client to acknowledge its head, and a stream's tokens for each other
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((host, port))
+        sock.listen(2048)
+        return sock
     except (OSError, OverflowError) as error:
+        sock.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {error}", fix="choose another --port (0: any free one) or --host") from None
 
 
