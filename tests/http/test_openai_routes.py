@@ -17,7 +17,7 @@ from trimtab.serve.request import Request, SamplingParams
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     base = base_of()
     folder = tmp_path_factory.mktemp("adapters")
-    with site(Asked(adapters=adapter_folders(folder, base), folders=[folder], base_names=["base"]), base=base) as s:
+    with site(Asked(adapters=adapter_folders(folder, base), folders=[folder], base_names=[BASE, "base"]), base=base) as s:
         yield s
         s.idle()
 

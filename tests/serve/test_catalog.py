@@ -45,7 +45,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def catalog(base: Base, store: Store) -> Catalog:
-    return Catalog(base, store, base_names=("assistant",))
+    return Catalog(base, store, base_names=(base.name, "assistant"))
 
 
 def digest(catalog: Catalog, model: str, tenant: Tenant) -> str:
@@ -458,3 +458,12 @@ def test_a_snapshot_computes_what_the_saved_adapter_computes(base: Base, method,
     live = snapshot("x", base, adapter.method, adapter.params).load()
     a, b = base.logits([[1, 2, 3]], [saved])[0], base.logits([[1, 2, 3]], [live])[0]
     assert torch.equal(a, b)
+
+
+def test_a_base_has_its_own_name_or_the_names_it_is_given(base: Base):
+    """A base that was opened from a folder is named by the folder's path, which is nothing for clients."""
+    assert Catalog(base, None).base_names == (base.name,)
+    shown = Catalog(base, None, base_names=("shown",))
+    assert shown.base_names == ("shown",) and shown.find("shown", LOCAL) is None
+    with pytest.raises(NotFoundError):
+        shown.find(base.name, LOCAL)

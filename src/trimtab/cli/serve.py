@@ -105,7 +105,6 @@ def serve(
         sock = open_parts.enter_context(server.bind(host, port))
         port = sock.getsockname()[1]
         base = open_base(base_name, dtype, device)
-        base.name = shown or (Path(base_name).name if Path(base_name).exists() else base_name)  # a path is nothing for clients
         engine = Engine(base, config)
         open_parts.callback(engine.close)
         services = services_of(
@@ -114,6 +113,7 @@ def serve(
                 store=store,
                 folders=folders,
                 adapters=adapters,
+                base_names=(shown or (Path(base_name).name if Path(base_name).exists() else base_name),),  # a path is nothing for clients
                 tenants=tenants,
                 audit=audit,
                 hosts=server.local_hosts(port) if local else None,

@@ -74,7 +74,7 @@ class LiveServer:
         self.engine = Engine(
             base, EngineConfig(kv_bytes=RUNNING * TOKENS // 16 * Runner.bytes_per_block(base, 16), max_running=RUNNING), loader=AtOnce()
         )
-        shown = Path(prepared.run.base).name if Path(prepared.run.base).exists() else prepared.run.base
+        shown = Path(prepared.run.base).name if Path(prepared.run.base).exists() else prepared.run.base  # a path is nothing for clients
         port = sock.getsockname()[1]
         made = services_of(self.engine, Asked(base_names=(shown,), hosts=server.local_hosts(port)))
         self.services = replace(made, alive=lambda: not self.failed)
@@ -94,7 +94,7 @@ class LiveServer:
         self._thread.start()
         while self._thread.is_alive() and not self._ready.wait(0.1):
             pass
-        names = ", ".join([self.services.catalog.base_names[-1], *self.shown])  # the base's last one is never a path
+        names = ", ".join([self.services.base_name, *self.shown])
         click.echo(f"serving {names} at http://{HOST}:{self.sock.getsockname()[1]} for this machine only, as long as it trains", err=True)
         self._turn_ended = time.monotonic()
 

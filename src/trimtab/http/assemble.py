@@ -23,7 +23,7 @@ from trimtab.store.registry import Store
 @dataclass(frozen=True)
 class Asked:
     """What a server is asked to be. store, folders: where adapters come from (catalog.py). adapters: names given at the start, in local
-    mode: name -> a folder or a name in the store. base_names: further names of the base. tenants, audit: None in local mode."""
+    mode: name -> a folder or a name in the store. base_names: see catalog.py. tenants, audit: None in local mode."""
 
     store: Store | None = None
     folders: Sequence[Path] = ()

@@ -60,9 +60,9 @@ class _Loaded:
 class Catalog:
     """What can be asked for. store: None where there is none. folders: under which `load` may read, none: `load` is off.
 
-    base_names: further names of the base. evict: hears the digest of an adapter that no loaded name stands for any more, to free its
-    memory once nobody uses it. Under one of the folders, a tenant may load what lies in a subfolder named after one of its namespaces;
-    an admin tenant may load all. Safe for any number of threads.
+    base_names: the base's names for clients, none: its own. evict: hears the digest of an adapter that no loaded name stands for any more,
+    to free its memory once nobody uses it. Under one of the folders, a tenant may load what lies in a subfolder named after one of its
+    namespaces; an admin tenant may load all. Safe for any number of threads.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Catalog:
     ):
         self.base, self.store, self._evict = base, store, evict
         self._names = None if store is None else StoreNames(store)
-        self.base_names = tuple(dict.fromkeys(n for n in (base.name, *base_names) if n))
+        self.base_names = tuple(dict.fromkeys(base_names)) or ((base.name,) if base.name else ())
         if not self.base_names:
             raise TrimtabError("the base has no name by which it could be asked for", fix="give it one")
         self.folders = tuple(Path(f).resolve() for f in folders)
