@@ -71,6 +71,7 @@ class Engine:
         self._changed = Condition()  # guards _live, _serial, _closing; notified when a request has ended
         self._serial = self._steps = self._step_errors = 0
         self._closing = False
+        self._departing: set[str] = set()  # digests to evict once nobody is left who is queued for them
         self._deadlines: list[tuple[float, int, str]] = []
         self._tokens = TokenCounts()
         self._thread: Thread | None = None
@@ -125,7 +126,7 @@ class Engine:
         self._post(lambda: self.residency.load(adapter))
 
     def evict(self, digest: str) -> None:
-        """Let go of an adapter: requests that use it finish, then it and all that is kept of it goes."""
+        """Let go of an adapter: requests that are there finish with it, then it and all that is kept of it goes."""
         self._post(lambda: self._evict(digest))
 
     @property
@@ -283,6 +284,9 @@ class Engine:
         with self._changed:
             del self._live[live.request.id]
             self._changed.notify_all()
+        if live.digest in self._departing and all(other.digest != live.digest for other in list(self._live.values())):
+            self._departing.discard(live.digest)
+            self._evict(live.digest)
         self._send(live, Delta(text, tokens, finish, live.usage, error))
         now = self.clock()
         queue_s = (live.admitted if live.admitted is not None else now) - live.arrived
@@ -305,7 +309,9 @@ class Engine:
 
     def _evict(self, digest: str) -> None:
         self.pool.forget(digest)
-        self.residency.evict(digest, wanted=any(live.digest == digest and live.resident is None for live in list(self._live.values())))
+        self.residency.evict(digest)
+        if any(live.digest == digest and live.resident is None for live in list(self._live.values())):
+            self._departing.add(digest)
 
     def _freed(self, resident: Resident) -> None:
         self.runner.forget(resident.packed)

@@ -119,17 +119,16 @@ class Residency:
             self._wanted.setdefault(digest, adapter)
             self._begin()
 
-    def evict(self, digest: str, *, wanted: bool = False) -> None:
-        """No new leases; it is freed when the last one ends, and all that is kept of its digest with it. wanted: requests for it are
-        queued, whose load may not have begun: they get it still, and then it goes."""
+    def evict(self, digest: str) -> None:
+        """No new leases; it is freed when the last one ends, and all that is kept of its digest with it."""
         for leaving in self._leaving:
             leaving.purge |= leaving.digest == digest
         resident = self._resident.get(digest)
         if resident is not None:
             resident.purge = True
             self._leave(resident)
-        if wanted or digest in self._wanted or digest in self._loading or any(p.digest == digest for p in self._parked):
-            self._leave_at_once.add(digest)
+        elif digest in self._wanted or digest in self._loading or any(p.digest == digest for p in self._parked):
+            self._leave_at_once.add(digest)  # whoever waits for it still gets it
 
     def collect(self, waited_for: Container[str]) -> list[Loaded]:
         """Loads that have ended since the last call, as far as there is room. waited_for: digests for which requests wait: for them room is
