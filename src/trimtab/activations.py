@@ -19,13 +19,24 @@ FUSED = frozenset(name.lower() for name in LLAMA_LIKE)
 """Model types whose RMSNorm and gated MLP run as `ops.rms_norm` and `ops.swiglu`."""
 
 
-def activation_bytes(spec: Spec, sites: Sequence[Site], dtype: torch.dtype, tokens: int, length: int, *, virtual: int = 0) -> int:
+def activation_bytes(
+    spec: Spec,
+    sites: Sequence[Site],
+    dtype: torch.dtype,
+    tokens: int,
+    length: int,
+    *,
+    virtual: int = 0,
+    activation_checkpointing: bool = False,
+) -> int:
     """Bytes of activations at the peak of a step of `tokens` rows in sequences of `length`: what the layers keep (`kept_bytes`), the
     supervised rows' hidden states and their gradient, 2·b·H a row (all rows taken as supervised), and the largest of three passing things:
 
         head       LOSS_ROWS rows of logits, twice in fp32 (logsumexp makes a copy), twice more where they are soft-capped
         attention  in one layer's backward, a block of queries: the probabilities, their gradient and the scores' (and the slope of a cap)
         MLP        in one layer's backward, the gradients of 3·M + 2·H features a row
+
+    With activation checkpointing a layer's activations are there during its own backward only, so never beside the logits.
 
     An allocator's slack is not counted: measured on the bundled base on a CPU, real peaks are 8–16% above, and 29–40% where glibc's heap
     keeps what was freed.
@@ -35,12 +46,21 @@ def activation_bytes(spec: Spec, sites: Sequence[Site], dtype: torch.dtype, toke
     head = min(tokens, LOSS_ROWS) * spec.vocab_size * (8 + capped)
     attention = tokens * spec.num_heads * min(length, QUERY_BLOCK, tokens) * b * (4 if capped else 3)
     mlp = tokens * b * (3 * inner + 2 * spec.hidden_size)
-    kept = kept_bytes(spec, sites, dtype, tokens, length, virtual=virtual)
-    return kept + tokens * 2 * b * spec.hidden_size + max(head, attention, mlp)
+    held, again = _held_and_again(spec, sites, dtype, tokens, length, virtual, activation_checkpointing)
+    return held + tokens * 2 * b * spec.hidden_size + max(head, again + max(attention, mlp))
 
 
-def kept_bytes(spec: Spec, sites: Sequence[Site], dtype: torch.dtype, tokens: int, length: int, *, virtual: int = 0) -> int:
-    """Bytes that the layers keep between forward and backward. For each row, in each layer from the first that an adapter touches:
+def kept_bytes(
+    spec: Spec,
+    sites: Sequence[Site],
+    dtype: torch.dtype,
+    tokens: int,
+    length: int,
+    *,
+    virtual: int = 0,
+    activation_checkpointing: bool = False,
+) -> int:
+    """Bytes that the layers keep for the backward, at most at a time. For each row, in each layer from the first that an adapter touches:
 
         norms      b·width each for a LayerNorm, and for a fused RMSNorm with 4 for each vector that it normalises; 4·width for an RMSNorm
                    of the model's own, which computes in fp32
@@ -53,15 +73,35 @@ def kept_bytes(spec: Spec, sites: Sequence[Site], dtype: torch.dtype, tokens: in
     b bytes of dtype, A heads·head_dim, K kv_heads·head_dim, M the MLP's inner width. A frozen linear keeps nothing. A norm that itself
     trains is not fused. Sequences are taken as equally long, so nothing is padded; the first layer is counted whole, though an adapter
     behind its attention needs less of it.
+
+    With activation checkpointing it is b·H a row for each of these layers' inputs, and all of the above for the dearest of them alone.
     """
-    b, (inner, gated), fused = dtype.itemsize, _mlp(spec), spec.model_type in FUSED
+    return sum(_held_and_again(spec, sites, dtype, tokens, length, virtual, activation_checkpointing))
+
+
+def _held_and_again(
+    spec: Spec, sites: Sequence[Site], dtype: torch.dtype, tokens: int, length: int, virtual: int, activation_checkpointing: bool
+) -> tuple[int, int]:
+    """(bytes held from the forward on, bytes of the layer that is computed again at the time)."""
     first = min((_layer(spec, s.name) for s in sites), default=0)
-    live, trained = spec.num_layers - first, {s.name for s in sites if s.saved}
-    norms = [m for m in spec.modules.values() if m.kind == "norm" and m.layer is not None and m.layer >= first]
+    live, at = range(first, spec.num_layers), {s.name: _layer(spec, s.name) for s in sites}
+    inside = [s for s in sites if s.name.startswith(spec.family.layers + ".")]
+    outside = tokens * dtype.itemsize * _remembered(spec, [s for s in sites if s not in inside])
+    if not activation_checkpointing:
+        return outside + _kept_by(spec, inside, live, dtype, tokens, length, virtual), 0
+    again = [_kept_by(spec, [s for s in inside if at[s.name] == i], range(i, i + 1), dtype, tokens, length, virtual) for i in live]
+    return outside + len(live) * tokens * dtype.itemsize * spec.hidden_size, max(again, default=0)
+
+
+def _kept_by(spec: Spec, sites: Sequence[Site], layers: range, dtype: torch.dtype, tokens: int, length: int, virtual: int) -> int:
+    """What these layers keep, their edits at `sites` included: see `kept_bytes`."""
+    b, (inner, gated), fused = dtype.itemsize, _mlp(spec), spec.model_type in FUSED
+    trained = {s.name for s in sites if s.saved}
+    norms = [m for m in spec.modules.values() if m.kind == "norm" and m.layer in layers]
     norm_bytes = sum(_norm_bytes(spec, m, b, fused and m.name not in trained) for m in norms)
     mlp = ((2 if fused else 3) if gated else 4) * inner
-    per_row = norm_bytes + live * b * (spec.num_heads * spec.head_dim + mlp) + b * _remembered(spec, sites)
-    return tokens * per_row + live * 2 * b * spec.kv_width * (tokens + virtual * math.ceil(tokens / length))
+    per_row = norm_bytes + len(layers) * b * (spec.num_heads * spec.head_dim + mlp) + b * _remembered(spec, sites)
+    return tokens * per_row + len(layers) * 2 * b * spec.kv_width * (tokens + virtual * math.ceil(tokens / length))
 
 
 def forward_bytes(spec: Spec, b: int, tokens: int, length: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from trimtab import attention, fast
 from trimtab.bank import PackedAdapter
@@ -99,7 +100,13 @@ class Host:
 
 
 class Attached:
-    """A base model with hosts. One at a time runs a forward: the batch at hand is state."""
+    """A base model with hosts. One at a time runs a forward: the batch at hand is state.
+
+    activation_checkpointing: forwards with gradients keep each decoder layer's input only, and the backward runs the layer again (Chen et
+    al. 2016, arXiv:1604.06174). It may be set between any two forwards.
+    """
+
+    activation_checkpointing = False
 
     def __init__(self, model: Any):
         self.model, self.spec = model, read_spec(model)
@@ -111,7 +118,21 @@ class Attached:
         self._hosts: dict[str, Host] = {}
         model.eval().requires_grad_(False)
         model.set_attn_implementation(attention.NAME)
-        self.fast = fast.install(model)
+        self.row_wise = fast.RowWise()
+        self.fast = fast.install(model, self.row_wise)
+        for layer in model.get_submodule(self.spec.family.layers):
+            layer.forward = self._recomputing(layer.forward)
+
+    def compile(self, wanted: bool) -> str:
+        """Compile the row-wise parts of the layers, or go back to those that are not; returns in words what runs. ConfigError where
+        torch.compile does not work."""
+        kernels, text = fast.RowWise(), ""
+        if wanted and self.fast:
+            kernels, text = fast.compile_row_wise(self.embedding.weight)
+        elif wanted:
+            text = f"nothing is compiled: layers of {self.spec.model_type} run as transformers wrote them"
+        vars(self.row_wise).update(vars(kernels))
+        return text
 
     def pack(self, method: Method, params: dict[str, Tensor], sites: Sequence[Site]) -> PackedAdapter:
         """What the forward runs of one adapter; differentiable. sites: the method's, on this base (found once by the caller)."""
@@ -159,6 +180,23 @@ class Attached:
                 x_TH = torch.cat([x_TH[:start], embeds_NH.to(x_TH.dtype), x_TH[stop:]])
             out = self.body(inputs_embeds=x_TH[None], position_ids=batch.position_T[None], use_cache=False, trimtab_plan=batch.plan)
         return out.last_hidden_state[0]
+
+    def _recomputing(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A layer's forward that obeys `activation_checkpointing`. The backward runs when the batch at hand is long another, or none, so
+        the layer takes its own along. Dropout masks are drawn from (seed, site), so they come out alike with no generator's state kept."""
+
+        def layer(*args: Any, **kwargs: Any) -> Tensor:
+            batch = self.batch
+            if batch is None or not self.activation_checkpointing or not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+
+            def again(*args: Any, **kwargs: Any) -> Tensor:
+                with self._running(batch):
+                    return forward(*args, **kwargs)
+
+            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return layer
 
     def head(self, hidden_RH: Tensor, batch: Batch, index: Sequence[int]) -> Tensor:
         """Logits [R, V] of rows `index` (ascending) of a batch, given their hidden states; edits of the head included."""

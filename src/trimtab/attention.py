@@ -137,6 +137,14 @@ class Plan:
     def layout(self) -> tuple[list[Bucket], Tensor]:
         return lay_out(self.runs, self.device)
 
+    @cached_property
+    def index(self) -> ops.FlatIndex:
+        return ops.flat_index([(r.start, r.stop, r.keys) for r in self.runs])
+
+    @cached_property
+    def varlen(self) -> ops.VarlenIndex:
+        return ops.varlen_index([(r.start, r.stop, r.keys) for r in self.runs], self.device)
+
     def pool(self, layer: int, k_THD: Tensor, v_THD: Tensor) -> tuple[Tensor, Tensor]:
         if self.capture:
             self.captured.append((k_THD, v_THD))
@@ -229,6 +237,10 @@ def attend(
 ) -> Tensor:
     """Attention of a layer's flat rows over the plan's sequences; q [T, H, D], k and v [T, kv_heads, D]; returns [T, H, D]."""
     k_pool, v_pool = plan.pool(layer, k_THD, v_THD)
+    if plan.cache is None and softcap is None and scaling > 0 and ops.takes_flat(q_THD, k_pool, v_pool):
+        return ops.flat_attention(q_THD, k_pool, v_pool, plan.index, scaling, window)
+    if plan.cache is None and softcap is None and (kernel := ops.varlen_kernel(q_THD, k_pool)) is not None:
+        return ops.varlen_attention(q_THD, k_pool, v_pool, plan.varlen, scaling, window, kernel)
     return over_buckets(q_THD, k_pool, v_pool, plan.layout, scaling, softcap, window)
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from trimtab.methods.base import Kernel, Packed, Prefix
-from trimtab.ops import native
+from trimtab.ops import native, native_inference
+from trimtab.ops.stack import LoraTable, Stack
 
 ALIGNED = 64
 """Bytes to whose multiples tensors are laid out: a cache line, and the widest register."""
@@ -89,9 +90,9 @@ class PackList:
         return self._addresses[name][:2]
 
     @cached_property
-    def lora_parts(self) -> native.LoraParts:
-        """The factors of this site alone, for `ops.native.lora`."""
-        return native.LoraParts([self], [self.items[0].tensors["B"].shape[0]])
+    def lora_parts(self) -> native_inference.LoraParts:
+        """The factors of this site alone, for `ops.native_inference.lora`."""
+        return native_inference.LoraParts([(self, range(len(self.items)))], [0], len(self.items))
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ class Mix:
 
     adapters: Sequence[PackedAdapter]
     groups: dict[str, list[Group]] = field(init=False)
-    joined: dict[tuple[str, ...], native.LoraParts | None] = field(init=False, default_factory=dict)
+    joined: dict[tuple[str, ...], native_inference.LoraParts | None] = field(init=False, default_factory=dict)
+    tables: dict[Stack, LoraTable | None] = field(init=False, default_factory=dict)  # of each model's layers, once it has run them
 
     def __post_init__(self) -> None:
         found: dict[str, dict[Kernel, list[int]]] = {}
@@ -124,12 +126,17 @@ class Mix:
             for site, kernels in found.items()
         }
 
-    def lora_parts(self, sites: tuple[str, ...], kernel: Kernel) -> native.LoraParts | None:
-        """The factors of sites that share an input, for one pass over all; None where anything but this kernel runs there, or not for the
-        same members everywhere."""
+    @cached_property
+    def members(self) -> tuple[int, ...]:
+        """All of them: rows of these have their member's number as slot."""
+        return tuple(range(len(self.adapters)))
+
+    def lora_parts(self, sites: tuple[str, ...], starts: Sequence[int], kernel: Kernel) -> native_inference.LoraParts | None:
+        """The factors of sites that share an input, for one pass over all; slots are members. starts: where each site's outputs begin in a
+        row. None where no edits act, or others than this kernel's."""
         if sites not in self.joined:
-            groups = [self.groups.get(s, []) for s in sites]
-            same = all(len(g) == 1 and g[0].kernel is kernel and g[0].members == groups[0][0].members for g in groups)
-            widths = [g[0].packs.items[0].tensors["B"].shape[0] for g in groups] if same else []
-            self.joined[sites] = native.LoraParts([g[0].packs for g in groups], widths) if same else None
+            found = [(group, start) for site, start in zip(sites, starts, strict=True) for group in self.groups.get(site, ())]
+            packs = [(group.packs, group.members) for group, _ in found]
+            fits = found and all(group.kernel is kernel for group, _ in found)
+            self.joined[sites] = native_inference.LoraParts(packs, [s for _, s in found], len(self.adapters)) if fits else None
         return self.joined[sites]

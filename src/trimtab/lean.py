@@ -2,6 +2,7 @@
 
 The same formulas as the model's own forward in a tenth of the operations: projections that share an input run as one matmul over weights in
 the layout that the matmul wants, and everything between them is one kernel each (`ops.native`), keys and values straight into the cache.
+Few rows with no edits but LoRA run all layers in one native call (`ops.stack`) of the same kernels.
 Edits of every method go through the same kernels of `ops` as everywhere. What is trusted is a comparison: before its first use it runs
 beside the model's own forward, and where the two differ the model keeps its own. It copies the projections' weights, if memory allows.
 """
@@ -20,10 +21,12 @@ from torch import Tensor
 
 from trimtab import ops
 from trimtab.attention import KVCache, PagedKV, Plan, Run, lay_out, over_buckets
-from trimtab.ops import native
+from trimtab.ops import native, native_inference
+from trimtab.ops.stack import LayerWeights, LoraTable, Stack
 
 if TYPE_CHECKING:
     from trimtab.attach import Attached
+    from trimtab.bank import Mix
     from trimtab.batch import Batch
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -60,7 +63,8 @@ class Lean:
         self.layers = [_Layer(attached, i, layer, packs) for i, layer in enumerate(body.layers)]
         self.sites = frozenset(name for layer in self.layers for name in layer.sites) | {spec.family.head}
         self.norm, self.eps = body.norm.weight, body.norm.variance_epsilon
-        self.head = _linear([attached.head_module], packs)
+        self.head = _linear([attached.head_module], packs)[0]
+        self.stack = _stack(self.layers, self.heads, self.norm, self.eps)
 
     def takes(self, batch: Batch) -> bool:
         """Whether all that this batch asks for is computed here: a cache, no embedded prefix rows, edits at the layers' modules only."""
@@ -73,18 +77,32 @@ class Lean:
         x_TH = self.attached.embedding(batch.ids_T[None])[0].contiguous()
         cos_TD, sin_TD = (p[0].contiguous() for p in self.attached.body.rotary_emb(x_TH[None], position_ids=batch.position_T[None]))
         paging, long = _paging(plan, cache)
+        if self.stack is not None and len(x_TH) <= FEW_ROWS and not long:
+            edits = self._lora_only(self.stack, batch)
+            if edits is not None:
+                return self.stack(x_TH, (cos_TD, sin_TD), (cache.keys, cache.values), plan.write_T, paging, *edits)
         y_TH: Tensor | None = None
         for layer in self.layers:
-            h_TH = native.add_rms_norm(x_TH, y_TH, layer.input_norm, self.eps)
+            h_TH = native_inference.add_rms_norm(x_TH, y_TH, layer.input_norm, self.eps)
             qkv_T = layer.qkv(h_TH, batch)
             pools = cache.keys[layer.index], cache.values[layer.index]
-            native.rotate_and_write(qkv_T, self.heads, cos_TD, sin_TD, layer.head_norms, self.eps, pools, plan.write_T)
-            a_TH = native.attend(qkv_T, self.heads, pools, paging, layer.scaling, layer.window)
+            native_inference.rotate_and_write(qkv_T, self.heads, cos_TD, sin_TD, layer.head_norms, self.eps, pools, plan.write_T)
+            a_TH = native_inference.attend(qkv_T, self.heads, pools, paging, layer.scaling, layer.window)
             for rows, layout in long:
                 self._attend_long(a_TH, qkv_T, pools, rows, layout, layer)
-            h_TH = native.add_rms_norm(x_TH, layer.o(a_TH, batch), layer.mlp_norm, self.eps)
+            h_TH = native_inference.add_rms_norm(x_TH, layer.o(a_TH, batch), layer.mlp_norm, self.eps)
             y_TH = layer.mlp(h_TH, batch)
-        return native.add_rms_norm(x_TH, y_TH, self.norm, self.eps)
+        return native_inference.add_rms_norm(x_TH, y_TH, self.norm, self.eps)
+
+    def _lora_only(self, stack: Stack, batch: Batch) -> tuple[Tensor | None, LoraTable | None] | None:
+        """Each row's adapter and the factors of all, where nothing but LoRA at projections edits this batch; else None."""
+        rows = batch.rows(batch.mix.members)
+        if rows is None:
+            return None, None
+        if stack not in batch.mix.tables:
+            batch.mix.tables[stack] = _lora_table(self.layers, batch.mix)
+        table, (slot_T, long) = batch.mix.tables[stack], rows.by_row
+        return None if table is None or long else (slot_T, table)
 
     def _attend_long(self, a_TH: Tensor, qkv_T: Tensor, pools: tuple[Tensor, Tensor], rows: slice, layout: Any, layer: _Layer) -> None:
         H, _, D = self.heads
@@ -113,22 +131,45 @@ def _paging(plan: Plan, cache: KVCache) -> tuple[Paging, list[tuple[slice, Any]]
     return Paging(sequence_T, length_T, table_SB, cache.capacity, max(1, int(length.max(initial=0)))), long
 
 
+def _lora_table(layers: Sequence[_Layer], mix: Mix) -> LoraTable | None:
+    """The mix's factors at every projection; None where another kernel acts somewhere."""
+    if any(group.kernel is not ops.lora for groups in mix.groups.values() for group in groups):
+        return None
+    if any(layer.mlp_name in mix.groups for layer in layers):
+        return None
+    return LoraTable([p.lora_parts(mix) for layer in layers for p in layer.projections])
+
+
+def _stack(layers: Sequence[_Layer], heads: tuple[int, int, int], norm_H: Tensor, eps: float) -> Stack | None:
+    """The layers for one native call, where their weights are packed for it."""
+    weights = []
+    for layer in layers:
+        packed = tuple(p.packed for p in layer.projections)
+        if any(p is None for p in packed):
+            return None
+        weights.append(LayerWeights((layer.input_norm, layer.mlp_norm), layer.head_norms, packed, layer.scaling, layer.window))  # type: ignore[arg-type]
+    return Stack(weights, heads, norm_H, eps)
+
+
 class _Projection:
     """Linear layers that share an input, as one matmul; edits of each act on its part of the result."""
 
     def __init__(self, attached: Attached, names: Sequence[str], packs: bool):
         self.attached, self.names = attached, tuple(names)
         self.modules = [attached.model.get_submodule(n) for n in names]
-        self.plain = _linear(self.modules, packs)
+        self.plain, self.packed = _linear(self.modules, packs)
         stops = np.cumsum([m.out_features for m in self.modules]).tolist()
         self.parts = list(zip([0, *stops[:-1]], stops, strict=True))
 
     def __call__(self, x_TI: Tensor, batch: Batch) -> Tensor:
         groups: Mapping[str, Any] = batch.mix.groups
-        if len(self.names) == 1 and self.names[0] in groups:
+        if not any(name in groups for name in self.names):
+            return self.plain(x_TI)
+        lora = self.lora_parts(batch.mix)
+        if len(self.names) == 1 and not lora:
             return self.attached.edited(self.names[0], x_TI, batch, self.plain)
         y_TO = self.plain(x_TI)
-        if groups and not self._joined(x_TI, y_TO, batch):
+        if not lora or not self._add_lora(x_TI, y_TO, batch, lora):
             for name, module, (a, b) in zip(self.names, self.modules, self.parts, strict=True):
                 if name in groups:
                     part = y_TO[:, a:b]
@@ -137,18 +178,23 @@ class _Projection:
                         part.copy_(edited)
         return y_TO
 
-    def _joined(self, x_TI: Tensor, y_TO: Tensor, batch: Batch) -> bool:
-        """Add LoRA at all of these modules in one pass, where that is all there is and every adapter's run of rows is short."""
-        parts = batch.mix.lora_parts(self.names, ops.lora)
-        if parts is None:
-            return False
-        rows = batch.rows(batch.mix.groups[self.names[0]][0].members)
+    def lora_parts(self, mix: Mix) -> native_inference.LoraParts | None:
+        """The mix's factors at all of these modules, where LoRA is all that acts there."""
+        return mix.lora_parts(self.names, [a for a, _ in self.parts], ops.lora)
+
+    def _add_lora(self, x_TI: Tensor, y_TO: Tensor, batch: Batch, parts: native_inference.LoraParts) -> bool:
+        """Add LoRA at all of these modules in one pass over the rows; False where some run of them is better off as matmuls."""
+        rows = batch.rows(batch.mix.members)
         if rows is None:
             return True
         slot_T, long = rows.by_row
-        if long or slot_T is None:
+        if long and not native_inference.runs_on_tiles(x_TI):
             return False
-        native.lora(x_TI, y_TO, slot_T, parts)
+        if slot_T is not None:
+            native_inference.lora(x_TI, y_TO, slot_T, parts)
+        for span in long:
+            slots = torch.full((span.stop - span.start,), span.slot, dtype=torch.int32)
+            native_inference.lora(x_TI[span.start : span.stop], y_TO[span.start : span.stop], slots, parts)
         return True
 
 
@@ -157,7 +203,8 @@ def _known(x_TI: Tensor, y_TO: Tensor, module: Any) -> Linear:
     return lambda x: y_TO if x is x_TI else torch.nn.functional.linear(x, module.weight, module.bias)
 
 
-def _linear(modules: Sequence[Any], packs: bool) -> Linear:
+def _linear(modules: Sequence[Any], packs: bool) -> tuple[Linear, native_inference.PackedWeight | None]:
+    """Linear layers of one input side by side, and their weights on tiles where they are packed so."""
     biases = [m.bias for m in modules]
     if any(b is None for b in biases) and not all(b is None for b in biases):  # a bias of some: zeros for the others
         biases = [m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in modules]
@@ -168,13 +215,13 @@ def _linear(modules: Sequence[Any], packs: bool) -> Linear:
     if packs:
         weight = torch.cat([m.weight for m in modules])
         few = _packed(weight, bias)
-        return lambda x: few(x) if len(x) <= FEW_ROWS else many(x)
-    return many
+        return lambda x: few(x) if len(x) <= FEW_ROWS else many(x), few if isinstance(few, native_inference.PackedWeight) else None
+    return many, None
 
 
 def _packed(weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
     if native.has_tiles() and weight_OI.shape[1] % 32 == 0:
-        return native.PackedWeight(weight_OI, bias_O)
+        return native_inference.PackedWeight(weight_OI, bias_O)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, 32)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, "none", [], "")
 
@@ -195,10 +242,11 @@ class _Layer:
         self.o = _Projection(attached, [f"{at}.self_attn.o_proj"], packs)
         self.gate_up = _Projection(attached, [f"{at}.mlp.{p}_proj" for p in ("gate", "up")], packs)
         self.down = _Projection(attached, [f"{at}.mlp.down_proj"], packs)
-        self.sites = [n for p in (self.qkv, self.o, self.gate_up, self.down) for n in p.names] + [self.mlp_name]
+        self.projections = (self.qkv, self.o, self.gate_up, self.down)
+        self.sites = [n for p in self.projections for n in p.names] + [self.mlp_name]
 
     def mlp(self, h_TH: Tensor, batch: Batch) -> Tensor:
-        inside = lambda x: self.down(native.swiglu(self.gate_up(x, batch)), batch)  # noqa: E731
+        inside = lambda x: self.down(native_inference.swiglu(self.gate_up(x, batch)), batch)  # noqa: E731
         return self.attached.edited(self.mlp_name, h_TH, batch, inside) if self.mlp_name in batch.mix.groups else inside(h_TH)
 
 

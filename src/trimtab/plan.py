@@ -33,6 +33,7 @@ MOMENT_BYTES = 8
 class Plan:
     """One method on one base. `variants` adapters train, or are served, together; all else is as the names say.
 
+    activation_checkpointing: whether training recomputes each layer in the backward.
     Of one adapter: trainable (numbers), adapter_file_bytes (fp32, as saved), adapter_file_bytes_bf16.
     Of training all variants: base_bytes, weight_bytes (adapters in fp32 and packed), gradient_bytes, optimizer_bytes, activation_bytes;
     their sum is train_peak_bytes. Of serving them all: serve_adapter_bytes, serve_kv_bytes (of batch_tokens tokens); serve_peak_bytes also
@@ -47,6 +48,7 @@ class Plan:
     batch_tokens: int
     sequence_length: int
     variants: int
+    activation_checkpointing: bool
     base_parameters: int
     trainable: int
     adapter_file_bytes: int
@@ -90,8 +92,10 @@ def plan(
     batch_tokens: int = 4096,
     sequence_length: int = 512,
     variants: int = 1,
+    activation_checkpointing: bool = False,
 ) -> Plan:
     """What `method` costs on `architecture`. dtype: the base's, or "auto": as stored. batch_tokens: rows of a step, all variants together.
+    activation_checkpointing: as in a run file.
 
     With P trainable parameters of an adapter, N of the base, b bytes of dtype, n variants:
 
@@ -107,8 +111,9 @@ def plan(
     kept = resolved if isinstance(resolved, torch.dtype) else architecture.dtype
     compute = _plan_full if isinstance(method, FullConfig) else _plan_adapter
     options: dict[str, Any] = {"dtype": dtype, "batch_tokens": batch_tokens, "sequence_length": sequence_length, "variants": variants}
+    options["activation_checkpointing"] = activation_checkpointing
     full = None if isinstance(method, FullConfig) else plan(architecture, FullConfig(), **options)
-    costs = compute(architecture.spec, method, kept, batch_tokens, sequence_length, variants)
+    costs = compute(architecture.spec, method, kept, batch_tokens, sequence_length, variants, activation_checkpointing)
     training = ("base_bytes", "weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
     return Plan(
         base=architecture.name,
@@ -118,6 +123,7 @@ def plan(
         batch_tokens=batch_tokens,
         sequence_length=sequence_length,
         variants=variants,
+        activation_checkpointing=activation_checkpointing,
         base_parameters=architecture.parameters,
         train_peak_bytes=sum(costs[name] for name in training),
         full=full,
@@ -133,7 +139,9 @@ def _check(spec: Spec, **numbers: int) -> None:
         raise ConfigError("this plan cannot be made", problems=problems)
 
 
-def _plan_adapter(spec: Spec, method: Method, dtype: torch.dtype, tokens: int, length: int, variants: int) -> dict[str, int]:
+def _plan_adapter(
+    spec: Spec, method: Method, dtype: torch.dtype, tokens: int, length: int, variants: int, checkpointing: bool
+) -> dict[str, int]:
     sites = method.sites(spec)
     params = {site.key(name): torch.empty(shape, device="meta") for site in sites for name, shape in site.shapes.items()}
     trainable = sum(t.numel() for t in params.values())
@@ -146,6 +154,7 @@ def _plan_adapter(spec: Spec, method: Method, dtype: torch.dtype, tokens: int, l
     resident = variants * (prefix.length * kv if prefix else b * sum(t.numel() for t in saved.values()))
     virtual = prefix.length if prefix else 0
     computed = variants * virtual if prefix and prefix.embeds_NH is not None else 0  # a prompt's embeddings are rows of the batch
+    rows = tokens + computed
     return {
         "trainable": trainable,
         "adapter_file_bytes": file_bytes(shapes, torch.float32),
@@ -154,14 +163,16 @@ def _plan_adapter(spec: Spec, method: Method, dtype: torch.dtype, tokens: int, l
         "weight_bytes": variants * trainable * (4 + b),
         "gradient_bytes": variants * trainable * 4,
         "optimizer_bytes": variants * trainable * MOMENT_BYTES,
-        "activation_bytes": activation_bytes(spec, sites, dtype, tokens + computed, length, virtual=virtual),
+        "activation_bytes": activation_bytes(spec, sites, dtype, rows, length, virtual=virtual, activation_checkpointing=checkpointing),
         "serve_adapter_bytes": resident,
         "serve_kv_bytes": tokens * kv,
         "serve_peak_bytes": base + resident + tokens * kv + forward_bytes(spec, b, tokens, length),
     }
 
 
-def _plan_full(spec: Spec, method: Method, dtype: torch.dtype, tokens: int, length: int, variants: int) -> dict[str, int]:
+def _plan_full(
+    spec: Spec, method: Method, dtype: torch.dtype, tokens: int, length: int, variants: int, checkpointing: bool
+) -> dict[str, int]:
     sites = [Site(m.name, m.parameters, saved=True) for m in spec.modules.values()]
     shapes = {s.key(name): shape for s in sites for name, shape in s.shapes.items() if not (spec.tied_head and s.name == spec.family.head)}
     n, b = spec.num_parameters, dtype.itemsize
@@ -174,7 +185,7 @@ def _plan_full(spec: Spec, method: Method, dtype: torch.dtype, tokens: int, leng
         "weight_bytes": 0,
         "gradient_bytes": n * b,
         "optimizer_bytes": n * (MOMENT_BYTES + (4 if b < 4 else 0)),
-        "activation_bytes": activation_bytes(spec, sites, dtype, tokens, length),
+        "activation_bytes": activation_bytes(spec, sites, dtype, tokens, length, activation_checkpointing=checkpointing),
         "serve_adapter_bytes": variants * n * b,
         "serve_kv_bytes": kv,
         "serve_peak_bytes": variants * n * b + kv + forward_bytes(spec, b, tokens, length),

@@ -20,7 +20,7 @@ def by_name():
 
 def test_every_check_is_there_and_advises_where_it_fails(own_cache):
     checks = examine()
-    assert [check.name for check in checks] == NAMES
+    assert [check.name for check in checks if check.name != "attention"] == NAMES  # that one is there where there is a GPU
     assert all(check.value for check in checks)
     assert all(check.advice for check in checks if not check.ok)
     assert not own_cache.exists()

@@ -10,6 +10,7 @@ from trimtab.bank import PackList
 from trimtab.lean import Paging
 from trimtab.methods.base import Packed
 from trimtab.ops import native
+from trimtab.ops import native_inference as kernels
 
 pytestmark = pytest.mark.skipif(native.load()[0] is None, reason=f"no native kernels: {native.load()[1]}")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.015}
@@ -35,8 +36,8 @@ def test_add_rms_norm(dtype, T, width):
     x, y, w = randn(T, width, dtype=dtype), randn(T, width, dtype=dtype, seed=1), randn(width, dtype=dtype, seed=2)
     total = (x.float() + y.float()).to(dtype)
     want = total.float() * torch.rsqrt(total.float().square().mean(-1, keepdim=True) + 1e-5) * w.float()
-    plain = native.add_rms_norm(x.clone(), None, w, 1e-5)
-    assert close(native.add_rms_norm(x, y, w, 1e-5), want, dtype)
+    plain = kernels.add_rms_norm(x.clone(), None, w, 1e-5)
+    assert close(kernels.add_rms_norm(x, y, w, 1e-5), want, dtype)
     assert torch.equal(x, total), "the sum stays in place"
     assert not close(plain, want, dtype)
 
@@ -55,7 +56,7 @@ def test_rotate_and_write(dtype, normed):
     turned = [t * cos.float()[:, None] + torch.cat([-t[..., D // 2 :], t[..., : D // 2]], -1) * sin.float()[:, None] for t in (q, k)]
     pools = torch.zeros(9, G, D, dtype=dtype), torch.zeros(9, G, D, dtype=dtype)
     write = torch.tensor([7, 0, 4])
-    native.rotate_and_write(qkv, (H, G, D), cos, sin, norms, 1e-6, pools, write)
+    kernels.rotate_and_write(qkv, (H, G, D), cos, sin, norms, 1e-6, pools, write)
     assert close(qkv[:, : H * D], turned[0].flatten(1), dtype) and close(pools[0][write], turned[1], dtype)
     assert torch.equal(pools[1][write], v.to(dtype)) and not pools[1][[1, 2, 3, 5, 6, 8]].any()
 
@@ -70,7 +71,7 @@ def test_attend(dtype, window, D):
     k, v = k
     table = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(i))[:6] for i in range(T)]).int()
     paging = Paging(torch.arange(T, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32), table, block, max(lengths))
-    out = native.attend(q, (H, G, D), (k, v), paging, D**-0.5, window)
+    out = kernels.attend(q, (H, G, D), (k, v), paging, D**-0.5, window)
     for t, n in enumerate(lengths):
         rows = [int(table[t, j // block]) * block + j % block for j in range(n)][-window if window else 0 :]
         if not rows:
@@ -84,7 +85,7 @@ def test_attend(dtype, window, D):
 def test_swiglu(dtype):
     x = 4 * randn(3, 2 * 50, dtype=dtype)
     x[0, :4] = torch.tensor([-200.0, 200.0, -90.0, 0.0])
-    assert close(native.swiglu(x), torch.nn.functional.silu(x[:, :50].float()) * x[:, 50:].float(), dtype)
+    assert close(kernels.swiglu(x), torch.nn.functional.silu(x[:, :50].float()) * x[:, 50:].float(), dtype)
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES)
@@ -100,7 +101,7 @@ def test_lora(dtype, inputs, widths):
     slots = torch.tensor([1, -1, 0, 0, 2, 1], dtype=torch.int32)
     x, y = randn(len(slots), inputs, dtype=dtype, seed=3), randn(len(slots), sum(widths) + 5, dtype=dtype, seed=4)
     before = y.clone()
-    native.lora(x, y[:, : sum(widths)], slots, native.LoraParts(packs, widths))
+    kernels.lora(x, y, slots, kernels.LoraParts([(p, range(3)) for p in packs], [sum(widths[:i]) for i in range(len(widths))], 3))
     assert torch.equal(y[:, sum(widths) :], before[:, sum(widths) :]) and torch.equal(y[1], before[1])
     for t, slot in enumerate(slots.tolist()):
         if slot >= 0:
@@ -118,8 +119,8 @@ def test_bottleneck_and_scale(dtype, inputs, activation):
     slots = torch.tensor([1, -1, 0, 2, 0], dtype=torch.int32)
     h, y = randn(5, inputs, dtype=dtype, seed=3), randn(5, inputs, dtype=dtype, seed=4)
     got, scaled = y.clone(), h.clone()
-    native.bottleneck(h, got, slots, packs, list(ops.ACTIVATIONS).index(activation))
-    native.scale(scaled, slots, packs)
+    kernels.bottleneck(h, got, slots, packs, list(ops.ACTIVATIONS).index(activation))
+    kernels.scale(scaled, slots, packs)
     assert torch.equal(got[1], y[1]) and torch.equal(scaled[1], h[1])
     for t, slot in enumerate(slots.tolist()):
         if slot >= 0:
@@ -129,12 +130,61 @@ def test_bottleneck_and_scale(dtype, inputs, activation):
             assert close(scaled[t], h[t].float() * (1 + w["g"]), dtype), t
 
 
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("inputs, outputs", [(96, 70), (160, 96)])
+def test_runs_of_rows_equal_rows_alone(dtype, inputs, outputs):
+    """Runs of every length, on tiles or not, give each row what it gets alone, to the last bit; ranks below, at and beyond a tile's."""
+    runs, ranks = [1, 2, 3, 4, 15, 16, 17, 40], [1, 7, 16, 24, 32, 40, 16, 3]
+    tensors = [
+        {"A": (r, inputs), "B": (r, outputs), "D": (r, inputs), "d": (r,), "U": (r, outputs), "u": (outputs,), "g": (inputs,)}
+        for r in ranks
+    ]
+    made = [{n: randn(*shape, seed=9 * i + ord(n)) for n, shape in site.items()} for i, site in enumerate(tensors)]
+    made = [{n: t if n == "g" else (t.T if n in "BU" else t).to(dtype) for n, t in site.items()} for site in made]
+    pack = PackList([Packed(None, site) for site in made])  # type: ignore[arg-type]
+    slots = torch.tensor([s for s, n in enumerate(runs) for _ in range(n)], dtype=torch.int32)
+    x, y = randn(len(slots), inputs, dtype=dtype), randn(len(slots), outputs, dtype=dtype, seed=1)
+    for kernel, target in (
+        (lambda a, b, s: kernels.lora(a, b, s, pack.lora_parts), y),
+        (lambda a, b, s: kernels.bottleneck(a, b, s, pack, 2), y),
+        (lambda a, b, s: kernels.scale(b, s, pack), x),
+    ):
+        together = target.clone()
+        kernel(x, together, slots)
+        alone = target.clone()
+        for t in range(len(slots)):
+            kernel(x[t : t + 1], alone[t : t + 1], slots[t : t + 1])
+        assert torch.equal(together, alone)
+    for t, s in enumerate(slots.tolist()):
+        got = y[t : t + 1].clone()
+        kernels.lora(x[t : t + 1], got, slots[t : t + 1], pack.lora_parts)
+        want = y[t].float() + x[t].float() @ made[s]["A"].float().T @ made[s]["B"].float().T
+        assert close(got[0], want, dtype), (t, ranks[s])
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_lora_where_a_part_has_no_adapter(dtype):
+    """Slots that one part knows and another does not: nothing is added there."""
+    site = [{"A": randn(4, 64, dtype=dtype, seed=s), "B": randn(4, 32, dtype=dtype, seed=5 + s).T} for s in range(2)]
+    packs = [PackList([Packed(None, t)]) for t in site]  # type: ignore[arg-type]
+    x, y = randn(3, 64, dtype=dtype), randn(3, 100, dtype=dtype, seed=9)
+    got = y.clone()
+    kernels.lora(x, got, torch.tensor([1, 0, 2], dtype=torch.int32), kernels.LoraParts([(packs[0], [0]), (packs[1], [1])], [0, 60], 3))
+    for t, (start, t_site) in enumerate([(60, site[1]), (0, site[0])]):
+        want = y[t].float().clone()
+        want[start : start + 32] += x[t].float() @ t_site["A"].float().T @ t_site["B"].float().T
+        assert close(got[t], want, dtype)
+        kept = [i for i in range(100) if not start <= i < start + 32]
+        assert torch.equal(got[t, kept], y[t, kept])
+    assert torch.equal(got[2], y[2])
+
+
 @pytest.mark.skipif(not native.has_tiles(), reason="this processor has no matrix tiles")
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 32, 33, 70])
 @pytest.mark.parametrize("outputs", [32, 40, 192])
 def test_tiles(T, outputs):
     w, b, x = (randn(*s, dtype=torch.bfloat16, seed=i) for i, s in enumerate([(outputs, 96), (outputs,), (70, 96)]))
-    packed = native.PackedWeight(w, b)
+    packed = kernels.PackedWeight(w, b)
     assert close(packed(x[:T]), torch.nn.functional.linear(x[:T].float(), w.float(), b.float()), torch.bfloat16)
     assert torch.equal(packed(x[:T])[-1:], packed(x[T - 1 : T])), "a row's result must not depend on the rows beside it"
 

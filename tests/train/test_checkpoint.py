@@ -32,7 +32,7 @@ from trimtab.train.checkpoint import steps_of
 from trimtab.train.interrupt import Interrupted, Stop
 from trimtab.train.listen import Silent
 from trimtab.train.report import Mark, Metrics
-from trimtab.train.resume import settings
+from trimtab.train.resume import refuse_changes, settings
 
 ONE = {"v": METHODS["lora"] | {"data": "a", "max_steps": 6}}
 ALL = {n: f | {"data": "ab"[i % 2], "max_steps": 3 + i % 4, "seed": i} for i, (n, f) in enumerate(METHODS.items())}
@@ -240,6 +240,14 @@ def test_a_changed_run_file_is_refused_key_by_key(
     if len(variants) == 1 and variants["v"]["method"] == "lora":
         assert len(caught.value.problems) == len(problems)
     assert before == {str(p): p.read_bytes() for p in interrupted.out.rglob("*") if p.is_file()}
+
+
+def test_what_older_checkpoints_could_not_say_is_its_default() -> None:
+    older = {"lr": 1.0}
+    refuse_changes(older, {"lr": 1.0, "compile": False}, "changed")
+    with pytest.raises(ConfigError, match="changed") as caught:
+        refuse_changes(older, {"lr": 1.0, "compile": True}, "changed")
+    assert list(caught.value.problems) == ["compile: was False, is True"]
 
 
 def test_the_order_of_variants_counts(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from trimtab.bases.fingerprint import fingerprint_folder
 from trimtab.bases.gguf import is_converted, sha256_of_file
 from trimtab.bases.load import cpu_has_bf16
 from trimtab.errors import TrimtabError
-from trimtab.ops import native
+from trimtab.ops import native, varlen
 
 MIN_PYTHON = (3, 11)
 MIN_TORCH, MIN_TRANSFORMERS = (2, 6), (5, 0)
@@ -49,6 +49,7 @@ def examine() -> list[Check]:
         ("device", _device),
         ("bfloat16", _bf16),
         ("kernels", _kernels),
+        *([("attention", _attention)] if torch.cuda.is_available() else []),
         ("memory", _memory),
         ("cache", _cache),
         ("disk", _disk),
@@ -114,6 +115,12 @@ def _kernels() -> Check:
     if compiler is None:
         return Check("kernels", f"torch's: {why}", True, "serving on a CPU is several times faster with g++ or clang++ installed")
     return Check("kernels", f"native, built by {compiler} at first use", True)
+
+
+def _attention() -> Check:
+    """As it is for the bundled base's heads, in the dtype that it would have there."""
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return Check("attention", varlen.verdict(torch.device("cuda", torch.cuda.current_device()), dtype, 64, 3), True)
 
 
 def _memory() -> Check:

@@ -46,6 +46,7 @@ class _MethodOption(click.Option):
 )
 @click.option("--sequence-length", default=512, show_default=True, help="Tokens of one sequence.")
 @click.option("--variants", default=1, show_default=True, help="Adapters trained, or served, together.")
+@click.option("--activation-checkpointing", is_flag=True, help="Train with it, as in a run file: less memory, slower.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes in bytes.")
 def plan(base: str, method: str | None, fields: tuple[str, ...], everything: bool, as_json: bool, **options: Any) -> None:
     """Parameters, file sizes and memory of methods on BASE, without its weights.
@@ -112,8 +113,9 @@ def _show(architecture: Architecture, plans: list[Plan]) -> None:
 
     p = plans[0]
     together = f", {p.variants} variants together" if p.variants > 1 else ""
+    again = ", activations computed again in the backward" if p.activation_checkpointing else ""
     click.echo(f"{p.base}: {p.base_parameters:,} parameters, {p.base_bytes / 1e9:.2f} GB in {p.dtype}")
-    click.echo(f"a step of {p.batch_tokens:,} tokens in sequences of {p.sequence_length:,}{together}")
+    click.echo(f"a step of {p.batch_tokens:,} tokens in sequences of {p.sequence_length:,}{together}{again}")
     click.echo("GB are estimates; an allocator's slack comes on top")
     table = Table(box=None, padding=(0, 1), header_style="bold")
     table.add_column("method")

@@ -16,16 +16,22 @@ from trimtab.ops.edit import (
 )
 from trimtab.ops.layer import largest, rms_norm, rotate, swiglu
 from trimtab.ops.loss import LOSS_ROWS, supervised_loss
+from trimtab.ops.native_attention import FlatIndex, flat_attention, flat_index, takes_flat
+from trimtab.ops.varlen import VarlenIndex, varlen_attention, varlen_index, varlen_kernel
 
 __all__ = [
     "ACTIVATIONS",
+    "FlatIndex",
     "LOSS_ROWS",
     "QUERY_BLOCK",
+    "VarlenIndex",
     "attention",
     "bottleneck",
     "by_span",
     "dora",
     "dropout",
+    "flat_attention",
+    "flat_index",
     "gathers",
     "largest",
     "lora",
@@ -37,4 +43,8 @@ __all__ = [
     "scale_output",
     "supervised_loss",
     "swiglu",
+    "takes_flat",
+    "varlen_attention",
+    "varlen_index",
+    "varlen_kernel",
 ]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.ops import native
+from trimtab.ops import native, native_inference, native_training
 
 GATHER_ROWS_PER_SPAN = 4
 """Gather instead of looping where spans are this short on average: one bmm then beats many tiny matmuls."""
@@ -73,14 +73,22 @@ def lora(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
 
 
 def _lora_native(x_TI: Tensor, y_TO: Tensor, packs: Any, rows: Any) -> Tensor:
-    """Short spans row by row, long ones as matmuls; y is added to in place."""
+    """Short spans in one call, long ones in a call each, or as matmuls where there are no tiles; y is added to in place."""
     slot_T, long = rows.by_row
     if slot_T is not None:
-        native.lora(x_TI, y_TO, slot_T, packs.lora_parts)
+        native_inference.lora(x_TI, y_TO, slot_T, packs.lora_parts)
     for span in long:
+        if native_inference.runs_on_tiles(x_TI):
+            native_inference.lora(x_TI[span.start : span.stop], y_TO[span.start : span.stop], _slot_of(span), packs.lora_parts)
+            continue
         tensors = packs.items[span.slot].tensors
         y_TO[span.start : span.stop].addmm_(x_TI[span.start : span.stop] @ tensors["A"].T, tensors["B"].T)
     return y_TO
+
+
+def _slot_of(span: Any) -> Tensor:
+    """The slot of each row of one span."""
+    return torch.full((span.stop - span.start,), span.slot, dtype=torch.int32)
 
 
 class _LoraSpans(torch.autograd.Function):
@@ -100,9 +108,13 @@ class _LoraSpans(torch.autograd.Function):
             ctx.mark_dirty(y_TO)
         shrunk = []
         for span in rows.spans:
-            A, B = factors[2 * span.slot], factors[2 * span.slot + 1]
-            shrunk.append(dropout(x_TI[span.start : span.stop], dropouts[span.slot], span.seed, base.site) @ A.T)
-            y_TO[span.start : span.stop].addmm_(shrunk[-1], B.T)
+            A, B, y = factors[2 * span.slot], factors[2 * span.slot + 1], y_TO[span.start : span.stop]
+            x = dropout(x_TI[span.start : span.stop], dropouts[span.slot], span.seed, base.site)
+            if native_training.takes_lora(x, y, A, B):
+                shrunk.append(native_training.lora(x, A, B, y))
+            else:
+                shrunk.append(x @ A.T)
+                y.addmm_(shrunk[-1], B.T)
         ctx.rows, ctx.dropouts, ctx.site = rows, dropouts, base.site
         ctx.save_for_backward(x_TI, *factors, *shrunk)
         return y_TO
@@ -114,22 +126,31 @@ class _LoraSpans(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(factors)
         dx_TI = None
         if ctx.needs_input_grad[0]:
-            dx_TI = torch.zeros_like(x_TI) if ctx.base is None else dy_TO @ ctx.base.weight_OI
+            dx_TI = x_TI.new_zeros(x_TI.shape) if ctx.base is None else dy_TO @ ctx.base.weight_OI
         for span, t_R in zip(ctx.rows.spans, shrunk, strict=True):
-            a, p = 2 * span.slot, ctx.dropouts[span.slot]
-            A, B = factors[a], factors[a + 1]
-            dy = dy_TO[span.start : span.stop]
-            dt = dy @ B
-            if ctx.needs_input_grad[5 + a]:
-                x = dropout(x_TI[span.start : span.stop], p, span.seed, ctx.site)
-                grads[a] = _add(grads[a], dt.T @ x)
-                grads[a + 1] = _add(grads[a + 1], dy.T @ t_R)
-            if dx_TI is not None:
-                if p and span.seed is not None:
-                    dx_TI[span.start : span.stop] += dropout(dt @ A, p, span.seed, ctx.site)
-                else:
-                    dx_TI[span.start : span.stop].addmm_(dt, A)
+            a, p, part = 2 * span.slot, ctx.dropouts[span.slot], slice(span.start, span.stop)
+            x, to = x_TI[part], None if dx_TI is None else dx_TI[part]
+            keep = dropout(torch.ones_like(x), p, span.seed, ctx.site) if p and span.seed is not None else None
+            dx = to if keep is None or to is None else torch.zeros_like(to)
+            x = x if keep is None else x * keep
+            made = _LoraSpans._of_span(dy_TO[part], x, t_R, factors[a], factors[a + 1], dx, ctx.needs_input_grad[5 + a])
+            if made is not None:
+                grads[a], grads[a + 1] = _add(grads[a], made[0]), _add(grads[a + 1], made[1])
+            if keep is not None and dx is not None and to is not None:
+                to += dx.mul_(keep)
         return dx_TI, dy_TO if ctx.base is None else None, None, None, None, *grads
+
+    @staticmethod
+    def _of_span(
+        dy: Tensor, x: Tensor, t_R: Tensor, A: Tensor, B: Tensor, dx: Tensor | None, factors: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """The gradients of A and B if `factors`; (dy B) A is added to dx in place where it is given."""
+        if native_training.takes_lora(x, dy, A, B):
+            return native_training.lora_backward(dy, x, t_R, A, B, dx, factors=factors)
+        dt = dy @ B
+        if dx is not None:
+            dx.addmm_(dt, A)
+        return (dt.T @ x, (t_R.T @ dy).T) if factors else None  # dyᵀ t, laid out so, would take twice as long
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
@@ -189,9 +210,9 @@ def _scale(x: Tensor, packs: Any, rows: Any) -> Tensor:
     if native.available(x):
         scaled, (slot_T, long) = x.clone(), rows.by_row
         if slot_T is not None:
-            native.scale(scaled, slot_T, packs)
+            native_inference.scale(scaled, slot_T, packs)
         for s in long:
-            scaled[s.start : s.stop] *= 1.0 + packs.items[s.slot].tensors["g"]
+            native_inference.scale(scaled[s.start : s.stop], _slot_of(s), packs)
         return scaled
     if gathers(rows):
         where, slots = rows.touched
@@ -233,8 +254,11 @@ def bottleneck(activation: str, parallel: bool) -> Any:
         if native.available(h, y_TO):
             slot_T, long = rows.by_row
             if slot_T is not None:
-                native.bottleneck(h, y_TO, slot_T, packs, number)
+                native_inference.bottleneck(h, y_TO, slot_T, packs, number)
             for span in long:
+                if native_inference.runs_on_tiles(h):
+                    native_inference.bottleneck(h[span.start : span.stop], y_TO[span.start : span.stop], _slot_of(span), packs, number)
+                    continue
                 y_TO[span.start : span.stop] = edit_of(h, y_TO, packs, span, base.site)
             return y_TO
         if gathers(rows):

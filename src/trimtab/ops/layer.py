@@ -1,4 +1,7 @@
-"""Row-wise parts of a layer, fused: RMSNorm, SwiGLU, rotary positions. T rows, H hidden size or heads, I intermediate, D head size."""
+"""Row-wise parts of a layer, fused: RMSNorm, SwiGLU, rotary positions. T rows, H hidden size or heads, I intermediate, D head size.
+
+On a CPU in float32 or bfloat16 they run in one native pass each (`native_training`); what stands here in torch is the same formula.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.ops import native
+from trimtab.ops import native, native_inference, native_training
 
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -20,6 +23,10 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if native.available(x, weight):
+            y, rstd = native_training.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, rstd)
+            return y
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
@@ -28,6 +35,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, weight, rstd = ctx.saved_tensors
+        if native.available(dy, x, weight):
+            return native_training.rms_norm_backward(dy, x, weight, rstd), None, None
         g, x32 = (dy * weight).to(rstd.dtype), x.to(rstd.dtype)
         along = (g * x32).sum(-1, keepdim=True).mul_(rstd.pow(3)).div_(-x.shape[-1])
         return g.mul_(rstd).addcmul_(x32, along).to(x.dtype), None, None
@@ -42,17 +51,19 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return native_training.swiglu(gate, up) if native.available(gate, up) else F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         gate, up = ctx.saved_tensors
+        if native.available(dy, gate, up):
+            return native_training.swiglu_backward(dy, gate, up)
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
 def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Rotary positions in the half-split form (Su et al. 2021, arXiv:2104.09864): [x₁; x₂] ∘ cos + [-x₂; x₁] ∘ sin, for every head."""
-    return _Rotate.apply(x_THD, cos_TD[:, None], sin_TD[:, None])
+    return _Rotate.apply(x_THD, cos_TD, sin_TD)
 
 
 class _Rotate(torch.autograd.Function):
@@ -61,6 +72,9 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
+        if native.available(x, cos, sin):
+            return native_training.rotate(x, cos, sin)
+        cos, sin = cos[:, None], sin[:, None]
         half = x.shape[-1] // 2
         y = x * cos
         y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
@@ -70,6 +84,9 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         cos, sin = ctx.saved_tensors
+        if native.available(dy, cos, sin):
+            return native_training.rotate(dy, cos, sin, back=True), None, None
+        cos, sin = cos[:, None], sin[:, None]
         half = dy.shape[-1] // 2
         dx = dy * cos
         dx[..., :half].addcmul_(dy[..., half:], sin[..., half:])
@@ -80,6 +97,6 @@ class _Rotate(torch.autograd.Function):
 def largest(x_TV: Tensor) -> tuple[Tensor, Tensor]:
     """(each row's largest value, NaN where the row holds one; its index, the first of equals). On a CPU in bf16 torch's own is slow."""
     if native.available(x_TV):
-        return native.largest(x_TV)
+        return native_inference.largest(x_TV)
     value, place = x_TV.max(-1)
     return value.float(), place

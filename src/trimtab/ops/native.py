@@ -1,7 +1,8 @@
 """The kernels of cpp/: built once with the machine's own compiler, kept in the cache, called with addresses of tensors.
 
-They serve inference on a CPU, where a step has few rows and the dispatch of small operations is most of its time. Without a compiler, or
-with TRIMTAB_NATIVE=0, `available` is false and callers run the same formulas in torch. No gradients.
+`native_inference`, `native_attention` and `native_training` wrap them. They run on a CPU, where dispatching small operations and passing
+over memory for each is most of a step's time. Without a compiler, or with TRIMTAB_NATIVE=0, `available` is false and callers run the same
+formulas in torch. Kernels know of no gradients.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -78,26 +77,6 @@ def has_tiles() -> bool:
     """Whether this processor multiplies bfloat16 matrices in tiles (AMX) and this process may."""
     library = load()[0]
     return library is not None and bool(library.trimtab_tiles())
-
-
-class PackedWeight:
-    """A frozen bfloat16 weight [O, I], I a multiple of 32, laid out as tiles read it: a copy, read as one stream."""
-
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None):
-        (self.outputs, self.inputs), self.bias_O = weight_OI.shape, bias_O
-        self.packed = torch.empty(-(-self.outputs // 32) * 32 * self.inputs, dtype=torch.bfloat16)
-        advise_huge(self.packed)
-        weight_OI = weight_OI.contiguous()
-        _function("pack", torch.bfloat16, "ppii")(weight_OI.data_ptr(), self.packed.data_ptr(), self.inputs, self.outputs)
-        self._run = _function("matmul", torch.bfloat16, "pipppiiii")
-        self._addresses = self.packed.data_ptr(), 0 if bias_O is None else bias_O.data_ptr()
-
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        """x Wᵀ + b, accumulated in fp32; what a row gives does not depend on the rows beside it."""
-        T = x_TI.shape[0]
-        y = torch.empty(T, self.outputs, dtype=torch.bfloat16)
-        self._run(x_TI.data_ptr(), x_TI.stride(0), *self._addresses, y.data_ptr(), self.outputs, T, self.inputs, self.outputs)
-        return y
 
 
 def advise_huge(memory: Tensor) -> None:
@@ -166,103 +145,9 @@ def _features() -> str:
 
 
 @cache
-def _function(name: str, dtype: torch.dtype, kinds: str) -> Any:
+def function(name: str, dtype: torch.dtype, kinds: str) -> Any:
     """A kernel for a dtype. kinds: a letter an argument: p address, i integer, f number."""
     found = getattr(load()[0], f"{name}_{DTYPES[dtype]}")
     found.argtypes = [{"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}[k] for k in kinds]
     found.restype = None
     return found
-
-
-def add_rms_norm(x_TH: Tensor, y_TH: Tensor | None, weight_H: Tensor, eps: float) -> Tensor:
-    """x += y in place (where y is given); returns w ∘ x / √(mean x² + eps)."""
-    out = torch.empty_like(x_TH)
-    T, width = x_TH.shape
-    y = 0 if y_TH is None else y_TH.data_ptr()
-    _function("add_rms_norm", x_TH.dtype, "ppppiif")(x_TH.data_ptr(), y, weight_H.data_ptr(), out.data_ptr(), T, width, eps)
-    return out
-
-
-def rotate_and_write(
-    qkv_T: Tensor,
-    heads: tuple[int, int, int],
-    cos_TD: Tensor,
-    sin_TD: Tensor,
-    norms: tuple[Tensor, Tensor] | None,
-    eps: float,
-    pools: tuple[Tensor, Tensor],
-    write_T: Tensor,
-) -> None:
-    """Rows of [q | k | v] with heads (H, G, D): q is rotated in place; k, rotated, and v go to rows write_T of the pools [rows, G, D].
-    norms: weights of RMS norms of each head of q and k, before the rotation."""
-    H, G, D = heads
-    q_norm, k_norm = (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
-    _function("rotate_and_write", qkv_T.dtype, "pippppfpppiiii")(
-        qkv_T.data_ptr(), qkv_T.stride(0), cos_TD.data_ptr(), sin_TD.data_ptr(), q_norm, k_norm, eps,
-        pools[0].data_ptr(), pools[1].data_ptr(), write_T.data_ptr(), qkv_T.shape[0], H, G, D,
-    )  # fmt: skip
-
-
-def attend(
-    q_T: Tensor, heads: tuple[int, int, int], pools: tuple[Tensor, Tensor], paging: Any, scaling: float, window: int | None
-) -> Tensor:
-    """Attention [T, H·D] of rows that start with their H query heads over their sequences' tokens in the pools. paging: see `Paging`."""
-    H, G, D = heads
-    T = q_T.shape[0]
-    out = torch.empty(T, H * D, dtype=q_T.dtype)
-    _function("attend", q_T.dtype, "pippppppiiiiiifii")(
-        q_T.data_ptr(), q_T.stride(0), pools[0].data_ptr(), pools[1].data_ptr(), out.data_ptr(), paging.sequence_T.data_ptr(),
-        paging.length_T.data_ptr(), paging.table_SB.data_ptr(), paging.table_SB.shape[1], paging.block, T, H, G, D, scaling,
-        window or 0, paging.longest,
-    )  # fmt: skip
-    return out
-
-
-def swiglu(gate_up_T: Tensor) -> Tensor:
-    """silu(gate) ∘ up of rows [gate | up]."""
-    T, width = gate_up_T.shape
-    out = torch.empty(T, width // 2, dtype=gate_up_T.dtype)
-    _function("swiglu", gate_up_T.dtype, "ppii")(gate_up_T.data_ptr(), out.data_ptr(), T, width // 2)
-    return out
-
-
-class LoraParts:
-    """The factors of several adapters at sites that share an input, in tables for `lora`. packs: one a site; widths: the sites' outputs."""
-
-    def __init__(self, packs: Sequence[Any], widths: Sequence[int]):
-        tables = [(*p.addresses("A"), p.addresses("B")[0]) for p in packs]
-        A, rank, B = (torch.stack(list(column)) for column in zip(*tables, strict=True))
-        self._kept = A, B, rank, torch.tensor([0, *accumulate(widths)][:-1]), torch.tensor(list(widths)), list(packs)
-        addresses = [t.data_ptr() for t in self._kept[:5]]
-        self.arguments = len(widths), addresses[3], addresses[4], addresses[0], addresses[1], addresses[2], A.shape[1]
-
-
-def lora(x_TI: Tensor, y_TO: Tensor, slot_T: Tensor, parts: LoraParts) -> None:
-    """y += (x Aᵀ) Bᵀ, each row with the factors A [R, I] and B [O, R] of its slot (-1: none); the parts' outputs lie side by side in y."""
-    _function("lora", x_TI.dtype, "pipipipppppiii")(
-        x_TI.data_ptr(), x_TI.stride(0), y_TO.data_ptr(), y_TO.stride(0), slot_T.data_ptr(), *parts.arguments, *x_TI.shape
-    )  # fmt: skip
-
-
-def scale(x_TI: Tensor, slot_T: Tensor, packs: Any) -> None:
-    """x ∘= 1 + g in place, each row with the g [I] (fp32) of its slot in `packs` (-1: none)."""
-    g, _ = packs.addresses("g")
-    _function("scale", x_TI.dtype, "pippii")(x_TI.data_ptr(), x_TI.stride(0), slot_T.data_ptr(), g.data_ptr(), *x_TI.shape)
-
-
-def bottleneck(h_TI: Tensor, y_TO: Tensor, slot_T: Tensor, packs: Any, activation: int) -> None:
-    """y += U f(D h + d) + u in place, each row with the D [R, I], d, U [O, R], u of its slot in `packs` (-1: none). activation: the
-    number of f in `ACTIVATIONS`."""
-    (D, rank), (d, _), (U, _), (u, _) = (packs.addresses(n) for n in ("D", "d", "U", "u"))
-    _function("bottleneck", h_TI.dtype, "pipippppppiiii")(
-        h_TI.data_ptr(), h_TI.stride(0), y_TO.data_ptr(), y_TO.stride(0), slot_T.data_ptr(), D.data_ptr(), d.data_ptr(), U.data_ptr(),
-        u.data_ptr(), rank.data_ptr(), activation, *h_TI.shape, y_TO.shape[1],
-    )  # fmt: skip
-
-
-def largest(x_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """(each row's largest value in fp32, NaN where the row holds one; its index, the first of equals)."""
-    T = x_TV.shape[0]
-    value, place = torch.empty(T), torch.empty(T, dtype=torch.int64)
-    _function("largest", x_TV.dtype, "pippii")(x_TV.data_ptr(), x_TV.stride(0), value.data_ptr(), place.data_ptr(), *x_TV.shape)
-    return value, place

@@ -112,6 +112,10 @@ class RunConfig(_Strict):
     dtype: str | None = None
     device: str | None = None
     max_tokens: int = Field(4096, ge=64, description="tokens of one forward: bounds memory, however many variants train together")
+    activation_checkpointing: bool = Field(
+        False, description="keep each layer's input only and run the layer again in the backward: less memory, a forward more a step"
+    )
+    compile: bool = Field(False, description="compile the row-wise parts of the layers where no native kernels run them: on a GPU")
     log_every: int = Field(1, ge=1, description="a line in metrics.jsonl every so many steps")
     evaluate: EvalOptions = EvalOptions()
     track: list[Literal["tensorboard", "wandb"]] = Field([], description="where the lines of metrics.jsonl go too: tensorboard, wandb")

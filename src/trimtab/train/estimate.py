@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -50,7 +51,7 @@ def estimate_run(run: RunConfig, base: Architecture, trained: Mapping[str, Split
     joint = [e.tokens_per_step for e, p in plans if p.full is not None]
     longest = max(len(e.ids) for v in run.variants for e in trained[v.data].examples)
     forward = max([longest, *(min(run.max_tokens, t) for t in [sum(joint), *(e.tokens_per_step for e, p in plans if p.full is None)])])
-    memory = _memory(base, methods, name, forward, min(longest, base.spec.max_positions))
+    memory = _memory(base, methods, name, forward, min(longest, base.spec.max_positions), run.activation_checkpointing)
     kept = base.dtype if dtype == "auto" else dtype
     assert isinstance(kept, torch.dtype)
     probe = probe_flops(base.spec, kept, device)
@@ -70,9 +71,10 @@ def estimate_run(run: RunConfig, base: Architecture, trained: Mapping[str, Split
     )
     report.estimate = estimate
     if memory[1] > estimate.available_bytes:
+        more = "" if run.activation_checkpointing else ", or set activation_checkpointing: true"
         message = f"up to {memory[1] / 1e9:.1f} GB are needed and {estimate.available_bytes / 1e9:.1f} GB are free on {device}"
         report.findings.append(
-            Finding("warning", "memory", message, fix="lower max_tokens or batch_size, or train fewer variants together.")
+            Finding("warning", "memory", message, fix=f"lower max_tokens or batch_size, train fewer variants together{more}.")
         )
 
 
@@ -88,10 +90,12 @@ def _variant(run: RunConfig, v: VariantConfig, split: Split, base: Architecture,
     costs = plan(base, v.method, dtype=dtype, batch_tokens=1, sequence_length=1)
     supervised = sum(int(e.supervised.sum()) for e in split.epoch) / lengths.sum()
     # Frozen linears cost 2 FLOPs a parameter and token in the forward and 2 in the backward; the output head works on supervised rows only.
+    # Activation checkpointing runs the layers' forward once more.
     table = spec.vocab_size * spec.hidden_size
     body = base.parameters - table * (1 if spec.tied_head else 2)
     adapter = 0 if isinstance(v.method, FullConfig) or virtual_tokens(v) else costs.trainable
     per_token = (6 if isinstance(v.method, FullConfig) else 4) * (body + supervised * table) + 6 * adapter
+    per_token += 2 * (body + adapter) if run.activation_checkpointing else 0
     estimate = VariantEstimate(
         name=v.name,
         method=v.method.name,
@@ -109,10 +113,11 @@ def _variant(run: RunConfig, v: VariantConfig, split: Split, base: Architecture,
     return estimate, costs
 
 
-def _memory(base: Architecture, methods: Sequence[Method], dtype: str, tokens: int, length: int) -> tuple[int, int]:
+def _memory(base: Architecture, methods: Sequence[Method], dtype: str, tokens: int, length: int, again: bool) -> tuple[int, int]:
     """(least, most): the base once, each variant's tensors, gradients and optimizer, and the activations of the dearest method on all rows,
-    up to `HEAP` times. Fully fine-tuned variants hold a model each."""
-    plans = [plan(base, m, dtype=dtype, batch_tokens=tokens, sequence_length=length) for m in methods]
+    up to `HEAP` times. Fully fine-tuned variants hold a model each. again: activation checkpointing."""
+    options: dict[str, Any] = {"dtype": dtype, "batch_tokens": tokens, "sequence_length": length, "activation_checkpointing": again}
+    plans = [plan(base, m, **options) for m in methods]
     own = sum(p.weight_bytes + p.gradient_bytes + p.optimizer_bytes + (p.base_bytes if p.full is None else 0) for p in plans)
     held, activations = plans[0].base_bytes + own, max(p.activation_bytes for p in plans)
     return held + activations, held + int(HEAP * activations)

@@ -74,7 +74,8 @@ def _costs(run: RunConfig, base: Base, longest: int) -> dict[str, Cost]:
     costs, problems = {}, []
     for v in run.variants:
         try:
-            p = plan(shape, v.method, dtype=str(base.dtype).removeprefix("torch."), batch_tokens=tokens, sequence_length=longest)
+            dtype, again = str(base.dtype).removeprefix("torch."), run.activation_checkpointing
+            p = plan(shape, v.method, dtype=dtype, batch_tokens=tokens, sequence_length=longest, activation_checkpointing=again)
         except ConfigError as e:
             more = f" (and {len(e.problems) - 1} more)" if len(e.problems) > 1 else ""
             problems.append(f"trial {v.name}: {e.message}: {e.problems[0]}{more}" if e.problems else f"trial {v.name}: {e.message}")

@@ -25,7 +25,7 @@ from trimtab.train.interrupt import Stop
 from trimtab.train.keeper import Keeper
 from trimtab.train.listen import Beside, Listener, Silent, alone
 from trimtab.train.page import write_page
-from trimtab.train.prepare import prepare, warn_of_rows
+from trimtab.train.prepare import prepare, set_up, warn_of_rows
 from trimtab.train.publish import open_store, publish_variants, refuse_unpublished
 from trimtab.train.report import write_json
 from trimtab.train.resume import find_start, identity, occupied, refuse_changes, settings
@@ -78,6 +78,7 @@ def train(
     listener.status(f"loading {run.base}")
     base = base or load_base(run.base, dtype=run.dtype, device=run.device)
     before = bases.fingerprint_model(base.model)
+    set_up(run, base, listener)
     prepared = prepare(run, base)
     warn_of_rows(prepared, listener)
     validator, tests = Validator(prepared, halving), test_rows(prepared)
@@ -130,7 +131,7 @@ def _steps(keeper: Keeper, validator: Validator, listener: Listener, stop: Stop,
     """Step all live variants together until each has finished or stopped, keeping checkpoints. Interrupted where `stop` asks for it."""
     run, variants = keeper.prepared.run, keeper.prepared.variants
     listener.begin({v.name: v.total_steps for v in variants})
-    heap = Heap()
+    heap = Heap(sparing=run.activation_checkpointing)
     tracked = tracking(run.track, run.out, keeper.identity["settings"], keeper.metrics, listener.warning)
     with tracked as metrics, stop.held(), beside(keeper.prepared) as between:
         while live := [v for v in variants if v.live]:

@@ -35,6 +35,15 @@ class Prepared:
     variants: list[Variant]
 
 
+def set_up(run: RunConfig, base: Base, listener: Listener) -> None:
+    """Make the base's forward what the run asks for. ConfigError where torch.compile does not work here."""
+    base.attached.activation_checkpointing = run.activation_checkpointing
+    if run.compile:
+        listener.status("compiling")
+    if text := base.attached.compile(run.compile):
+        listener.status(text)
+
+
 def prepare(run: RunConfig, base: Base) -> Prepared:
     """Read and check everything. TrimtabError where data, methods and base do not fit together."""
     data = {name: read_splits(run, name, config, base) for name, config in run.data.items() if any(v.data == name for v in run.variants)}

@@ -15,8 +15,10 @@ from trimtab.train.checkpoint import STAGING, Checkpoint, Damaged, clear_staging
 from trimtab.train.config import RunConfig
 from trimtab.train.prepare import Prepared
 
-FREE = {"out", "root", "variants", "checkpoint_every", "keep_checkpoints", "track", "store"}
-"""Keys of a run that a resumed one may change; variants are compared one by one."""
+FREE = {"out", "root", "variants", "checkpoint_every", "keep_checkpoints", "track", "store", "activation_checkpointing"}
+"""Keys of a run that a resumed one may change, since no number depends on them; variants are compared one by one."""
+BEFORE = {"compile": False}
+"""What settings were that older checkpoints do not name, as there was no choice."""
 LEFT_OVER = ("adapters", "checkpoints", "metrics.jsonl", "summary.json.tmp", "tensorboard", "wandb")
 """What a run leaves that was interrupted before its first checkpoint."""
 
@@ -76,6 +78,7 @@ def find_start(run: RunConfig, resume: bool) -> Checkpoint | None:
 
 def refuse_changes(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
     """ConfigError that lists every key whose value differs, the old and the new one."""
+    then = {k: v for k, v in BEFORE.items() if k in now} | {**then}
     keys = [k for k in dict.fromkeys([*then, *now]) if then.get(k) != now.get(k) or (k in then) != (k in now)]
     if keys:
         problems = [f"{k}: was {then[k]!r}" if k not in now else f"{k}: was {then.get(k)!r}, is {now[k]!r}" for k in keys]

@@ -14,11 +14,6 @@
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
-#if defined(__AMX_BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 typedef uint16_t bf16;
 
 static inline float up(float v) { return v; }
@@ -63,6 +58,24 @@ static inline float fast_exp(float x) {
     std::memcpy(&scale, &bits, 4);
     return x < -87.0f ? 0.0f : p * scale;
 }
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define TILES 1
+// Loads of tiles and of their shapes do not tell the compiler what they read: what was written must be in memory before.
+static inline void written() { asm volatile("" ::: "memory"); }
+
+// The shapes of the calling thread's tiles, 16 rows of 64 bytes by default. Whoever loads them ends with _tile_release.
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    void shape(int tile, int64_t height, int64_t width) { rows[tile] = uint8_t(height), bytes[tile] = uint16_t(width); }
+    void load() const {
+        written();
+        _tile_loadconfig(this);
+    }
+};
+#endif
 
 // An exported kernel for each type of value, under the names that native.py asks for.
 #define FOR_EACH(NAME, PARAMETERS, ...)                                                   \

@@ -1,0 +1,142 @@
+// What the attention of attention.cpp is made of: products of 32 x 32 on matrix tiles, and the layouts that they read.
+//
+// A tile holds 16 rows of 64 bytes. A product adds a left side, 16 rows of 32 bfloat16, times a right side, 32 rows of 16 that lie in pairs
+// (two rows' values of a column side by side), to 16 x 16 floats. Nothing here knows of queries or keys.
+
+#pragma once
+
+#include "common.h"
+
+#ifdef TILES
+namespace {
+
+constexpr int64_t BLOCK = 32, TILE = 16, WHOLE = TILE * BLOCK;  // a tile holds 16 x 16 floats, or 16 rows of 32 bfloat16
+
+// A thread's memory, kept between calls: fresh pages would cost more than the arithmetic.
+struct Scratch {
+    std::unique_ptr<char[]> memory;
+    size_t size = 0, used = 0;
+    void reserve(size_t bytes) {
+        if (bytes + 64 > size) memory.reset(new char[size = bytes + 64]);
+        used = -size_t(memory.get()) % 64;
+    }
+    template <class X> X* take(int64_t count) {
+        X* found = (X*)(memory.get() + used);
+        used += (count * sizeof(X) + 63) / 64 * 64;
+        return found;
+    }
+};
+thread_local Scratch scratch;
+
+inline int64_t whole_blocks(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
+
+// 2^x to 1e-7; 0 far below.
+inline __m512 power(__m512 x) {
+    const __m512 k = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, k);
+    __m512 p = _mm512_set1_ps(1.3266970e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.6754597e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5507426e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022122e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314695e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, k);
+}
+
+inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
+inline void save(void* p, __m512i v) { _mm512_storeu_si512(p, v); }
+inline __m512i narrow(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+inline void copy(const bf16* from, int64_t D, bf16* to) {
+    for (int64_t d = 0; d < D; d += BLOCK) save(to + d, load(from + d));
+}
+
+// Two rows of 32 as pairs (a[i], b[i]): `half` 0 the first 16, 1 the others.
+inline __m512i pairs(__m512i a, __m512i b, int half) {
+    alignas(64) static const int16_t order[2][32] = {
+        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+    return _mm512_permutex2var_epi16(a, load(order[half]), b);
+}
+
+inline __m512i pairs(__m512 a, __m512 b) {  // two rows of 16
+    alignas(64) static const int16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(load(order), narrow(a, b));
+}
+
+inline void transpose(__m512i* r) {  // 16 x 16 of 32 bits
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        const __m512i a = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), b = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd), e = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+        r[c] = _mm512_shuffle_i32x4(a, b, 0x88), r[8 + c] = _mm512_shuffle_i32x4(a, b, 0xdd);
+        r[4 + c] = _mm512_shuffle_i32x4(d, e, 0x88), r[12 + c] = _mm512_shuffle_i32x4(d, e, 0xdd);
+    }
+}
+
+// What a multiplication reads, made of rows [32, D] that lie one after the other:
+// their transpose in pairs, a right side whose columns are the rows: [2][D / 32][16 pairs][16 rows][2];
+inline void columns(const bf16* rows, int64_t D, bf16* to) {
+    for (int64_t half = 0; half < 2; half++)
+        for (int64_t d = 0; d < D; d += BLOCK, to += WHOLE) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) r[i] = load(rows + (half * TILE + i) * D + d);
+            transpose(r);
+            for (int i = 0; i < 16; i++) save(to + i * BLOCK, r[i]);
+        }
+}
+// a right side of which they are the rows (`turned` false): [D / 16][16 pairs][16 columns][2];
+// or their transpose as a left side (`turned`): [D / 16][16 columns][32 rows].
+template <bool turned> inline void paired(const bf16* rows, int64_t D, bf16* to) {
+    for (int64_t d = 0; d < D; d += BLOCK)
+        for (int half = 0; half < 2; half++, to += WHOLE) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) r[i] = pairs(load(rows + 2 * i * D + d), load(rows + (2 * i + 1) * D + d), half);
+            if (turned) transpose(r);
+            for (int i = 0; i < 16; i++) save(to + i * BLOCK, r[i]);
+        }
+}
+
+// c [32 x 32 floats] = (c +) the sum over `steps` of (a0 over a1) (b0 | b1).
+template <bool adds>
+inline void multiply(const bf16* a0, const bf16* a1, int64_t a_row, int64_t a_step, const bf16* b0, const bf16* b1, int64_t b_step,
+                     int64_t steps, float* c, int64_t c_row) {
+    written();
+    float* lower = c + TILE * c_row;
+    if (adds) {
+        _tile_loadd(0, c, c_row * 4);
+        _tile_loadd(1, c + TILE, c_row * 4);
+        _tile_loadd(2, lower, c_row * 4);
+        _tile_loadd(3, lower + TILE, c_row * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t i = 0; i < steps; i++) {
+        _tile_loadd(4, a0 + i * a_step, a_row * 2);
+        _tile_loadd(6, b0 + i * b_step, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b1 + i * b_step, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a1 + i * a_step, a_row * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, c_row * 4);
+    _tile_stored(1, c + TILE, c_row * 4);
+    _tile_stored(2, lower, c_row * 4);
+    _tile_stored(3, lower + TILE, c_row * 4);
+}
+
+}  // namespace
+#endif

@@ -1,0 +1,74 @@
+"""All layers in one native call give, to the last bit, what they give kernel by kernel, and step aside where they do not know an edit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import trimtab
+from tests import tiny
+from trimtab.attach import Attached
+from trimtab.attention import PagedKV
+from trimtab.bank import Mix
+from trimtab.batch import Piece, make_batch
+from trimtab.lean import Lean
+from trimtab.ops import native
+from trimtab.store import Adapter
+
+pytestmark = pytest.mark.skipif(not native.has_tiles(), reason="this processor has no matrix tiles")
+
+
+@pytest.fixture
+def base(request, monkeypatch):
+    config, model, settings = tiny.FAMILIES[request.param]
+    monkeypatch.setitem(tiny.FAMILIES, request.param, (config, model, settings | {"hidden_size": 64, "head_dim": 16}))
+    model = tiny.tiny_model(request.param, dtype=torch.bfloat16)
+    return trimtab.model.Base(model, tiny.tiny_tokenizer(), name="tiny", path=None, fingerprint="")
+
+
+def adapter(base, seed, config):
+    made = Adapter.create(base, config, seed=seed)
+    for key, tensor in made.params.items():
+        tensor += 0.3 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed + len(key)))
+    return base.packed(made)
+
+
+@torch.no_grad()
+def run(base, lean, mix):
+    """Hidden states, keys and values of a prompt for each member and for the base, then of one more token each."""
+    spec, attached = base.spec, base.attached
+    cache = PagedKV(spec.num_layers, 32, 4, spec.num_kv_heads, spec.head_dim, attached.dtype, attached.device)
+    found = []
+    for past, count in ((0, 9), (9, 1)):
+        ids = [torch.randint(250, (count,), generator=torch.Generator().manual_seed(10 * past + i)) for i in range(len(mix.adapters) + 1)]
+        pieces = [Piece(t, i - 1, list(range(4 * i, 4 * i + 4)), past) for i, t in enumerate(ids)]
+        batch = make_batch(pieces, mix, device=attached.device, max_positions=spec.max_positions, cache=cache)
+        found.append(lean.forward(batch))
+    return [*found, cache.keys, cache.values]
+
+
+@pytest.mark.parametrize("base", ["llama", "qwen2", "qwen3", "mistral"], indirect=True)
+def test_one_call_equals_a_call_for_each_kernel(base):
+    assert isinstance(base.attached, Attached)
+    some = trimtab.LoraConfig(r=5, target_modules=("q_proj", "v_proj", "down_proj"))
+    every = trimtab.LoraConfig(r=16, target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+    mix = Mix([adapter(base, 1, some), adapter(base, 2, every), adapter(base, 3, every)])
+    one, many = Lean(base.attached), Lean(base.attached)
+    assert one.stack is not None
+    many.stack = None
+    got, want, plain = run(base, one, mix), run(base, many, mix), run(base, one, Mix(list(mix.adapters[:0])))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert torch.equal(plain[0], got[0][:9]), "the base's rows do not depend on the adapters beside them"
+    parts = [got[0][9 * i : 9 * i + 9] for i in range(4)]
+    assert all(float((parts[i] - parts[0]).abs().max()) > 0.1 for i in range(1, 4)), "every adapter does something"
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_other_edits_are_not_left_out(base):
+    """A mix with IA³ beside LoRA runs kernel by kernel."""
+    mix = Mix([adapter(base, 1, trimtab.LoraConfig(r=4)), adapter(base, 2, trimtab.IA3Config())])
+    one, many = Lean(base.attached), Lean(base.attached)
+    many.stack = None
+    got, want = run(base, one, mix), run(base, many, mix)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert mix.tables == {one.stack: None}
