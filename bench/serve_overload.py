@@ -37,10 +37,34 @@ class Seen:
     def take(self, status: int, head: bytes, seconds: float) -> None:
         if status == 200:
             self.accepted.append(seconds)
-        elif status == 503 and b"retry-after:" in head.lower():
+        elif status == 503 and b"retry-after: " in head:
             self.refused.append(seconds)
         else:
             self.wrong.append(head[:200].decode("latin-1"))
+
+
+class Connection(asyncio.Protocol):
+    """Answers one request at a time; a protocol costs half of what streams do, and the clients' time is taken from the server."""
+
+    transport: asyncio.Transport
+    answer: asyncio.Future[bytes]
+    got = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.got += data
+        head, end, body = self.got.partition(b"\r\n\r\n")
+        at = head.find(b"content-length: ") + 16
+        if end and len(body) == int(head[at:].partition(b"\r\n")[0]):
+            self.got = b""
+            self.answer.set_result(head)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.answer.done():
+            self.answer.set_result(b"HTTP/1.1 000 the connection was closed")
 
 
 class Clients:
@@ -52,21 +76,20 @@ class Clients:
         body = json.dumps(ASKED).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
         self.request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-        self.idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self.idle: list[Connection] = []
 
     async def ask(self, seen: Seen) -> None:
-        start = time.perf_counter()
-        reader, writer = self.idle.pop() if self.idle else await asyncio.open_connection(self.host, self.port)
-        writer.write(self.request)
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = next(int(line.partition(b":")[2]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-        await reader.readexactly(length)
+        start, loop = time.perf_counter(), asyncio.get_running_loop()
+        connection = self.idle.pop() if self.idle else (await loop.create_connection(Connection, self.host, self.port))[1]
+        connection.answer = loop.create_future()
+        connection.transport.write(self.request)
+        head = await connection.answer
         seen.take(int(head[9:12]), head, time.perf_counter() - start)
-        self.idle.append((reader, writer))
+        self.idle.append(connection)
 
     def close(self) -> None:
-        for _, writer in self.idle:
-            writer.close()
+        for connection in self.idle:
+            connection.transport.close()
 
 
 async def closed_loop(url: str, clients: int, seconds: float) -> tuple[Seen, float]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trimtab.serve.tenants import Tenants
     from trimtab.store.registry import Store
 
-PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
+PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "httptools": "httptools", "prometheus_client": "prometheus-client"}
 GB = 1e9
 
 

@@ -14,7 +14,7 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from trimtab.errors import ConfigError
 from trimtab.http.services import Services
@@ -59,7 +59,7 @@ def make(app: FastAPI, services: Services, *, drain_s: float, ready: Callable[[]
         http=Protocol,
         ws="none",
         lifespan="off",
-        loop="asyncio",
+        loop="auto",  # uvloop where it is installed
         log_config=None,
         access_log=False,
         server_header=False,
@@ -69,7 +69,7 @@ def make(app: FastAPI, services: Services, *, drain_s: float, ready: Callable[[]
     return Server(config, services, drain_s, ready, stop)
 
 
-class Protocol(H11Protocol):
+class Protocol(HttpToolsProtocol):
     """uvicorn's, with an end for connections that never send a whole head."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
