@@ -41,7 +41,7 @@ def shift_output(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
         where, slots = rows.touched
         y_TO[where] += packs.stacked("u")[slots]
         return y_TO
-    return ops.by_span(y_TO, rows, lambda s: y_TO[s.start : s.stop] + packs.items[s.slot].tensors["u"])
+    return ops.by_span(y_TO, rows, lambda s, y: y + packs.items[s.slot].tensors["u"])
 
 
 @pytest.fixture

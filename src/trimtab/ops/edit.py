@@ -13,6 +13,7 @@ Dimensions: T rows, I in, O out, R rank or bottleneck, S adapters ("slots") of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,15 +45,19 @@ def gathers(rows: Any) -> bool:
     )
 
 
-def by_span(y: Tensor, rows: Any, edit: Callable[[Any], Tensor]) -> Tensor:
-    """y with the rows of each span replaced by edit(span); differentiable, y itself is left as it is."""
+def by_span(y: Tensor, rows: Any, edit: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    """y with the rows of each span replaced by edit(span, those rows); differentiable, y itself is left as it is.
+
+    y is cut into all its parts at once: the backward puts their gradients together in one pass, where slices would add up as many tensors
+    of the size of y.
+    """
     if len(rows.spans) == 1 and rows.spans[0].stop - rows.spans[0].start == rows.total:
-        return edit(rows.spans[0])
-    parts, at = [], 0
-    for span in rows.spans:
-        parts += [y[at : span.start], edit(span)]
-        at = span.stop
-    return torch.cat([*parts, y[at:]])
+        return edit(rows.spans[0], y)
+    cuts = [0, *(at for s in rows.spans for at in (s.start, s.stop)), rows.total]
+    parts = list(y.split([b - a for a, b in pairwise(cuts)]))
+    for i, span in enumerate(rows.spans):
+        parts[2 * i + 1] = edit(span, parts[2 * i + 1])
+    return torch.cat(parts)
 
 
 # ---- LoRA ----
@@ -171,8 +176,8 @@ def dora(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
         y_TO[where] = y + packs.stacked("g")[slots] * plain + torch.bmm(packs.stacked("B")[slots], shrunk).squeeze(-1)
         return y_TO
 
-    def edit(span: Any) -> Tensor:
-        pack, y, x = packs.items[span.slot], y_TO[span.start : span.stop], x_TI[span.start : span.stop]
+    def edit(span: Any, y: Tensor) -> Tensor:
+        pack, x = packs.items[span.slot], x_TI[span.start : span.stop]
         x_drop = dropout(x, pack.dropout, span.seed, base.site)
         plain = F.linear(x_drop, base.weight_OI) if x_drop is not x else y if base.bias_O is None else y - base.bias_O
         return y + pack.tensors["g"] * plain + (x_drop @ pack.tensors["A"].T) @ pack.tensors["B"].T
@@ -185,10 +190,10 @@ def lora_embedding(ids_T: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
     in peft)."""
     y_TO = base(ids_T)
 
-    def edit(span: Any) -> Tensor:
+    def edit(span: Any, y: Tensor) -> Tensor:
         tensors = packs.items[span.slot].tensors
         added = F.embedding(ids_T[span.start : span.stop], tensors["A"].T) @ tensors["B"].T
-        return y_TO[span.start : span.stop] + (added * base.row_scale).to(y_TO.dtype)
+        return y + (added * base.row_scale).to(y.dtype)
 
     return by_span(y_TO, rows, edit)
 
@@ -219,7 +224,7 @@ def _scale(x: Tensor, packs: Any, rows: Any) -> Tensor:
         scaled = x.clone()
         scaled[where] = (x[where] * (1.0 + packs.stacked("g")[slots])).to(x.dtype)
         return scaled
-    return by_span(x, rows, lambda s: (x[s.start : s.stop] * (1.0 + packs.items[s.slot].tensors["g"])).to(x.dtype))
+    return by_span(x, rows, lambda s, x: (x * (1.0 + packs.items[s.slot].tensors["g"])).to(x.dtype))
 
 
 # ---- bottleneck adapters ----
@@ -242,11 +247,11 @@ def bottleneck(activation: str, parallel: bool) -> Any:
     """
     f, number = ACTIVATIONS[activation], list(ACTIVATIONS).index(activation)
 
-    def edit_of(h: Tensor, y_TO: Tensor, packs: Any, span: Any, site: int) -> Tensor:
+    def edit_of(h_RI: Tensor, y_RO: Tensor, packs: Any, span: Any, site: int) -> Tensor:
         pack = packs.items[span.slot]
         t = pack.tensors
-        inside = dropout(f(F.linear(h[span.start : span.stop], t["D"], t["d"])), pack.dropout, span.seed, site)
-        return y_TO[span.start : span.stop] + F.linear(inside, t["U"], t["u"])
+        inside = dropout(f(F.linear(h_RI, t["D"], t["d"])), pack.dropout, span.seed, site)
+        return y_RO + F.linear(inside, t["U"], t["u"])
 
     def kernel(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
         y_TO = base(x_TI)
@@ -256,10 +261,11 @@ def bottleneck(activation: str, parallel: bool) -> Any:
             if slot_T is not None:
                 native_inference.bottleneck(h, y_TO, slot_T, packs, number)
             for span in long:
+                h_RI, y_RO = h[span.start : span.stop], y_TO[span.start : span.stop]
                 if native_inference.runs_on_tiles(h):
-                    native_inference.bottleneck(h[span.start : span.stop], y_TO[span.start : span.stop], _slot_of(span), packs, number)
-                    continue
-                y_TO[span.start : span.stop] = edit_of(h, y_TO, packs, span, base.site)
+                    native_inference.bottleneck(h_RI, y_RO, _slot_of(span), packs, number)
+                else:
+                    y_RO.copy_(edit_of(h_RI, y_RO, packs, span, base.site))
             return y_TO
         if gathers(rows):
             where, slots = rows.touched
@@ -268,7 +274,10 @@ def bottleneck(activation: str, parallel: bool) -> Any:
             y_TO[where] += torch.baddbmm(u.unsqueeze(-1), U, hidden).squeeze(-1)
             return y_TO
 
-        return by_span(y_TO, rows, lambda span: edit_of(h, y_TO, packs, span, base.site))
+        def edit(span: Any, y_RO: Tensor) -> Tensor:
+            return edit_of(x_TI[span.start : span.stop] if parallel else y_RO, y_RO, packs, span, base.site)
+
+        return by_span(y_TO, rows, edit)
 
     return kernel
 
@@ -280,4 +289,4 @@ def replace(x: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
     """y = module(x) computed with the adapter's own copy of the module's parameters, on each span."""
     whole = len(rows.spans) == 1 and rows.spans[0].stop - rows.spans[0].start == rows.total
     y = x if whole else base(x)
-    return by_span(y, rows, lambda s: base.with_parameters(packs.items[s.slot].tensors, x[s.start : s.stop]))
+    return by_span(y, rows, lambda s, _: base.with_parameters(packs.items[s.slot].tensors, x[s.start : s.stop]))
