@@ -63,14 +63,7 @@ def _fast_forward(module: Any, name: str, row_wise: RowWise) -> Forward | None:
 
 
 def _rms_norm(norm: Any, row_wise: RowWise) -> Forward:
-    original = norm.forward
-
-    def forward(x: Tensor) -> Tensor:
-        if norm.weight.requires_grad:  # full fine-tuning, or an adapter's own copy: ops.rms_norm takes the weight for frozen
-            return original(x)
-        return row_wise.rms_norm(x, norm.weight, norm.variance_epsilon)
-
-    return forward
+    return lambda x: row_wise.rms_norm(x, norm.weight, norm.variance_epsilon)
 
 
 def _is_silu(mlp: Any) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from trimtab import ops
-from trimtab.ops import edit, native, native_training
+from trimtab.ops import compiled, edit, native, native_training
 
 pytestmark = pytest.mark.skipif(native.load()[0] is None, reason=f"no native kernels: {native.load()[1]}")
 ROUNDING = 2.0**-8
@@ -85,6 +85,25 @@ def test_rms_norm(dtype, shape, monkeypatch, called):
     check(*ways, roundings=2)
     if dtype == torch.bfloat16 and x.numel():
         assert (ways[0][0] == ways[1][0]).float().mean() > 0.95, "rounded twice, as Llama does"
+
+
+@pytest.mark.parametrize("way", ["native", "torch", "compiled"])
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("shape", [(5, 48), (3, 2, 16)])
+def test_rms_norm_gives_its_weight_a_gradient(shape, dtype, way, monkeypatch):
+    """Where it trains: full fine-tuning, modules_to_save."""
+    if way != "native":
+        monkeypatch.setattr(native, "available", lambda *tensors: False)
+    if way == "compiled":
+        monkeypatch.setattr(compiled, "_compiled", lambda formula: formula)
+    x, w, dy = randn(*shape, dtype=dtype), randn(shape[-1], seed=1, dtype=dtype), randn(*shape, seed=2, dtype=dtype)
+    run = compiled.rms_norm if way == "compiled" else ops.rms_norm
+    dx, dw = torch.autograd.grad(run(x.requires_grad_(), w.requires_grad_(), EPS), [x, w], dy)
+    x64, w64 = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    exact = torch.autograd.grad(w64 * x64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + EPS), [x64, w64], dy.double())
+    for ours, want in zip((dx, dw), exact, strict=True):
+        assert ours.dtype == dtype and ours.shape == want.shape
+        assert (ours.double() - want).norm() <= (1e-6 if dtype == torch.float32 else 2**-7) * want.norm()
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES)

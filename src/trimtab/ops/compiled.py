@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.ops.layer import rms_norm_weight_gradient
+
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """`layer.rms_norm`, compiled."""
@@ -86,7 +88,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, weight, rstd = ctx.saved_tensors
-        return _run(_rms_norm_backward, dy.flatten(0, -2), x.flatten(0, -2), weight, rstd).view(x.shape), None, None
+        dx = _run(_rms_norm_backward, dy.flatten(0, -2), x.flatten(0, -2), weight, rstd).view(x.shape)
+        return dx, rms_norm_weight_gradient(dy, x, rstd.view(*x.shape[:-1], 1)) if ctx.needs_input_grad[1] else None, None
 
 
 class _SwiGLU(torch.autograd.Function):

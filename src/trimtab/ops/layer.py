@@ -15,8 +15,7 @@ from trimtab.ops import native, native_inference, native_training
 
 
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """w ∘ x / √(mean x² + eps), the mean in fp32, x rounded to its dtype before w (as Llama does). w is frozen; kept are x and a number a
-    row."""
+    """w ∘ x / √(mean x² + eps), the mean in fp32, x rounded to its dtype before w (as Llama does). Kept are x and a number a row."""
     return _RMSNorm.apply(x_TH, weight_H, eps)
 
 
@@ -35,11 +34,18 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, weight, rstd = ctx.saved_tensors
+        dw = rms_norm_weight_gradient(dy, x, rstd) if ctx.needs_input_grad[1] else None
         if native.available(dy, x, weight):
-            return native_training.rms_norm_backward(dy, x, weight, rstd), None, None
+            return native_training.rms_norm_backward(dy, x, weight, rstd), dw, None
         g, x32 = (dy * weight).to(rstd.dtype), x.to(rstd.dtype)
         along = (g * x32).sum(-1, keepdim=True).mul_(rstd.pow(3)).div_(-x.shape[-1])
-        return g.mul_(rstd).addcmul_(x32, along).to(x.dtype), None, None
+        return g.mul_(rstd).addcmul_(x32, along).to(x.dtype), dw, None
+
+
+def rms_norm_weight_gradient(dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+    """dL/dw [H] of `rms_norm`, summed over the rows in fp32. rstd: 1 / √(mean x² + eps), one a row."""
+    normed = (x * rstd).to(x.dtype)
+    return (dy * normed).flatten(0, -2).sum(0, dtype=rstd.dtype).to(dy.dtype)
 
 
 def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
