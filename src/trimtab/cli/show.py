@@ -197,9 +197,10 @@ def score_table(summary: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for name, v in summary["variants"].items():
         before, after = summary["base_scores"].get(v["data"], {}), v["scores"]
-        share = 100 * v["trainable"] / summary["base_parameters"]
+        share = v["trainable"] / summary["base_parameters"]
+        trainable = f"{v['trainable']:,} ({f'{100 * share:.2g}%' if share < 1 else 'all'})"
         cells = [_change(before.get(k), after.get(k), digits) for k, digits in (("loss", 2), *((k, 1) for k in SCORES))]
-        table.add_row(name, v["method"], f"{v['trainable']:,} ({share:.2g}%)", f"{v['adapter_bytes'] / 1e6:.1f}", *cells)
+        table.add_row(name, v["method"], trainable, f"{v['adapter_bytes'] / 1e6:.1f}", *cells)
     return table
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trimtab.attach import Attached
 from trimtab.bank import PackedAdapter
+from trimtab.bases.progress import quiet_transformers
 from trimtab.data import Example
 from trimtab.model import Base
 from trimtab.store.staging import staged
@@ -65,7 +66,7 @@ class FullVariant(Variant):
     def save(self, folder: Path, tokenizer: Any) -> None:
         """Write a model folder that transformers loads, whole or not at all; one that an interrupted run has left is replaced."""
         earlier = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-        with staged(folder, may_replace=earlier) as work:
+        with staged(folder, may_replace=earlier) as work, quiet_transformers():
             self.attached.model.save_pretrained(work)
             tokenizer.save_pretrained(work)
 
