@@ -70,8 +70,7 @@ def kept_bytes(
                    (GPT-2's tanh-GELU)
         edits      b·width of what their tensors must remember: see `_remembered`
 
-    b bytes of dtype, A heads·head_dim, K kv_heads·head_dim, M the MLP's inner width. A frozen linear keeps nothing. A norm that itself
-    trains is not fused. Sequences are taken as equally long, so nothing is padded; the first layer is counted whole, though an adapter
+    b bytes of dtype, A heads·head_dim, K kv_heads·head_dim, M the MLP's inner width. A frozen linear keeps nothing. Sequences are taken as equally long, so nothing is padded; the first layer is counted whole, though an adapter
     behind its attention needs less of it.
 
     With activation checkpointing it is b·H a row for each of these layers' inputs, and all of the above for the dearest of them alone.
@@ -96,9 +95,8 @@ def _held_and_again(
 def _kept_by(spec: Spec, sites: Sequence[Site], layers: range, dtype: torch.dtype, tokens: int, length: int, virtual: int) -> int:
     """What these layers keep, their edits at `sites` included: see `kept_bytes`."""
     b, (inner, gated), fused = dtype.itemsize, _mlp(spec), spec.model_type in FUSED
-    trained = {s.name for s in sites if s.saved}
     norms = [m for m in spec.modules.values() if m.kind == "norm" and m.layer in layers]
-    norm_bytes = sum(_norm_bytes(spec, m, b, fused and m.name not in trained) for m in norms)
+    norm_bytes = sum(_norm_bytes(spec, m, b, fused) for m in norms)
     mlp = ((2 if fused else 3) if gated else 4) * inner
     per_row = norm_bytes + len(layers) * b * (spec.num_heads * spec.head_dim + mlp) + b * _remembered(spec, sites)
     return tokens * per_row + len(layers) * 2 * b * spec.kv_width * (tokens + virtual * math.ceil(tokens / length))
@@ -150,6 +148,8 @@ def _remembered(spec: Spec, sites: Sequence[Site]) -> int:
         if module is not None and module.kind == "embedding":
             total += site.rank  # token ids weigh nothing
             continue
+        if module is not None and module.kind == "norm" and "bias" not in module.parameters and spec.model_type in FUSED:
+            continue  # the fused norm's weight gets its gradient from what the norm keeps anyway
         for name, shape in site.shapes.items():
             if name.rpartition(".")[2] == "bias":
                 continue

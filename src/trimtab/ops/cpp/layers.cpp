@@ -6,7 +6,7 @@
 #include "inference.h"
 
 #ifdef TILES
-// As native.py lays them out.
+// As ops/stack.py lays them out.
 struct Layer {
     const bf16 *input_norm, *mlp_norm, *q_norm, *k_norm, *qkv, *qkv_bias, *o, *o_bias, *gate_up, *gate_up_bias, *down, *down_bias;
     double scaling;
