@@ -70,8 +70,8 @@ def kept_bytes(
                    (GPT-2's tanh-GELU)
         edits      b·width of what their tensors must remember: see `_remembered`
 
-    b bytes of dtype, A heads·head_dim, K kv_heads·head_dim, M the MLP's inner width. A frozen linear keeps nothing. Sequences are taken as equally long, so nothing is padded; the first layer is counted whole, though an adapter
-    behind its attention needs less of it.
+    b bytes of dtype, A heads·head_dim, K kv_heads·head_dim, M the MLP's inner width. A frozen linear keeps nothing. Sequences are taken as
+    equally long, so nothing is padded; the first layer is counted whole, though an adapter behind its attention needs less of it.
 
     With activation checkpointing it is b·H a row for each of these layers' inputs, and all of the above for the dearest of them alone.
     """
