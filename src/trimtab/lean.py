@@ -209,25 +209,14 @@ def _linear(modules: Sequence[Any], packs: bool) -> tuple[Linear, native_inferen
     if any(b is None for b in biases) and not all(b is None for b in biases):  # a bias of some: zeros for the others
         biases = [m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in modules]
     bias = None if biases[0] is None else torch.cat(biases)
-    many: Linear = (
-        partial(torch.nn.functional.linear, weight=modules[0].weight, bias=bias) if len(modules) == 1 else partial(_each, modules)
-    )
+    many: Linear = partial(ops.linears, weights=[m.weight for m in modules], biases=[m.bias for m in modules])
+    if len(modules) == 1:
+        many = partial(torch.nn.functional.linear, weight=modules[0].weight, bias=bias)
     if packs:
         weight = torch.cat([m.weight for m in modules])
         few = _packed(weight, bias)
         return lambda x: few(x) if len(x) <= FEW_ROWS else many(x), few if isinstance(few, native_inference.PackedWeight) else None
     return many, None
-
-
-def _each(modules: Sequence[Any], x_TI: Tensor) -> Tensor:
-    """The results of several linear layers side by side, each written where it belongs."""
-    y_TO = x_TI.new_empty(len(x_TI), sum(m.out_features for m in modules))
-    for m, y in zip(modules, y_TO.split([m.out_features for m in modules], dim=1), strict=True):
-        if m.bias is None:
-            torch.mm(x_TI, m.weight.T, out=y)
-        else:
-            torch.addmm(m.bias, x_TI, m.weight.T, out=y)
-    return y_TO
 
 
 def _packed(weight_OI: Tensor, bias_O: Tensor | None) -> Linear:

@@ -224,3 +224,11 @@ def test_gradients_and_other_dtypes_do_not_come_here():
     assert not native.available(torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16))
     with torch.enable_grad():
         assert not native.available(torch.zeros(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_layers_of_one_input_side_by_side(dtype):
+    x, weights = torch.randn(7, 24).to(dtype), [torch.randn(n, 24).to(dtype) for n in (5, 16, 1)]
+    biases = [torch.randn(5).to(dtype), None, torch.randn(1).to(dtype)]
+    each = [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+    assert close(ops.linears(x, weights, biases), torch.cat(each, dim=1).float(), dtype)

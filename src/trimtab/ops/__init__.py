@@ -14,7 +14,7 @@ from trimtab.ops.edit import (
     scale_input,
     scale_output,
 )
-from trimtab.ops.layer import largest, rms_norm, rotate, swiglu
+from trimtab.ops.layer import largest, linears, rms_norm, rotate, swiglu
 from trimtab.ops.loss import LOSS_ROWS, supervised_loss
 from trimtab.ops.native_attention import FlatIndex, flat_attention, flat_index, takes_flat
 from trimtab.ops.varlen import VarlenIndex, varlen_attention, varlen_index, varlen_kernel
@@ -34,6 +34,7 @@ __all__ = [
     "flat_index",
     "gathers",
     "largest",
+    "linears",
     "lora",
     "lora_embedding",
     "replace",

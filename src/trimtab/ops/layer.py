@@ -5,6 +5,7 @@ On a CPU in float32 or bfloat16 they run in one native pass each (`native_traini
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,6 +99,18 @@ class _Rotate(torch.autograd.Function):
         dx[..., :half].addcmul_(dy[..., half:], sin[..., half:])
         dx[..., half:].addcmul_(dy[..., :half], sin[..., :half], value=-1)
         return dx, None, None
+
+
+def linears(x_TI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """The results of several linear layers of one input, side by side, each written where it belongs; no gradients. Weights [O, I]."""
+    widths = [w.shape[0] for w in weights]
+    y_TO = x_TI.new_empty(len(x_TI), sum(widths))
+    for y, weight, bias in zip(y_TO.split(widths, dim=1), weights, biases, strict=True):
+        if bias is None:
+            torch.mm(x_TI, weight.T, out=y)
+        else:
+            torch.addmm(bias, x_TI, weight.T, out=y)
+    return y_TO
 
 
 def largest(x_TV: Tensor) -> tuple[Tensor, Tensor]:
