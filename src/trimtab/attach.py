@@ -131,7 +131,7 @@ class Attached:
             kernels, text = fast.compile_row_wise(self.embedding.weight)
         elif wanted:
             text = f"nothing is compiled: layers of {self.spec.model_type} run as transformers wrote them"
-        vars(self.row_wise).update(vars(kernels))
+        self.row_wise.become(kernels)
         return text
 
     def pack(self, method: Method, params: dict[str, Tensor], sites: Sequence[Site]) -> PackedAdapter:

@@ -87,7 +87,7 @@ def serve(
     _check(local, host, database, adapters)
     from trimtab.http import logs, server
     from trimtab.http.app import create_app
-    from trimtab.http.assemble import Asked, services_of
+    from trimtab.http.assemble import Asked, name_for_clients, services_of
     from trimtab.http.services import Limits
     from trimtab.serve.audit import Audit, audit_path
     from trimtab.serve.engine import Engine, EngineConfig
@@ -113,7 +113,7 @@ def serve(
                 store=store,
                 folders=folders,
                 adapters=adapters,
-                base_names=(shown or (Path(base_name).name if Path(base_name).exists() else base_name),),  # a path is nothing for clients
+                base_names=(shown or name_for_clients(base_name),),
                 tenants=tenants,
                 audit=audit,
                 hosts=server.local_hosts(port) if local else None,

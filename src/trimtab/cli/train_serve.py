@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
 
 from trimtab.http import server
 from trimtab.http.app import create_app
-from trimtab.http.assemble import Asked, services_of
+from trimtab.http.assemble import Asked, name_for_clients, services_of
 from trimtab.serve.engine import Engine, EngineConfig
 from trimtab.serve.live import Snapshot, snapshot
 from trimtab.serve.request import Request
@@ -74,9 +73,8 @@ class LiveServer:
         self.engine = Engine(
             base, EngineConfig(kv_bytes=RUNNING * TOKENS // 16 * Runner.bytes_per_block(base, 16), max_running=RUNNING), loader=AtOnce()
         )
-        shown = Path(prepared.run.base).name if Path(prepared.run.base).exists() else prepared.run.base  # a path is nothing for clients
         port = sock.getsockname()[1]
-        made = services_of(self.engine, Asked(base_names=(shown,), hosts=server.local_hosts(port)))
+        made = services_of(self.engine, Asked(base_names=(name_for_clients(prepared.run.base),), hosts=server.local_hosts(port)))
         self.services = replace(made, alive=lambda: not self.failed)
         self.engine.on_finish = self._finished
         self.failed = False

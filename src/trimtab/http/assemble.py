@@ -36,6 +36,11 @@ class Asked:
     limits: Limits = field(default_factory=Limits)
 
 
+def name_for_clients(base: str) -> str:
+    """A base's name, as a command or a run file gives it; of a folder or file its last part, since a path is nothing for clients."""
+    return Path(base).name if Path(base).exists() else base
+
+
 def services_of(engine: Engine, asked: Asked) -> Services:
     """The services of a server around this engine, which is observed from now on. AdapterError where a named adapter is refused."""
     base = engine.base

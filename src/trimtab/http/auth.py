@@ -20,10 +20,15 @@ bearer = HTTPBearer(auto_error=False, scheme_name="key", description="An API key
 Given = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
 
 
+def tenant_of(s: Services, key: str | None) -> Tenant:
+    """The tenant whose key this is; AuthError (401) without a valid one. In local mode: LOCAL."""
+    return LOCAL if s.tenants is None else s.tenants.authenticate(key)
+
+
 async def caller(request: Request, given: Given) -> Tenant:
-    """The tenant whose key this is; AuthError (401) without a valid one. In local mode: LOCAL. Reads memory, so it needs no thread."""
+    """`tenant_of` this request. Reads memory, so it needs no thread."""
     s: Services = request.app.state.services
-    tenant = LOCAL if s.tenants is None else s.tenants.authenticate(given.credentials if given is not None else None)
+    tenant = tenant_of(s, given.credentials if given is not None else None)
     request.scope["trimtab.record"].tenant = tenant.name
     return tenant
 

@@ -10,6 +10,7 @@ import re
 from typing import TypeVar
 
 import numpy as np
+from fastapi.security.utils import get_authorization_scheme_param
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.concurrency import run_in_threadpool
@@ -17,9 +18,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab.errors import LimitError, TrimtabError
+from trimtab.http.auth import tenant_of
 from trimtab.http.errors import RETRY_S, ClientGone, Fault, fault_of, fault_of_body, reply
 from trimtab.http.services import Limits, Services
-from trimtab.serve.tenants import LOCAL
 
 MAX_FIELDS = 100
 """Of a body: more than there are, and few enough to look for each one's nearest spelling."""
@@ -84,7 +85,8 @@ class Gate:
         """The refusal of a request for which there is no room, before anything of it is read: under overload there are many. Whoever has
         no valid key passes, to be told so by the route."""
         try:
-            tenant = LOCAL if self.s.tenants is None else self.s.tenants.authenticate(_token(authorization))
+            scheme, key = get_authorization_scheme_param(authorization)
+            tenant = tenant_of(self.s, key if scheme.lower() == "bearer" else None)
         except TrimtabError:
             return None
         if (record := scope.get("trimtab.record")) is not None:
@@ -97,11 +99,6 @@ class Gate:
 
     def _is_us(self, named: list[bytes]) -> bool:
         return len(named) == 1 and self.s.hosts is not None and named[0].decode("latin-1").lower() in self.s.hosts
-
-
-def _token(authorization: str) -> str | None:
-    scheme, _, token = authorization.partition(" ")
-    return token if scheme.lower() == "bearer" else None
 
 
 def _too_large(limit: int) -> Fault:

@@ -27,7 +27,7 @@ class FullVariant(Variant):
     def __init__(self, config: VariantConfig, base: Base, examples: Sequence[Example], seed: int, max_tokens: int):
         attached = Attached(_copy(base))
         attached.activation_checkpointing = base.attached.activation_checkpointing
-        vars(attached.row_wise).update(vars(base.attached.row_wise))
+        attached.row_wise.become(base.attached.row_wise)
         self.weights = dict(attached.model.named_parameters())  # tied weights appear once
         super().__init__(config, attached, [], {k: w.float() for k, w in self.weights.items()}, examples, seed, max_tokens)
         for w in self.weights.values():

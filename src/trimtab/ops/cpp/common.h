@@ -41,22 +41,25 @@ static inline void fetch(const void* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
 
-// e^x to 2 ulp: 2^k times a polynomial on [-ln2/2, ln2/2]; below -87 it is 0, above 88 it stays.
-static inline float fast_exp(float x) {
-    float clipped = std::min(std::max(x, -87.0f), 88.0f);
-    float k = std::nearbyint(clipped * 1.44269504088896341f);
-    float r = clipped - k * 0.693359375f + k * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
+// e^(x - k ln2) for the whole number k nearest to x / ln2, a polynomial on [-ln2/2, ln2/2]; F: a float, or several.
+template <class F> static inline F exp_rest(F x, F k) {
+    const F r = x - k * 0.693359375f + k * 2.12194440e-4f;
+    F p = F{} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    return p * r * r + r + 1.0f;
+}
+
+// e^x to 2 ulp; below -87 it is 0, above 88 it stays.
+static inline float fast_exp(float x) {
+    const float clipped = std::min(std::max(x, -87.0f), 88.0f), k = std::nearbyint(clipped * 1.44269504088896341f);
     int32_t bits = (int32_t(k) + 127) << 23;
     float scale;
     std::memcpy(&scale, &bits, 4);
-    return x < -87.0f ? 0.0f : p * scale;
+    return x < -87.0f ? 0.0f : exp_rest(clipped, k) * scale;
 }
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)

@@ -18,6 +18,36 @@ bool may_tile() {
 
 #ifdef TILES
 
+// sums [32, 32] = 16 rows at a, and 16 more at b where `both`, times a block of weights. ahead: fetch weights that are read soon.
+template <bool both>
+static void multiply(const bf16* a, const bf16* b, int64_t stride, const bf16* w, int64_t steps, bool ahead, float* sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (both) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < steps; k++) {
+        if (ahead) fetch(w + (k + 8) * 1024, 2048);
+        _tile_loadd(4, a + k * 32, stride * 2);
+        _tile_loadd(6, w + k * 1024, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, w + k * 1024 + 512, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (both) {
+            _tile_loadd(5, b + k * 32, stride * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    if (both) {
+        _tile_stored(2, sums + 16 * 32, 128);
+        _tile_stored(3, sums + 16 * 32 + 16, 128);
+    }
+}
+
 // y = x W^T + bias on tiles: W is packed in blocks of 32 outputs, each block a run of [K / 32][2][16 pairs][16 outputs][2]. A row's result
 // does not depend on how many rows there are.
 void matmul(const bf16* x, int64_t x_stride, const bf16* W, const bf16* bias, bf16* y, int64_t y_stride, int64_t M, int64_t K, int64_t O) {
@@ -38,36 +68,10 @@ void matmul(const bf16* x, int64_t x_stride, const bf16* W, const bf16* bias, bf
                 configured = rows;
             }
             const bf16 *a = x + m * x_stride, *b = a + 16 * x_stride;
-            _tile_zero(0);
-            _tile_zero(1);
-            if (lower) {
-                _tile_zero(2);
-                _tile_zero(3);
-                for (int64_t k = 0; k < steps; k++) {
-                    if (m == 0) fetch(w + (k + 8) * 1024, 2048);
-                    _tile_loadd(4, a + k * 32, x_stride * 2);
-                    _tile_loadd(6, w + k * 1024, 64);
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_loadd(7, w + k * 1024 + 512, 64);
-                    _tile_dpbf16ps(1, 4, 7);
-                    _tile_loadd(5, b + k * 32, x_stride * 2);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
-                _tile_stored(2, sums + 16 * 32, 128);
-                _tile_stored(3, sums + 16 * 32 + 16, 128);
-            } else {
-                for (int64_t k = 0; k < steps; k++) {
-                    if (m == 0) fetch(w + (k + 8) * 1024, 2048);
-                    _tile_loadd(4, a + k * 32, x_stride * 2);
-                    _tile_loadd(6, w + k * 1024, 64);
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_loadd(7, w + k * 1024 + 512, 64);
-                    _tile_dpbf16ps(1, 4, 7);
-                }
-            }
-            _tile_stored(0, sums, 128);
-            _tile_stored(1, sums + 16, 128);
+            if (lower)
+                multiply<true>(a, b, x_stride, w, steps, m == 0, sums);
+            else
+                multiply<false>(a, b, x_stride, w, steps, m == 0, sums);
             const int64_t width = std::min<int64_t>(32, O - n * 32);
             for (int64_t i = 0; i < rows; i++) {
                 bf16* to = y + (m + i) * y_stride + n * 32;

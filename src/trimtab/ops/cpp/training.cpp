@@ -9,16 +9,8 @@ static inline Lanes sigmoid(Lanes x) {
     y = y < -87.0f ? Lanes{} - 87.0f : y;
     y = y > 88.0f ? Lanes{} + 88.0f : y;
     const Lanes k = (y * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // to the nearest integer
-    const Lanes r = y - k * 0.693359375f + k * 2.12194440e-4f;
-    Lanes p = Lanes{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
     const Bits power = (Bits)(k + 12583039.0f) << 23;  // 2^k: the low bits of that sum are k + 127
-    const Lanes d = 1.0f + p * (Lanes)power;
+    const Lanes d = 1.0f + exp_rest(y, k) * (Lanes)power;
 #ifdef __AVX512BF16__
     const Lanes near = (Lanes)_mm512_rcp14_ps((__m512)d), s = near * (2.0f - d * near);
 #else
