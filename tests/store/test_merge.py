@@ -16,8 +16,9 @@ from trimtab import bases
 from trimtab.bases.load import DTYPES
 from trimtab.errors import AdapterError, NotMergeable
 from trimtab.methods import IA3Config, LoraConfig
-from trimtab.model import Base
+from trimtab.model import Base, load_base
 from trimtab.store import Adapter, merge
+from trimtab.store.export import export
 
 MERGEABLE = [(name, m) for name, m in EXAMPLES if type(m).mergeable]
 REFUSING = [(name, m) for name, m in EXAMPLES if not type(m).mergeable]
@@ -127,6 +128,18 @@ def test_tensors_changed_after_a_forward_are_merged_as_they_are_now(tmp_path):
     for tensor in adapter.params.values():
         tensor.mul_(1.5)
     assert adapter.merge_into(tmp_path / "merged").max_difference < 1e-4
+
+
+def test_a_bfloat16_base_is_compared_in_fp32(tmp_path, monkeypatch):
+    """What is judged is the rounding of weights, not the noise of two bfloat16 forwards: here one that answers at random."""
+    folder = tiny_folder(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = stirred(load_base(str(folder), dtype="bfloat16"), LoraConfig(r=4))
+    noisy = adapter.base.logits
+    monkeypatch.setattr(adapter.base, "logits", lambda *a, **k: [torch.randn_like(x) for x in noisy(*a, **k)])
+    report = adapter.merge_into(tmp_path / "merged")
+    assert report.dtype == "bfloat16" and 0 < report.relative < 0.02 < report.allowed
+    exported = export(adapter, tmp_path / "exported")
+    assert exported.relative < 1e-5 and "trimtab" in exported.checked
 
 
 def test_the_tolerances_name_every_dtype_that_a_base_may_have():

@@ -37,11 +37,13 @@ from trimtab.store.config_write import config_from_method
 from trimtab.store.factors import Factors, factors_of, lora_from_factors
 from trimtab.store.folder import CONFIG, WEIGHTS
 from trimtab.store.gguf_lora import GGUF, gguf_problems, read_gguf, write_gguf
-from trimtab.store.merge import TOLERANCE, apart, fresh_copy, merge_into, probed, probes
+from trimtab.store.merge import TOLERANCE, apart, fresh_copy, in_float32, merge_into, probed, probes
 from trimtab.store.staging import staged
 from trimtab.store.tensors import file_key
 
 FORMATS = ("peft", "vllm", "merged", "gguf")
+ALLOWED = TOLERANCE[torch.float32]
+"""Difference of logits that is rounding: what is written has fp32 tensors, and both sides compute in fp32."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def export(adapter: Adapter, folder: str | Path, format: str = "peft", *, base_n
             checked, relative = _check_folder(adapter, work)
         files = _sizes(work)
     rank = plain.sites[0].rank if format != "peft" else None
-    return ExportReport(Path(folder), format, files, rank, checked, relative, TOLERANCE[adapter.base.dtype])
+    return ExportReport(Path(folder), format, files, rank, checked, relative, ALLOWED)
 
 
 def _refuse(adapter: Adapter, format: str) -> None:
@@ -162,24 +164,26 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _check_folder(adapter: Adapter, work: Path) -> tuple[tuple[str, ...], float]:
     """(who read the folder, the largest relative difference of logits). AdapterError where that is more than rounding explains."""
-    wanted = probed(adapter)
-    found = {"trimtab": probed(Adapter.load(work, adapter.base))}
+    exact = in_float32(adapter)
+    wanted = probed(exact)
+    found = {"trimtab": probed(Adapter.load(work, exact.base))}
     if find_spec("peft") is not None:
-        found["peft"] = _by_peft(adapter.base, work)
-    return tuple(found), _compare({who: apart(logits, wanted) for who, logits in found.items()}, adapter.base)
+        found["peft"] = _by_peft(exact.base, work)
+    return tuple(found), _compare({who: apart(logits, wanted) for who, logits in found.items()})
 
 
 def _check_gguf(adapter: Adapter, plain: Adapter, file: Path) -> tuple[tuple[str, ...], float]:
     """The file's tensors, read by the gguf package and with llama.cpp's order of rows undone, in the place of the adapter's."""
-    back = Adapter(adapter.base, plain.method, read_gguf(file, plain, adapter.base.spec))
-    return ("gguf",), _compare({"gguf": apart(probed(back), probed(adapter))}, adapter.base)
+    exact = in_float32(adapter)
+    back = Adapter(exact.base, plain.method, read_gguf(file, plain, adapter.base.spec))
+    return ("gguf",), _compare({"gguf": apart(probed(back), probed(exact))})
 
 
-def _compare(found: dict[str, tuple[float, float]], base: Base) -> float:
+def _compare(found: dict[str, tuple[float, float]]) -> float:
     problems = [
-        f"read by {who}, logits differ by up to {largest:.3g}, {relative:.3g} of their spread (allowed: {TOLERANCE[base.dtype]:g})"
+        f"read by {who}, logits differ by up to {largest:.3g}, {relative:.3g} of their spread (allowed: {ALLOWED:g})"
         for who, (largest, relative) in found.items()
-        if not relative <= TOLERANCE[base.dtype]
+        if not relative <= ALLOWED
     ]
     if problems:
         raise AdapterError("what was exported does not compute what base and adapter do, and was not kept", problems=problems)
