@@ -134,12 +134,13 @@ def summary(what: str, seen: Seen) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--places", type=int, default=16, help="answers that are computed at a time")
-    parser.add_argument("--queued", type=int, default=4, help="answers that may wait")
+    parser.add_argument("--queued", type=int, default=16, help="answers that may wait")
+    parser.add_argument("--wait", type=float, default=0.1, help="seconds that one may have to wait")
     parser.add_argument("--seconds", type=float, default=15, help="of each phase")
     parser.add_argument("--times", type=float, nargs="+", default=[1, 10], help="multiples of the rate that the server can do")
     args = parser.parse_args()
     command = [sys.executable, "-m", "trimtab", "serve", "--local", "--port", "0", "--json"]
-    command += ["--max-running", str(args.places), "--max-queued", str(args.queued)]
+    command += ["--max-running", str(args.places), "--max-queued", str(args.queued), "--max-wait", str(args.wait)]
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"}) as server,

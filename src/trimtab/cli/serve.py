@@ -44,6 +44,12 @@ GB = 1e9
 @click.option("--max-running", default=64, show_default=True, type=click.IntRange(1), help="Answers that are computed at a time.")
 @click.option("--max-queued", default=256, show_default=True, type=click.IntRange(1), help="Answers that wait at most; more get 503.")
 @click.option(
+    "--max-wait",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="An answer that would wait longer for a place gets 503 too, as far as can be told when it comes; by default any may wait.",
+)
+@click.option(
     "--request-seconds", type=click.FloatRange(0, min_open=True), help="An answer's time at most; by default as long as it takes."
 )
 @click.option("--drain-seconds", default=60.0, show_default=True, type=click.FloatRange(0), help="After SIGTERM, for running answers.")
@@ -64,6 +70,7 @@ def serve(
     adapters_gb: float | None,
     max_running: int,
     max_queued: int,
+    max_wait: float | None,
     request_seconds: float | None,
     drain_seconds: float,
     dtype: str | None,
@@ -118,6 +125,8 @@ def serve(
                 audit=audit,
                 hosts=server.local_hosts(port) if local else None,
                 max_open=max_running + max_queued,
+                places=max_running,
+                max_wait=max_wait,
                 limits=Limits(request_s=request_seconds),
             ),
         )

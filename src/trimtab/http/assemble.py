@@ -23,7 +23,8 @@ from trimtab.store.registry import Store
 @dataclass(frozen=True)
 class Asked:
     """What a server is asked to be. store, folders: where adapters come from (catalog.py). adapters: names given at the start, in local
-    mode: name -> a folder or a name in the store. base_names: see catalog.py. tenants, audit: None in local mode."""
+    mode: name -> a folder or a name in the store. base_names: see catalog.py. tenants, audit: None in local mode. max_open, places,
+    max_wait: see admission.py."""
 
     store: Store | None = None
     folders: Sequence[Path] = ()
@@ -33,6 +34,8 @@ class Asked:
     audit: Audit | None = None
     hosts: frozenset[str] | None = None
     max_open: int = 256
+    places: int | None = None
+    max_wait: float | None = None
     limits: Limits = field(default_factory=Limits)
 
 
@@ -50,7 +53,7 @@ def services_of(engine: Engine, asked: Asked) -> Services:
     for name, source in (asked.adapters or {}).items():
         catalog.put(name, _served(source, engine, asked.store), LOCAL)
     usage = None if asked.tenants is None else asked.tenants.usage
-    admission = Admission(asked.max_open)
+    admission = Admission(asked.max_open, places=asked.places, max_wait=asked.max_wait)
     metrics = Metrics(catalog.base_names[0], engine.stats, admission=admission, audit=asked.audit, usage=usage)
     engine.on_finish = metrics.finished
     return Services(

@@ -15,16 +15,14 @@ from types import TracebackType
 from typing import Literal
 
 from trimtab.errors import LimitError, OverloadedError, TrimtabError
+from trimtab.serve.places import FIRST_GUESS, MEMORY, Answer, Places
 from trimtab.serve.tenant import Tenant
 
 DEFAULT_MAX_OPEN = 256
-LEAST_WAIT, MOST_WAIT, FIRST_GUESS = 0.05, 60.0, 1.0
-"""Seconds: bounds of a wait that is estimated, and the guess before any answer has ended."""
+LEAST_WAIT, MOST_WAIT = 0.05, 60.0
+"""Seconds: bounds of a wait that is told."""
 FIRST_TOKENS = 256.0
 """Tokens of an answer, prompt included, before any has ended."""
-MEMORY = 0.1
-"""Weight of the newest request in the running means of how long an answer is held and how many tokens it takes."""
-
 Reason = Literal["concurrency", "tokens", "full", "draining"]
 
 
@@ -58,6 +56,7 @@ class Ticket:
     n: int
     estimate: float
     opened: float
+    answers: tuple[Answer, ...]
     _close: Callable[[Ticket, int], None] = field(repr=False)
     closed: bool = False
 
@@ -73,17 +72,26 @@ class Ticket:
 
 
 class Admission:
-    """Counters of all tenants. max_open: answers that the server holds at a time, queued ones included. Safe for any number of threads."""
+    """Counters of all tenants. max_open: answers that the server holds at a time, queued ones included. places: those of them that are
+    computed at a time, by default all. max_wait: seconds that an answer may have to wait for a place, as far as can be told when it comes;
+    None: any. Safe for any number of threads."""
 
-    def __init__(self, max_open: int = DEFAULT_MAX_OPEN, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        max_open: int = DEFAULT_MAX_OPEN,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        places: int | None = None,
+        max_wait: float | None = None,
+    ):
         if max_open < 1:
             raise TrimtabError(f"max_open = {max_open}: must be at least 1")
-        self.max_open, self._clock = max_open, clock
+        self.max_open, self.max_wait, self._clock, self._places = max_open, max_wait, clock, Places(places or max_open)
         self.rejects: Counter[Reason] = Counter()
         """How many requests were refused, by reason, since the start."""
         self._lock = threading.Lock()
         self._holdings: dict[str, _Holding] = {}
-        self._open, self._seconds, self._draining = 0, FIRST_GUESS, False
+        self._open, self._draining = 0, False
 
     @property
     def open(self) -> int:
@@ -108,12 +116,13 @@ class Admission:
             charged = n * holding.tokens if estimate is None else float(estimate)
             if holding.bucket is not None:
                 holding.bucket.level -= charged
-        return Ticket(tenant, n, charged, now, self._close)
+            return Ticket(tenant, n, charged, now, self._places.enter(now, n), self._close)
 
     @property
     def full(self) -> bool:
         """Whether the server has no room for a single answer more."""
-        return self._open >= self.max_open
+        with self._lock:
+            return self._has_no_room(1, self._clock())
 
     def refuse_if_over(self, tenant: Tenant) -> None:
         """What `admit` would raise for one answer, without letting it in."""
@@ -141,7 +150,7 @@ class Admission:
         if not 1 <= n <= bound:
             raise TrimtabError(f"n = {n}: must be from 1 to {bound} here", fix="ask for fewer answers at a time")
         if self._draining:
-            raise self._overloaded("draining", "the server is shutting down", self._seconds)
+            raise self._overloaded("draining", "the server is shutting down", self._places.seconds)
         if tenant.max_concurrent is not None and holding.open + n > tenant.max_concurrent:
             self.rejects["concurrency"] += 1
             raise LimitError(
@@ -150,8 +159,12 @@ class Admission:
                 retry_after=_wait(holding.seconds, holding.open),
             )
         self._refuse_if_out_of_tokens(tenant, holding, now)
-        if self._open + n > self.max_open:
-            raise self._overloaded("full", "the server is full", _wait(self._seconds, self._open))
+        if self._has_no_room(n, now):
+            raise self._overloaded("full", "the server is full", self._places.wait(now))
+
+    def _has_no_room(self, n: int, now: float) -> bool:
+        late = self.max_wait is not None and self._places.wait(now) > self.max_wait
+        return late or self._open + n > self.max_open
 
     def _refuse_if_out_of_tokens(self, tenant: Tenant, holding: _Holding, now: float) -> None:
         if tenant.tokens_per_minute is None:
@@ -184,7 +197,7 @@ class Admission:
             held = now - ticket.opened
             holding.seconds += MEMORY * (held - holding.seconds)
             holding.tokens += MEMORY * (tokens / ticket.n - holding.tokens)
-            self._seconds += MEMORY * (held - self._seconds)
+            self._places.leave(now, ticket.answers)
             if holding.bucket is not None and ticket.tenant.tokens_per_minute is not None:
                 holding.bucket.fill(ticket.tenant.tokens_per_minute, now)
                 holding.bucket.level += ticket.estimate - tokens

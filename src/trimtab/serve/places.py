@@ -1,0 +1,61 @@
+"""When who comes now would have a place: a guess from when the answers that are computed began, and how long one takes.
+
+Answers that began together end together, so places do not come free evenly: the wait may be next to nothing or a whole answer long.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+FIRST_GUESS = 1.0
+"""Seconds that an answer takes, before any has ended."""
+MEMORY = 0.1
+"""Weight of the newest in a running mean."""
+
+
+@dataclass(eq=False)
+class Answer:
+    """One that is inside. began: when it got its place; None while it waits."""
+
+    began: float | None = None
+
+
+class Places:
+    """`count` answers are computed at a time; more wait, in order of arrival. Times are the caller's clock's; one thread at a time."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.seconds = FIRST_GUESS  # that an answer is computed
+        self._computed: list[Answer] = []  # who began first, first
+        self._waiting: deque[Answer] = deque()
+
+    def wait(self, now: float) -> float:
+        """Seconds until one more answer would begin. Those that should have ended by now may do so at any moment."""
+        if len(self._computed) < self.count:
+            return 0.0
+        rounds, place = divmod(len(self._waiting), self.count)
+        began = self._computed[place].began
+        assert began is not None
+        return max(0.0, began + self.seconds - now) + rounds * self.seconds
+
+    def enter(self, now: float, n: int) -> tuple[Answer, ...]:
+        answers = tuple(Answer() for _ in range(n))
+        self._waiting += answers
+        self._fill(now)
+        return answers
+
+    def leave(self, now: float, answers: tuple[Answer, ...]) -> None:
+        """They are over, whether they were computed or not."""
+        for answer in answers:
+            if answer.began is None:
+                self._waiting.remove(answer)
+            else:
+                self._computed.remove(answer)
+                self.seconds += MEMORY * (now - answer.began - self.seconds)
+        self._fill(now)
+
+    def _fill(self, now: float) -> None:
+        while self._waiting and len(self._computed) < self.count:
+            self._computed.append(self._waiting.popleft())
+            self._computed[-1].began = now
