@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimtab.methods.base import Kernel, Packed, Prefix
 from trimtab.ops import native, native_inference
-from trimtab.ops.stack import LoraTable, Stack
+from trimtab.ops.stack import EditTable, Stack
 
 ALIGNED = 64
 """Bytes to whose multiples tensors are laid out: a cache line, and the widest register."""
@@ -111,7 +111,7 @@ class Mix:
     adapters: Sequence[PackedAdapter]
     groups: dict[str, list[Group]] = field(init=False)
     joined: dict[tuple[str, ...], native_inference.LoraParts | None] = field(init=False, default_factory=dict)
-    tables: dict[Stack, LoraTable | None] = field(init=False, default_factory=dict)  # of each model's layers, once it has run them
+    tables: dict[Stack, EditTable | None] = field(init=False, default_factory=dict)  # of each model's layers, once it has run them
 
     def __post_init__(self) -> None:
         found: dict[str, dict[Kernel, list[int]]] = {}
@@ -132,11 +132,11 @@ class Mix:
         return tuple(range(len(self.adapters)))
 
     def lora_parts(self, sites: tuple[str, ...], starts: Sequence[int], kernel: Kernel) -> native_inference.LoraParts | None:
-        """The factors of sites that share an input, for one pass over all; slots are members. starts: where each site's outputs begin in a
-        row. None where no edits act, or others than this kernel's."""
+        """The factors of LoRA (its kernel) at sites that share an input, for one pass over all; slots are members. starts: where each
+        site's outputs begin in a row. None where there are none."""
         if sites not in self.joined:
             found = [(group, start) for site, start in zip(sites, starts, strict=True) for group in self.groups.get(site, ())]
+            found = [(group, start) for group, start in found if group.kernel is kernel]
             packs = [(group.packs, group.members) for group, _ in found]
-            fits = found and all(group.kernel is kernel for group, _ in found)
-            self.joined[sites] = native_inference.LoraParts(packs, [s for _, s in found], len(self.adapters)) if fits else None
+            self.joined[sites] = native_inference.LoraParts(packs, [s for _, s in found], len(self.adapters)) if found else None
         return self.joined[sites]

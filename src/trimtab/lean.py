@@ -2,7 +2,7 @@
 
 The same formulas as the model's own forward in a tenth of the operations: projections that share an input run as one matmul over weights in
 the layout that the matmul wants, and everything between them is one kernel each (`ops.native`), keys and values straight into the cache.
-Few rows with no edits but LoRA run all layers in one native call (`ops.stack`) of the same kernels.
+Few rows whose edits are LoRA, IA³ and bottlenecks run all layers in one native call (`ops.stack`) of the same kernels.
 Edits of every method go through the same kernels of `ops` as everywhere. What is trusted is a comparison: before its first use it runs
 beside the model's own forward, and where the two differ the model keeps its own. It copies the projections' weights, if memory allows.
 """
@@ -22,11 +22,11 @@ from torch import Tensor
 from trimtab import ops
 from trimtab.attention import KVCache, PagedKV, Plan, Run, lay_out, over_buckets
 from trimtab.ops import native, native_inference
-from trimtab.ops.stack import LayerWeights, LoraTable, Stack
+from trimtab.ops.stack import Edit, EditTable, LayerWeights, Stack
 
 if TYPE_CHECKING:
     from trimtab.attach import Attached
-    from trimtab.bank import Mix
+    from trimtab.bank import Group, Mix
     from trimtab.batch import Batch
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -78,7 +78,7 @@ class Lean:
         cos_TD, sin_TD = (p[0].contiguous() for p in self.attached.body.rotary_emb(x_TH[None], position_ids=batch.position_T[None]))
         paging, long = _paging(plan, cache)
         if self.stack is not None and len(x_TH) <= FEW_ROWS and not long:
-            edits = self._lora_only(self.stack, batch)
+            edits = self._edits(self.stack, batch)
             if edits is not None:
                 return self.stack(x_TH, (cos_TD, sin_TD), (cache.keys, cache.values), plan.write_T, paging, *edits)
         y_TH: Tensor | None = None
@@ -94,13 +94,13 @@ class Lean:
             y_TH = layer.mlp(h_TH, batch)
         return native_inference.add_rms_norm(x_TH, y_TH, self.norm, self.eps)
 
-    def _lora_only(self, stack: Stack, batch: Batch) -> tuple[Tensor | None, LoraTable | None] | None:
-        """Each row's adapter and the factors of all, where nothing but LoRA at projections edits this batch; else None."""
+    def _edits(self, stack: Stack, batch: Batch) -> tuple[Tensor | None, EditTable | None] | None:
+        """Each row's adapter and what all of them do, where the one call knows all that edits this batch; else None."""
         rows = batch.rows(batch.mix.members)
         if rows is None:
             return None, None
         if stack not in batch.mix.tables:
-            batch.mix.tables[stack] = _lora_table(self.layers, batch.mix)
+            batch.mix.tables[stack] = _edit_table(self.layers, batch.mix)
         table, (slot_T, long) = batch.mix.tables[stack], rows.by_row
         return None if table is None or long else (slot_T, table)
 
@@ -131,13 +131,23 @@ def _paging(plan: Plan, cache: KVCache) -> tuple[Paging, list[tuple[slice, Any]]
     return Paging(sequence_T, length_T, table_SB, cache.capacity, max(1, int(length.max(initial=0)))), long
 
 
-def _lora_table(layers: Sequence[_Layer], mix: Mix) -> LoraTable | None:
-    """The mix's factors at every projection; None where another kernel acts somewhere."""
-    if any(group.kernel is not ops.lora for groups in mix.groups.values() for group in groups):
-        return None
-    if any(layer.mlp_name in mix.groups for layer in layers):
-        return None
-    return LoraTable([p.lora_parts(mix) for layer in layers for p in layer.projections])
+def _edit_table(layers: Sequence[_Layer], mix: Mix) -> EditTable | None:
+    """The mix's edits at every place; None where one is of another kind."""
+    places = [place for layer in layers for place in layer.edits(mix)]
+    return EditTable([p for p in places if p is not None]) if all(p is not None for p in places) else None
+
+
+def _edit(group: Group, first: int, width: int, slots: int, *, own_input: bool) -> Edit | None:
+    """What a group does at a module whose outputs are `width` of its place's; None where the one call cannot. own_input: no other module
+    reads what this one does."""
+    kernel, packs, members = group.kernel, group.packs, group.members
+    if isinstance(kernel, ops.Bottleneck) and (own_input or not kernel.parallel):
+        parts = native_inference.BottleneckParts(packs, members, slots, kernel.number)
+        return Edit("beside" if kernel.parallel else "behind", first, width, parts)
+    if kernel is ops.scale_output or (kernel is ops.scale_input and own_input):
+        kind = "scale_output" if kernel is ops.scale_output else "scale_input"
+        return Edit(kind, first, width, native_inference.ScaleParts(packs, members, slots))
+    return None
 
 
 def _stack(layers: Sequence[_Layer], heads: tuple[int, int, int], norm_H: Tensor, eps: float) -> Stack | None:
@@ -165,7 +175,7 @@ class _Projection:
         groups: Mapping[str, Any] = batch.mix.groups
         if not any(name in groups for name in self.names):
             return self.plain(x_TI)
-        lora = self.lora_parts(batch.mix)
+        lora = self.lora_parts(batch.mix) if all(g.kernel is ops.lora for n in self.names for g in groups.get(n, ())) else None
         if len(self.names) == 1 and not lora:
             return self.attached.edited(self.names[0], x_TI, batch, self.plain)
         y_TO = self.plain(x_TI)
@@ -179,8 +189,17 @@ class _Projection:
         return y_TO
 
     def lora_parts(self, mix: Mix) -> native_inference.LoraParts | None:
-        """The mix's factors at all of these modules, where LoRA is all that acts there."""
+        """The mix's factors of LoRA at all of these modules."""
         return mix.lora_parts(self.names, [a for a, _ in self.parts], ops.lora)
+
+    def edits(self, mix: Mix) -> list[Edit] | None:
+        """What the mix does at these modules; None where the one call cannot."""
+        lora, outputs = self.lora_parts(mix), self.parts[-1][1]
+        found: list[Edit | None] = [Edit("lora", 0, outputs, lora)] if lora else []
+        for name, (a, b) in zip(self.names, self.parts, strict=True):
+            others = [g for g in mix.groups.get(name, ()) if g.kernel is not ops.lora]
+            found += [_edit(g, a, b - a, len(mix.adapters), own_input=len(self.names) == 1) for g in others]
+        return _all_of(found)
 
     def _add_lora(self, x_TI: Tensor, y_TO: Tensor, batch: Batch, parts: native_inference.LoraParts) -> bool:
         """Add LoRA at all of these modules in one pass over the rows; False where some run of them is better off as matmuls."""
@@ -196,6 +215,11 @@ class _Projection:
             slots = torch.full((span.stop - span.start,), span.slot, dtype=torch.int32)
             native_inference.lora(x_TI[span.start : span.stop], y_TO[span.start : span.stop], slots, parts)
         return True
+
+
+def _all_of(edits: Sequence[Edit | None]) -> list[Edit] | None:
+    known = [e for e in edits if e is not None]
+    return known if len(known) == len(edits) else None
 
 
 def _known(x_TI: Tensor, y_TO: Tensor, module: Any) -> Linear:
@@ -244,6 +268,15 @@ class _Layer:
         self.down = _Projection(attached, [f"{at}.mlp.down_proj"], packs)
         self.projections = (self.qkv, self.o, self.gate_up, self.down)
         self.sites = [n for p in self.projections for n in p.names] + [self.mlp_name]
+
+    def edits(self, mix: Mix) -> list[list[Edit] | None]:
+        """What the mix does at each place; None where the one call cannot."""
+        width = self.down.parts[-1][1]
+        around = mix.groups.get(self.mlp_name, ())
+        if any(g.kernel is ops.scale_input for g in around):  # its place is before all that reads this input
+            return [None]
+        around_mlp = _all_of([_edit(g, 0, width, len(mix.adapters), own_input=True) for g in around])
+        return [*(p.edits(mix) for p in self.projections), around_mlp]
 
     def mlp(self, h_TH: Tensor, batch: Batch) -> Tensor:
         inside = lambda x: self.down(native_inference.swiglu(self.gate_up(x, batch)), batch)  # noqa: E731

@@ -195,8 +195,8 @@ KERNELS = {
     "dora": (ops.dora, {"A": (2, 4), "B": (3, 2), "g": (3,)}),
     "scale_input": (ops.scale_input, {"g": (4,)}),
     "scale_output": (ops.scale_output, {"g": (3,)}),
-    "bottleneck": (ops.bottleneck("gelu", False), {"D": (2, 3), "d": (2,), "U": (3, 2), "u": (3,)}),
-    "parallel": (ops.bottleneck("tanh", True), {"D": (2, 4), "d": (2,), "U": (3, 2), "u": (3,)}),
+    "bottleneck": (ops.Bottleneck("gelu", False), {"D": (2, 3), "d": (2,), "U": (3, 2), "u": (3,)}),
+    "parallel": (ops.Bottleneck("tanh", True), {"D": (2, 4), "d": (2,), "U": (3, 2), "u": (3,)}),
     "replace": (ops.replace, {"weight": (3, 4), "bias": (3,)}),
 }
 

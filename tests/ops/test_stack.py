@@ -37,7 +37,7 @@ def adapter(base, seed, config):
 def run(base, lean, mix):
     """Hidden states, keys and values of a prompt for each member and for the base, then of one more token each."""
     spec, attached = base.spec, base.attached
-    cache = PagedKV(spec.num_layers, 32, 4, spec.num_kv_heads, spec.head_dim, attached.dtype, attached.device)
+    cache = PagedKV(spec.num_layers, 64, 4, spec.num_kv_heads, spec.head_dim, attached.dtype, attached.device)
     found = []
     for past, count in ((0, 9), (9, 1)):
         ids = [torch.randint(250, (count,), generator=torch.Generator().manual_seed(10 * past + i)) for i in range(len(mix.adapters) + 1)]
@@ -52,21 +52,31 @@ def test_one_call_equals_a_call_for_each_kernel(base):
     assert isinstance(base.attached, Attached)
     some = trimtab.LoraConfig(r=5, target_modules=("q_proj", "v_proj", "down_proj"))
     every = trimtab.LoraConfig(r=16, target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
-    mix = Mix([adapter(base, 1, some), adapter(base, 2, every), adapter(base, 3, every)])
+    bottlenecks = [trimtab.BottleneckConfig(variant=v, reduction_factor=8) for v in ("houlsby", "pfeiffer", "parallel")]
+    outputs = trimtab.IA3Config(target_modules=("q_proj", "o_proj", "up_proj", "down_proj"), feedforward_modules=("o_proj",))
+    more = [trimtab.IA3Config(), outputs, trimtab.BottleneckConfig(non_linearity="gelu"), trimtab.PrefixTuningConfig(num_virtual_tokens=3)]
+    configs = [some, every, every, *bottlenecks, *more]
+    mix = Mix([adapter(base, i, config) for i, config in enumerate(configs)])
     one, many = Lean(base.attached), Lean(base.attached)
     assert one.stack is not None
     many.stack = None
     got, want, plain = run(base, one, mix), run(base, many, mix), run(base, one, Mix(list(mix.adapters[:0])))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert torch.equal(plain[0], got[0][:9]), "the base's rows do not depend on the adapters beside them"
-    parts = [got[0][9 * i : 9 * i + 9] for i in range(4)]
-    assert all(float((parts[i] - parts[0]).abs().max()) > 0.1 for i in range(1, 4)), "every adapter does something"
+    assert mix.tables[one.stack] is not None
+    parts = [got[0][9 * i : 9 * i + 9] for i in range(len(configs))]  # a prefix that is not in the cache does nothing
+    assert all(float((part - parts[0]).abs().max()) > 0.1 for part in parts[1:]), "every adapter does something"
 
 
+@pytest.mark.parametrize(
+    "other",
+    [trimtab.LoraConfig(use_dora=True), trimtab.IA3Config(target_modules=("gate_proj",), feedforward_modules=("gate_proj",))],
+    ids=["dora", "one of two inputs"],
+)
 @pytest.mark.parametrize("base", ["llama"], indirect=True)
-def test_other_edits_are_not_left_out(base):
-    """A mix with IA³ beside LoRA runs kernel by kernel."""
-    mix = Mix([adapter(base, 1, trimtab.LoraConfig(r=4)), adapter(base, 2, trimtab.IA3Config())])
+def test_other_edits_are_not_left_out(base, other):
+    """A mix with an edit beside LoRA that the one call does not know runs kernel by kernel."""
+    mix = Mix([adapter(base, 1, trimtab.LoraConfig(r=4)), adapter(base, 2, other)])
     one, many = Lean(base.attached), Lean(base.attached)
     many.stack = None
     got, want = run(base, one, mix), run(base, many, mix)

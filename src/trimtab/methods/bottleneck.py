@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from trimtab import ops
 from trimtab.errors import ConfigError, NotMergeable, nearest
-from trimtab.methods.base import BaseView, Kernel, Method, Packed, Params, Site
+from trimtab.methods.base import BaseView, Method, Packed, Params, Site
 from trimtab.spec import Spec
 
 VARIANTS = ("houlsby", "pfeiffer", "parallel")
@@ -96,15 +95,9 @@ class BottleneckConfig(Method):
     def pack(self, site: Site, params: Params, weight_OI: Tensor) -> Packed:
         short = {"D": "adapter_down.weight", "d": "adapter_down.bias", "U": "adapter_up.weight", "u": "adapter_up.bias"}
         tensors = {k: (params[name] * site.scaling if k in "Uu" else params[name]).to(weight_OI.dtype) for k, name in short.items()}
-        return Packed(_kernel(self.non_linearity, self.variant == "parallel"), tensors, self.dropout)
+        return Packed(ops.Bottleneck(self.non_linearity, self.variant == "parallel"), tensors, self.dropout)
 
     def merge(self, site: Site, weight_OI: Tensor, bias_O: Tensor | None, params: Params) -> tuple[Tensor, Tensor | None]:
         raise NotMergeable(
             f"a bottleneck adapter has a non-linearity ({self.non_linearity}) between its matrices, so it cannot be folded into a weight"
         )
-
-
-@lru_cache
-def _kernel(non_linearity: str, parallel: bool) -> Kernel:
-    """One kernel object for each kind, so that adapters of a kind run together."""
-    return ops.bottleneck(non_linearity, parallel)

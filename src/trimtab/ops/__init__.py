@@ -3,7 +3,7 @@
 from trimtab.ops.attend import QUERY_BLOCK, attention
 from trimtab.ops.edit import (
     ACTIVATIONS,
-    bottleneck,
+    Bottleneck,
     by_span,
     dora,
     dropout,
@@ -21,12 +21,12 @@ from trimtab.ops.varlen import VarlenIndex, varlen_attention, varlen_index, varl
 
 __all__ = [
     "ACTIVATIONS",
+    "Bottleneck",
     "FlatIndex",
     "LOSS_ROWS",
     "QUERY_BLOCK",
     "VarlenIndex",
     "attention",
-    "bottleneck",
     "by_span",
     "dora",
     "dropout",

@@ -13,6 +13,7 @@ Dimensions: T rows, I in, O out, R rank or bottleneck, S adapters ("slots") of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -240,33 +241,26 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def bottleneck(activation: str, parallel: bool) -> Any:
+@dataclass(frozen=True)
+class Bottleneck:
     """The kernel y + U f(D h + d) + u with h = y = base(x), or h = x where the adapter runs beside the module (parallel).
 
     D [R, H], d [R], U [H, R], u [H]; the output's scaling is folded into U and u.
     """
-    f, number = ACTIVATIONS[activation], list(ACTIVATIONS).index(activation)
 
-    def edit_of(h_RI: Tensor, y_RO: Tensor, packs: Any, span: Any, site: int) -> Tensor:
-        pack = packs.items[span.slot]
-        t = pack.tensors
-        inside = dropout(f(F.linear(h_RI, t["D"], t["d"])), pack.dropout, span.seed, site)
-        return y_RO + F.linear(inside, t["U"], t["u"])
+    activation: str
+    parallel: bool
 
-    def kernel(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
-        y_TO = base(x_TI)
-        h = x_TI if parallel else y_TO
+    @property
+    def number(self) -> int:
+        """That of the activation in native kernels."""
+        return list(ACTIVATIONS).index(self.activation)
+
+    def __call__(self, x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+        y_TO, f = base(x_TI), ACTIVATIONS[self.activation]
+        h = x_TI if self.parallel else y_TO
         if native.available(h, y_TO):
-            slot_T, long = rows.by_row
-            if slot_T is not None:
-                native_inference.bottleneck(h, y_TO, slot_T, packs, number)
-            for span in long:
-                h_RI, y_RO = h[span.start : span.stop], y_TO[span.start : span.stop]
-                if native_inference.runs_on_tiles(h):
-                    native_inference.bottleneck(h_RI, y_RO, _slot_of(span), packs, number)
-                else:
-                    y_RO.copy_(edit_of(h_RI, y_RO, packs, span, base.site))
-            return y_TO
+            return self._native(h, y_TO, base, packs, rows)
         if gathers(rows):
             where, slots = rows.touched
             D, d, U, u = (packs.stacked(n)[slots] for n in ("D", "d", "U", "u"))
@@ -275,11 +269,27 @@ def bottleneck(activation: str, parallel: bool) -> Any:
             return y_TO
 
         def edit(span: Any, y_RO: Tensor) -> Tensor:
-            return edit_of(x_TI[span.start : span.stop] if parallel else y_RO, y_RO, packs, span, base.site)
+            return self._edited(x_TI[span.start : span.stop] if self.parallel else y_RO, y_RO, packs, span, base.site)
 
         return by_span(y_TO, rows, edit)
 
-    return kernel
+    def _native(self, h: Tensor, y_TO: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+        slot_T, long = rows.by_row
+        if slot_T is not None:
+            native_inference.bottleneck(h, y_TO, slot_T, packs, self.number)
+        for span in long:
+            h_RI, y_RO = h[span.start : span.stop], y_TO[span.start : span.stop]
+            if native_inference.runs_on_tiles(h):
+                native_inference.bottleneck(h_RI, y_RO, _slot_of(span), packs, self.number)
+            else:
+                y_RO.copy_(self._edited(h_RI, y_RO, packs, span, base.site))
+        return y_TO
+
+    def _edited(self, h_RI: Tensor, y_RO: Tensor, packs: Any, span: Any, site: int) -> Tensor:
+        pack = packs.items[span.slot]
+        t = pack.tensors
+        inside = dropout(ACTIVATIONS[self.activation](F.linear(h_RI, t["D"], t["d"])), pack.dropout, span.seed, site)
+        return y_RO + F.linear(inside, t["U"], t["u"])
 
 
 # ---- modules_to_save ----

@@ -106,6 +106,32 @@ class LoraParts:
         self.address = struct.ctypes.data
 
 
+class ScaleParts:
+    """The g of several adapters at one module, by slot, as `ops.stack` reads them."""
+
+    def __init__(self, pack: Any, places: Sequence[int], slots: int):
+        self._kept = _by_slot(pack, "g", places, slots)[0], pack
+        self.address = self._kept[0].ctypes.data
+
+
+class BottleneckParts:
+    """The tensors of several bottleneck adapters at one module, by slot, as `ops.stack` reads them."""
+
+    def __init__(self, pack: Any, places: Sequence[int], slots: int, activation: int):
+        (D, rank), (d, _), (U, _), (u, _) = (_by_slot(pack, name, places, slots) for name in ("D", "d", "U", "u"))
+        tables = D, d, U, u, rank
+        struct = np.array([*(t.ctypes.data for t in tables), slots, activation], dtype=np.int64)
+        self._kept = *tables, struct, pack
+        self.address = struct.ctypes.data
+
+
+def _by_slot(pack: Any, name: str, places: Sequence[int], slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """(addresses, first sizes) of a pack's tensors at their slots; zeros elsewhere."""
+    address, size = np.zeros(slots, dtype=np.int64), np.zeros(slots, dtype=np.int32)
+    address[list(places)], size[list(places)] = pack.addresses(name)
+    return address, size
+
+
 def lora(x_TI: Tensor, y_TO: Tensor, slot_T: Tensor, parts: LoraParts) -> None:
     """y += (x Aᵀ) Bᵀ in place, each row with the factors A [R, I] and B [O, R] of its slot (-1: none), each part in its place in y."""
     function("lora", x_TI.dtype, "pipippii")(

@@ -1,4 +1,4 @@
-"""All layers of a forward in one native call: what `lean.py` runs where few rows enter and LoRA is all that is edited.
+"""All layers of a forward in one native call: what `lean.py` runs where few rows enter and their edits are LoRA, IA³ and bottlenecks.
 
 Here is only what the call is told: addresses, laid out as cpp/layers.cpp reads them. It needs bfloat16 and matrix tiles.
 """
@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trimtab.ops import native
-from trimtab.ops.native_inference import LoraParts, PackedWeight
+from trimtab.ops.native_inference import BottleneckParts, LoraParts, PackedWeight, ScaleParts
 
 WEIGHTS = ("input_norm", "mlp_norm", "q_norm", "k_norm", "qkv", "qkv_bias", "o", "o_bias", "gate_up", "gate_up_bias", "down", "down_bias")
 Addresses = ctypes.c_void_p
@@ -34,7 +35,7 @@ class _Step(ctypes.Structure):
         ("pool", ctypes.c_int64),
         *((name, Addresses) for name in ("write", "sequence", "length", "table")),
         *((name, ctypes.c_int64) for name in ("table_stride", "block", "longest")),
-        *((name, Addresses) for name in ("slot", "lora")),
+        *((name, Addresses) for name in ("slot", "edits")),
         ("rows", ctypes.c_int64),
     ]
 
@@ -56,12 +57,31 @@ class LayerWeights:
         return _Layer(*addresses, self.scaling, self.window or 0)
 
 
-class LoraTable:
-    """The factors of a mix at the four projections of each layer, in order; None where there are none."""
+@dataclass(frozen=True)
+class Edit:
+    """What adapters do at one place of a layer. kind: its place in `KINDS`; first, width: the edited module's outputs in a row of the
+    place's; parts: the tables of the adapters, by slot."""
 
-    def __init__(self, parts: Sequence[LoraParts | None]):
-        self._kept = list(parts)
-        self.address_LP = torch.tensor([0 if p is None else p.address for p in parts], dtype=torch.int64)
+    kind: str
+    first: int
+    width: int
+    parts: LoraParts | ScaleParts | BottleneckParts
+
+
+KINDS = ("lora", "scale_input", "scale_output", "behind", "beside")
+"""In the order of cpp/layers.cpp; behind and beside: bottlenecks that read the module's output or its input."""
+
+
+class EditTable:
+    """The edits of a mix at the places of each layer, in order: q|k|v, o, gate|up, down, the whole MLP."""
+
+    def __init__(self, places: Sequence[Sequence[Edit]]):
+        edits = [e for place in places for e in place]
+        stops = np.cumsum([len(place) for place in places])
+        each = np.array([(KINDS.index(e.kind), e.first, e.width, e.parts.address) for e in edits], dtype=np.int64).reshape(-1, 4)
+        starts = each.ctypes.data + each.strides[0] * (stops - [len(place) for place in places])
+        lists = np.stack([np.array([len(place) for place in places]), starts], axis=1).astype(np.int64)
+        self._kept, self.address = (edits, each, lists), lists.ctypes.data
 
 
 class Stack:
@@ -82,12 +102,12 @@ class Stack:
         write_T: Tensor,
         paging: Any,
         slot_T: Tensor | None,
-        lora: LoraTable | None,
+        table: EditTable | None,
     ) -> Tensor:
         """Hidden states after the last norm; x_TH is added to in place. rotary: cos and sin [T, D]; pools: keys and values of all layers
-        [L, rows, G, D], written at write_T; slot_T: int32, each row's member of the mix that `lora` was made of, -1 for the base."""
+        [L, rows, G, D], written at write_T; slot_T: int32, each row's member of the mix that `table` was made of, -1 for the base."""
         out = torch.empty_like(x_TH)
-        edits = (None, None) if slot_T is None or lora is None else (slot_T.data_ptr(), lora.address_LP.data_ptr())
+        edits = (None, None) if slot_T is None or table is None else (slot_T.data_ptr(), table.address)
         step = _Step(
             x_TH.data_ptr(), self._norm_H.data_ptr(), rotary[0].data_ptr(), rotary[1].data_ptr(), out.data_ptr(),
             pools[0].data_ptr(), pools[1].data_ptr(), pools[0].stride(0), write_T.data_ptr(),

@@ -144,18 +144,20 @@ void lora(const V* x, int64_t x_stride, V* y, int64_t y_stride, const int32_t* s
 }
 template void lora(const bf16*, int64_t, bf16*, int64_t, const int32_t*, const Lora&, int64_t, int64_t);
 
-// x[t] *= 1 + g of slot[t]; rows of slot -1 are left alone.
+// x[t] *= 1 + g of slot[t]; rows of slot -1 are left alone, and those whose g is null.
 template <class V>
-static void scale(V* x, int64_t stride, const int32_t* slot, const int64_t* g, int64_t T, int64_t width) {
+void scale(V* x, int64_t stride, const int32_t* slot, const int64_t* g, int64_t T, int64_t width) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < T; t++) {
-        if (slot[t] < 0) continue;
-        const float* by = (const float*)g[slot[t]];
+        const float* by = slot[t] < 0 ? nullptr : (const float*)g[slot[t]];
+        if (!by) continue;
         V* row = x + t * stride;
 #pragma omp simd
         for (int64_t i = 0; i < width; i++) down(up(row[i]) * (1.0f + by[i]), row + i);
     }
 }
+
+template void scale(bf16*, int64_t, const int32_t*, const int64_t*, int64_t, int64_t);
 
 // The numbers are those of `ACTIVATIONS`.
 static inline float activate(int64_t kind, float x) {
@@ -170,22 +172,15 @@ static inline float activate(int64_t kind, float x) {
     }
 }
 
-// Tables of S bottleneck adapters: addresses of D [R, I], d [R], U^T [R, O], u [O], and R. kind: the number of f.
-struct Bottleneck {
-    const int64_t *D, *d, *U, *u;
-    const int32_t* rank;
-    int64_t S, kind;
+template <class V> void Bottleneck::inside(int32_t s, float* hidden) const {
+    for (int64_t r = 0; r < rank[s]; r++) hidden[r] = activate(kind, rounded<V>(hidden[r] + up(((const V*)d[s])[r])));
+}
+template <class V> void Bottleneck::bias(int32_t s, V* row, int64_t O) const {
+    const V* add = (const V*)u[s];
+    for (int64_t o = 0; o < O; o++) down(up(row[o]) + up(add[o]), row + o);
+}
 
-    template <class V> void inside(int32_t s, float* hidden) const {
-        for (int64_t r = 0; r < rank[s]; r++) hidden[r] = activate(kind, rounded<V>(hidden[r] + up(((const V*)d[s])[r])));
-    }
-    template <class V> void bias(int32_t s, V* row, int64_t O) const {
-        const V* add = (const V*)u[s];
-        for (int64_t o = 0; o < O; o++) down(up(row[o]) + up(add[o]), row + o);
-    }
-};
-
-// y[t] += U f(D h[t] + d) + u with the tensors of slot[t]; rows of slot -1 are left alone.
+// y[t] += U f(D h[t] + d) + u with the tensors of slot[t]; rows of slot -1 are left alone, and of rank 0.
 template <class V>
 static void bottleneck_by_row(const V* h, int64_t h_stride, V* y, int64_t y_stride, const int32_t* slot, const Bottleneck& f, int64_t T,
                               int64_t I, int64_t O) {
@@ -193,7 +188,7 @@ static void bottleneck_by_row(const V* h, int64_t h_stride, V* y, int64_t y_stri
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < T; t++) {
         const int32_t s = slot[t];
-        if (s < 0) continue;
+        if (s < 0 || !f.rank[s]) continue;
         const int32_t next = t + 1 < T && slot[t + 1] != s ? slot[t + 1] : -1;
         const int64_t R = f.rank[s];
         const bool ahead = next >= 0 && f.rank[next] >= R;
@@ -209,14 +204,14 @@ static void bottleneck_by_row(const V* h, int64_t h_stride, V* y, int64_t y_stri
 }
 
 template <class V>
-static void bottleneck(const V* h, int64_t h_stride, V* y, int64_t y_stride, const int32_t* slot, const Bottleneck& f, int64_t T, int64_t I,
-                       int64_t O) {
+void bottleneck(const V* h, int64_t h_stride, V* y, int64_t y_stride, const int32_t* slot, const Bottleneck& f, int64_t T, int64_t I, int64_t O) {
 #ifdef TILES
     if constexpr (sizeof(V) == 2)
         if (I % 32 == 0 && may_tile()) {
             TiledRows rows(I, most_ranks(f.rank, f.S));
             return each_run(slot, T, [&](int64_t t, int64_t n, int32_t s, int32_t next) {
                 const int64_t R = f.rank[s];
+                if (!R) return;
                 const bool ahead = next >= 0 && f.rank[next] >= R;
                 rows.take(h + t * h_stride, h_stride, n);
                 rows.shrink((const V*)f.D[s], R, ahead ? (const V*)f.D[next] : nullptr);
@@ -228,6 +223,7 @@ static void bottleneck(const V* h, int64_t h_stride, V* y, int64_t y_stride, con
 #endif
     bottleneck_by_row(h, h_stride, y, y_stride, slot, f, T, I, O);
 }
+template void bottleneck(const bf16*, int64_t, bf16*, int64_t, const int32_t*, const Bottleneck&, int64_t, int64_t, int64_t);
 
 extern "C" {
 

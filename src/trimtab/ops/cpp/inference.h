@@ -38,6 +38,16 @@ struct Lora {
     int64_t S;
 };
 
+// Tables of S bottleneck adapters: addresses of D [R, I], d [R], U^T [R, O], u [O], and R. kind: the number of f.
+struct Bottleneck {
+    const int64_t *D, *d, *U, *u;
+    const int32_t* rank;
+    int64_t S, kind;
+
+    template <class V> void inside(int32_t s, float* hidden) const;
+    template <class V> void bias(int32_t s, V* row, int64_t O) const;
+};
+
 // Where the attention finds each row's keys; see `Paging` in lean.py.
 struct Paging {
     const int32_t *sequence, *length, *table;
@@ -60,6 +70,9 @@ void attend(const V* q, int64_t q_stride, const V* k_pool, const V* v_pool, V* o
             int64_t D, float scaling, int64_t window);
 template <class V>
 void lora(const V* x, int64_t x_stride, V* y, int64_t y_stride, const int32_t* slot, const Lora& f, int64_t T, int64_t I);
+template <class V> void scale(V* x, int64_t stride, const int32_t* slot, const int64_t* g, int64_t T, int64_t width);
+template <class V>
+void bottleneck(const V* h, int64_t h_stride, V* y, int64_t y_stride, const int32_t* slot, const Bottleneck& f, int64_t T, int64_t I, int64_t O);
 template <class V> void swiglu(const V* gate_up, V* out, int64_t T, int64_t I);
 #ifdef TILES
 void matmul(const bf16* x, int64_t x_stride, const bf16* W, const bf16* bias, bf16* y, int64_t y_stride, int64_t M, int64_t K, int64_t O);
