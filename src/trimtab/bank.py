@@ -67,6 +67,7 @@ class PackList:
     def __init__(self, items: Sequence[Packed]):
         self.items = items
         self._stacked: dict[str, Tensor] = {}
+        self._bottlenecks: dict[int, native_inference.BottleneckParts] = {}
         self._addresses: dict[str, tuple[Tensor, Tensor, list[Tensor]]] = {}
 
     def stacked(self, name: str) -> Tensor:
@@ -93,6 +94,13 @@ class PackList:
     def lora_parts(self) -> native_inference.LoraParts:
         """The factors of this site alone, for `ops.native_inference.lora`."""
         return native_inference.LoraParts([(self, range(len(self.items)))], [0], len(self.items))
+
+    def bottleneck_parts(self, activation: int) -> native_inference.BottleneckParts:
+        """The tensors of this site, for `ops.native_inference.bottleneck`."""
+        if activation not in self._bottlenecks:
+            slots = len(self.items)
+            self._bottlenecks[activation] = native_inference.BottleneckParts(self, range(slots), slots, activation)
+        return self._bottlenecks[activation]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import psutil
@@ -37,6 +37,7 @@ FEW_ROWS = 128
 MEMORY_SHARE = 0.25
 """Weights are copied into the matmul's layout where that takes at most this share of the memory that is free."""
 
+T = TypeVar("T")
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -133,8 +134,8 @@ def _paging(plan: Plan, cache: KVCache) -> tuple[Paging, list[tuple[slice, Any]]
 
 def _edit_table(layers: Sequence[_Layer], mix: Mix) -> EditTable | None:
     """The mix's edits at every place; None where one is of another kind."""
-    places = [place for layer in layers for place in layer.edits(mix)]
-    return EditTable([p for p in places if p is not None]) if all(p is not None for p in places) else None
+    places = _all_of([place for layer in layers for place in layer.edits(mix)])
+    return None if places is None else EditTable(places)
 
 
 def _edit(group: Group, first: int, width: int, slots: int, *, own_input: bool) -> Edit | None:
@@ -217,9 +218,10 @@ class _Projection:
         return True
 
 
-def _all_of(edits: Sequence[Edit | None]) -> list[Edit] | None:
-    known = [e for e in edits if e is not None]
-    return known if len(known) == len(edits) else None
+def _all_of(found: Sequence[T | None]) -> list[T] | None:
+    """All, or None where one is None."""
+    known = [f for f in found if f is not None]
+    return known if len(known) == len(found) else None
 
 
 def _known(x_TI: Tensor, y_TO: Tensor, module: Any) -> Linear:
@@ -272,11 +274,8 @@ class _Layer:
     def edits(self, mix: Mix) -> list[list[Edit] | None]:
         """What the mix does at each place; None where the one call cannot."""
         width = self.down.parts[-1][1]
-        around = mix.groups.get(self.mlp_name, ())
-        if any(g.kernel is ops.scale_input for g in around):  # its place is before all that reads this input
-            return [None]
-        around_mlp = _all_of([_edit(g, 0, width, len(mix.adapters), own_input=True) for g in around])
-        return [*(p.edits(mix) for p in self.projections), around_mlp]
+        around_mlp = [_edit(g, 0, width, len(mix.adapters), own_input=True) for g in mix.groups.get(self.mlp_name, ())]
+        return [*(p.edits(mix) for p in self.projections), _all_of(around_mlp)]
 
     def mlp(self, h_TH: Tensor, batch: Batch) -> Tensor:
         inside = lambda x: self.down(native_inference.swiglu(self.gate_up(x, batch)), batch)  # noqa: E731

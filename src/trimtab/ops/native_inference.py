@@ -96,9 +96,8 @@ class LoraParts:
         A, B = np.zeros((2, len(packs), slots), dtype=np.int64)
         rank = np.zeros((len(packs), slots), dtype=np.int32)
         for part, (pack, places) in enumerate(packs):
-            chosen = list(places)
-            A[part, chosen], rank[part, chosen] = pack.addresses("A")
-            B[part, chosen] = pack.addresses("B")[0]
+            A[part], rank[part] = _by_slot(pack, "A", places, slots)
+            B[part], _ = _by_slot(pack, "B", places, slots)
         widths = [p.items[0].tensors["B"].shape[0] for p, _ in packs]
         tables = np.array(starts, dtype=np.int64), np.array(widths, dtype=np.int64), A, B, rank
         struct = np.array([len(packs), *(t.ctypes.data for t in tables), slots], dtype=np.int64)
@@ -115,7 +114,8 @@ class ScaleParts:
 
 
 class BottleneckParts:
-    """The tensors of several bottleneck adapters at one module, by slot, as `ops.stack` reads them."""
+    """The tensors of several bottleneck adapters at one module, by slot, in tables for `bottleneck`. activation: the number of f in
+    `ACTIVATIONS`."""
 
     def __init__(self, pack: Any, places: Sequence[int], slots: int, activation: int):
         (D, rank), (d, _), (U, _), (u, _) = (_by_slot(pack, name, places, slots) for name in ("D", "d", "U", "u"))
@@ -151,12 +151,10 @@ def scale(x_TI: Tensor, slot_T: Tensor, packs: Any) -> None:
 
 
 def bottleneck(h_TI: Tensor, y_TO: Tensor, slot_T: Tensor, packs: Any, activation: int) -> None:
-    """y += U f(D h + d) + u in place, each row with the D [R, I], d, U [O, R], u of its slot in `packs` (-1: none). activation: the
-    number of f in `ACTIVATIONS`."""
-    (D, rank), (d, _), (U, _), (u, _) = (packs.addresses(n) for n in ("D", "d", "U", "u"))
-    function("bottleneck", h_TI.dtype, "pipippppppiiiii")(
-        h_TI.data_ptr(), h_TI.stride(0), y_TO.data_ptr(), y_TO.stride(0), slot_T.data_ptr(), D.data_ptr(), d.data_ptr(), U.data_ptr(),
-        u.data_ptr(), rank.data_ptr(), len(rank), activation, *h_TI.shape, y_TO.shape[1],
+    """y += U f(D h + d) + u in place, each row with the D [R, I], d, U [O, R], u of its slot in `packs` (-1: none)."""
+    parts = packs.bottleneck_parts(activation)
+    function("bottleneck", h_TI.dtype, "pipippiii")(
+        h_TI.data_ptr(), h_TI.stride(0), y_TO.data_ptr(), y_TO.stride(0), slot_T.data_ptr(), parts.address, *h_TI.shape, y_TO.shape[1]
     )  # fmt: skip
 
 

@@ -234,9 +234,6 @@ FOR_EACH(scale, (void* x, int64_t stride, int32_t* slot, int64_t* g, int64_t T, 
          as_team(T > 1, [=] { scale((V*)x, stride, slot, g, T, width); }))
 
 FOR_EACH(bottleneck,
-         (void* h, int64_t h_stride, void* y, int64_t y_stride, int32_t* slot, int64_t* D, int64_t* d, int64_t* U, int64_t* u, int32_t* rank,
-          int64_t S, int64_t kind, int64_t T, int64_t I, int64_t O),
-         as_team(T > 1, [=] {
-             bottleneck((const V*)h, h_stride, (V*)y, y_stride, slot, Bottleneck{D, d, U, u, rank, S, kind}, T, I, O);
-         }))
+         (void* h, int64_t h_stride, void* y, int64_t y_stride, int32_t* slot, void* tables, int64_t T, int64_t I, int64_t O),
+         as_team(T > 1, [=] { bottleneck((const V*)h, h_stride, (V*)y, y_stride, slot, *(const Bottleneck*)tables, T, I, O); }))
 }

@@ -81,6 +81,7 @@ static void run(const Layer* layers, const Shape& f, const Step& s) {
             matmul(a, attended, l.o, l.o_bias, y, H, T, attended, H);
             edit(s, PLACES * i + 1, a, y, attended, H);
             add_rms_norm(s.x, y, l.mlp_norm, h, T, H, float(f.eps));
+            edit_input(s, PLACES * i + 4, h, H);
             matmul(h, H, l.gate_up, l.gate_up_bias, gate_up, 2 * I, T, H, 2 * I);
             edit(s, PLACES * i + 2, h, gate_up, H, 2 * I);
             swiglu(gate_up, inner, T, I);
