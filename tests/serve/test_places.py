@@ -25,6 +25,17 @@ def test_answers_that_began_together_end_together() -> None:
     assert places.seconds == pytest.approx(FIRST_GUESS + 0.5 * (1 - 0.9**3))
 
 
+def test_of_several_answers_the_last_one_counts() -> None:
+    places = Places(3)
+    places.enter(0.0, 1)
+    assert places.wait(0.4, 2) == 0.0 and places.wait(0.4, 3) == pytest.approx(FIRST_GUESS - 0.4)
+    assert places.wait(0.4, 4) == pytest.approx(FIRST_GUESS), "behind those two that would begin now"
+    admission = Admission(10, lambda: 0.0, places=2, max_wait=0.25)
+    with pytest.raises(OverloadedError):
+        admission.admit(LOCAL, 3)
+    admission.admit(LOCAL, 2)
+
+
 def test_who_should_have_ended_may_do_so_at_any_moment() -> None:
     places = Places(1)
     places.enter(0.0, 1)

@@ -160,10 +160,10 @@ class Admission:
             )
         self._refuse_if_out_of_tokens(tenant, holding, now)
         if self._has_no_room(n, now):
-            raise self._overloaded("full", "the server is full", self._places.wait(now))
+            raise self._overloaded("full", "the server is full", self._places.wait(now, n))
 
     def _has_no_room(self, n: int, now: float) -> bool:
-        late = self.max_wait is not None and self._places.wait(now) > self.max_wait
+        late = self.max_wait is not None and self._places.wait(now, n) > self.max_wait
         return late or self._open + n > self.max_open
 
     def _refuse_if_out_of_tokens(self, tenant: Tenant, holding: _Holding, now: float) -> None:

@@ -30,14 +30,14 @@ class Places:
         self._computed: list[Answer] = []  # who began first, first
         self._waiting: deque[Answer] = deque()
 
-    def wait(self, now: float) -> float:
-        """Seconds until one more answer would begin. Those that should have ended by now may do so at any moment."""
-        if len(self._computed) < self.count:
+    def wait(self, now: float, n: int = 1) -> float:
+        """Seconds until the last of n more answers would begin. Those that should have ended by now may do so at any moment."""
+        before = len(self._computed) + len(self._waiting) + n - 1 - self.count
+        if before < 0:
             return 0.0
-        rounds, place = divmod(len(self._waiting), self.count)
-        began = self._computed[place].began
-        assert began is not None
-        return max(0.0, began + self.seconds - now) + rounds * self.seconds
+        rounds, place = divmod(before, self.count)
+        began = [now if a.began is None else a.began for a in self._computed] + [now] * (self.count - len(self._computed))
+        return max(0.0, began[place] + self.seconds - now) + rounds * self.seconds
 
     def enter(self, now: float, n: int) -> tuple[Answer, ...]:
         answers = tuple(Answer() for _ in range(n))
