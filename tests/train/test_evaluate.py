@@ -16,7 +16,7 @@ from tests.tiny import VOCAB
 from tests.train.common import METHODS, run, run_file, tiny_base
 from trimtab import ops
 from trimtab.batch import BASE
-from trimtab.data import Row, encode_rows, find_labels
+from trimtab.data import Row, Source, encode_rows, find_labels, load_examples
 from trimtab.errors import DataError
 from trimtab.generate import Sampling
 from trimtab.methods import BY_NAME
@@ -182,3 +182,20 @@ def test_ask_takes_the_rows_of_its_examples() -> None:
     examples = [e for e in encode_rows(rows, base.tokenizer, 64) if hasattr(e, "ids")]
     held = ask([examples[2], examples[0], examples[2]], rows, [], base.tokenizer, "f")
     assert [q.reference for q in held.questions] == ["c2", "c0", "c2"]
+
+
+def test_each_example_asks_its_own_row_whatever_the_display_names(tmp_path: Path) -> None:
+    """A JSON array on one line gives all its rows one origin; one file as two sources has every origin twice, once for each system prompt."""
+    base = tiny_base()
+    pairs = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(4)]
+    (tmp_path / "line.json").write_text(json.dumps(pairs), encoding="utf-8")
+    twice = [Source("line.json", system="calm"), Source("line.json", system="rude", weight=2)]
+    data = load_examples(twice, base.tokenizer, root=tmp_path, max_length=128, last_turn_only=True, keep_rows=True)
+    held = ask(data.examples, data.rows, [], base.tokenizer, "f")
+    said = [(base.tokenizer.decode(q.prompt), q.reference) for q in held.questions]
+    wanted = [("calm", i) for i in range(4)] + [("rude", i) for i in range(4)] * 2
+    assert len(said) == len(wanted) == 12
+    for (prompt, reference), (system, i) in zip(said, wanted, strict=True):
+        assert reference == f"answer {i}" and f"question {i}<" in prompt and system in prompt
+    for q, example in zip(held.questions, data.examples, strict=True):  # the question is the example's own tokens up to the answer
+        assert list(q.prompt) == example.ids[: int(example.supervised.argmax())].tolist()

@@ -39,7 +39,8 @@ FIXES = {
 class Dataset:
     """The examples of one variant or one split.
 
-    examples: what one epoch draws; a row of a source with weight 2 stands in it twice (the same object). dropped: rows that are not
+    examples: what one epoch draws; a row of a source with weight 2 stands in it twice (the same object). rows: those that became examples,
+    each once, where they are kept. dropped: rows that are not
     trained on. digest: "sha256:…" of rows, tokenizer, template, options and weights, wherever the files lie. tokens, supervised_tokens:
     over `examples`. warnings: what about the base's template may spoil training.
     """
@@ -50,6 +51,7 @@ class Dataset:
     tokens: int
     supervised_tokens: int
     warnings: list[str]
+    rows: list[Row]
 
 
 def load_examples(
@@ -61,8 +63,10 @@ def load_examples(
     max_dropped_share: float = MAX_DROPPED_SHARE,
     last_turn_only: bool = False,
     seed: int = 0,
+    keep_rows: bool = False,
 ) -> Dataset:
     """Read and tokenise all sources. root: where relative paths start. max_length: in tokens. seed: picks the rows of fractional weights.
+    keep_rows: beside their tokens.
 
     Raises DataError where a source cannot be read, where more than `max_dropped_share` of a source's rows were dropped (the message counts
     the reasons and names the first ten), or where nothing is left to train on.
@@ -70,9 +74,10 @@ def load_examples(
     options = _options(tokenizer, max_length, last_turn_only)
     examples: list[Example] = []
     dropped: list[Dropped] = []
+    kept: list[Row] = []
     digest = hashlib.sha256()
     for index, source in enumerate(sources):
-        rows, lost = read_source(source, root)
+        rows, lost = read_source(source, root, index)
         key, results = _tokens(rows, tokenizer, max_length, last_turn_only, options)
         good = [r for r in results if isinstance(r, Example)]
         lost += [r for r in results if isinstance(r, Dropped)]
@@ -80,6 +85,7 @@ def load_examples(
             raise error
         examples += [good[i] for i in drawn(len(good), source.weight, seed, index)]
         dropped += lost
+        kept += [row for row, r in zip(rows, results, strict=True) if isinstance(r, Example)] if keep_rows else []
         digest.update(json.dumps([key, source.weight, seed if source.weight % 1 else None]).encode())
     if not examples:
         raise DataError("there are no sources to train on", fix="name at least one.")
@@ -90,6 +96,7 @@ def load_examples(
         tokens=sum(len(e.ids) for e in examples),
         supervised_tokens=sum(int(e.supervised.sum()) for e in examples),
         warnings=template_warnings(tokenizer),
+        rows=kept,
     )
 
 

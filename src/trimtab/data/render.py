@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.bases.template import BadRow, Ids, Template
-from trimtab.data.rows import Dropped, Row
+from trimtab.data.rows import Dropped, Row, RowId
 from trimtab.errors import DataError
 
 RENDER_VERSION = 1
@@ -38,12 +38,14 @@ RENDER_VERSION = 1
 class Example:
     """A tokenised row. ids: int32 [T]. supervised: bool [T], True where the token is a target: the loss of predicting ids[t] from ids[:t].
 
-    supervised[0] is always False. Inputs after the last supervised token matter to no loss.
+    supervised[0] is always False. Inputs after the last supervised token matter to no loss. origin and row: the row's own, for people and
+    to find it by.
     """
 
     ids: np.ndarray
     supervised: np.ndarray
     origin: str
+    row: RowId
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, max_length: int, *, last_tu
             continue
         whole, parts = next(wholes), [next(pieces) for _ in r.pieces]
         try:
-            results.append(_example(row.origin, *_join(r, whole, parts, template), r.chat, max_length))
+            results.append(_example(row, *_join(r, whole, parts, template), r.chat, max_length))
         except BadRow as bad:
             results.append(Dropped(row.origin, str(bad)))
     return results
@@ -180,7 +182,7 @@ def _prefix_ends(r: _Rendered, whole: Ids, template: Template) -> list[int] | No
     return [*map(len, encoded), len(whole)]
 
 
-def _example(origin: str, ids: Ids, mask: list[bool], chat: bool, max_length: int) -> Example:
+def _example(row: Row, ids: Ids, mask: list[bool], chat: bool, max_length: int) -> Example:
     if len(ids) > max_length:
         raise BadRow(f"over-long: {len(ids)} tokens, max_length is {max_length}")
     if chat and all(mask):
@@ -189,7 +191,7 @@ def _example(origin: str, ids: Ids, mask: list[bool], chat: bool, max_length: in
     supervised[:1] = False  # nothing stands before the first token to predict it from
     if not supervised.any():
         raise BadRow("nothing supervised: no token is left to learn")
-    return Example(np.array(ids, dtype=np.int32), supervised, origin)
+    return Example(np.array(ids, dtype=np.int32), supervised, row.origin, row.id)
 
 
 def _last_assistant(row: Row) -> int | None:

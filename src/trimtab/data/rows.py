@@ -17,9 +17,10 @@ Any of them but `text` may have a `system` column.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trimtab.bases.template import BadRow, Message
@@ -45,12 +46,17 @@ ROLES = {
 }
 UNDERSTOOD = "messages | conversations | prompt + completion | instruction (+ input) + output | text | text + label (named in `columns`)"
 
+RowId = tuple[int, int]
+"""Which row it is: the number of its source among those that are read together, and its own number among the source's rows."""
+_unread = itertools.count()
+
 
 @dataclass(frozen=True)
 class Row:
     """One training row: exactly one of `messages`, `prompt` with `completion`, or `text`.
 
-    origin: "file:line". system: a system turn that goes before prompt. separator: stands between prompt and completion where there is no
+    origin: "file:line", for people only: rows may share it. id: what the row is found by; a row of no source gets one that no other has.
+    system: a system turn that goes before prompt. separator: stands between prompt and completion where there is no
     chat template (alpaca and label rows; prompt/completion rows are joined as they are). first_supervised: index of the first message that
     may be supervised.
     """
@@ -63,6 +69,7 @@ class Row:
     system: str | None = None
     separator: str = ""
     first_supervised: int = 0
+    id: RowId = field(default_factory=lambda: (-1, next(_unread)), compare=False)
 
     @property
     def conversation(self) -> list[Message] | None:
@@ -75,7 +82,7 @@ class Row:
         return [{"role": role, "content": content} for role, content in turns if content is not None]
 
     def content_key(self) -> bytes:
-        """All that decides the row's tokens, as canonical JSON: two rows with the same key tokenise alike. The origin is left out."""
+        """All that decides the row's tokens, as canonical JSON: two rows with the same key tokenise alike. Origin and id are left out."""
         parts = [self.messages, self.prompt, self.completion, self.text, self.system, self.separator, self.first_supervised]
         return json.dumps(parts, sort_keys=True).encode()
 
@@ -197,11 +204,11 @@ def _with_system(row: Row, system: str | None) -> Row:
     if row.text is not None:
         raise BadRow("system with plain text: a system prompt needs a conversation or a prompt with its completion")
     if row.messages is None:
-        return Row(row.origin, prompt=row.prompt, completion=row.completion, system=system, separator=row.separator)
+        return replace(row, system=system)
     if row.messages and row.messages[0]["role"] in ("system", "developer"):
         return row
     turn = {"role": "system", "content": system}
-    return Row(row.origin, messages=(turn, *row.messages), first_supervised=row.first_supervised + 1)
+    return replace(row, messages=(turn, *row.messages), first_supervised=row.first_supervised + 1)
 
 
 def _messages(value: Any, where: str) -> tuple[Message, ...]:

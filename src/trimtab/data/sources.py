@@ -76,10 +76,11 @@ def parse_sources(value: Any, *, where: str = "data") -> list[Source]:
     return sources
 
 
-def read_source(source: Source, root: Path) -> tuple[list[Row], list[Dropped]]:
+def read_source(source: Source, root: Path, number: int = 0) -> tuple[list[Row], list[Dropped]]:
     """All rows of a source in file order, and the lines that could not be read or understood, each with "file:line" and the reason.
 
-    root: where relative paths start. Raises DataError where the source is missing or empty, needs a package that is not installed, or has
+    root: where relative paths start. number: of the source among those that are read together; rows are found by it and by their place
+    here (`Row.id`). Raises DataError where the source is missing or empty, needs a package that is not installed, or has
     no column of a known form; the message lists the columns that exist.
     """
     rows: list[Row] = []
@@ -96,7 +97,10 @@ def read_source(source: Source, root: Path) -> tuple[list[Row], list[Dropped]]:
             columns_seen.update(dict.fromkeys(map(str, record)))
             any_form = any_form or form_of(record, source.columns) is not None
         row = to_row(record, origin, source.columns, source.system)
-        (dropped if isinstance(row, Dropped) else rows).append(row)  # type: ignore[arg-type]
+        if isinstance(row, Dropped):
+            dropped.append(row)
+        else:
+            rows.append(dataclasses.replace(row, id=(number, len(rows))))
     if not records and not dropped:
         raise DataError(f"{source.path} holds no rows", fix="name a file that has rows.")
     if columns_seen:

@@ -50,7 +50,7 @@ def load_tokens(digest: str, rows: Sequence[Row]) -> list[Example | Dropped] | N
     for i, row in enumerate(rows):
         at = slice(int(stops[i] - lengths[i]), int(stops[i]))
         reason = reasons.get(str(i))
-        results.append(Example(ids[at], supervised[at], row.origin) if reason is None else Dropped(row.origin, str(reason)))
+        results.append(Example(ids[at], supervised[at], row.origin, row.id) if reason is None else Dropped(row.origin, str(reason)))
     return results
 
 

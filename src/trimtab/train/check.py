@@ -137,7 +137,7 @@ def _read_split(
     counts, lost = [], list[Dropped]()
     for index, source in enumerate(sources):
         try:
-            rows, dropped = read_source(source, run.root)
+            rows, dropped = read_source(source, run.root, index)
         except DataError as e:
             report.findings.append(Finding("error", split.where, e.message, e.problems, len(e.problems), e.fix))
             continue

@@ -29,7 +29,6 @@ from trimtab.data import (
     load_examples,
     perplexity,
     prompt_and_reference,
-    read_source,
     valid_json,
 )
 from trimtab.errors import DataError
@@ -90,8 +89,9 @@ def ask(examples: Sequence[Example], rows: Sequence[Row], labels: Sequence[str],
     if labels and not any((answer_of(row) or "").strip() in known for row in rows):
         fix = "name the labels as the rows write them, or take them from the rows: auto"
         raise DataError(f"{where}: no row's answer is one of the labels {', '.join(map(repr, labels[:10]))}", fix=fix)
-    by_origin = {row.origin: row for row in rows}
-    asked = [by_origin[e.origin] for e in examples if answer_of(by_origin[e.origin]) is not None]
+    by_id = {row.id: row for row in rows}
+    assert len(by_id) == len(rows), "rows of two sources that were read under one number"
+    asked = [by_id[e.row] for e in examples if answer_of(by_id[e.row]) is not None]
     choices = label_examples(asked, labels, tokenizer) if labels else [[] for _ in asked]
     questions = [Question(*prompt_and_reference(row, tokenizer), found) for row, found in zip(asked, choices, strict=True)]
     return HeldOut(examples, questions, labels)
@@ -100,9 +100,10 @@ def ask(examples: Sequence[Example], rows: Sequence[Row], labels: Sequence[str],
 def read_held_out(base: Base, path: str, labels: Sequence[str] | Literal["auto"] = (), max_rows: int | None = None) -> HeldOut:
     """The first rows of a file, a folder or a hub data set, to judge by. labels: "auto" for the distinct answers of its rows. DataError."""
     source = Source(path)
-    dataset = load_examples([source], base.tokenizer, root=Path(), max_length=base.spec.max_positions, last_turn_only=True)
-    rows = read_source(source, Path())[0]
-    return ask(dataset.examples[:max_rows], rows, find_labels(rows, path) if labels == "auto" else labels, base.tokenizer, path)
+    positions = base.spec.max_positions
+    dataset = load_examples([source], base.tokenizer, root=Path(), max_length=positions, last_turn_only=True, keep_rows=True)
+    found = find_labels(dataset.rows, path) if labels == "auto" else labels
+    return ask(dataset.examples[:max_rows], dataset.rows, found, base.tokenizer, path)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from trimtab.bank import Mix
 from trimtab.batch import BASE
-from trimtab.data import Row, Source, find_labels, read_source
+from trimtab.data import find_labels
 from trimtab.store import Adapter
 from trimtab.train.evaluate import Contestant, HeldOut, Judge, Results, ask, samples, write_predictions
 from trimtab.train.full import FullVariant
@@ -68,15 +68,10 @@ def held_out(prepared: Prepared, name: str, split: Literal["valid", "test"]) -> 
     """A data set's valid or test rows: to measure the loss on, and as questions to answer. DataError where labels do not fit them."""
     run, config, dataset = prepared.run, prepared.run.data[name], getattr(prepared.data[name], split)
     assert dataset is not None
-    rows = _rows(prepared, getattr(config, split))
     labels = config.labels or []
     if labels == "auto":
-        labels = find_labels(_rows(prepared, config.train), f"data.{name}")
-    return ask(dataset.examples[: run.evaluate.max_rows], rows, labels, prepared.base.tokenizer, f"data.{name}.{split}")
-
-
-def _rows(prepared: Prepared, sources: list[Source]) -> list[Row]:
-    return [row for source in sources for row in read_source(source, prepared.run.root)[0]]
+        labels = find_labels(prepared.data[name].train.rows, f"data.{name}")
+    return ask(dataset.examples[: run.evaluate.max_rows], dataset.rows, labels, prepared.base.tokenizer, f"data.{name}.{split}")
 
 
 def save(prepared: Prepared, adapters: dict[str, Adapter]) -> dict[str, int]:

@@ -107,7 +107,7 @@ def _nlls(attached: Attached, batch: Batch, tails: Sequence[Example]) -> list[fl
 
 
 def _tail(e: Example, start: int) -> Example:
-    return Example(e.ids[start:], e.supervised[start:], e.origin)
+    return Example(e.ids[start:], e.supervised[start:], e.origin, e.row)
 
 
 def _prefix(adapter: PackedAdapter) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,7 +62,15 @@ def read_splits(run: RunConfig, name: str, config: DataConfig, base: Base) -> Sp
 
     def read(split: str, sources: list[Source]) -> Dataset:
         turn = last_turn_only or split != "train"  # held-out rows ask for their last answer
-        return load_examples(sources, base.tokenizer, root=run.root, max_length=max_length, seed=run.seed, last_turn_only=turn)
+        return load_examples(
+            sources,
+            base.tokenizer,
+            root=run.root,
+            max_length=max_length,
+            seed=run.seed,
+            last_turn_only=turn,
+            keep_rows=split != "train" or config.labels == "auto",  # as questions, and to find the labels in
+        )
 
     valid, test = (read(name, sources) if sources else None for name, sources in (("valid", config.valid), ("test", config.test)))
     return Splits(read("train", config.train), valid, test)
