@@ -185,7 +185,7 @@ def test_ask_takes_the_rows_of_its_examples() -> None:
 
 
 def test_each_example_asks_its_own_row_whatever_the_display_names(tmp_path: Path) -> None:
-    """A JSON array on one line gives all its rows one origin; one file as two sources has every origin twice, once for each system prompt."""
+    """A JSON array on one line gives all its rows one origin; one file as two sources has every origin twice, once a system prompt."""
     base = tiny_base()
     pairs = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(4)]
     (tmp_path / "line.json").write_text(json.dumps(pairs), encoding="utf-8")
