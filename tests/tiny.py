@@ -79,7 +79,9 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
             for name, parameter in model.named_parameters():
                 if name.endswith("bias") or "norm" in name or "ln_" in name:
                     parameter += 0.1 * torch.randn_like(parameter)
-    return model.to(dtype).eval()
+    for parameter in model.parameters():  # not `model.to`: rotary frequencies stay fp32, as in a model that transformers loads
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -197,7 +197,7 @@ def _by_peft(base: Base, folder: Path) -> list[Tensor]:
 
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft explains itself at length
-        model = fresh_copy(base).to(base.device, base.dtype)
+        model = fresh_copy(base, base.dtype)
         model.set_attn_implementation("eager")  # the one that has Gemma 2's soft cap
         model = PeftModel.from_pretrained(model, str(folder)).eval()
         ids = [torch.tensor([sequence], device=base.device) for sequence in probes(base)]

@@ -7,7 +7,6 @@ its name.
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from trimtab.attach import weight_OI
+from trimtab.bases.copies import copied, copied_in_float32
 from trimtab.bases.progress import quiet_transformers
 from trimtab.errors import NotMergeable
 from trimtab.methods import Method
@@ -94,23 +94,14 @@ def _refuse_unmergeable(method: Method, sites: list[Site]) -> None:
         raise NotMergeable(f"{method.name} adapters cannot be merged into the base")
 
 
-def fresh_copy(base: Base) -> Any:
-    """The base's weights once more, on the CPU, as they are stored; without hosts. A base that has no folder is copied as it is loaded."""
+def fresh_copy(base: Base, dtype: torch.dtype | None = None) -> Any:
+    """The base's weights once more, on the CPU, without hosts: as they are stored, or in float32. A base that has no folder is copied as it
+    is loaded."""
     if base.path is not None:
         return AutoModelForCausalLM.from_pretrained(
-            base.path, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+            base.path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
-    config: Any = copy.deepcopy(base.model.config)
-    config._attn_implementation = "eager"  # ours is not its own to be saved with; every family has this one
-    with torch.device("meta"):
-        model: Any = type(base.model)(config)
-    model = model.to_empty(device="cpu").to(base.dtype)
-    model.load_state_dict(base.model.state_dict())
-    for name, buffer in base.model.named_buffers():  # buffers that are not stored, such as rotary frequencies
-        model.get_buffer(name).copy_(buffer)
-    model.tie_weights()
-    model.generation_config = copy.deepcopy(getattr(base.model, "generation_config", None))
-    return model
+    return copied_in_float32(base.model) if dtype == torch.float32 else copied(base.model).cpu()
 
 
 def _untie(model: Any, base: Base, sites: list[Site]) -> bool:
@@ -164,7 +155,7 @@ def in_float32(adapter: Adapter) -> Adapter:
     if base.dtype == torch.float32 and base.device.type == "cpu":
         return adapter
     with quiet_transformers():
-        model = fresh_copy(base).float().eval().requires_grad_(False)
+        model = fresh_copy(base, torch.float32).eval().requires_grad_(False)
     copied = Base(model, base.tokenizer, name=base.name, path=base.path, fingerprint=base.fingerprint)
     return type(adapter)(copied, adapter.method, {k: t.detach().cpu() for k, t in adapter.params.items()}, verified=adapter.verified)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from trimtab.attach import Attached
 from trimtab.bank import PackedAdapter
+from trimtab.bases.copies import copied
 from trimtab.bases.progress import quiet_transformers
 from trimtab.data import Example
 from trimtab.model import Base
@@ -25,7 +25,7 @@ class FullVariant(Variant):
     step."""
 
     def __init__(self, config: VariantConfig, base: Base, examples: Sequence[Example], seed: int, max_tokens: int):
-        attached = Attached(_copy(base))
+        attached = Attached(copied(base.model))
         attached.activation_checkpointing = base.attached.activation_checkpointing
         attached.row_wise.become(base.attached.row_wise)
         self.weights = dict(attached.model.named_parameters())  # tied weights appear once
@@ -69,14 +69,3 @@ class FullVariant(Variant):
         with staged(folder, may_replace=earlier) as work, quiet_transformers():
             self.attached.model.save_pretrained(work)
             tokenizer.save_pretrained(work)
-
-
-def _copy(base: Base) -> Any:
-    """A second model with the base's weights. Not a deepcopy: the base's hosts must not come along."""
-    config = copy.deepcopy(base.model.config)
-    config._attn_implementation = "eager"
-    model = type(base.model)(config).to(base.dtype)
-    model.load_state_dict(base.model.state_dict())
-    if base.model.generation_config is not None:
-        model.generation_config = copy.deepcopy(base.model.generation_config)
-    return model.to(base.device)

@@ -1,0 +1,54 @@
+"""A second model with the weights of one that is loaded, which may have hosts in it: they stay behind.
+
+`Module.to(dtype)` and `Module.float()` are no way to copy: they cast buffers with the parameters. Rotary frequencies are such buffers; in
+bfloat16 a token at position 400 stands where one at 399 or 401 should.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def copied(model: Any) -> Any:
+    """The same class and config with a copy of every parameter and buffer, each in its dtype and on its device, stored in a file or not.
+    What was tied is tied. It attends as transformers does ("eager")."""
+    with torch.device("meta"):
+        made = type(model)(_config(model))
+    copies: dict[int, Tensor] = {}  # one for each tensor of the original, so that tied ones stay tied
+
+    def copy_of(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in copies:
+            fresh = tensor.detach().clone()
+            copies[id(tensor)] = nn.Parameter(fresh, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
+        return copies[id(tensor)]
+
+    for theirs, ours in zip(model.modules(), made.modules(), strict=True):
+        for name, parameter in theirs._parameters.items():
+            ours._parameters[name] = copy_of(parameter)  # type: ignore[assignment]
+        for name, buffer in theirs._buffers.items():
+            ours._buffers[name] = copy_of(buffer)
+        ours.training = theirs.training
+    made.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+    return made
+
+
+def copied_in_float32(model: Any) -> Any:
+    """The same on the CPU in float32: stored values are cast, which loses nothing; what no file stores is computed in float32, not cast
+    from what the model has."""
+    with torch.random.fork_rng(devices=[]):  # the constructor draws weights, which are then overwritten
+        made = type(model)(_config(model))
+    made.load_state_dict(model.state_dict())
+    made.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
+    return made.train(model.training)
+
+
+def _config(model: Any) -> Any:
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"  # ours is not its own to be saved with; every family has this one
+    return config
