@@ -11,7 +11,7 @@ One function, registered with `transformers`' attention interface, serves every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -218,18 +218,61 @@ def forward(
     """The function that transformers calls in each layer: query [1, H, T, D], key and value [1, kv_heads, T, D]; returns [1, T, H, D]."""
     if trimtab_plan is None:
         raise RuntimeError("this model is attached to trimtab: call Base.logits, Base.generate or Attached.forward, or load another copy")
-    refuse_unknown(kwargs.keys(), dropout)
+    # A model has read its cache, if it has one, before it calls this: what it found there would be keys without queries.
+    others = {name: value for name, value in kwargs.items() if not _is_cache(value)}
+    refuse_changes(others | {"attention_mask": attention_mask, "dropout": dropout, "cached_keys": key.shape[2] - query.shape[2]})
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(q_THD, k_THD, v_THD, trimtab_plan, module.layer_idx, scaling, softcap, sliding_window)[None], None
 
 
-def refuse_unknown(arguments: Set[str], dropout: float) -> None:
-    """BaseError where a model hands its attention something that would change the result and that is not computed here."""
-    unknown = arguments - _HARMLESS
-    if unknown or dropout:
-        asked = ", ".join(sorted(unknown)) or f"dropout={dropout}"
-        raise BaseError(f"this model's attention asks for {asked}, which trimtab's attention does not compute")
+def refuse_changes(arguments: Mapping[str, object]) -> None:
+    """BaseError where a model hands its attention something that may change the result and that is not computed here.
+
+    Every version of transformers hands over other names, so what decides is what an argument asks for (`_asks_nothing`).
+    """
+    refused = [f"{name}={_in_words(value)}" for name, value in sorted(arguments.items()) if not _asks_nothing(name, value)]
+    if refused:
+        raise BaseError(
+            f"this model's attention asks for {', '.join(refused)}, which trimtab's attention does not compute",
+            fix="use another base, or a version of transformers that trimtab is tested with: `trimtab doctor` says whether yours is one",
+        )
+
+
+def _asks_nothing(name: str, value: object) -> bool:
+    """Whether attention is the same with and without this argument: it says what is known already, asks that something be kept or returned
+    besides, or holds nothing (None, off, zero, an empty sequence, a cache without tokens).
+
+    Scores are always scaled and causal here, so "no" to one of these is a change, and "yes" to causality is none.
+    """
+    if value is None or name in _KNOWN or name.startswith(_BESIDES):
+        return True
+    if "causal" in name:
+        return value is True
+    if "scal" in name:
+        return False
+    if isinstance(value, bool | int | float):
+        return not value
+    if isinstance(value, Tensor):
+        return value.numel() == 0
+    if _is_cache(value):
+        return bool(value.get_seq_length() == 0)
+    return isinstance(value, Sized) and len(value) == 0
+
+
+def _is_cache(value: Any) -> bool:
+    return callable(getattr(value, "get_seq_length", None))
+
+
+_KNOWN = {"position_ids", "cache_position", "layer_idx"}
+"""The plan's positions and the module's number, under transformers' names."""
+_BESIDES = ("output_", "return_", "use_cache")
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    return repr(value) if isinstance(value, bool | int | float | str) else f"a {type(value).__name__}"
 
 
 def attend(
@@ -260,9 +303,6 @@ def over_buckets(
         inside = window if b.mask_BQS is None else None  # else the mask holds it
         outs.append(ops.attention(q, k, v, b.offset, b.masked(window), scaling, softcap, inside).flatten(0, 1))
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, row_T)
-
-
-_HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal", "cache_position", "return_dict"}
 
 
 def _gather(x_RHD: Tensor, index: Tensor) -> Tensor:

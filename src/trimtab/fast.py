@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from trimtab import ops
-from trimtab.attention import Plan, Run, attend, refuse_unknown
+from trimtab.attention import Plan, Run, attend, refuse_changes
 from trimtab.errors import ConfigError
 from trimtab.ops import compiled, native
 
@@ -97,7 +97,7 @@ def _attention(module: Any, row_wise: RowWise) -> Forward:
     ) -> tuple[Tensor, None]:
         if trimtab_plan is None:
             return original(hidden_states, position_embeddings, **kwargs)  # which says what is wrong
-        refuse_unknown(kwargs.keys() - {"attention_mask", "past_key_values"}, 0.0)
+        refuse_changes(kwargs)
         T, (cos_TD, sin_TD) = hidden_states.shape[1], (p[0] for p in position_embeddings)
         q_THD, k_THD, v_THD = (p(hidden_states).view(T, -1, D) for p in (module.q_proj, module.k_proj, module.v_proj))
         if normed:
