@@ -239,7 +239,7 @@ def refuse_changes(arguments: Mapping[str, object]) -> None:
         )
 
 
-def _asks_nothing(name: str, value: object) -> bool:
+def _asks_nothing(name: str, value: Any) -> bool:
     """Whether attention is the same with and without this argument: it says what is known already, asks that something be kept or returned
     besides, or holds nothing (None, off, zero, an empty sequence, a cache without tokens).
 
