@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.http.common import CHAT, TEXT, Site, call, error_of, post, site
-from trimtab.http.limits import depth_of
+from trimtab.http.limits import MAX_CONTAINERS, MAX_VALUES, shape_of
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +177,19 @@ def test_what_is_no_body_is_a_400(served: Site, raw: bytes, words: str):
 
 
 def test_depth_is_counted_outside_of_strings():
-    assert depth_of(b'{"a": [[1], "[[[[", {"b\\"[[": "\\\\"}]}') == 3
-    assert depth_of(b'"[[[[') == 4, "an unfinished string hides nothing"
-    assert depth_of(b"") == 0
-    deep = b'{"model": "tiny", "prompt": "' + b"[" * 300 + b'"}'
-    assert depth_of(deep) == 1
+    assert shape_of(b'{"a": [[1], "[[[[", {"b\\"[[": "\\\\"}]}') == (3, 6, 4)
+    assert shape_of(b'{"a": "\\\\\\"[", "b\\\\": [[1, 2], []]}') == (3, 7, 4), "backslashes count in pairs"
+    assert shape_of(b"") == (0, 0, 0)
+    deep = b'{"model": "tiny", "prompt": "' + b"[," * 300 + b'"}'
+    assert shape_of(deep) == (1, 2, 1)
+
+
+@pytest.mark.parametrize("item", [b"[],", b"{},", b'"",', b"1,"])
+def test_a_body_of_very_many_values_is_refused_before_it_is_parsed(served: Site, monkeypatch, item: bytes):
+    monkeypatch.setattr("trimtab.http.limits.from_json", lambda *a, **k: pytest.fail("it was parsed"))
+    count = (MAX_VALUES if item in (b'"",', b"1,") else MAX_CONTAINERS) + 1
+    error = error_of(post(served.app, "/v1/completions", b'{"model": "tiny", "prompt": [' + item * count + b"1]}"), 400)
+    assert error["code"] == "too_many_values" and "lists and objects" in error["message"]
 
 
 def test_many_wrong_items_cost_one_message(served: Site):

@@ -7,12 +7,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from tests.http.common import TEXT, Caller, error_of, limited, post, site
+from tests.http.common import TEXT, Caller, client, error_of, limited, post, site
 from trimtab.http import server
+from trimtab.http.assemble import Asked
 from trimtab.http.services import Services
+from trimtab.serve.tenant import Tenant
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +191,64 @@ def test_a_port_that_is_taken_is_a_users_mistake():
 
     with server.bind("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match="cannot listen on"):
         server.bind("127.0.0.1", taken.getsockname()[1])
+
+
+def test_bodies_under_way_are_bounded_for_each_tenant():
+    with site(change=limited(body_bytes=2000, held_bytes=3000, body_s=5)) as s:
+
+        async def several() -> None:
+            raw = json.dumps(TEXT | {"prompt": "x" * 1500}).encode()
+            open_ones = [Pieces(s.app, [raw], end=False) for _ in range(2)]
+            tasks = [c.start() for c in open_ones]
+            await asyncio.sleep(0.05)
+            assert open_ones[1].status == 429 and open_ones[0].status is None
+            assert json.loads(open_ones[1].body)["error"]["code"] == "rate_limit_exceeded"
+            open_ones[0].leave()
+            await asyncio.gather(*tasks)
+
+        asyncio.run(several())
+        assert not s.services.life.held
+        assert post(s.app, "/v1/completions", TEXT).status_code == 200
+
+
+def test_a_prompt_that_cannot_fit_is_refused_by_its_characters():
+    def blind(services: Services) -> Services:
+        refuse = lambda text: pytest.fail("it was tokenized")  # noqa: E731
+        return replace(services, words=replace(services.words, encode_chat=refuse, encode_text=refuse))
+
+    with site(change=blind) as s:
+        text = "x" * (s.services.words.max_chars + 1)
+        chat = {"model": "tiny", "messages": [{"role": "user", "content": text[:4000]}] * (len(text) // 4000 + 1)}
+        for path, body, where in (
+            ("/v1/completions", TEXT | {"prompt": text}, "prompt"),
+            ("/v1/completions", TEXT | {"prompt": ["a", text]}, "prompt[1]"),
+            ("/v1/chat/completions", chat, "messages"),
+        ):
+            error = error_of(post(s.app, path, body), 400)
+            assert (error["code"], error["param"]) == ("context_length_exceeded", where) and "512 positions" in error["message"]
+        s.idle()
+
+
+def test_who_loads_adapters_leaves_threads_to_others(tmp_path: Path):
+    """Fifty loads of one tenant that hang (a slow disk, a huge file) stop neither another's load nor a prompt."""
+    with site(Asked(folders=[tmp_path])) as s:
+        hang = threading.Event()
+
+        async def both() -> None:
+            def load(name: str, path: str, tenant: Tenant) -> None:
+                assert tenant.name != "slow" or hang.wait(20)
+
+            s.services.catalog.load = load  # type: ignore[method-assign]
+            slow, other = Tenant("slow", "slow"), Tenant("other", "other")
+            hung = [asyncio.create_task(s.services.load_work.run(slow.name, lambda: load("x", "x", slow))) for _ in range(50)]
+            await asyncio.sleep(0.02)
+            await asyncio.wait_for(s.services.load_work.run(other.name, lambda: load("x", "x", other)), 5)
+            async with client(s.app) as c:
+                r = await asyncio.wait_for(c.post("/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": str(tmp_path)}), 5)
+                assert r.status_code == 200
+                r = await asyncio.wait_for(c.post("/v1/completions", json=TEXT | {"prompt": "word " * 100}), 10)
+                assert r.status_code == 200
+            hang.set()
+            await asyncio.gather(*hung)
+
+        asyncio.run(both())

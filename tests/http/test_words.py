@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 from tests.http.common import base_of
 from tests.tiny import EOS_ID, bundled_base, tiny_tokenizer
 from trimtab.errors import DataError
-from trimtab.http.words import pieces, words_of
+from trimtab.http.services import TooLong
+from trimtab.http.words import CHARS, ids_within, pieces, words_of
 
 TEXTS = ["hello", "naïve – 日本語 🙂", " two  blanks\n\ttab", "\x00\x7f"]
 
@@ -48,3 +49,30 @@ def test_pieces_of_the_bundled_base(text: str):
     tokenizer = bundled_base().tokenizer
     piece = pieces(tokenizer)
     assert b"".join(piece(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]) == text.encode()
+
+
+def test_a_text_that_cannot_fit_costs_no_more_than_one_that_fits():
+    seen: list[int] = []
+
+    def ids_of(text: str) -> list[int]:
+        seen.append(len(text))
+        return [ord(c) for c in text]
+
+    with pytest.raises(TooLong, match="more than 1000 tokens"):
+        ids_within("x" * 4_000_000, 1000, ids_of)
+    assert sum(seen) <= 3 * CHARS * 1000, seen
+    for length in (1000, 1010, 4001, 10_000):  # few tokens in many letters: the whole text decides
+        seen.clear()
+        assert len(ids_within("x" * length, 1000, lambda t: ids_of(t)[::11])) == len(range(0, length, 11))
+
+
+@pytest.mark.parametrize("text", ["hello wonderful world, " * 200, "a" * 3000, " \n\t" * 1000, "1234567890" * 300])
+def test_ids_within_are_the_tokenizers(text: str):
+    """A real tokenizer, cut anywhere: the same ids, or a refusal that the whole text deserves."""
+    tokenizer = tiny_tokenizer()
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for most in (len(whole), len(whole) - 1, len(whole) // 3, 100):
+        try:
+            assert ids_within(text, most, lambda t: tokenizer(t, add_special_tokens=False)["input_ids"]) == whole
+        except TooLong:
+            assert len(whole) > most

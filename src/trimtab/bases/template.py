@@ -122,10 +122,14 @@ class Template:
         for i, message in enumerate(messages):
             self.refuse_specials(message["content"], f"messages[{i}] ({message['role']})")
 
-    def prompt_ids(self, messages: Sequence[Message]) -> Ids:
-        """The ids that ask for the next assistant turn. BadRow where the template or `check_conversation` refuses the messages."""
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The text that asks for the next assistant turn. BadRow where the template or `check_conversation` refuses the messages."""
         self.check_conversation(messages)
-        return self.ids_of([self.render(messages, generate=True)])[0]
+        return self.render(messages, generate=True)
+
+    def prompt_ids(self, messages: Sequence[Message]) -> Ids:
+        """`prompt_text` as ids."""
+        return self.ids_of([self.prompt_text(messages)])[0]
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> Ids:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse, Response
 
 from trimtab.http.auth import Caller, caller
@@ -22,14 +21,14 @@ ERRORS = documented(400, 401, 403, 404, 408, 413, 415, 500, 503)
 @router.post("/load_lora_adapter", response_class=Response, responses=ERRORS | TEXT, openapi_extra=takes(LoadBody))
 async def load_lora_adapter(request: Request, tenant: Caller, s: S) -> Response:
     """Read and check an adapter's folder on the server, any method, and name it; the next request may ask for it."""
-    body = await read_body(request, LoadBody, s.limits)
-    await run_in_threadpool(s.catalog.load, body.lora_name, body.lora_path, tenant)
+    body = await read_body(request, LoadBody, s)
+    await s.load_work.run(tenant.name, lambda: s.catalog.load(body.lora_name, body.lora_path, tenant))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post("/unload_lora_adapter", response_class=Response, responses=ERRORS | TEXT, openapi_extra=takes(UnloadBody))
 async def unload_lora_adapter(request: Request, tenant: Caller, s: S) -> Response:
     """Take the name away; requests that run go on to their end, then its memory is freed."""
-    body = await read_body(request, UnloadBody, s.limits)
-    await run_in_threadpool(s.catalog.unload, body.lora_name, tenant)
+    body = await read_body(request, UnloadBody, s)
+    await s.load_work.run(tenant.name, lambda: s.catalog.unload(body.lora_name, tenant))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

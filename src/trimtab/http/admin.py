@@ -104,7 +104,7 @@ async def tenants(s: S) -> list[TenantReply]:
 
 @router.post("/tenants", status_code=201, responses=CHANGE, openapi_extra=takes(TenantBody))
 async def add_tenant(request: Request, admin: Admin, s: S) -> TenantReply:
-    b = await read_body(request, TenantBody, s.limits)
+    b = await read_body(request, TenantBody, s)
     settings = b.model_dump(exclude={"name"})
     return _told(await _act(s, admin, "tenant.add", b.name, settings, lambda: _of(s).add(b.name, **settings)))
 
@@ -116,7 +116,7 @@ async def tenant(name: str, s: S) -> TenantReply:
 
 @router.patch("/tenants/{name}", responses=CHANGE, openapi_extra=takes(TenantChange))
 async def change_tenant(name: str, request: Request, admin: Admin, s: S) -> TenantReply:
-    b = await read_body(request, TenantChange, s.limits)
+    b = await read_body(request, TenantChange, s)
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in b.model_dump(exclude_unset=True).items()}
     given = {k: v for k, v in given.items() if v is not None or k in ("max_concurrent", "tokens_per_minute")}
     changed = await _act(s, admin, "tenant.update", name, given, lambda: _of(s).update(replace(_of(s).get(name), **given)))
@@ -136,14 +136,14 @@ async def keys(name: str, s: S) -> list[KeyReply]:
 
 @router.post("/tenants/{name}/keys", status_code=201, responses=CHANGE, openapi_extra=takes(KeyBody))
 async def create_key(name: str, request: Request, admin: Admin, s: S) -> KeyReply:
-    b = await read_body(request, KeyBody, s.limits)
+    b = await read_body(request, KeyBody, s)
     made = await _act(s, admin, "key.create", name, b.model_dump(), lambda: _of(s).create_key(name, lifetime=b.lifetime))
     return _key(*made)
 
 
 @router.post("/keys/{key_id}/rotate", status_code=201, responses=CHANGE, openapi_extra=takes(RotateBody))
 async def rotate_key(key_id: str, request: Request, admin: Admin, s: S) -> KeyReply:
-    b = await read_body(request, RotateBody, s.limits)
+    b = await read_body(request, RotateBody, s)
     made = await _act(s, admin, "key.rotate", _id(key_id), b.model_dump(), lambda: _of(s).rotate_key(key_id, grace=b.grace))
     return _key(*made)
 

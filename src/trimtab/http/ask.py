@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from trimtab.errors import DataError, TrimtabError
 from trimtab.http.errors import Fault, fault_of
 from trimtab.http.schema import ChatBody, CompletionBody, Message, Sampled, StructuredOutputs
-from trimtab.http.services import Services, Words
+from trimtab.http.services import Services, TooLong, Words
 from trimtab.serve.request import Grammar, Request, SamplingParams
 from trimtab.serve.served import Served
 from trimtab.serve.tenants import Tenant
@@ -68,7 +69,7 @@ async def plan(body: ChatBody | CompletionBody, tenant: Tenant, s: Services) -> 
 async def requests(plan: Plan, tenant: Tenant, s: Services) -> list[Request]:
     """The engine's requests, one for each choice, in order. Fault (400) where a prompt is too long or cannot be used."""
     sampling = sampling_of(plan.body)  # before the prompt's tokens, which cost more
-    prompts = await _encoded(plan.body, s.words)
+    prompts = await _encoded(plan.body, tenant, s)
     end = None if s.limits.request_s is None else time.monotonic() + s.limits.request_s
     found: list[Request] = []
     for ids in prompts:
@@ -153,35 +154,58 @@ def _schema_text(schema: dict[str, object], param: str) -> str:
         raise Fault(f"{param}: the schema holds a number that is too large", param=param, code="invalid_value") from None
 
 
-async def _encoded(body: ChatBody | CompletionBody, words: Words) -> list[list[int]]:
-    """Each prompt's ids, off the event loop where they are long."""
-    param = "messages" if isinstance(body, ChatBody) else "prompt"
+async def _encoded(body: ChatBody | CompletionBody, tenant: Tenant, s: Services) -> list[list[int]]:
+    """Each prompt's ids, off the event loop where they are long. What cannot fit is refused by its characters, before it is tokenized."""
+    words = s.words
+    encode: Callable[[], list[list[int]]]
     if isinstance(body, ChatBody):
         messages = [{"role": ROLES.get(m.role, m.role), "content": _text(m)} for m in body.messages]
-        size, encode = sum(len(m["content"]) for m in messages), lambda: [words.encode_chat(messages)]
+        param, sizes = "messages", [sum(len(m["content"]) for m in messages)]
+        encode = lambda: [_within("messages", words, lambda: words.encode_chat(messages))]  # noqa: E731
     else:
         prompts = _prompts(body)
-        size = sum(len(p) for p in prompts if isinstance(p, str))
-        encode = lambda: [words.encode_text(p) if isinstance(p, str) else p for p in prompts]  # noqa: E731
+        param, sizes = "prompt", [len(p) if isinstance(p, str) else 0 for p in prompts]
+        encode = lambda: [_ids(p, _where("prompt", i, len(prompts)), words) for i, p in enumerate(prompts)]  # noqa: E731
+    for i, size in enumerate(sizes):
+        if size > words.max_chars:
+            raise _over(_where(param, i, len(sizes)), f"{size} characters, and no text of more than {words.max_chars} fits", words)
     try:
-        found = encode() if size <= SMALL else await run_in_threadpool(encode)
+        return encode() if sum(sizes) <= SMALL else await s.words_work.run(tenant.name, encode)
     except DataError as error:
         raise Fault(error.render(), param=param, code="invalid_prompt") from None
-    for i, ids in enumerate(found):
-        where = f"{param}[{i}]" if len(found) > 1 else param
-        _check_ids(ids, where, words)
-    return found
+
+
+def _ids(prompt: str | list[int], where: str, words: Words) -> list[int]:
+    return _within(where, words, lambda: words.encode_text(prompt) if isinstance(prompt, str) else prompt)
+
+
+def _within(where: str, words: Words, encode: Callable[[], list[int]]) -> list[int]:
+    """A prompt's ids. Fault where they do not fit, or are none."""
+    try:
+        ids = encode()
+    except TooLong as error:
+        raise _over(where, error.message, words) from None
+    _check_ids(ids, where, words)
+    return ids
+
+
+def _where(param: str, index: int, count: int) -> str:
+    return f"{param}[{index}]" if count > 1 else param
+
+
+def _over(where: str, what: str, words: Words) -> Fault:
+    return Fault(
+        f"{where}: {what}, and the base has {words.max_positions} positions for prompt and answer together",
+        param=where,
+        code="context_length_exceeded",
+    )
 
 
 def _check_ids(ids: list[int], where: str, words: Words) -> None:
     if not ids:
         raise Fault(f"{where}: has no tokens", param=where, code="invalid_prompt")
     if len(ids) >= words.max_positions:
-        raise Fault(
-            f"{where}: {len(ids)} tokens, and the base has {words.max_positions} positions for prompt and answer together",
-            param=where,
-            code="context_length_exceeded",
-        )
+        raise _over(where, f"{len(ids)} tokens", words)
     if (large := max(ids)) >= words.vocab_size:
         raise Fault(f"{where}: token id {large} is not in 0..{words.vocab_size - 1}", param=where, code="invalid_prompt")
 

@@ -1,19 +1,17 @@
 """What is checked before a route runs: Host, whether the server takes requests, the body's size; and how a body is read into a model.
 
-Sizes count as bytes arrive, whatever Content-Length says. Depth is counted before anything is parsed.
+Sizes count as bytes arrive, whatever Content-Length says. Depth and number of values are counted before anything is parsed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import TypeVar
 
 import numpy as np
 from fastapi.security.utils import get_authorization_scheme_param
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,6 +20,9 @@ from trimtab.http.auth import tenant_of
 from trimtab.http.errors import RETRY_S, ClientGone, Fault, fault_of, fault_of_body, reply
 from trimtab.http.services import Limits, Services
 
+MAX_VALUES, MAX_CONTAINERS = 1 << 19, 50_000
+"""Of a body: numbers and texts, lists and objects. A million small lists in 4 MB keep the parser busy for seconds, and no thread runs beside
+it."""
 MAX_FIELDS = 100
 """Of a body: more than there are, and few enough to look for each one's nearest spelling."""
 SMALL = 16 << 10
@@ -31,7 +32,6 @@ ALWAYS = frozenset({"/livez", "/readyz", "/metrics"})
 ANSWERS = frozenset({"/v1/chat/completions", "/v1/completions"})
 """Routes that need room in the engine."""
 M = TypeVar("M", bound=BaseModel)
-STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 class Gate:
@@ -47,19 +47,12 @@ class Gate:
             if (record := scope.get("trimtab.record")) is not None:
                 record.error = fault.code
             return await reply(fault)(scope, receive, send)
-        limit, seen = self.s.limits.body_bytes, 0
-
-        async def receiving() -> Message:
-            nonlocal seen
-            message = await receive()
-            if message["type"] == "http.request" and (seen := seen + len(message.get("body", b""))) > limit:
-                raise _too_large(limit)
-            return message
-
+        body = _Incoming(scope, receive, self.s)
         self.s.life.open += scope["path"] not in ALWAYS
         try:
-            await self.app(scope, receiving, send)
+            await self.app(scope, body.receive, send)
         finally:
+            body.close()
             self.s.life.open -= scope["path"] not in ALWAYS
         return None
 
@@ -101,13 +94,45 @@ class Gate:
         return len(named) == 1 and self.s.hosts is not None and named[0].decode("latin-1").lower() in self.s.hosts
 
 
+class _Incoming:
+    """A request's body as it arrives. Counted until the request is over: for itself, and with all that its tenant has sent and that is not
+    answered yet."""
+
+    def __init__(self, scope: Scope, receive: Receive, s: Services):
+        self.scope, self._receive, self.s, self.seen, self.owner = scope, receive, s, 0, ""
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request" and (more := len(message.get("body", b""))):
+            self._count(more)
+        return message
+
+    def _count(self, more: int) -> None:
+        held, limits = self.s.life.held, self.s.limits
+        if not self.seen and (record := self.scope.get("trimtab.record")) is not None:
+            self.owner = record.tenant or ""  # routes ask for the key before they read
+        self.seen += more
+        held[self.owner] += more
+        if self.seen > limits.body_bytes:
+            raise _too_large(limits.body_bytes)
+        if held[self.owner] > limits.held_bytes:
+            text = f"bodies of more than {limits.held_bytes:,} bytes are under way for this key; send fewer large ones at a time"
+            raise Fault(text, status=429, code="rate_limit_exceeded", headers={"Retry-After": "1", "Connection": "close"})
+
+    def close(self) -> None:
+        self.s.life.held[self.owner] -= self.seen
+        if not self.s.life.held[self.owner]:
+            del self.s.life.held[self.owner]
+
+
 def _too_large(limit: int) -> Fault:
     return Fault(f"the body is larger than {limit:,} bytes", status=413, code="body_too_large", headers={"Connection": "close"})
 
 
-async def read_body(request: Request, model: type[M], limits: Limits) -> M:
+async def read_body(request: Request, model: type[M], s: Services) -> M:
     """The request's body as a `model`. Fault: not JSON (415, 400), too slow (408), too large (413), too deep or with a wrong field (400).
     ClientGone where the client goes away on the way."""
+    limits = s.limits
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a browser sends a page's form to any server, but JSON only to those that allow it
         raise Fault(f"content-type {kind[:64]!r}: must be application/json", status=415, code="unsupported_media_type")
@@ -121,13 +146,18 @@ async def read_body(request: Request, model: type[M], limits: Limits) -> M:
         raise ClientGone from None
     if len(raw) <= SMALL:
         return parse(raw, model, limits.json_depth)
-    return await run_in_threadpool(parse, raw, model, limits.json_depth)
+    record = request.scope.get("trimtab.record")
+    return await s.words_work.run((record and record.tenant) or "", lambda: parse(raw, model, limits.json_depth))
 
 
 def parse(raw: bytes, model: type[M], max_depth: int) -> M:
     """A body as a `model`; Fault (400) where it is not one."""
-    if (deep := depth_of(raw)) > max_depth:
+    deep, values, containers = shape_of(raw)
+    if deep > max_depth:
         raise Fault(f"the body nests lists and objects {deep} deep; at most {max_depth} are read", code="too_deep")
+    if values > MAX_VALUES or containers > MAX_CONTAINERS:
+        most = f"at most {MAX_VALUES} and {MAX_CONTAINERS} are read"
+        raise Fault(f"the body holds {values} values and {containers} lists and objects; {most}", code="too_many_values")
     try:
         body = from_json(raw, allow_inf_nan=False)
     except ValueError as error:  # the parser's words tell a place, never the text there
@@ -142,8 +172,14 @@ def parse(raw: bytes, model: type[M], max_depth: int) -> M:
         raise fault_of_body(error, body, model) from None
 
 
-def depth_of(raw: bytes) -> int:
-    """How deep brackets nest, in one pass and without recursion. Text in strings does not count."""
-    marks = np.frombuffer(STRING.sub(b"", raw), dtype=np.uint8)
-    steps = np.isin(marks, np.frombuffer(b"[{", np.uint8)).astype(np.int32) - np.isin(marks, np.frombuffer(b"]}", np.uint8))
-    return int(np.cumsum(steps).max(initial=0))
+def shape_of(raw: bytes) -> tuple[int, int, int]:
+    """(how deep brackets nest, about how many values there are, how many lists and objects), without recursion and with nothing built. Text
+    in strings does not count. numpy lets other threads run meanwhile; a regular expression would hold them up for a second."""
+    if b"\\" in raw:
+        raw = raw.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
+    marks = np.frombuffer(raw, dtype=np.uint8)
+    outside = np.bitwise_xor.accumulate(marks == ord('"')) == 0
+    opens, closes = (np.isin(marks, np.frombuffer(b, np.uint8)) & outside for b in (b"[{", b"]}"))
+    depth = np.cumsum(opens.astype(np.int8) - closes.astype(np.int8), dtype=np.int32).max(initial=0)
+    containers = int(np.count_nonzero(opens))
+    return int(depth), int(np.count_nonzero((marks == ord(",")) & outside)) + containers, containers

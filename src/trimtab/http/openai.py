@@ -41,13 +41,13 @@ S = Annotated[Services, Depends(services)]
 @router.post("/chat/completions", responses=ERRORS | {200: {"model": ChatReply, "content": STREAM}}, openapi_extra=takes(ChatBody))
 async def chat(request: Request, tenant: Caller, s: S) -> Response:
     """Answer a conversation, with the base's own chat template."""
-    return await _answer(request, await read_body(request, ChatBody, s.limits), tenant, s)
+    return await _answer(request, await read_body(request, ChatBody, s), tenant, s)
 
 
 @router.post("/completions", responses=ERRORS | {200: {"model": CompletionReply, "content": STREAM}}, openapi_extra=takes(CompletionBody))
 async def completions(request: Request, tenant: Caller, s: S) -> Response:
     """Continue a text or token ids, as they are."""
-    return await _answer(request, await read_body(request, CompletionBody, s.limits), tenant, s)
+    return await _answer(request, await read_body(request, CompletionBody, s), tenant, s)
 
 
 @router.get("/models", responses=documented(401, 403, 500, 503))

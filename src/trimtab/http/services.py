@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from trimtab.errors import TrimtabError
+from trimtab.http.work import Work
 from trimtab.serve.admission import Admission
 from trimtab.serve.audit import Audit
 from trimtab.serve.catalog import Catalog
@@ -28,26 +31,33 @@ class Engine(Protocol):
 @dataclass(frozen=True)
 class Words:
     """A base's tokenizer and template, as far as routes need them. encode_chat, encode_text: to token ids; TrimtabError where the template
-    refuses. piece: the bytes of a token, which joined over tokens are the text's. vocab_size, max_positions: what ids and prompts are
-    measured against."""
+    refuses, TooLong where the base has no positions for so many. piece: the bytes of a token, which joined over tokens are the text's.
+    vocab_size, max_positions, max_chars: what ids and prompts are measured against; a text with more characters than max_chars has more
+    tokens than there are positions, whatever it says."""
 
     encode_chat: Callable[[list[dict[str, str]]], list[int]]
     encode_text: Callable[[str], list[int]]
     piece: Callable[[int], bytes]
     vocab_size: int
     max_positions: int
+    max_chars: int
+
+
+class TooLong(TrimtabError):
+    """A text that has more tokens than the base has positions."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """What a request may be, whoever sends it. Times in seconds.
 
-    body_bytes: of a request's body. json_depth: of lists and objects in each other. choices: n times the prompts of one request. body_s:
+    body_bytes: of a request's body. held_bytes: of all bodies of a tenant whose requests are not answered yet. json_depth: of lists and objects in each other. choices: n times the prompts of one request. body_s:
     until the body is there. write_s: until a client has read what was sent. request_s: from a request's arrival to its last token; None: no
     end.
     """
 
     body_bytes: int = 4 << 20
+    held_bytes: int = 32 << 20
     json_depth: int = 32
     choices: int = 64
     body_s: float = 30.0
@@ -57,16 +67,18 @@ class Limits:
 
 @dataclass
 class Life:
-    """Whether the server takes requests (draining: no new ones), and how many it is answering."""
+    """Whether the server takes requests (draining: no new ones), how many it is answering, and what their bodies hold, by tenant's name."""
 
     draining: bool = False
     open: int = 0
+    held: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
 class Services:
     """Everything that routes use. tenants, audit: None in local mode, where whoever reaches the server may do everything. alive: whether
-    the engine still runs. hosts: values of the Host header that are answered; None: all. fingerprint: the base's."""
+    the engine still runs. hosts: values of the Host header that are answered; None: all. fingerprint: the base's. words_work, load_work:
+    threads for bodies and prompts, and for adapters that are read: each of its own, so that neither waits for the other."""
 
     base_name: str
     fingerprint: str
@@ -81,4 +93,6 @@ class Services:
     hosts: frozenset[str] | None = None
     limits: Limits = field(default_factory=Limits)
     life: Life = field(default_factory=Life)
+    words_work: Work = field(default_factory=lambda: Work("trimtab-words"))
+    load_work: Work = field(default_factory=lambda: Work("trimtab-folders"))
     created: int = field(default_factory=lambda: int(time.time()))

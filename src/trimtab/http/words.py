@@ -8,26 +8,43 @@ from typing import Any
 
 from trimtab.bases.template import BadRow, Template
 from trimtab.errors import DataError
-from trimtab.http.services import Words
+from trimtab.http.services import TooLong, Words
 from trimtab.model import Base
 
+SURE = 16
+"""Tokens by which the beginning of a text may have more than the whole of it, at the place where it was cut off, and as many in a hundred."""
+CHARS = 4
+"""Characters of a token, typically."""
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def words_of(base: Base) -> Words:
     """The words of a base. Prompts become what they were in training: conversations by the template, texts with the start token if any."""
-    template = Template(base.tokenizer)
+    template, positions = Template(base.tokenizer), base.spec.max_positions
+    longest = max(map(len, base.tokenizer.get_vocab()), default=1)  # a vocabulary spells no token with fewer letters than it has characters
 
     def encode_chat(messages: list[dict[str, str]]) -> list[int]:
         try:
-            return template.prompt_ids(messages)
+            return ids_within(template.prompt_text(messages), positions, lambda part: template.ids_of([part])[0])
         except BadRow as bad:
             raise DataError(f"the conversation cannot be used: {bad}") from None
 
     def encode_text(text: str) -> list[int]:
-        return [*template.bos, *template.ids_of([text])[0]]
+        return [*template.bos, *ids_within(text, positions, lambda part: template.ids_of([part])[0])]
 
-    return Words(encode_chat, encode_text, pieces(base.tokenizer), base.spec.vocab_size, base.spec.max_positions)
+    return Words(encode_chat, encode_text, pieces(base.tokenizer), base.spec.vocab_size, positions, positions * longest)
+
+
+def ids_within(text: str, most: int, ids_of: Callable[[str], list[int]]) -> list[int]:
+    """A text's ids. TooLong where there are clearly more than `most`, which its beginning shows: so a text costs about what the longest one
+    costs that fits, however long it is."""
+    part = max(1024, CHARS * most)
+    while part < len(text):
+        found = len(ids_of(text[:part]))
+        if found > most + SURE + most // 100:
+            raise TooLong(f"more than {most} tokens (its first {part} characters have {found})")
+        part *= 2
+    return ids_of(text)
 
 
 def pieces(tokenizer: Any) -> Callable[[int], bytes]:

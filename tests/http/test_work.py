@@ -1,0 +1,60 @@
+"""Threads for work: tenants take turns, and none holds more than one thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from trimtab.http.work import Work
+
+
+def test_a_tenant_with_much_work_does_not_hold_up_another():
+    work, gate, ran = Work("test", threads=2), threading.Event(), []
+
+    async def both() -> None:
+        slow = [asyncio.create_task(work.run("a", lambda i=i: (gate.wait(10), ran.append(f"a{i}")))) for i in range(20)]
+        await asyncio.sleep(0.01)
+        for i in range(3):
+            await asyncio.wait_for(work.run("b", lambda i=i: ran.append(f"b{i}")), 5)
+        assert ran == ["b0", "b1", "b2"]
+        gate.set()
+        await asyncio.wait_for(asyncio.gather(*slow), 5)
+
+    asyncio.run(both())
+    assert ran[3:] == [f"a{i}" for i in range(20)], "one after the other, in order"
+
+
+def test_those_who_wait_take_turns():
+    work, gate, ran = Work("test", threads=1), threading.Event(), []
+
+    async def all_of_them() -> None:
+        first = asyncio.create_task(work.run("z", lambda: gate.wait(10)))
+        await asyncio.sleep(0.01)
+        rest = [asyncio.create_task(work.run(t, lambda t=t: ran.append(t))) for t in "aaabbc"]
+        await asyncio.sleep(0.01)
+        gate.set()
+        await asyncio.gather(first, *rest)
+
+    asyncio.run(all_of_them())
+    assert "".join(ran) == "abcaba"
+
+
+def test_errors_and_cancellations_leave_the_threads_free():
+    work, gate, ran = Work("test", threads=1), threading.Event(), []
+
+    async def use() -> None:
+        with pytest.raises(ZeroDivisionError):
+            await work.run("a", lambda: 1 // 0)
+        busy = asyncio.create_task(work.run("a", lambda: gate.wait(10)))
+        dropped = asyncio.create_task(work.run("a", lambda: ran.append("dropped")))
+        await asyncio.sleep(0.01)
+        dropped.cancel()
+        await asyncio.sleep(0.01)
+        gate.set()
+        await busy
+        assert await work.run("a", lambda: 7) == 7
+
+    asyncio.run(use())
+    assert ran == []
