@@ -239,6 +239,23 @@ def test_the_log_has_ids_and_numbers_but_no_prompts_and_no_keys(town: Town, capl
     assert all(key.partition(".")[2] not in text for key in town.keys.values())
 
 
+def test_a_key_given_as_a_name_or_an_id_reaches_no_log(town: Town, caplog: pytest.LogCaptureFixture):
+    key = town.keys["acme"]
+    secret = key.partition(".")[2]
+    with caplog.at_level(logging.INFO, "trimtab.http"):
+        r = town.ask("acme", key)
+        assert error_of(r, 404)["code"] == "model_not_found" and secret not in r.text
+        r = post(town.site.app, "/v1/completions", TEXT | {"model": "no/such"}, **town.headers("acme"), **{"x-request-id": key})
+        assert r.status_code == 404 and secret not in r.headers["x-request-id"]
+        assert town.get(f"/v1/models/{key}", "acme").status_code == 404
+        post(town.site.app, f"/{key}", TEXT, **{"x-request-id": key})
+        logging.getLogger("trimtab.http").error("trouble with %s", key, extra={"told": {"deep": [{"er": key}]}})
+        town.site.services.audit.refused("auth", tenant=key, route=key, request_id=key, client=key)
+    town.audit.flush()
+    text = "".join(JsonLines().format(x) for x in caplog.records) + town.audit.path.read_text() + town.get("/metrics", "root").text
+    assert "(key)" in text and secret[:20] not in text
+
+
 @pytest.fixture(autouse=True)
 def keys_stay(town: Town) -> Iterator[None]:
     """The log's test gives a whole key where an id belongs; that must have revoked nothing."""

@@ -29,6 +29,7 @@ def test_leaving_while_decoding(stream: bool):
             c.leave()
             await asyncio.wait_for(task, 5)
             await s.settled()
+            await until(lambda: len(s.ends) == 3)
             assert c.status == (200 if stream else 499)
 
         asyncio.run(go())

@@ -138,7 +138,7 @@ def test_a_key_that_is_rotated_twice_gives_keys_that_live_as_long_as_it_did(tena
 def test_while_the_database_cannot_be_read_nobody_gets_in_and_nothing_is_told(tenants: Tenants, tmp_path: Path) -> None:
     _, text = tenants.create_key("acme")
     tenants.authenticate(text)
-    tenants._keyring._connection.close()
+    tenants._keyring._handle.connection.close()
     with pytest.raises(DatabaseError) as caught:
         tenants.authenticate(text)
     assert caught.value.http_status == 503 and str(tmp_path) not in str(caught.value)
@@ -232,3 +232,19 @@ def test_a_revocation_counts_in_another_process_at_the_next_request(tmp_path: Pa
         began = time.monotonic()
         refusal(tenants, text)
         assert time.monotonic() - began < 1.0
+
+
+def test_what_looks_like_a_key_is_taken_out_of_texts(tenants: Tenants) -> None:
+    _, text = tenants.create_key("acme")
+    for said in (text, text.replace(".", "%2E"), text.upper(), f"Bearer {text}", f"chatcmpl-{text}", text[:40]):
+        left = keys.redacted(f"the model '{said}' does not exist")
+        assert said.split(".")[-1][-20:] not in left and "does not exist" in left and "(key)" in left
+    for fine in (
+        "support",
+        "acme/support@3",
+        "sha256:" + "ab" * 32,
+        "0123456789ab.safetensors",
+        "chatcmpl-" + "ab" * 16 + "-0",
+        "10.0.0.1",
+    ):
+        assert keys.redacted(fine) == fine

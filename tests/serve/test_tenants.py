@@ -16,7 +16,7 @@ import pytest
 
 from trimtab.errors import AuthError, ConfigError, NotFoundError
 from trimtab.serve import database
-from trimtab.serve.database import DatabaseError, connect
+from trimtab.serve.database import Database, DatabaseError, connect
 from trimtab.serve.tenants import LOCAL, Forbidden, Tenant, Tenants, default_path
 from trimtab.serve.usage import UsageBook, UsageRow
 
@@ -131,7 +131,7 @@ def test_usage_of_an_unknown_tenant_holds_up_nobody(tenants: Tenants, caplog: py
 def test_usage_is_written_without_being_asked(tmp_path: Path) -> None:
     with Tenants(tmp_path / "t.db", create=True) as tenants:
         tenants.add("acme")
-    book = UsageBook(tmp_path / "t.db", flush_seconds=0.02)
+    book = UsageBook(Database(tmp_path / "t.db"), flush_seconds=0.02)
     book.add("acme", "", 3, 4)
     looking = sqlite3.connect(tmp_path / "t.db")
     for _ in range(500):
@@ -145,7 +145,7 @@ def test_usage_is_written_without_being_asked(tmp_path: Path) -> None:
 def test_a_failed_writing_loses_and_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Tenants(tmp_path / "t.db", create=True) as tenants:
         tenants.add("acme")
-        tenants.usage._connection.execute("PRAGMA busy_timeout = 10")
+        tenants.usage._handle.connection.execute("PRAGMA busy_timeout = 10")
         other = sqlite3.connect(tmp_path / "t.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         tenants.usage.add("acme", "", 1, 1)
@@ -160,8 +160,8 @@ def test_a_failed_writing_loses_and_doubles_nothing(tmp_path: Path, monkeypatch:
 def test_a_thread_that_cannot_write_says_it_once_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Tenants(tmp_path / "t.db", create=True) as tenants:
         tenants.add("acme")
-    book = UsageBook(tmp_path / "t.db", flush_seconds=0.01)
-    book._connection.execute("PRAGMA busy_timeout = 1")
+    book = UsageBook(Database(tmp_path / "t.db"), flush_seconds=0.01)
+    book._handle.connection.execute("PRAGMA busy_timeout = 1")
     other = sqlite3.connect(tmp_path / "t.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     book.add("acme", "", 1, 1)
@@ -183,9 +183,9 @@ def test_a_thread_that_cannot_write_says_it_once_and_goes_on(tmp_path: Path, cap
 
 WRITER = """
 import sys
+from trimtab.serve.database import Database
 from trimtab.serve.usage import UsageBook
-from pathlib import Path
-book = UsageBook(Path(sys.argv[1]), flush_seconds=0.001)
+book = UsageBook(Database(sys.argv[1]), flush_seconds=0.001)
 print("ready", flush=True)
 sys.stdin.readline()
 for i in range(400):
@@ -333,3 +333,65 @@ def test_two_processes_make_the_database_at_once(tmp_path: Path) -> None:
     for t in threads:
         t.join()
     assert failures == []
+
+
+def replace_file(path: Path, keep: Path) -> str:
+    """Another database at this path, by rename, as a restored backup comes; the old one is kept at `keep`. A key of the new one."""
+    new = path.with_name("new.db")
+    with Tenants(new, create=True) as made:
+        made.add("globex")
+        _, text = made.create_key("globex")
+    os.link(path, keep)
+    os.replace(new, path)
+    return text
+
+
+def test_a_replaced_database_counts_from_the_next_request_on(tmp_path: Path) -> None:
+    path = tmp_path / "t.db"
+    with Tenants(path, create=True) as tenants:
+        tenants.add("acme")
+        _, old = tenants.create_key("acme")
+        assert tenants.authenticate(old).name == "acme"
+        tenants.usage.add("acme", "", 1, 1)
+        tenants.usage.flush()
+        new = replace_file(path, tmp_path / "old.db")
+        with pytest.raises(AuthError):
+            tenants.authenticate(old)
+        assert tenants.authenticate(new).name == "globex"
+        assert [t.name for t in tenants.list()] == ["globex"], "what administrators see and write is the same file"
+        tenants.usage.add("globex", "", 5, 6)
+        assert [(r.tenant, r.prompt_tokens) for r in tenants.usage.report()] == [("globex", 5)]
+        key, text = tenants.create_key("globex")
+        tenants.authenticate(text)
+        with Tenants(path) as other:
+            other.revoke_key(key.id)
+        with pytest.raises(AuthError):
+            tenants.authenticate(text)
+    for file, names in ((path, ["globex"]), (tmp_path / "old.db", ["acme"])):
+        with Tenants(file) as read:
+            assert [t.name for t in read.list()] == names
+            (fine,) = sqlite3.connect(file).execute("PRAGMA integrity_check").fetchone()
+            assert fine == "ok"
+
+
+def test_a_database_that_is_gone_or_damaged_lets_nobody_in_until_it_is_back(tmp_path: Path) -> None:
+    path = tmp_path / "t.db"
+    with Tenants(path, create=True) as tenants:
+        tenants.add("acme")
+        _, text = tenants.create_key("acme")
+        tenants.authenticate(text)
+        path.rename(tmp_path / "away.db")
+        for act in (lambda: tenants.authenticate(text), tenants.list, lambda: tenants.add("more")):
+            with pytest.raises(DatabaseError) as caught:
+                act()
+            assert caught.value.http_status == 503
+        tenants.usage.add("acme", "", 2, 3)
+        with pytest.raises(DatabaseError, match="gone"):
+            tenants.usage.flush()
+        path.write_bytes(b"no database" * 1000)
+        for _ in range(2):
+            with pytest.raises(DatabaseError):
+                tenants.authenticate(text)
+        os.replace(tmp_path / "away.db", path)
+        assert tenants.authenticate(text).name == "acme"
+        assert [r.prompt_tokens for r in tenants.usage.report()] == [2], "usage was kept meanwhile"

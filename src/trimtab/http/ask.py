@@ -163,7 +163,7 @@ async def _encoded(body: ChatBody | CompletionBody, tenant: Tenant, s: Services)
         param, sizes = "messages", [sum(len(m["content"]) for m in messages)]
         encode = lambda: [_within("messages", words, lambda: words.encode_chat(messages))]  # noqa: E731
     else:
-        prompts = _prompts(body)
+        prompts: list[str | list[int]] = [*_prompts(body)]
         param, sizes = "prompt", [len(p) if isinstance(p, str) else 0 for p in prompts]
         encode = lambda: [_ids(p, _where("prompt", i, len(prompts)), words) for i, p in enumerate(prompts)]  # noqa: E731
     for i, size in enumerate(sizes):

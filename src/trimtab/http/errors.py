@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from trimtab.errors import AdapterError, AuthError, LimitError, NotFoundError, OverloadedError, TrimtabError, nearest
+from trimtab.serve.keys import redacted
 
 MAX_FINDINGS, MAX_ERRORS = 8, 64
 RETRY_S = 5
@@ -53,7 +54,7 @@ class Fault(TrimtabError):
 
     @property
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        return {"error": {"message": redacted(self.message), "type": self.type, "param": self.param, "code": self.code}}
 
 
 class ClientGone(Exception):

@@ -18,11 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from trimtab.errors import LimitError, TrimtabError
 from trimtab.http.auth import tenant_of
 from trimtab.http.errors import RETRY_S, ClientGone, Fault, fault_of, fault_of_body, reply
-from trimtab.http.services import Limits, Services
+from trimtab.http.services import Services
 
 MAX_VALUES, MAX_CONTAINERS = 1 << 19, 50_000
-"""Of a body: numbers and texts, lists and objects. A million small lists in 4 MB keep the parser busy for seconds, and no thread runs beside
-it."""
+"""Of a body: numbers and texts, lists and objects. A million small lists in 4 MB keep the parser busy for seconds, and no
+other thread runs meanwhile."""
 MAX_FIELDS = 100
 """Of a body: more than there are, and few enough to look for each one's nearest spelling."""
 SMALL = 16 << 10

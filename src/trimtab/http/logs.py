@@ -19,11 +19,10 @@ from typing import TextIO
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab.http.errors import reply, unexpected
+from trimtab.serve.keys import redacted
 
 log = logging.getLogger("trimtab.http")
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-KEY = re.compile(r"[0-9a-f]{12}\.[A-Za-z0-9_-]{16,}")
-"""A key where somebody has put it into a path."""
 QUIET = frozenset({"/livez", "/readyz", "/metrics"})
 """Asked every few seconds by machines: logged only where the answer is an error."""
 
@@ -67,9 +66,9 @@ class RequestLog:
             return await self.app(scope, receive, send)
         given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
         record = Record(
-            given if GIVEN_ID.fullmatch(given) else uuid.uuid4().hex,
+            given if GIVEN_ID.fullmatch(given) and redacted(given) == given else uuid.uuid4().hex,
             scope["method"],
-            KEY.sub("(key)", scope["path"])[:200],
+            redacted(scope["path"])[:200],
             (scope.get("client") or ("",))[0],
         )
         scope["trimtab.record"] = record
@@ -97,14 +96,15 @@ class RequestLog:
 
 
 class JsonLines(logging.Formatter):
-    """A log record as one line of JSON; `told` in `extra` holds the fields."""
+    """A log record as one line of JSON; `told` in `extra` holds the fields. The last place before the log: no key passes, wherever it was
+    put."""
 
     def format(self, record: logging.LogRecord) -> str:
         told = getattr(record, "told", None)
         line = {"time": round(record.created, 3), "level": record.levelname.lower(), "event": record.getMessage()}
         if record.exc_info and told is None:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line | (told or {}), ensure_ascii=True, default=str)
+        return redacted(json.dumps(line | (told or {}), ensure_ascii=True, default=str))
 
 
 def configure(stream: TextIO | None = None) -> None:

@@ -12,7 +12,7 @@ from trimtab.http.services import TooLong, Words
 from trimtab.model import Base
 
 SURE = 16
-"""Tokens by which the beginning of a text may have more than the whole of it, at the place where it was cut off, and as many in a hundred."""
+"""Tokens, and as many in a hundred, by which the beginning of a text may have more than the whole, at the place where it was cut off."""
 CHARS = 4
 """Characters of a token, typically."""
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trimtab.errors import TrimtabError
+from trimtab.serve.keys import redacted
 
 log = logging.getLogger(__name__)
 MAX_TEXT = 200
@@ -126,8 +127,8 @@ class Audit:
             os.close(self._file)
 
     def _line(self, fields: Mapping[str, object]) -> str:
-        told = {k: v[:MAX_TEXT] if isinstance(v, str) else v for k, v in fields.items() if v != ""}
-        return json.dumps({"time": round(self._clock(), 3), **told}) + "\n"
+        told = {k: redacted(v)[:MAX_TEXT] if isinstance(v, str) else v for k, v in fields.items() if v != ""}
+        return redacted(json.dumps({"time": round(self._clock(), 3), **told})) + "\n"
 
     def _open(self) -> int:
         return os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -1,6 +1,7 @@
 """The server's own database: one SQLite file in WAL mode, opened safely, its schema brought up to date.
 
-A file that is not ours, is damaged, or was made by a later trimtab is refused and never written.
+A file that is not ours, is damaged, or was made by a later trimtab is refused and never written. A file that was replaced (a backup that
+was moved to its place) is opened anew at the next use; while there is none that can be read, every use is refused.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from trimtab.serve.tenant import Tenant
 
 APPLICATION_ID = 0x54524954  # "TRIT": tells our file from any other program's
 BUSY_SECONDS = 10.0
+SIDE_FILES = ("-wal", "-shm")
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
@@ -71,6 +75,92 @@ class DatabaseError(TrimtabError):
     """The database cannot be used: damaged, another program's, from a later version, not readable."""
 
     http_status = 503
+
+
+@dataclass(eq=False)
+class Handle:
+    """One connection of a `Database`. opened: how often it was made, so that its user sees that the file is another one."""
+
+    connection: sqlite3.Connection
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    opened: int = 1
+
+
+class Database:
+    """All connections of a process to the file at a path. Any number of threads."""
+
+    def __init__(self, path: str | Path, *, create: bool = False):
+        """DatabaseError where there is no file (unless create), or one that is not ours to use."""
+        self.path = Path(path)
+        connect(self.path, create=create).close()
+        self._handles: list[Handle] = []
+        self._lock = threading.Lock()
+        self._identity: tuple[int, int] | None = self._there()
+        self._side_files: set[int] = set()  # inode numbers
+
+    def handle(self) -> Handle:
+        """A connection more, to be used through `use` and given back with `close`."""
+        with self._lock:
+            self._handles.append(Handle(connect(self.path)))
+            self._side_files |= self._numbers()
+            return self._handles[-1]
+
+    @contextmanager
+    def use(self, handle: Handle) -> Iterator[sqlite3.Connection]:
+        """The connection, to the file that is at the path now. One thread at a time."""
+        self.follow()
+        with handle.lock, explained(self.path):
+            yield handle.connection
+
+    def close(self, handle: Handle) -> None:
+        with self._lock, handle.lock:
+            self._handles.remove(handle)
+            handle.connection.close()
+
+    def _there(self) -> tuple[int, int]:
+        try:
+            found = os.stat(self.path)
+        except OSError as error:
+            fix = "put it back, or start the server anew with another one"
+            raise DatabaseError(f"the tenants database {self.path} is gone: {error.strerror}", fix=fix) from error
+        return found.st_dev, found.st_ino
+
+    def _numbers(self) -> set[int]:
+        return {os.stat(f).st_ino for f in map(self._side_file, SIDE_FILES) if f.exists()}
+
+    def _side_file(self, end: str) -> Path:
+        return self.path.with_name(self.path.name + end)
+
+    def _drop_side_files(self) -> None:
+        """Those that were there while ours were open; others came with the new file."""
+        for file in map(self._side_file, SIDE_FILES):
+            with suppress(FileNotFoundError):
+                if file.stat().st_ino in self._side_files:
+                    file.unlink()
+
+    def follow(self) -> None:
+        """Open the file anew if it is another one; DatabaseError where that fails.
+
+        The old file's side files (-wal, -shm) still lie at the path, and SQLite would read the new file through them: what they hold is
+        written into the old file first, then they go.
+        """
+        if self._there() == self._identity:
+            return
+        with self._lock, ExitStack() as locks:
+            if (identity := self._there()) == self._identity:
+                return
+            for handle in self._handles:
+                locks.enter_context(handle.lock)
+                with suppress(sqlite3.Error):
+                    handle.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                handle.connection.close()
+            self._drop_side_files()
+            self._identity = None  # nobody gets in before all of them are open
+            for handle in self._handles:
+                handle.connection = connect(self.path)
+                handle.opened += 1
+            self._side_files = self._numbers()
+            self._identity = identity  # where it was replaced again meanwhile, the next use sees that
 
 
 def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:

@@ -11,18 +11,19 @@ import hashlib
 import hmac
 import logging
 import math
+import re
 import secrets
-import threading
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from trimtab.errors import AuthError
-from trimtab.serve.database import TENANT_COLUMNS, DatabaseError, connect, explained, tenant_of
+from trimtab.serve.database import TENANT_COLUMNS, Database, DatabaseError, tenant_of
 from trimtab.serve.tenant import LOCAL, Tenant
 
 log = logging.getLogger(__name__)
 MAX_KEY_CHARS = 200
+LOOKS_LIKE_A_KEY = re.compile(r"[0-9a-fA-F]{12}(?:\.|%2[eE])[A-Za-z0-9_-]{16,}")
 NOBODY = hashlib.sha256(secrets.token_bytes(32)).digest()
 """What an unknown id is compared with: no secret has this hash, and the comparison costs what a known id's costs."""
 
@@ -57,6 +58,11 @@ def split_key(text: str) -> tuple[str, bytes]:
     return key_id, hash_secret(secret)
 
 
+def redacted(text: str) -> str:
+    """The text without whatever looks like one of our keys: for logs, where people's mistakes put them (as a model, an id, a path)."""
+    return LOOKS_LIKE_A_KEY.sub("(key)", text)
+
+
 def hash_secret(secret: str) -> bytes:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
@@ -64,11 +70,10 @@ def hash_secret(secret: str) -> bytes:
 class Keyring:
     """The keys in force, for reading. Any number of threads."""
 
-    def __init__(self, path: Path, clock: Callable[[], float]):
-        self._path, self._clock = path, clock
-        self._connection = connect(path)  # of its own: data_version shows only what other connections have changed
-        self._lock = threading.Lock()
-        self._data_version, self._generation = -1, -1
+    def __init__(self, database: Database, clock: Callable[[], float]):
+        self._database, self._clock = database, clock
+        self._handle = database.handle()  # of its own: data_version shows only what other connections have changed
+        self._opened, self._data_version, self._generation = 0, -1, -1
         self._known: dict[str, tuple[bytes, float, Tenant]] = {}
 
     def authenticate(self, text: str | None) -> Tenant:
@@ -88,22 +93,24 @@ class Keyring:
 
     def _current(self) -> dict[str, tuple[bytes, float, Tenant]]:
         """id -> (hash, end, tenant) of every key in force, as of now."""
-        with self._lock, explained(self._path):
-            data_version = self._connection.execute("PRAGMA data_version").fetchone()[0]
+        with self._database.use(self._handle) as db:
+            if self._handle.opened != self._opened:  # the numbers of another file say nothing
+                self._opened, self._data_version, self._generation = self._handle.opened, -1, -1
+            data_version = db.execute("PRAGMA data_version").fetchone()[0]
             if data_version != self._data_version:  # usage is written often; only the generation says that keys have changed
-                generation = self._connection.execute("SELECT number FROM generation").fetchone()[0]
+                generation = db.execute("SELECT number FROM generation").fetchone()[0]
                 if generation != self._generation:
-                    self._known = self._read()
+                    self._known = self._read(db)
                 self._data_version, self._generation = data_version, generation
             return self._known
 
-    def _read(self) -> dict[str, tuple[bytes, float, Tenant]]:
-        rows = self._connection.execute(
+    @staticmethod
+    def _read(db: sqlite3.Connection) -> dict[str, tuple[bytes, float, Tenant]]:
+        rows = db.execute(
             f"SELECT k.id, k.secret_sha256, k.expires, {TENANT_COLUMNS} FROM keys k JOIN tenants t ON t.id = k.tenant "
             "WHERE k.revoked IS NULL AND t.removed IS NULL"
         )
         return {key_id: (kept, math.inf if expires is None else expires, tenant_of(rest)) for key_id, kept, expires, *rest in rows}
 
     def close(self) -> None:
-        with self._lock:
-            self._connection.close()
+        self._database.close(self._handle)

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from trimtab.serve.admission import Admission
 from trimtab.serve.audit import Audit
+from trimtab.serve.keys import redacted
 from trimtab.serve.request import FinishReason, Request, Usage
 from trimtab.serve.stats import EngineStats, StepFacts
 from trimtab.serve.usage import UsageBook
@@ -172,7 +173,7 @@ class Metrics:
     def _labelled(self, name: str, says: str, label: str, values: Mapping[str, int]) -> Metric:
         family = CounterMetricFamily(PREFIX + name, says, labels=["model_name", label])
         for key, value in values.items():
-            family.add_metric([self._model, key], value)
+            family.add_metric([self._model, redacted(key)], value)
         return family
 
 

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from trimtab.errors import ConfigError, NotFoundError, nearest
-from trimtab.serve.database import TENANT_COLUMNS, connect, explained, tenant_of, transaction
+from trimtab.serve.database import TENANT_COLUMNS, Database, tenant_of, transaction
 from trimtab.serve.keys import Key, Keyring, hash_secret, make_key
 from trimtab.serve.tenant import DEFAULT_CONCURRENT, LOCAL, NAME, Forbidden, Tenant, check
 from trimtab.serve.usage import UsageBook, UsageRow
@@ -43,9 +42,9 @@ class Tenants:
     def __init__(self, path: str | Path, *, create: bool = False, clock: Callable[[], float] = time.time):
         """DatabaseError where there is no file (unless create), or one that is damaged, another program's or from a later version."""
         self.path, self._clock = Path(path), clock
-        self._connection = connect(self.path, create=create)
-        self._lock = threading.Lock()
-        self._keyring, self.usage = Keyring(self.path, clock), UsageBook(self.path, clock=clock)
+        self._database = Database(self.path, create=create)
+        self._handle = self._database.handle()
+        self._keyring, self.usage = Keyring(self._database, clock), UsageBook(self._database, clock=clock)
         self.authenticate = self._keyring.authenticate
 
     def __enter__(self) -> Tenants:
@@ -60,8 +59,7 @@ class Tenants:
             self.usage.close()
         finally:
             self._keyring.close()
-            with self._lock:
-                self._connection.close()
+            self._database.close(self._handle)
 
     # ---- tenants ----
 
@@ -168,13 +166,13 @@ class Tenants:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, explained(self.path), transaction(self._connection):
-            yield self._connection
+        with self._database.use(self._handle) as db, transaction(db):
+            yield db
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, explained(self.path):
-            yield self._connection
+        with self._database.use(self._handle) as db:
+            yield db
 
 
 def _settings(tenant: Tenant) -> tuple[str, int | None, int | None, float, int]:

@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from trimtab.errors import TrimtabError
-from trimtab.serve.database import connect, explained, transaction
+from trimtab.serve.database import Database, transaction
 
 FLUSH_SECONDS = 2.0
 log = logging.getLogger(__name__)
@@ -39,10 +38,10 @@ class UsageRow:
 class UsageBook:
     """Adds up in memory and writes in batches. Any number of threads, and of processes on one file."""
 
-    def __init__(self, path: Path, *, flush_seconds: float = FLUSH_SECONDS, clock: Callable[[], float] = time.time):
-        self.path, self.flush_seconds, self.clock = path, flush_seconds, clock
+    def __init__(self, database: Database, *, flush_seconds: float = FLUSH_SECONDS, clock: Callable[[], float] = time.time):
+        self.flush_seconds, self.clock = flush_seconds, clock
         self.problem = ""
-        self._connection = connect(path)
+        self._database, self._handle = database, database.handle()
         self._pending: dict[tuple[str, str, str], Counts] = {}
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._stop = threading.Event()
@@ -65,9 +64,9 @@ class UsageBook:
             if not taken:
                 return
             try:
-                with explained(self.path), transaction(self._connection):
+                with self._database.use(self._handle) as db, transaction(db):
                     for key, counts in taken.items():
-                        self._write(key, counts)
+                        _write(db, key, counts)
             except BaseException:
                 with self._lock:
                     for key, counts in taken.items():
@@ -80,8 +79,8 @@ class UsageBook:
         query = """SELECT t.name, u.day, u.adapter, u.requests, u.prompt_tokens, u.completion_tokens
             FROM usage u JOIN tenants t ON t.id = u.tenant
             WHERE (? = '' OR t.name = ?) AND u.day >= ? AND (? = '' OR u.day <= ?) ORDER BY t.name, t.id, u.day, u.adapter"""
-        with explained(self.path), self._writing:
-            return [UsageRow(*row) for row in self._connection.execute(query, (tenant, tenant, since, until, until))]
+        with self._writing, self._database.use(self._handle) as db:
+            return [UsageRow(*row) for row in db.execute(query, (tenant, tenant, since, until, until))]
 
     def close(self) -> None:
         """Write what is left and stop. DatabaseError, naming how much, where it cannot be written."""
@@ -92,29 +91,31 @@ class UsageBook:
             self.flush()
         finally:
             with self._writing:
-                self._connection.close()
-
-    def _write(self, key: tuple[str, str, str], counts: Counts) -> None:
-        try:
-            self._connection.execute(
-                """INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
-                requests = requests + excluded.requests,
-                prompt_tokens = prompt_tokens + excluded.prompt_tokens,
-                completion_tokens = completion_tokens + excluded.completion_tokens""",
-                (*key, *counts),
-            )
-        except sqlite3.IntegrityError:  # no such tenant: one bad row must not hold up all others for ever
-            log.error("usage of an unknown tenant is not kept", extra={"told": {"tenant": key[0]}})
+                self._database.close(self._handle)
 
     def _write_now_and_then(self) -> None:
         while not self._stop.wait(self.flush_seconds):
             try:
+                self._database.follow()  # soon, also where nobody asks: side files of a replaced file must not stay
                 self.flush()
                 self.problem = ""
             except TrimtabError as error:
                 if not self.problem:  # once, not every two seconds of an outage
                     log.error("usage cannot be written, it is kept in memory: %s", error.message)
                 self.problem = error.message
+
+
+def _write(db: sqlite3.Connection, key: tuple[str, str, str], counts: Counts) -> None:
+    try:
+        db.execute(
+            """INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+            requests = requests + excluded.requests,
+            prompt_tokens = prompt_tokens + excluded.prompt_tokens,
+            completion_tokens = completion_tokens + excluded.completion_tokens""",
+            (*key, *counts),
+        )
+    except sqlite3.IntegrityError:  # no such tenant: one bad row must not hold up all others for ever
+        log.error("usage of an unknown tenant is not kept", extra={"told": {"tenant": key[0]}})
 
 
 def _plus(a: Counts, b: Counts) -> Counts:
