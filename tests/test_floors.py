@@ -16,7 +16,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "trimtab"
 
 FLOORS = {
-    **dict.fromkeys(["errors", "ops", "spec"], 0),
+    **dict.fromkeys(["errors", "foreign", "ops", "spec"], 0),
     **dict.fromkeys(["methods", "bases"], 1),
     **dict.fromkeys(["attention", "attach", "fast", "lean", "bank", "batch", "generate", "model"], 2),
     **dict.fromkeys(["store", "data"], 3),

@@ -7,7 +7,8 @@ exits with `exit_code`, the HTTP layer answers with `http_status`. `assert` and 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 MAX_LINE = 2000
 """Characters of one line of a message: a value from a hostile file may be a megabyte long."""
@@ -32,6 +33,32 @@ class TrimtabError(Exception):
         if self.fix:
             lines.append(f"fix: {self.fix}")
         return "\n".join(line if len(line) <= MAX_LINE else line[: MAX_LINE - 1] + "…" for line in "\n".join(lines).split("\n"))
+
+    def among_others(self) -> list[str]:
+        """The error as findings among others: its message with the fix, then its own findings."""
+        return [self.message + (f" (fix: {self.fix})" if self.fix else ""), *(f"  {p}" for p in self.problems)]
+
+
+class Mistakes:
+    """Collects the mistakes of several checks, so that the user sees all of them at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[TrimtabError] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """A check: its TrimtabError is kept for `refuse`."""
+        try:
+            yield
+        except TrimtabError as error:
+            self.errors.append(error)
+
+    def refuse(self, message: str) -> None:
+        """Raise what was noted: the error itself where there is one, a ConfigError with all of them where there are more."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise ConfigError(message, problems=[line for e in self.errors for line in e.among_others()])
 
 
 class ConfigError(TrimtabError):

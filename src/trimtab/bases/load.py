@@ -16,6 +16,7 @@ from trimtab.bases.progress import Progress, quiet_transformers, reporting
 from trimtab.errors import BaseError, ConfigError, TrimtabError, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 CPU_FLAGS_WITH_BF16_DOT = frozenset({"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
 
 
@@ -69,7 +70,8 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
         return dtype
     if dtype not in DTYPES:
         known = [*DTYPES, "auto"]
-        raise ConfigError(f"dtype {dtype!r} is not one for a base{nearest(dtype, known)}", fix=f"use one of {', '.join(known)}.")
+        meant = f": write {SHORT_DTYPES[dtype]}" if dtype in SHORT_DTYPES else nearest(dtype, known)
+        raise ConfigError(f"dtype {dtype!r} is not one for a base{meant}", fix=f"use one of {', '.join(known)}.")
     return DTYPES[dtype]
 
 

@@ -24,21 +24,31 @@ def locate(name: str, progress: Progress) -> Path:
     """
     if name in BUNDLED_NAMES:
         return prepare_bundled(progress)
+    refuse_hopeless(name)
     path = Path(name).expanduser()
     if path.is_dir():
-        check_folder(path.absolute(), name=name)
         return path.absolute()
-    if path.suffix.lower() == ".gguf":
+    if path.is_file():
+        return folder_for_gguf(path.absolute(), progress)
+    folder = _from_hub(name, progress)
+    check_folder(folder, name=name)
+    return folder
+
+
+def refuse_hopeless(name: str) -> None:
+    """BaseError where `name` cannot be a base, as far as this machine tells: neither network nor weights are looked at."""
+    path = Path(name).expanduser()
+    if name in BUNDLED_NAMES:
+        return
+    if path.is_dir():
+        check_folder(path.absolute(), name=name)
+    elif path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise BaseError(f"there is no GGUF file {name!r}", fix="check the path; it is taken relative to the current folder.")
-        return folder_for_gguf(path.absolute(), progress)
-    if path.is_file():
+    elif path.is_file():
         raise BaseError(f"{name!r} is a file, not a base", fix="pass the folder that holds it, or a .gguf file.")
-    if HUB_ID.fullmatch(name):
-        folder = _from_hub(name, progress)
-        check_folder(folder, name=name)
-        return folder
-    raise _unknown(name, ["a bundled name: no", "a folder here: no", "a hub id (org/name): it is not written like one"])
+    elif not HUB_ID.fullmatch(name):
+        raise _unknown(name, ["a bundled name: no", "a folder here: no", "a hub id (org/name): it is not written like one"])
 
 
 def _from_hub(name: str, progress: Progress) -> Path:

@@ -68,7 +68,8 @@ def plan(base: str, method: str | None, fields: tuple[str, ...], everything: boo
 
 def _methods(name: str | None, fields: tuple[str, ...], everything: bool) -> list[Method]:
     """The method asked for and full fine-tuning beside it, or all methods at their presets."""
-    from trimtab.errors import ConfigError, nearest
+    from trimtab.errors import ConfigError
+    from trimtab.foreign import method_answer
     from trimtab.methods import BY_NAME
 
     known: Mapping[str, type[Method]] = BY_NAME
@@ -77,7 +78,7 @@ def _methods(name: str | None, fields: tuple[str, ...], everything: bool) -> lis
             raise ConfigError("--set says something about a method, but none is named", fix="add --method, for example --method lora")
         return [cls() for cls in known.values()]
     if name not in known:
-        raise ConfigError(f"there is no method {name!r}{nearest(name, known)}", fix=f"use one of {', '.join(known)}")
+        raise ConfigError(f"there is no method {name!r}{method_answer(name, known)}", fix=f"use one of {', '.join(known)}")
     chosen = known[name].from_dict(_parse(fields), where=f"--method {name}")
     others = known if everything else ("full",)
     return [chosen, *(known[other]() for other in others if other != name)]

@@ -10,7 +10,7 @@ from trimtab.data.labels import answer_of, find_labels, label_examples
 from trimtab.data.render import Example, encode_row, encode_rows, prompt_and_reference
 from trimtab.data.rows import Dropped, Row
 from trimtab.data.scores import SCORES, bleu, exact_match, has_bleu, perplexity, rouge_l, token_f1, valid_json
-from trimtab.data.sources import Source, parse_sources, read_source
+from trimtab.data.sources import Source, parse_sources, peek_source, read_source, sources_in
 
 __all__ = [
     "SCORES",
@@ -32,10 +32,12 @@ __all__ = [
     "load_examples",
     "order",
     "parse_sources",
+    "peek_source",
     "perplexity",
     "prompt_and_reference",
     "read_source",
     "rouge_l",
+    "sources_in",
     "summarise_dropped",
     "template_warnings",
     "token_f1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from trimtab.data.documents import TEXT_SUFFIXES, text_files
 from trimtab.data.formats import READERS, SUFFIXES, Records, read_hub
 from trimtab.data.rows import Dropped, Row, check_columns, form_of, to_row
 from trimtab.errors import ConfigError, DataError, nearest
+from trimtab.foreign import answer
 
 HUB = "hf:"
 
@@ -54,26 +56,73 @@ def parse_sources(value: Any, *, where: str = "data") -> list[Source]:
 
     where: what the value is, for the message. Raises ConfigError that lists every unknown key with the nearest known one.
     """
-    items = value if isinstance(value, list) else [value]
+    sources, problems = sources_in(value, where)
+    if problems:
+        known = ", ".join(f.name for f in dataclasses.fields(Source))
+        raise ConfigError(f"{where} cannot be used", problems=problems, fix=f"a source takes: {known}")
+    return sources
+
+
+def sources_in(value: Any, where: str) -> tuple[list[Source], list[str]]:
+    """(the sources that can be told from `value`, what is wrong with the others)."""
+    items = list(value) if isinstance(value, list | tuple) else [value]
     if not items:
-        raise ConfigError(f"{where} names no source", fix="name a file, a folder or hf:org/name.")
+        return [], [f"{where} names no source: name a file, a folder or hf:org/name"]
     known = [f.name for f in dataclasses.fields(Source)]
-    problems, sources = [], []
+    sources, problems = list[Source](), list[str]()
     for i, item in enumerate(items):
-        at = f"{where}[{i}]" if isinstance(value, list) else where
+        at = f"{where}[{i}]" if isinstance(value, list | tuple) else where
         if isinstance(item, Source):
             sources.append(item)
         elif isinstance(item, str | Path):
             sources.append(Source(str(item)))
+        elif isinstance(item, Mapping) and not ROW_KEYS.isdisjoint(item):
+            problems.append(f"{at}: {_AS_FILES.format('a row')}")
+            break  # so are the others
+        elif any(hasattr(item, name) for name in ("columns", "column_names")):
+            problems.append(f"{at}: {_AS_FILES.format(f'a {type(item).__name__}')}")
         elif not isinstance(item, Mapping) or "path" not in item:
-            problems.append(f"{at} = {item!r}: neither a path nor a mapping with a path")
-        elif unknown := [key for key in item if key not in known]:
-            problems += [f"{at}: unknown key {key!r}{nearest(str(key), known)}" for key in unknown]
+            unknown = [k for k in item if k not in known] if isinstance(item, Mapping) else []
+            hints = "".join(f"; {k!r}{hint}" for k in unknown if (hint := answer(k, known)))
+            problems.append(f"{at} = {reprlib.repr(item)}: neither a path nor a mapping with a path{hints}")
         else:
-            sources.append(Source(**item))
-    if problems:
-        raise ConfigError(f"{where} cannot be used", problems=problems, fix=f"a source takes: {', '.join(known)}")
-    return sources
+            problems += [f"{at}: unknown key {key!r}{answer(key, known)}" for key in item if key not in known]
+            try:
+                sources.append(Source(**{k: v for k, v in item.items() if k in known}))
+            except ConfigError as e:
+                problems += [f"{at}: {p}" for p in e.problems]
+    return sources, problems
+
+
+ROW_KEYS = frozenset(("messages", "conversations", "prompt", "completion", "instruction", "text"))
+_AS_FILES = (
+    "{} is given where a source belongs; sources are files: write the rows as JSON lines, a row a line "
+    "(of a DataFrame: to_json(path, orient='records', lines=True); of a Dataset: to_json(path)), and name that path"
+)
+
+
+def peek_source(source: Source, root: Path) -> None:
+    """DataError where `read_source` would refuse the whole source; reads only as far as it must to tell. Hub datasets are not looked up."""
+    if source.path.startswith(HUB):
+        return
+    seen: dict[str, None] = {}
+    any_form, found_any = False, False
+    for found in _records(source, root):
+        found_any = True
+        record = None if isinstance(found, Dropped) else found[1]
+        if isinstance(record, dict):
+            seen.update(dict.fromkeys(map(str, record)))
+            any_form = any_form or form_of(record, source.columns) is not None
+        if any_form and seen.keys() >= set(source.columns.values()):
+            break
+    _refuse_whole(source, found_any, seen, any_form)
+
+
+def _refuse_whole(source: Source, found_any: bool, seen: Mapping[str, None], any_form: bool) -> None:
+    if not found_any:
+        raise DataError(f"{source.path} holds no rows", fix="name a file that has rows.")
+    if seen:
+        check_columns(seen, source.columns, source.path, any_form=any_form)
 
 
 def read_source(source: Source, root: Path, number: int = 0) -> tuple[list[Row], list[Dropped]]:
@@ -101,10 +150,7 @@ def read_source(source: Source, root: Path, number: int = 0) -> tuple[list[Row],
             dropped.append(row)
         else:
             rows.append(dataclasses.replace(row, id=(number, len(rows))))
-    if not records and not dropped:
-        raise DataError(f"{source.path} holds no rows", fix="name a file that has rows.")
-    if columns_seen:
-        check_columns(columns_seen, source.columns, source.path, any_form=any_form)
+    _refuse_whole(source, bool(records or dropped), columns_seen, any_form)
     return rows, dropped
 
 

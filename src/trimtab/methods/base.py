@@ -18,6 +18,7 @@ Dimensions: T rows of a flat batch, I input features, O output features, r rank,
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -28,7 +29,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from trimtab.errors import ConfigError, NotMergeable, nearest
+from trimtab.errors import ConfigError, NotMergeable
+from trimtab.foreign import answer
 from trimtab.spec import Spec
 
 Params = Mapping[str, Tensor]
@@ -195,8 +197,12 @@ class Method:
             BY_NAME[cls.name] = cls
 
     def __post_init__(self) -> None:
-        problems = _type_problems(self) or self.problems()
-        if problems:
+        wrong = _type_problems(self)
+        for f in dataclasses.fields(self) if wrong else ():  # so that `problems` can judge the others
+            if f.name in wrong:
+                fresh = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+                object.__setattr__(self, f.name, fresh)
+        if problems := [*wrong.values(), *self.problems()]:
             raise ConfigError(f"{type(self).__name__} cannot be used", problems=problems)
 
     def problems(self) -> list[str]:
@@ -241,7 +247,7 @@ class Method:
     def from_dict(cls, fields: Mapping[str, Any], *, where: str = "") -> Self:
         """Build from a mapping. Unknown names are refused with the nearest known one. where: what the mapping is, for the message."""
         known = [f.name for f in dataclasses.fields(cls)]
-        problems = [f"unknown key {k!r}{nearest(k, known)}" for k in fields if k not in known]
+        problems = [f"unknown key {k!r}{answer(k, known)}" for k in fields if k not in known]
         if problems:
             raise ConfigError(f"{where or cls.__name__} cannot be used", problems=problems, fix=f"{cls.name} takes: {', '.join(known)}")
         try:
@@ -260,16 +266,16 @@ def _field_types(cls: type[Method]) -> dict[str, TypeAdapter]:
     return {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(cls)}
 
 
-def _type_problems(method: Method) -> list[str]:
-    """Check each field against its annotation; lossless conversions that YAML needs (1 -> 1.0, list -> tuple) are applied."""
-    problems = []
+def _type_problems(method: Method) -> dict[str, str]:
+    """Field -> what is wrong with it by its annotation; lossless conversions that YAML needs (1 -> 1.0, list -> tuple) are applied."""
+    problems = {}
     cls: Any = type(method)
     for name, adapter in _field_types(cls).items():
         value = getattr(method, name)
         try:
             object.__setattr__(method, name, adapter.validate_python(value))
         except ValidationError as e:
-            problems.append(f"{name} = {value!r}: {'; '.join(dict.fromkeys(err['msg'] for err in e.errors()))}")
+            problems[name] = f"{name} = {reprlib.repr(value)}: {'; '.join(dict.fromkeys(err['msg'] for err in e.errors()))}"
     return problems
 
 

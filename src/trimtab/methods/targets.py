@@ -75,16 +75,28 @@ def unmatched(spec: Spec, wanted: str | Sequence[str], option: str) -> list[str]
     if isinstance(wanted, str):
         if problem := regex_problem(wanted):
             return [f"{option} = {wanted!r} {problem}"]
-        return (
-            []
-            if any(matches(m, wanted) for m in spec.modules)
-            else [f"{option}: {wanted!r} matches no module's whole name{nearest(wanted, short_names(spec))}"]
-        )
+        if any(matches(m, wanted) for m in spec.modules):
+            return []
+        names = listed(wanted) or [wanted]
+        if any(matches(m, [n]) for n in names for m in spec.modules):
+            return [f"{option} = {wanted!r} is one string, which must match a module's whole name; {as_list(names)}"]
+        return [f"{option}: {wanted!r} matches no module's whole name{nearest(wanted, short_names(spec))}"]
     return [
         f"{option}: {w!r} matches no module{nearest(w, short_names(spec))}"
         for w in wanted
         if not any(matches(m, [w]) for m in spec.modules)
     ]
+
+
+def listed(text: str) -> list[str] | None:
+    """The names in a string that can only be meant as a list of them ("q_proj,v_proj"), or None: no module's name holds a comma."""
+    names = [n for n in re.split(r"[\s,;]+", text.strip().strip("[]")) if n]
+    return names if len(names) > 1 and all(re.fullmatch(r"['\"]?[\w.-]+['\"]?", n) for n in names) else None
+
+
+def as_list(names: Sequence[str]) -> str:
+    """What to write instead of a string that names modules."""
+    return f"write a list: [{', '.join(n.strip(chr(34) + chr(39)) for n in names)}]"
 
 
 def regex_problem(pattern: str) -> str | None:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer
 
 from trimtab.bases import BUNDLED_NAMES, locate, resolve_device, resolve_dtype
@@ -35,30 +36,29 @@ from trimtab.data import (
     template_warnings,
 )
 from trimtab.data.dataset import FIXES, drawn, too_many
-from trimtab.errors import BaseError, DataError
+from trimtab.errors import BaseError, ConfigError, DataError, Mistakes
 from trimtab.shapes import Architecture, read_architecture
 from trimtab.spec import Spec
-from trimtab.train.config import DataConfig, RunConfig, TrainOptions
+from trimtab.train.config import RunConfig, unreadable
 from trimtab.train.estimate import estimate_run, virtual_tokens
 from trimtab.train.findings import CheckReport, Finding, Level, Rendered, SourceCounts, Split, SplitCounts
+from trimtab.train.options import DataConfig, TrainOptions
 from trimtab.train.overlap import contamination, duplicates
+from trimtab.train.resume import refuse_no_folder
 
 BAD_MASKS = ("nothing supervised", "everything supervised")
 
 Status = Callable[[str], None]
 
 
-def check(run: RunConfig | str | Path, *, rows: int = 2, status: Status = lambda text: None) -> CheckReport:
+def check(run: RunConfig | Mapping[str, Any] | str | Path, *, rows: int = 2, status: Status = lambda text: None) -> CheckReport:
     """Read everything that `run` names and report. rows: how many rows of each training source are rendered. status: hears what is read.
 
     TrimtabError where the run file or the base cannot be read; what is wrong with data and variants is collected as findings.
     """
     start = time.perf_counter()
-    run = run if isinstance(run, RunConfig) else RunConfig.load(run)
-    device = resolve_device(run.device)
-    resolve_dtype(run.dtype, device)
-    status(f"reading {run.base}")
-    tokenizer, architecture = read_base(run.base, status)
+    run = RunConfig.of(run)
+    device, tokenizer, architecture = _base_of(run, status)
     report = CheckReport(run.base, architecture.parameters, architecture.spec.max_positions)
     report.findings += _template_findings(tokenizer) + _run_findings(run)
     trained: dict[str, Split] = {}
@@ -78,6 +78,24 @@ def check(run: RunConfig | str | Path, *, rows: int = 2, status: Status = lambda
 
 
 # ---- the base ------------------------------------------------------------
+
+
+def _base_of(run: RunConfig, status: Status) -> tuple[torch.device, Any, Architecture]:
+    """(device, tokenizer, shape). TrimtabError where they cannot be had; it then also says which data cannot be read, and whether `out` can
+    be written, since there will be no report."""
+    mistakes = Mistakes()
+    with mistakes.noted():
+        device = resolve_device(run.device)
+        resolve_dtype(run.dtype, device)
+    with mistakes.noted():
+        status(f"reading {run.base}")
+        tokenizer, architecture = read_base(run.base, status)
+    if mistakes.errors:
+        with mistakes.noted():
+            refuse_no_folder(run.out)
+        mistakes.errors += [error for name, data in run.data.items() for error in unreadable(name, data, run.root)]
+        mistakes.refuse("this run cannot be checked, because its base or its device cannot be had")
+    return device, tokenizer, architecture
 
 
 def read_base(name: str, status: Status) -> tuple[Any, Architecture]:
@@ -107,7 +125,11 @@ def _template_findings(tokenizer: Any) -> list[Finding]:
 def _run_findings(run: RunConfig) -> list[Finding]:
     used = {v.data for v in run.variants}
     found = [Finding("warning", f"data.{n}", "no variant trains on it") for n in run.data if n not in used]
-    if run.out.exists() and (not run.out.is_dir() or any(run.out.iterdir())):
+    try:
+        refuse_no_folder(run.out)
+    except ConfigError as e:
+        return [*found, Finding("error", "out", e.message, fix=e.fix)]
+    if run.out.exists() and any(run.out.iterdir()):
         found.append(Finding("note", "out", f"{run.out} is not empty: a new run will be refused there", fix="name another folder in `out`"))
     return found
 
@@ -174,7 +196,7 @@ def _dropped_findings(where: str, lost: Sequence[Dropped]) -> Iterator[Finding]:
 
 def _mask_findings(split: Split, last_turn_only: bool) -> list[Finding]:
     found = []
-    if not split.examples:
+    if not split.examples and split.starts:  # what could not be read has its own finding
         found.append(Finding("error", split.where, "no row is left", fix="mend the rows that were dropped, or name a file that has rows."))
     empty, partly = list[str](), list[str]()
     for row in split.rows:
@@ -210,7 +232,8 @@ def _histogram(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 def _first(split: Split, rows: int) -> Iterator[Example]:
     """The first rows of each source."""
-    for start, stop in zip(split.starts, [*split.starts[1:], len(split.examples)], strict=True):
+    ends = [*split.starts[1:], len(split.examples)] if split.starts else []  # no start: none of the sources could be read
+    for start, stop in zip(split.starts, ends, strict=True):
         yield from split.examples[start : min(start + rows, stop)]
 
 
@@ -250,6 +273,8 @@ def _fit(run: RunConfig, name: str, splits: Sequence[Split], tokenizer: Any, spe
 
 def _label_findings(name: str, config: DataConfig, splits: Sequence[Split]) -> list[Finding]:
     """Labels that cannot be had from the training rows, or that no held-out row has."""
+    if config.labels == "auto" and not splits[0].rows:
+        return []  # why, is said where they should be
     try:
         labels = find_labels(splits[0].rows, f"data.{name}") if config.labels == "auto" else config.labels or []
     except DataError as e:

@@ -21,8 +21,9 @@ from trimtab.methods import FullConfig, Method
 from trimtab.plan import Plan, plan
 from trimtab.shapes import Architecture
 from trimtab.spec import Spec
-from trimtab.train.config import RunConfig, VariantConfig
+from trimtab.train.config import RunConfig
 from trimtab.train.findings import CheckReport, Estimate, Finding, Split, VariantEstimate
+from trimtab.train.options import VariantConfig
 
 EFFICIENCY = (0.25, 0.7)
 """Share of the probe's speed that whole steps reach: an assumption. Seen on the bundled base, 1 thread with AMX: 0.4."""

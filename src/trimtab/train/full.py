@@ -16,7 +16,7 @@ from trimtab.bases.progress import quiet_transformers
 from trimtab.data import Example
 from trimtab.model import Base
 from trimtab.store.staging import staged
-from trimtab.train.config import VariantConfig
+from trimtab.train.options import VariantConfig
 from trimtab.train.variant import Variant, Window
 
 

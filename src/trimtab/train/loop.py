@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab import bases
+from trimtab.errors import Mistakes
 from trimtab.methods import FullConfig
 from trimtab.model import Base, load_base
 from trimtab.store import Adapter
 from trimtab.store.registry import Store
+from trimtab.train.before import note_mistakes
 from trimtab.train.config import RunConfig
 from trimtab.train.finish import adapter_of, evaluate, note_scores, save, summarise, test_rows
 from trimtab.train.full import FullVariant
@@ -47,7 +50,7 @@ class Report:
 
 
 def train(
-    run: RunConfig | str | Path,
+    run: RunConfig | Mapping[str, Any] | str | Path,
     *,
     base: Base | None = None,
     listener: Listener | None = None,
@@ -59,19 +62,23 @@ def train(
 ) -> Report:
     """Train every variant of a run together on one frozen base, score it, save it under the run's `out`.
 
-    run: a RunConfig, or a run file's path. base: one that is loaded already. resume: go on from the newest good checkpoint in `out`; a run
-    that was interrupted before its first one starts anew, one that has finished is returned as it is. stop: asks a run to end early, which
-    it does with a checkpoint and Interrupted. halving: ends the worst variants at its rungs; what it is, is no part of the run file, so one
-    that resumes must be given the same. store: the folder of the store that a run with `store` publishes to, `default_root()` where None;
-    one that fails at the end costs nothing but the publishing, which a resumed run makes good. beside: what uses base and variants between
-    steps. TrimtabError where the run file, the data, the base, the store or the disk is at fault; nothing is written into `out` before all
-    of the former have been read and checked.
+    run: a RunConfig, a run file's path, or a mapping of its shape. base: one that is loaded already. resume: go on from the newest good
+    checkpoint in `out`; a run that was interrupted before its first one starts anew, one that has finished is returned as it is. stop: asks
+    a run to end early, which it does with a checkpoint and Interrupted. halving: ends the worst variants at its rungs; what it is, is no
+    part of the run file, so one that resumes must be given the same. store: the folder of the store that a run with `store` publishes to,
+    `default_root()` where None; one that fails at the end costs nothing but the publishing, which a resumed run makes good. beside: what
+    uses base and variants between steps. TrimtabError where the run file, the data, the base, the store or the disk is at fault; nothing is
+    written into `out` before all of the former have been read and checked.
     """
-    run = run if isinstance(run, RunConfig) else RunConfig.load(run)
+    run = RunConfig.of(run)
     listener, stop = listener or Silent(), stop or Stop()
     if resume and (run.out / "summary.json").exists():
         return finished(run, base, listener, store)
-    start = find_start(run, resume)
+    start, mistakes = None, Mistakes()
+    with mistakes.noted():
+        start = find_start(run, resume)
+    note_mistakes(run, base.spec if base else None, mistakes)
+    mistakes.refuse("this run cannot start")
     target = open_store(run, store)
     if resume:
         listener.status(f"going on after step {start.moment.step}" if start else f"{run.out} holds no checkpoint, so the run starts anew")

@@ -10,9 +10,10 @@ from trimtab.errors import ConfigError, DataError
 from trimtab.methods import FullConfig
 from trimtab.model import Base
 from trimtab.store import Adapter
-from trimtab.train.config import DataConfig, RunConfig, VariantConfig
+from trimtab.train.config import RunConfig
 from trimtab.train.full import FullVariant
 from trimtab.train.listen import Listener
+from trimtab.train.options import DataConfig, VariantConfig
 from trimtab.train.variant import Variant
 
 

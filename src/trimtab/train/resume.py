@@ -51,7 +51,9 @@ def find_start(run: RunConfig, resume: bool) -> Checkpoint | None:
 
     ConfigError where `out` holds something else, where no checkpoint verifies, or where the run file has changed since.
     """
-    out, names = run.out, sorted(p.name for p in run.out.iterdir()) if run.out.exists() else []
+    out = run.out
+    refuse_no_folder(out)
+    names = sorted(p.name for p in out.iterdir()) if out.exists() else []
     if names and not resume:
         going = ", or go on with it: --resume" if steps_of(out) else ""
         raise ConfigError(
@@ -74,6 +76,16 @@ def find_start(run: RunConfig, resume: bool) -> Checkpoint | None:
             fix="name another folder in `out`, or remove this one",
         )
     return None
+
+
+def refuse_no_folder(out: Path) -> None:
+    """ConfigError where `out` cannot be made a folder that can be written."""
+    there = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        what = f"out = {str(out)!r}" if there == out else f"out = {str(out)!r}: {there}"
+        raise ConfigError(f"{what} is not a folder", fix="name a folder in `out`, one that is not there yet or is empty")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write into out = {str(out)!r}: {there} may not be written", fix="name a folder that can be written")
 
 
 def refuse_changes(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:

@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import reprlib
+import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from trimtab.errors import ConfigError, nearest
+from trimtab.errors import ConfigError
+from trimtab.foreign import answer
+
+MAX_BYTES = 2**22
+"""A run file that somebody wrote has some thousand bytes."""
 
 
 def read_yaml(path: Path, what: str) -> Any:
     """The content of a YAML file. what: its kind, for the message. ConfigError where it cannot be read, is not YAML, or has a key twice."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe may never end, and data paths start at the file's folder
+            raise ConfigError(f"cannot read the {what} {path}: it is not a file", fix="write it to a file and name that")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ConfigError(
+                f"the {what} {path} is longer than {MAX_BYTES:,} bytes", fix="name the YAML file; rows belong into data files"
+            )
+        return yaml.load(data.decode("utf-8"), Loader=_UniqueKeys)
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"cannot read the {what} {path}: {e}") from None
-    except yaml.YAMLError as e:
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply to be a {what}", fix="see docs/run-file.md for its shape") from None
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that is none, a number of 5,000 digits
         raise ConfigError(f"{path} is not YAML: {e}") from None
 
 
-def unknown_keys(fields: Iterable[Any], known: Iterable[str], where: str) -> list[str]:
-    """One finding for each key that is not known, with the nearest that is."""
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 160, 160, 60
+
+
+def shown(value: Any) -> str:
+    """`repr` for a message, of bounded length: a file of a few lines can hold lists whose whole `repr` would fill the memory."""
+    return _SHORT.repr(value)
+
+
+def unknown_keys(fields: Iterable[Any], known: Iterable[str], where: str, homes: Mapping[str, str] | None = None) -> list[str]:
+    """One finding for each key that is not known, with what to write instead where that can be told. homes: keys of other places -> where
+    they belong."""
     known = list(known)
-    return [f"{where + '.' if where else ''}{k}: unknown key{nearest(str(k), known)}" for k in fields if k not in known]
+    return [f"{where + '.' if where else ''}{k}: unknown key{answer(k, known, homes)}" for k in fields if k not in known]
 
 
 def explain(error: ValidationError, where: str) -> list[str]:
     """One finding for each of pydantic's errors: key, what is wrong, what was found."""
     return [
         f"{'.'.join([*([where] if where else []), *map(str, e['loc'])])}: {e['msg']}"
-        + (f", found {e['input']!r}" if e["type"] != "missing" else "")
+        + (f", found {shown(e['input'])}" if e["type"] != "missing" else "")
         for e in error.errors()
     ]
 

@@ -18,10 +18,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trimtab.errors import ConfigError, nearest
+from trimtab.foreign import method_answer
 from trimtab.methods import BY_NAME, Method
-from trimtab.train.config import Metric, TrainOptions
+from trimtab.train.config import HOMES
 from trimtab.train.halving import Halving
-from trimtab.train.runfile import explain, unknown_keys
+from trimtab.train.options import Metric, TrainOptions
+from trimtab.train.runfile import explain, shown, unknown_keys
 
 MAX_TRIALS = 512
 FIXED = {
@@ -52,8 +54,8 @@ def read_options(content: Mapping[str, Any], where: str) -> SweepOptions:
     """What a sweep file's `sweep` says. ConfigError that lists everything that is wrong with it, whatever the values of its fields."""
     said = content["sweep"]
     if not isinstance(said, Mapping):
-        raise ConfigError(f"{where}: sweep: expected a mapping with variant and search, found {said!r}")
-    problems = unknown_keys(said, SweepOptions.model_fields, "sweep")
+        raise ConfigError(f"{where}: sweep: expected a mapping with variant and search, found {shown(said)}")
+    problems = unknown_keys(said, SweepOptions.model_fields, "sweep", HOMES)
     try:
         options = SweepOptions(**{k: v for k, v in said.items() if k in SweepOptions.model_fields})
     except ValidationError as e:
@@ -67,11 +69,11 @@ def read_options(content: Mapping[str, Any], where: str) -> SweepOptions:
 def _template(options: SweepOptions, content: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the fields that trials share and that are searched, whatever their values."""
     methods, unknown = methods_of(options), [m for m in _asked(options) if not isinstance(m, str) or m not in BY_NAME]
-    yield from (f"sweep: there is no method {m!r}{nearest(str(m), BY_NAME)}: one of {', '.join(BY_NAME)}" for m in unknown)
+    yield from (f"sweep: there is no method {shown(m)}{method_answer(m, BY_NAME)}: one of {', '.join(BY_NAME)}" for m in unknown)
     known = ["data", "method", *TrainOptions.model_fields, *(f for m in methods for f in hyperparameters(m))]
     if not unknown:
-        yield from unknown_keys(options.variant, known, "sweep.variant")
-        yield from unknown_keys(options.search, known, "sweep.search")
+        yield from unknown_keys(options.variant, known, "sweep.variant", HOMES)
+        yield from unknown_keys(options.search, known, "sweep.search", HOMES)
     if "method" not in options.variant and "method" not in options.search:
         yield "sweep.variant: 'method' is missing, and it is not searched"
     if isinstance(options.search.get("method"), Mapping):

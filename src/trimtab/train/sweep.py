@@ -20,11 +20,12 @@ from typing import Any
 from trimtab import bases
 from trimtab.bank import Mix
 from trimtab.batch import BASE
-from trimtab.errors import ConfigError, TrimtabError
+from trimtab.errors import ConfigError, Mistakes, TrimtabError
 from trimtab.methods import FullConfig
 from trimtab.model import Base, load_base
 from trimtab.store import Adapter
-from trimtab.train.config import RunConfig, VariantConfig
+from trimtab.train.before import note_mistakes
+from trimtab.train.config import RunConfig
 from trimtab.train.evaluate import Contestant, Judge, write_predictions
 from trimtab.train.finish import held_out
 from trimtab.train.groups import Group, plan_groups
@@ -32,10 +33,11 @@ from trimtab.train.interrupt import Stop
 from trimtab.train.leaderboard import rank
 from trimtab.train.listen import Listener, Silent
 from trimtab.train.loop import train
+from trimtab.train.options import VariantConfig
 from trimtab.train.page import write_page
 from trimtab.train.prepare import Prepared, Splits, read_splits, refuse_long
 from trimtab.train.report import write_json
-from trimtab.train.resume import identity, refuse_changes, settings
+from trimtab.train.resume import identity, refuse_changes, refuse_no_folder, settings
 from trimtab.train.trials import Sweep
 
 WHAT, BOARD = "sweep.json", "leaderboard.json"
@@ -67,7 +69,11 @@ def sweep(
     run, listener, stop = what.run, listener or Silent(), stop or Stop()
     if resume and (run.out / BOARD).exists():
         return _finished(what, listener)
-    _refuse_occupied(run.out, resume)
+    mistakes = Mistakes()
+    with mistakes.noted():
+        _refuse_occupied(run.out, resume)
+    note_mistakes(run, base.spec if base else None, mistakes, "trial {}")
+    mistakes.refuse("this sweep cannot start")
     listener.status(f"loading {run.base}")
     base = base or load_base(run.base, dtype=run.dtype, device=run.device)
     data = {run.variants[0].data: read_splits(run, run.variants[0].data, run.data[run.variants[0].data], base)}
@@ -101,6 +107,7 @@ def sweep(
 
 def _refuse_occupied(out: Path, resume: bool) -> None:
     """ConfigError where `out` holds anything but this sweep, begun."""
+    refuse_no_folder(out)
     names = [p.name for p in out.iterdir() if p.name != f"{WHAT}.tmp"] if out.exists() else []
     if names and not (resume and WHAT in names):
         going = ", or go on with it: --resume" if WHAT in names else ""

@@ -17,7 +17,8 @@ import yaml
 
 from trimtab.errors import ConfigError
 from trimtab.methods import BY_NAME
-from trimtab.train.config import RunConfig, TrainOptions, VariantConfig
+from trimtab.train.config import RunConfig, unreadable
+from trimtab.train.options import TrainOptions, VariantConfig
 from trimtab.train.runfile import read_yaml
 from trimtab.train.search import SweepOptions, hyperparameters, methods_of, read_options
 
@@ -55,13 +56,17 @@ class Sweep:
         return cls.from_dict(content, root=path.parent, where=str(path))
 
     @classmethod
-    def from_dict(cls, content: Any, *, root: Path = Path(), where: str = "sweep") -> Sweep:
+    def from_dict(cls, content: Any, *, root: str | Path = Path(), where: str = "sweep") -> Sweep:
         """Build from a mapping of a sweep file's shape; relative paths are taken from `root`."""
         if not isinstance(content, Mapping) or "sweep" not in content:
             raise ConfigError(f"{where} has no `sweep`", fix="add it (see examples/sweep.yaml); a run file is trained with `trimtab train`")
         if "variants" in content:
             raise ConfigError(f"{where} has `variants` beside `sweep`", fix="remove them: sweep.search says what is tried")
-        options = read_options(content, where)
+        root = Path(root)
+        try:
+            options = read_options(content, where)
+        except ConfigError as e:
+            raise ConfigError(e.message, problems=[*e.problems, *_beside(content, root)], fix=e.fix) from None
         trials = list(_trials(options, content))
         run = _expand(content, trials, root, where)
         distinct: dict[str, tuple[Trial, VariantConfig]] = {}
@@ -159,6 +164,17 @@ def _expand(content: Mapping[str, Any], trials: Sequence[Trial], root: Path, whe
         return RunConfig.from_dict(rest | {"variants": {t.name: t.fields for t in trials}}, root=root, where=where)
     except ConfigError as e:
         raise ConfigError(f"{where} cannot be swept", problems=by_trial(e.problems, [t.name for t in trials])) from None
+
+
+def _beside(content: Mapping[str, Any], root: Path) -> list[str]:
+    """What is wrong with the rest of a sweep file, where `sweep` itself cannot be read."""
+    rest, data = {k: v for k, v in content.items() if k != "sweep"}, content.get("data")
+    stand_in = {"data": next(iter(data), None) if isinstance(data, Mapping) else None, "method": "full"}
+    try:
+        run = RunConfig.from_dict(rest | {"variants": {"x": stand_in}}, root=root)
+    except ConfigError as e:
+        return [p for p in e.problems if not p.startswith("variants.x")]
+    return [line for n, d in run.data.items() for error in unreadable(n, d, root) for line in error.among_others()]
 
 
 def by_trial(problems: Iterable[str], names: Sequence[str]) -> list[str]:

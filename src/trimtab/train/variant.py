@@ -19,7 +19,7 @@ from trimtab.attach import Attached
 from trimtab.bank import PackedAdapter
 from trimtab.data import Example, order
 from trimtab.methods.base import Method, Site
-from trimtab.train.config import VariantConfig
+from trimtab.train.options import VariantConfig
 
 LORA_B = "lora_B.weight"
 """LoRA's up-projection, by its name in `Site.shapes`."""

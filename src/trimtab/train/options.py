@@ -1,0 +1,134 @@
+"""The typed parts of a run file: how a variant trains, a data set, the scores, a variant, the run.
+
+Each class is the YAML's keys, the defaults and the documentation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from trimtab.data import Source
+from trimtab.methods import Method
+from trimtab.store.names import RULE, is_word
+from trimtab.train.sinks import missing
+
+Metric = Literal["loss", "exact_match", "token_f1", "rouge_l", "bleu", "valid_json", "label_accuracy"]
+"""What validation can judge by: the loss, a score of generated answers, or the accuracy of the likeliest label."""
+VALIDATION = ("eval_every", "valid_metric", "patience", "keep_best")
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainOptions(Strict):
+    """How one variant trains. Given under `defaults` for all, or in a variant for itself."""
+
+    lr: float | None = Field(None, gt=0, lt=10, description="peak learning rate; None: the method's preset")
+    epochs: float = Field(2, gt=0, description="passes over the training rows; ignored where max_steps is set")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    batch_size: int = Field(16, ge=1, description="rows of one micro-batch")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of one optimizer step")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="decay of the learning rate after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
+    loraplus_lr_ratio: float | None = Field(
+        None, gt=0, description="LoRA+ (arXiv:2402.12354): the rate of the B matrices is this times lr; lora only, embeddings keep lr"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="the gradient's norm over all of the variant's tensors is clipped to this")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    max_length: int = Field(1024, ge=2, description="longer rows are counted and left out, never cut")
+    last_turn_only: bool = Field(False, description="supervise the last assistant turn only")
+    eval_every: int | None = Field(None, ge=1, description="steps between validations, where the data has valid rows; None: an epoch")
+    valid_metric: Metric = Field("loss", description="what validation judges by; the scores of answers are generated, in the mixed batch")
+    patience: int | None = Field(None, ge=1, description="validations without improvement before the variant finishes; None: never")
+    keep_best: bool = Field(True, description="save the step that validated best, where there are valid rows; false: the last step")
+    seed: int | None = Field(None, ge=0, description="start values, order of rows, dropout; None: the run's seed")
+
+
+class DataConfig(Strict):
+    """One data set: train, and optionally valid and test; each a path, or a list of sources with weights.
+
+    labels: of a classification, to be judged by their likelihoods: a list, or "auto" for the distinct answers of the training rows.
+    """
+
+    train: list[Source]
+    valid: list[Source] = []
+    test: list[Source] = []
+    labels: list[str] | Literal["auto"] | None = None
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: list[str] | str | None) -> list[str] | str | None:
+        if isinstance(labels, list) and (len(labels) < 2 or len({x.strip() for x in labels} - {""}) < len(labels)):
+            raise ValueError("labels are at least two, distinct and not empty")
+        return labels
+
+
+class EvalOptions(Strict):
+    """The scores after training, where base and every adapter answer the test rows in one mixed batch; the limits hold for validation
+    too."""
+
+    generate: bool = Field(True, description="answer test rows by greedy generation and score the answers")
+    max_rows: int | None = Field(None, ge=1, description="score the first rows only, of valid and of test")
+    max_new_tokens: int = Field(96, ge=1, description="length of an answer at most")
+
+
+class VariantConfig(Strict):
+    """One variant: which data, which method, how it trains."""
+
+    name: str
+    data: str
+    method: Method
+    options: TrainOptions
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    @property
+    def lr(self) -> float:
+        return self.options.lr if self.options.lr is not None else self.method.preset_lr
+
+
+class RunOptions(Strict):
+    """A whole run; `RunConfig` reads it."""
+
+    base: str
+    out: Path
+    data: dict[str, DataConfig]
+    variants: list[VariantConfig]
+    seed: int = Field(0, ge=0)
+    dtype: str | None = None
+    device: str | None = None
+    max_tokens: int = Field(4096, ge=64, description="tokens of one forward: bounds memory, however many variants train together")
+    activation_checkpointing: bool = Field(
+        False, description="keep each layer's input only and run the layer again in the backward: less memory, a forward more a step"
+    )
+    compile: bool = Field(False, description="compile the row-wise parts of the layers where no native kernels run them: on a GPU")
+    log_every: int = Field(1, ge=1, description="a line in metrics.jsonl every so many steps")
+    evaluate: EvalOptions = EvalOptions()
+    track: list[Literal["tensorboard", "wandb"]] = Field([], description="where the lines of metrics.jsonl go too: tensorboard, wandb")
+    checkpoint_every: int | None = Field(
+        100, ge=1, description="joint steps between checkpoints, and one at the end; None: only on a signal"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay; older ones are removed")
+    store: str | None = Field(None, description="publish the trained adapters to the store, as <this namespace>/<variant>; None: not")
+    root: Path = Path()
+
+    @field_validator("store")
+    @classmethod
+    def _namespace(cls, store: str | None) -> str | None:
+        if store is not None and not is_word(store):
+            raise ValueError(f"not a namespace: {RULE}")
+        return store
+
+    @field_validator("track")
+    @classmethod
+    def _installed(cls, track: list[str]) -> list[str]:
+        if problems := [p for name in track if (p := missing(name))]:
+            raise ValueError("; ".join(problems))
+        return list(dict.fromkeys(track))
