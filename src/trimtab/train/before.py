@@ -25,7 +25,9 @@ def note_mistakes(run: RunConfig, spec: Spec | None, mistakes: Mistakes, called:
             spec = _spec_here(run.base)
     used = dict.fromkeys(v.data for v in run.variants)
     mistakes.errors += [error for name in used for error in unreadable(name, run.data[name], run.root)]
-    for v in run.variants if spec is not None else ():
+    if spec is None:
+        return
+    for v in run.variants:
         try:
             v.method.sites(spec)
         except ConfigError as e:
