@@ -6,17 +6,18 @@ Every adapter's prefix is written at the start of its sequences' cache slots, so
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trimtab import ops
 from trimtab.attach import Attached
 from trimtab.attention import KVCache
 from trimtab.bank import Mix
 from trimtab.batch import BASE, Piece, make_batch
+from trimtab.decode.sampling import choose
 from trimtab.errors import TrimtabError
 
 MAX_ROWS = 2048
@@ -27,13 +28,14 @@ MAX_LIVE = 64
 
 @dataclass(frozen=True)
 class Sampling:
-    """max_new_tokens: at most. temperature 0 is greedy. top_p in (0, 1], top_k 0 is off. seed: sequence i draws from (seed, i) alone."""
+    """max_new_tokens: at most. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off. seed: sequence i draws from (seed, i) alone."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         problems = []
@@ -45,6 +47,8 @@ class Sampling:
             problems.append(f"top_p = {self.top_p}: must be in (0, 1]")
         if self.top_k < 0:
             problems.append(f"top_k = {self.top_k}: must be 0 (off) or above")
+        if not 0.0 <= self.min_p < 1.0:
+            problems.append(f"min_p = {self.min_p}: must be in [0, 1)")
         if problems:
             raise TrimtabError("cannot sample like this", problems=problems)
 
@@ -73,7 +77,7 @@ def generate(
     capacity = min(spec.max_positions, max(filled) + sampling.max_new_tokens - 1)
     slots = min(len(prompts), MAX_LIVE)
     cache = KVCache(spec.num_layers, slots, capacity, spec.num_kv_heads, spec.head_dim, attached.dtype, attached.device)
-    pick = _Picker(sampling, len(prompts))
+    generators = [random.Random(sampling.seed * 1_000_003 + i) for i in range(len(prompts))]
     new: list[list[int]] = [[] for _ in prompts]
     waiting, free, live = list(range(len(prompts)))[::-1], list(range(slots)), dict[int, _Live]()
     while waiting or live:
@@ -88,7 +92,7 @@ def generate(
         logits_BV = _step(
             attached, mix, cache, [Piece(torch.as_tensor(s.feed, dtype=torch.int64), members[i], s.slot, s.length) for i, s in live.items()]
         )
-        for i, token in zip(order, pick(logits_BV, order), strict=True):
+        for i, token in zip(order, choose(logits_BV, [sampling] * len(order), [generators[i] for i in order]), strict=True):
             s = live[i]
             s.length, s.feed = s.length + len(s.feed), [token]
             if token not in stop_ids:
@@ -125,26 +129,3 @@ def _step(attached: Attached, mix: Mix, cache: KVCache, pieces: list[Piece]) -> 
     rows = sorted(last)
     logits_RV = attached.head(hidden_TH[rows], batch, rows)
     return logits_RV[[rows.index(r) for r in last]]
-
-
-class _Picker:
-    """Chooses tokens. Each sequence has its own generator, so that what it draws does not depend on its neighbours."""
-
-    def __init__(self, sampling: Sampling, count: int):
-        self.sampling = sampling
-        self.generators = (
-            [torch.Generator().manual_seed(sampling.seed * 1_000_003 + i) for i in range(count)] if sampling.temperature else []
-        )
-
-    def __call__(self, logits_BV: Tensor, sequences: Sequence[int]) -> list[int]:
-        s = self.sampling
-        if not s.temperature:
-            return ops.largest(logits_BV)[1].tolist()
-        p_BV = torch.softmax(logits_BV.float().cpu() / s.temperature, -1)
-        if s.top_k:
-            p_BV = p_BV * (p_BV >= p_BV.topk(min(s.top_k, p_BV.shape[-1])).values[:, -1:])
-        if s.top_p < 1.0:
-            ordered, index = p_BV.sort(descending=True)
-            ordered[ordered.cumsum(-1) - ordered > s.top_p] = 0.0
-            p_BV = torch.zeros_like(p_BV).scatter(1, index, ordered)
-        return [int(torch.multinomial(p, 1, generator=self.generators[i])) for p, i in zip(p_BV, sequences, strict=True)]

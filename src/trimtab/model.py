@@ -133,6 +133,7 @@ class Base:
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        min_p: float = 0.0,
         seed: int = 0,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[str]:
@@ -140,7 +141,7 @@ class Base:
         chat template
         where the base has one; lists of ids are taken as they are. temperature 0 is greedy. on_token(i, id): called as tokens appear."""
         ids = [self.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts]
-        new = self.generate_ids(ids, adapters, Sampling(max_new_tokens, temperature, top_p, top_k, seed), on_token)
+        new = self.generate_ids(ids, adapters, Sampling(max_new_tokens, temperature, top_p, top_k, seed, min_p), on_token)
         return [self.tokenizer.decode(n, skip_special_tokens=True) for n in new]
 
     def generate_ids(

@@ -24,8 +24,6 @@ from trimtab.serve.tenants import Tenant
 
 SMALL = 4096
 """Characters that are tokenized on the event loop: a thread costs more than they do."""
-COLD = 1e-5
-"""A temperature below this is greedy, as in vLLM: divided by it, logits would not be finite."""
 ROLES = {"developer": "system"}
 T = TypeVar("T")
 
@@ -97,11 +95,10 @@ def sampling_of(body: ChatBody | CompletionBody) -> SamplingParams:
     least = _or(body.min_tokens, 0)
     if least > most:
         raise Fault(f"min_tokens: {least} is more than max_tokens", param="min_tokens", code="invalid_value")
-    heat = _or(body.temperature, 1.0)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return SamplingParams(
         max_tokens=most,
-        temperature=0.0 if heat < COLD else heat,
+        temperature=_or(body.temperature, 1.0),
         top_p=_or(body.top_p, 1.0),
         top_k=max(0, _or(body.top_k, 0)),
         min_p=_or(body.min_p, 0.0),

@@ -1,8 +1,7 @@
-"""Choosing tokens for a whole batch at once. A row's token depends on its logits, its own settings, its own past and its own generator.
+"""What a request asks beside the draw itself. A row's token depends on its logits, its own settings, its own past and its own generator.
 
-In this order: log-probabilities of the distribution as it is; no end tokens before min_tokens; grammar; penalties; temperature; min_p,
-top_k, top_p; a draw. Cuts are thresholds on values, so that tokens with equal logits stay or go together. A draw inverts the distribution
-at one uniform number, in the order of the vocabulary. A grammar decides where its answer may end: min_tokens does not count beside one.
+In this order, as in vLLM: log-probabilities of the distribution as it is; no end tokens before min_tokens; grammar; penalties; then
+`decode.sampling`, as everywhere. A grammar decides where its answer may end: min_tokens does not count beside one.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab import ops
+from trimtab.decode.sampling import choose, greedy
 from trimtab.serve.grammar import Matcher, masks
 from trimtab.serve.request import SamplingParams, Token
 
@@ -36,7 +36,7 @@ class Draw:
     def __post_init__(self) -> None:
         p = self.params
         self.penalised = p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
-        self.plain = not (p.temperature or self.penalised or self.matcher or p.min_tokens) and p.logprobs is None
+        self.plain = greedy(p) and not (self.penalised or self.matcher or p.min_tokens) and p.logprobs is None
 
 
 def make_draw(params: SamplingParams, prompt: Sequence[int], matcher: Matcher | None = None) -> Draw:
@@ -72,7 +72,7 @@ class Sampler:
 
     def _special(self, raw_RV: Tensor, draws: Sequence[Draw]) -> list[Token | None]:
         logits_RV = self._shaped(raw_RV, draws)
-        ids = self._choose(logits_RV, draws)
+        ids = choose(logits_RV, [d.params for d in draws], [d.generator for d in draws])
         fine = torch.isfinite(logits_RV.amax(-1)).tolist()
         self._penalties.count(draws, ids)
         tokens = [Token(i) for i in ids]
@@ -97,46 +97,6 @@ class Sampler:
             logits_RV = logits_RV.clone() if logits_RV is raw_RV else logits_RV
             logits_RV[rows] = logits_RV[rows].masked_fill(~allowed_BV, -torch.inf)
         return self._penalties.apply(logits_RV, draws)
-
-    def _choose(self, logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
-        ids = logits_RV.argmax(-1).tolist()
-        drawn = [r for r, d in enumerate(draws) if d.params.temperature]
-        if drawn:
-            for r, i in zip(drawn, _draw(logits_RV[drawn], [draws[r] for r in drawn]), strict=True):
-                ids[r] = i
-        return ids
-
-
-def _draw(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """Draws from the softmax of the logits at each row's temperature, after its cuts."""
-    temperature_R1 = logits_RV.new_tensor([d.params.temperature for d in draws])[:, None]
-    logits_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / temperature_R1
-    min_p = [d.params.min_p for d in draws]
-    if any(min_p):
-        least_R1 = logits_RV.new_tensor([math.log(p) if p else -math.inf for p in min_p])[:, None]
-        logits_RV = logits_RV.masked_fill(logits_RV < least_R1, -torch.inf)
-    top_k = [min(d.params.top_k or logits_RV.shape[-1], logits_RV.shape[-1]) for d in draws]
-    cut = [r for r, k in enumerate(top_k) if k < logits_RV.shape[-1]]
-    if cut:
-        values_RK = logits_RV[cut].topk(max(top_k[r] for r in cut)).values
-        least_R1 = values_RK.gather(1, torch.tensor([[top_k[r] - 1] for r in cut], device=logits_RV.device))
-        logits_RV[cut] = logits_RV[cut].masked_fill(logits_RV[cut] < least_R1, -torch.inf)
-    nucleus = [r for r, d in enumerate(draws) if d.params.top_p < 1.0]
-    if nucleus:
-        logits_RV[nucleus] = _top_p(logits_RV[nucleus], [draws[r].params.top_p for r in nucleus])
-    weight_RV = logits_RV.double().exp().cumsum(-1)
-    uniform_R1 = torch.tensor([[d.generator.random()] for d in draws], dtype=torch.float64, device=logits_RV.device)
-    index_R1 = torch.searchsorted(weight_RV, uniform_R1 * weight_RV[:, -1:], right=True)
-    return index_R1[:, 0].clamp_max(logits_RV.shape[-1] - 1).tolist()  # a row of nothing points behind the end
-
-
-def _top_p(logits_RV: Tensor, top_p: Sequence[float]) -> Tensor:
-    """Keep the likeliest tokens that together hold top_p: a token stays if those before it hold less."""
-    ordered_RV = logits_RV.sort(descending=True).values
-    p_RV = torch.softmax(ordered_RV.double(), -1)
-    before_RV = p_RV.cumsum(-1) - p_RV
-    keep_R = (before_RV < before_RV.new_tensor(list(top_p))[:, None]).sum(-1).clamp_min(1)
-    return logits_RV.masked_fill(logits_RV < ordered_RV.gather(1, keep_R[:, None] - 1), -torch.inf)
 
 
 def _with_logprobs(raw_RV: Tensor, draws: Sequence[Draw], ids: Sequence[int]) -> list[Token]:

@@ -1,0 +1,1 @@
+"""From logits to text: what generation and the engine share."""
