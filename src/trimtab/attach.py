@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,11 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from trimtab import attention, fast
+from trimtab.attention import KVCache
 from trimtab.bank import PackedAdapter
 from trimtab.batch import Batch
-from trimtab.lean import Lean, make_lean
+from trimtab.derived import Derived, Weights
+from trimtab.lean import Lean, LeanMaker
 from trimtab.methods.base import Method, Params, Site
 from trimtab.spec import read_spec
 
@@ -116,6 +119,9 @@ class Attached:
         self.embedding = model.get_submodule(self.spec.family.embedding)
         self._index = {name: i for i, (name, _) in enumerate(model.named_modules())}
         self._hosts: dict[str, Host] = {}
+        self.weights = Weights(model)
+        self._lean = Derived(self.weights, LeanMaker(self))
+        self._cache: Callable[[], KVCache | None] = lambda: None  # the one for which the weights were looked at closely
         model.eval().requires_grad_(False)
         model.set_attn_implementation(attention.NAME)
         self.row_wise = fast.RowWise()
@@ -157,20 +163,31 @@ class Attached:
         """A module with the batch's edits around it, on flat rows; original: how to run the module itself."""
         return self._host(name).edited(x_TI, batch, original)
 
-    @cached_property
+    @property
     def lean(self) -> Lean | None:
-        """The lean forward, made at the first batch that could use it."""
-        return make_lean(self)
+        """The lean forward over the weights as they stand, made at the first batch that could use it; None where there is none."""
+        return self._lean.get()
+
+    def drop_copies(self) -> None:
+        """Free what was computed from the weights: for whoever is about to change them. It comes back when it is needed."""
+        self._lean.drop()
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, [T, H]. Gradients reach whatever the packs were made of."""
-        if self._is_lean(batch):
-            assert self.lean is not None
-            return self.lean.forward(batch)
-        return self.forward_plain(batch)
+        lean = self._lean_for(batch)
+        batch.head = None if lean is None else lean.head
+        return self.forward_plain(batch) if lean is None else lean.forward(batch)
 
-    def _is_lean(self, batch: Batch) -> bool:
-        return batch.plan.cache is not None and not torch.is_grad_enabled() and self.lean is not None and self.lean.takes(batch)
+    def _lean_for(self, batch: Batch) -> Lean | None:
+        """The lean forward, where it takes this batch."""
+        cache = batch.plan.cache
+        if cache is None or torch.is_grad_enabled():
+            return None
+        if self._cache() is not cache:  # a new computation
+            self.weights.look()
+            self._cache = ref(cache)
+        lean = self.lean
+        return lean if lean is not None and lean.takes(batch) else None
 
     def forward_plain(self, batch: Batch) -> Tensor:
         """The same through the model's own modules, whatever the batch."""
@@ -201,9 +218,8 @@ class Attached:
     def head(self, hidden_RH: Tensor, batch: Batch, index: Sequence[int]) -> Tensor:
         """Logits [R, V] of rows `index` (ascending) of a batch, given their hidden states; edits of the head included."""
         edited = self.spec.family.head in batch.mix.groups
-        if not edited and self._is_lean(batch):
-            assert self.lean is not None
-            return self.lean.head(hidden_RH)
+        if not edited and batch.head is not None:
+            return batch.head(hidden_RH)
         with self._running(batch.subset(index) if edited else batch):
             logits = self.head_module(hidden_RH[None])[0]
         cap = self.spec.final_softcap

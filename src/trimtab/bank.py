@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -114,12 +115,12 @@ class Group:
 
 @dataclass
 class Mix:
-    """The adapters of a batch. Member i is `adapters[i]`; rows of the base belong to no member (-1)."""
+    """The adapters of a batch, as they were packed. Member i is `adapters[i]`; rows of the base belong to no member (-1)."""
 
     adapters: Sequence[PackedAdapter]
     groups: dict[str, list[Group]] = field(init=False)
     joined: dict[tuple[str, ...], native_inference.LoraParts | None] = field(init=False, default_factory=dict)
-    tables: dict[Stack, EditTable | None] = field(init=False, default_factory=dict)  # of each model's layers, once it has run them
+    tables: WeakKeyDictionary[Stack, EditTable | None] = field(init=False, default_factory=WeakKeyDictionary)  # of layers that have run it
 
     def __post_init__(self) -> None:
         found: dict[str, dict[Kernel, list[int]]] = {}

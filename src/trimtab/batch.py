@@ -8,7 +8,7 @@ as embeddings gets them as rows of their own, once, before its sequences (unless
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,7 +39,7 @@ class Piece:
 @dataclass
 class Batch:
     """Flat rows, ready to run. where[i]: (start, stop) of the i-th piece's rows. spans: the members' runs of rows. embeds: rows that are
-    not tokens."""
+    not tokens. head: the output head of the forward that ran it, where that was not the model's own."""
 
     mix: Mix
     ids_T: Tensor
@@ -48,6 +48,7 @@ class Batch:
     spans: list[Span]
     where: list[tuple[int, int]]
     embeds: list[tuple[int, int, Tensor]]
+    head: Callable[[Tensor], Tensor] | None = None
     _rows: dict[tuple[int, ...], Rows | None] = field(default_factory=dict)
 
     @property

@@ -282,15 +282,26 @@ class _Layer:
         return self.attached.edited(self.mlp_name, h_TH, batch, inside) if self.mlp_name in batch.mix.groups else inside(h_TH)
 
 
-@torch.no_grad()
-def make_lean(attached: Attached) -> Lean | None:
-    """The lean forward, where this model has one here that agrees with the model's own; else None."""
-    if attached.spec.model_type not in FAMILIES or attached.model.config.hidden_act != "silu":
-        return None
-    if not native.available(attached.embedding.weight):
-        return None
-    lean = Lean(attached)
-    return lean if _agrees(attached, lean) else None
+class LeanMaker:
+    """Makes the lean forward where this model can have one here that agrees with the model's own; else gives None. They are compared once:
+    weights change, formulas do not."""
+
+    def __init__(self, attached: Attached):
+        self.attached = attached
+        self.agrees: bool | None = None
+
+    @torch.no_grad()
+    def __call__(self) -> Lean | None:
+        if self.agrees is None and not self._can_run():
+            self.agrees = False
+        lean = None if self.agrees is False else Lean(self.attached)
+        if lean is not None and self.agrees is None:
+            self.agrees = _agrees(self.attached, lean)
+        return lean if self.agrees else None
+
+    def _can_run(self) -> bool:
+        known = self.attached.spec.model_type in FAMILIES and self.attached.model.config.hidden_act == "silu"
+        return known and native.available(self.attached.embedding.weight)
 
 
 def _agrees(attached: Attached, lean: Lean) -> bool:

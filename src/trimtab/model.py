@@ -7,7 +7,8 @@ base.generate(["…"], adapters=[adapter])                  one mixed batch, wit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -20,6 +21,7 @@ from trimtab.attach import Attached, weight_OI
 from trimtab.bank import Mix, PackedAdapter
 from trimtab.bases.template import encode_prompt, end_of_turn_id
 from trimtab.batch import BASE, Batch, Piece, make_batch
+from trimtab.derived import Stamp
 from trimtab.errors import TrimtabError
 from trimtab.generate import Sampling, generate
 from trimtab.methods.base import Method, Site
@@ -34,6 +36,16 @@ class AdapterLike(Protocol):
     params: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """An adapter packed for inference, and of what: its method, its tensors, the generation of the base's weights."""
+
+    packed: PackedAdapter
+    method: Method
+    params: Stamp
+    generation: int
+
+
 class Base:
     """One frozen base model. name, path: as loaded; path is a folder that transformers can read. fingerprint: of the stored weights
     ("sha256:…")."""
@@ -41,7 +53,7 @@ class Base:
     def __init__(self, model: Any, tokenizer: Any, *, name: str = "", path: Path | None = None, fingerprint: str = ""):
         self.tokenizer, self.name, self.path, self.fingerprint = tokenizer, name, path, fingerprint
         self.attached = Attached(model)
-        self._packed: WeakKeyDictionary[AdapterLike, PackedAdapter] = WeakKeyDictionary()
+        self._packed: WeakKeyDictionary[AdapterLike, _Kept] = WeakKeyDictionary()
 
     @property
     def model(self) -> Any:
@@ -68,20 +80,28 @@ class Base:
         default once, kept."""
         distinct = list(dict.fromkeys(a for a in adapters if a is not None))
         number = {a: i for i, a in enumerate(distinct)}
-        return Mix([(packed or self.packed)(a) for a in distinct]), [BASE if a is None else number[a] for a in adapters]
+        if packed is None and distinct:
+            packed = partial(self._packed_for, self.attached.weights.look())
+        return Mix([packed(a) for a in distinct] if packed else []), [BASE if a is None else number[a] for a in adapters]
 
     def packed(self, adapter: AdapterLike) -> PackedAdapter:
-        """The adapter packed for inference, kept as long as the adapter lives. An embedded prefix gets its keys and values here, once."""
-        if adapter not in self._packed:
+        """The adapter packed for inference, kept as long as the adapter lives, and packed anew when its tensors or the base's have been
+        written to (as far as `derived` sees it). An embedded prefix gets its keys and values here, once."""
+        return self._packed_for(self.attached.weights.look(), adapter)
+
+    def _packed_for(self, generation: int, adapter: AdapterLike) -> PackedAdapter:
+        kept, tensors = self._packed.get(adapter), list(adapter.params.values())
+        if kept is None or (kept.generation, kept.method) != (generation, adapter.method) or not kept.params.holds(tensors):
+            self.forget(adapter)
             with torch.no_grad():
                 packed = self.attached.pack(adapter.method, dict(adapter.params), adapter.sites).for_inference()
                 if packed.prefix is not None and packed.prefix.embeds_NH is not None:
                     packed.kv = self._prefix_kv(packed)
-            self._packed[adapter] = packed
-        return self._packed[adapter]
+                kept = self._packed[adapter] = _Kept(packed, adapter.method, Stamp(tensors), generation)
+        return kept.packed
 
     def forget(self, adapter: AdapterLike) -> None:
-        """Drop the packed copy: call it after an adapter's tensors have changed."""
+        """Free the packed copy; the next use makes it again."""
         self._packed.pop(adapter, None)
 
     def batch(self, pieces: Sequence[Piece], mix: Mix, **options: Any) -> Batch:

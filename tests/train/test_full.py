@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,31 @@ def test_the_saved_folder_gives_the_logits_that_were_trained(tmp_path: Path, bas
     assert saved.dtype == torch.bfloat16
     assert torch.equal(by_transformers(saved), by_transformers(copied(variant.attached.model)))
     assert not torch.equal(by_transformers(saved), by_transformers(AutoModelForCausalLM.from_pretrained(base.path, dtype="auto")))
+
+
+def _rows(path: Path, start: int, count: int) -> None:
+    rows = [{"prompt": f"is {i} even", "completion": "no" if i % 2 else "yes"} for i in range(start, start + count)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+
+
+def test_a_run_that_has_validated_is_scored_by_the_weights_that_it_saves(tmp_path: Path, base: Base) -> None:
+    """Answers and labels need a KV cache, and with it packed weights: those of the first validation must not be the last."""
+    content = run_file(tmp_path, {"full": METHODS["full"] | {"data": "d", "lr": 1e-2, "max_steps": 6, "eval_every": 2, "keep_best": False}})
+    for i, split in enumerate(("train", "valid", "test")):
+        _rows(tmp_path / f"{split}.jsonl", 20 * i, 12)
+    content |= {"base": base.name, "data": {"d": {s: f"{s}.jsonl" for s in ("train", "valid", "test")} | {"labels": "auto"}}}
+    content["defaults"] |= {"valid_metric": "label_accuracy", "warmup_steps": 0, "schedule": "constant"}
+    report = train(RunConfig.from_dict(content, root=tmp_path), base=base)
+    assert len(report.summary["variants"]["full"]["valid"]["history"]) == 3
+    said = [json.loads(line) for line in (report.out / "predictions" / "d-full.jsonl").read_text(encoding="utf-8").splitlines()]
+    saved = load_base(str(report.out / "adapters" / "full"), dtype="bfloat16")
+    prompts = [saved.tokenizer(row["prompt"])["input_ids"] for row in said]
+    assert [row["answer"] for row in said] == saved.generate(prompts, max_new_tokens=4)
+    for row, ids in zip(said, prompts, strict=True):
+        likelihood = {label: _log_p(saved, ids, saved.tokenizer(label + "<|im_end|>")["input_ids"]) for label in ("no", "yes")}
+        assert row["label"] == max(likelihood, key=likelihood.__getitem__), likelihood
+
+
+def _log_p(base: Base, prompt: list[int], answer: list[int]) -> float:
+    log_TV = torch.log_softmax(base.logits([prompt + answer])[0].double(), -1)
+    return sum(float(log_TV[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))

@@ -170,7 +170,6 @@ def probes(base: Base) -> list[list[int]]:
 def probed(adapter: Adapter) -> list[Tensor]:
     """The logits of base and adapter on the probes, from the adapter's tensors as they are now."""
     sequences = probes(adapter.base)
-    adapter.base.forget(adapter)  # its tensors may have changed since it was packed
     return adapter.base.logits(sequences, adapters=[adapter] * len(sequences))
 
 

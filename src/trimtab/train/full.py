@@ -33,6 +33,11 @@ class FullVariant(Variant):
         for w in self.weights.values():
             w.requires_grad_()
 
+    def window(self) -> Window:
+        """Draw the rows of the next step; what validation has computed from the weights goes, since the step will change them."""
+        self.attached.drop_copies()
+        return super().window()
+
     def pack(self) -> PackedAdapter | None:
         return None
 
