@@ -2,13 +2,14 @@
 
 import csv
 import json
+import os
 import sys
 import types
 
 import pytest
 
 from tests.data.common import TALK, write_jsonl
-from trimtab.data import Source, parse_sources, read_source
+from trimtab.data import Source, formats, parse_sources, read_source
 from trimtab.errors import ConfigError, DataError
 
 PAIR = {"prompt": "Q", "completion": "A"}
@@ -58,7 +59,7 @@ def test_columns_map_names_and_win_over_what_is_there(tmp_path):
     assert one(tmp_path, record, columns={"prompt": "question", "completion": "answer"}).prompt == "Q"
     row = one(tmp_path, {"text": "great", "label": 1}, columns={"label": "label"})
     assert (row.prompt, row.completion, row.separator) == ("great", "1", "\n")
-    assert one(tmp_path, {"text": "great", "label": 1}).text == "great"
+    assert one(tmp_path, {"text": "great", "label": 1}, columns={"text": "text"}).text == "great"
     assert one(tmp_path, {"review": "great", "mood": "good"}, columns={"text": "review", "label": "mood"}).completion == "good"
 
 
@@ -138,7 +139,7 @@ def test_csv(tmp_path, name, delimiter):
         csv.writer(file, delimiter=delimiter).writerows([["prompt", "completion"], ["a\nb, c; d", "é"], ["", ""], ["Q"], ["Q", "A"]])
     rows, dropped = read(tmp_path / name)
     assert [(r.origin, r.prompt, r.completion) for r in rows] == [(f"{name}:2", "a\nb, c; d", "é"), (f"{name}:6", "Q", "A")]
-    assert reasons(dropped) == {f"{name}:5": "not CSV: 1 fields where the header has 2"}
+    assert reasons(dropped) == {f"{name}:5": "empty: completion has no text"}
 
 
 def test_csv_that_is_broken_or_not_utf8(tmp_path):
@@ -212,6 +213,64 @@ def test_hub_dataset_offline(tmp_path):
     pytest.importorskip("datasets")
     with pytest.raises(DataError, match="hf:no-such-org/no-such-name cannot be loaded"):
         read_source(Source("hf:no-such-org/no-such-name"), tmp_path)
+
+
+def test_only_regular_files_of_bounded_lines_and_sizes_are_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.csv").symlink_to("/dev/zero")
+    for name in ("pipe.jsonl", "zero.csv"):
+        with pytest.raises(DataError, match=f"{name} is not a regular file"):
+            read(tmp_path / name)
+    for name in ("one.jsonl", "one.csv", "one.json", "one.txt"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(1 << 40)  # sparse: nothing may read it through
+        with pytest.raises(DataError, match="has more than"):
+            read(tmp_path / name)
+    monkeypatch.setattr(formats, "MAX_LINE", 100)
+    write_jsonl(tmp_path / "long.jsonl", [PAIR, {"prompt": "x" * 100, "completion": "A"}])
+    with pytest.raises(DataError, match=r"long\.jsonl:2 has more than"):
+        read(tmp_path / "long.jsonl")
+
+
+def test_marks_of_byte_order_in_the_middle_and_keys_that_stand_twice(tmp_path):
+    line, mark = json.dumps(PAIR).encode(), b"\xef\xbb\xbf"
+    (tmp_path / "t.jsonl").write_bytes(mark + line + b"\n" + mark + line + b"\n" + mark + b"\n")
+    assert len(read(tmp_path / "t.jsonl")[0]) == 2
+    (tmp_path / "t.csv").write_bytes(b"prompt,completion\nQ,A\n" + mark + b'prompt,completion\n"x",y\n')
+    rows, dropped = read(tmp_path / "t.csv")
+    assert [r.prompt for r in rows] == ["Q", "x"] and reasons(dropped) == {"t.csv:3": "not CSV: the header stands here again"}
+    (tmp_path / "t.csv").write_bytes(b"prompt,completion\nQ,A\n" + mark + b'"x",y\n')
+    assert [r.prompt for r in read(tmp_path / "t.csv")[0]] == ["Q", "x"]
+    twice = ['{"prompt": "a", "completion": "b", "completion": "c"}', '{"messages": [{"role": "user", "role": "system", "content": "x"}]}']
+    (tmp_path / "t.jsonl").write_text("\n".join([json.dumps(PAIR), *twice]), encoding="utf-8")
+    (tmp_path / "t.json").write_text(f"[{json.dumps(PAIR)},\n{twice[0]},\n{twice[1]}]", encoding="utf-8")
+    for name in ("t.jsonl", "t.json"):
+        rows, dropped = read(tmp_path / name)
+        assert len(rows) == 1 and [(d.origin, d.kind) for d in dropped] == [(f"{name}:2", "duplicate key"), (f"{name}:3", "duplicate key")]
+        assert "'completion'" in dropped[0].reason and "'role'" in dropped[1].reason
+    (tmp_path / "t.json").write_text(twice[0], encoding="utf-8")
+    assert [d.kind for d in read(tmp_path / "t.json")[1]] == ["duplicate key"]
+
+
+@pytest.mark.parametrize("key", ["data", "rows", "examples"])
+def test_json_objects_that_hold_the_rows(tmp_path, key):
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"version": "1", "tags": ["x"], key: [PAIR, {"prompt": "Q"}, PAIR]}, indent=1), encoding="utf-8")
+    rows, dropped = read(path)
+    assert [r.origin for r in rows] == [f"t.json:{key}[0]", f"t.json:{key}[2]"] and [d.origin for d in dropped] == [f"t.json:{key}[1]"]
+    path.write_text(json.dumps({key: [PAIR], "more": [PAIR]}), encoding="utf-8")
+    with pytest.raises(DataError, match=f"2 lists of them: {key}, more"):
+        read(path)
+
+
+def test_json_objects_that_are_a_row(tmp_path):
+    path = tmp_path / "t.json"
+    for record in (PAIR, {"messages": TALK}, {"messages": TALK, "tags": [{"a": 1}]}, {"conversations": [{"from": "human", "value": "x"}]}):
+        path.write_text(json.dumps(record, indent=2), encoding="utf-8")
+        assert [r.origin for r in read(path)[0]] == ["t.json:1"]
+    for record, columns in (({"chat": TALK}, {"messages": "chat"}), ({"q": "x", "a": "y"}, {"prompt": "q", "completion": "a"})):
+        path.write_text(json.dumps(record), encoding="utf-8")
+        assert len(read(path, columns=columns)[0]) == 1
 
 
 def test_missing_empty_unknown_and_utf16_files(tmp_path):

@@ -126,15 +126,20 @@ def test_first_rows_of_each_source(checked) -> None:
 # ---- hostile rows ------------------------------------------------------------
 
 
-def test_all_answers_empty(checked) -> None:
-    """Training takes such rows: their end of turn is supervised. No mask is zero, and nothing is learnt but silence."""
-    report = checked(rows_of(*(pair(f"q{i}", " \n") for i in range(12))))
-    (found,) = report.errors
-    assert found.message.startswith("12 rows have empty answers only")
-    assert found.items[0] == "a.jsonl:1: messages[1] is empty" and (len(found.items), found.count) == (10, 12)
-    two = {"messages": [*pair("a", "b")["messages"], *pair("c", "")["messages"]]}
-    last = {"v": LORA["v"] | {"last_turn_only": True}}
-    assert one(checked(rows_of(two), variants=last).errors, "1 rows have empty answers only").items == ("a.jsonl:1: messages[3] is empty",)
+def test_empty_answers_are_dropped_as_training_drops_them(checked) -> None:
+    """A row with an empty answer among others too: an adapter would learn to say nothing there."""
+    two = {"messages": [*pair("a", "")["messages"], *pair("b", "c")["messages"]]}
+    report = checked(rows_of(*(pair(f"q{i}", " \n") for i in range(11)), two))
+    assert [f.message for f in report.errors] == ["a.jsonl: 12 of 12 rows cannot be trained on (100%; allowed are 10%)", "no row is left"]
+    found = one(report.warnings, "12 rows dropped: empty")
+    assert found.items[0] == "a.jsonl:1: empty: messages[1] has no text" and (len(found.items), found.count) == (10, 12)
+    report = checked(rows_of(two, *(pair(f"q{i}", "a") for i in range(20))))
+    assert report.errors == [] and one(report.warnings, "1 rows dropped: empty").items == ("a.jsonl:1: empty: messages[1] has no text",)
+
+
+def test_what_no_row_uses_is_a_note(checked) -> None:
+    report = checked(rows_of(*(pair(f"q{i}", "a") | {"ticket": i + 1} for i in range(3))))
+    assert one(report.findings, "a.jsonl: not used: ticket (3 rows)").level == "note"
 
 
 def test_no_row_is_left(checked) -> None:
@@ -152,13 +157,6 @@ def test_one_zero_mask_among_many_is_an_error(checked) -> None:
     report = checked(rows_of(*(pair(f"q{i}", "a") for i in range(20)), only_user))
     assert [f.message for f in report.errors] == ["1 rows dropped: nothing supervised"]
     assert report.errors[0].items == ("a.jsonl:21: nothing supervised: the row has no assistant turn to learn from",)
-
-
-def test_an_empty_answer_among_others_is_a_warning(checked) -> None:
-    two = {"messages": [*pair("a", "")["messages"], *pair("b", "c")["messages"]]}
-    report = checked(rows_of(two, pair("x", "y")))
-    assert report.errors == []
-    assert one(report.warnings, "1 rows have an empty answer among others").items == ("a.jsonl:1: messages[1] is empty",)
 
 
 def test_all_ones_masks(checked, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from trimtab.bases import template_digest, tokenizer_digest
 from trimtab.bases.template import template_warnings, writes_the_date
+from trimtab.data.keys import ROW_KEYS, TURN_KEYS
 from trimtab.data.render import RENDER_VERSION, Example, encode_rows
 from trimtab.data.rows import Dropped, Row
 from trimtab.data.sources import Source, read_source
@@ -31,6 +32,9 @@ FIXES = {
     "special token in the content": "take them out: conversations belong in `messages`, and the end token is added for you.",
     "starts with an assistant turn": "begin each conversation with a user or system turn.",
     "nothing supervised": "give each row an answer that is not empty, or take it out of the file.",
+    "text with a label": "map them: `columns: {label: label}`, or `columns: {text: text}` to train on the text alone.",
+    "empty": "give each row an answer, or take it out of the file.",
+    **dict.fromkeys((*ROW_KEYS, *TURN_KEYS, "label"), "take these rows out; a column that means something else must have another name."),
     "system without a chat template": "put the system text into the prompt, or use a base with a chat template.",
 }
 
@@ -42,7 +46,7 @@ class Dataset:
     examples: what one epoch draws; a row of a source with weight 2 stands in it twice (the same object). rows: those that became examples,
     each once, where they are kept. dropped: rows that are not
     trained on. digest: "sha256:…" of rows, tokenizer, template, options and weights, wherever the files lie. tokens, supervised_tokens:
-    over `examples`. warnings: what about the base's template may spoil training.
+    over `examples`. warnings: what about the base's template may spoil training. notes: what the sources hold and no row uses.
     """
 
     examples: list[Example]
@@ -52,6 +56,7 @@ class Dataset:
     supervised_tokens: int
     warnings: list[str]
     rows: list[Row]
+    notes: list[str]
 
 
 def load_examples(
@@ -75,9 +80,10 @@ def load_examples(
     examples: list[Example] = []
     dropped: list[Dropped] = []
     kept: list[Row] = []
+    notes: list[str] = []
     digest = hashlib.sha256()
     for index, source in enumerate(sources):
-        rows, lost = read_source(source, root, index)
+        rows, lost = read_source(source, root, index, notes.append)
         key, results = _tokens(rows, tokenizer, max_length, last_turn_only, options)
         good = [r for r in results if isinstance(r, Example)]
         lost += [r for r in results if isinstance(r, Dropped)]
@@ -97,6 +103,7 @@ def load_examples(
         supervised_tokens=sum(int(e.supervised.sum()) for e in examples),
         warnings=template_warnings(tokenizer),
         rows=kept,
+        notes=notes,
     )
 
 

@@ -1,104 +1,126 @@
 """Read records from JSONL, JSON, CSV and Parquet files, folders of text, and the hub.
 
 Each reader takes (path, shown), where shown is the path as messages name it, and yields (origin, record) or a `Dropped` with the line that
-could not be read. UTF-8 only, a byte order mark is tolerated. Where only a part of a file is not UTF-8, its bytes arrive as surrogates
-(PEP 383), so that only the rows that hold them are dropped (`rows.bad_character`).
+could not be read. UTF-8 only (CSV also UTF-16); byte order marks are left out. Where only a part of a file is not UTF-8, its bytes arrive
+as surrogates (PEP 383), so that only the rows that hold them are dropped (`turns.bad_character`). Only regular files are read, and their
+lines and sizes are bounded.
 """
 
 from __future__ import annotations
 
 import codecs
-import csv
 import importlib
-import io
+import itertools
 import json
+import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from trimtab.data.delimited import read_delimited
 from trimtab.data.documents import split_document
+from trimtab.data.forms import form_of
 from trimtab.data.rows import Dropped
+from trimtab.data.turns import JSON_ERRORS, STRICT_JSON, TwiceError
 from trimtab.errors import DataError
 
 Records = Iterator[tuple[str, Any] | Dropped]
 
-_JSON_ERRORS = (ValueError, RecursionError)  # a JSONDecodeError, a number of 5,000 digits, a thousand open brackets
+MAX_LINE, MAX_WHOLE = 64 << 20, 2 << 30
+"""Bytes of a line of JSONL, and of a file of another format, which is read at once: more is not what was meant."""
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_JSON_FIX = "write [{...}, {...}], or one object a line in a .jsonl file."
+_EMPTY_FIX = "name a file that has rows."
 
 
 def read_jsonl(path: Path, shown: str) -> Records:
-    """One object a line; blank lines are skipped, lines that cannot be read are dropped by number."""
-    for number, raw in enumerate(_bytes(path, shown).split(b"\n"), 1):
-        if not raw.strip():
-            continue
+    """One object a line; blank lines are skipped, lines that cannot be read are dropped by number. DataError where a line has no end."""
+    for number, raw in _lines(path, shown):
         origin = f"{shown}:{number}"
         try:
-            record = json.loads(raw.decode())
+            record = STRICT_JSON.decode(raw.decode())
         except UnicodeDecodeError as error:
             yield Dropped(origin, f"not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}")
-        except _JSON_ERRORS as error:
+        except TwiceError as error:
+            yield Dropped(origin, str(error))
+        except JSON_ERRORS as error:
             yield Dropped(origin, f"not JSON: {error}")
         else:
             yield origin, record
 
 
 def read_json(path: Path, shown: str) -> Records:
-    """An array of objects; a file that holds one object a line instead is read as JSONL. Raises DataError where the array is broken."""
-    text = _bytes(path, shown).decode("utf-8", "surrogateescape")
+    """An array of objects, or an object that holds one; one object is one row; a file that holds one object a line is read as JSONL. Raises
+    DataError where the array is broken."""
+    text = _whole(path, shown).decode("utf-8", "surrogateescape")
     position = _skip_blank(text, 0)
+    if text[position : position + 1] == "[":
+        yield from _array(text, _skip_blank(text, position + 1), shown)
+        return
     if text[position : position + 1] == "{":
         try:
-            json.loads(text)
-        except _JSON_ERRORS:
+            content = STRICT_JSON.decode(text)
+        except TwiceError as error:
+            yield Dropped(f"{shown}:1", str(error))
+            return
+        except JSON_ERRORS:
             yield from read_jsonl(path, shown)
             return
-    if text[position : position + 1] != "[":
-        raise DataError(f"{shown} does not hold a JSON array of rows", fix="write [{...}, {...}], or one object a line in a .jsonl file.")
-    decoder, line, counted = json.JSONDecoder(), 1, 0
-    position = _skip_blank(text, position + 1)
+        yield from _inside(content, shown)
+        return
+    raise DataError(f"{shown} does not hold a JSON array of rows", fix=_JSON_FIX)
+
+
+def _inside(content: dict[str, Any], shown: str) -> Records:
+    """The rows of an object: of the only list of objects in it, or itself."""
+    lists = {key: value for key, value in content.items() if isinstance(value, list)}
+    is_row = form_of(content, {}) is not None or any(_is_talk(value) for value in lists.values())
+    if is_row or not lists:
+        yield f"{shown}:1", content
+        return
+    tables = [key for key, value in lists.items() if value and all(isinstance(row, dict) for row in value)]
+    if len(tables) != 1:
+        which = f": it is an object with {len(tables)} lists of them: {', '.join(tables)}" if tables else ""
+        raise DataError(f"{shown} does not hold a JSON array of rows{which}", fix=_JSON_FIX)
+    for i, row in enumerate(content[tables[0]]):
+        yield f"{shown}:{tables[0]}[{i}]", row
+
+
+def _is_talk(value: list[Any]) -> bool:
+    """Whether a list is a conversation rather than a list of rows."""
+    return bool(value) and isinstance(value[0], dict) and not {"role", "from"}.isdisjoint(value[0])
+
+
+def _array(text: str, position: int, shown: str) -> Records:
+    line, counted = 1, 0
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
+        origin, twice = f"{shown}:{line}", None
         try:
-            record, position = decoder.raw_decode(text, position)
-            position = _skip_blank(text, position)
+            try:
+                record, end = STRICT_JSON.raw_decode(text, position)
+            except TwiceError as error:
+                twice, end = str(error), json.JSONDecoder().raw_decode(text, position)[1]
+            position = _skip_blank(text, end)
             if text[position : position + 1] not in (",", "]"):
                 raise ValueError("a comma or ] is missing after the row that starts here")
-        except _JSON_ERRORS as error:
-            raise DataError(f"{shown}:{line} is not JSON: {error}", fix="mend the file; what follows cannot be read.") from None
-        yield f"{shown}:{line}", record
+        except JSON_ERRORS as error:
+            raise DataError(f"{origin} is not JSON: {error}", fix="mend the file; what follows cannot be read.") from None
+        yield (origin, record) if twice is None else Dropped(origin, twice)
         if text[position] == ",":
             position = _skip_blank(text, position + 1)
 
 
 def read_csv(path: Path, shown: str) -> Records:
-    """Comma, semicolon or tab separated (what the header uses most), with a header line; quoted fields may hold line breaks."""
-    text = _bytes(path, shown).decode("utf-8", "surrogateescape")
-    header_line = text.lstrip("\r\n").partition("\n")[0]
-    delimiter = max(",;\t", key=header_line.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    while True:
-        origin = f"{shown}:{reader.line_num + 1}"
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            if "unexpected end" in str(error):  # the rest of the file went into one field: too much to count as one bad row
-                raise DataError(
-                    f"{origin} opens a quote that is never closed", fix='close it, and write a quote within a field as "".'
-                ) from None
-            yield Dropped(origin, f"not CSV: {error}")
-            continue
-        if fields is None:
-            return
-        if not any(fields):
-            continue
-        if not header:
-            header = [name.strip() for name in fields]
-            if len(set(header)) < len(header):
-                raise DataError(f"{shown} names a column twice: {', '.join(header)}", fix="give each column a name of its own.")
-        elif len(fields) != len(header):
-            yield Dropped(origin, f"not CSV: {len(fields)} fields where the header has {len(header)}")
-        else:
-            yield origin, dict(zip(header, fields, strict=True))
+    """Comma, semicolon or tab separated, with a header line; quoted fields may hold line breaks. UTF-8, or UTF-16 with its mark."""
+    raw = _whole(path, shown, utf16=True)
+    if not raw.startswith(UTF16):
+        return read_delimited(raw.decode("utf-8", "surrogateescape"), shown)
+    try:
+        return read_delimited(raw.decode("utf-16", "surrogatepass"), shown)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{shown} is cut off: {error.reason} (UTF-16)", fix="save it as UTF-8.") from None
 
 
 def read_parquet(path: Path, shown: str) -> Records:
@@ -106,7 +128,7 @@ def read_parquet(path: Path, shown: str) -> Records:
     parquet = _import("pyarrow.parquet", "pyarrow", f"{shown} is a Parquet file")
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with _open(path, shown) as opened, parquet.ParquetFile(opened) as file:
             for batch in file.iter_batches():
                 for record in batch.to_pylist():
                     number += 1
@@ -117,7 +139,7 @@ def read_parquet(path: Path, shown: str) -> Records:
 
 def read_text(path: Path, shown: str) -> Records:
     """A Markdown or text file, cut into rows of bounded size."""
-    text = _bytes(path, shown).decode("utf-8", "surrogateescape").replace("\r\n", "\n")
+    text = _whole(path, shown).decode("utf-8", "surrogateescape").replace("\r\n", "\n")
     for line, piece in split_document(text, markdown=path.suffix.lower() != ".txt"):
         yield f"{shown}:{line}", {"text": piece}
 
@@ -159,18 +181,62 @@ SUFFIXES = {
 }
 
 
-def _bytes(path: Path, shown: str) -> bytes:
-    """The file without a byte order mark. Raises DataError where it is missing, unreadable, empty or UTF-16."""
+def holds_something(path: Path) -> bool:
+    """Whether a file has more than blanks."""
+    with path.open("rb") as file:
+        return any(chunk.strip() for chunk in iter(lambda: file.read(1 << 16), b""))
+
+
+def _open(path: Path, shown: str) -> BinaryIO:
+    """A regular file, to read. DataError for all else: a pipe or a device may have no end."""
     try:
-        raw = path.read_bytes()
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{shown} is not a regular file", fix="name a file; write what a pipe gives into one.")
+        return path.open("rb")
     except OSError as error:
         raise DataError(f"{shown} cannot be read: {error.strerror or error}") from error
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{shown} is UTF-16", fix="save it as UTF-8.")
+
+
+def _lines(path: Path, shown: str) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of lines that are not blank, each without a byte order mark: files that were put together have some in the middle."""
+    found = False
+    with _open(path, shown) as file:
+        for number in itertools.count(1):
+            raw = file.readline(MAX_LINE + 1)
+            if not raw:
+                break
+            if number == 1:
+                _refuse_utf16(raw, shown)
+            if len(raw) > MAX_LINE:
+                raise DataError(
+                    f"{shown}:{number} has more than {MAX_LINE >> 20} MiB", fix="write one row a line, each ended by a line break."
+                )
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+            if raw.strip():
+                found = True
+                yield number, raw
+    if not found:
+        raise DataError(f"{shown} is empty", fix=_EMPTY_FIX)
+
+
+def _whole(path: Path, shown: str, *, utf16: bool = False) -> bytes:
+    """The file without a byte order mark. Raises DataError where it is missing, unreadable, empty, too large to read at once, or UTF-16
+    where that is not expected (which keeps its mark)."""
+    with _open(path, shown) as file:
+        raw = file.read(MAX_WHOLE + 1) if os.fstat(file.fileno()).st_size <= MAX_WHOLE else None
+    if raw is None or len(raw) > MAX_WHOLE:
+        raise DataError(f"{shown} has more than {MAX_WHOLE >> 30} GiB, and is read at once", fix="write JSONL, which is read line by line.")
+    if not utf16:
+        _refuse_utf16(raw, shown)
     raw = raw.removeprefix(codecs.BOM_UTF8)
     if not raw.strip():
-        raise DataError(f"{shown} is empty", fix="name a file that has rows.")
+        raise DataError(f"{shown} is empty", fix=_EMPTY_FIX)
     return raw
+
+
+def _refuse_utf16(raw: bytes, shown: str) -> None:
+    if raw.startswith(UTF16):
+        raise DataError(f"{shown} is UTF-16", fix="save it as UTF-8.")
 
 
 def _skip_blank(text: str, position: int) -> int:

@@ -16,10 +16,8 @@ UNLIMITED = 1 << 30
 
 
 def answer_of(row: Row) -> str | None:
-    """The text that a model should answer with: the completion, or the last assistant turn; None where the row has neither."""
-    if row.completion is not None:
-        return row.completion
-    return next((m["content"] for m in reversed(row.messages or ()) if m["role"] == "assistant"), None)
+    """The text that a model should answer with: the last assistant turn to learn from, such as the completion; None where there is none."""
+    return row.conversation[row.answers[-1]]["content"] if row.conversation and row.answers else None
 
 
 def find_labels(rows: Iterable[Row], where: str) -> list[str]:
@@ -51,8 +49,6 @@ def _answered(row: Row, label: str) -> Row:
     """The row with another answer; turns after the answer are left out."""
     if row.completion is not None:
         return replace(row, completion=label)
-    messages = row.messages or ()
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
-    if last is None:
+    if row.messages is None or not row.answers:
         raise DataError(f"{row.origin}: nothing to compare with: the row has no assistant turn")
-    return replace(row, messages=(*messages[:last], {"role": "assistant", "content": label}))
+    return replace(row, messages=(*row.messages[: row.answers[-1]], {"role": "assistant", "content": label}))

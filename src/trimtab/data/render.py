@@ -97,7 +97,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, max_length: int, *, last_tu
 
 
 def prompt_and_reference(row: Row, tokenizer: Any) -> tuple[Ids, str]:
-    """(prompt ids, reference text) for evaluation by generation: the last assistant turn is the reference, all before it the prompt.
+    """(prompt ids, reference text) for evaluation by generation: the last turn to learn from is the reference, all before it the prompt.
 
     The ids are those that stood before the answer in training. Raises DataError where the row has no answer to compare with, or cannot be
     rendered.
@@ -108,7 +108,7 @@ def prompt_and_reference(row: Row, tokenizer: Any) -> tuple[Ids, str]:
             _render_plain(row, template)
             return [*template.bos, *template.ids_of([row.prompt + row.separator])[0]], row.completion
         messages = row.conversation
-        last = _last_assistant(row)
+        last = max(row.answers, default=None)
         if messages is None or last is None:
             raise BadRow("nothing to compare with: the row has no assistant turn")
         return template.prompt_ids(messages[:last]), messages[last]["content"]
@@ -137,14 +137,14 @@ def _render_plain(row: Row, template: Template) -> _Rendered:
 
 
 def _render_conversation(row: Row, template: Template, last_turn_only: bool) -> _Rendered:
-    """Messages after the last assistant turn answer nothing and are left out, which changes no loss."""
-    last = _last_assistant(row)
+    """Messages after the last turn that is learnt are left out, which changes no loss."""
+    last = max(row.answers, default=None)
     messages = (row.conversation or [])[: 0 if last is None else last + 1]
-    if last is None or last < row.first_supervised:
+    if last is None:
         raise BadRow("nothing supervised: the row has no assistant turn to learn from")
     template.check_conversation(messages)
     whole = template.render(messages, generate=False)
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= row.first_supervised]
+    turns = row.answers
     pieces: list[tuple[str, bool]] = []
     start = stop = done = 0
     for index in turns[-1:] if last_turn_only else turns:
@@ -192,11 +192,6 @@ def _example(row: Row, ids: Ids, mask: list[bool], chat: bool, max_length: int) 
     if not supervised.any():
         raise BadRow("nothing supervised: no token is left to learn")
     return Example(np.array(ids, dtype=np.int32), supervised, row.origin, row.id)
-
-
-def _last_assistant(row: Row) -> int | None:
-    messages = row.conversation or []
-    return max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
 
 
 def _eos(template: Template) -> Ids:

@@ -12,39 +12,22 @@ A record (a dict of columns) becomes a `Row` by the first form whose columns it 
 | `label`         | text, label; only where `columns` names label  | a prompt and its completion                                    |
 | `text`          | text                                           | plain text                                                     |
 
-Any of them but `text` may have a `system` column.
+Any of them but `text` may have a `system` column; prompts and instructions may have a `history` of [user, assistant] pairs, which makes a
+conversation of them. Every other key that common formats give a meaning stands in `keys`.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trimtab.bases.template import BadRow, Message
-from trimtab.errors import DataError, nearest
-
-FORMS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "prompt": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
-    "label": ("text", "label"),
-    "text": ("text",),
-}
-COLUMNS = tuple(dict.fromkeys([*(name for needed in FORMS.values() for name in needed), "input", "system"]))
-ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "tool": "tool",
-}
-UNDERSTOOD = "messages | conversations | prompt + completion | instruction (+ input) + output | text | text + label (named in `columns`)"
+from trimtab.data.forms import COLUMNS, form_of, refuse_keys
+from trimtab.data.keys import is_empty
+from trimtab.data.turns import Turn, filled, kind_of, pairs, read_turns, text_of
 
 RowId = tuple[int, int]
 """Which row it is: the number of its source among those that are read together, and its own number among the source's rows."""
@@ -56,9 +39,9 @@ class Row:
     """One training row: exactly one of `messages`, `prompt` with `completion`, or `text`.
 
     origin: "file:line", for people only: rows may share it. id: what the row is found by; a row of no source gets one that no other has.
-    system: a system turn that goes before prompt. separator: stands between prompt and completion where there is no
-    chat template (alpaca and label rows; prompt/completion rows are joined as they are). first_supervised: index of the first message that
-    may be supervised.
+    system: a system turn that goes before prompt. separator: stands between prompt and completion where there is no chat template (alpaca
+    and label rows; prompt/completion rows are joined as they are). first_supervised: index of the first message that may be supervised.
+    unsupervised: indexes of later assistant messages that may not, because their author marked them so.
     """
 
     origin: str
@@ -69,6 +52,7 @@ class Row:
     system: str | None = None
     separator: str = ""
     first_supervised: int = 0
+    unsupervised: tuple[int, ...] = ()
     id: RowId = field(default_factory=lambda: (-1, next(_unread)), compare=False)
 
     @property
@@ -81,9 +65,16 @@ class Row:
         turns = [("system", self.system), ("user", self.prompt), ("assistant", self.completion)]
         return [{"role": role, "content": content} for role, content in turns if content is not None]
 
+    @property
+    def answers(self) -> list[int]:
+        """Indexes in `conversation` of the assistant turns to learn from; empty for plain text."""
+        turns = enumerate(self.conversation or ())
+        return [i for i, m in turns if m["role"] == "assistant" and i >= self.first_supervised and i not in self.unsupervised]
+
     def content_key(self) -> bytes:
         """All that decides the row's tokens, as canonical JSON: two rows with the same key tokenise alike. Origin and id are left out."""
-        parts = [self.messages, self.prompt, self.completion, self.text, self.system, self.separator, self.first_supervised]
+        parts: list[Any] = [self.messages, self.prompt, self.completion, self.text, self.system, self.separator, self.first_supervised]
+        parts += [self.unsupervised] if self.unsupervised else []  # rows without keep the digests that they had
         return json.dumps(parts, sort_keys=True).encode()
 
 
@@ -103,89 +94,55 @@ def to_row(record: Any, origin: str, columns: Mapping[str, str], system: str | N
     """Convert one record. columns: our name -> the file's name. system: put before rows that have no system turn of their own."""
     try:
         if not isinstance(record, dict):
-            raise BadRow(f"not an object: the row is {_kind_of(record)}")
+            raise BadRow(f"not an object: the row is {kind_of(record)}")
         form = form_of(record, columns)
+        refuse_keys(record, columns, form)
         if form is None:
             raise BadRow(f"no known form: the columns are {', '.join(map(str, record)) or 'none'}")
         fields = {name: record.get(columns.get(name, name)) for name in COLUMNS}
-        own_system = None if fields["system"] in (None, "") else _text(fields["system"], "system")
-        row = _MAKERS[form](fields, origin)
-        return _with_system(row, own_system or system)
+        own_system = None if is_empty(fields["system"]) else text_of(fields["system"], "system")
+        return _with_system(_MAKERS[form](fields, origin), own_system or system)
     except BadRow as bad:
         return Dropped(origin, str(bad))
 
 
-def form_of(record: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    """The form that a record has: those with columns named in `columns` first, then by order of `FORMS`; filled before null columns."""
-    forms = sorted(FORMS, key=lambda f: -sum(name in columns for name in FORMS[f]))
-    if "label" not in columns:
-        forms.remove("label")
-    for is_there in (lambda c: record.get(c) is not None, lambda c: c in record):
-        for form in forms:
-            if all(is_there(columns.get(name, name)) for name in FORMS[form]):
-                return form
-    return None
-
-
-def check_columns(seen: Iterable[str], columns: Mapping[str, str], where: str, *, any_form: bool) -> None:
-    """Raise DataError where `columns` names what is not there, or no record had a known form. seen: the columns that exist."""
-    seen = list(seen)
-    problems = [f"columns: {name!r} is not one of ours{nearest(name, COLUMNS)}" for name in columns if name not in COLUMNS]
-    problems += [
-        f"columns: {name}: {c!r} does not exist{nearest(c, seen)}" for name, c in columns.items() if name in COLUMNS and c not in seen
-    ]
-    if not problems and any_form:
-        return
-    if not problems:
-        problems = [f"column {c!r}{hint}" for c in seen if c not in COLUMNS and (hint := nearest(c, COLUMNS))]
-    raise DataError(
-        f"{where}: no training form found in its columns: {', '.join(seen) or 'none'}",
-        problems=[*problems, f"understood: {UNDERSTOOD}"],
-        fix="rename the columns, or map them, such as `columns: {prompt: question, completion: answer}` (our name: the file's name).",
-    )
-
-
-def bad_character(text: str) -> str | None:
-    """What keeps `text` from being Unicode, or None. Bytes that were not UTF-8 arrive as surrogates (PEP 383) and are named as bytes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        return f"not UTF-8: byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"not Unicode: lone surrogate U+{code:04X}"
-    return None
-
-
 def _from_messages(fields: Mapping[str, Any], origin: str) -> Row:
-    return Row(origin, messages=_messages(fields["messages"], "messages"))
+    return _talk(origin, read_turns(fields["messages"], "messages"), "messages")
 
 
 def _from_conversations(fields: Mapping[str, Any], origin: str) -> Row:
-    return Row(origin, messages=_messages(fields["conversations"], "conversations"))
+    return _talk(origin, read_turns(fields["conversations"], "conversations"), "conversations")
 
 
 def _from_prompt(fields: Mapping[str, Any], origin: str) -> Row:
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        before, after = _messages(prompt, "prompt"), _messages(completion, "completion")
-        return Row(origin, messages=before + after, first_supervised=len(before))
-    return Row(origin, prompt=_text(prompt, "prompt"), completion=_filled(completion, "completion"))
+        if not is_empty(fields["history"]):
+            raise BadRow("history: the prompt is a list of messages, which holds what was before")
+        before, after = read_turns(prompt, "prompt"), read_turns(completion, "completion")
+        return _talk(origin, before + after, "prompt and completion", first=len(before))
+    row = Row(origin, prompt=text_of(prompt, "prompt"), completion=filled(completion, "completion"))
+    return _with_history(row, fields["history"])
 
 
 def _from_instruction(fields: Mapping[str, Any], origin: str) -> Row:
-    parts = [_text(fields["instruction"], "instruction")]
-    if fields["input"] not in (None, ""):
-        parts.append(_text(fields["input"], "input"))
-    return Row(origin, prompt="\n\n".join(parts), completion=_filled(fields["output"], "output"), separator="\n\n")
+    parts = [text_of(fields["instruction"], "instruction")]
+    if not is_empty(fields["input"]):
+        parts.append(text_of(fields["input"], "input"))
+    row = Row(origin, prompt="\n\n".join(parts), completion=filled(fields["output"], "output"), separator="\n\n")
+    return _with_history(row, fields["history"])
 
 
 def _from_label(fields: Mapping[str, Any], origin: str) -> Row:
     label = fields["label"]
-    name = str(label) if isinstance(label, int) else _filled(label, "label")
-    return Row(origin, prompt=_text(fields["text"], "text"), completion=name, separator="\n")
+    if is_empty(label):
+        raise BadRow("no label: label is empty")
+    name = str(label) if isinstance(label, int) else filled(label, "label")
+    return Row(origin, prompt=text_of(fields["text"], "text"), completion=name, separator="\n")
 
 
 def _from_text(fields: Mapping[str, Any], origin: str) -> Row:
-    return Row(origin, text=_filled(fields["text"], "text"))
+    return Row(origin, text=filled(fields["text"], "text"))
 
 
 _MAKERS = {
@@ -198,6 +155,32 @@ _MAKERS = {
 }
 
 
+def _talk(origin: str, turns: Sequence[Turn], where: str, first: int = 0) -> Row:
+    """A conversation. Assistant turns before anything is asked are left out; what is learnt has text."""
+    skipped = next((i for i, (m, _) in enumerate(turns) if m["role"] != "assistant"), len(turns))
+    messages = tuple(m for m, _ in turns[skipped:])
+    marked = tuple(i for i, (m, learnt) in enumerate(turns[skipped:]) if m["role"] == "assistant" and not learnt)
+    row = Row(origin, messages=messages, first_supervised=max(0, first - skipped), unsupervised=marked)
+    if skipped and not row.answers:
+        raise BadRow(f"nothing supervised: {where} begins with the assistant, and nothing is asked before its turns")
+    if marked and not row.answers:
+        raise BadRow(f"weight: every answer in {where} is marked as not to be learnt (weight, train, training or loss)")
+    for i in row.answers:
+        filled(messages[i]["content"], f"{where}[{i + skipped}]")
+    return row
+
+
+def _with_history(row: Row, history: Any) -> Row:
+    """The row with its earlier turns before it, as a conversation."""
+    if is_empty(history):
+        return row
+    earlier: list[Turn] = []
+    for i, side in enumerate(pairs(history, "history")):
+        where = f"history[{i // 2}][{i % 2}]"
+        earlier.append(({"role": ("user", "assistant")[i % 2], "content": text_of(side, where)}, True))
+    return _talk(row.origin, earlier + [(m, True) for m in row.conversation or ()], "history with its prompt")
+
+
 def _with_system(row: Row, system: str | None) -> Row:
     if system is None:
         return row
@@ -208,45 +191,5 @@ def _with_system(row: Row, system: str | None) -> Row:
     if row.messages and row.messages[0]["role"] in ("system", "developer"):
         return row
     turn = {"role": "system", "content": system}
-    return replace(row, messages=(turn, *row.messages), first_supervised=row.first_supervised + 1)
-
-
-def _messages(value: Any, where: str) -> tuple[Message, ...]:
-    """Check a list of messages in either spelling (role/content, from/value); unknown roles and tool calls are refused, never guessed."""
-    if not isinstance(value, list) or not value:
-        raise BadRow(f"bad messages: {where} is {_kind_of(value)}, not a list of messages")
-    return tuple(_message(turn, f"{where}[{i}]") for i, turn in enumerate(value))
-
-
-def _message(turn: Any, where: str) -> Message:
-    if not isinstance(turn, dict):
-        raise BadRow(f"bad messages: {where} is {_kind_of(turn)}, not an object with role and content")
-    if turn.get("tool_calls") or turn.get("function_call"):
-        raise BadRow(f"tool calls: {where} calls a tool, which is not supported")
-    role = turn.get("role", turn.get("from"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRow(f"unknown role: {where} has role {role!r}{nearest(str(role), ROLES)}")
-    return {"role": ROLES[role], "content": _text(turn.get("content", turn.get("value")), f"{where}.content")}
-
-
-def _text(value: Any, where: str) -> str:
-    """`value` as text; a list of text parts, as OpenAI writes content, is joined."""
-    if isinstance(value, list) and value and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
-        value = "".join(part["text"] for part in value)
-    if not isinstance(value, str):
-        raise BadRow(f"not text: {where} is {_kind_of(value)}")
-    if (found := bad_character(value)) is not None:
-        raise BadRow(f"{found} in {where}")
-    return value
-
-
-def _filled(value: Any, where: str) -> str:
-    text = _text(value, where)
-    if not text.strip():
-        raise BadRow(f"empty: {where} has no text")
-    return text
-
-
-def _kind_of(value: Any) -> str:
-    kinds = {type(None): "null", dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return "an empty list" if value == [] else kinds.get(type(value), type(value).__name__)
+    marked = tuple(i + 1 for i in row.unsupervised)
+    return replace(row, messages=(turn, *row.messages), first_supervised=row.first_supervised + 1, unsupervised=marked)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trimtab.data.documents import TEXT_SUFFIXES, text_files
-from trimtab.data.formats import READERS, SUFFIXES, Records, read_hub
-from trimtab.data.rows import Dropped, Row, check_columns, form_of, to_row
+from trimtab.data.formats import READERS, SUFFIXES, Records, holds_something, read_hub
+from trimtab.data.forms import check_columns, form_of, unused, used_columns
+from trimtab.data.keys import Repeated
+from trimtab.data.rows import Dropped, Row, to_row
 from trimtab.errors import ConfigError, DataError, nearest
 from trimtab.foreign import answer
 
@@ -112,7 +115,8 @@ def peek_source(source: Source, root: Path) -> None:
         record = None if isinstance(found, Dropped) else found[1]
         if isinstance(record, dict):
             seen.update(dict.fromkeys(map(str, record)))
-            any_form = any_form or form_of(record, source.columns) is not None
+            _refuse_repeated(record, source, form := form_of(record, source.columns))
+            any_form = any_form or form is not None
         if any_form and seen.keys() >= set(source.columns.values()):
             break
     _refuse_whole(source, found_any, seen, any_form)
@@ -125,17 +129,21 @@ def _refuse_whole(source: Source, found_any: bool, seen: Mapping[str, None], any
         check_columns(seen, source.columns, source.path, any_form=any_form)
 
 
-def read_source(source: Source, root: Path, number: int = 0) -> tuple[list[Row], list[Dropped]]:
+Note = Callable[[str], None]
+
+
+def read_source(source: Source, root: Path, number: int = 0, note: Note = lambda text: None) -> tuple[list[Row], list[Dropped]]:
     """All rows of a source in file order, and the lines that could not be read or understood, each with "file:line" and the reason.
 
     root: where relative paths start. number: of the source among those that are read together; rows are found by it and by their place
-    here (`Row.id`). Raises DataError where the source is missing or empty, needs a package that is not installed, or has
-    no column of a known form; the message lists the columns that exist.
+    here (`Row.id`). note: hears, once, what the source holds and no row uses. Raises DataError where the source is missing or empty, needs
+    a package that is not installed, or has no column of a known form; the message lists the columns that exist.
     """
     rows: list[Row] = []
     dropped: list[Dropped] = []
     columns_seen: dict[str, None] = {}
-    any_form, records = False, 0
+    left_over: Counter[str] = Counter()
+    any_form, records, form = False, 0, None
     for found in _records(source, root):
         if isinstance(found, Dropped):
             dropped.append(found)
@@ -143,15 +151,27 @@ def read_source(source: Source, root: Path, number: int = 0) -> tuple[list[Row],
         origin, record = found
         records += 1
         if isinstance(record, dict):
+            _refuse_repeated(record, source, form := form_of(record, source.columns))
             columns_seen.update(dict.fromkeys(map(str, record)))
-            any_form = any_form or form_of(record, source.columns) is not None
+            any_form = any_form or form is not None
         row = to_row(record, origin, source.columns, source.system)
         if isinstance(row, Dropped):
             dropped.append(row)
         else:
             rows.append(dataclasses.replace(row, id=(number, len(rows))))
+            assert form is not None
+            left_over.update(unused(record, source.columns, form))
     _refuse_whole(source, bool(records or dropped), columns_seen, any_form)
+    if left_over:
+        note(f"{source.path}: not used: {', '.join(f'{what} ({n} rows)' for what, n in sorted(left_over.items()))}")
     return rows, dropped
+
+
+def _refuse_repeated(record: Mapping[str, Any], source: Source, form: str | None) -> None:
+    """DataError where a column that rows are made of stands several times in the header: which of them is meant is not known."""
+    twice = [c for c in used_columns(form, source.columns) if isinstance(record.get(c), Repeated)]
+    if twice:
+        raise DataError(f"{source.path} names a column twice: {', '.join(sorted(twice))}", fix="give each a name of its own.")
 
 
 def _records(source: Source, root: Path) -> Records:
@@ -182,7 +202,7 @@ def _folder(folder: Path, root: Path) -> Iterator[tuple[str, Any] | Dropped]:
             fix="a folder is read as Markdown and text; name files of other formats one by one.",
         )
     for file in files:
-        if file.read_bytes().strip():  # an empty page among others is no fault
+        if holds_something(file):  # an empty page among others is no fault
             yield from READERS["text"](file, _shown(file, root))
 
 

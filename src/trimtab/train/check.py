@@ -156,10 +156,10 @@ def _read_data(run: RunConfig, name: str, config: DataConfig, tokenizer: Any, re
 def _read_split(
     run: RunConfig, split: Split, sources: Sequence[Source], tokenizer: Any, max_length: int, turn: bool, report: CheckReport
 ) -> Split:
-    counts, lost = [], list[Dropped]()
+    counts, lost, notes = [], list[Dropped](), list[str]()
     for index, source in enumerate(sources):
         try:
-            rows, dropped = read_source(source, run.root, index)
+            rows, dropped = read_source(source, run.root, index, notes.append)
         except DataError as e:
             report.findings.append(Finding("error", split.where, e.message, e.problems, len(e.problems), e.fix))
             continue
@@ -180,7 +180,11 @@ def _read_split(
         counts.append(SourceCounts(source.path, source.weight, len(kept) + len(dropped), len(dropped), len(epoch), tokens, supervised))
         if (stop := too_many(source, dropped, len(kept))) is not None:
             report.findings.append(Finding("error", split.where, stop.message, fix=stop.fix))
-    report.findings += [*_dropped_findings(split.where, lost), *_mask_findings(split, turn)]
+    report.findings += _dropped_findings(split.where, lost)
+    report.findings += [Finding("note", split.where, note) for note in notes]
+    if not split.examples and split.starts:  # what could not be read has its own finding
+        fix = "mend the rows that were dropped, or name a file that has rows."
+        report.findings.append(Finding("error", split.where, "no row is left", fix=fix))
     lengths = np.array([len(e.ids) for e in split.examples], dtype=np.int64)
     report.splits.append(SplitCounts(split.data, split.name, tuple(counts), _quantiles(lengths), _histogram(lengths)))
     return split
@@ -192,26 +196,6 @@ def _dropped_findings(where: str, lost: Sequence[Dropped]) -> Iterator[Finding]:
         level: Level = "error" if kind in BAD_MASKS else "warning"
         items = [f"{d.origin}: {d.reason}" for d in lost if d.kind == kind]
         yield Finding.of(level, where, f"{count} rows dropped: {kind}", items, FIXES.get(kind, ""))
-
-
-def _mask_findings(split: Split, last_turn_only: bool) -> list[Finding]:
-    found = []
-    if not split.examples and split.starts:  # what could not be read has its own finding
-        found.append(Finding("error", split.where, "no row is left", fix="mend the rows that were dropped, or name a file that has rows."))
-    empty, partly = list[str](), list[str]()
-    for row in split.rows:
-        asked = [i for i, m in enumerate(row.messages or ()) if m["role"] == "assistant" and i >= row.first_supervised]
-        asked = asked[-1:] if last_turn_only else asked
-        blank = [i for i in asked if not (row.messages or ())[i]["content"].strip()]
-        if blank:
-            (empty if len(blank) == len(asked) else partly).append(f"{row.origin}: messages[{blank[0]}] is empty")
-    if empty:
-        message = f"{len(empty)} rows have empty answers only: training would take them, and learn to say nothing"
-        found.append(Finding.of("error", split.where, message, empty, FIXES["nothing supervised"]))
-    if partly:
-        message = f"{len(partly)} rows have an empty answer among others: the adapter learns to say nothing there"
-        found.append(Finding.of("warning", split.where, message, partly))
-    return found
 
 
 def _quantiles(lengths: np.ndarray) -> dict[str, int]:

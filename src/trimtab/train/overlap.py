@@ -30,8 +30,7 @@ def turns(row: Row) -> list[tuple[str, str]]:
     messages = row.conversation
     if messages is None:
         return [(row.text or "", "")]
-    asked = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= row.first_supervised]
-    return [("\n".join(m["content"] for m in messages[:i]), messages[i]["content"]) for i in asked]
+    return [("\n".join(m["content"] for m in messages[:i]), messages[i]["content"]) for i in row.answers]
 
 
 def duplicates(where: str, rows: Sequence[Row]) -> list[Finding]:

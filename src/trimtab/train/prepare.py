@@ -102,11 +102,15 @@ def make_variant(run: RunConfig, base: Base, config: VariantConfig, examples: Se
 
 
 def warn_of_rows(prepared: Prepared, listener: Listener) -> None:
-    """Say which rows were left out, and what about the template may spoil training."""
+    """Say which rows were left out, what no row uses, and what about the template may spoil training."""
     warnings = {w for splits in prepared.data.values() for w in splits.train.warnings if not w.startswith("note:")}
     for warning in sorted(warnings):
         listener.warning(warning)
     for name, splits in prepared.data.items():
         for split, dataset in vars(splits).items():
-            if dataset is not None and dataset.dropped:
+            if dataset is None:
+                continue
+            for note in dataset.notes:
+                listener.warning(f"data.{name}.{split}: {note}")
+            if dataset.dropped:
                 listener.warning(f"data.{name}.{split}: left out {'; '.join(summarise_dropped(dataset.dropped))}")

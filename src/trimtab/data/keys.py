@@ -1,0 +1,95 @@
+"""The keys to which common formats of rows give a meaning, in one table, and what becomes of a row that has one.
+
+Formats: OpenAI's chat fine-tuning, ShareGPT and axolotl, LLaMA-Factory and Alpaca, TRL, ms-swift. A key of the table is honoured exactly,
+or a row in which it says something is dropped with the reason. A value that says nothing (null, an empty list, a weight of 1) is as if
+the key were not there. Keys that stand neither here nor among the columns of a form are unused: `sources` reports them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class Repeated(tuple[Any, ...]):
+    """What a record has for a column whose name stands several times in the header: the cells of all of them."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """why: a row is dropped in which the key says something. neutral(value): whether it says nothing."""
+
+    why: str
+    neutral: Callable[[Any], bool]
+
+
+def is_empty(value: Any) -> bool:
+    """Null in all its spellings: also NaN (pandas), blank text, and an empty list or object written as text (a cell of a CSV)."""
+    if isinstance(value, Repeated):
+        return all(map(is_empty, value))
+    if isinstance(value, str):
+        return value.strip() in ("", "null", "[]", "{}")
+    return value is None or value != value or (isinstance(value, list | dict | tuple) and not value)
+
+
+def flag(value: Any) -> bool | None:
+    """A mark as true or false, as a boolean, a number or text; None where it is neither 0 nor 1."""
+    if isinstance(value, str):
+        value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return bool(number) if number in (0.0, 1.0) else None
+
+
+def _may_be(*values: Any) -> Callable[[Any], bool]:
+    """Neutral: null, or one of these; True and False in any spelling."""
+    flags = [v for v in values if isinstance(v, bool)]
+    return lambda v: is_empty(v) or flag(v) in flags or (isinstance(v, str) and v in values)
+
+
+_TOOLS = "tools are not rendered"
+_MEDIA = "images, video and sound are not read"
+_REASONING = "reasoning beside the answer is not rendered"
+_PAIR = "a pair of a better and a worse answer is not something to imitate; map the one to learn, such as `columns: {completion: chosen}`"
+_TEMPLATE = "settings of the chat template are not passed on"
+_WEIGHT = "rows are not weighted one by one; give a source a weight instead"
+
+PAIRS = ("chosen", "rejected", "preferred_output", "non_preferred_output")
+
+ROW_KEYS: Mapping[str, Key] = {
+    **dict.fromkeys(("tools", "functions"), Key(_TOOLS, is_empty)),
+    "tool_choice": Key(_TOOLS, _may_be("auto", "none")),
+    "function_call": Key(_TOOLS, _may_be("auto", "none")),
+    "parallel_tool_calls": Key(_TOOLS, _may_be(True)),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), Key(_MEDIA, is_empty)),
+    "documents": Key("documents beside the conversation are not rendered", is_empty),
+    **dict.fromkeys(("reasoning_content", "thinking"), Key(_REASONING, is_empty)),
+    **dict.fromkeys(("chat_template", "chat_template_kwargs"), Key(_TEMPLATE, is_empty)),
+    **dict.fromkeys(PAIRS, Key(_PAIR, is_empty)),
+    **dict.fromkeys(("weight", "loss_weight", "sample_weight"), Key(_WEIGHT, _may_be(True))),
+    **dict.fromkeys(("train", "training"), Key("the row is marked as not to be trained on", _may_be(True))),
+    "train_on_inputs": Key("what stands before an answer is never supervised", _may_be(False)),
+    "kto_tag": Key("the answer is marked as unwanted, and imitation would learn it", _may_be(True)),
+}
+"""Of a row. Beside these, `forms` and `rows` honour the columns of the forms, `system` and `history`, and read a `label` of 0 or 1 as the
+mark of KTO."""
+
+MARKS = ("weight", "train", "training", "loss")
+"""Of a turn: 0 or false says that it is not to be learnt, which is honoured."""
+
+TURN_KEYS: Mapping[str, Key] = {
+    **dict.fromkeys(("tool_calls", "function_call", "tool_call_id", "tools", "functions"), Key(_TOOLS, is_empty)),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), Key(_MEDIA, is_empty)),
+    **dict.fromkeys(("reasoning_content", "reasoning", "reasoning_details", "thinking"), Key(_REASONING, is_empty)),
+    "name": Key("names of participants are not rendered", is_empty),
+    "refusal": Key("a refusal beside the content is not rendered", is_empty),
+    "annotations": Key("annotations are not rendered", is_empty),
+    **dict.fromkeys(("train_detail", "training_detail"), Key("parts of a turn are not marked one by one", is_empty)),
+    "channel": Key("channels are not rendered", _may_be("final")),
+    "recipient": Key(_TOOLS, _may_be("all")),
+    "prefix": Key("an answer that is begun is not told from a whole one", _may_be(False)),
+}
+"""Of a turn, beside role and content (from and value) and `MARKS`."""

@@ -1,0 +1,173 @@
+"""Text and lists of messages as rows hold them: checked, in either spelling, with the marks that say what is to be learnt.
+
+`BadRow` where a value is not what it should be; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from trimtab.bases.template import BadRow, Message
+from trimtab.data.keys import MARKS, TURN_KEYS, flag, is_empty
+from trimtab.errors import nearest
+
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+}
+SPELLINGS = ("role", "content", "from", "value")
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+
+Turn = tuple[Message, bool]
+"""A message, and whether it may be learnt: False where its author marked it so."""
+
+
+class TwiceError(ValueError):
+    """An object has a key twice: which of the two values is meant is not known."""
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise TwiceError(f"duplicate key: {next(k for k in found if keys.count(k) > 1)!r} stands twice in one object")
+    return found
+
+
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_unique)
+JSON_ERRORS = (ValueError, RecursionError)  # a JSONDecodeError, a number of 5,000 digits, a thousand open brackets
+
+
+def read_turns(value: Any, where: str) -> list[Turn]:
+    """A list of messages in either spelling (role/content, from/value), also as JSON text; roles that are not known are refused."""
+    value = listed(value, where)
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"bad messages: {where} is {kind_of(value)}, not a list of messages")
+    return [_turn(turn, f"{where}[{i}]") for i, turn in enumerate(value)]
+
+
+def listed(value: Any, where: str) -> Any:
+    """`value`, or what it spells where it is a list written as JSON text: the cell of a CSV."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return STRICT_JSON.decode(value)
+    except TwiceError as error:
+        raise BadRow(f"{error} of {where}") from None
+    except JSON_ERRORS as error:
+        raise BadRow(f"bad messages: {where} is text that is not JSON: {error}") from None
+
+
+def unused_keys(value: Any, where: str) -> set[str]:
+    """Keys of messages to which no format gives a meaning, as reports name them."""
+    known = {*SPELLINGS, *MARKS, *TURN_KEYS}
+    turns = value if isinstance(value, list) else []
+    return {f"{where}[].{k}" for t in turns if isinstance(t, dict) for k in t.keys() - known if not is_empty(t[k])}
+
+
+def _turn(turn: Any, where: str) -> Turn:
+    if not isinstance(turn, dict):
+        raise BadRow(f"bad messages: {where} is {kind_of(turn)}, not an object with role and content")
+    _refuse_keys(turn, where)
+    said = _either(turn, "role", "from", where)
+    if not isinstance(said, str) or said not in ROLES:
+        raise BadRow(f"unknown role: {where} has role {said!r}{nearest(str(said), ROLES)}")
+    role = ROLES[said]
+    learnt = _learnt(turn, role, where)
+    return {"role": role, "content": text_of(_either(turn, "content", "value", where), f"{where}.content")}, learnt
+
+
+def _refuse_keys(turn: Mapping[str, Any], where: str) -> None:
+    """BadRow where a key says something that cannot be honoured."""
+    for key in sorted(turn.keys() & TURN_KEYS.keys()):
+        if not TURN_KEYS[key].neutral(turn[key]):
+            raise BadRow(f"{'tool calls' if key in ('tool_calls', 'function_call') else key}: {where} has {key}: {TURN_KEYS[key].why}")
+
+
+def _either(turn: Mapping[str, Any], name: str, other: str, where: str) -> Any:
+    """The value of a key in either spelling; tables of mixed rows have both, one of them null."""
+    a, b = turn.get(name), turn.get(other)
+    if a is not None and b is not None and a != b:
+        raise BadRow(f"bad messages: {where} has both {name} and {other}, and they differ")
+    return b if a is None else a
+
+
+def _learnt(turn: Mapping[str, Any], role: str, where: str) -> bool:
+    """Whether a turn may be learnt, by its marks. Only answers are ever learnt: a mark that asks for more cannot be honoured."""
+    learnt = True
+    for key in [k for k in MARKS if k in turn]:
+        value = turn[key]
+        if is_empty(value):
+            continue
+        if (mark := flag(value)) is None:
+            raise BadRow(f"{key}: {where} has {key} {value!r}, and only 0 and 1 can be honoured")
+        if mark and role != "assistant" and key != "weight":
+            raise BadRow(f"{key}: {where} is a turn of the {role} that is marked to be learnt; only answers are")
+        learnt = learnt and mark
+    return learnt
+
+
+def text_of(value: Any, where: str) -> str:
+    """`value` as text; a list of text parts, as OpenAI writes content, is joined."""
+    if isinstance(value, list) and value:
+        value = "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
+    if not isinstance(value, str):
+        raise BadRow(f"not text: {where} is {kind_of(value)}")
+    if (found := bad_character(value)) is not None:
+        raise BadRow(f"{found} in {where}")
+    return value
+
+
+def _part(part: Any, where: str) -> str:
+    """The text of a part; all that it may have besides is null."""
+    if not isinstance(part, dict):
+        raise BadRow(f"not text: {where} is {kind_of(part)}")
+    if part.get("type") not in _TEXT_PARTS:
+        raise BadRow(f"not text: {where} is a part of type {part['type']!r}")
+    if not isinstance(part.get("text"), str):
+        raise BadRow(f"not text: the text of {where} is {kind_of(part.get('text'))}")
+    more = [key for key, v in part.items() if key not in ("type", "text", "cache_control") and not is_empty(v)]
+    if more:
+        raise BadRow(f"not text: {where} has {', '.join(map(str, more))} beside its text")
+    return str(part["text"])
+
+
+def filled(value: Any, where: str) -> str:
+    """`value` as text that is more than blanks."""
+    text = text_of(value, where)
+    if not text.strip():
+        raise BadRow(f"empty: {where} has no text")
+    return text
+
+
+def bad_character(text: str) -> str | None:
+    """What keeps `text` from being trained on, or None. Bytes that were not UTF-8 arrive as surrogates (PEP 383) and are named as bytes."""
+    if "\0" in text:
+        return "control character U+0000"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        return f"not UTF-8: byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"not Unicode: lone surrogate U+{code:04X}"
+    return None
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in a reader's words."""
+    kinds = {type(None): "null", dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return "an empty list" if value == [] else kinds.get(type(value), type(value).__name__)
+
+
+def pairs(value: Any, where: str) -> Iterable[Any]:
+    """The two sides of each pair of a list of pairs, one after the other."""
+    value = listed(value, where)
+    if not isinstance(value, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in value):
+        raise BadRow(f"{where}: {kind_of(value)} that is no list of pairs [user, assistant]")
+    return (side for pair in value for side in pair)
