@@ -67,7 +67,7 @@ def _is_neutral(key: str, value: Any) -> bool:
 
 
 def _role(turn: Any) -> str | None:
-    return ROLES.get(turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+    return ROLES.get(str(turn.get("role") or turn.get("from"))) if isinstance(turn, dict) else None
 
 
 def check_columns(seen: Iterable[str], columns: Mapping[str, str], where: str, *, any_form: bool) -> None:
