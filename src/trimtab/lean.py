@@ -4,7 +4,8 @@ The same formulas as the model's own forward in a tenth of the operations: proje
 the layout that the matmul wants, and everything between them is one kernel each (`ops.native`), keys and values straight into the cache.
 Few rows whose edits are LoRA, IA³ and bottlenecks run all layers in one native call (`ops.stack`) of the same kernels.
 Edits of every method go through the same kernels of `ops` as everywhere. What is trusted is a comparison: before its first use it runs
-beside the model's own forward, and where the two differ the model keeps its own. It copies the projections' weights, if memory allows.
+beside the model's own forward, and where the two differ the model keeps its own. Projections' weights are copied, where the machine is
+large enough.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from trimtab import ops
 from trimtab.attention import KVCache, PagedKV, Plan, Run, lay_out, over_buckets
+from trimtab.bases.machine import machine_memory
 from trimtab.ops import native, native_inference
 from trimtab.ops.stack import Edit, EditTable, LayerWeights, Stack
 
@@ -35,7 +36,8 @@ LONG = 64
 FEW_ROWS = 128
 """Up to so many rows a matmul is bound by reading its weights; beyond, the library's own blocking is faster."""
 MEMORY_SHARE = 0.25
-"""Weights are copied into the matmul's layout where that takes at most this share of the memory that is free."""
+"""Weights are copied into the matmul's layout where that takes at most this share of all memory. Not of what is free: a copy's results
+differ from the original's by rounding, and the same run on the same machine must give the same numbers."""
 
 T = TypeVar("T")
 Linear = Callable[[Tensor], Tensor]
@@ -59,8 +61,7 @@ class Lean:
     def __init__(self, attached: Attached):
         self.attached, spec, body = attached, attached.spec, attached.body
         self.heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        weights = sum(p.numel() * p.element_size() for p in body.layers.parameters())
-        packs = attached.dtype == torch.bfloat16 and weights <= MEMORY_SHARE * psutil.virtual_memory().available
+        packs = attached.dtype == torch.bfloat16 and _bytes_of(body.layers, attached.head_module) <= MEMORY_SHARE * machine_memory()[0]
         self.layers = [_Layer(attached, i, layer, packs) for i, layer in enumerate(body.layers)]
         self.sites = frozenset(name for layer in self.layers for name in layer.sites) | {spec.family.head}
         self.norm, self.eps = body.norm.weight, body.norm.variance_epsilon
@@ -109,6 +110,10 @@ class Lean:
         H, _, D = self.heads
         q_THD = qkv_T[rows, : H * D].reshape(-1, H, D)
         a_TH[rows] = over_buckets(q_THD, *pools, layout, layer.scaling, None, layer.window).flatten(1)
+
+
+def _bytes_of(*modules: Any) -> int:
+    return sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
 
 
 def _paging(plan: Plan, cache: KVCache) -> tuple[Paging, list[tuple[slice, Any]]]:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.train.common import METHODS, metrics, run, run_file, tiny_base
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import BaseError, ConfigError, DataError
 from trimtab.store import Adapter
 from trimtab.train import RunConfig, train
 from trimtab.train.listen import Silent
@@ -153,3 +153,19 @@ def test_left_out_rows_are_told(tmp_path: Path) -> None:
 
     train(RunConfig.from_dict(content, root=tmp_path), base=tiny_base(), listener=Ear())
     assert any("data.a.train: left out" in text and "a.jsonl:12" in text for text in heard)
+
+
+def test_a_base_that_changes_during_a_run_is_told_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Something else in the process writes to a weight: the adapters are on disk all the same, and the error says where."""
+    base = tiny_base()
+
+    class Writes(Silent):
+        def step(self, line) -> None:
+            base.model.lm_head.weight.data[0, 0] += 1.0
+
+    content = run_file(tmp_path, {n: METHODS[n] | {"data": "a", "max_steps": 2} for n in ("lora", "full")})
+    with pytest.raises(BaseError, match=r"(?s)'tiny-llama' has changed during training: sha256:.*fix: find") as told:
+        train(RunConfig.from_dict(content, root=tmp_path), base=base, listener=Writes())
+    assert str(tmp_path / "out" / "adapters") in str(told.value)
+    assert Adapter.load(tmp_path / "out" / "adapters" / "lora", tiny_base()).info["run"]
+    assert (tmp_path / "out" / "adapters" / "full" / "model.safetensors").exists() and not (tmp_path / "out" / "summary.json").exists()

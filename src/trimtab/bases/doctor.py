@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import psutil
 import torch
 
 from trimtab.bases.bundled import BUNDLED_FINGERPRINT, PACKAGE, SMOLLM2, VERSION, WEIGHTS_SHA256, WEIGHTS_SIZE, bundled_folder, find_gguf
@@ -19,6 +18,7 @@ from trimtab.bases.cache import cache_dir
 from trimtab.bases.fingerprint import fingerprint_folder
 from trimtab.bases.gguf import is_converted, sha256_of_file
 from trimtab.bases.load import cpu_has_bf16
+from trimtab.bases.machine import machine_memory
 from trimtab.errors import TrimtabError
 from trimtab.ops import native, varlen
 
@@ -26,7 +26,6 @@ MIN_PYTHON = (3, 11)
 MIN_TORCH, MIN_TRANSFORMERS = (2, 6), (5, 0)
 MIN_FREE_RAM_BYTES = 2 * 10**9
 MIN_FREE_DISK_BYTES = 2 * 10**9
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -124,12 +123,7 @@ def _attention() -> Check:
 
 
 def _memory() -> Check:
-    machine = psutil.virtual_memory()
-    total, free = machine.total, machine.available
-    for path in CGROUP_LIMITS:  # a container sees the host's memory but may use only its share
-        text = Path(path).read_text().strip() if Path(path).exists() else ""
-        if text.isdigit() and int(text) < total:
-            total, free = int(text), min(free, int(text))
+    total, free = machine_memory()
     ok = free >= MIN_FREE_RAM_BYTES
     advice = "" if ok else "close other programs; training the bundled base takes about 3 GB."
     return Check("memory", f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB available", ok, advice)

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import psutil
 import torch
 
 from trimtab.bases import resolve_dtype
-from trimtab.bases.doctor import CGROUP_LIMITS
+from trimtab.bases.machine import machine_memory
 from trimtab.data import order
 from trimtab.errors import ConfigError
 from trimtab.methods import FullConfig, Method
@@ -146,9 +145,7 @@ def available_bytes(device: torch.device) -> int:
     """Memory that can still be had on the device; on a CPU within the container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = int(psutil.virtual_memory().available)
-    limits = [text for p in CGROUP_LIMITS if Path(p).exists() and (text := Path(p).read_text().strip()).isdigit()]
-    return min([free, *map(int, limits)])
+    return machine_memory()[1]
 
 
 def _answers(run: RunConfig, report: CheckReport) -> int:

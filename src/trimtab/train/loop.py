@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import bases
-from trimtab.errors import Mistakes
+from trimtab.errors import BaseError, Mistakes
 from trimtab.methods import FullConfig
 from trimtab.model import Base, load_base
 from trimtab.store import Adapter
@@ -96,11 +96,13 @@ def train(
         keeper = Keeper(prepared, what, start, listener)
         with keeper.metrics:
             _steps(keeper, validator, listener, stop, beside)
-        after = bases.fingerprint_model(base.model)
-        assert after == before, "the frozen base has changed during training"
         adapters = {v.name: adapter_of(prepared, v) for v in prepared.variants if not isinstance(v, FullVariant)}
         with keeper.explained():
             sizes = save(prepared, adapters)
+        after = bases.fingerprint_model(base.model)
+        if after != before:
+            raise _changed(run, before, after)
+        with keeper.explained():
             listener.status("scoring on held-out rows")
             scored = evaluate(prepared, adapters, tests, listener)
             note_scores(prepared, adapters, scored)
@@ -110,6 +112,15 @@ def train(
             write_page([run.out], run.out / "report.html")
             _publish(run, target, base, summary, listener)
     return Report(run.out, summary, adapters, base)
+
+
+def _changed(run: RunConfig, before: str, after: str) -> BaseError:
+    return BaseError(
+        f"the base {run.base!r} has changed during training: {before} before the first step, {after} after the last. What was trained is"
+        f" saved in {run.out / 'adapters'}, but not scored: it may not fit the base as it is stored",
+        fix="find what writes to the base's weights in this process (trimtab does not), load the base anew and train again;"
+        " `trimtab eval` shows what the saved adapters do on it",
+    )
 
 
 def finished(run: RunConfig, base: Base | None, listener: Listener, store: str | Path | None = None) -> Report:
