@@ -1,12 +1,14 @@
 """OpenAI's routes with a real engine on a tiny base: what comes back, and that it is what the engine alone would say."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests.http.common import BASE, CHAT, TEXT, Site, adapter_folders, base_of, call, error_of, events, post, site
+from tests.http.common import BASE, CHAT, TEXT, Site, adapter_folders, base_of, call, client, error_of, events, post, site
 from tests.tiny import EOS_ID
 from trimtab.http.assemble import Asked
 from trimtab.http.schema import MAX_N
@@ -208,6 +210,32 @@ def test_answers_keep_to_a_grammar(served: Site, constraint, good):
         body = CHAT | {"temperature": 1.0, "seed": seed, "max_tokens": 200} | constraint
         choice = post(served.app, "/v1/chat/completions", body).json()["choices"][0]
         assert good(choice["message"]["content"]), choice
+
+
+def test_a_grammar_that_takes_too_long_is_its_askers_trouble(monkeypatch: pytest.MonkeyPatch):
+    """Ten of them, and another tenant's plain request beside them: the engine's step never waits for a grammar."""
+    monkeypatch.setattr("trimtab.serve.grammars.OPEN_S", 0.2)
+    slow = {"type": "object", "patternProperties": {f"^a{i}.*b{i}$": {"type": "string"} for i in range(300)}}
+    with site() as s:
+        for body, param in (
+            (CHAT | {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": slow}}}, "response_format"),
+            (CHAT | {"structured_outputs": {"json": slow}, "stream": True}, "structured_outputs"),
+            (CHAT | {"structured_outputs": {"regex": "a(b"}}, "structured_outputs"),
+        ):
+
+            async def several(body: dict[str, object] = body) -> list[httpx.Response]:
+                async with client(s.app) as c:
+                    bad = [asyncio.create_task(c.post("/v1/chat/completions", json=body)) for _ in range(3)]
+                    await asyncio.sleep(0.02)
+                    plain = await c.post("/v1/chat/completions", json=CHAT)
+                    assert plain.status_code == 200
+                    return await asyncio.gather(*bad)
+
+            for response in asyncio.run(several()):
+                error = error_of(response, 400)
+                assert (error["param"], error["code"]) == (param, "invalid_value"), error
+                assert "processor time" in error["message"] or "cannot be followed" in error["message"]
+        s.idle()
 
 
 def test_json_object_is_json_as_far_as_it_goes(served: Site):

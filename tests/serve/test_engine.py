@@ -302,8 +302,9 @@ def test_a_stop_text_ends_the_answer_before_it():
     assert heard.finish == "stop" and heard.text == free.text[: free.text.index(stop)] and len(heard.ids) < 30
 
 
-def test_grammars_hold_and_end_the_answer(monkeypatch):
+def test_grammars_hold_and_end_the_answer():
     import json
+    import signal
 
     from trimtab.serve.request import Grammar
 
@@ -316,15 +317,24 @@ def test_grammars_hold_and_end_the_answer(monkeypatch):
     assert a.finish == "stop" and json.loads(a.text)["n"] in (1, 22)
     assert b.finish == "stop" and b.text in ("ja", "nein") and b.tokens[0].logprob < 0 and len(b.tokens[0].top) == 2
     assert without_end(engine, c.ids) == solo("llama", tokens(8, 1), None, 6)
-    monkeypatch.setattr("trimtab.serve.grammar.MAX_STATES", 20)
-    vast = ask(engine, "v", 8, max_tokens=200, grammar=Grammar("regex", "(a|b)*a(a|b){20}"))
+    slow = ask(engine, "s", 8, max_tokens=9, grammar=Grammar("regex", "[ab]{9}"), tenant="slow")
+    while not slow.tokens:
+        engine.step()
+    engine._live["s"].matcher.process.popen.send_signal(signal.SIGSTOP)  # its masks do not come any more
     beside = ask(engine, "x", tokens(8, 1), max_tokens=6)
+    while not beside.finish:
+        engine.step()
+    assert without_end(engine, beside.ids) == without_end(engine, c.ids) and not slow.finish
+    engine._live["s"].matcher.process.popen.send_signal(signal.SIGCONT)
+    wrong = ask(engine, "d", 8, grammar=Grammar("regex", "a(b"))
+    nope = ask(engine, "e", 8, grammar=Grammar("json_schema", '{"type": "nope"}'))
+    gone = ask(engine, "g", 8, grammar=Grammar("regex", "[ab]{9}"), tenant="slow")
+    engine.cancel("g")
     finish(engine)
-    assert vast.finish == "error" and "its grammar" in str(vast.error) and vast.error.http_status == 400 and beside.ids == c.ids
-    with pytest.raises(TrimtabError, match="cannot be followed"):
-        ask(engine, "d", 8, grammar=Grammar("regex", "a(b"))
-    with pytest.raises(TrimtabError, match="cannot be followed"):
-        engine.prepare(Grammar("json_schema", '{"type": "nope"}'))
+    assert slow.finish == "stop" and len(slow.text) == 9 and set(slow.text) <= {"a", "b"} and gone.finish == "cancelled"
+    for heard in (wrong, nope):
+        assert heard.finish == "error" and "cannot be followed" in str(heard.error) and heard.error.http_status == 400
+    engine.close()
 
 
 def test_the_engines_own_thread_serves_many_callers():

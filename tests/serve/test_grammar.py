@@ -11,11 +11,12 @@ import pytest
 from tests.tiny import EOS_ID, tiny_tokenizer
 from trimtab.errors import TrimtabError
 from trimtab.serve import grammar as grammar_module
-from trimtab.serve.grammar import Grammars, masks
+from trimtab.serve.grammar import Compiler
+from trimtab.serve.grammars import Grammars, masks
 from trimtab.serve.request import Grammar
 
 TOKENIZER = tiny_tokenizer()
-GRAMMARS = Grammars(TOKENIZER, 300, {EOS_ID, 256})
+COMPILER = Compiler(TOKENIZER.backend_tokenizer.to_str(), 300, {EOS_ID, 256})
 
 
 def allowed(matcher) -> set[int]:
@@ -24,7 +25,7 @@ def allowed(matcher) -> set[int]:
 
 def takes(grammar: Grammar, text: str) -> bool:
     """Whether the text, and an end after it, follow the grammar."""
-    matcher = GRAMMARS.matcher(grammar)
+    matcher = COMPILER.matcher(grammar.kind, grammar.text)
     for i in TOKENIZER(text, add_special_tokens=False)["input_ids"]:
         if i not in allowed(matcher):
             return False
@@ -60,7 +61,7 @@ def test_what_follows_and_what_does_not(kind, text, good, bad):
 
 
 def test_an_end_is_allowed_where_the_grammar_may_end_and_nowhere_else():
-    matcher = GRAMMARS.matcher(Grammar("regex", "a+"))
+    matcher = COMPILER.matcher("regex", "a+")
     assert allowed(matcher) == {TOKENIZER.encode("a")[0]}
     matcher.advance(TOKENIZER.encode("a")[0])
     assert allowed(matcher) == {TOKENIZER.encode("a")[0], EOS_ID, 256} and not matcher.done
@@ -89,29 +90,30 @@ def test_blanks_between_parts_are_bounded():
 def test_what_cannot_be_followed_is_refused_soon(kind, text, words):
     began = time.perf_counter()
     with pytest.raises(TrimtabError, match=words) as caught:
-        GRAMMARS.matcher(Grammar(kind, text))
+        COMPILER.matcher(kind, text)
     assert time.perf_counter() - began < 5 and caught.value.http_status == 400 and len(str(caught.value)) < 600
 
 
 def test_a_grammar_is_compiled_once_and_kept_for_a_while(monkeypatch):
-    monkeypatch.setattr(grammar_module, "MAX_KEPT", 2)
-    ours, compiled = Grammars(TOKENIZER, 300, {EOS_ID}), []
+    monkeypatch.setattr(grammar_module, "KEPT_BYTES", 10)
+    monkeypatch.setattr(grammar_module, "resident_bytes", lambda: 0)
+    ours, compiled = Compiler(TOKENIZER.backend_tokenizer.to_str(), 300, {EOS_ID}), []
     real = ours._compile
-    monkeypatch.setattr(ours, "_compile", lambda g: compiled.append(g.text) or real(g))
-    for text in ("a", "b", "a", "c", "a", "b"):
-        ours.matcher(Grammar("regex", text))
-    assert compiled == ["a", "b", "c", "b"]
+    monkeypatch.setattr(ours, "_compile", lambda kind, text: compiled.append(text) or real(kind, text))
+    for text in ("a", "b", "a", "c", "a", "b", "a" * 20, "a", "a"):
+        ours.matcher("regex", text)
+    assert compiled == ["a", "b", "c", "b", "a" * 20, "a"], "by bytes: the long one was not kept, nor what was older"
 
 
 def test_matchers_of_one_grammar_do_not_know_each_other():
-    first, second = GRAMMARS.matcher(Grammar("regex", "ab")), GRAMMARS.matcher(Grammar("regex", "ab"))
+    first, second = COMPILER.matcher("regex", "ab"), COMPILER.matcher("regex", "ab")
     first.advance(TOKENIZER.encode("a")[0])
     assert allowed(first) == {TOKENIZER.encode("b")[0]} and allowed(second) == {TOKENIZER.encode("a")[0]}
     assert masks([first, second], 300).sum() == 2
 
 
 def test_a_token_off_the_grammar_leaves_a_reason_and_no_tokens():
-    matcher = GRAMMARS.matcher(Grammar("regex", "ab"))
+    matcher = COMPILER.matcher("regex", "ab")
     assert not matcher.advance(5) and "grammar" in matcher.error
     assert allowed(matcher) == set() and not matcher.done
 
@@ -124,7 +126,7 @@ def test_without_the_library_the_fix_is_named(monkeypatch):
 
 @pytest.mark.parametrize("regex", ["(((a{1,500}){1,500}){1,500})", "(a|b)*a(a|b){20}", ".*a.{1,200}b.*"])
 def test_hard_grammars_stay_quick_or_give_up(regex):
-    matcher, slowest = GRAMMARS.matcher(Grammar("regex", regex)), 0.0
+    matcher, slowest = COMPILER.matcher("regex", regex), 0.0
     for _ in range(150):
         began = time.perf_counter()
         may = allowed(matcher)
@@ -134,3 +136,105 @@ def test_hard_grammars_stay_quick_or_give_up(regex):
             break
         matcher.advance(TOKENIZER.encode("a")[0])
     assert slowest < 1.0
+
+
+# ---- in processes of their own ----
+
+SLOW = json.dumps({"type": "object", "patternProperties": {f"^a{i}.*b{i}$": {"type": "string"} for i in range(300)}})
+
+
+@pytest.fixture
+def grammars(monkeypatch):
+    monkeypatch.setattr("trimtab.serve.grammars.OPEN_S", 0.3)
+    made = Grammars(TOKENIZER, 300, {EOS_ID, 256})
+    yield made
+    made.shutdown()
+
+
+def ready(grammars, *matchers) -> None:
+    grammars.wait(matchers, 60)
+    assert all(m.ready for m in matchers)
+
+
+def test_a_matcher_in_a_process_says_what_one_here_says(grammars):
+    for kind, text in (("json_schema", json.dumps(SCHEMA)), ("regex", "(ab|ac)+"), ("choice", '["ja", "nein"]'), ("json_object", "")):
+        here, there = COMPILER.matcher(kind, text), grammars.matcher(Grammar(kind, text))
+        for _ in range(30):
+            ready(grammars, there)
+            assert (there.mask, there.done, there.error) == (b"" if here.done else here.mask, here.done, "")
+            if here.done:
+                break
+            token = min(allowed(here))
+            here.advance(token)
+            there.advance(token)
+        there.close()
+
+
+def test_what_is_wrong_is_heard_later(grammars):
+    wrong = grammars.matcher(Grammar("regex", "a(b"))
+    off = grammars.matcher(Grammar("regex", "ab"))
+    off.advance(5)
+    ready(grammars, wrong, off)
+    assert "cannot be followed" in wrong.error and "grammar" in off.error
+    assert masks([wrong, off], 300).sum() == 0
+    with pytest.raises(TrimtabError, match="at most 65536"):
+        grammars.matcher(Grammar("regex", "a" * 70000))
+
+
+def test_a_grammar_that_takes_too_long_ends_alone(grammars):
+    """Its neighbours in the process go on where they were; another tenant has a process of its own and does not even wait."""
+    fine, here = grammars.matcher(Grammar("regex", "(ab|ac)+"), "a"), COMPILER.matcher("regex", "(ab|ac)+")
+    ready(grammars, fine)
+    for letter in "aba":
+        fine.advance(TOKENIZER.encode(letter)[0])
+        here.advance(TOKENIZER.encode(letter)[0])
+    ready(grammars, fine)
+    slow = grammars.matcher(Grammar("json_schema", SLOW), "a")
+    behind = grammars.matcher(Grammar("regex", "x+"), "a")
+    other = grammars.matcher(Grammar("regex", "y+"), "b")
+    assert other.process is not fine.process and slow.process is fine.process is behind.process
+    ready(grammars, slow, fine, behind, other)
+    assert "more than 0.3 s of processor time" in slow.error
+    assert not fine.error and fine.mask == here.mask
+    assert allowed(behind) == {TOKENIZER.encode("x")[0]} and allowed(other) == {TOKENIZER.encode("y")[0]}
+    fine.advance(TOKENIZER.encode("c")[0])
+    here.advance(TOKENIZER.encode("c")[0])
+    ready(grammars, fine)
+    assert fine.mask == here.mask and len(grammars._processes) == 2
+
+
+def test_a_grammar_that_takes_too_much_memory_ends_alone(grammars, monkeypatch):
+    monkeypatch.setattr("trimtab.serve.grammars.OPEN_S", 20.0)
+    monkeypatch.setattr("trimtab.serve.grammars.ROOM_BYTES", 4 << 20)
+    fine = grammars.matcher(Grammar("regex", "x+"), "a")
+    vast = grammars.matcher(Grammar("json_schema", SLOW), "a")
+    ready(grammars, fine, vast)
+    assert "too much memory" in vast.error and not fine.error and allowed(fine) == {TOKENIZER.encode("x")[0]}
+
+
+def test_a_process_that_is_killed_is_made_anew_for_those_who_were_there(grammars):
+    fine = grammars.matcher(Grammar("regex", "xyx"))
+    ready(grammars, fine)
+    fine.advance(TOKENIZER.encode("x")[0])
+    ready(grammars, fine)
+    fine.process.popen.kill()
+    for _ in range(600):
+        if fine.lost:
+            break
+        time.sleep(0.01)
+    ready(grammars, fine)
+    assert allowed(fine) == {TOKENIZER.encode("y")[0]}
+
+
+def test_a_tokenizer_that_cannot_be_used_is_said(grammars, monkeypatch):
+    monkeypatch.setattr(grammars, "_stop_ids", [-5])
+    matcher = grammars.matcher(Grammar("regex", "a"))
+    ready(grammars, matcher)
+    assert "cannot be followed here" in matcher.error
+
+
+def test_the_process_imports_neither_torch_nor_transformers():
+    import subprocess
+
+    code = "import trimtab.serve.grammar_process, sys; print({'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from fastapi import FastAPI
-from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive
 
 from trimtab.errors import TrimtabError
@@ -95,26 +94,19 @@ class Answer:
 
         self._watch = asyncio.create_task(watching())
 
-    async def submit(self, requests: Sequence[Request], *, in_thread: bool = False) -> None:
-        """Hand over the requests, in the order of their choices; none where the client has left. Raises what the engine says of them.
-        in_thread: where the engine may take long over it."""
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Hand over the requests, in the order of their choices; none where the client has left. Raises what the engine says of them."""
         if self._gone:
             raise ClientGone
         self._live = {i: r.id for i, r in enumerate(requests)}
         taken: list[int] = []
         try:
-            if in_thread:
-                await run_in_threadpool(self._hand_over, requests, taken)
-            else:
-                self._hand_over(requests, taken)
+            for index, request in enumerate(requests):
+                self.engine.submit(request, partial(self.mailbox.post, self, index))
+                taken.append(index)
         finally:
             self._live = {i: name for i, name in self._live.items() if i in taken}
             self._sealed = True
-
-    def _hand_over(self, requests: Sequence[Request], taken: list[int]) -> None:
-        for index, request in enumerate(requests):
-            self.engine.submit(request, partial(self.mailbox.post, self, index))
-            taken.append(index)
 
     def take(self, index: int, delta: Delta) -> None:
         """What the engine has to say of one choice."""

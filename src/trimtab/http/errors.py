@@ -18,11 +18,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from trimtab.errors import AdapterError, AuthError, LimitError, NotFoundError, OverloadedError, TrimtabError, nearest
+from trimtab.serve.grammar import GrammarError
 from trimtab.serve.keys import redacted
 
 MAX_FINDINGS, MAX_ERRORS = 8, 64
 RETRY_S = 5
 """When to try again after trouble of which nobody knows how long it lasts."""
+BAD_GRAMMAR = "invalid_grammar"
 CLIENT_GONE = 499
 """nginx's number for a client that went away before its answer; nobody reads it but the log."""
 
@@ -103,12 +105,13 @@ def fault_of(error: TrimtabError) -> Fault:
     status = error.http_status
     retry = {"Retry-After": str(RETRY_S)} if status == 503 else {}
     if isinstance(error, LimitError):
-        code = "overloaded" if isinstance(error, OverloadedError) else "rate_limit_exceeded"
-        return Fault(error.render(), status=status, code=code, headers={"Retry-After": str(max(1, math.ceil(error.retry_after)))})
+        limit = "overloaded" if isinstance(error, OverloadedError) else "rate_limit_exceeded"
+        return Fault(error.render(), status=status, code=limit, headers={"Retry-After": str(max(1, math.ceil(error.retry_after)))})
     if isinstance(error, AuthError):
-        code = "invalid_api_key" if status == 401 else "forbidden"
-        return Fault(error.render(), status=status, code=code, headers={"WWW-Authenticate": "Bearer"} if status == 401 else {})
-    return Fault(error.render(), status=status, code="not_found" if isinstance(error, NotFoundError) else None, headers=retry)
+        named = "invalid_api_key" if status == 401 else "forbidden"
+        return Fault(error.render(), status=status, code=named, headers={"WWW-Authenticate": "Bearer"} if status == 401 else {})
+    code = "not_found" if isinstance(error, NotFoundError) else BAD_GRAMMAR if isinstance(error, GrammarError) else None
+    return Fault(error.render(), status=status, code=code, headers=retry)
 
 
 def fault_of_engine(error: TrimtabError) -> Fault:

@@ -15,7 +15,7 @@ from trimtab.errors import TrimtabError
 from trimtab.http.answer import Answer, failure, mailbox, merged
 from trimtab.http.ask import Plan, plan, requests
 from trimtab.http.auth import Caller, caller
-from trimtab.http.errors import Fault, documented, fault_of
+from trimtab.http.errors import BAD_GRAMMAR, Fault, documented, fault_of
 from trimtab.http.limits import read_body
 from trimtab.http.replies import STREAM, ChatReply, CompletionReply, Model, ModelList
 from trimtab.http.schema import ChatBody, CompletionBody, takes
@@ -85,11 +85,14 @@ async def _answer(request: Request, body: ChatBody | CompletionBody, tenant: Ten
         await _submit(answer, what, tenant, s)
         first = await answer.news()
         if (failed := _failed(first)) is not None:
-            raise failed
+            raise _about_grammar(failed, what)
         writer = Writer(what, s.words, "fp_" + s.fingerprint.rpartition(":")[2][:12])
         if body.stream:
             return EventStream(answer, writer, first, write_s=s.limits.write_s, headers=_headers(what, s))
-        whole = await _whole(answer, first, what.choices)
+        try:
+            whole = await _whole(answer, first, what.choices)
+        except Fault as fault:
+            raise _about_grammar(fault, what) from None
     except BaseException:
         answer.close()
         raise
@@ -99,15 +102,17 @@ async def _answer(request: Request, body: ChatBody | CompletionBody, tenant: Ten
 
 async def _submit(answer: Answer, what: Plan, tenant: Tenant, s: Services) -> None:
     asked = await requests(what, tenant, s)
-    constrained = asked[0].sampling.grammar is not None
     try:
-        await answer.submit(asked, in_thread=constrained)  # a grammar is compiled there
+        answer.submit(asked)
     except TrimtabError as error:
-        fault = fault_of(error)
-        if constrained and fault.http_status == 400:
-            field = "structured_outputs" if what.body.structured_outputs is not None else "response_format"
-            raise fault.about(field, "invalid_value") from None
-        raise fault from None
+        raise _about_grammar(fault_of(error), what) from None
+
+
+def _about_grammar(fault: Fault, what: Plan) -> Fault:
+    """The fault of a request that was right but for its grammar names the field."""
+    if fault.code != BAD_GRAMMAR:
+        return fault
+    return fault.about("structured_outputs" if what.body.structured_outputs is not None else "response_format", "invalid_value")
 
 
 async def _whole(answer: Answer, first: dict[int, Delta], choices: int) -> list[Delta]:

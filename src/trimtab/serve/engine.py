@@ -22,8 +22,8 @@ from trimtab.model import Base
 from trimtab.ops import native
 from trimtab.serve.blocks import BlockPool, chain_start
 from trimtab.serve.config import EngineConfig, adapter_budget, kv_blocks
-from trimtab.serve.grammar import Grammars
-from trimtab.serve.request import Delta, FinishReason, Grammar, Request, Servable, Sink, Token, Usage
+from trimtab.serve.grammars import GrammarError, Grammars
+from trimtab.serve.request import Delta, FinishReason, Request, Servable, Sink, Token, Usage
 from trimtab.serve.residency import LOADERS, Residency, Resident
 from trimtab.serve.results import Collector, Result
 from trimtab.serve.runner import Feed, Runner
@@ -35,6 +35,8 @@ from trimtab.serve.text import Decoder
 
 __all__ = ["Engine", "EngineConfig", "EngineStats", "Result", "ServingError", "StepFacts"]
 
+BESIDE_S, ALONE_S = 0.002, 0.01
+"""Seconds that a step waits for grammars: where others run, and where nobody does."""
 _log = logging.getLogger(__name__)
 OnFinish = Callable[[Request, Usage, FinishReason, float, float | None, float, Sequence[float]], None]
 """request, usage, finish, seconds in the queue, to the first token (None: there was none), in all, and between tokens."""
@@ -63,7 +65,8 @@ class Engine:
         self.scheduler = Scheduler(self.config, self.pool, self.residency, min(base.spec.max_positions, self.pool.total * size))
         self.sampler = Sampler(base.spec.vocab_size, base.stop_ids, base.device)
         self.decoder = Decoder(base.tokenizer)
-        self.grammars = Grammars(base.tokenizer, base.spec.vocab_size, base.stop_ids)
+        self.grammars = Grammars(base.tokenizer, base.spec.vocab_size, base.stop_ids, self._wake.set)
+        self._held: list[Live] = []  # those whose grammar has not said what may follow
         self.on_step: Callable[[StepFacts], None] = lambda facts: None
         self.on_finish: OnFinish = lambda *facts: None
         self._live: dict[str, Live] = {}
@@ -83,10 +86,10 @@ class Engine:
         """Take a request; everything later goes through the sink. TrimtabError where it can never run, OverloadedError where too many wait
         or the engine is shutting down, ValueError where its id is in use."""
         request.check(self.base.spec.vocab_size, self.scheduler.max_length)
-        matcher = self.grammars.matcher(request.sampling.grammar) if request.sampling.grammar is not None else None
         p = request.sampling
         digest = None if request.adapter is None else request.adapter.digest
         tenant = None if self.config.share_prefix_across_tenants else request.tenant
+        matcher = None if p.grammar is None else self.grammars.matcher(p.grammar, request.tenant)
         live = Live(
             request,
             sink,
@@ -110,10 +113,6 @@ class Engine:
             self._live[request.id] = live
             self._inbox.append(lambda: self._add(live))
         self._wake.set()
-
-    def prepare(self, grammar: Grammar) -> None:
-        """Compile a grammar, so that `submit` need not. TrimtabError where it cannot be followed."""
-        self.grammars.matcher(grammar)
 
     def cancel(self, request_id: str) -> None:
         """End a request, wherever it is; nothing where there is none."""
@@ -175,7 +174,7 @@ class Engine:
         self._end_refused()
         work = [w for w in work if w.live.where == "running"]
         if not work:
-            return False
+            return self._hear_grammars(ALONE_S)
         try:
             logits_NV = self._run(work)
             asked = [w.live for w in work if w.live.remaining == 0]
@@ -186,6 +185,7 @@ class Engine:
         now = self.clock()
         for live, token in zip(asked, tokens, strict=True):
             self._take_token(live, token, now)
+        self._hear_grammars(BESIDE_S)
         self._steps += 1
         decode_rows = sum(w.rows == 1 and w.live.new > 1 for w in work)
         rows = sum(w.rows for w in work)
@@ -209,23 +209,50 @@ class Engine:
         return logits_NV
 
     def _take_token(self, live: Live, token: Token | None, now: float) -> None:
-        """A new token of a sequence: its text, and whether it is the last. What goes wrong here ends this sequence alone."""
+        """A new token of a sequence."""
         if token is None:
-            if live.matcher is not None and live.matcher.error:
-                self._finish(live, "error", TrimtabError(f"the answer cannot follow its grammar any further: {live.matcher.error}"))
-            else:
-                self._finish(live, "error", ServingError(f"{live.digest or 'the base'} gives numbers that are not finite"))
+            self._finish(live, "error", ServingError(f"{live.digest or 'the base'} gives numbers that are not finite"))
             return
         live.take(token.id, now)
         self.scheduler.fairness.charge(live.request.tenant, live.request.weight, tokens_out=1)
         self._tokens.add(live.request.tenant, 0, 1)
+        if live.matcher is None:
+            self._say(live, token)
+        else:
+            live.unsaid = token
+            live.matcher.advance(token.id)
+            self._held.append(live)
+
+    def _hear_grammars(self, seconds: float) -> bool:
+        """Go on with those whose grammar has said what may follow, after at most so many seconds; whether there are any at all."""
+        held = [live for live in self._held if live.where != "ended"]
+        self.grammars.wait([live.matcher for live in held if live.matcher is not None], seconds if held else 0.0)
+        self._held = []
+        for live in held:
+            assert live.matcher is not None
+            if not live.matcher.ready:
+                self._held.append(live)
+            elif live.unsaid is not None:
+                token, live.unsaid = live.unsaid, None
+                self._say(live, token)
+            elif live.matcher.error:
+                self._finish(live, "error", GrammarError(live.matcher.error))
+            else:
+                self.scheduler.add(live)
+        return bool(held)
+
+    def _say(self, live: Live, token: Token) -> None:
+        """The text of a sequence's newest token, and whether it is the last. What goes wrong here ends this sequence alone."""
         try:
             text, finish = live.say(self.base.stop_ids, self.scheduler.max_length)
         except Exception as error:
             _log.exception("request %s: a token could not be taken up", live.request.id)
             self._finish(live, "error", ServingError(f"the answer could not go on: {type(error).__name__}: {error}"))
             return
-        if finish is None:
+        if finish is None and live.matcher is not None and live.matcher.error:
+            broken = GrammarError(f"the answer cannot follow its grammar any further: {live.matcher.error}")
+            self._finish(live, "error", broken, text=text, tokens=(token,))
+        elif finish is None:
             self._send(live, Delta(text, (token,)))
         else:
             self._finish(live, finish, text=text, tokens=(token,))
@@ -235,7 +262,10 @@ class Engine:
     def _add(self, live: Live) -> None:
         if live.where == "ended":
             return
-        self.scheduler.add(live)
+        if live.matcher is None:
+            self.scheduler.add(live)
+        else:  # it waits for its grammar before it waits for a place
+            self._held.append(live)
         if live.request.deadline is not None:
             heapq.heappush(self._deadlines, (live.request.deadline, live.serial, live.request.id))
 
@@ -277,6 +307,8 @@ class Engine:
             self._tokens.add(live.request.tenant, len(live.request.prompt), 0)
         self.scheduler.remove(live)
         self.sampler.release(live.draw)
+        if live.matcher is not None:
+            live.matcher.close()
         try:
             text += live.text.finish()
         except Exception:
@@ -344,6 +376,7 @@ class Engine:
         self._take_inbox()
         for live in list(self._live.values()):
             self._finish(live, "cancelled")
+        self.grammars.shutdown()
         if self._own_loader:
             self._loader.shutdown(wait=False, cancel_futures=True)
 

@@ -1,32 +1,32 @@
 """Answers that follow a grammar: a JSON schema, a regular expression, a choice. Which tokens may come next is llguidance's to say.
 
-A grammar is compiled once, by whoever submits the request and never on the step loop, under limits on its size and work. llguidance is
-imported when the first grammar comes.
+What a grammar costs cannot be told from its text, and nothing can be stopped once it has begun: so all this runs in a process of its own
+(`grammar_process.py`), which may end at any call for want of time or memory. It imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
-from threading import Lock
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from trimtab.errors import TrimtabError
-from trimtab.serve.request import Grammar
 
 MAX_CHARS = 65536
 MAX_CHOICES = 1024
-MAX_KEPT = 64
-"""Compiled grammars that are kept."""
+KEPT_BYTES = 48 << 20
+"""Memory that compiled grammars may take which nobody uses at the moment."""
 WHITESPACE = r"[ \n]{0,16}"
 """Between the parts of a JSON answer: bounded, since a model may write blanks for ever."""
 LEXER_FUEL, MAX_SIZE, MAX_STATES = 500_000, 100_000, 50_000
-"""llguidance's limits, below its own: fuel is spent at about 50,000 a millisecond while compiling; a state takes 1 to 2 kB."""
+"""llguidance's limits, below its own; a state takes 1 to 2 kB. They bound time loosely: a unit of fuel may take 100 ns or 3 µs."""
+
+
+class GrammarError(TrimtabError):
+    """A grammar that cannot be followed: it is wrong, too large, or takes too long."""
 
 
 class Matcher:
@@ -35,11 +35,12 @@ class Matcher:
     def __init__(self, matcher: Any):
         self._matcher = matcher
 
-    def mask(self, row: np.ndarray) -> None:
-        """Write which tokens may come next: a bit each, int32 words; none where the grammar has run into its limits (see `error`)."""
-        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        if self._matcher.is_error():  # the library allows an end then, which would pass off half an answer as a whole one
-            row[:] = 0
+    @property
+    def mask(self) -> bytes:
+        """Which tokens may come next: a bit each, in int32 words; none where the grammar has run into its limits (see `error`)."""
+        found: bytes = self._matcher.compute_bitmask()
+        # the library allows an end after an error, which would pass off half an answer as a whole one
+        return bytes(len(found)) if self._matcher.is_error() else found
 
     def advance(self, token: int) -> bool:
         """Whether the token was allowed."""
@@ -54,82 +55,85 @@ class Matcher:
         return _short(self._matcher.get_error()) if self._matcher.is_error() else ""
 
 
-class Grammars:
-    """Compiles grammars for one tokenizer. stop_ids: tokens that may end an answer where the grammar may end."""
+class Compiler:
+    """Compiles grammars for one tokenizer. tokenizer: its tokenizer.json. stop_ids: tokens that may end an answer where the grammar may
+    end."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, stop_ids: Collection[int]):
-        self._tokenizer, self._vocab_size, self._stop_ids = tokenizer, vocab_size, sorted(stop_ids)
-        self._ours: Any = None
-        self._kept: OrderedDict[Grammar, Any] = OrderedDict()
-        self._lock = Lock()
+    def __init__(self, tokenizer: str, vocab_size: int, stop_ids: Collection[int]):
+        import llguidance
 
-    def matcher(self, grammar: Grammar) -> Matcher:
-        """A new matcher. TrimtabError where the grammar is wrong, too large, or llguidance is not installed."""
-        with self._lock:
-            if grammar not in self._kept:
-                self._kept[grammar] = self._compile(grammar)
-                while len(self._kept) > MAX_KEPT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(grammar)
-            return Matcher(self._kept[grammar].deep_copy())
+        self._ours = llguidance.LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=sorted(stop_ids))
+        self._kept: OrderedDict[tuple[str, str], tuple[Any, int]] = OrderedDict()  # the matcher at its start, and what it takes
 
-    def _compile(self, grammar: Grammar) -> Any:
-        if len(grammar.text) > MAX_CHARS:
-            raise TrimtabError(f"the {grammar.kind} has {len(grammar.text)} characters, at most {MAX_CHARS} are taken")
-        try:
-            import llguidance
-            from llguidance.hf import from_tokenizer
-        except ImportError:
-            raise TrimtabError("answers under a grammar need llguidance", fix="pip install 'trimtab[serve]'") from None
-        if self._ours is None:
-            self._ours = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._stop_ids)
+    def matcher(self, kind: str, text: str) -> Matcher:
+        """A new matcher. GrammarError where the grammar is wrong or too large."""
+        key = (kind, text)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return Matcher(self._kept[key][0].deep_copy())
+        before = resident_bytes()
+        made = self._compile(kind, text)
+        self._kept[key] = made.deep_copy(), max(4 * len(text), resident_bytes() - before)
+        while sum(size for _, size in self._kept.values()) > KEPT_BYTES:
+            self._kept.popitem(last=False)
+        return Matcher(made)
+
+    def _compile(self, kind: str, text: str) -> Any:
+        import llguidance
+
+        check_size(kind, text)
         limits = llguidance.LLParserLimits(
             initial_lexer_fuel=LEXER_FUEL, max_grammar_size=MAX_SIZE, max_lexer_states=MAX_STATES, verbose_errors=False
         )
-        matcher = llguidance.LLMatcher(self._ours, _source(grammar), log_level=0, limits=limits)
+        matcher = llguidance.LLMatcher(self._ours, _source(kind, text), log_level=0, limits=limits)
         if matcher.is_error():
-            raise TrimtabError(f"this {grammar.kind} cannot be followed: {_short(matcher.get_error())}")
+            raise GrammarError(f"this {kind} cannot be followed: {_short(matcher.get_error())}")
         return matcher
 
 
-def _source(grammar: Grammar) -> str:
+def check_size(kind: str, text: str) -> None:
+    """GrammarError where the text is larger than any that is read."""
+    if len(text) > MAX_CHARS:
+        raise GrammarError(f"the {kind} has {len(text)} characters, at most {MAX_CHARS} are taken")
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def _source(kind: str, text: str) -> str:
     """The grammar in llguidance's own form."""
     from llguidance import LLMatcher
 
-    if grammar.kind == "regex":
-        return LLMatcher.grammar_from_regex(grammar.text)
-    if grammar.kind == "choice":
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c) for c in _choices(grammar.text)))
-    schema = {"type": "object"} if grammar.kind == "json_object" else _parse(grammar)
+    if kind == "regex":
+        return LLMatcher.grammar_from_regex(text)
+    if kind == "choice":
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c) for c in _choices(text)))
+    schema = {"type": "object"} if kind == "json_object" else _parse(kind, text)
     if not isinstance(schema, dict):
-        raise TrimtabError(f"a JSON schema is an object, this is {type(schema).__name__}")
+        raise GrammarError(f"a JSON schema is an object, this is {type(schema).__name__}")
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": WHITESPACE, "lenient": False})
 
 
 def _choices(text: str) -> list[str]:
-    choices = _parse(Grammar("choice", text))
+    choices = _parse("choice", text)
     if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
-        raise TrimtabError("a choice is a JSON list of texts, none of them empty")
+        raise GrammarError("a choice is a JSON list of texts, none of them empty")
     if len(choices) > MAX_CHOICES:
-        raise TrimtabError(f"{len(choices)} choices, at most {MAX_CHOICES} are taken")
+        raise GrammarError(f"{len(choices)} choices, at most {MAX_CHOICES} are taken")
     return choices
 
 
-def _parse(grammar: Grammar) -> Any:
+def _parse(kind: str, text: str) -> Any:
     try:
-        return json.loads(grammar.text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise TrimtabError(f"this {grammar.kind} is not JSON: {error}") from None
+        raise GrammarError(f"this {kind} is not JSON: {error}") from None
 
 
 def _short(message: str) -> str:
     return message.strip().splitlines()[0][:300] if message.strip() else "no reason given"
-
-
-def masks(matchers: Sequence[Matcher], vocab_size: int) -> Tensor:
-    """Which tokens may come next [n, V] bool, on the CPU."""
-    words = np.zeros((len(matchers), (vocab_size + 31) // 32), dtype=np.int32)
-    for row, matcher in zip(words, matchers, strict=True):
-        matcher.mask(row)
-    bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, :vocab_size]
-    return torch.from_numpy(bits).bool()

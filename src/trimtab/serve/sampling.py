@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trimtab import ops
 from trimtab.decode.sampling import choose, greedy
-from trimtab.serve.grammar import Matcher, masks
+from trimtab.serve.grammars import Matcher, masks
 from trimtab.serve.request import SamplingParams, Token
 
 

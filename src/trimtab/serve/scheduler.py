@@ -135,10 +135,10 @@ class Scheduler:
         self._take_loaded()
         rows: dict[Live, int] = {}
         for live in list(self.running):
-            if live.where == "running" and live.remaining == 1 and self._room(live, 1, rows):
+            if live.where == "running" and live.remaining == 1 and live.unsaid is None and self._room(live, 1, rows):
                 rows[live] = 1
         budget = self.config.max_step_rows - len(rows)
-        prefills = [live for live in self.running if live.remaining > 1]
+        prefills = [live for live in self.running if live.remaining > 1 and live.unsaid is None]
         self._admit(prefills, budget, now)
         self._share(prefills, budget, rows)
         return [Work(live, n) for live, n in rows.items()]

@@ -8,8 +8,8 @@ from typing import Literal
 
 from trimtab.errors import TrimtabError
 from trimtab.serve.blocks import VIRTUAL, chain_next
-from trimtab.serve.grammar import Matcher
-from trimtab.serve.request import FinishReason, Request, Sink, Usage
+from trimtab.serve.grammars import Matcher
+from trimtab.serve.request import FinishReason, Request, Sink, Token, Usage
 from trimtab.serve.residency import Resident
 from trimtab.serve.sampling import Draw
 from trimtab.serve.text import TextStream
@@ -30,7 +30,7 @@ class Live:
     """serial: order of arrival. tokens: the prompt and the new tokens. virtual: virtual tokens before them. past: tokens (virtual ones
     included) whose keys and values the blocks hold. chain: the hash before its first block; keys: those of its full blocks;
     published: how many of them the pool has been told. unwritten: the virtual tokens must be written into the blocks. cached: prompt tokens
-    found in the cache."""
+    found in the cache. unsaid: its newest token, as long as its grammar has not said what may follow; it does not run meanwhile."""
 
     request: Request
     sink: Sink
@@ -50,6 +50,7 @@ class Live:
     published: int = 0
     unwritten: bool = False
     cached: int = 0
+    unsaid: Token | None = None
     admitted: float | None = None
     first: float | None = None
     last: float = 0.0
@@ -88,10 +89,8 @@ class Live:
 
     def say(self, stop_ids: Container[int], longest: int) -> tuple[str, FinishReason | None]:
         """What its newest token adds to the text, and why the answer ends with it, if it does. stop_ids: the base's end tokens. longest:
-        tokens of a sequence. ValueError where the token does not follow the grammar."""
+        tokens of a sequence. A matcher must be ready."""
         token, p = self.tokens[-1], self.request.sampling
-        if self.matcher is not None and not self.matcher.advance(token):
-            raise ValueError(f"token {token} does not follow the grammar: {self.matcher.error}")
         ended = self.new >= p.min_tokens and ((token in stop_ids and not p.ignore_eos) or token in p.stop_token_ids)
         text = self.text.push(token)
         if ended or self.text.stopped or (self.matcher is not None and self.matcher.done):
