@@ -183,7 +183,7 @@ class Base:
             return self.tokenizer(text)["input_ids"]
         return self.encode_messages(([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}])
 
-    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn: those that stood before the answer in training. DataError where
         the base has no
         chat template, the template refuses the conversation, or a message holds a control token's text."""
@@ -208,7 +208,11 @@ class Base:
         return {n: p.detach().float().cpu().clone() for n, p in self.model.get_submodule(name).named_parameters(recurse=False)}
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Token ids of plain text. TrimtabError where the tokenizer has tokens that the embedding lacks, and the text needs one."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids:
+            self._check([ids], [None])
+        return ids
 
     @torch.no_grad()
     def embed(self, ids: Sequence[int]) -> Tensor:

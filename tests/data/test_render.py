@@ -24,6 +24,8 @@ from trimtab.data import (
     Dropped,
     Example,
     Row,
+    answer_of,
+    as_learnt,
     encode_prompt,
     encode_row,
     encode_rows,
@@ -31,6 +33,7 @@ from trimtab.data import (
     prompt_and_reference,
     template_warnings,
 )
+from trimtab.data.rows import to_row
 from trimtab.errors import DataError
 
 TINY = tiny_tokenizer()
@@ -234,7 +237,8 @@ def test_template_that_refuses_a_row_says_why():
 
 def test_template_that_writes_nothing_before_the_answer():
     tokenizer = with_template("{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
-    assert encode_row(chat("Hi", "Yo"), tokenizer, 512).kind == "everything supervised"
+    assert encode_row(chat("", "Yo"), tokenizer, 512).kind == "everything supervised"
+    assert encode_row(chat("Hi", "Yo"), tokenizer, 512).kind == "the chat template does not render it"
 
 
 def test_starting_with_an_answer_and_having_none():
@@ -305,3 +309,68 @@ def test_warnings_of_a_good_template_and_of_none():
     assert any("date" in w for w in template_warnings(with_template("{{ strftime_now('%d %b') }}" + tiny_tokenizer().chat_template)))
     headless = with_template("{% for m in messages %}{{ m['role'] + m['content'] + '<|im_end|>' }}{% endfor %}")
     assert any("no generation prompt" in w for w in template_warnings(headless))
+
+
+def text_row(text, trusted):
+    return Row("r:1", text=text, trusted=trusted)
+
+
+def test_trusted_text_may_spell_control_tokens():
+    text = f"<|im_start|>user\nHi{END}\n<|im_start|>assistant\nYo{END}\n"
+    assert encode_row(text_row(text, False), TINY, 512).kind == "special token in the content"
+    example = encode_row(text_row(text, True), TINY, 512)
+    assert example.ids.tolist() == TINY(text)["input_ids"]  # ends with its own end token: none is added
+    assert example.supervised.tolist() == [False] + [True] * (len(example.ids) - 1)
+    assert encode_row(text_row("<|im_start|>user\nHi", True), TINY, 512).ids[-1] == TINY.eos_token_id
+    blank = blank_adding_tokenizer()
+    with_bos = encode_row(text_row("<|endoftext|>abc", True), blank, 512).ids.tolist()
+    assert with_bos.count(blank.bos_token_id) == 1 and with_bos[0] == blank.bos_token_id
+
+
+def test_trusted_rows_do_not_let_conversations_forge_turns():
+    row = Row("r:1", messages=chat(f"Hi{END}", "Yo").messages, trusted=True)
+    assert encode_row(row, TINY, 512).kind == "special token in the content"
+
+
+def test_trusted_prompt_and_completion_without_a_template():
+    row = Row("r:1", prompt="<|im_start|>user\nHi", completion=f"Yo{END}", trusted=True)
+    example = encode_row(row, with_template(None), 512)
+    assert TINY.decode(example.ids.tolist()) == f"<|im_start|>user\nHiYo{END}" and learnt(example, TINY) == f"Yo{END}"
+
+
+@pytest.mark.parametrize("end", [END, f"{END}\n"])
+def test_one_end_token_of_an_answer_is_its_end(end):
+    bare, ended = chat("Hi", "Yo"), chat("Hi", f"Yo{end}")
+    assert encode_row(ended, TINY, 512).ids.tolist() == encode_row(bare, TINY, 512).ids.tolist()
+    assert prompt_and_reference(ended, TINY) == prompt_and_reference(bare, TINY)
+    plain = with_template(None)
+    example = encode_row(Row("r:1", prompt="Hi ", completion=f"Yo{end}"), plain, 512)
+    assert example.ids.tolist() == [*ids_of("Hi Yo"), TINY.eos_token_id] and learnt(example, plain) == f"Yo{END}"
+    assert prompt_and_reference(Row("r:1", prompt="Hi ", completion=f"Yo{end}"), plain)[1] == "Yo"
+    assert [answer_of(r) for r in as_learnt([ended, bare], TINY)] == ["Yo", "Yo"]
+
+
+@pytest.mark.parametrize("answer", [f"Yo{END}{END}", f"Yo{END}a", END, "Yo<|im_start|>", "Yo<|endoftext|>"])
+def test_anything_but_one_end_token_is_refused(answer):
+    assert encode_row(chat("Hi", answer), TINY, 512).kind == "special token in the content"
+    assert encode_row(chat(f"Hi{END}", "Yo"), TINY, 512).kind == "special token in the content"
+
+
+def test_tokens_beyond_the_embedding_drop_the_row():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<NEW{i}>" for i in range(60)])
+    rows = [chat("hello <NEW59>", "ok"), chat("hello", "ok <NEW59>"), chat("hello", "ok")]
+    first, second, third = encode_rows(rows, tokenizer, 512, vocab_size=300)
+    large = tokenizer.convert_tokens_to_ids("<NEW59>")
+    assert first.reason == second.reason == f"token outside the base: '<NEW59>' has id {large}, and the base's embedding has 300 rows"
+    assert isinstance(third, Example) and all(isinstance(e, Example) for e in encode_rows(rows, tokenizer, 512))
+
+
+def test_parts_of_text_are_joined_in_training_and_serving_alike():
+    parts = [{"type": "text", "text": "One."}, {"type": "text", "text": "Two."}]
+    row = to_row({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Yo"}]}, "r:1", {}, None)
+    assert row.messages[0]["content"] == "One.\nTwo."
+    example = encode_row(row, TINY, 512)
+    assert encode_prompt([{"role": "user", "content": parts}], TINY) == example.ids[: int(example.supervised.argmax())].tolist()
+    with pytest.raises(DataError, match="not text"):
+        encode_prompt([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], TINY)

@@ -50,7 +50,7 @@ def test_each_form(tmp_path):
 
 def test_text_parts_are_joined_and_null_columns_do_not_count(tmp_path):
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": None}, TALK[2]]
-    assert one(tmp_path, {"messages": parts}).messages[0]["content"] == "ab"
+    assert one(tmp_path, {"messages": parts}).messages[0]["content"] == "a\nb"  # as in serving
     assert one(tmp_path, {"messages": None, **PAIR}).prompt == "Q"
 
 

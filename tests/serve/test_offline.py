@@ -101,6 +101,24 @@ def test_each_line_has_its_own_settings(base, engine, tmp_path):
     assert a[4]["usage"]["prompt"] > a[5]["usage"]["prompt"] and a[6]["usage"]["completion"] == 5
 
 
+def test_contents_may_be_parts_of_text_and_a_developer_speaks_for_the_system(base, engine, tmp_path):
+    def asked(*messages):
+        return {"messages": [{"role": role, "content": content} for role, content in messages], "max_tokens": 4}
+
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    lines = [
+        asked(("system", "s"), ("user", "one\ntwo")),
+        asked(("developer", "s"), ("user", parts)),
+        asked(("user", [{"type": "image_url", "image_url": "x"}])),
+    ]
+    with pytest.raises(DataError, match="cannot be answered") as refused:
+        answer_file(write(tmp_path / "q.jsonl", lines), tmp_path / "a.jsonl", engine, defaults=SamplingParams())
+    assert all(":3: messages" in p for p in refused.value.problems)
+    answer_file(write(tmp_path / "q.jsonl", lines[:2]), tmp_path / "a.jsonl", engine, defaults=SamplingParams())
+    first, second = read(tmp_path / "a.jsonl")
+    assert first["text"] == second["text"] and first["usage"] == second["usage"]
+
+
 def test_all_that_is_wrong_is_listed_and_nothing_is_written(engine, tmp_path):
     lines = [
         {"prompt": "good"},

@@ -161,7 +161,7 @@ def test_one_zero_mask_among_many_is_an_error(checked) -> None:
 
 def test_all_ones_masks(checked, tmp_path: Path) -> None:
     bare = "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
-    report = checked(rows_of(pair("a", "b"), pair("c", "d")), base=str(base_with(tmp_path, bare)))
+    report = checked(rows_of(pair("", "b"), pair("", "d")), base=str(base_with(tmp_path, bare)))
     assert one(report.errors, "2 rows dropped: everything supervised").items[0].startswith("a.jsonl:1: everything supervised: the chat ")
 
 

@@ -7,27 +7,25 @@ The spans are found by rendering, never by markers. For an assistant turn j of m
     whole    = render(m)
 
 If prompt_j starts upto_j and upto_j starts whole (a closing token apart), the turn is exactly the characters between. If not, the template
-rewrites earlier turns.
+rewrites earlier turns, or opens answers with what it does not write once they are given (<think>). Then only the last turn can be
+learnt, as it will be served: prompt_j, followed by the answer and its end as upto_j has them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
-import jinja2
-
+from trimtab.bases.dialect import LOST, REASONING, BadRow, Dialect, Message, dialect_of, is_whole, text_of
 from trimtab.errors import DataError
 
+__all__ = ["BadRow", "Ids", "Message", "Template", "encode_prompt", "end_of_turn_id", "template_warnings", "text_of", "writes_the_date"]
+
 Ids = list[int]
-Message = dict[str, str]
 
 _NO_TEMPLATE_FIX = "use an instruction-tuned base, or give prompt and completion (they are joined as they are)."
-
-
-class BadRow(Exception):
-    """This conversation or row cannot be used; the text is the reason ("kind: particulars"). Becomes a DataError or a dropped row."""
 
 
 class Template:
@@ -49,14 +47,53 @@ class Template:
         # An unknown character becomes the unknown token without any special text, so that one id says nothing about forgery.
         self._control_ids = frozenset(self._special.values()) - {tokenizer.unk_token_id}
 
-    def render(self, messages: Sequence[Message], *, generate: bool) -> str:
-        """The conversation as text; generate: with the prompt for an assistant turn. BadRow where the template refuses it."""
+    @cached_property
+    def _dialect(self) -> Dialect:
         if not self.exists:
             raise DataError("the base has no chat template, and conversations need one", fix=_NO_TEMPLATE_FIX)
+        return dialect_of(self.tokenizer)
+
+    @cached_property
+    def ends(self) -> tuple[str, ...]:
+        """The texts of the tokens that end an answer: the template's end of turn, and the tokenizer's end token."""
+        found = [self.turn_end, self.tokenizer.eos_token]
+        return tuple(dict.fromkeys(end for end in found if end))
+
+    @cached_property
+    def turn_end(self) -> str | None:
+        """The text of the token with which the template ends an assistant turn."""
         try:
-            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate))
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise BadRow(f"the chat template refuses it: {error}") from None
+            return _probe(self)[1] if self.exists else None
+        except BadRow:
+            return None
+
+    def render(self, messages: Sequence[Message], *, generate: bool) -> str:
+        """The conversation as text; generate: with the prompt for an assistant turn. BadRow where the template refuses it."""
+        return self._dialect.render(messages, generate=generate)
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The text that asks for the next assistant turn, with every message's content in it; else BadRow."""
+        text = self.render(messages, generate=True)
+        self._dialect.check(messages, text, generate=True)
+        return text
+
+    def whole(self, messages: Sequence[Message]) -> str:
+        """A finished conversation, with every message's content in it; else BadRow."""
+        text = self.render(messages, generate=False)
+        self._dialect.check(messages, text, generate=False)
+        return text
+
+    def last_turn(self, messages: Sequence[Message]) -> tuple[str, str, int]:
+        """(prompt, answer, where its end-of-turn token ends, blanks after it not) of messages that end with an assistant turn: what is
+        served, and what follows it. BadRow where the template does not write the answer whole, or what is to be answered is not certain."""
+        last, content = len(messages) - 1, messages[-1]["content"]
+        if last == 0:
+            raise BadRow("starts with an assistant turn: there is no prompt to answer")
+        prompt, upto = self.prompt(messages[:-1]), self.render(messages, generate=False)
+        answer = upto[len(prompt) :] if upto.startswith(prompt) else self._after_opening(messages, prompt, upto)
+        stop = self.end_of_turn(answer, 0, len(answer))[0]
+        self._check_answer(content, answer[:stop], last)
+        return prompt, answer, stop
 
     def turn(self, messages: Sequence[Message], index: int, whole: str) -> tuple[int, int]:
         """The characters of `whole` that are the answer of assistant turn `index`, its end-of-turn token included, blanks after it not.
@@ -71,7 +108,37 @@ class Template:
             raise BadRow(f"the chat template rewrites earlier turns: what stands before messages[{index}] changes once it is answered")
         if (stop := self._shared(upto, whole)) is None:
             raise BadRow(f"the chat template rewrites earlier turns: messages[{index}] changes once more turns follow")
-        return len(prompt), self.end_of_turn(whole, len(prompt), stop)[0]
+        end, token = self.end_of_turn(whole, len(prompt), stop)
+        if token is None and self.end_of_turn(upto, len(prompt), len(upto))[1] is not None:
+            raise BadRow(f"the chat template rewrites earlier turns: messages[{index}] ends otherwise once more turns follow")
+        self._check_answer(messages[index]["content"], whole[len(prompt) : end], index)
+        return len(prompt), end
+
+    def _after_opening(self, messages: Sequence[Message], prompt: str, upto: str) -> str:
+        """The answer and its end as they follow a prompt that opens the answer (<think>), or that holds what the finished text does not."""
+        content = next((c for c in (messages[-1]["content"], messages[-1]["content"].strip()) if c.strip() and c in upto), None)
+        if content is None:
+            self._check_answer(messages[-1]["content"], "", len(messages) - 1)
+            raise BadRow("empty: the chat template opens the answer, and an empty one cannot be told from its end")
+        at = upto.rfind(content)
+        before, after = upto[:at], upto[at:]
+        bare = self.render(messages[:-1], generate=False)
+        header = before[len(bare) :] if before.startswith(bare) else before[-16:]
+        opened = prompt[len(bare) :].startswith(header.rstrip()) if before.startswith(bare) else prompt.rstrip().endswith(header.rstrip())
+        if not opened or self.specials.sub("", after[len(content) :]).strip():
+            raise BadRow(
+                f"the chat template rewrites earlier turns: what stands before messages[{len(messages) - 1}] changes once answered"
+            )
+        blank = before[len(before.rstrip()) :]
+        return after if prompt[-1:].isspace() else blank + after
+
+    def _check_answer(self, content: str, text: str, index: int) -> None:
+        """BadRow where the supervised text is not the whole answer."""
+        if is_whole(content, text):
+            return
+        if REASONING.search(content):
+            raise BadRow(f"the chat template takes the reasoning out of the answer: messages[{index}] is not rendered whole")
+        raise BadRow(f"{LOST}: messages[{index}] (assistant)")
 
     def end_of_turn(self, text: str, start: int, stop: int) -> tuple[int, str | None]:
         """(where the turn text[start:stop] ends, its end-of-turn token): after the first special token behind the answer, else its text."""
@@ -117,15 +184,40 @@ class Template:
     def text_of(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def check_conversation(self, messages: Sequence[Message]) -> None:
-        """BadRow where the content of a message holds a special token's text."""
+    def without_end(self, text: str) -> str:
+        """An answer without the one end token that it may have been written with."""
+        if self.specials.search(text) is None:
+            return text
+        bare = text.rstrip()
+        end = next((end for end in self.ends if bare.endswith(end)), "")
+        without = bare.removesuffix(end)
+        return without if end and without.strip() else text
+
+    def begins(self, text: str) -> bool:
+        """Whether a text spells out the start token that the tokenizer would put before it."""
+        return bool(self.bos) and text.startswith(str(self.tokenizer.bos_token))
+
+    def ends_itself(self, text: str) -> bool:
+        """Whether a text spells out a token that ends an answer, with nothing but blanks behind it."""
+        return text.rstrip().endswith(self.ends) if self.ends else False
+
+    def conversation(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with their contents as text, answers without an end token of their own.
+
+        BadRow where the content of a message holds a special token's text, or is no text.
+        """
+        found = []
         for i, message in enumerate(messages):
-            self.refuse_specials(message["content"], f"messages[{i}] ({message['role']})")
+            content = text_of(message["content"])
+            content = self.without_end(content) if message["role"] == "assistant" else content
+            self.refuse_specials(content, f"messages[{i}] ({message['role']})")
+            found.append({**message, "content": content})
+        return found
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The text that asks for the next assistant turn. BadRow where the template or `check_conversation` refuses the messages."""
-        self.check_conversation(messages)
-        return self.render(messages, generate=True)
+        """The text that asks for the next assistant turn. BadRow where the template or `conversation` refuses the messages, or the template
+        leaves the content of one out."""
+        return self.prompt(self.conversation(messages))
 
     def prompt_ids(self, messages: Sequence[Message]) -> Ids:
         """`prompt_text` as ids."""
@@ -146,10 +238,7 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> Ids:
 def end_of_turn_id(tokenizer: Any) -> int | None:
     """The token that ends an assistant turn, on which generation must stop: the template's, else the tokenizer's end token, else None."""
     template = Template(tokenizer)
-    try:
-        end = _probe(template)[1]
-    except BadRow:
-        end = None
+    end = template.turn_end
     return template.eos if end is None else int(tokenizer.convert_tokens_to_ids(end))
 
 
@@ -185,7 +274,7 @@ def template_warnings(tokenizer: Any) -> list[str]:
     except BadRow as bad:
         found.append(f"conversations of several turns cannot be supervised turn by turn ({bad}): supervise the last turn only")
     try:
-        template.render([{"role": "system", "content": "x"}, *_TALK], generate=False)
+        template.prompt([{"role": "system", "content": "x"}, _TALK[0]])
     except BadRow as bad:
         found.append(f"system turns cannot be used: {bad}")
     if writes_the_date(tokenizer):
@@ -203,7 +292,5 @@ _TALK: tuple[Message, Message] = ({"role": "user", "content": "ping"}, {"role": 
 
 def _probe(template: Template) -> tuple[bool, str | None]:
     """(whether a generation prompt is written, the end-of-turn token's text) of a plain question and answer."""
-    whole = template.render(_TALK, generate=False)
-    template.turn(_TALK, 1, whole)
-    prompt, bare = (template.render(_TALK[:1], generate=g) for g in (True, False))
-    return prompt != bare, template.end_of_turn(whole, len(prompt), len(whole))[1]
+    prompt, answer, stop = template.last_turn(_TALK)
+    return prompt != template.render(_TALK[:1], generate=False), template.end_of_turn(answer, 0, stop)[1]

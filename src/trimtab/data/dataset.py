@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from trimtab.bases import template_digest, tokenizer_digest
+from trimtab.bases.dialect import LOST
 from trimtab.bases.template import template_warnings, writes_the_date
 from trimtab.data.keys import ROW_KEYS, TURN_KEYS
-from trimtab.data.render import RENDER_VERSION, Example, encode_rows
+from trimtab.data.render import RENDER_VERSION, Example, as_learnt, encode_rows
 from trimtab.data.rows import Dropped, Row
 from trimtab.data.sources import Source, read_source
 from trimtab.data.token_cache import load_tokens, save_tokens
@@ -29,7 +30,11 @@ MAX_DROPPED_SHARE = 0.1
 FIXES = {
     "over-long": "raise max_length, or shorten the rows; nothing is cut silently.",
     "the chat template rewrites earlier turns": "supervise the last turn only (last_turn_only), or use another base.",
-    "special token in the content": "take them out: conversations belong in `messages`, and the end token is added for you.",
+    "special token in the content": "take them out: conversations belong in `messages`, and the end token is added for you. Plain text "
+    "that is meant to hold them is read with `trusted: true` on its source.",
+    LOST: "use roles that the base's chat template knows, take these turns out, or use another base.",
+    "the chat template takes the reasoning out of the answer": "take it out of the rows, or use a base whose chat template keeps it.",
+    "token outside the base": "use the base's own tokenizer, or resize the base's embedding to the tokenizer and save both.",
     "starts with an assistant turn": "begin each conversation with a user or system turn.",
     "nothing supervised": "give each row an answer that is not empty, or take it out of the file.",
     "text with a label": "map them: `columns: {label: label}`, or `columns: {text: text}` to train on the text alone.",
@@ -69,14 +74,15 @@ def load_examples(
     last_turn_only: bool = False,
     seed: int = 0,
     keep_rows: bool = False,
+    vocab_size: int | None = None,
 ) -> Dataset:
     """Read and tokenise all sources. root: where relative paths start. max_length: in tokens. seed: picks the rows of fractional weights.
-    keep_rows: beside their tokens.
+    keep_rows: beside their tokens. vocab_size: rows of the base's embedding; rows with tokens beyond are dropped.
 
     Raises DataError where a source cannot be read, where more than `max_dropped_share` of a source's rows were dropped (the message counts
     the reasons and names the first ten), or where nothing is left to train on.
     """
-    options = _options(tokenizer, max_length, last_turn_only)
+    options = _options(tokenizer, max_length, last_turn_only, vocab_size)
     examples: list[Example] = []
     dropped: list[Dropped] = []
     kept: list[Row] = []
@@ -84,14 +90,15 @@ def load_examples(
     digest = hashlib.sha256()
     for index, source in enumerate(sources):
         rows, lost = read_source(source, root, index, notes.append)
-        key, results = _tokens(rows, tokenizer, max_length, last_turn_only, options)
+        key, results = _tokens(rows, tokenizer, max_length, last_turn_only, vocab_size, options)
         good = [r for r in results if isinstance(r, Example)]
         lost += [r for r in results if isinstance(r, Dropped)]
         if (error := too_many(source, lost, len(good), max_dropped_share)) is not None:
             raise error
         examples += [good[i] for i in drawn(len(good), source.weight, seed, index)]
         dropped += lost
-        kept += [row for row, r in zip(rows, results, strict=True) if isinstance(r, Example)] if keep_rows else []
+        if keep_rows:
+            kept += as_learnt([row for row, r in zip(rows, results, strict=True) if isinstance(r, Example)], tokenizer)
         digest.update(json.dumps([key, source.weight, seed if source.weight % 1 else None]).encode())
     if not examples:
         raise DataError("there are no sources to train on", fix="name at least one.")
@@ -126,7 +133,7 @@ def summarise_dropped(dropped: Sequence[Dropped]) -> list[str]:
 
 
 def _tokens(
-    rows: Sequence[Row], tokenizer: Any, max_length: int, last_turn_only: bool, options: bytes
+    rows: Sequence[Row], tokenizer: Any, max_length: int, last_turn_only: bool, vocab_size: int | None, options: bytes
 ) -> tuple[str, list[Example | Dropped]]:
     """(digest of the rows and all that decides their tokens, what became of each row), from the cache where it is there."""
     sha = hashlib.sha256(options)
@@ -138,13 +145,14 @@ def _tokens(
         return digest, kept
     results: list[Example | Dropped] = []
     for start in range(0, len(rows), BATCH_ROWS):
-        results += encode_rows(rows[start : start + BATCH_ROWS], tokenizer, max_length, last_turn_only=last_turn_only)
+        batch = rows[start : start + BATCH_ROWS]
+        results += encode_rows(batch, tokenizer, max_length, last_turn_only=last_turn_only, vocab_size=vocab_size)
     if keep:
         save_tokens(digest, results)
     return digest, results
 
 
-def _options(tokenizer: Any, max_length: int, last_turn_only: bool) -> bytes:
+def _options(tokenizer: Any, max_length: int, last_turn_only: bool, vocab_size: int | None) -> bytes:
     """All but the rows that decides ids and masks. The tokenizer's digest does not say which tokens begin and end a text; we do."""
     ends = [
         list(tokenizer("", add_special_tokens=True)["input_ids"]),
@@ -152,7 +160,7 @@ def _options(tokenizer: Any, max_length: int, last_turn_only: bool) -> bytes:
         tokenizer.eos_token_id,
         tokenizer.unk_token_id,
     ]
-    parts = [RENDER_VERSION, tokenizer_digest(tokenizer), template_digest(tokenizer), ends, max_length, last_turn_only]
+    parts = [RENDER_VERSION, tokenizer_digest(tokenizer), template_digest(tokenizer), ends, max_length, last_turn_only, vocab_size]
     return json.dumps(parts).encode() + b"\n"
 
 

@@ -7,17 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from trimtab.data.render import Example, encode_rows
-from trimtab.data.rows import Dropped, Row
+from trimtab.data.rows import Dropped, Row, answer_of
 from trimtab.errors import DataError
 
 MAX_LABELS = 100
 UNLIMITED = 1 << 30
 """No max_length: whether a row fits is the forward's to say."""
-
-
-def answer_of(row: Row) -> str | None:
-    """The text that a model should answer with: the last assistant turn to learn from, such as the completion; None where there is none."""
-    return row.conversation[row.answers[-1]]["content"] if row.conversation and row.answers else None
 
 
 def find_labels(rows: Iterable[Row], where: str) -> list[str]:
@@ -31,13 +26,14 @@ def find_labels(rows: Iterable[Row], where: str) -> list[str]:
     )
 
 
-def label_examples(rows: Sequence[Row], labels: Sequence[str], tokenizer: Any) -> list[list[Example]]:
-    """For each row, its example under each label: tokenised as in training, only the label and its end of turn supervised.
+def label_examples(rows: Sequence[Row], labels: Sequence[str], tokenizer: Any, vocab_size: int | None = None) -> list[list[Example]]:
+    """For each row, its example under each label: tokenised as in training, only the label and its end of turn supervised. vocab_size:
+    rows of the base's embedding.
 
     DataError that lists every row and label that cannot be rendered.
     """
     variants = [_answered(row, label) for row in rows for label in labels]
-    encoded = encode_rows(variants, tokenizer, UNLIMITED, last_turn_only=True)
+    encoded = encode_rows(variants, tokenizer, UNLIMITED, last_turn_only=True, vocab_size=vocab_size)
     good = [e for e in encoded if isinstance(e, Example)]
     if len(good) < len(encoded):
         lost = [f"{e.origin} with label {labels[i % len(labels)]!r}: {e.reason}" for i, e in enumerate(encoded) if isinstance(e, Dropped)]

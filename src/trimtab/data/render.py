@@ -7,6 +7,9 @@
 |                     | template, else joined as they are, bos before, eos after |                                                     |
 | text                | as it is, bos before, eos after                          | everything but the first token                      |
 
+An answer that was written with its end token ends with that one. A row of a trusted source may spell out control tokens in plain text: they
+are read as the tokenizer reads them, and bos and eos are added only where the text does not begin and end with its own.
+
 Where supervision starts or stops, a tokenizer may merge what stands on either side into one token. Three ways, tried in this order:
 
 1. tokenised whole = tokenised piece by piece: each piece's tokens are known, the mask is exact. Nearly every row of nearly every base.
@@ -20,17 +23,17 @@ Whatever is not certain drops the row with a reason; nothing is cut to length an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
 
-from trimtab.bases.template import BadRow, Ids, Template
-from trimtab.data.rows import Dropped, Row, RowId
+from trimtab.bases.template import BadRow, Ids, Message, Template
+from trimtab.data.rows import Dropped, Row, RowId, answer_of
 from trimtab.errors import DataError
 
-RENDER_VERSION = 1
+RENDER_VERSION = 2
 """Counts up when the same row would give other ids or another mask; part of every digest."""
 
 
@@ -56,22 +59,28 @@ class _Rendered:
     bos: Ids
     eos: Ids
     chat: bool
+    trusted: bool = False
 
     @property
     def whole(self) -> str:
         return "".join(text for text, _ in self.pieces)
 
 
-def encode_row(row: Row, tokenizer: Any, max_length: int, *, last_turn_only: bool = False) -> Example | Dropped:
+def encode_row(
+    row: Row, tokenizer: Any, max_length: int, *, last_turn_only: bool = False, vocab_size: int | None = None
+) -> Example | Dropped:
     """One row's ids and mask, or why it cannot be trained on. `encode_rows` is faster for many.
 
-    max_length: in tokens; a longer row is dropped. last_turn_only: supervise only the last assistant turn of a conversation.
+    max_length: in tokens; a longer row is dropped. last_turn_only: supervise only the last assistant turn of a conversation. vocab_size:
+    rows of the base's embedding, which may be fewer than the tokenizer's tokens; a row with an id beyond is dropped.
     Raises DataError where the row is a conversation and the base has no chat template.
     """
-    return encode_rows([row], tokenizer, max_length, last_turn_only=last_turn_only)[0]
+    return encode_rows([row], tokenizer, max_length, last_turn_only=last_turn_only, vocab_size=vocab_size)[0]
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: Any, max_length: int, *, last_turn_only: bool = False) -> list[Example | Dropped]:
+def encode_rows(
+    rows: Sequence[Row], tokenizer: Any, max_length: int, *, last_turn_only: bool = False, vocab_size: int | None = None
+) -> list[Example | Dropped]:
     """As `encode_row`, for many rows at once: result i belongs to row i. The tokenizer's own threads share the work."""
     template = Template(tokenizer)
     rendered: list[_Rendered | str] = []
@@ -90,10 +99,25 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, max_length: int, *, last_tu
             continue
         whole, parts = next(wholes), [next(pieces) for _ in r.pieces]
         try:
-            results.append(_example(row, *_join(r, whole, parts, template), r.chat, max_length))
+            ids, mask = _join(r, whole, parts, template)
+            _check_ids(ids, vocab_size, template)
+            results.append(_example(row, ids, mask, r.chat, max_length))
         except BadRow as bad:
             results.append(Dropped(row.origin, str(bad)))
     return results
+
+
+def as_learnt(rows: Sequence[Row], tokenizer: Any) -> list[Row]:
+    """The rows with their answers as they are learnt: without the end token that one may have been written with."""
+    template = Template(tokenizer)
+
+    def bare(row: Row) -> Row:
+        if row.completion is not None:
+            return replace(row, completion=template.without_end(row.completion))
+        turns = [{**m, "content": template.without_end(m["content"])} if m["role"] == "assistant" else m for m in row.messages or ()]
+        return replace(row, messages=tuple(turns))
+
+    return [bare(row) if template.specials.search(answer_of(row) or "") else row for row in rows]
 
 
 def prompt_and_reference(row: Row, tokenizer: Any) -> tuple[Ids, str]:
@@ -105,21 +129,20 @@ def prompt_and_reference(row: Row, tokenizer: Any) -> tuple[Ids, str]:
     template = Template(tokenizer)
     try:
         if row.prompt is not None and row.completion is not None and not template.exists:
-            _render_plain(row, template)
-            return [*template.bos, *template.ids_of([row.prompt + row.separator])[0]], row.completion
+            plain = _render_plain(row, template)
+            return [*plain.bos, *template.ids_of([row.prompt + row.separator])[0]], template.without_end(row.completion)
         messages = row.conversation
         last = max(row.answers, default=None)
         if messages is None or last is None:
             raise BadRow("nothing to compare with: the row has no assistant turn")
-        return template.prompt_ids(messages[:last]), messages[last]["content"]
+        return template.prompt_ids(messages[:last]), template.without_end(messages[last]["content"])
     except BadRow as bad:
         raise DataError(f"{row.origin}: {bad}") from None
 
 
 def _render(row: Row, template: Template, last_turn_only: bool) -> _Rendered:
     if row.text is not None:
-        template.refuse_specials(row.text, "text")
-        return _Rendered(((row.text, True),), template.bos, _eos(template), chat=False)
+        return _render_text(row.text, ((row.text, True),), row.trusted, template)
     if row.messages is None and not template.exists:
         return _render_plain(row, template)
     return _render_conversation(row, template, last_turn_only)
@@ -130,10 +153,21 @@ def _render_plain(row: Row, template: Template) -> _Rendered:
     assert row.prompt is not None and row.completion is not None
     if row.system is not None:
         raise BadRow("system without a chat template: the base has none")
-    template.refuse_specials(row.prompt, "prompt")
-    template.refuse_specials(row.completion, "completion")
-    pieces = ((row.prompt + row.separator, False), (row.completion, True))
-    return _Rendered(tuple(p for p in pieces if p[0]), template.bos, _eos(template), chat=False)
+    completion = row.completion if row.trusted else template.without_end(row.completion)
+    if not row.trusted:
+        template.refuse_specials(row.prompt, "prompt")
+        template.refuse_specials(completion, "completion")
+    pieces = ((row.prompt + row.separator, False), (completion, True))
+    return _render_text(row.prompt + row.separator + completion, pieces, row.trusted, template)
+
+
+def _render_text(text: str, pieces: tuple[tuple[str, bool], ...], trusted: bool, template: Template) -> _Rendered:
+    """Text without a template; trusted: it may begin and end with control tokens of its own."""
+    if not trusted:
+        template.refuse_specials(text, "text")
+    bos = [] if trusted and template.begins(text) else template.bos
+    eos = [] if trusted and template.ends_itself(text) else _eos(template)
+    return _Rendered(tuple(p for p in pieces if p[0]), bos, eos, chat=False, trusted=trusted)
 
 
 def _render_conversation(row: Row, template: Template, last_turn_only: bool) -> _Rendered:
@@ -142,19 +176,28 @@ def _render_conversation(row: Row, template: Template, last_turn_only: bool) -> 
     messages = (row.conversation or [])[: 0 if last is None else last + 1]
     if last is None:
         raise BadRow("nothing supervised: the row has no assistant turn to learn from")
-    template.check_conversation(messages)
-    whole = template.render(messages, generate=False)
-    turns = row.answers
+    messages = template.conversation(messages)
+    if last_turn_only or len(row.answers) == 1:
+        prompt, answer, stop = template.last_turn(messages)
+        pieces, rest = [(prompt, False), (answer[:stop], True)], answer[stop:]
+    else:
+        pieces, rest = _all_turns(messages, row.answers, template)
+    if template.end_of_turn(pieces[-1][0], 0, len(pieces[-1][0]))[1] is not None:
+        return _Rendered(tuple(p for p in [*pieces, (rest, False)] if p[0]), [], [], chat=True)
+    # No end-of-turn token of the template's own: without one the adapter would never learn to stop.
+    return _Rendered(tuple(p for p in pieces if p[0]), [], _eos(template), chat=True)
+
+
+def _all_turns(messages: list[Message], turns: Sequence[int], template: Template) -> tuple[list[tuple[str, bool]], str]:
+    """The finished conversation in pieces, each of `turns` supervised; and what stands after the last of them."""
+    whole = template.whole(messages)
     pieces: list[tuple[str, bool]] = []
-    start = stop = done = 0
-    for index in turns[-1:] if last_turn_only else turns:
+    done = 0
+    for index in turns:
         start, stop = template.turn(messages, index, whole)
         pieces += [(whole[done:start], False), (whole[start:stop], True)]
         done = stop
-    if template.end_of_turn(whole, start, stop)[1] is not None:
-        return _Rendered(tuple(p for p in [*pieces, (whole[done:], False)] if p[0]), [], [], chat=True)
-    # No end-of-turn token of the template's own: without one the adapter would never learn to stop.
-    return _Rendered(tuple(p for p in pieces if p[0]), [], _eos(template), chat=True)
+    return pieces, whole[done:]
 
 
 def _join(r: _Rendered, whole: Ids, parts: list[Ids], template: Template) -> tuple[Ids, list[bool]]:
@@ -165,7 +208,7 @@ def _join(r: _Rendered, whole: Ids, parts: list[Ids], template: Template) -> tup
             ids, ends = whole, found
         elif template.text_of(ids) != template.text_of(whole):
             raise BadRow("the tokenizer merges prompt and answer: the pieces alone spell another text")
-    if template.is_forged(r.whole, ids):
+    if not r.trusted and template.is_forged(r.whole, ids):
         raise BadRow("special token in the content: look-alike characters turn into a control token when tokenised")
     mask: list[bool] = []
     for end, (_, flag) in zip(ends, r.pieces, strict=True):
@@ -180,6 +223,13 @@ def _prefix_ends(r: _Rendered, whole: Ids, template: Template) -> list[int] | No
     if any(whole[: len(ids)] != ids for ids in encoded):
         return None
     return [*map(len, encoded), len(whole)]
+
+
+def _check_ids(ids: Ids, vocab_size: int | None, template: Template) -> None:
+    """BadRow where a token has no row in the base's embedding: a tokenizer that was given tokens, for a base that was not resized."""
+    if vocab_size is not None and (large := max(ids, default=0)) >= vocab_size:
+        token = template.tokenizer.convert_ids_to_tokens(large)
+        raise BadRow(f"token outside the base: {token!r} has id {large}, and the base's embedding has {vocab_size} rows")
 
 
 def _example(row: Row, ids: Ids, mask: list[bool], chat: bool, max_length: int) -> Example:

@@ -41,7 +41,8 @@ class Row:
     origin: "file:line", for people only: rows may share it. id: what the row is found by; a row of no source gets one that no other has.
     system: a system turn that goes before prompt. separator: stands between prompt and completion where there is no chat template (alpaca
     and label rows; prompt/completion rows are joined as they are). first_supervised: index of the first message that may be supervised.
-    unsupervised: indexes of later assistant messages that may not, because their author marked them so.
+    unsupervised: indexes of later assistant messages that may not, because their author marked them so. trusted: control tokens in its
+    plain text are read as such.
     """
 
     origin: str
@@ -53,6 +54,7 @@ class Row:
     separator: str = ""
     first_supervised: int = 0
     unsupervised: tuple[int, ...] = ()
+    trusted: bool = False
     id: RowId = field(default_factory=lambda: (-1, next(_unread)), compare=False)
 
     @property
@@ -74,8 +76,14 @@ class Row:
     def content_key(self) -> bytes:
         """All that decides the row's tokens, as canonical JSON: two rows with the same key tokenise alike. Origin and id are left out."""
         parts: list[Any] = [self.messages, self.prompt, self.completion, self.text, self.system, self.separator, self.first_supervised]
-        parts += [self.unsupervised] if self.unsupervised else []  # rows without keep the digests that they had
+        parts += [self.unsupervised] if self.unsupervised else []
+        parts += [{"trusted": True}] if self.trusted else []  # rows without either keep the digests that they had
         return json.dumps(parts, sort_keys=True).encode()
+
+
+def answer_of(row: Row) -> str | None:
+    """The text that a model should answer with: the last assistant turn to learn from, such as the completion; None where there is none."""
+    return row.conversation[row.answers[-1]]["content"] if row.conversation and row.answers else None
 
 
 @dataclass(frozen=True)

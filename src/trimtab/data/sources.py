@@ -29,7 +29,7 @@ class Source:
     path: a file, a folder of Markdown/text, or "hf:org/name" ("hf:org/name:config"); relative paths start at the run file's folder.
     weight: how often an epoch draws each of its rows (2: twice; 0.5: a fixed half of them). format: jsonl, json, csv, parquet or text,
     where the suffix does not say. columns: our column name -> the file's. system: the system turn of rows that have none. split: of a hub
-    dataset ("train").
+    dataset ("train"). trusted: its plain text may spell out control tokens, which are then read as such.
     """
 
     path: str
@@ -38,6 +38,7 @@ class Source:
     columns: Mapping[str, str] = field(default_factory=dict)
     system: str | None = None
     split: str | None = None
+    trusted: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -50,6 +51,7 @@ class Source:
         if not isinstance(self.columns, Mapping) or not all(isinstance(x, str) for pair in self.columns.items() for x in pair):
             problems.append(f"columns = {self.columns!r}: not a mapping from our column names to the file's")
         problems += [f"{n} = {v!r}: not text" for n in ("system", "split") if not isinstance(v := getattr(self, n), str | None)]
+        problems += [f"trusted = {v!r}: neither true nor false" for v in (self.trusted,) if type(v) is not bool]
         if problems:
             raise ConfigError(f"the source {self.path!r} cannot be used", problems=problems)
 
@@ -158,7 +160,7 @@ def read_source(source: Source, root: Path, number: int = 0, note: Note = lambda
         if isinstance(row, Dropped):
             dropped.append(row)
         else:
-            rows.append(dataclasses.replace(row, id=(number, len(rows))))
+            rows.append(dataclasses.replace(row, id=(number, len(rows)), trusted=source.trusted))
             assert form is not None
             left_over.update(unused(record, source.columns, form))
     _refuse_whole(source, bool(records or dropped), columns_seen, any_form)

@@ -115,9 +115,9 @@ def _learnt(turn: Mapping[str, Any], role: str, where: str) -> bool:
 
 
 def text_of(value: Any, where: str) -> str:
-    """`value` as text; a list of text parts, as OpenAI writes content, is joined."""
+    """`value` as text; a list of text parts, as OpenAI writes content, is joined with line breaks, as in serving."""
     if isinstance(value, list) and value:
-        value = "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
+        value = "\n".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
     if not isinstance(value, str):
         raise BadRow(f"not text: {where} is {kind_of(value)}")
     if (found := bad_character(value)) is not None:

@@ -24,7 +24,6 @@ from trimtab.serve.tenants import Tenant
 
 SMALL = 4096
 """Characters that are tokenized on the event loop: a thread costs more than they do."""
-ROLES = {"developer": "system"}
 T = TypeVar("T")
 
 
@@ -156,8 +155,8 @@ async def _encoded(body: ChatBody | CompletionBody, tenant: Tenant, s: Services)
     words = s.words
     encode: Callable[[], list[list[int]]]
     if isinstance(body, ChatBody):
-        messages = [{"role": ROLES.get(m.role, m.role), "content": _text(m)} for m in body.messages]
-        param, sizes = "messages", [sum(len(m["content"]) for m in messages)]
+        messages = [m.model_dump(include={"role", "content"}) for m in body.messages]
+        param, sizes = "messages", [sum(map(_length, body.messages))]
         encode = lambda: [_within("messages", words, lambda: words.encode_chat(messages))]  # noqa: E731
     else:
         prompts: list[str | list[int]] = [*_prompts(body)]
@@ -214,9 +213,10 @@ def _prompts(body: CompletionBody) -> list[str] | list[list[int]]:
     return [p] if isinstance(p[0], int) else p  # type: ignore[list-item,return-value]
 
 
-def _text(message: Message) -> str:
+def _length(message: Message) -> int:
+    """Characters of a content; parts are joined with line breaks."""
     c = message.content
-    return c if isinstance(c, str) else "\n".join(part.text for part in c)
+    return len(c) if isinstance(c, str) else sum(len(part.text) + 1 for part in c) - 1
 
 
 def _or(value: T | None, default: T) -> T:

@@ -110,7 +110,9 @@ class TextPart(Body):
 
 
 class Message(Body):
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is taken as system.")
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="developer is taken as system, unless the base's chat template knows it."
+    )
     content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=1024)] = Field(
         description="Text; parts of type text are joined with line breaks."
     )

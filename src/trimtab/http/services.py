@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from trimtab.errors import TrimtabError
 from trimtab.http.work import Work
@@ -35,7 +35,7 @@ class Words:
     vocab_size, max_positions, max_chars: what ids and prompts are measured against; a text with more characters than max_chars has more
     tokens than there are positions, whatever it says."""
 
-    encode_chat: Callable[[list[dict[str, str]]], list[int]]
+    encode_chat: Callable[[list[dict[str, Any]]], list[int]]
     encode_text: Callable[[str], list[int]]
     piece: Callable[[int], bytes]
     vocab_size: int

@@ -23,7 +23,7 @@ def words_of(base: Base) -> Words:
     template, positions = Template(base.tokenizer), base.spec.max_positions
     longest = max(map(len, base.tokenizer.get_vocab()), default=1)  # a vocabulary spells no token with fewer letters than it has characters
 
-    def encode_chat(messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(messages: list[dict[str, Any]]) -> list[int]:
         try:
             return ids_within(template.prompt_text(messages), positions, lambda part: template.ids_of([part])[0])
         except BadRow as bad:

@@ -13,9 +13,9 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from trimtab.data.formats import read_jsonl
 from trimtab.data.rows import Dropped
@@ -32,11 +32,18 @@ BASE = "base"
 """The name of the base itself, where an adapter is asked for."""
 
 
+class TextPart(BaseModel, frozen=True, strict=True, extra="forbid"):
+    """A part of a content, as OpenAI writes it."""
+
+    type: Literal["text"]
+    text: str
+
+
 class Message(BaseModel, frozen=True, strict=True, extra="forbid"):
     """A turn of a conversation."""
 
     role: str
-    content: str
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
 
 
 class Line(BaseModel, frozen=True, strict=True, extra="forbid"):

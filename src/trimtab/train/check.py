@@ -29,6 +29,7 @@ from trimtab.data import (
     Example,
     Source,
     answer_of,
+    as_learnt,
     encode_rows,
     find_labels,
     prompt_and_reference,
@@ -63,7 +64,7 @@ def check(run: RunConfig | Mapping[str, Any] | str | Path, *, rows: int = 2, sta
     report.findings += _template_findings(tokenizer) + _run_findings(run)
     trained: dict[str, Split] = {}
     for name, config in run.data.items():
-        splits = _read_data(run, name, config, tokenizer, report, status)
+        splits = _read_data(run, name, config, tokenizer, architecture.spec.vocab_size, report, status)
         trained[name] = splits[0]
         report.rendered += [_render(e, tokenizer) for e in _first(splits[0], rows)]
         report.findings += duplicates(splits[0].where, splits[0].rows)
@@ -137,7 +138,9 @@ def _run_findings(run: RunConfig) -> list[Finding]:
 # ---- rows and masks ------------------------------------------------------------
 
 
-def _read_data(run: RunConfig, name: str, config: DataConfig, tokenizer: Any, report: CheckReport, status: Status) -> list[Split]:
+def _read_data(
+    run: RunConfig, name: str, config: DataConfig, tokenizer: Any, vocab_size: int, report: CheckReport, status: Status
+) -> list[Split]:
     """The splits of a data set, train first; counts and findings go into the report."""
     options = {(v.options.max_length, v.options.last_turn_only) for v in run.variants if v.data == name}
     if len(options) > 1:
@@ -149,12 +152,19 @@ def _read_data(run: RunConfig, name: str, config: DataConfig, tokenizer: Any, re
         if sources:
             status(f"reading data.{name}.{split}")
             turn = last_turn_only or split != "train"  # as training does: held-out rows ask for their last answer
-            splits.append(_read_split(run, Split(name, split), sources, tokenizer, max_length, turn, report))
+            splits.append(_read_split(run, Split(name, split), sources, tokenizer, vocab_size, max_length, turn, report))
     return splits
 
 
 def _read_split(
-    run: RunConfig, split: Split, sources: Sequence[Source], tokenizer: Any, max_length: int, turn: bool, report: CheckReport
+    run: RunConfig,
+    split: Split,
+    sources: Sequence[Source],
+    tokenizer: Any,
+    vocab_size: int,
+    max_length: int,
+    turn: bool,
+    report: CheckReport,
 ) -> Split:
     counts, lost, notes = [], list[Dropped](), list[str]()
     for index, source in enumerate(sources):
@@ -164,14 +174,14 @@ def _read_split(
             report.findings.append(Finding("error", split.where, e.message, e.problems, len(e.problems), e.fix))
             continue
         try:
-            results = encode_rows(rows, tokenizer, max_length, last_turn_only=turn)
+            results = encode_rows(rows, tokenizer, max_length, last_turn_only=turn, vocab_size=vocab_size)
         except DataError as e:  # conversations without a chat template: no row of this source can be rendered
             report.findings.append(Finding("error", split.where, f"{source.path}: {e.message}", fix=e.fix))
             continue
         dropped += [r for r in results if isinstance(r, Dropped)]
         kept = [(row, r) for row, r in zip(rows, results, strict=True) if isinstance(r, Example)]
         split.starts.append(len(split.rows))
-        split.rows += [row for row, _ in kept]
+        split.rows += as_learnt([row for row, _ in kept], tokenizer)
         split.examples += [e for _, e in kept]
         epoch = [kept[i][1] for i in drawn(len(kept), source.weight, run.seed, index)] if kept else []
         split.epoch += epoch

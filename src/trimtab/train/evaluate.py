@@ -80,8 +80,11 @@ Results = dict[str, dict[str, Result]]
 """data set -> contestant -> result"""
 
 
-def ask(examples: Sequence[Example], rows: Sequence[Row], labels: Sequence[str], tokenizer: Any, where: str) -> HeldOut:
-    """Held-out examples with the questions that their rows ask; plain text asks none. rows: those of `examples` among others.
+def ask(
+    examples: Sequence[Example], rows: Sequence[Row], labels: Sequence[str], tokenizer: Any, where: str, vocab_size: int | None = None
+) -> HeldOut:
+    """Held-out examples with the questions that their rows ask; plain text asks none. rows: those of `examples` among others. vocab_size:
+    rows of the base's embedding.
 
     DataError where no row's answer is one of the labels: they are written otherwise. An answer that is none of them counts as wrong.
     """
@@ -92,7 +95,7 @@ def ask(examples: Sequence[Example], rows: Sequence[Row], labels: Sequence[str],
     by_id = {row.id: row for row in rows}
     assert len(by_id) == len(rows), "rows of two sources that were read under one number"
     asked = [by_id[e.row] for e in examples if answer_of(by_id[e.row]) is not None]
-    choices = label_examples(asked, labels, tokenizer) if labels else [[] for _ in asked]
+    choices = label_examples(asked, labels, tokenizer, vocab_size) if labels else [[] for _ in asked]
     questions = [Question(*prompt_and_reference(row, tokenizer), found) for row, found in zip(asked, choices, strict=True)]
     return HeldOut(examples, questions, labels)
 
@@ -100,10 +103,12 @@ def ask(examples: Sequence[Example], rows: Sequence[Row], labels: Sequence[str],
 def read_held_out(base: Base, path: str, labels: Sequence[str] | Literal["auto"] = (), max_rows: int | None = None) -> HeldOut:
     """The first rows of a file, a folder or a hub data set, to judge by. labels: "auto" for the distinct answers of its rows. DataError."""
     source = Source(path)
-    positions = base.spec.max_positions
-    dataset = load_examples([source], base.tokenizer, root=Path(), max_length=positions, last_turn_only=True, keep_rows=True)
+    longest, vocab = base.spec.max_positions, base.spec.vocab_size
+    dataset = load_examples(
+        [source], base.tokenizer, root=Path(), max_length=longest, vocab_size=vocab, last_turn_only=True, keep_rows=True
+    )
     found = find_labels(dataset.rows, path) if labels == "auto" else labels
-    return ask(dataset.examples[:max_rows], dataset.rows, found, base.tokenizer, path)
+    return ask(dataset.examples[:max_rows], dataset.rows, found, base.tokenizer, path, vocab)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,8 @@ def held_out(prepared: Prepared, name: str, split: Literal["valid", "test"]) -> 
     labels = config.labels or []
     if labels == "auto":
         labels = find_labels(prepared.data[name].train.rows, f"data.{name}")
-    return ask(dataset.examples[: run.evaluate.max_rows], dataset.rows, labels, prepared.base.tokenizer, f"data.{name}.{split}")
+    base, where = prepared.base, f"data.{name}.{split}"
+    return ask(dataset.examples[: run.evaluate.max_rows], dataset.rows, labels, base.tokenizer, where, base.spec.vocab_size)
 
 
 def save(prepared: Prepared, adapters: dict[str, Adapter]) -> dict[str, int]:

@@ -71,6 +71,7 @@ def read_splits(run: RunConfig, name: str, config: DataConfig, base: Base) -> Sp
             seed=run.seed,
             last_turn_only=turn,
             keep_rows=split != "train" or config.labels == "auto",  # as questions, and to find the labels in
+            vocab_size=base.spec.vocab_size,
         )
 
     valid, test = (read(name, sources) if sources else None for name, sources in (("valid", config.valid), ("test", config.test)))

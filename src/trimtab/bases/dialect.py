@@ -1,0 +1,180 @@
+"""How a base's chat template writes messages, found out by rendering some; and whether a text holds all that was to be written.
+
+Training, generation, evaluation and serving render through `Dialect.render`, so a message is one thing in all of them:
+
+- content is text. Parts of text ({type: text, text}) are joined with line breaks. A template that writes texts as nothing and lists of
+  parts as their text gets each content as one part.
+- `developer` is the system's turn, unless the template treats that role otherwise than one it cannot know.
+
+Content counts as written where the text holds it but for white space around it (around a reasoning block's tags too), or as a JSON string,
+as some templates write the results of tools. An assistant turn that is no more than context may lack its reasoning block: templates of
+reasoning models take it out of earlier turns.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trimtab.bases.sandbox import Program, TooMuch
+from trimtab.errors import DataError
+
+Message = dict[str, str]
+
+LOST = "the chat template does not render it"
+REASONING = re.compile(r"(</?(?:seed:)?(?:think|thinking|thought|reasoning)>|\[/?THINK\]|◁/?think▷)")
+KNOWN_SHAPES = 4096
+"""Sequences of roles of which a dialect remembers what is lost."""
+
+
+class BadRow(Exception):
+    """This conversation or row cannot be used; the text is the reason ("kind: particulars"). Becomes a DataError or a dropped row."""
+
+
+def dialect_of(tokenizer: Any) -> Dialect:
+    """The dialect of a tokenizer's chat template, kept by what decides it. BadRow or DataError where the template cannot be compiled."""
+    try:
+        text = tokenizer.get_chat_template()
+    except ValueError as error:  # several named templates, none of them for plain conversations
+        raise BadRow(f"the chat template refuses it: {error}") from None
+    return _kept(text, json.dumps(tokenizer.special_tokens_map, default=str), str(tokenizer.name_or_path or ""))
+
+
+@functools.lru_cache(maxsize=32)
+def _kept(text: str, specials: str, name: str) -> Dialect:
+    return Dialect(text, json.loads(specials), name)
+
+
+class Dialect:
+    """One compiled template. variables: what it sees beside the messages. name: of its base, for errors."""
+
+    def __init__(self, text: str, variables: Mapping[str, Any], name: str = ""):
+        self._variables, self._name = variables, name
+        self._lost: dict[tuple[bool, tuple[str, ...]], frozenset[int]] = {}
+        try:
+            self._program = Program(text)
+        except TooMuch as error:
+            raise self._stopped(error) from None
+        except Exception as error:  # not jinja, or blocks that transformers has not
+            raise BadRow(f"the chat template cannot be read: {error}") from None
+
+    def render(self, messages: Sequence[Message], *, generate: bool) -> str:
+        """The conversation as text; generate: with the prompt for an assistant turn.
+
+        BadRow where the template refuses it; DataError that names the template where it loops or grows without end.
+        """
+        return self._render([self._shaped(m) for m in messages], generate, sum(len(m["content"]) for m in messages))
+
+    def check(self, messages: Sequence[Message], text: str, *, generate: bool) -> None:
+        """BadRow that names the first message whose content `text`, its rendering, does not hold."""
+        contents = [text_of(m["content"]).strip() for m in messages]
+        lost = self._lost_by_role(messages, generate)
+        if (missing := next((i for i, c in enumerate(contents) if c and i in lost), None)) is None:
+            missing = _first_missing(contents, [m["role"] for m in messages], text)
+        if missing is not None:
+            raise BadRow(f"{LOST}: messages[{missing}] ({messages[missing]['role']})")
+
+    @functools.cached_property
+    def takes_parts(self) -> bool:
+        """Whether contents must be lists of parts: as texts they vanish, or are refused."""
+        talk = [("user", "Zq0qZ"), ("assistant", "Zq1qZ")]
+        return not self._holds(talk, parts=False) and self._holds(talk, parts=True)
+
+    @functools.cached_property
+    def knows_developer(self) -> bool:
+        """Whether `developer` is a role of its own: it is written, and a role that no template knows is not."""
+        known, unknown = ([(role, "Zq0qZ"), ("user", "Zq1qZ")] for role in ("developer", "no such role"))
+        return self._holds(known, self.takes_parts) and not self._holds(unknown, self.takes_parts)
+
+    def _holds(self, turns: Sequence[tuple[str, str]], parts: bool) -> bool:
+        try:
+            text = self._render([{"role": role, "content": _content(c, parts)} for role, c in turns], generate=False)
+        except BadRow:
+            return False
+        return all(c in text for _, c in turns)
+
+    def _lost_by_role(self, messages: Sequence[Message], generate: bool) -> frozenset[int]:
+        """Which messages of such roles leave no trace, whatever they say: marks are looked for, since a short answer may stand anywhere."""
+        key = (generate, tuple(m["role"] for m in messages))
+        if (known := self._lost.get(key)) is None:
+            marks = [f"Zq{i}qZ" for i in range(len(messages))]
+            try:
+                text = self.render([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)], generate=generate)
+                known = frozenset(i for i, mark in enumerate(marks) if mark not in text)
+            except BadRow:  # a template that looks into the contents; they are looked for themselves
+                known = frozenset()
+            if len(self._lost) >= KNOWN_SHAPES:
+                self._lost.clear()
+            self._lost[key] = known
+        return known
+
+    def _shaped(self, message: Message) -> dict[str, Any]:
+        role = "system" if message["role"] == "developer" and not self.knows_developer else message["role"]
+        return {**message, "role": role, "content": _content(text_of(message["content"]), self.takes_parts)}
+
+    def _render(self, messages: list[dict[str, Any]], generate: bool, size: int = 0) -> str:
+        try:
+            given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generate}
+            return self._program.render({**given, **self._variables}, size)
+        except TooMuch as error:
+            raise self._stopped(error) from None
+        except Exception as error:  # what a template does to a conversation can go wrong in any way
+            raise BadRow(f"the chat template refuses it: {error}") from None
+
+    def _stopped(self, error: TooMuch) -> DataError:
+        of = f" of {self._name!r}" if self._name else ""
+        return DataError(f"the chat template{of} was stopped: {error}", fix="use another base, or mend its chat template.")
+
+
+def text_of(content: Any) -> str:
+    """A message's content as text; parts of text are joined with line breaks. BadRow on anything else."""
+    if isinstance(content, list) and content and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        return "\n".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise BadRow(f"not text: the content is {type(content).__name__}, neither text nor a list of parts with text")
+    return content
+
+
+def is_whole(content: str, text: str) -> bool:
+    """Whether `text` holds `content`, but for white space around it and around the tags of a reasoning block."""
+    if content.strip() in text:
+        return True
+    parts, position = [p.strip() for p in REASONING.split(content)], 0
+    for part in parts if len(parts) > 1 else [content.strip()]:
+        if (found := text.find(part, position)) < 0:
+            return False
+        position = found + len(part)
+    return True
+
+
+def _content(text: str, parts: bool) -> Any:
+    return [{"type": "text", "text": text}] if parts else text
+
+
+def _first_missing(contents: Sequence[str], roles: Sequence[str], text: str) -> int | None:
+    """The first content that `text` does not hold, each in a place of its own; templates may move the system's turn."""
+    position = 0
+    for content in contents:  # nearly always they stand in order, and this is all
+        position = text.find(content, position)
+        if position < 0:
+            break
+        position += len(content)
+    else:
+        return None
+    for i in sorted(range(len(contents)), key=lambda i: -len(contents[i])):
+        found = next((form for form in _forms(contents[i], roles[i]) if form in text), None)
+        if found is None:
+            return i
+        text = text.replace(found, "\0", 1) if found else text
+    return None
+
+
+def _forms(content: str, role: str) -> list[str]:
+    """How a template may write a content: as it is, as a JSON string, without its reasoning."""
+    forms = [content, *(json.dumps(content, ensure_ascii=a)[1:-1] for a in (False, True))]
+    if role == "assistant" and (parts := REASONING.split(content))[1:]:
+        forms.append(parts[-1].strip())
+    return forms

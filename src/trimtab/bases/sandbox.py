@@ -1,0 +1,336 @@
+"""Chat templates as transformers renders them, within bounds: a template comes with a base, and may loop or grow without end.
+
+The environment has transformers' blocks, filters and functions, so that a text equals that of `apply_chat_template`; a test compares both.
+Each rendering has a budget of characters: every text and list that the template makes costs its length before it is made, and every turn
+of a loop and call of a macro costs one and the literal text inside. A rendering that goes over its budget, or computes longer than
+MAX_SECONDS, ends with `TooMuch`. Nothing is computed when a template is compiled: jinja2 would fold 'a' * 10**10 there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+MAX_TEMPLATE = 2**20
+"""Characters of a template. The longest published ones have about 50,000."""
+MAX_WORK = 10**8
+"""Characters that one rendering may make, intermediate texts included; and COPIES times what the messages have."""
+COPIES = 16
+MAX_SECONDS = 1.0
+"""Processor time of one rendering. The longest conversations take a tenth of it."""
+MAX_WIDTH = 10_000
+"""To which a text may be padded or indented."""
+PADDING = frozenset({"batch", "center", "expandtabs", "indent", "ljust", "rjust", "slice", "to_bytes", "tojson", "wordwrap", "zfill"})
+SPELLING = frozenset({"e", "escape", "forceescape", "format", "pprint", "safe", "string", "tojson", "urlencode", "xmlattr"})
+"""Filters that write out all that a value holds."""
+WIDE = re.compile(r"%[^%a-zA-Z]*(\d{5}|\*)|\{[^{}]*:[^{}]*(\d{5}|\{)")
+"""A format with a width of five digits, or with one that is computed."""
+
+
+class TooMuch(Exception):
+    """A rendering went over its budget; the text says of what."""
+
+
+class Program:
+    """A compiled template. Threads may render at the same time. Raises jinja2.TemplateError or TooMuch where it cannot be compiled."""
+
+    def __init__(self, text: str):
+        if len(text) > MAX_TEMPLATE:
+            raise TooMuch(f"it has {len(text):,} characters; at most {MAX_TEMPLATE:,} are read")
+        self._environment = environment = _Environment()
+        try:
+            tree = _Bounds().visit(environment.parse(text))
+            code = environment.compile(tree)
+        except (RecursionError, SyntaxError, MemoryError) as error:
+            raise TooMuch(f"it is nested too deeply to be compiled ({type(error).__name__})") from error
+        self._template = environment.template_class.from_code(environment, code, environment.make_globals(None))
+
+    def render(self, variables: Mapping[str, Any], size: int = 0) -> str:
+        """The text. size: characters of the messages. Raises TooMuch where the budget does not suffice, else what the template raises."""
+        with self._environment.budget(MAX_WORK + COPIES * size):
+            try:
+                return "".join(self._template.generate(**variables))
+            except (RecursionError, MemoryError) as error:
+                raise TooMuch(f"it calls itself without end ({type(error).__name__})") from error
+
+
+class _Budget(threading.local):
+    """What is left to the rendering of this thread."""
+
+    whole, left, calls, until = 0, 0, 0, 0.0
+
+    @contextmanager
+    def of(self, amount: int) -> Iterator[None]:
+        """For what is rendered inside."""
+        self.whole, self.left, self.calls, self.until = amount, amount, 0, time.thread_time() + MAX_SECONDS
+        try:
+            yield
+        finally:
+            self.left = 0
+
+    def spend(self, amount: int) -> None:
+        self.left -= amount + 1
+        self.calls += 1
+        if self.left < 0:
+            raise TooMuch(f"it makes more than {self.whole:,} characters")
+        if not self.calls % 64 and time.thread_time() > self.until:
+            raise TooMuch(f"it computes for more than {MAX_SECONDS:g} s")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """transformers' environment, with a price on what it does."""
+
+    intercepted_binops = frozenset({"+", "*", "%", "**"})
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, jinja2.ext.loopcontrols],
+            optimized=False,
+            finalize=_finalize,
+        )
+        self._budget = _Budget()
+        self.filters["tojson"] = _tojson
+        self.filters = {name: self._priced(name, f) for name, f in self.filters.items()}
+        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": _Dict(), "namespace": _Namespace}
+        self.globals["range"] = _range
+        del self.globals["lipsum"]
+        self.tick = _Tick(self.spend)
+
+    def budget(self, amount: int) -> AbstractContextManager[None]:
+        return self._budget.of(amount)
+
+    def spend(self, amount: int) -> None:
+        self._budget.spend(amount)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # a template's keyword may be `self`
+        if type(__obj) is _Tick:
+            return __obj(*args)
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, str | bytes | int):
+            args = __self._paid(__obj.__name__, (owner, *args), kwargs)[1:]
+        return __self._made(super().call(__context, __obj, *args, **kwargs))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+":
+            if type(left) is str and type(right) is str:  # most of what templates do
+                self._budget.spend(len(left) + len(right))
+                return left + right
+            self.spend(_size(left) + _size(right))
+        elif operator == "%" and isinstance(left, str):
+            self._paid("format", (left, right), {})
+        elif operator == "**":
+            self.spend(_size(left) * abs(right) if isinstance(right, int) else 1)
+        elif operator == "*":
+            times, what = (left, right) if isinstance(left, int) else (right, left)
+            self.spend(_size(what) * (max(times, 0) if isinstance(times, int) and not isinstance(what, int) else 1) + _size(times))
+        return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        def paid(*args: Any, **kwargs: Any) -> str:
+            self._paid("format", (value.__self__, *args), kwargs)
+            return wrapped(*args, **kwargs)
+
+        return paid
+
+    def joined(self, *parts: Any) -> str:
+        """What `~` does."""
+        self.spend(sum(map(self._weight, parts)))
+        return "".join(map(str, parts))
+
+    def sliced(self, value: Any) -> Any:
+        return self._made(value)
+
+    def _made(self, value: Any) -> Any:
+        self.spend(_size(value))
+        return value
+
+    def _priced(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter that pays for what it reads and makes."""
+        skipped = int(hasattr(function, "jinja_pass_arg"))
+
+        @functools.wraps(function)  # copies what jinja2 notes on its filters
+        def filter(*args: Any, **kwargs: Any) -> Any:
+            return self._made(function(*args[:skipped], *self._paid(name, args[skipped:], kwargs), **kwargs))
+
+        return filter
+
+    def _paid(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The arguments of a filter or a method of a text, paid for by what the result may be."""
+        if not args:
+            return args
+        value, rest = args[0], [*args[1:], *kwargs.values()]
+        widest = max((abs(n) for n in rest if isinstance(n, int)), default=0)
+        if name in PADDING and widest > MAX_WIDTH:
+            raise TooMuch(f"{name} by {widest:,}; at most {MAX_WIDTH:,}")
+        if name == "join":
+            first, others = (
+                (value, rest) if not isinstance(value, str) or not rest else (rest[0], [value])
+            )  # the filter's, or str.join's order
+            items = list(first)
+            self.spend(sum(map(self._weight, items)) + len(items) * sum(map(_size, others)))
+            return (items, *args[1:]) if first is value else (value, items, *args[2:])
+        if name == "replace" and len(rest) > 1:
+            self.spend(str(value).count(str(rest[0])) * _size(rest[1]))
+        elif name in ("format", "format_map"):
+            if WIDE.search(str(value)):
+                raise TooMuch(f"the format {str(value)[:40]!r} pads without bounds")
+            self.spend((str(value).count("%") + str(value).count("{") + 1) * sum(map(self._weight, rest)))
+        elif name in PADDING:
+            self.spend((str(value).count("\n") + str(value).count("\t") + 1) * (widest + 1) if isinstance(value, str) else widest)
+        self.spend(self._weight(value) if name in SPELLING else _size(value))
+        return args
+
+    def _weight(self, value: Any) -> int:
+        """The length of `value` as text, about. What is counted is paid for, since lists in lists may spell more than can be counted."""
+        total, left = 0, [value]
+        while left:
+            item = left.pop()
+            total += _size(item)
+            if isinstance(item, dict):
+                left += [*item.keys(), *item.values()]
+            elif isinstance(item, list | tuple | set):
+                left += item
+            if left:
+                self.spend(1)
+        return total
+
+
+class _Tick:
+    """Called by what `_Bounds` puts into loops and macros."""
+
+    def __init__(self, spend: Callable[[int], None]):
+        self.spend = spend
+
+    def __call__(self, amount: int) -> str:
+        self.spend(amount)
+        return ""
+
+
+class _Bounds(NodeTransformer):
+    """Puts a payment into the body of every loop, macro and call block, and around what makes texts without calling anything."""
+
+    def _body(self, node: Any) -> Any:
+        literal = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_asked("tick", [nodes.Const(literal)], node.lineno), lineno=node.lineno))
+        return node
+
+    visit_For = visit_Macro = visit_CallBlock = _body
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _asked("joined", node.nodes, node.lineno)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return _asked("sliced", [node], node.lineno) if isinstance(node.arg, nodes.Slice) else node
+
+
+def _asked(method: str, args: list[nodes.Expr], line: int) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(method, lineno=line), args, [], None, None, lineno=line)
+
+
+_SIZED = (bytes, list, tuple, dict, set, range)
+
+
+def _size(value: Any) -> int:
+    """Characters of a text or number, entries of a collection: what a copy costs."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, int):
+        return value.bit_length() // 3
+    return len(value) if isinstance(value, _SIZED) else 1
+
+
+@jinja2.pass_context  # a context exists only at run time, so that nothing is written out when the template is compiled
+def _finalize(context: Any, value: Any) -> Any:
+    environment = context.environment
+    environment.spend(len(value) if type(value) is str else environment._weight(value))
+    return value
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format[:100])
+
+
+def _range(*args: int) -> range:
+    found = range(*args)
+    if len(found) > MAX_RANGE:
+        raise TooMuch(f"a range of {len(found):,}; at most {MAX_RANGE:,}")
+    return found
+
+
+class _Dict:
+    """`dict` without the type's own attributes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Names with an underscore in front are refused, as transformers does."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=…)` works
+        attributes = dict(*args[1:], **kwargs)
+        for name in attributes:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(args[0], attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"the namespace cannot hold {name!r}: names with an underscore in front are refused")
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %}: marks of the assistant's text in some templates; what is inside is rendered as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own type
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("inside"), [], [], body).set_lineno(line)
+
+    def inside(self, caller: Callable[[], str]) -> str:
+        return caller()
