@@ -142,7 +142,7 @@ def _check(spec: Spec, **numbers: int) -> None:
 def _plan_adapter(
     spec: Spec, method: Method, dtype: torch.dtype, tokens: int, length: int, variants: int, checkpointing: bool
 ) -> dict[str, int]:
-    sites = method.sites(spec)
+    sites = method.sites_to_train(spec)
     params = {site.key(name): torch.empty(shape, device="meta") for site in sites for name, shape in site.shapes.items()}
     trainable = sum(t.numel() for t in params.values())
     saved_method, saved = method.export(params)

@@ -25,7 +25,7 @@ def _layers(*parts, layers=(0, 1)):
 
 def _refusal(method, spec=LLAMA):
     with pytest.raises(ConfigError) as e:
-        method.sites(spec)
+        method.sites_to_train(spec)
     assert e.value.exit_code == 2
     return e.value
 

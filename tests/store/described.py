@@ -25,19 +25,24 @@ PREFIX = "base_model.model."
 def described(path: Path, base: Base) -> tuple[Method, dict[str, Tensor]]:
     """Method and tensors of a folder that is sound. AssertionError where it is not: then it must not have loaded."""
     for name in (CONFIG, WEIGHTS):
-        assert stat.S_ISREG((path / name).lstat().st_mode), f"{name} is no regular file"
+        assert _regular(path / name), f"{name} is no regular file"
     config, tensors = _strict((path / CONFIG).read_bytes()), _tensors((path / WEIGHTS).read_bytes())
     if (path / NOTE).exists() or (path / NOTE).is_symlink():
         note = _strict((path / NOTE).read_bytes())
-        assert stat.S_ISREG((path / NOTE).lstat().st_mode)
+        assert _regular(path / NOTE)
         assert {n: note["files"][n] for n in (CONFIG, WEIGHTS)} == {n: digest((path / n).read_bytes()) for n in (CONFIG, WEIGHTS)}
         recorded = fingerprint(path)
         assert not isinstance(recorded, str) or recorded in ("", base.fingerprint), "made for another base"
-    assert config.get("task_type") in (None, "CAUSAL_LM") and not config.get("some_future_option")
+    assert isinstance(config.get("task_type"), str | None) and not config.get("some_future_option")
     kind = config["peft_type"]
     virtual = kind in ("PROMPT_TUNING", "PREFIX_TUNING")
     assert virtual or any(bool(t.any()) for t in tensors.values()), "all zero"
     return DESCRIBED[kind](config, tensors), {k.removeprefix(PREFIX): t for k, t in tensors.items()}
+
+
+def _regular(file: Path) -> bool:
+    """A regular file, or a link to one in the same folder."""
+    return stat.S_ISREG(file.stat().st_mode) and file.resolve().parent == file.parent.resolve()
 
 
 def fingerprint(path: Path) -> Any:

@@ -154,7 +154,7 @@ def lose_a_file(rng: Random, files: Files, others: Mapping[str, Files]) -> str:
 
 @mutation
 def odd_file(rng: Random, files: Files, others: Mapping[str, Files]) -> str:
-    """Something that is no regular file under the name of one."""
+    """Something that is no regular file under the name of one; a link to a file in the folder is as good as the file."""
     name = pick(rng, files)
     content = files[name]
     assert isinstance(content, bytes)
@@ -162,24 +162,24 @@ def odd_file(rng: Random, files: Files, others: Mapping[str, Files]) -> str:
     def link(path: Path) -> None:
         target = path.with_name("." + path.name)
         target.write_bytes(content)
-        path.symlink_to(target)
+        path.symlink_to(target.name)
 
     makers: list[Callable[[Path], None]] = [
         link, Path.mkdir, os.mkfifo, lambda p: p.symlink_to("/etc/passwd"), lambda p: p.symlink_to(p), lambda p: p.symlink_to("/dev/zero"),
     ]  # fmt: skip
-    files[name] = rng.choice(makers)
-    return REFUSED
+    made = files[name] = rng.choice(makers)
+    return SAME if made is link else REFUSED
 
 
 @mutation
 def extra_file(rng: Random, files: Files, others: Mapping[str, Files]) -> str:
-    """A pickle under a name that loaders know is refused; what nobody reads is not read."""
+    """What nobody reads is not read, a pickle under a name that loaders know included."""
     pickle = rng.random() < 0.4
     name = rng.choice(
         ["adapter_model.bin", "adapter_model.pt"] if pickle else ["README.md", "optimizer.pt", "config.json", ".hidden", "x" * 200]
     )
     files[name] = rng.choice([rng.randbytes(50), b"\x80\x04cos\nsystem\n(S'x'\ntR."])
-    return REFUSED if pickle else SAME
+    return SAME
 
 
 def sparse(path: Path) -> None:

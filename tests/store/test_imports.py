@@ -21,7 +21,8 @@ from tests.tiny import tiny_folder
 from trimtab.errors import AdapterError
 from trimtab.methods import BottleneckConfig, IA3Config, LoraConfig, PromptTuningConfig
 from trimtab.store import Adapter
-from trimtab.store.imports import CONVERT, import_folder, modern
+from trimtab.store.imports import CONVERT, import_folder
+from trimtab.store.keys import modern
 
 __all__ = ["one_thread"]
 
@@ -306,10 +307,8 @@ def test_names_of_old_are_read(base, name, method, tmp_path):
     file = tmp_path / "a" / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({of_old(k): t for k, t in tensors.items()}, file)
-    with pytest.raises(AdapterError):
-        Adapter.load(tmp_path / "a", base)
     imported = import_folder(tmp_path / "a", base)
-    assert imported.source == "peft" and "names of today" in imported.changes[0] and not imported.adapter.verified
+    assert imported.source == "peft" and "the names that peft writes today" in imported.changes[0] and not imported.adapter.verified
     assert {modern(of_old(k)): 0 for k in tensors} == dict.fromkeys(tensors, 0)
     assert all(torch.equal(imported.adapter.params[k], t) for k, t in method.export(adapter.params)[1].items())
 
@@ -351,7 +350,7 @@ def test_several_adapters_in_one_file_are_refused(base, tmp_path):
     with pytest.raises(AdapterError, match="several adapters: one, two"):
         import_folder(tmp_path / "a", base)
     save_file({"prompt_encoder.one.embedding.weight": table, "prompt_embeddings": table.clone()}, file)
-    with pytest.raises(AdapterError, match="are all prompt_embeddings"):
+    with pytest.raises(AdapterError, match="are both prompt_embeddings"):
         import_folder(tmp_path / "a", base)
 
 

@@ -81,14 +81,12 @@ def edit_tensors(folder: Path, change: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"bias": "lora_only"}, "bias = 'lora_only'"),
         ({"lora_bias": True}, "lora_bias"),
         ({"use_qalora": True}, "use_qalora"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"target_parameters": ["experts.w"]}, "target_parameters"),
-        ({"megatron_config": {"a": 1}}, "megatron_config"),
         ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
         ({"arrow_config": {"top_k": 1}}, "arrow_config"),
         ({"some_future_option": 3}, "some_future_option"),
@@ -98,17 +96,17 @@ def edit_tensors(folder: Path, change: Any) -> None:
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "loftq"),
         ({"init_lora_weights": "corda"}, "corda"),
         ({"init_lora_weights": "lora_ga"}, "lora_ga"),
-        ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
         ({"layers_pattern": "blocks", "layers_to_transform": [0]}, "layers_pattern"),
         ({"r": 0}, "r = 0"),
         ({"r": 5000}, "5000"),
         ({"r": "many"}, "r = 'many'"),
         ({"lora_alpha": 0}, "lora_alpha = 0"),
         ({"rank_pattern": {"q_proj": 999999}}, "999999"),
-        ({"rank_pattern": {"q_porj": 4}}, "rank_pattern: 'q_porj' matches no targeted module (did you mean 'q_proj'?)"),
-        ({"alpha_pattern": {"q_porj": 4}}, "alpha_pattern: 'q_porj' matches no targeted module"),
-        ({"alpha_pattern": {"up_proj": 4}, "target_modules": ["q_proj"]}, "alpha_pattern: 'up_proj' matches no targeted module"),
-        ({"target_modules": ["q_proj", "v_porj"]}, "'v_porj' matches no module (did you mean 'v_proj'?)"),
+        ({"task_type": ["CAUSAL_LM"]}, "is no name of a task"),
+        ({"bias": "some"}, "bias = 'some'"),
+        ({"target_modules": ["q_proj", "v_porj"]}, "v_proj.lora_A.weight (2, 48) belongs to no module"),
+        ({"target_modules": ["q_porj", "v_porj"]}, "'v_porj' matches no module (did you mean 'v_proj'?)"),
+        ({"exclude_modules": "*"}, "not a regular expression"),
         ({"target_modules": "(.*)*x"}, "could take for ever"),
         ({"target_modules": ".*.*.*.*.*.*q_proj"}, "could take for ever"),
         ({"rank_pattern": {"(a|a)*": 2}}, "could take for ever"),
@@ -127,9 +125,18 @@ def test_config_options_that_change_the_mathematics(theirs, base, changes, said)
 
 
 def test_all_config_findings_come_at_once(theirs, base):
-    edit(theirs, bias="all", lora_bias=True, target_parameters=["x"])
+    edit(theirs, bias="some", lora_bias=True, target_parameters=["x"])
     text = refused(theirs, base)
-    assert all(word in text for word in ("bias = 'all'", "lora_bias", "target_parameters"))
+    assert all(word in text for word in ("bias = 'some'", "lora_bias", "target_parameters"))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_where_the_base_has_biases(bias, tmp_path):
+    base = tiny_base("qwen2")
+    folder = stirred(base, METHODS["lora"]).save(tmp_path / "a")
+    (folder / "trimtab.json").unlink()
+    edit(folder, bias=bias)
+    assert f"bias = '{bias}': trained biases are not supported" in refused(folder, base)
 
 
 @pytest.mark.parametrize(
@@ -241,11 +248,17 @@ def test_json_with_a_second_meaning_or_none(theirs, base, text, said):
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
 def test_pickles(theirs, base, name):
-    torch.save({}, theirs / name)
-    assert f"{name} is a pickle" in refused(theirs, base)
+    """Beside the safetensors they are not opened; alone they are refused."""
+    (theirs / name).write_bytes(b"cos\nabort\n(tR.")
+    assert f"{name} is a pickle and is not read" in Adapter.load(theirs, base).warnings[0]
     (theirs / "adapter_model.safetensors").unlink()
     text = refused(theirs, base)
     assert "is a pickle" in text and "adapter_model.safetensors is missing" in text
+
+
+def test_shards_are_named(theirs, base):
+    (theirs / "adapter_model.safetensors").rename(theirs / "adapter_model-00001-of-00001.safetensors")
+    assert "adapter_model-00001-of-00001.safetensors is part of an adapter in shards" in refused(theirs, base)
 
 
 def test_a_pickle_and_a_zip_under_the_name_of_safetensors(theirs, base):

@@ -155,7 +155,7 @@ def append(path: Path) -> None:
 
 
 BAD = {
-    "pickle": (lambda f: (f / "adapter_model.bin").write_bytes(b"\x80"), "adapter_model.bin is a pickle"),
+    "pickle": (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "adapter_model.bin is a pickle"),
     "other file": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json is none of the files of an adapter"),
     "hidden file": (lambda f: (f / ".env").write_text("KEY=1"), ".env is none of the files"),
     "folder": (lambda f: (f / "checkpoint-7").mkdir(), "checkpoint-7 is none of the files"),

@@ -223,6 +223,10 @@ class Method:
         """Where this method acts in a base. ConfigError where a target name matches nothing or cannot be targeted."""
         raise NotImplementedError
 
+    def sites_to_train(self, spec: Spec) -> list[Site]:
+        """`sites`, for an adapter that is to begin here. ConfigError too for what only makes sense where it was trained already."""
+        return self.sites(spec)
+
     def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:
         """One adapter's tensors at one site, fp32, on the CPU, in the shapes of `site.shapes`."""
         raise NotImplementedError

@@ -83,22 +83,34 @@ class LoraConfig(TargetedMethod):
         ]
 
     def sites(self, spec: Spec) -> list[Site]:
+        sites, saved, problems = self._places(spec)
+        self._refuse(spec, sites, problems)
+        return sites + saved
+
+    def sites_to_train(self, spec: Spec) -> list[Site]:
+        """`sites`; ConfigError too where a rank is above a module's smaller side: it could learn no more than that side's rank. Adapters
+        from elsewhere have such ranks (PiSSA's, converted to LoRA, have twice r) and are computed as they are."""
+        sites, saved, problems = self._places(spec)
+        sides = {s.name: min(spec.modules[s.name].in_features, spec.modules[s.name].out_features) for s in sites}
+        high = [f"{s.name}: rank {s.rank} is above its smaller side {sides[s.name]}" for s in sites if s.rank > sides[s.name]]
+        self._refuse(spec, sites, high + problems)
+        return sites + saved
+
+    def _places(self, spec: Spec) -> tuple[list[Site], list[Site], list[str]]:
+        """(sites with factors, sites trained in full, modules that are both)."""
         sites, saved = [self._site(m) for m in self._targets(spec)], saved_sites(spec, self.modules_to_save)
+        names = {s.name for s in sites}
+        return sites, saved, [f"{s.name} is both in target_modules and in modules_to_save" for s in saved if s.name in names]
+
+    def _refuse(self, spec: Spec, sites: Sequence[Site], problems: list[str]) -> None:
         names = [s.name for s in sites]
         stray = self._stray_keys(spec, names)
-        problems = [
-            f"{s.name}: rank {s.rank} is above its smaller side {_smaller_side(spec.modules[s.name])}"
-            for s in sites
-            if s.rank > _smaller_side(spec.modules[s.name])
-        ]
-        problems += [f"{s.name} is both in target_modules and in modules_to_save" for s in saved if s.name in set(names)]
         if stray or problems:
             found, short = stray + problems, dict.fromkeys(n.rpartition(".")[2] for n in names)
             shown = found[:8] + ([f"… and {len(found) - 8} more"] if len(found) > 8 else [])
             fixes = [f"correct these keys, or take them away; targeted are: {', '.join(short)}"] if stray else []
             fixes += ["lower r or rank_pattern, or exclude these modules"] if problems else []
             raise ConfigError(f"LoRA cannot attach to this {spec.model_type} base", problems=shown, fix="; ".join(fixes))
-        return sites + saved
 
     def _targets(self, spec: Spec) -> list[Module]:
         try:
@@ -166,7 +178,3 @@ def _factors(params: Params) -> tuple[Tensor, Tensor]:
     if "lora_embedding_A" in params:
         return params["lora_embedding_A"], params["lora_embedding_B"]
     return params["lora_A.weight"], params["lora_B.weight"]
-
-
-def _smaller_side(module: Module) -> int:
-    return min(module.in_features, module.out_features)

@@ -18,7 +18,7 @@ from trimtab.errors import AdapterError
 from trimtab.serve.request import Servable
 from trimtab.store import Adapter
 from trimtab.store.files import Folder, Refusal, read_exactly
-from trimtab.store.folder import CONFIG, NOTE, WEIGHTS, read_opened
+from trimtab.store.folder import CONFIG, NOTE, WEIGHTS, check_layout
 from trimtab.store.registry import Store
 from trimtab.store.version import Version
 
@@ -55,8 +55,7 @@ class StoredAdapter:
     def load(self) -> Adapter:
         """AdapterError where it was removed meanwhile, is damaged, or is for another base."""
         with self.store.open(self.version) as folder:
-            method, params, info, verified = read_opened(folder, self.base, f"adapter {self.version.ref}")
-        return Adapter(self.base, method, {k: t.to(self.base.device) for k, t in params.items()}, info=info, verified=verified)
+            return Adapter.read(folder, self.base, f"adapter {self.version.ref}")
 
 
 class Pinned(Folder):
@@ -101,6 +100,7 @@ class PlainFolder:
         try:
             with descend(root, parts) as descriptor:
                 folder = Folder(where, descriptor)
+                check_layout(folder, base, f"adapter {str(where)!r}")  # so that no more is hashed than an adapter can hold
                 for name in sorted(set(folder.names()) & set(FILES)):
                     with folder.open(name) as (file, size):
                         digests[name] = _hash(file, size, name)
@@ -115,10 +115,9 @@ class PlainFolder:
         try:
             with descend(self.root, self.parts) as descriptor:
                 pinned = Pinned(Path(self.ref), descriptor, self.digests)
-                method, params, info, verified = read_opened(pinned, self.base, where)
+                return Adapter.read(pinned, self.base, where)
         except OSError as error:
             raise AdapterError(f"{where} cannot be read any more: {error.strerror}", fix="unload it") from error
-        return Adapter(self.base, method, {k: t.to(self.base.device) for k, t in params.items()}, info=info, verified=verified)
 
 
 def below(roots: Sequence[Path], path: str, first: Collection[str] | None) -> tuple[Path, tuple[str, ...]] | None:

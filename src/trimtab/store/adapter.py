@@ -12,7 +12,8 @@ from torch import Tensor
 from trimtab.errors import ConfigError
 from trimtab.methods import METHODS
 from trimtab.methods.base import Method, Site
-from trimtab.store.folder import read_folder, read_opened, write_folder
+from trimtab.store.files import Folder, open_folder
+from trimtab.store.folder import read_opened, write_folder
 from trimtab.store.merge import MergeReport, merge_into
 from trimtab.store.names import NoSuchAdapter, is_reference
 from trimtab.store.registry import Store, Version
@@ -26,10 +27,20 @@ class Adapter:
 
     params: tensors by `Site.key`, fp32, on the base's device. info: what `trimtab.json` says beside them (empty for a fresh adapter).
     verified: False where it was loaded from a folder whose trimtab.json is missing or names no base: only names and shapes are checked.
+    warnings: what its folder says and what means nothing on this base or is not read, one line each.
     """
 
-    def __init__(self, base: Base, method: Method, params: dict[str, Tensor], *, info: dict[str, Any] | None = None, verified: bool = True):
-        self.base, self.method, self.info, self.verified = base, method, info or {}, verified
+    def __init__(
+        self,
+        base: Base,
+        method: Method,
+        params: dict[str, Tensor],
+        *,
+        info: dict[str, Any] | None = None,
+        verified: bool = True,
+        warnings: Sequence[str] = (),
+    ):
+        self.base, self.method, self.info, self.verified, self.warnings = base, method, info or {}, verified, tuple(warnings)
         self.params: Mapping[str, Tensor] = params
         self.sites: Sequence[Site] = method.sites(base.spec)
 
@@ -40,7 +51,7 @@ class Adapter:
             raise ConfigError(f"{type(method).__name__} is not an adapter", fix="full fine-tuning trains from a run file: method: full")
         generator = torch.Generator().manual_seed(seed)
         params = {}
-        for site in method.sites(base.spec):
+        for site in method.sites_to_train(base.spec):
             for name, tensor in method.init(site, base, generator).items():
                 params[site.key(name)] = tensor.to(base.device, torch.float32)
         return cls(base, method, params)
@@ -49,16 +60,22 @@ class Adapter:
     def load(cls, source: str | Path, base: Base, *, store: str | Path | Store | None = None) -> Adapter:
         """Load an adapter onto a base: from a folder, ours or peft's, or from a store, named as "acme/support@3".
 
-        A folder that is there is taken before a name. store: the store or its folder, `default_root()` where None. AdapterError with every
-        finding where it is not there or is refused.
+        A folder that is there is taken before a name. store: the store or its folder, `default_root()` where None. What a folder of peft's
+        says and this base lacks is left out; it is logged, and in `warnings`. AdapterError with every finding where the adapter is not
+        there or is refused.
         """
         if is_reference(source):
             where, version = _find(str(source), store)
             with where.open(version) as folder:
-                method, params, info, verified = read_opened(folder, base, f"adapter {version.ref}")
-        else:
-            method, params, info, verified = read_folder(source, base)
-        return cls(base, method, {k: t.to(base.device) for k, t in params.items()}, info=info, verified=verified)
+                return cls.read(folder, base, f"adapter {version.ref}")
+        with open_folder(source) as folder:
+            return cls.read(folder, base, f"adapter {str(source)!r}")
+
+    @classmethod
+    def read(cls, folder: Folder, base: Base, where: str) -> Adapter:
+        """`load` from a folder that is open, or that a store keeps as blobs. where: what errors call the adapter."""
+        method, params, info, verified, warnings = read_opened(folder, base, where)
+        return cls(base, method, {k: t.to(base.device) for k, t in params.items()}, info=info, verified=verified, warnings=warnings)
 
     def save(self, folder: str | Path, run: Mapping[str, Any] | None = None, *, dtype: str = "float32") -> Path:
         """Write peft's two files, trimtab.json and a card; an adapter that is there already is replaced in one step. Returns the folder.

@@ -1,7 +1,7 @@
 """From an `adapter_config.json`, peft's or ours, to a method.
 
 What is not there gets peft's defaults, not trimtab's. Every option that changes the mathematics and that trimtab does not have is refused
-by name: an adapter that loads computes what it computed where it was trained.
+by name: an adapter that loads computes what it computed where it was trained. What changes nothing on this base is a warning.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from trimtab.errors import AdapterError, ConfigError, nearest
 from trimtab.methods import METHODS, IA3Config, LoraConfig, Method, PrefixTuningConfig, PromptTuningConfig
 from trimtab.methods.targets import matches, saved_sites, select
 from trimtab.spec import Spec
+from trimtab.store.foreign import TRAINING_ONLY, high_ranks, training_leftovers, without_strangers, without_stray_keys
 
 MAX_ENTRIES, MAX_TEXT = 4096, 4096
 """Entries of a list or a pattern table, characters of a name or regular expression, that a config may hold."""
@@ -29,7 +30,7 @@ MAX_REPEATS = 5
 COMMON = frozenset({"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"})
 IGNORED: Mapping[str, frozenset[str]] = {
     # how tensors were initialised or where they were trained: it is in the tensors by now
-    "LORA": frozenset({"fan_in_fan_out", "init_lora_weights", "megatron_core", "loftq_config", "eva_config", "qalora_group_size"}),
+    "LORA": TRAINING_ONLY | {"fan_in_fan_out", "init_lora_weights", "megatron_core", "qalora_group_size"},
     "IA3": frozenset({"fan_in_fan_out", "init_ia3_weights"}),
     "PROMPT_TUNING": frozenset({"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}),
     "PREFIX_TUNING": frozenset({"prefix_projection", "encoder_hidden_size", "init_weights"}),
@@ -43,8 +44,11 @@ HARMLESS_INITS = ("gaussian", "orthogonal", "eva", "mica")
 """init_lora_weights besides true and false that leave the base's weights alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them."""
 
 
-def method_from_config(config: Mapping[str, Any], spec: Spec, where: str) -> Method:
-    """The method that an adapter_config.json asks for. AdapterError, with every finding, where it asks for what trimtab does not have."""
+def method_from_config(config: Mapping[str, Any], spec: Spec, where: str) -> tuple[Method, list[str]]:
+    """(the method that an adapter_config.json asks for, a warning for all that it names and that means nothing on this base).
+
+    AdapterError, with every finding, where it asks for what trimtab does not have.
+    """
     kind = config.get("peft_type")
     if kind is None and "config" in config:
         fix = "trimtab adapters import FOLDER TARGET carries it over where trimtab has the same mathematics"
@@ -65,12 +69,16 @@ def method_from_config(config: Mapping[str, Any], spec: Spec, where: str) -> Met
         f"{key} = {_short(value)} is not supported" for key, value in config.items() if key not in known_keys and not _neutral(value)
     ]
     problems += _text_problems(config, fields) or type_problems(cls, {k: config[k] for k in config if k in fields})
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        problems.append(f"task_type = {config['task_type']!r}: only CAUSAL_LM adapters are supported")
-    problems += _CHECKS.get(kind, lambda config, spec: [])(config, spec)
+    warnings = training_leftovers(config) if kind == "LORA" else []
+    task = config.get("task_type")
+    if not isinstance(task, str | None):
+        problems.append(f"task_type = {_short(task)} is no name of a task")
+    elif task not in (None, "CAUSAL_LM"):
+        warnings.append(f"task_type = {_short(task)}: it is read as CAUSAL_LM, since its tensors fit this base")
+    problems += _CHECKS.get(kind, lambda config, spec, warnings: [])(config, spec, warnings)
     if not problems:
         try:
-            return _READERS[kind](config, spec) if cls.in_peft else _read_own(cls, config)
+            return (_READERS[kind](config, spec, warnings) if cls.in_peft else _read_own(cls, config)), warnings
         except ConfigError as error:
             problems = list(error.problems) or [error.message]
     raise AdapterError(f"{where}: adapter_config.json cannot be used", problems=problems)
@@ -132,10 +140,12 @@ def _slow(pattern: Any) -> bool:
     )
 
 
-def _lora_problems(config: Mapping[str, Any], spec: Spec) -> list[str]:
-    problems = []
-    if config.get("bias", "none") != "none":
-        problems.append(f"bias = {config['bias']!r}: trained biases are not supported, only 'none'")
+def _lora_problems(config: Mapping[str, Any], spec: Spec, warnings: list[str]) -> list[str]:
+    problems, bias = [], config.get("bias") or "none"
+    if bias in ("all", "lora_only") and not any("bias" in m.parameters for m in spec.modules.values()):
+        warnings.append(f"bias = {bias!r}: this base has no biases")
+    elif bias != "none":
+        problems.append(f"bias = {_short(bias)}: trained biases are not supported, only 'none'")
     init = config.get("init_lora_weights", True)
     if not isinstance(init, bool) and init is not None and str(init).lower() not in HARMLESS_INITS:
         problems.append(
@@ -145,13 +155,14 @@ def _lora_problems(config: Mapping[str, Any], spec: Spec) -> list[str]:
     layer_name = spec.family.layers.rpartition(".")[2]
     pattern = config.get("layers_pattern")
     if pattern not in (None, [], "", layer_name, [layer_name]):
-        problems.append(f"layers_pattern = {_short(pattern)}: this base's layers are {layer_name!r}")
+        found = warnings if config.get("layers_to_transform") in (None, []) else problems
+        found.append(f"layers_pattern = {_short(pattern)}: this base's layers are {layer_name!r}")
     if config.get("ensure_weight_tying") and spec.tied_head:
         problems.append("ensure_weight_tying = True is not supported on a base whose head is tied to its embedding")
     return problems
 
 
-def _virtual_problems(config: Mapping[str, Any], spec: Spec) -> list[str]:
+def _virtual_problems(config: Mapping[str, Any], spec: Spec, warnings: list[str]) -> list[str]:
     prefix = config["peft_type"] == "PREFIX_TUNING"
     wanted = {"num_transformer_submodules": 1, "num_layers": spec.num_layers, "token_dim": spec.kv_width if prefix else spec.hidden_size}
     if prefix:
@@ -170,15 +181,23 @@ def _fields(cls: type[Method], config: Mapping[str, Any]) -> dict[str, Any]:
     return {n: config[n] for n in names if n in config and not (config[n] is None or (config[n] == [] and n != "feedforward_modules"))}
 
 
-def _read_lora(config: Mapping[str, Any], spec: Spec) -> Method:
-    return _without_saved(LoraConfig(**{"r": 8, "lora_alpha": 8, "target_modules": None} | _fields(LoraConfig, config)), spec)
+def _read_lora(config: Mapping[str, Any], spec: Spec, warnings: list[str]) -> Method:
+    fields, strange = without_strangers({"r": 8, "lora_alpha": 8, "target_modules": None} | _fields(LoraConfig, config), spec)
+    # which modules it acts on is known without the patterns, and must be, to tell which of their keys match none
+    places = _without_saved(LoraConfig(**fields | {"rank_pattern": {}, "alpha_pattern": {}}), spec)
+    fields, stray = without_stray_keys(fields, spec, [s.name for s in places.sites(spec) if not s.saved])
+    method = replace(places, rank_pattern=fields["rank_pattern"], alpha_pattern=fields["alpha_pattern"])
+    warnings += strange + stray + high_ranks(method.sites(spec), spec)
+    return method
 
 
-def _read_ia3(config: Mapping[str, Any], spec: Spec) -> Method:
-    return _without_saved(IA3Config(**_fields(IA3Config, config)), spec)
+def _read_ia3(config: Mapping[str, Any], spec: Spec, warnings: list[str]) -> Method:
+    fields, strange = without_strangers(_fields(IA3Config, config), spec)
+    warnings += strange
+    return _without_saved(IA3Config(**fields), spec)
 
 
-def _without_saved(method: Any, spec: Spec) -> Method:
+def _without_saved(method: Any, spec: Spec) -> Any:
     """peft lets modules_to_save win over target_modules; here the two must not overlap, so name the rest."""
     saved = {s.name for s in saved_sites(spec, method.modules_to_save)}
     targets = method.target_modules
@@ -190,11 +209,11 @@ def _without_saved(method: Any, spec: Spec) -> Method:
     return replace(method, target_modules=tuple(rest), exclude_modules=None)
 
 
-def _read_prompt(config: Mapping[str, Any], spec: Spec) -> Method:
+def _read_prompt(config: Mapping[str, Any], spec: Spec, warnings: list[str]) -> Method:
     return PromptTuningConfig(num_virtual_tokens=config["num_virtual_tokens"], prompt_tuning_init="RANDOM")
 
 
-def _read_prefix(config: Mapping[str, Any], spec: Spec) -> Method:
+def _read_prefix(config: Mapping[str, Any], spec: Spec, warnings: list[str]) -> Method:
     return PrefixTuningConfig(num_virtual_tokens=config["num_virtual_tokens"], prefix_init="RANDOM")
 
 
@@ -203,12 +222,12 @@ def _read_own(cls: type[Method], config: Mapping[str, Any]) -> Method:
     return cls(**{f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config})
 
 
-_CHECKS: Mapping[str, Callable[[Mapping[str, Any], Spec], list[str]]] = {
+_CHECKS: Mapping[str, Callable[[Mapping[str, Any], Spec, list[str]], list[str]]] = {
     "LORA": _lora_problems,
     "PROMPT_TUNING": _virtual_problems,
     "PREFIX_TUNING": _virtual_problems,
 }
-_READERS: Mapping[str, Callable[[Mapping[str, Any], Spec], Method]] = {
+_READERS: Mapping[str, Callable[[Mapping[str, Any], Spec, list[str]], Method]] = {
     "LORA": _read_lora,
     "IA3": _read_ia3,
     "PROMPT_TUNING": _read_prompt,

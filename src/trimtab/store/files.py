@@ -1,4 +1,4 @@
-"""Reading files that strangers wrote: no symlinks, nothing but regular files, bounded sizes, JSON without second meanings.
+"""Reading files that strangers wrote: regular files, bounded sizes, JSON without second meanings; no symlinks but a hub cache's.
 
 A folder is opened once and its files through it, so that a folder that is replaced while it is read never gives halves of two adapters.
 """
@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import AdapterError
+from trimtab.store.links import READ, Refusal, link_text, open_link
+
+__all__ = ["ARCHIVES", "MAX_JSON_BYTES", "Folder", "Refusal", "open_folder", "parse_json", "read_exactly"]
 
 MAX_JSON_BYTES = 2**20
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-
-
-class Refusal(ValueError):
-    """One finding about one file; whoever reads the folder collects them into an AdapterError."""
 
 
 class Folder:
@@ -35,17 +34,11 @@ class Folder:
 
     @contextmanager
     def open(self, name: str) -> Iterator[tuple[int, int]]:
-        """(descriptor, size in bytes) of a regular file. Refusal where it is a link, a pipe or a folder; FileNotFoundError without it."""
-        try:
-            # O_NONBLOCK: a named pipe would otherwise wait for a writer for ever
-            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._descriptor)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            link = stat.S_ISLNK(os.stat(name, dir_fd=self._descriptor, follow_symlinks=False).st_mode)
-            raise Refusal(
-                f"{name} is a symbolic link, which is not followed" if link else f"{name} cannot be opened: {error.strerror}"
-            ) from error
+        """(descriptor, size in bytes) of a regular file, which may be a link into a hub cache's blobs (`links.open_link`).
+
+        Refusal where it is another link, a pipe or a folder; FileNotFoundError without it.
+        """
+        file = self._open(name)
         try:
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):
@@ -53,6 +46,21 @@ class Folder:
             yield file, status.st_size
         finally:
             os.close(file)
+
+    def _open(self, name: str) -> int:
+        try:
+            file = os.open(name, READ, dir_fd=self._descriptor)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if stat.S_ISLNK(os.stat(name, dir_fd=self._descriptor, follow_symlinks=False).st_mode):
+                return open_link(self._descriptor, self.path, name, os.readlink(name, dir_fd=self._descriptor))
+            raise Refusal(f"{name} cannot be opened: {error.strerror}") from error
+        text = link_text(file)
+        if text is None:
+            return file
+        os.close(file)
+        return open_link(self._descriptor, self.path, name, text)
 
     def read(self, name: str, limit: int) -> bytes:
         """A whole file of at most `limit` bytes. Refusal where it is larger."""

@@ -1,16 +1,20 @@
 """Reading and writing an adapter folder: peft's two files and `trimtab.json`.
 
 Reading goes from cheap to dear: the JSON files, the base that they were made for, the config against the base, the header against the
-config, and only then the tensors' values. At each step everything that is wrong is reported at once.
+config, and only then the tensors' values. At each step everything that is wrong is reported at once. What means nothing on this base, or is
+not read, is a warning: in `Read.warnings`, and logged.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import load as parse_tensors
@@ -24,8 +28,9 @@ from trimtab.methods.base import Site
 from trimtab.store.card import CARD, is_untouched, make_card
 from trimtab.store.config_read import method_from_config
 from trimtab.store.config_write import config_from_method
-from trimtab.store.files import Folder, Refusal, open_folder, read_exactly
+from trimtab.store.files import Folder, Refusal, read_exactly
 from trimtab.store.header import Entry, read_header
+from trimtab.store.keys import renaming, todays_names
 from trimtab.store.note import fit_problems, make_note, method_of, recorded_fingerprint
 from trimtab.store.staging import staged
 from trimtab.store.tensors import PREFIX, copies_of_base, expected, file_key, layout_problems, value_problems
@@ -35,9 +40,24 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, NOTE = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
 PICKLES = tuple(f"adapter_model.{ending}" for ending in ("bin", "pt", "pth", "ckpt", "pkl", "pickle"))
+SHARD = re.compile(r"adapter_model-\d+-of-\d+\.(safetensors|bin)|adapter_model\.(safetensors|bin)\.index\.json")
 REPLACEABLE = (CONFIG, WEIGHTS, NOTE)
 MAX_PROBLEMS = 12
+PIECE_BYTES = 2**24
+TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class Read(NamedTuple):
+    """An adapter as its folder holds it. params: by `Site.key`, fp32, on the CPU. info: trimtab.json's content. verified: whether that
+    vouches for the folder on this base. warnings: what the folder says and what was left out, one line each."""
+
+    method: Method
+    params: dict[str, Tensor]
+    info: dict[str, Any]
+    verified: bool
+    warnings: tuple[str, ...]
 
 
 def write_folder(
@@ -84,32 +104,56 @@ def _rounded(tensors: Mapping[str, Tensor], dtype: str, where: str) -> dict[str,
     return rounded
 
 
-def read_folder(path: str | Path, base: Base) -> tuple[Method, dict[str, Tensor], dict[str, Any], bool]:
-    """(method, tensors by `Site.key` in fp32 on the CPU, trimtab.json's content, whether that vouches for the folder on this base).
+def read_opened(folder: Folder, base: Base, where: str) -> Read:
+    """Read an adapter's folder that is open, or that a store keeps as blobs. where: what errors call the adapter.
 
     AdapterError, with every finding, where anything is missing, left over, damaged, hostile, made for another base or not supported.
     """
-    with open_folder(path) as folder:
-        return read_opened(folder, base, f"adapter {str(path)!r}")
+    said = _said(folder, base, where)
+    tensors, copies, digest, renamed = _read_tensors(folder, said, base, where)
+    if said.note is not None:
+        damage = _damage(said.note, {CONFIG: _digest(said.config_bytes), WEIGHTS: digest})
+        _refuse(f"{where} is not what was saved", damage, fix="fetch or copy it anew")
+    _refuse(f"{where} is refused", value_problems(tensors, copies, base, edits=bool(said.sites[0].name)))
+    params = {key: tensors[name].float() for name, (key, _) in expected(said.sites).items()}
+    warnings = (*said.warnings, *renamed)
+    for warning in warnings:
+        log.warning("%s: %s", where, warning)
+    verified = said.note is not None and recorded_fingerprint(said.note) == (base.fingerprint or None)
+    return Read(said.method, params, said.note or {}, verified, warnings)
 
 
-def read_opened(folder: Folder, base: Base, where: str) -> tuple[Method, dict[str, Tensor], dict[str, Any], bool]:
-    """`read_folder` for a folder that is open, or that a store keeps as blobs. where: what errors call the adapter."""
-    config, config_bytes, note = _read_json(folder, where)
+def check_layout(folder: Folder, base: Base, where: str) -> None:
+    """Refuse all that can be refused before a tensor is read: by the JSON files, and by the header's names, shapes and sizes on this base.
+
+    AdapterError, with every finding. What passes is no larger than an adapter on this base can be, so that it may be hashed or copied.
+    """
+    said = _said(folder, base, where)
+
+    def read() -> None:
+        with folder.open(WEIGHTS) as (file, size):
+            _layout(read_header(file, size, WEIGHTS)[0], said, base, where)
+
+    _collected(read, where)
+
+
+class _Said(NamedTuple):
+    """What the JSON files say of an adapter on this base."""
+
+    method: Method
+    sites: list[Site]
+    note: dict[str, Any] | None
+    config_bytes: bytes
+    warnings: tuple[str, ...]
+
+
+def _said(folder: Folder, base: Base, where: str) -> _Said:
+    config, config_bytes, note, warnings = _read_json(folder, where)
     if note is not None:
-        _refuse(
-            f"{where} does not fit this base", fit_problems(note, base), fix="load it on the base, tokenizer and template of its training"
-        )
-    method = _method(config, note, base, where)
-    sites = _sites(method, base, where)
-    tensors, copies, digest = _read_tensors(folder, sites, base, where)
-    if note is not None:
-        _refuse(
-            f"{where} is not what was saved", _damage(note, {CONFIG: _digest(config_bytes), WEIGHTS: digest}), fix="fetch or copy it anew"
-        )
-    _refuse(f"{where} is refused", value_problems(tensors, copies, base, edits=bool(sites[0].name)))
-    params = {key: tensors[name].float() for name, (key, _) in expected(sites).items()}
-    return method, params, note or {}, note is not None and recorded_fingerprint(note) == (base.fingerprint or None)
+        fix = "load it on the base, tokenizer and template of its training"
+        _refuse(f"{where} does not fit this base", fit_problems(note, base), fix=fix)
+    method, strange = _method(config, note, base, where)
+    return _Said(method, _sites(method, base, where), note, config_bytes, (*warnings, *strange))
 
 
 def survey(folder: Folder, where: str) -> tuple[dict[str, Any], dict[str, Any] | None, list[Entry]]:
@@ -117,7 +161,7 @@ def survey(folder: Folder, where: str) -> tuple[dict[str, Any], dict[str, Any] |
 
     AdapterError, with every finding, where no base would accept it: damaged or hostile files, other methods, values that are not finite.
     """
-    config, config_bytes, note = _read_json(folder, where)
+    config, config_bytes, note, _ = _read_json(folder, where)
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in METHODS:
         fix = f"methods there are: {', '.join(METHODS)}"
@@ -125,27 +169,44 @@ def survey(folder: Folder, where: str) -> tuple[dict[str, Any], dict[str, Any] |
     if note is not None and _noted_method(note, where).peft_type != kind:
         raise AdapterError(f"{where}: adapter_config.json and trimtab.json describe different adapters", fix="fetch or copy it anew")
 
-    def read() -> tuple[list[Entry], bytes]:
-        with folder.open(WEIGHTS) as (file, size):
-            entries, head = read_header(file, size, WEIGHTS)
-            return entries, head + read_exactly(file, _data_bytes(entries), WEIGHTS)
-
-    entries, data = _collected(read, where)
+    entries, digest, odd, zero = _collected(lambda: _look_at_values(folder), where)
     if note is not None:
-        found = {CONFIG: _digest(config_bytes), WEIGHTS: _digest(data)}
-        _refuse(f"{where} is not what was saved", _damage(note, found), fix="fetch or copy it anew")
-    tensors = parse_tensors(data)
-    problems = [f"{n} has values that are not finite" for n, t in tensors.items() if not bool(torch.isfinite(t).all())]
-    if any(name.startswith(PREFIX) for name in tensors) and not any(bool(t.any()) for t in tensors.values()):
-        problems.append(f"all {len(tensors)} tensors are zero: the adapter does nothing")
+        _refuse(
+            f"{where} is not what was saved", _damage(note, {CONFIG: _digest(config_bytes), WEIGHTS: digest}), fix="fetch or copy it anew"
+        )
+    names = _collected(lambda: todays_names(e.name for e in entries), where).values()
+    problems = [f"{n} has values that are not finite" for n in odd]
+    if zero and any(name.startswith(PREFIX) for name in names):
+        problems.append(f"all {len(entries)} tensors are zero: the adapter does nothing")
     _refuse(f"{where} is refused", problems)
     return config, note, entries
 
 
-def _read_json(folder: Folder, where: str) -> tuple[dict[str, Any], bytes, dict[str, Any] | None]:
-    names, problems = set(folder.names()), []
+def _look_at_values(folder: Folder) -> tuple[list[Entry], str, list[str], bool]:
+    """(entries, the file's digest, tensors that are not finite, whether all are zero); no more than a piece of a tensor is in memory."""
+    with folder.open(WEIGHTS) as (file, size):
+        entries, head = read_header(file, size, WEIGHTS)
+        sha, odd, zero = hashlib.sha256(head), dict[str, None](), True
+        for entry in sorted(entries, key=lambda e: e.start):
+            for start in range(entry.start, entry.stop, PIECE_BYTES):
+                piece = read_exactly(file, min(PIECE_BYTES, entry.stop - start), WEIGHTS)
+                sha.update(piece)
+                values = torch.frombuffer(bytearray(piece), dtype=TYPES[entry.dtype])
+                if not bool(torch.isfinite(values).all()):
+                    odd[entry.name] = None
+                zero = zero and not bool(values.any())
+    return entries, f"sha256:{sha.hexdigest()}", list(odd), zero
+
+
+def _read_json(folder: Folder, where: str) -> tuple[dict[str, Any], bytes, dict[str, Any] | None, list[str]]:
+    """(adapter_config.json, its bytes, trimtab.json, warnings)."""
+    names, problems, warnings = set(folder.names()), [], []
     pickles = sorted(names & set(PICKLES))
-    problems += [f"{n} is a pickle, which can run code when it is read; it never is here" for n in pickles]
+    if WEIGHTS in names:
+        warnings = [f"{n} is a pickle and is not read; {WEIGHTS} beside it is" for n in pickles]
+    else:
+        problems += [f"{n} is a pickle, which can run code when it is read; it never is here" for n in pickles]
+        problems += [f"{n} is part of an adapter in shards: write them into one {WEIGHTS}" for n in sorted(names) if SHARD.fullmatch(n)]
     problems += [f"{n} is missing" for n in (CONFIG, WEIGHTS) if n not in names]
     found: dict[str, tuple[dict[str, Any], bytes]] = {}
     for name in (CONFIG, NOTE):
@@ -158,24 +219,25 @@ def _read_json(folder: Folder, where: str) -> tuple[dict[str, Any], bytes, dict[
         problems = []  # AdapterHub's: its weights have another name too, and one reason is enough
     fix = (
         "convert the weights to safetensors where they were made, and remove the pickle"
-        if pickles
+        if pickles and WEIGHTS not in names
         else "a folder as peft's save_pretrained writes it is needed"
     )
     _refuse(f"{where} is refused", problems, fix=fix)
-    return *found[CONFIG], found[NOTE][0] if NOTE in found else None
+    return *found[CONFIG], found[NOTE][0] if NOTE in found else None, warnings
 
 
-def _method(config: Mapping[str, Any], note: Mapping[str, Any] | None, base: Base, where: str) -> Method:
-    """The note's method where there is one, and then the config must describe the same one: other programs read only the config."""
-    described = method_from_config(config, base.spec, where)
+def _method(config: Mapping[str, Any], note: Mapping[str, Any] | None, base: Base, where: str) -> tuple[Method, list[str]]:
+    """The note's method where there is one, and then the config must describe the same one: other programs read only the config. With it,
+    warnings."""
+    described, warnings = method_from_config(config, base.spec, where)
     if note is None:
-        return described
+        return described, warnings
     method = _noted_method(note, where)
     same = described.peft_type == method.peft_type and _sites(described, base, where) == _sites(method, base, where)
     # where peft has the method, its other spellings of one thing are seen at the sites; else the config holds the very fields
     if not same or not (method.in_peft or described == method):
         raise AdapterError(f"{where}: adapter_config.json and trimtab.json describe different adapters", fix="fetch or copy it anew")
-    return method
+    return method, warnings
 
 
 def _noted_method(note: Mapping[str, Any], where: str) -> Method:
@@ -195,20 +257,27 @@ def _sites(method: Method, base: Base, where: str) -> list[Site]:
     return sites
 
 
-def _read_tensors(folder: Folder, sites: list[Site], base: Base, where: str) -> tuple[dict[str, Tensor], dict[str, str], str]:
-    """(tensors by name in the file, those that are the base's own, the file's digest)."""
+def _read_tensors(folder: Folder, said: _Said, base: Base, where: str) -> tuple[dict[str, Tensor], dict[str, str], str, list[str]]:
+    """(tensors by today's names, those that are the base's own, the file's digest, a warning where names were others)."""
 
-    def read() -> tuple[dict[str, Tensor], dict[str, str], str]:
+    def read() -> tuple[dict[str, Tensor], dict[str, str], str, list[str]]:
         with folder.open(WEIGHTS) as (file, size):
             entries, head = read_header(file, size, WEIGHTS)
-            copies = copies_of_base(entries, sites, base)
-            _refuse(
-                f"{where} is refused", layout_problems(entries, sites, copies), fix="check that config, weights and base belong together"
-            )
+            names, copies = _layout(entries, said, base, where)
             data = head + read_exactly(file, _data_bytes(entries), WEIGHTS)
-        return parse_tensors(data), copies, _digest(data)
+        return {names[n]: t for n, t in parse_tensors(data).items()}, copies, _digest(data), renaming(names)
 
     return _collected(read, where)
+
+
+def _layout(entries: list[Entry], said: _Said, base: Base, where: str) -> tuple[dict[str, str], dict[str, str]]:
+    """(names in the file -> today's, those that are the base's own). In a folder of ours no name is other than today's."""
+    names = todays_names((e.name for e in entries), base.spec) if said.note is None else {e.name: e.name for e in entries}
+    entries = [replace(e, name=names[e.name]) for e in entries]
+    copies = copies_of_base(entries, said.sites, base)
+    problems = layout_problems(entries, said.sites, copies)
+    _refuse(f"{where} is refused", problems, fix="check that config, weights and base belong together")
+    return names, copies
 
 
 def _data_bytes(entries: list[Entry]) -> int:

@@ -14,6 +14,7 @@ What makes it safe to kill, to share and to copy:
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from trimtab.store.collect import GcReport, collect
 from trimtab.store.describe import contradictions, describe
 from trimtab.store.diff import Diff
 from trimtab.store.files import MAX_JSON_BYTES, Folder, Refusal, open_folder
-from trimtab.store.folder import PICKLES, read_opened
+from trimtab.store.folder import PICKLES, WEIGHTS, read_opened
 from trimtab.store.index import Entry, Index, Name
 from trimtab.store.manifest import (
     EMPTY,
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from trimtab.store.adapter import Adapter
 
 __all__ = ["Descriptor", "Diff", "GcReport", "Ref", "Store", "VerifyReport", "Version", "default_root"]
+
+log = logging.getLogger(__name__)
 
 
 class Store(StoreReader):
@@ -227,9 +230,14 @@ class Store(StoreReader):
 def _copy_files(folder: Folder, stage: Staging) -> dict[str, Staged]:
     """Copies of an adapter's files. Refusal, with a line for each, where there are others, or one is too large."""
     names = folder.names()
-    others = [f"{n} is {'a pickle' if n in PICKLES else 'none of the files of an adapter'}" for n in names if n not in FILE_TYPES]
+    left_out = [n for n in names if n in PICKLES and WEIGHTS in names]
+    others = [
+        f"{n} is {'a pickle' if n in PICKLES else 'none of the files of an adapter'}" for n in names if n not in (*FILE_TYPES, *left_out)
+    ]
     if others:
         raise Refusal("\n".join(others))
+    for name in left_out:
+        log.warning("%s: %s is a pickle and is left out; %s beside it is taken", folder.path, name, WEIGHTS)
     copies = {}
     for name in (n for n in FILE_TYPES if n in names):
         with folder.open(name) as (file, size):

@@ -40,7 +40,7 @@ def estimate_run(run: RunConfig, base: Architecture, trained: Mapping[str, Split
     for v in run.variants:
         split = trained[v.data]
         try:
-            v.method.sites(base.spec)
+            v.method.sites_to_train(base.spec)
             if split.epoch:
                 plans.append(_variant(run, v, split, base, name))
                 methods.append(v.method)
