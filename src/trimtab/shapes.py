@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from trimtab.bases.folder import read_json
 from trimtab.bases.locate import HUB_ID
 from trimtab.bases.progress import quiet_transformers
 from trimtab.errors import BaseError, nearest
@@ -88,9 +89,12 @@ def _read_config(name: str) -> Any:
         if not (path / "config.json").is_file():
             raise BaseError(f"the folder {name!r} has no config.json", fix="pass a folder that holds a base's config.json, or that file.")
         source = path
+        _check(path / "config.json", name)
     elif path.is_file():
         source = path.parent if path.suffix.lower() == ".gguf" else path
         options |= {"gguf_file": path.name} if source != path else {}
+        if source == path:
+            _check(path, name)
     elif not HUB_ID.fullmatch(name):
         raise _unknown(name, "neither a known name, nor a folder or file here, nor written like a hub id (org/name)")
     try:
@@ -99,6 +103,14 @@ def _read_config(name: str) -> Any:
         if source != name:
             raise _unreadable(name, error) from error
         raise _unknown(name, f"a hub id whose config could not be had: {_first_line(error)}") from error
+
+
+def _check(config: Path, name: str) -> None:
+    """BaseError where a config is no JSON of the size that a config has."""
+    try:
+        read_json(config)
+    except ValueError as error:
+        raise BaseError(f"the config of {name!r} cannot be read: {error}", fix="fetch the file anew.") from error
 
 
 def _unknown(name: str, why: str) -> BaseError:

@@ -1,12 +1,16 @@
 """What a base's folder must hold, checked before transformers reads it: config, whole safetensors, tokenizer, no pickle.
 
 Only headers are read, so the check costs milliseconds; it turns a crash deep inside a loader into a list of what is there and what is not.
+Whatever transformers may read must be a regular file of a size that such a file can have: it would wait for a pipe for ever, and read a
+device or a file of gigabytes until the memory is full. Links are followed, since a hub cache is made of them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,9 @@ INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_HEADER_BYTES = 100 * 2**20
+MAX_BYTES = {".jinja": 2**20, ".json": 2**24, ".model": 2**27, ".txt": 2**27}
+"""By suffix, of a file that transformers reads whole. Published tokenizers have at most 40 MB, templates 100 kB."""
+MAX_BYTES_OF = {"tokenizer.json": 2**27, "vocab.json": 2**27, INDEX_FILE: 2**26}
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class StoredTensor:
 
 def read_header(path: Path) -> list[StoredTensor]:
     """The tensors that one safetensors file declares. Raises ValueError where it is truncated, over-long or no safetensors file."""
-    size = path.stat().st_size
+    size = _size(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
@@ -75,10 +82,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a file. Raises ValueError naming the file where it is anything else."""
+    """One JSON object from a file. Raises ValueError naming the file where it is anything else, or larger than such a file can be."""
+    if (problem := _problem(path)) is not None:
+        raise ValueError(problem)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of 5,000 digits, nested too deeply
         raise ValueError(f"{path.name} is not readable JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} holds {type(value).__name__} where a JSON object belongs")
@@ -87,6 +96,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def folder_problems(folder: Path) -> list[str]:
     """Everything that keeps `folder` from being a base, one line each; empty where it is one."""
+    problems = [found for path in _read_whole(folder) if (found := _problem(path)) is not None]
+    if problems:
+        return problems
     problems = _config_problems(folder) + _weight_problems(folder)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         problems.append(f"no tokenizer (looked for {', '.join(TOKENIZER_FILES)})")
@@ -97,6 +109,33 @@ def folder_problems(folder: Path) -> list[str]:
             except ValueError as error:
                 problems.append(str(error))
     return problems
+
+
+def _read_whole(folder: Path) -> Iterator[Path]:
+    """The files that transformers may read whole: configs, tokenizers, templates (named ones lie in a folder of their own)."""
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        if path.suffix in MAX_BYTES and not path.is_dir():
+            yield path
+
+
+def _problem(path: Path) -> str | None:
+    """Why a file is not read whole, or None where it may be."""
+    most = MAX_BYTES_OF.get(path.name, MAX_BYTES.get(path.suffix, MAX_BYTES[".json"]))
+    try:
+        size = _size(path)
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    except ValueError as error:
+        return str(error)
+    return None if size <= most else f"{path.name} has {size:,} bytes; at most {most:,} are read"
+
+
+def _size(path: Path) -> int:
+    """Bytes of a regular file. Raises ValueError on anything else, OSError where it is not there."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path.name} is not a regular file")
+    return status.st_size
 
 
 def _config_problems(folder: Path) -> list[str]:
