@@ -14,6 +14,17 @@ MAX_LINE = 2000
 """Characters of one line of a message: a value from a hostile file may be a megabyte long."""
 
 
+_HARMLESS = "\n\t\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u200c\u200d\u202f\u205f\u3000"
+"""Not printable to Python, but in many texts: line breaks, tabs, blanks of all widths, joiners within words and emoji."""
+
+
+def printable(text: str) -> str:
+    """`text` with control characters as \\x1b, so that what comes from a file or a model cannot act on the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _HARMLESS else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 class TrimtabError(Exception):
     """A mistake that the user can mend.
 
@@ -32,7 +43,7 @@ class TrimtabError(Exception):
         lines = [self.message, *(f"  - {p}" for p in self.problems)]
         if self.fix:
             lines.append(f"fix: {self.fix}")
-        return "\n".join(line if len(line) <= MAX_LINE else line[: MAX_LINE - 1] + "…" for line in "\n".join(lines).split("\n"))
+        return "\n".join(line if len(line) <= MAX_LINE else line[: MAX_LINE - 1] + "…" for line in printable("\n".join(lines)).split("\n"))
 
     def among_others(self) -> list[str]:
         """The error as findings among others: its message with the fix, then its own findings."""

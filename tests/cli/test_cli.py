@@ -115,3 +115,66 @@ def test_merge_writes_a_model_and_prompts_refuse(trained: Path, tiny_llama_folde
 def test_doctor_speaks_json() -> None:
     result = call("doctor", "--json")
     assert {c["name"] for c in json.loads(result.stdout)} >= {"python", "torch", "device"}
+
+
+EVIL = "a\x1b]0;owned\x07\x1b[2J\rb\x9b31m\u202eé 👩\u200d💻\u00a0ok"
+SPELT = "a\\x1b]0;owned\\x07\\x1b[2J\\rb\\x9b31m\\u202eé 👩\u200d💻\u00a0ok"
+
+
+@pytest.fixture
+def says_evil(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base whose every answer tries to act on the terminal."""
+    from trimtab.model import Base
+
+    def evil(self: Base, sequences: list, adapters: object = None, sampling: object = None, on_token: object = None) -> list[list[int]]:
+        ids = self.tokenizer.encode(EVIL, add_special_tokens=False)
+        for token in ids if callable(on_token) else ():
+            on_token(0, token)
+        return [ids for _ in sequences]
+
+    monkeypatch.setattr(Base, "generate_ids", evil)
+
+
+def controls(text: str) -> set[str]:
+    return {c for c in text if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 or 0x202A <= ord(c) <= 0x202E}
+
+
+def test_answers_cannot_act_on_the_terminal(says_evil: None, tiny_llama_folder: Path) -> None:
+    shown = call("generate", "--base", tiny_llama_folder, "Hi", f"Ho {EVIL}")
+    assert shown.exit_code == 0 and SPELT in shown.output and f"base: Ho {SPELT}" in shown.output and not controls(shown.output)
+    spoken = call("chat", "--base", tiny_llama_folder, text="Hi\n")
+    assert spoken.exit_code == 0 and SPELT in spoken.output and not controls(spoken.output)
+    exact = call("generate", "--base", tiny_llama_folder, "--json", "Hi")
+    assert json.loads(exact.stdout)[0]["text"] == EVIL
+
+
+def test_tables_lines_and_errors_cannot_act_on_the_terminal(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    from rich.table import Table
+
+    from trimtab.cli import show
+    from trimtab.errors import DataError
+
+    console, table = show.console(), Table(title=EVIL)
+    table.add_column(EVIL)
+    table.add_row(EVIL)
+    with console.capture() as shown:
+        console.print(table)
+        console.print(EVIL, markup=False)
+    assert not controls(shown.get()) and shown.get().count("owned") == 4
+    assert SPELT in str(DataError("x", problems=[EVIL]))
+    rows = tmp_path / "evil\x1b[31m.jsonl"
+    rows.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n" + json.dumps({EVIL: 1}) + "\n")
+    judged = call("eval", rows, "--base", tiny_llama_folder, "--no-generate")
+    assert "evil\\x1b[31m" in judged.output and not controls(judged.output)
+
+
+def test_an_answer_that_breaks_lines_with_two_characters(tiny_llama_folder: Path) -> None:
+    from tests.tiny import tiny_tokenizer
+    from trimtab.cli.chat import _Stream
+
+    with CliRunner().isolation() as (out, *_):
+        stream = _Stream(tiny_tokenizer())
+        for token in tiny_tokenizer().encode("one\r\ntwo €\r", add_special_tokens=False):
+            stream(0, token)
+        stream.end()
+        assert out.getvalue().decode() == "one\ntwo €\\r\n"

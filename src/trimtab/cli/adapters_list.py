@@ -11,6 +11,7 @@ import click
 
 from trimtab.cli.options import store_option
 from trimtab.cli.tables import print_table, shown
+from trimtab.cli.terminal import say
 from trimtab.cli.transfer import megabytes
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def show_version(ref: str, root: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(as_dict(version) | {"files": files, "note": note, "versions": [v.version for v in versions]}, indent=1))
         return
     for name, value in _facts(version, note):
-        click.echo(f"{name:<12} {value}")
+        say(f"{name:<12} {value}")
     click.echo()
     print_table(("file", "bytes", "digest"), [(n, f"{f.size:,}", f.digest) for n, f in version.files.items()], right=("bytes",))
     if len(versions) > 1:

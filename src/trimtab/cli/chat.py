@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, sampling_options, store_option
+from trimtab.cli.terminal import say
 
 
 @click.command()
@@ -52,7 +53,7 @@ def chat(
         ids = base.encode_messages(messages)
         shown = _Stream(base.tokenizer)
         new = base.generate_ids([ids], [speaker], sampling, shown)[0]
-        click.echo()
+        shown.end()
         messages.append({"role": "assistant", "content": base.tokenizer.decode(new, skip_special_tokens=True)})
 
 
@@ -64,7 +65,7 @@ def _ask() -> str:
 
 
 class _Stream:
-    """Prints an answer as its tokens appear; a character that spans tokens waits until it is whole."""
+    """Prints an answer as its tokens appear; a character that spans tokens, or a line break of two, waits until it is whole."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer, self.printed = tokenizer, 0
@@ -72,7 +73,14 @@ class _Stream:
 
     def __call__(self, _: int, token: int) -> None:
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            click.echo(text[self.printed :], nl=False)
+        text = self._text()
+        if not text.endswith(("\ufffd", "\r")):
+            say(text[self.printed :], nl=False)
             self.printed = len(text)
+
+    def end(self) -> None:
+        """What is left, and a line break."""
+        say(self._text()[self.printed :])
+
+    def _text(self) -> str:
+        return str(self.tokenizer.decode(self.ids, skip_special_tokens=True)).replace("\r\n", "\n")

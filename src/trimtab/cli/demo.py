@@ -14,6 +14,7 @@ from rich.table import Table
 
 import trimtab
 from trimtab.cli import show
+from trimtab.cli.terminal import Terminal
 from trimtab.errors import TrimtabError
 
 QUESTIONS = {
@@ -40,7 +41,7 @@ def demo(out: Path | None, as_json: bool) -> None:
 
     run_file = examples() / "desks.yaml"
     run = RunConfig.load(run_file).model_copy(update={"out": out or Path(f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")})
-    console = Console(stderr=True) if as_json else show.console()
+    console = Terminal(stderr=True) if as_json else show.console()
     console.print(
         "A software company has a support, a legal and a finance desk. Each gets its own adapter; all train together on one frozen base.\n"
     )

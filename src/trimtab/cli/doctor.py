@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from trimtab.bases import examine
+from trimtab.cli.terminal import Terminal
 
 
 @click.command()
@@ -32,5 +32,5 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
         table = Table(box=None, show_header=False, pad_edge=False)
         for c in checks:
             table.add_row("[green]ok[/]" if c.ok else "[red]!![/]", c.name, c.value + (f"\n[yellow]{c.advice}[/]" if c.advice else ""))
-        Console(soft_wrap=True).print(table)
+        Terminal(soft_wrap=True).print(table)
     ctx.exit(0 if all(c.ok for c in checks) else 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, sampling_options, store_option
+from trimtab.cli.terminal import say
 
 
 @click.command()
@@ -87,8 +88,8 @@ def generate(
         return
     for (p, n), text in zip(asked, texts, strict=True):
         if len(asked) > 1:
-            click.secho(f"{n}: {p}" if len(prompts) > 1 else n, bold=True)
-        click.echo(text)
+            say(f"{n}: {p}" if len(prompts) > 1 else n, bold=True)
+        say(text)
 
 
 def _answer_file(
@@ -117,4 +118,4 @@ def _answer_file(
     if as_json:
         click.echo(json.dumps(asdict(summary) | {"out": str(out)}))
     else:
-        click.echo(f"{summary.answers} answers, {summary.failed} of them failed; {summary.new_tokens} new tokens; {out}")
+        say(f"{summary.answers} answers, {summary.failed} of them failed; {summary.new_tokens} new tokens; {out}")

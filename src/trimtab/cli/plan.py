@@ -107,9 +107,9 @@ def _parse(fields: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _show(architecture: Architecture, plans: list[Plan]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from trimtab.cli.terminal import Terminal
     from trimtab.plan import rows
 
     p = plans[0]
@@ -126,7 +126,7 @@ def _show(architecture: Architecture, plans: list[Plan]) -> None:
         mega = (f"{r['adapter_file_bytes'] / 1e6:,.2f}", f"{r['optimizer_bytes'] / 1e6:,.2f}")
         giga = (f"{r['train_peak_bytes'] / 1e9:,.2f}", f"{r['serve_peak_bytes'] / 1e9:,.2f}")
         table.add_row(r["method"], f"{r['trainable']:,}", f"{r['percent']:.3g}", *mega, *giga)
-    console = Console()
+    console = Terminal()
     whole = console.measure(table, options=console.options.update(max_width=1000)).maximum
     console.width = max(console.width, whole)  # numbers are never cut, on a narrow terminal or in a pipe
     console.print(table)

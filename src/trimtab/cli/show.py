@@ -7,11 +7,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+from trimtab.cli.terminal import Terminal
+from trimtab.errors import printable
 
 PLAIN_EVERY_S = 5.0
 
@@ -66,7 +68,7 @@ class Lines:
 
     def _print(self, text: str) -> None:
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def status(self, text: str) -> None:
         stage = text.partition(":")[0]
@@ -93,7 +95,7 @@ class Lines:
         self.warning(f"{variant} has stopped: {reason}")
 
     def warning(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
     def valid(self, line: Mapping[str, Any]) -> None:
         if line.get("finished_early"):
@@ -111,7 +113,7 @@ class Bars:
     """A run as one bar a variant with its loss, and one for the whole with tokens per second and the time to go."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True)
+        console = Terminal(stderr=True)
         bar = BarColumn(bar_width=32 if console.width >= 100 else 14)
         columns = [TextColumn("{task.description}"), bar, TextColumn("{task.fields[count]}"), TextColumn("{task.fields[note]}")]
         self.progress = Progress(*columns, console=console)
@@ -183,9 +185,9 @@ def validation(line: Mapping[str, Any]) -> str:
 SCORES = {"exact_match": "exact match", "token_f1": "F1"}
 
 
-def console() -> Console:
+def console() -> Terminal:
     """Standard output: as wide as the terminal, and wide enough for a table where there is none."""
-    return Console() if sys.stdout.isatty() else Console(width=110)
+    return Terminal() if sys.stdout.isatty() else Terminal(width=110)
 
 
 def score_table(summary: Mapping[str, Any]) -> Table:

@@ -10,6 +10,7 @@ import click
 
 from trimtab.cli.options import store_option
 from trimtab.cli.transfer import megabytes
+from trimtab.errors import printable
 
 MAX_SHOWN = 50
 
@@ -78,7 +79,7 @@ def verify(ctx: click.Context, root: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(asdict(report), indent=1))
     else:
         for problem in report.problems[:MAX_SHOWN]:
-            click.echo(f"{click.style('!!', fg='red')} {problem}")
+            click.echo(f"{click.style('!!', fg='red')} {printable(problem)}")
         if len(report.problems) > MAX_SHOWN:
             click.echo(f"… and {len(report.problems) - MAX_SHOWN} more; --json has all")
         read = f"{report.versions} versions, {report.blobs} blobs, {megabytes(report.bytes)}"

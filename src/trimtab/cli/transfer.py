@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from trimtab.cli.terminal import Terminal
 
 Begin = Callable[[str, int, int], Callable[[int], None]]
 
@@ -23,7 +24,7 @@ def showing(quiet: bool) -> Iterator[Begin | None]:
         yield _line
     else:
         columns = TextColumn("{task.description}"), BarColumn(bar_width=32), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=Console(stderr=True)) as bars:
+        with Progress(*columns, console=Terminal(stderr=True)) as bars:
 
             def begin(name: str, size: int, there: int) -> Callable[[int], None]:
                 if not name:

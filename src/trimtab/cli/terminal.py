@@ -1,0 +1,25 @@
+"""Writing for people: text of models and files cannot act on a terminal. What --json prints is exact, and goes through `click.echo`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.segment import Segment
+
+from trimtab.errors import printable
+
+
+def say(text: str, *, nl: bool = True, err: bool = False, bold: bool = False) -> None:
+    """One text, its control characters spelt out."""
+    click.secho(printable(text), nl=nl, err=err, bold=bold or None)
+
+
+class Terminal(Console):
+    """A rich console that spells out control characters in whatever it shows: tables, lines, bars. Its own colours stay."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
