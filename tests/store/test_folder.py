@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,10 @@ import torch
 from tests.store.common import EXAMPLES, SEQUENCES, stirred, tiny_base
 from trimtab.errors import AdapterError
 from trimtab.methods import IA3Config, LoraConfig, PrefixTuningConfig
-from trimtab.store import Adapter
-from trimtab.store.staging import staged
+from trimtab.store import Adapter, staging
+from trimtab.store.files import Folder
+from trimtab.store.folder import REPLACEABLE
+from trimtab.store.staging import exchange, staged
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +113,12 @@ def test_a_link_or_a_file_is_not_written_through(base, tmp_path):
     assert list((tmp_path / "real").iterdir()) == []
 
 
+@pytest.mark.parametrize("exchanged", [True, False])
 @pytest.mark.parametrize("call", ["replace", "fsync", "write"])
-def test_a_crash_at_any_call_leaves_a_whole_adapter_or_none(base, tmp_path, monkeypatch, call):
+def test_a_crash_at_any_call_leaves_a_whole_adapter_or_none(base, tmp_path, monkeypatch, call, exchanged):
     """Every system call that changes the disk fails in turn; whatever is then under the name must load."""
+    if not exchanged:
+        monkeypatch.setattr("trimtab.store.staging._renameat2", None)
     old, new = stirred(base, IA3Config(), seed=1), stirred(base, IA3Config(), seed=2)
     for fail_at in range(8):
         target = tmp_path / f"{call}{fail_at}"
@@ -139,6 +147,81 @@ def test_a_crash_at_any_call_leaves_a_whole_adapter_or_none(base, tmp_path, monk
         if saved and fail_at:
             break
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".") and p.name.endswith(".new")]
+
+
+READER = """
+import os, sys
+root = sys.argv[1]
+seen, missing, mixed = set(), 0, 0
+print("ready", flush=True)
+while not os.path.exists(root + "/stop"):
+    try:
+        folder = os.open(root + "/a", os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        missing += 1
+        continue
+    try:
+        found = {open(os.open(n, os.O_RDONLY, dir_fd=folder)).read() for n in ("adapter_config.json", "trimtab.json")}
+        mixed += len(found) > 1
+        seen |= found
+    except FileNotFoundError:
+        pass  # the old folder, removed while it was read: whoever looks again finds the new one
+    os.close(folder)
+print(len(seen), missing, mixed)
+"""
+
+
+def test_a_reader_finds_the_old_folder_or_the_new_one_and_never_none(tmp_path):
+    """Another process opens the name all the time while it is replaced 300 times."""
+
+    def write(number):
+        with staged(tmp_path / "a", may_replace=REPLACEABLE) as work:
+            for name in ("adapter_config.json", "trimtab.json"):
+                (work / name).write_text(str(number))
+
+    write(0)
+    if not exchange(*(Path(shutil.copytree(tmp_path / "a", tmp_path / n)) for n in "xy")):
+        pytest.skip("this file system exchanges no names")
+    reader = subprocess.Popen([sys.executable, "-c", READER, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert reader.stdout is not None and reader.stdout.readline() == "ready\n"
+    for number in range(1, 300):
+        write(number)
+    (tmp_path / "stop").touch()
+    seen, missing, mixed = map(int, reader.communicate(timeout=60)[0].split())
+    assert seen > 1 and (missing, mixed) == (0, 0)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".a.")]
+
+
+def test_loading_goes_on_with_the_new_folder(base, tmp_path, monkeypatch):
+    """The folder is replaced between two files of a load: what is loaded is whole, and the new one."""
+    old, new = stirred(base, IA3Config(), seed=1), stirred(base, LoraConfig(r=2), seed=2)
+    old.save(tmp_path / "a")
+    original, replaced = Folder.open, []
+
+    def interrupted(self, name):
+        if name == "adapter_model.safetensors" and not replaced:
+            replaced.append(new.save(tmp_path / "a"))
+        return original(self, name)
+
+    monkeypatch.setattr(Folder, "open", interrupted)
+    loaded = Adapter.load(tmp_path / "a", base)
+    assert loaded.method == new.method and all(torch.equal(loaded.params[k], t) for k, t in new.params.items())
+
+
+def test_a_file_that_comes_at_the_last_moment_is_not_lost(tmp_path, monkeypatch):
+    with staged(tmp_path / "a") as work:
+        (work / "adapter_config.json").write_text("old")
+    original = staging.exchange
+
+    def late(one, other):
+        (tmp_path / "a" / "notes.txt").write_text("mine")
+        return original(one, other)
+
+    monkeypatch.setattr(staging, "exchange", late)
+    with pytest.raises(AdapterError, match=r"notes\.txt"), staged(tmp_path / "a", may_replace=REPLACEABLE) as work:
+        (work / "adapter_config.json").write_text("new")
+    assert {p.name: p.read_text() for p in (tmp_path / "a").iterdir()} == {"adapter_config.json": "old", "notes.txt": "mine"}
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_staged_leaves_nothing_when_its_block_fails(tmp_path):

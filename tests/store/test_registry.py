@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.store.common import SEQUENCES, stirred, tiny_base
+from tests.store.common import SEQUENCES, stirred, tiny_base, write_tensors
 from tests.store.stores import LAYER, adapter_folder, blobs_there, files_of, names_of, needed_blobs, snapshot, write_weights
 from trimtab.errors import AdapterError
 from trimtab.methods import IA3Config, LoraConfig, PromptTuningConfig
@@ -26,6 +26,7 @@ from trimtab.store.names import NoSuchAdapter, Ref
 from trimtab.store.registry import Store
 
 HEX = "0" * 64
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -391,18 +392,103 @@ def test_collection_between_copy_and_commit_takes_nothing_away(store, tmp_path, 
     assert store.verify().problems == () and files_of(store, "acme/new") == {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
 
 
-def test_collection_of_a_writers_own_files_is_an_error_not_a_loss(store, tmp_path, monkeypatch):
-    """A writer that is slower than the grace finds its files gone from tmp, says so, and nothing is published."""
-    original = registry.Store._commit
+def test_collection_leaves_a_living_writers_files_alone(store, tmp_path, monkeypatch):
+    """However short the grace is; what a dead writer has left, a folder too, goes."""
+    original, found = registry.Store._commit, []
+    (store.root / "tmp" / "left").write_bytes(b"xyz")
+    (store.root / "tmp" / "pull-of-old").mkdir()
+    (store.root / "tmp" / "pull-of-old" / "file").write_bytes(b"x")
 
     def interrupted(self, *arguments):
-        assert Store(store.root).gc(grace_seconds=-60).unfinished == 3
+        found.append((len(list((store.root / "tmp").iterdir())), Store(store.root).gc(grace_seconds=-60).unfinished))
         return original(self, *arguments)
 
     monkeypatch.setattr(registry.Store, "_commit", interrupted)
-    with pytest.raises(AdapterError, match=r"cannot publish acme/new: No such file"):
-        store.publish(adapter_folder(tmp_path / "a", 1), "acme/new")
-    assert store.list() == [] and store.verify().problems == ()
+    store.publish(adapter_folder(tmp_path / "a", 1), "acme/new")
+    assert found == [(5, 2)], "the copies of two files, the manifest, and what was left"
+    assert store.verify().problems == () and list((store.root / "tmp").iterdir()) == []
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from tests.store.stores import adapter_folder
+from trimtab.store.registry import Store
+from trimtab.store.remotes import pull
+
+store, work, kind = Store(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+source = Store(work / "source", create=True)
+for n in range(12):
+    folder = adapter_folder(work / f"{kind}{n}", n, {"revision": f"{kind} {n}"})
+    if kind == "pull":
+        ref = source.publish(folder, "acme/x").ref
+        pull(store, f"file://{source.root}#{ref}", f"acme/{kind}")
+    else:
+        store.publish(folder, f"acme/{kind}")
+"""
+COLLECTOR = """
+import sys
+from trimtab.store.registry import Store
+
+store, rounds = Store(sys.argv[1]), 0
+print("ready", flush=True)
+while not (store.root.parent / "stop").exists():
+    store.gc(grace_seconds=0)
+    rounds += 1
+print(rounds)
+"""
+
+
+@pytest.mark.parametrize("kind", ["publish", "pull"])
+def test_writers_beside_a_collection_without_grace(store, tmp_path, kind):
+    """Two processes: one publishes or pulls, the other collects as fast as it can."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    collector = subprocess.Popen([sys.executable, "-c", COLLECTOR, store.root], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert collector.stdout is not None and collector.stdout.readline() == "ready\n"
+        command = [sys.executable, "-c", WRITER, store.root, tmp_path / "work", kind]
+        (tmp_path / "work").mkdir()
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    finally:
+        (store.root.parent / "stop").touch()
+        rounds = int(collector.communicate(timeout=60)[0])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert rounds > 12
+    assert len(store.versions(f"acme/{kind}")) == 12 and store.verify().problems == ()
+
+
+# ---- sizes before bytes ----
+
+
+def sparse_weights(folder: Path, size: int) -> None:
+    """A sound header that promises one tensor of `size` bytes, and as many bytes that take no room."""
+    header = {f"{LAYER}.lora_A.weight": {"dtype": "F32", "shape": [2, size // 8], "data_offsets": [0, size]}}
+    write_tensors(folder / "adapter_model.safetensors", header)
+    file = folder / "adapter_model.safetensors"
+    os.truncate(file, file.stat().st_size + size)
+
+
+@pytest.mark.parametrize("size", [2**40, 2**34])
+@pytest.mark.parametrize("with_base", [False, True])
+def test_a_huge_file_is_refused_before_a_byte_is_copied(store, base, tmp_path, monkeypatch, size, with_base):
+    folder = adapter_folder(tmp_path / "a")
+    sparse_weights(folder, size)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40, 2**30))
+    monkeypatch.setattr(registry.Staging, "write", lambda *a, **k: pytest.fail("it copies"))
+    said = r"at most 17,179,869,184" if not with_base else "at most 17,179,869,184|has shape"
+    with pytest.raises(AdapterError, match=said):
+        store.publish(folder, "acme/x", base=base if with_base else None)
+    sparse_weights(folder, 2**32)
+    with pytest.raises(AdapterError, match="has shape" if with_base else "are free in"):
+        store.publish(folder, "acme/x", base=base if with_base else None)
+
+
+def test_devices_and_pipes_are_no_blobs(store, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for source in (tmp_path / "pipe", tmp_path / "link", Path("/dev/zero")):
+        with pytest.raises(AdapterError, match=r"not a regular file|symbolic link"):
+            store.put_blob(source)
 
 
 def test_collection_refuses_where_what_is_needed_cannot_be_read(store, tmp_path):

@@ -7,6 +7,7 @@ import logging
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -532,3 +533,77 @@ def test_a_bad_alias_or_name_is_refused_before_anything_moves(here):
         pull(here, "memory://nothing", "acme/support", aliases=["3"])
     with pytest.raises(AdapterError, match="a name without a version is expected"):
         pull(here, "memory://nothing", "acme/support@3")
+
+
+# ---- an overall time limit ----
+
+
+def test_a_source_that_trickles_is_ended_and_the_next_pull_goes_on(source, here, memory, monkeypatch):
+    store, first, _ = source
+    push(store, "acme/support@1", "memory://shared")
+    original = fs.Folder.read
+
+    def trickle(self, blob, start):
+        for piece in original(self, blob, start):
+            for at in range(len(piece)):
+                time.sleep(0.01)
+                yield piece[at : at + 1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fs.Folder, "read", lambda self, blob, start: (trickle if blob.size > 10_000 else original)(self, blob, start))
+        with pytest.raises(AdapterError, match=r"not done within 0\.6 seconds") as error:
+            pull(here, "memory://shared", "acme/support", timeout_s=0.6)
+    assert "goes on where it stopped" in error.value.fix
+    there = max(p.stat().st_size for p in (here.root / "tmp").iterdir())
+    assert here.list() == [] and there > 0
+    got = pull(here, "memory://shared", "acme/support")
+    assert got.version.digest == first.digest and got.skipped >= there
+    assert list((here.root / "tmp").iterdir()) == [] and here.verify().problems == ()
+
+
+def test_a_read_that_never_returns_is_left_behind_and_commits_nothing(source, here, memory, monkeypatch):
+    push(source[0], "acme/support@1", "memory://shared")
+    original, go_on, ended = fs.Folder.read, threading.Event(), threading.Event()
+
+    def stuck(self, blob, start):
+        go_on.wait(60)
+        yield from original(self, blob, start)
+        ended.set()
+
+    monkeypatch.setattr(fs.Folder, "read", stuck)
+    with pytest.raises(AdapterError, match=r"not done within 0\.2 seconds"):
+        pull(here, "memory://shared", "acme/support", timeout_s=0.2)
+    go_on.set()
+    assert ended.wait(10)
+    for thread in threading.enumerate():
+        if thread.name == "transfer":
+            thread.join(10)
+    assert here.list() == []
+
+
+def test_what_is_refused_leaves_no_partial_files(source, here, memory):
+    """They are whole: there is nothing to go on from."""
+    store, first, _ = source
+    push(store, "acme/support@1", "memory://shared")
+    with_manifest(memory, first, lambda d: d["annotations"].update({"io.trimtab.base.fingerprint": "sha256:other"}))
+    with pytest.raises(AdapterError, match="its files say"):
+        pull(here, "memory://shared", "acme/support")
+    assert list((here.root / "tmp").iterdir()) == [] and len(list((here.root / "blobs" / "sha256").iterdir())) <= 1
+
+
+def test_blobs_that_are_collected_while_a_pull_runs_are_fetched(source, here, memory, monkeypatch):
+    """They were here and needed by nothing, so that they were not fetched; a collection takes them before the commit."""
+    store, first, _ = source
+    push(store, "acme/support@1", "memory://shared")
+    for name in ("adapter_config.json", "trimtab.json"):
+        here.put_blob(store.blob_path(first.files[name].digest))
+    original, collected = Store.adopt, []
+
+    def late(self, *arguments, **options):
+        if not collected:
+            collected.append(self.gc(grace_seconds=0).blobs)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Store, "adopt", late)
+    assert pull(here, "memory://shared", "acme/support").version.digest == first.digest
+    assert collected == [2] and here.verify().problems == ()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trimtab.errors import ConfigError
+from trimtab.errors import AdapterError, ConfigError
 from trimtab.methods import METHODS
 from trimtab.methods.base import Method, Site
 from trimtab.store.files import Folder, open_folder
@@ -20,6 +20,9 @@ from trimtab.store.registry import Store, Version
 
 if TYPE_CHECKING:
     from trimtab.model import Base
+
+LOOKS = 10
+"""How often a folder is opened anew that was replaced while it was read."""
 
 
 class Adapter:
@@ -68,8 +71,14 @@ class Adapter:
             where, version = _find(str(source), store)
             with where.open(version) as folder:
                 return cls.read(folder, base, f"adapter {version.ref}")
-        with open_folder(source) as folder:
-            return cls.read(folder, base, f"adapter {str(source)!r}")
+        for _ in range(LOOKS):
+            with open_folder(source) as folder:
+                try:
+                    return cls.read(folder, base, f"adapter {str(source)!r}")
+                except AdapterError:
+                    if not folder.is_replaced:  # else its files went while they were read, and another adapter is there
+                        raise
+        raise AdapterError(f"adapter {str(source)!r} is being replaced again and again", fix="load it when it stays")
 
     @classmethod
     def read(cls, folder: Folder, base: Base, where: str) -> Adapter:

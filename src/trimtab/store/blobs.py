@@ -5,6 +5,7 @@ Bytes are given out only after they hash to their digest, and as they were hashe
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import stat
@@ -18,6 +19,8 @@ from trimtab.store.files import Folder, Refusal, read_exactly
 from trimtab.store.manifest import Descriptor
 
 CHUNK = 2**20
+MEMORY_BYTES = 2**28
+"""Larger blobs are given out as an unnamed file on the store's disk, where it can be written, rather than in memory."""
 
 
 @dataclass
@@ -49,10 +52,10 @@ class Blobs:
             return False
         return stat.S_ISREG(status.st_mode) and size in (None, status.st_size)
 
-    def problem(self, blob: Descriptor) -> str | None:
-        """What is wrong with a blob, all its bytes having been hashed; None where it is there and whole."""
+    def problem(self, blob: Descriptor, path: Path | None = None) -> str | None:
+        """What is wrong with a blob, all its bytes having been hashed; None where it is there and whole. path: as in `open`."""
         try:
-            for _ in self._chunks(blob):
+            for _ in self._chunks(blob, path):
                 pass
         except Refusal as reason:
             return str(reason)
@@ -64,11 +67,11 @@ class Blobs:
 
     @contextmanager
     def open(self, blob: Descriptor, path: Path | None = None) -> Iterator[tuple[int, int]]:
-        """(descriptor, size) of an anonymous file in memory that holds the blob's bytes as they were hashed.
+        """(descriptor, size) of a file without a name that holds the blob's bytes as they were hashed.
 
         path: where the bytes are if not in the store yet. The blob's own file is not given out: it could change after it was hashed.
         """
-        copy = os.memfd_create("blob", os.MFD_CLOEXEC)
+        copy = self._nameless(blob.size)
         try:
             for chunk in self._chunks(blob, path):
                 write_all(copy, chunk)
@@ -76,6 +79,14 @@ class Blobs:
             yield copy, blob.size
         finally:
             os.close(copy)
+
+    def _nameless(self, size: int) -> int:
+        if size > MEMORY_BYTES:
+            try:
+                return os.open(self.tmp, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            except OSError:
+                pass  # a store that can only be read, or a file system that has no such files
+        return os.memfd_create("blob", os.MFD_CLOEXEC)
 
     def copy(self, blob: Descriptor, target: Path) -> None:
         """Copy a blob's bytes to a new file. Refusal where they differ from the digest; the file is incomplete or wrong then."""
@@ -102,7 +113,10 @@ class Blobs:
 
     @contextmanager
     def staging(self) -> Iterator[Staging]:
-        """Files in tmp that are gone when the block ends, but for those that were renamed."""
+        """Files in tmp that are gone when the block ends, but for those that were renamed.
+
+        Each is locked (`owned`) as long as the block runs, so that garbage collection knows that its writer lives, whatever its age.
+        """
         self.tmp.mkdir(exist_ok=True)  # other tools' layouts have none
         stage = Staging(self)
         try:
@@ -110,6 +124,8 @@ class Blobs:
         finally:
             for path in stage.paths:
                 path.unlink(missing_ok=True)
+            for file in stage.files:
+                os.close(file)
 
     def keep(self, staged: Iterable[Staged]) -> None:
         """Move staged files among the blobs, and make that last. Call it under the lock.
@@ -125,6 +141,7 @@ class Blobs:
             else:
                 if not item.anew:  # the blob was there when it was staged, and was collected since
                     sync(item.path)
+                item.path.chmod(0o444)
                 os.replace(item.path, target)
         sync(self.folder)
 
@@ -133,7 +150,7 @@ class Staging:
     """Writes files into tmp: read-only, hashed on the way, flushed to disk."""
 
     def __init__(self, blobs: Blobs):
-        self.blobs, self.paths = blobs, list[Path]()
+        self.blobs, self.paths, self.files = blobs, list[Path](), list[int]()
 
     def copy(self, file: int, size: int, name: str) -> Staged:
         """The next `size` bytes of an open file. Refusal where it ends before."""
@@ -149,24 +166,30 @@ class Staging:
 
     def write(self, chunks: Iterable[bytes], *, time_ns: int | None = None) -> Staged:
         """time_ns: the file's time, for one that will not be a blob."""
-        path = self.blobs.tmp / uuid.uuid4().hex
-        self.paths.append(path)
+        file, path = self._new()
         sha, size = hashlib.sha256(), 0
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444)
-        try:
-            for chunk in chunks:
-                write_all(file, chunk)
-                sha.update(chunk)
-                size += len(chunk)
-            digest = f"sha256:{sha.hexdigest()}"
-            anew = self.blobs.problem(Descriptor("", digest, size)) is not None
-            if time_ns is not None:
-                os.utime(file, ns=(time_ns, time_ns))
-            if anew or time_ns is not None:  # else it is thrown away
-                os.fsync(file)
-        finally:
-            os.close(file)
+        for chunk in chunks:
+            write_all(file, chunk)
+            sha.update(chunk)
+            size += len(chunk)
+        digest = f"sha256:{sha.hexdigest()}"
+        anew = self.blobs.problem(Descriptor("", digest, size)) is not None
+        if time_ns is not None:
+            os.utime(file, ns=(time_ns, time_ns))
+        if anew or time_ns is not None:  # else it is thrown away
+            os.fsync(file)
         return Staged(path, digest, size, anew)
+
+    def _new(self) -> tuple[int, Path]:
+        """An empty file that is this writer's own, and its path."""
+        while True:
+            path = self.blobs.tmp / uuid.uuid4().hex
+            self.paths.append(path)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444)
+            self.files.append(file)
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if is_still(path, file):  # else a collection has seen it before it was locked
+                return file, path
 
 
 class BlobFolder(Folder):
@@ -211,6 +234,36 @@ def read_whole(path: Path, limit: int, what: str) -> tuple[bytes, os.stat_result
         if size > limit:
             raise Refusal(f"{what} has {size:,} bytes; at most {limit:,} are read")
         return read_exactly(file, size, what), os.fstat(file)
+
+
+def is_still(path: Path, file: int) -> bool:
+    """Whether a name still means the file that was opened by it."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def unowned(path: Path) -> Iterator[bool]:
+    """Whether no living process works on a file in tmp; while the block runs none can begin to.
+
+    Writers lock what they write there; the lock goes with their process, however that ends.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        yield False  # it has gone, or cannot be read: not ours to judge
+        return
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError:
+            free = False
+        yield free
+    finally:
+        os.close(file)
 
 
 def write_all(file: int, data: bytes) -> None:

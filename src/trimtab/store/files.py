@@ -32,6 +32,14 @@ class Folder:
     def names(self) -> list[str]:
         return sorted(os.listdir(self._descriptor))  # noqa: PTH208 - the descriptor, so that a renamed folder stays the one that was opened
 
+    @property
+    def is_replaced(self) -> bool:
+        """Whether another folder, or none, is under the path by now."""
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except OSError:
+            return True
+
     @contextmanager
     def open(self, name: str) -> Iterator[tuple[int, int]]:
         """(descriptor, size in bytes) of a regular file, which may be a link into a hub cache's blobs (`links.open_link`).

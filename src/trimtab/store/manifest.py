@@ -40,6 +40,8 @@ CREATED = "org.opencontainers.image.created"
 FACTS = {"method": "io.trimtab.method", "base": "io.trimtab.base", "fingerprint": "io.trimtab.base.fingerprint"}
 PARAMETERS = "io.trimtab.parameters"
 MAX_FILE_BYTES = 2**40
+MAX_ADAPTER_BYTES = 2**34
+"""Of all files of one adapter: 16 GiB, more than a rank of 256 on every linear layer of a base of 70 billion parameters."""
 MAX_ANNOTATIONS, MAX_ANNOTATION = 64, 4096
 
 

@@ -6,9 +6,9 @@ What makes it safe to kill, to share and to copy:
 - Writers prepare all files under `tmp`, then take the lock, give the files their names, and replace the index. Garbage collection does all
   its work under the same lock. So a blob on which a publish relies, its own or one that was there, is either in place when the index is
   written or put there at that moment; there is no instant between looking and committing in which collection could take it away.
-- Only blobs that are put in one by one before anything refers to them (`put_blob`, then `adopt`, as a pull does) depend on the grace of the
-  collection: it spares blobs younger than `grace_seconds`, and putting one that is there makes it young again. If one is gone after all,
-  `adopt` says so and changes nothing.
+- A writer locks its files in `tmp` as long as it lives, and collection leaves locked files alone, however short its grace is. So publishing
+  and pulling are safe beside any collection. Only who calls `put_blob` and then `adopt` depends on the grace: it spares blobs younger than
+  `grace_seconds`, and putting one that is there makes it young again. If one is gone after all, `adopt` says so and changes nothing.
 - Readers take no lock: index and blobs are replaced by rename, and every byte is compared with its digest before it is used.
 """
 
@@ -16,25 +16,28 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from trimtab.errors import AdapterError
-from trimtab.store.blobs import CHUNK, BlobFolder, Staged, Staging
+from trimtab.store.blobs import CHUNK, BlobFolder, Staged, Staging, open_regular
 from trimtab.store.collect import GcReport, collect
 from trimtab.store.describe import contradictions, describe
 from trimtab.store.diff import Diff
 from trimtab.store.files import MAX_JSON_BYTES, Folder, Refusal, open_folder
-from trimtab.store.folder import PICKLES, WEIGHTS, read_opened
+from trimtab.store.folder import PICKLES, WEIGHTS, check_layout, read_opened
+from trimtab.store.header import read_header
 from trimtab.store.index import Entry, Index, Name
 from trimtab.store.manifest import (
     EMPTY,
     EMPTY_DESCRIPTOR,
     FILE_TYPES,
+    MAX_ADAPTER_BYTES,
     SMALL_FILES,
     Descriptor,
     Manifest,
@@ -56,6 +59,10 @@ __all__ = ["Descriptor", "Diff", "GcReport", "Ref", "Store", "VerifyReport", "Ve
 log = logging.getLogger(__name__)
 
 
+class BlobsMissing(AdapterError):
+    """What a manifest needs is not in the store: it was collected, or never came."""
+
+
 class Store(StoreReader):
     """A store on this machine's disk. Any number of processes may read and write it at once; a Store may be used by several threads.
 
@@ -68,37 +75,59 @@ class Store(StoreReader):
     def publish(self, source: str | Path | Adapter, name: str, *, base: Base | None = None, aliases: Sequence[str] = ()) -> Version:
         """Make an adapter, or an adapter's folder, the newest version of a name; `aliases` move to it in the same instant.
 
-        The folder's files are copied, and the copies are checked: on `base` as if they were loaded, without one as far as that goes. Files
-        that are not an adapter's are refused. Files that the newest version holds already give that version; an Adapter is saved first, the
-        time in its trimtab.json, and is a new version each time. AdapterError, nothing published, where anything is wrong.
+        Names and sizes are checked before a byte is copied. The folder's files are copied, and the copies are checked: on `base` as if they
+        were loaded, without one as far as that goes. Files that are not an adapter's are refused. Files that the newest version holds
+        already give that version; an Adapter is saved first, the time in its trimtab.json, and is a new version each time. AdapterError,
+        nothing published, where anything is wrong.
         """
         ref, wanted = parse_name(name), check_aliases(aliases)
         if not isinstance(source, (str, Path)):
             with tempfile.TemporaryDirectory(prefix="trimtab-") as work:
                 folder = source.save(Path(work) / "adapter", run=source.info.get("run"))
                 return self.publish(folder, name, base=source.base, aliases=aliases)
-        where = f"adapter {str(source)!r}"
-        with self._changing(f"cannot publish {ref}"), open_folder(source) as opened, self._blobs.staging() as stage:
+        with self._changing(f"cannot publish {ref}"), open_folder(source) as opened:
+            return self.publish_opened(opened, ref, base=base, aliases=wanted)
+
+    def publish_opened(self, opened: Folder, name: str | Ref, *, base: Base | None = None, aliases: Sequence[str] = ()) -> Version:
+        """`publish` for a folder that is open."""
+        ref, wanted, where = parse_name(name), check_aliases(aliases), f"adapter {str(opened.path)!r}"
+        with self._changing(f"cannot publish {ref}"), self._blobs.staging() as stage:
             with refusing(where, f"publish a folder that holds nothing but {', '.join(FILE_TYPES)}"):
-                copies = _copy_files(opened, stage)
+                sizes = _sizes(opened)
+                if base is not None:
+                    check_layout(opened, base, where)
+                self._check_room(sum(sizes.values()), where)
+                copies = {name: _copy(opened, name, size, stage) for name, size in sizes.items()}
             files = {n: file_descriptor(n, c.digest, c.size) for n, c in copies.items()}
-            copied = BlobFolder(Path(source), self._blobs, {n: (files[n], c.path) for n, c in copies.items()})
+            copied = BlobFolder(opened.path, self._blobs, {n: (files[n], c.path) for n, c in copies.items()})
             manifest = Manifest(files, describe(copied, where))
             if base is not None:
                 read_opened(copied, base, where)
             return self._commit(ref, manifest, stage.write([manifest.to_bytes()]), [*copies.values()], stage, wanted)
 
-    def adopt(self, manifest_bytes: bytes, name: str, *, aliases: Sequence[str] = ()) -> Version:
-        """`publish` for a manifest whose blobs are in the store already, as after a pull. All is checked as it is without a base."""
+    def adopt(self, manifest_bytes: bytes, name: str, *, aliases: Sequence[str] = (), blobs: Mapping[str, Path] | None = None) -> Version:
+        """`publish` for a manifest, as after a pull. All is checked as it is without a base.
+
+        blobs: digest -> a file in the store's tmp that holds a blob which the store lacks; it is moved in in the instant of the commit. All
+        others must be in the store: `BlobsMissing` where one is not.
+        """
         ref, wanted = parse_name(name), check_aliases(aliases)
         where = f"manifest {digest_of(manifest_bytes)}"
         with self._changing(f"cannot publish {ref}"), self._blobs.staging() as stage:
             with refusing(where, "pull it again, or publish the adapter's folder"):
                 manifest = parse_manifest(manifest_bytes, "the manifest")
-            derived = describe(self._folder(where, manifest), where)
+            given = blobs or {}
+            with refusing(where, "pull it again"):
+                damage = [self._blobs.problem(b, given[b.digest]) for b in manifest.blobs if b.digest in given]
+                if any(damage):
+                    raise Refusal("\n".join(d for d in damage if d))
+            self._check_there([b for b in manifest.files.values() if b.digest not in given], ref)
+            folder = BlobFolder(Path(where), self._blobs, {n: (b, given.get(b.digest)) for n, b in manifest.files.items()})
+            derived = describe(folder, where)
             if problems := contradictions(manifest.annotations, derived):
                 raise AdapterError(f"{where} is refused", problems=problems, fix="publish the adapter's folder anew")
-            return self._commit(ref, manifest, stage.write([manifest_bytes]), [], stage, wanted)
+            files = [Staged(given[b.digest], b.digest, b.size, True) for b in manifest.blobs if b.digest in given]
+            return self._commit(ref, manifest, stage.write([manifest_bytes]), files, stage, wanted)
 
     def put_blob(self, source: BinaryIO | bytes | str | Path, expected_digest: str | None = None) -> Descriptor:
         """Put one blob in. AdapterError, nothing kept, where its bytes are not those of `expected_digest`.
@@ -107,8 +136,9 @@ class Store(StoreReader):
         """
         with self._changing("cannot write a blob"), self._blobs.staging() as stage:
             if isinstance(source, (str, Path)):
-                with Path(source).open("rb") as file:
-                    staged = stage.write(_chunks(file))
+                with refusing(str(source), "give a regular file"), open_regular(Path(source), str(source)) as (file, size):
+                    self._check_room(size, str(source))
+                    staged = stage.copy(file, size, str(source))
             else:
                 staged = stage.write([source] if isinstance(source, bytes) else _chunks(source))
             if expected_digest not in (None, staged.digest):
@@ -126,14 +156,23 @@ class Store(StoreReader):
         with self._layout.locked():
             index = self._index()
             self._blobs.keep([*files, *empty, written])
-            gone = [f"blob {b.digest} is missing" for b in manifest.blobs if not self._blobs.has(b.digest, b.size)]
-            if gone:
-                raise AdapterError(f"cannot publish {ref}", problems=gone, fix="put them in again: they were collected, or never came")
+            self._check_there(manifest.blobs, ref)
             name = index.names.get(ref.path, Name(ref.path)).published(Entry(written.digest, written.size))
             for alias in aliases:
                 name = name.aliased(alias, name.newest)
             self._write(index, name)
         return self._version(name, name.newest)
+
+    def _check_there(self, blobs: Sequence[Descriptor], ref: Ref) -> None:
+        gone = [f"blob {b.digest} is missing" for b in blobs if not self._blobs.has(b.digest, b.size)]
+        if gone:
+            raise BlobsMissing(f"cannot publish {ref}", problems=gone, fix="put them in again: they were collected, or never came")
+
+    def _check_room(self, size: int, where: str) -> None:
+        """AdapterError, before anything is copied, where the disk has no room for it."""
+        free = shutil.disk_usage(self.root).free
+        if size > free:
+            raise AdapterError(f"{where}: {size:,} bytes are to be copied, and {free:,} are free in {self.root}", fix="make room")
 
     def has_blob(self, digest: str) -> bool:
         """Whether a blob is there; its bytes are not looked at. One that is becomes young again, so that collection spares it for now."""
@@ -227,24 +266,37 @@ class Store(StoreReader):
         self._cached = mark, changed
 
 
-def _copy_files(folder: Folder, stage: Staging) -> dict[str, Staged]:
-    """Copies of an adapter's files. Refusal, with a line for each, where there are others, or one is too large."""
+def _sizes(folder: Folder) -> dict[str, int]:
+    """The adapter's files and their sizes, the weights' as their header explains it. Refusal, with a line for each, where there are others,
+    or one is too large or is none."""
     names = folder.names()
     left_out = [n for n in names if n in PICKLES and WEIGHTS in names]
-    others = [
-        f"{n} is {'a pickle' if n in PICKLES else 'none of the files of an adapter'}" for n in names if n not in (*FILE_TYPES, *left_out)
-    ]
-    if others:
-        raise Refusal("\n".join(others))
+    known = (*FILE_TYPES, *left_out)
+    problems = [f"{n} is {'a pickle' if n in PICKLES else 'none of the files of an adapter'}" for n in names if n not in known]
+    sizes = {}
+    for name in (n for n in FILE_TYPES if n in names):
+        try:
+            with folder.open(name) as (file, size):
+                limit = MAX_JSON_BYTES if name in SMALL_FILES else MAX_ADAPTER_BYTES
+                if size > limit:
+                    raise Refusal(f"{name} has {size:,} bytes; at most {limit:,} are read")
+                if name == WEIGHTS:
+                    read_header(file, size, name)
+                sizes[name] = size
+        except Refusal as reason:
+            problems.append(str(reason))
+    if problems:
+        raise Refusal("\n".join(problems))
     for name in left_out:
         log.warning("%s: %s is a pickle and is left out; %s beside it is taken", folder.path, name, WEIGHTS)
-    copies = {}
-    for name in (n for n in FILE_TYPES if n in names):
-        with folder.open(name) as (file, size):
-            if name in SMALL_FILES and size > MAX_JSON_BYTES:
-                raise Refusal(f"{name} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
-            copies[name] = stage.copy(file, size, name)
-    return copies
+    return sizes
+
+
+def _copy(folder: Folder, name: str, size: int, stage: Staging) -> Staged:
+    with folder.open(name) as (file, now):
+        if now != size:
+            raise Refusal(f"{name} was changed while it was read")
+        return stage.copy(file, size, name)
 
 
 def _chunks(file: BinaryIO) -> Iterator[bytes]:

@@ -1,15 +1,25 @@
-"""Writing a folder so that under its final name there is a whole one, or none: never a half-written one, whenever the machine stops."""
+"""Writing a folder so that under its final name there is a whole one, or none: never a half-written one, whenever the machine stops.
+
+A folder that is there already is exchanged with the new one in one system call (renameat2 with RENAME_EXCHANGE), so that under the name
+there is always the old or the new one. Where the kernel or the file system has no such call, two renames do it: between them, for less than
+a millisecond, there is nothing under the name, and a machine that stops just then leaves the old folder as .NAME.*.old beside it.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from trimtab.errors import AdapterError
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
@@ -32,19 +42,21 @@ def staged(target: str | Path, *, may_replace: Collection[str] = ()) -> Iterator
             _fsync(path)
         _fsync(work)
         _check(target, may_replace)
-        _take_name(work, target)
+        _take_name(work, target, may_replace)
     except OSError as error:
         raise AdapterError(f"cannot write {target}: {error.strerror or error}", fix="make room, or give another folder") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _check(target: Path, may_replace: Collection[str]) -> None:
+def _check(target: Path, may_replace: Collection[str], content: Path | None = None) -> None:
+    """AdapterError where target must not be replaced. content: where what was in it is by now."""
     if target.is_symlink():
         raise AdapterError(f"{target} is a symbolic link, which is not replaced", fix="give the folder itself")
     if target.exists() and not target.is_dir():
         raise AdapterError(f"{target} is a file", fix="give the name of a folder, new or empty")
-    others = sorted(p.name for p in target.iterdir() if p.name not in may_replace) if target.exists() else []
+    content = content or target
+    others = sorted(p.name for p in content.iterdir() if p.name not in may_replace) if content.exists() else []
     if others:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         raise AdapterError(
@@ -52,8 +64,16 @@ def _check(target: Path, may_replace: Collection[str]) -> None:
         )
 
 
-def _take_name(work: Path, target: Path) -> None:
-    """Rename; an old folder steps aside first, since only an empty one can be renamed over."""
+def _take_name(work: Path, target: Path, may_replace: Collection[str]) -> None:
+    """Rename; with an old folder change places, so that the old one is under the name of `work`."""
+    if target.exists() and exchange(work, target):
+        try:
+            _check(target, may_replace, content=work)  # a file may have come into the old folder at the last moment
+        except AdapterError:
+            exchange(work, target)
+            raise
+        _fsync(target.parent)
+        return
     old = work.with_name(work.name.removesuffix(".new") + ".old")
     if target.exists():
         os.replace(target, old)
@@ -65,6 +85,28 @@ def _take_name(work: Path, target: Path) -> None:
         raise
     _fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two names change places in one step; False, nothing changed, where that cannot be done here. OSError as of a rename."""
+    if _renameat2 is None:
+        return False
+    if _renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOENT, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):  # gone; an old kernel or file system; a sandbox
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def _find_renameat2() -> Callable[..., int] | None:
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    return cast("Callable[..., int] | None", function)
+
+
+_renameat2 = _find_renameat2()
 
 
 def _fsync(path: Path) -> None:

@@ -11,28 +11,28 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from trimtab.errors import AdapterError
+from trimtab.store.blobs import open_regular
+from trimtab.store.files import Folder as AdapterFolder
 from trimtab.store.files import Refusal
-from trimtab.store.manifest import EMPTY, EMPTY_DESCRIPTOR, Descriptor, Manifest, parse_manifest
+from trimtab.store.manifest import EMPTY_DESCRIPTOR, MAX_ADAPTER_BYTES, Descriptor, Manifest, parse_manifest
 from trimtab.store.names import Ref, check_alias, parse_name
-from trimtab.store.registry import Store, Version
+from trimtab.store.registry import BlobsMissing, Store, Version
 from trimtab.store.remotes.address import FolderAddress, HubAddress, RegistryAddress, parse_address
-from trimtab.store.remotes.fetch import Moved, Part, download, held
+from trimtab.store.remotes.deadline import PULL_SECONDS, Deadline
+from trimtab.store.remotes.fetch import ATTEMPTS, Moved, Part, download, held
 from trimtab.store.remotes.fs import Folder
 from trimtab.store.remotes.hub import Hub
 from trimtab.store.remotes.oci import Registry
 from trimtab.store.remotes.source import Source
 
-__all__ = ["Begin", "Report", "pull", "push"]
-
-MAX_PULL_BYTES = 2**34
-"""Of all files of one adapter: 16 GiB, more than a rank of 256 on every linear layer of a base of 70 billion parameters."""
+__all__ = ["PULL_SECONDS", "Begin", "Report", "pull", "push"]
 
 Begin = Callable[[str, int, int], Moved]
 """Told of each file before it moves: its name, its bytes, and those that are there already. What it returns is told of every piece."""
@@ -83,19 +83,40 @@ def push(store: Store, ref: str | Ref, url: str, *, begin: Begin | None = None) 
     return Report(version, str(address), tuple(names), count.moved, count.skipped)
 
 
-def pull(store: Store, url: str, name: str | Ref, *, aliases: Sequence[str] = (), begin: Begin | None = None) -> Report:
+def pull(
+    store: Store,
+    url: str,
+    name: str | Ref,
+    *,
+    aliases: Sequence[str] = (),
+    begin: Begin | None = None,
+    timeout_s: float = PULL_SECONDS,
+) -> Report:
     """Fetch the adapter that `url` names and publish it as the next version of `name`; what the newest version holds is not doubled.
 
-    AdapterError, and nothing of it to be seen in the store, where the URL is none or carries credentials, the other side lacks it or lies
-    about it, or the store's checks refuse it.
+    timeout_s: for all of it. AdapterError, and nothing of it to be seen in the store, where the URL is none or carries credentials, the
+    other side lacks it, lies about it or takes longer, or the store's checks refuse it. What has come is kept, and the next pull goes on
+    from it.
     """
     address, target = parse_address(url), parse_name(name)
     for alias in aliases:
         check_alias(alias)
-    count = Count(begin)
-    if isinstance(address, HubAddress):
-        return _pull_folder(store, Hub(address), target, aliases, count)
-    return _pull_blobs(store, _remote(address, target), target, aliases, count)
+    deadline = Deadline[Report](timeout_s, str(address))
+
+    def fetch() -> Report:
+        count = Count(begin)
+        if isinstance(address, HubAddress):
+            return _pull_folder(store, Hub(address), target, aliases, count, deadline)
+        remote = _remote(address, target)
+        for attempt in range(ATTEMPTS):
+            try:
+                return _pull_blobs(store, remote, target, aliases, count, deadline)
+            except BlobsMissing:  # what was here when it was looked for has been collected since
+                if attempt + 1 == ATTEMPTS:
+                    raise
+        raise AssertionError("not reached")
+
+    return deadline.run(fetch)
 
 
 def _remote(address: FolderAddress | RegistryAddress, wanted: Ref) -> Remote:
@@ -126,8 +147,8 @@ class Count:
 # ---- pulling ----
 
 
-def _pull_blobs(store: Store, remote: Remote, target: Ref, aliases: Sequence[str], count: Count) -> Report:
-    """Fetch the blobs that the store lacks into tmp, and only when all are whole put them in and adopt the manifest."""
+def _pull_blobs(store: Store, remote: Remote, target: Ref, aliases: Sequence[str], count: Count, deadline: Deadline[Report]) -> Report:
+    """Fetch the blobs that the store lacks into tmp; when all are whole, they, the manifest and the version get their places at once."""
     data = remote.manifest()
     manifest = _parse(data, f"{remote.where}: its manifest")
     wanted = [(name, blob) for name, blob in _named(manifest) if not _is_here(store, blob)]
@@ -135,26 +156,26 @@ def _pull_blobs(store: Store, remote: Remote, target: Ref, aliases: Sequence[str
     for name, blob in _named(manifest):
         if (name, blob) not in wanted:
             count.skip(name, blob.size)
+    fetched: dict[str, Path] = {}
     with ExitStack() as stack:
         # in the order of digests, so that two pulls never wait for each other in a circle
         for name, blob in sorted(wanted, key=lambda pair: pair[1].digest):
-            file = stack.enter_context(held(_partial(store, blob.digest)))
+            partial = _partial(store, blob.digest)
+            file = stack.enter_context(held(partial))
             if _is_here(store, blob):  # another pull has put it in while this one waited
+                partial.unlink()
                 count.skip(name, blob.size)
                 continue
             part = Part(name, blob.digest, blob.size)
             moved = count.begin(name, blob.size, min(blob.size, os.fstat(file).st_size))
-            download(part, lambda start, blob=blob: remote.read(blob, start), file, remote.where, moved)  # type: ignore[misc]
-        store.put_blob(EMPTY, EMPTY_DESCRIPTOR.digest)
-        for _, blob in wanted:
-            if not _is_here(store, blob):
-                store.put_blob(_partial(store, blob.digest), blob.digest)
-            _partial(store, blob.digest).unlink()
-    version = store.adopt(data, target.path, aliases=aliases)
+            download(part, lambda start, blob=blob: remote.read(blob, start), file, remote.where, moved, deadline)  # type: ignore[misc]
+            fetched[blob.digest] = partial
+        with deadline.committing(), _taken(fetched.values()):
+            version = store.adopt(data, target.path, aliases=aliases, blobs=fetched)
     return Report(version, remote.where, (version.digest,), count.moved, count.skipped)
 
 
-def _pull_folder(store: Store, hub: Hub, target: Ref, aliases: Sequence[str], count: Count) -> Report:
+def _pull_folder(store: Store, hub: Hub, target: Ref, aliases: Sequence[str], count: Count, deadline: Deadline[Report]) -> Report:
     """Fetch a folder's files into tmp, and publish it as any folder is published."""
     parts = hub.parts()
     here = {p.name: store.blob_path(p.digest) for p in parts if p.digest.startswith("sha256:") and _is_here(store, p)}
@@ -167,17 +188,40 @@ def _pull_folder(store: Store, hub: Hub, target: Ref, aliases: Sequence[str], co
                 continue
             file = stack.enter_context(held(partials[part.name]))
             moved = count.begin(part.name, part.size, min(part.size, os.fstat(file).st_size))
-            download(part, lambda start, part=part: hub.read(part, start), file, hub.where, moved)  # type: ignore[misc]
-        folder = _partial(store, f"{hub.where} {hub.commit}")
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed pull has left
-        folder.mkdir()
-        stack.callback(shutil.rmtree, folder)
-        for name, path in (partials | here).items():
-            os.link(path, folder / name)
-        version = store.publish(folder, target.path, aliases=aliases)
-        for path in partials.values():
-            path.unlink()
+            download(part, lambda start, part=part: hub.read(part, start), file, hub.where, moved, deadline)  # type: ignore[misc]
+        with deadline.committing(), _taken(partials.values()):
+            version = store.publish_opened(_Fetched(Path(hub.where), partials | here), target.path, aliases=aliases)
     return Report(version, hub.where, (hub.commit,), count.moved, count.skipped)
+
+
+@contextmanager
+def _taken(partials: Iterable[Path]) -> Iterator[None]:
+    """Remove fetched files once the store has what it needs of them, or has refused them; not where it could not be written."""
+    try:
+        yield
+    except AdapterError as error:
+        if isinstance(error, BlobsMissing) or isinstance(error.__cause__, OSError):
+            raise
+        for path in partials:
+            path.unlink(missing_ok=True)
+        raise
+    for path in partials:
+        path.unlink(missing_ok=True)  # it is gone where its blob took its place
+
+
+class _Fetched(AdapterFolder):
+    """The files of a pull as those of a folder. path: what it is called."""
+
+    def __init__(self, path: Path, files: Mapping[str, Path]):
+        self.path, self._files = path, files
+
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[tuple[int, int]]:
+        with open_regular(self._files[name], name) as opened:
+            yield opened
 
 
 def _parse(data: bytes, what: str) -> Manifest:
@@ -196,9 +240,9 @@ def _named(manifest: Manifest) -> list[tuple[str, Descriptor]]:
 
 def _check_size(store: Store, where: str, total: int, wanted: int) -> None:
     """Refuse, before anything is fetched, what is too large for anybody or for this disk (each byte is there twice for a while)."""
-    if total > MAX_PULL_BYTES:
+    if total > MAX_ADAPTER_BYTES:
         fix = "an adapter that large is none that trimtab makes; do not trust that source"
-        raise AdapterError(f"{where}: it claims {total:,} bytes; at most {MAX_PULL_BYTES:,} are fetched", fix=fix)
+        raise AdapterError(f"{where}: it claims {total:,} bytes; at most {MAX_ADAPTER_BYTES:,} are fetched", fix=fix)
     free = shutil.disk_usage(_tmp(store)).free
     if 2 * wanted > free:
         raise AdapterError(

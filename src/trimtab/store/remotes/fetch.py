@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from trimtab.errors import AdapterError
+from trimtab.store.blobs import is_still
 from trimtab.store.remotes.address import redacted
+from trimtab.store.remotes.deadline import Deadline
 
 ATTEMPTS = 5
 WAIT_S = 0.5
@@ -56,9 +58,11 @@ class Part:
         return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
 
 
-def patiently(work: Callable[[], T], where: str) -> T:
+def patiently(work: Callable[[], T], where: str, deadline: Deadline[Any] | None = None) -> T:
     """work's result, tried again a few times, each time after a longer wait, as long as it says Transient. AdapterError in the end."""
     for attempt in range(ATTEMPTS):
+        if deadline is not None:
+            deadline.check()
         try:
             return work()
         except Transient as error:
@@ -68,18 +72,22 @@ def patiently(work: Callable[[], T], where: str) -> T:
                     fix="see whether it can be reached, then run the command again: it goes on where it stopped",
                 ) from error
             wait_s = WAIT_S * 2**attempt * random.uniform(0.75, 1.25)
-            time.sleep(min(MAX_WAIT_S, max(wait_s, error.after_s or 0.0)))
+            wait_s = min(MAX_WAIT_S, max(wait_s, error.after_s or 0.0))
+            time.sleep(wait_s if deadline is None else min(wait_s, deadline.left))
     raise AssertionError("not reached")
 
 
-def download(part: Part, read: Callable[[int], Iterator[bytes]], file: int, where: str, moved: Moved) -> None:
+def download(
+    part: Part, read: Callable[[int], Iterator[bytes]], file: int, where: str, moved: Moved, deadline: Deadline[Any] | None = None
+) -> None:
     """Fill an open, `held` file with one part, going on behind the bytes that are there. read(start): its bytes from there on.
 
-    AdapterError where the other side sends more than it promised, or other bytes than the digest says; the file is empty then.
+    AdapterError where the other side sends more than it promised, or other bytes than the digest says; the file is empty then. Where the
+    deadline has passed, what has come stays.
     """
     if os.fstat(file).st_size > part.size:
         os.ftruncate(file, 0)
-    patiently(lambda: _append(part, read, file, where, moved), f"{where}, {part.name},")
+    patiently(lambda: _append(part, read, file, where, moved, deadline), f"{where}, {part.name},", deadline)
     found = _digest(part, file)
     if found != part.digest:
         os.ftruncate(file, 0)
@@ -93,7 +101,7 @@ def download(part: Part, read: Callable[[int], Iterator[bytes]], file: int, wher
 
 @contextmanager
 def held(target: Path) -> Iterator[int]:
-    """A partial file, open, and locked against another process that moves the same one; waits for that."""
+    """A partial file, open, and locked against another process that moves the same one, which is waited for, and against collection."""
     while True:
         try:
             file = os.open(target, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -101,22 +109,16 @@ def held(target: Path) -> Iterator[int]:
             raise _unwritable(error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_still(target, file):
+            if is_still(target, file):
                 yield file
                 return
         finally:
             os.close(file)
 
 
-def _is_still(target: Path, file: int) -> bool:
-    """Whether the name still means the file that was opened: whoever held the lock before has taken a finished one away."""
-    try:
-        return os.path.samestat(os.stat(target), os.fstat(file))
-    except FileNotFoundError:
-        return False
-
-
-def _append(part: Part, read: Callable[[int], Iterator[bytes]], file: int, where: str, moved: Moved) -> None:
+def _append(
+    part: Part, read: Callable[[int], Iterator[bytes]], file: int, where: str, moved: Moved, deadline: Deadline[Any] | None
+) -> None:
     at = os.lseek(file, 0, os.SEEK_END)
     if at == part.size:
         return
@@ -129,6 +131,8 @@ def _append(part: Part, read: Callable[[int], Iterator[bytes]], file: int, where
             )
         _write(file, piece)
         moved(len(piece))
+        if deadline is not None and at < part.size:
+            deadline.check()
     if at < part.size:
         raise Transient(f"the connection ended {part.size - at:,} bytes early")
 
