@@ -91,6 +91,12 @@ STYLES = {
         "{{ '<|im_start|>assistant\n' + c + '<|im_end|>' }}{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '\n' }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
     ),
+    # the prompt opens a reasoning block; finished turns have an empty one
+    "nemotron": Style(
+        "{% for m in messages %}{% set c = m.content.split('</think>')[-1] if m.role == 'assistant' else m.content %}"
+        "{{ '<|im_start|>' + m.role + '\n' + ('<think></think>' if m.role == 'assistant' else '') + c + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+    ),
     # a shut reasoning block in the prompt; finished turns have none
     "no-thinking": Style(
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

@@ -54,6 +54,7 @@ TRAINED = {
     "three-roles": (14, 15),
     "no-system": (9, 10),
     "r1": (9, 16),
+    "nemotron": (9, 16),
     "no-thinking": (11, 18),
     "qwen-3": (12, 18),
     "harmony": (8, 15),

@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -68,19 +68,13 @@ class Program:
                 raise TooMuch(f"it calls itself without end ({type(error).__name__})") from error
 
 
-class _Budget(threading.local):
-    """What is left to the rendering of this thread."""
+class _Budget:
+    """What is left to one rendering. until: in seconds of this thread's processor time."""
 
-    whole, left, calls, until = 0, 0, 0, 0.0
+    __slots__ = ("calls", "left", "until", "whole")
 
-    @contextmanager
-    def of(self, amount: int) -> Iterator[None]:
-        """For what is rendered inside."""
+    def __init__(self, amount: int):
         self.whole, self.left, self.calls, self.until = amount, amount, 0, time.thread_time() + MAX_SECONDS
-        try:
-            yield
-        finally:
-            self.left = 0
 
     def spend(self, amount: int) -> None:
         self.left -= amount + 1
@@ -104,7 +98,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             optimized=False,
             finalize=_finalize,
         )
-        self._budget = _Budget()
+        self._of_thread = threading.local()
         self.filters["tojson"] = _tojson
         self.filters = {name: self._priced(name, f) for name, f in self.filters.items()}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": _Dict(), "namespace": _Namespace}
@@ -112,11 +106,17 @@ class _Environment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
         self.tick = _Tick(self.spend)
 
-    def budget(self, amount: int) -> AbstractContextManager[None]:
-        return self._budget.of(amount)
+    @contextmanager
+    def budget(self, amount: int) -> Iterator[None]:
+        """For what this thread renders inside."""
+        self._of_thread.budget = _Budget(amount)
+        try:
+            yield
+        finally:
+            del self._of_thread.budget
 
     def spend(self, amount: int) -> None:
-        self._budget.spend(amount)
+        self._of_thread.budget.spend(amount)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # a template's keyword may be `self`
         if type(__obj) is _Tick:
@@ -129,7 +129,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "+":
             if type(left) is str and type(right) is str:  # most of what templates do
-                self._budget.spend(len(left) + len(right))
+                self._of_thread.budget.spend(len(left) + len(right))
                 return left + right
             self.spend(_size(left) + _size(right))
         elif operator == "%" and isinstance(left, str):

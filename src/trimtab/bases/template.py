@@ -115,7 +115,14 @@ class Template:
         return len(prompt), end
 
     def _after_opening(self, messages: Sequence[Message], prompt: str, upto: str) -> str:
-        """The answer and its end as they follow a prompt that opens the answer (<think>), or that holds what the finished text does not."""
+        """The answer and its end as they follow a prompt that opens the answer (<think>), or that holds what the finished text does not.
+
+        Where the two part in blanks alone, the answer is what follows there: "<think>\\n" is asked, "<think></think>Yes." is finished. Else
+        it is the content, if it stands where the prompt opens the answer.
+        """
+        parted = next((i for i, (a, b) in enumerate(zip(prompt, upto, strict=False)) if a != b), min(len(prompt), len(upto)))
+        if not prompt[parted:].strip():
+            return upto[parted:]
         content = next((c for c in (messages[-1]["content"], messages[-1]["content"].strip()) if c.strip() and c in upto), None)
         if content is None:
             self._check_answer(messages[-1]["content"], "", len(messages) - 1)
