@@ -18,7 +18,7 @@ from tests.train.past import HOSTILE, run_folder, variant
 from trimtab.errors import ConfigError
 from trimtab.train import RunConfig, train
 from trimtab.train.charts import MAX_POINTS, Axis, Curve, line_chart, short, smooth, tag, thin
-from trimtab.train.page import write_page
+from trimtab.train.page import Shown, samples, write_page
 from trimtab.train.past import doubts, read_runs
 
 
@@ -193,6 +193,23 @@ def test_what_does_not_compare_is_said(tmp_path: Path) -> None:
     assert "different bases (tiny sha256:aa: one; tiny sha256:bb: two)" in said
     assert "'a' has different training rows (one / two)" in said and "'a' has different test rows (one / two)" in said
     assert doubts(read_runs([one])) == []
+
+
+def test_bases_rows_and_questions_are_told_apart_by_what_they_are(tmp_path: Path) -> None:
+    """Not by what is shown of them: one base may have two names, and test rows and questions may begin with the same references."""
+    digests = [{"data.a.test": f"sha256:{n}"} for n in (1, 1, 2)]
+    asked = [{"scores": variant()["scores"] | {"samples": [{"prompt": p, "reference": "bug", "answer": f"to {p}"}]}} for p in "ppq"]
+    names = ("tiny", "/models/tiny", "tiny")
+    runs = [
+        run_folder(tmp_path / f"r{n}", {"v": variant(**a)}, base=name, content=c)
+        for n, (name, c, a) in enumerate(zip(names, digests, asked, strict=True))
+    ]
+    assert doubts(read_runs(runs[:2])) == []
+    assert [d for d in doubts(read_runs(runs)) if "different test rows (r0, r1 / r2)" in d]
+    past = read_runs(runs)
+    found = samples([Shown(n, r.name, r.variants[0]) for n, r in enumerate(past)], past)
+    told = {e["question"]: [a["text"] for a in e["answers"] if a["shown"]] for e in found if e["reference"] == "bug"}
+    assert told == {"p": ["to p", "to p"], "q": ["to q"]}
 
 
 def test_a_resumed_run_shows_each_step_once(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from trimtab.data import (
     load_examples,
     perplexity,
     prompt_and_reference,
+    summarise_dropped,
     valid_json,
 )
 from trimtab.errors import DataError
@@ -100,13 +101,24 @@ def ask(
     return HeldOut(examples, questions, labels)
 
 
-def read_held_out(base: Base, path: str, labels: Sequence[str] | Literal["auto"] = (), max_rows: int | None = None) -> HeldOut:
-    """The first rows of a file, a folder or a hub data set, to judge by. labels: "auto" for the distinct answers of its rows. DataError."""
+def read_held_out(
+    base: Base,
+    path: str,
+    labels: Sequence[str] | Literal["auto"] = (),
+    max_rows: int | None = None,
+    warning: Callable[[str], None] = lambda text: None,
+) -> HeldOut:
+    """The first rows of a file, a folder or a hub data set, to judge by. labels: "auto" for the distinct answers of its rows. warning:
+    hears which rows were left out, and what no row uses. DataError."""
     source = Source(path)
     longest, vocab = base.spec.max_positions, base.spec.vocab_size
     dataset = load_examples(
         [source], base.tokenizer, root=Path(), max_length=longest, vocab_size=vocab, last_turn_only=True, keep_rows=True
     )
+    for note in dataset.notes:
+        warning(note)
+    if dataset.dropped:
+        warning(f"{path}: left out {'; '.join(summarise_dropped(dataset.dropped))}")
     found = find_labels(dataset.rows, path) if labels == "auto" else labels
     return ask(dataset.examples[:max_rows], dataset.rows, found, base.tokenizer, path, vocab)
 

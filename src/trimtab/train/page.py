@@ -173,20 +173,24 @@ def _trade_off(score: str, cost: str, who: Sequence[Shown], key: str, data: str)
 
 def samples(who: Sequence[Shown], runs: Sequence[PastRun]) -> list[dict[str, Any]]:
     """The first held-out rows of a data set: question where it is known, reference, and what base and variants answered. Answers to
-    other rows (another test file in another run) stand apart."""
+    other rows (another test file in another run) stand apart, also where their references are the same."""
     data = who[0].past.data
     speakers: list[tuple[str, Shown | None, Any]] = [("base", None, r.summary.get("base_scores", {}).get(data)) for r in runs]
     speakers += [(s.label, s, s.past.facts.get("scores")) for s in who]
-    found: dict[tuple[int, str], dict[str, Any]] = {}
+    found: list[dict[str, Any]] = []
     for label, s, scores in speakers:
         for n, sample in enumerate((scores or {}).get("samples") or []):
             reference, answer = str(sample.get("reference", "")), str(sample.get("answer", ""))
-            entry = found.setdefault((n, reference), {"question": None, "reference": reference, "answers": []})
-            entry["question"] = entry["question"] or sample.get("prompt")
+            question = sample.get("prompt")
+            same = (e for e in found if (e["place"], e["reference"]) == (n, reference) and question in (None, e["question"] or question))
+            if (entry := next(same, None)) is None:
+                entry = {"place": n, "question": question, "reference": reference, "answers": []}
+                found.append(entry)
+            entry["question"] = entry["question"] or question
             said = {"label": label, "shown": s, "text": answer, "right": answer.strip() == reference.strip()}
             if said not in entry["answers"]:
                 entry["answers"].append(said)
-    return list(found.values())
+    return found
 
 
 def settings(v: PastVariant) -> dict[str, str]:

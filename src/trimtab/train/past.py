@@ -87,8 +87,9 @@ def doubts(runs: Sequence[PastRun]) -> list[str]:
     """What to know before comparing: unfinished runs, and scores that do not compare because the base or the rows differ."""
     found = [f"{r.name} has not finished: no summary.json yet, so it shows what metrics.jsonl holds" for r in runs if not r.finished]
     finished = [r for r in runs if r.finished]
-    if len(bases := _groups({r.name: f"{r.summary.get('base')} {str(r.fingerprint)[:15]}" for r in finished})) > 1:
-        which = "; ".join(f"{base}: {names}" for base, names in bases.items())
+    if len(bases := _groups({r.name: str(r.fingerprint) for r in finished})) > 1:  # one base may have several names, and two bases one
+        called = {str(r.fingerprint): r.summary.get("base") for r in reversed(finished)}
+        which = "; ".join(f"{called[fingerprint]} {fingerprint[:15]}: {names}" for fingerprint, names in bases.items())
         found.append(f"the runs stand on different bases ({which}): their scores compare models, not methods")
     for data in dict.fromkeys(v.data for r in finished for v in r.variants):
         for what, digest in (("training", _train_rows), ("test", _test_rows)):
@@ -195,8 +196,10 @@ def _train_rows(run: PastRun, data: str) -> str | None:
 
 
 def _test_rows(run: PastRun, data: str) -> str | None:
-    """What tells a data set's scored rows from others: how many, and the first references (the same file may be scored in part)."""
+    """What tells a data set's scored rows from others: how many of them, and their digest (a file may be scored in part); in summaries
+    without digests the first references."""
     scores = run.summary.get("base_scores", {}).get(data)
     if not scores:
         return None
-    return json.dumps([scores.get("rows"), [s.get("reference") for s in scores.get("samples") or []]])
+    digest = (run.summary.get("content") or {}).get(f"data.{data}.test")
+    return json.dumps([scores.get("rows"), digest or [s.get("reference") for s in scores.get("samples") or []]])
