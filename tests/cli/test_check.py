@@ -17,7 +17,8 @@ from click.testing import CliRunner, Result
 from tests.tiny import bundled_base
 from tests.train.common import METHODS, run_file
 from trimtab.cli import main
-from trimtab.cli.check import MAX_RUN, printable
+from trimtab.cli.check import MAX_RUN
+from trimtab.errors import DataError, printable
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -106,6 +107,7 @@ def test_rows_cannot_write_on_the_terminal(run_yaml: Path) -> None:
     assert result.exit_code == 0 and "\x1b" not in result.stdout
     assert "\\x1b[2Jq [red]x[/]" in result.stdout and "no known form: the columns are \\x1b[31mcolumn" in result.stdout
     assert printable("a\tb\nc\u202e\x07") == "a\tb\nc\\u202e\\x07"
+    assert str(DataError("a\x1b[2J", problems=["b\x07"], fix="c\nd")) == "a\\x1b[2J\n  - b\\x07\nfix: c\nd"
 
 
 def test_long_rows_are_cut_in_the_middle(run_yaml: Path) -> None:

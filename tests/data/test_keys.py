@@ -75,7 +75,7 @@ OF_TURNS: dict[str, list[Any]] = {
     "recipient": ["functions.f"],
     "prefix": [True],
 }
-NEUTRAL = [None, "", [], {}, "[]", "null", float("nan")]
+NEUTRAL = [None, "", [], {}, "[]", "null", float("nan"), {"enable_thinking": None}, [None]]
 TRUE = {"parallel_tool_calls", "weight", "loss_weight", "sample_weight", "train", "training", "kto_tag", "label"}
 
 
@@ -240,4 +240,4 @@ def test_empty_answers_are_dropped(empty) -> None:
 
 
 def test_what_says_nothing() -> None:
-    assert all(map(is_empty, NEUTRAL)) and not any(map(is_empty, (0, False, "0", "x", [0], {"a": None}, 1.0)))
+    assert all(map(is_empty, NEUTRAL)) and not any(map(is_empty, (0, False, "0", "x", [0], {"a": 0}, 1.0)))

@@ -258,6 +258,8 @@ def test_json_objects_that_hold_the_rows(tmp_path, key):
     path.write_text(json.dumps({"version": "1", "tags": ["x"], key: [PAIR, {"prompt": "Q"}, PAIR]}, indent=1), encoding="utf-8")
     rows, dropped = read(path)
     assert [r.origin for r in rows] == [f"t.json:{key}[0]", f"t.json:{key}[2]"] and [d.origin for d in dropped] == [f"t.json:{key}[1]"]
+    path.write_text(json.dumps({"result": {key: [PAIR], "tags": []}}), encoding="utf-8")
+    assert [r.origin for r in read(path)[0]] == [f"t.json:result.{key}[0]"]
     path.write_text(json.dumps({key: [PAIR], "more": [PAIR]}), encoding="utf-8")
     with pytest.raises(DataError, match=f"2 lists of them: {key}, more"):
         read(path)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from trimtab.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -72,11 +74,6 @@ def _show(report: CheckReport, run_file: Path) -> None:
 def _line(out: Console, text: str, style: str = "") -> None:
     """One line as it is: no markup, never wrapped, control characters of hostile rows spelt out."""
     out.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """`text` with control characters as \\x1b, so that a row cannot write on the terminal; line breaks and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t " else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _split(out: Console, split: SplitCounts) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from trimtab.cli import show
 from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, store_option
+from trimtab.cli.terminal import say
 from trimtab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def evaluate(
         raise ConfigError(f"--out {out} is not empty", fix="name another folder, or remove this one")
     base = open_base(base_name, dtype, device)
     named = {name: open_adapter(folder, base, root) for name, folder in _names(adapters).items()}
-    held = read_held_out(base, data, _labels(labels), max_rows, lambda text: click.echo(f"warning: {text}", err=True))
+    held = read_held_out(base, data, _labels(labels), max_rows, lambda text: say(f"warning: {text}", err=True))
     mix, members = base.mix(list(named.values()))
     field = [Contestant(name, member, not no_generate) for name, member in zip(["base", *named], [BASE, *members], strict=True)]
     with show.listener(quiet=as_json) as listener:

@@ -74,8 +74,8 @@ def read_json(path: Path, shown: str) -> Records:
 
 def _inside(content: dict[str, Any], shown: str) -> Records:
     """The rows of an object: of the only list of objects in it, or itself."""
-    lists = {key: value for key, value in content.items() if isinstance(value, list)}
-    is_row = form_of(content, {}) is not None or any(_is_talk(value) for value in lists.values())
+    lists = dict(_lists(content))
+    is_row = form_of(content, {}) is not None or any(_is_talk(value) for value in content.values())
     if is_row or not lists:
         yield f"{shown}:1", content
         return
@@ -83,13 +83,22 @@ def _inside(content: dict[str, Any], shown: str) -> Records:
     if len(tables) != 1:
         which = f": it is an object with {len(tables)} lists of them: {', '.join(tables)}" if tables else ""
         raise DataError(f"{shown} does not hold a JSON array of rows{which}", fix=_JSON_FIX)
-    for i, row in enumerate(content[tables[0]]):
+    for i, row in enumerate(lists[tables[0]]):
         yield f"{shown}:{tables[0]}[{i}]", row
 
 
-def _is_talk(value: list[Any]) -> bool:
-    """Whether a list is a conversation rather than a list of rows."""
-    return bool(value) and isinstance(value[0], dict) and not {"role", "from"}.isdisjoint(value[0])
+def _lists(content: dict[str, Any], above: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """Every list of an object and of the objects in it, with its path."""
+    for key, value in content.items():
+        if isinstance(value, list):
+            yield f"{above}{key}", value
+        elif isinstance(value, dict):
+            yield from _lists(value, f"{above}{key}.")
+
+
+def _is_talk(value: Any) -> bool:
+    """Whether a value is a conversation rather than a list of rows."""
+    return isinstance(value, list) and value != [] and isinstance(value[0], dict) and not {"role", "from"}.isdisjoint(value[0])
 
 
 def _array(text: str, position: int, shown: str) -> Records:
@@ -139,7 +148,7 @@ def read_parquet(path: Path, shown: str) -> Records:
 
 def read_text(path: Path, shown: str) -> Records:
     """A Markdown or text file, cut into rows of bounded size."""
-    text = _whole(path, shown).decode("utf-8", "surrogateescape").replace("\r\n", "\n")
+    text = _whole(path, shown).decode("utf-8", "surrogateescape").replace("\r\n", "\n").replace("\n\ufeff", "\n")
     for line, piece in split_document(text, markdown=path.suffix.lower() != ".txt"):
         yield f"{shown}:{line}", {"text": piece}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from trimtab.bases.template import BadRow
@@ -28,7 +29,7 @@ STARTS = "an assistant turn before anything is asked"
 def form_of(record: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
     """The form that a record has: by order of `FORMS`, filled before null columns. Where `columns` names a column of some form, only such
     forms count, the one that it names most of first: a row that lacks them is not another thing."""
-    forms = _forms(columns)
+    forms = _forms(frozenset(columns))
     for is_there in (lambda c: record.get(c) is not None and record[c] != [], lambda c: c in record):
         for form in forms:
             if all(is_there(columns.get(name, name)) for name in FORMS[form]):
@@ -36,7 +37,9 @@ def form_of(record: Mapping[str, Any], columns: Mapping[str, str]) -> str | None
     return None
 
 
-def _forms(columns: Mapping[str, str]) -> list[str]:
+@cache
+def _forms(columns: frozenset[str]) -> list[str]:
+    """The forms that count where a source names these columns, by order."""
     named = {form: sum(name in columns for name in needed) for form, needed in FORMS.items()}
     if "label" not in columns:
         return sorted((f for f in FORMS if f != "label" and (named[f] or not any(named.values()))), key=lambda f: -named[f])
@@ -45,7 +48,7 @@ def _forms(columns: Mapping[str, str]) -> list[str]:
 
 def used_columns(form: str | None, columns: Mapping[str, str]) -> set[str]:
     """The file's names of the columns that rows of a form are made of; of all forms that they may have where it is None."""
-    forms = _forms(columns) if form is None else [form]
+    forms = _forms(frozenset(columns)) if form is None else [form]
     return {columns.get(n, n) for f in forms for n in (*FORMS[f], *OPTIONAL.get(f, ()), "system")}
 
 
@@ -92,9 +95,9 @@ def check_columns(seen: Iterable[str], columns: Mapping[str, str], where: str, *
 def refuse_keys(record: Mapping[str, Any], columns: Mapping[str, str], form: str | None) -> None:
     """BadRow where a key says something that cannot be honoured. A column that `columns` names is what the run file says it is."""
     mapped = set(columns.values())
-    for key in sorted(record.keys() & ROW_KEYS.keys() - mapped):
-        if key in PAIRS and not mapped.isdisjoint(PAIRS):
-            continue  # one of the pair is mapped; the other is unused
+    for key in record:
+        if key not in ROW_KEYS or key in mapped or (key in PAIRS and not mapped.isdisjoint(PAIRS)):  # the other of a pair is unused
+            continue
         if not ROW_KEYS[key].neutral(record[key]):
             raise BadRow(f"{key}: {ROW_KEYS[key].why}")
     label = record.get(columns.get("label", "" if "label" in mapped else "label"))

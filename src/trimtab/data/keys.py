@@ -25,12 +25,15 @@ class Key:
 
 
 def is_empty(value: Any) -> bool:
-    """Null in all its spellings: also NaN (pandas), blank text, and an empty list or object written as text (a cell of a CSV)."""
-    if isinstance(value, Repeated):
-        return all(map(is_empty, value))
+    """Null in all its spellings: also NaN (pandas), blank text, lists and objects of nulls (Arrow's rows have every key that any row has),
+    and an empty list or object written as text (a cell of a CSV)."""
     if isinstance(value, str):
         return value.strip() in ("", "null", "[]", "{}")
-    return value is None or value != value or (isinstance(value, list | dict | tuple) and not value)
+    if isinstance(value, dict | Repeated):
+        return all(map(is_empty, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, list | tuple):
+        return all(item is None for item in value)
+    return value is None or bool(value != value)
 
 
 def flag(value: Any) -> bool | None:

@@ -22,7 +22,7 @@ ROLES = {
     "gpt": "assistant",
     "tool": "tool",
 }
-SPELLINGS = ("role", "content", "from", "value")
+_KNOWN = frozenset(("role", "content", "from", "value", *MARKS, *TURN_KEYS))
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 Turn = tuple[Message, bool]
@@ -67,9 +67,8 @@ def listed(value: Any, where: str) -> Any:
 
 def unused_keys(value: Any, where: str) -> set[str]:
     """Keys of messages to which no format gives a meaning, as reports name them."""
-    known = {*SPELLINGS, *MARKS, *TURN_KEYS}
     turns = value if isinstance(value, list) else []
-    return {f"{where}[].{k}" for t in turns if isinstance(t, dict) for k in t.keys() - known if not is_empty(t[k])}
+    return {f"{where}[].{k}" for t in turns if isinstance(t, dict) for k in t if k not in _KNOWN and not is_empty(t[k])}
 
 
 def _turn(turn: Any, where: str) -> Turn:
@@ -86,8 +85,8 @@ def _turn(turn: Any, where: str) -> Turn:
 
 def _refuse_keys(turn: Mapping[str, Any], where: str) -> None:
     """BadRow where a key says something that cannot be honoured."""
-    for key in sorted(turn.keys() & TURN_KEYS.keys()):
-        if not TURN_KEYS[key].neutral(turn[key]):
+    for key in turn:
+        if key in TURN_KEYS and not TURN_KEYS[key].neutral(turn[key]):
             raise BadRow(f"{'tool calls' if key in ('tool_calls', 'function_call') else key}: {where} has {key}: {TURN_KEYS[key].why}")
 
 
@@ -102,9 +101,8 @@ def _either(turn: Mapping[str, Any], name: str, other: str, where: str) -> Any:
 def _learnt(turn: Mapping[str, Any], role: str, where: str) -> bool:
     """Whether a turn may be learnt, by its marks. Only answers are ever learnt: a mark that asks for more cannot be honoured."""
     learnt = True
-    for key in [k for k in MARKS if k in turn]:
-        value = turn[key]
-        if is_empty(value):
+    for key, value in turn.items():
+        if key not in MARKS or is_empty(value):
             continue
         if (mark := flag(value)) is None:
             raise BadRow(f"{key}: {where} has {key} {value!r}, and only 0 and 1 can be honoured")
