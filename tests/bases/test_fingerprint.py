@@ -96,6 +96,18 @@ def test_result_is_kept_and_renewed(folder, own_cache, monkeypatch):
     assert fingerprint_folder(folder) == first and json.loads(note.read_text()) != kept
 
 
+def test_other_weights_of_the_same_size_and_time_are_seen(folder):
+    """As archives and image layers leave them: the files' names and times say nothing of what they hold."""
+    weights = folder / "model.safetensors"
+    os.utime(weights, ns=(1, 1))
+    first = fingerprint_folder(folder)
+    other = bytearray(weights.read_bytes())
+    other[-1] ^= 1
+    weights.write_bytes(other)
+    os.utime(weights, ns=(1, 1))
+    assert fingerprint_folder(folder) != first
+
+
 def test_unwritable_cache_costs_only_time(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "file" / "below"))

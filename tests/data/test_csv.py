@@ -106,6 +106,13 @@ def test_a_broken_record_goes_with_its_line_and_the_next_whole_one_is_read(tmp_p
         assert rows[-1:] == [tuple(good[-1])] and len(rows) >= 18, (rows, dropped)
 
 
+@pytest.mark.parametrize("inside", ['"He said "hi"\\n"bye","Answer"\\n', '"r0 a b",""no"\\n"5"\\n"no""\\n'])
+def test_several_quotes_that_are_not_doubled_make_no_row_either(tmp_path, inside) -> None:
+    good = [("g, 0", "h0"), ("g, 1", "h1"), ("g, 2", "h2")]
+    rows, _ = read(tmp_path, "q,a\n" + inside + written([list(row) for row in good]))
+    assert rows and rows == good[-len(rows) :]
+
+
 def test_text_of_a_broken_record_that_looks_like_a_record_is_no_row(tmp_path) -> None:
     inside = '"He pasted "this"\n"no","yes"\nand left","Answer"\n'
     rows, _ = read(tmp_path, "q,a\n" + inside + written([[f"g, {i}", "h"] for i in range(9)]))

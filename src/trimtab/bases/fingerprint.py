@@ -44,14 +44,17 @@ PROBE = "Don't  2024-01-02\n\n1. été  naïve\tx=3.14;  if (a_b!=0){ return; }\
 
 
 def fingerprint_folder(path: Path | str) -> str:
-    """The "sha256:…" of the tensors in a base's folder; kept in the cache by the files' names, sizes and times.
+    """The "sha256:…" of the tensors in a base's folder; kept in the cache by the files' names, sizes, times and inodes.
+
+    The time of change and the inode too: archives and image layers give all files one time, and two revisions of a model have one size.
 
     Raises BaseError where the files cannot be read.
     """
     folder = Path(path).absolute()
     try:
         files = weight_files(folder)
-        stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in [*files, folder / "config.json"]]
+        states = [(f.name, f.stat()) for f in [*files, folder / "config.json"]]
+        stamp = [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in states]
         note = cache_dir() / "fingerprints" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.json"
         if (known := _read_note(note, stamp)) is not None:
             return known

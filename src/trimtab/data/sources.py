@@ -165,7 +165,8 @@ def read_source(source: Source, root: Path, number: int = 0, note: Note = lambda
             left_over.update(unused(record, source.columns, form))
     _refuse_whole(source, bool(records or dropped), columns_seen, any_form)
     if left_over:
-        note(f"{source.path}: not used: {', '.join(f'{what} ({n} rows)' for what, n in sorted(left_over.items()))}")
+        said = (f"{what} ({n} row{'s' * (n > 1)})" for what, n in sorted(left_over.items()))
+        note(f"{source.path}: not used: {', '.join(said)}")
     return rows, dropped
 
 
