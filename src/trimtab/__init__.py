@@ -4,8 +4,9 @@ Everything named here is loaded on first use, so that `import trimtab` costs not
 """
 
 import os
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trimtab.lazy import load_on_first_use
 
 # libgomp's threads spin while they wait for each other, for longer than most of our operations take. Where other work shares the cores that
 # slows every step up to 25 times; a shorter spin keeps 95% of the speed of a quiet machine and a quarter of it on a crowded one. Only the
@@ -13,37 +14,28 @@ from typing import TYPE_CHECKING, Any
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from trimtab.errors import TrimtabError
     from trimtab.methods import BottleneckConfig, FullConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
     from trimtab.model import Base, load_base
     from trimtab.store import Adapter
     from trimtab.train import RunConfig, train
+else:
+    load_on_first_use(__name__)
 
-__version__ = "0.1.0"
-
-_HOMES = {
-    "Adapter": "store",
-    "Base": "model",
-    "BottleneckConfig": "methods",
-    "FullConfig": "methods",
-    "IA3Config": "methods",
-    "LoraConfig": "methods",
-    "PrefixTuningConfig": "methods",
-    "PromptTuningConfig": "methods",
-    "RunConfig": "train",
-    "TrimtabError": "errors",
-    "load_base": "model",
-    "train": "train",
-}
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
-    return getattr(import_module(f"trimtab.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+__all__ = [
+    "Adapter",
+    "Base",
+    "BottleneckConfig",
+    "FullConfig",
+    "IA3Config",
+    "LoraConfig",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
+    "RunConfig",
+    "TrimtabError",
+    "load_base",
+    "train",
+]

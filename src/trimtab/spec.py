@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.errors import BaseError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Kind = Literal["linear", "conv1d", "embedding", "norm"]
 
@@ -146,6 +147,8 @@ def _refuse_unsupported(config: Any) -> None:
 
 
 def _leaf(name: str, module: nn.Module, layers: str) -> Module | None:
+    from torch import nn
+
     kind = type(module).__name__
     shapes = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
     if isinstance(module, nn.Linear):

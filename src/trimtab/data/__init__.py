@@ -4,13 +4,20 @@ Knows the base's tokenizer and template, and no model: ids and masks are NumPy a
 `template`, `render`, `dataset`; `scores` judge what a trained adapter writes.
 """
 
-from trimtab.bases.template import encode_prompt, end_of_turn_id, template_warnings
-from trimtab.data.dataset import Dataset, load_examples, order, summarise_dropped
-from trimtab.data.labels import find_labels, label_examples
-from trimtab.data.render import Example, as_learnt, encode_row, encode_rows, prompt_and_reference
-from trimtab.data.rows import Dropped, Row, answer_of
-from trimtab.data.scores import SCORES, bleu, exact_match, has_bleu, perplexity, rouge_l, token_f1, valid_json
-from trimtab.data.sources import Source, parse_sources, peek_source, read_source, sources_in
+from typing import TYPE_CHECKING
+
+from trimtab.lazy import load_on_first_use
+
+if TYPE_CHECKING:
+    from trimtab.bases.template import encode_prompt, end_of_turn_id, template_warnings
+    from trimtab.data.dataset import Dataset, load_examples, order, summarise_dropped
+    from trimtab.data.labels import find_labels, label_examples
+    from trimtab.data.render import Example, as_learnt, encode_row, encode_rows, prompt_and_reference
+    from trimtab.data.rows import Dropped, Row, answer_of
+    from trimtab.data.scores import SCORES, bleu, exact_match, has_bleu, perplexity, rouge_l, token_f1, valid_json
+    from trimtab.data.sources import Source, parse_sources, peek_source, read_source, sources_in
+else:
+    load_on_first_use(__name__)
 
 __all__ = [
     "SCORES",

@@ -22,18 +22,19 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, ClassVar, Protocol, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, get_type_hints
 
-import numpy as np
-import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
 from trimtab.errors import ConfigError, NotMergeable
 from trimtab.foreign import answer
 from trimtab.spec import Spec
 
-Params = Mapping[str, Tensor]
+if TYPE_CHECKING:  # run files and stores are read without torch, so methods import it where they compute
+    import torch
+    from torch import Tensor
+
+Params = Mapping[str, "Tensor"]
 """Tensors of one adapter at one site, keyed as in `Site.shapes`."""
 
 
@@ -87,6 +88,8 @@ class Rows:
     @cached_property
     def touched(self) -> tuple[Tensor | slice, Tensor]:
         """(rows touched, slot of each) for gathered kernels; a slice where the spans leave no gap, so that nothing is copied."""
+        import torch
+
         slots = torch.tensor([s.slot for s in self.spans for _ in range(s.start, s.stop)], device=self.device)
         first, last = self.spans[0].start, self.spans[-1].stop
         if last - first == len(slots):
@@ -96,6 +99,9 @@ class Rows:
     @cached_property
     def by_row(self) -> tuple[Tensor | None, tuple[Span, ...]]:
         """(slot of every row of the batch, int32, -1 for rows of no short span; None without one, the spans longer than SHORT_SPAN)."""
+        import numpy as np
+        import torch
+
         short = [s for s in self.spans if s.stop - s.start <= SHORT_SPAN]
         long = tuple(s for s in self.spans if s.stop - s.start > SHORT_SPAN)
         if not short:

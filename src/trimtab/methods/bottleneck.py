@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from trimtab import ops
 from trimtab.errors import ConfigError, NotMergeable, nearest
 from trimtab.methods.base import BaseView, Method, Packed, Params, Site
 from trimtab.spec import Spec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 VARIANTS = ("houlsby", "pfeiffer", "parallel")
 
@@ -88,6 +89,8 @@ class BottleneckConfig(Method):
         return [Site(name, shapes, rank=b, scaling=self.scaling) for name in names]
 
     def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:
+        import torch
+
         params = {name: torch.zeros(shape) for name, shape in site.shapes.items()}
         params["adapter_down.weight"].normal_(std=0.02, generator=generator)
         return params

@@ -11,22 +11,26 @@ Dimensions: I in, O out, r rank.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from trimtab import ops
 from trimtab.methods.base import Packed
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-@torch.no_grad()
+
 def norm(weight_OI: Tensor, A_RI: Tensor | None, B_OR: Tensor | None) -> Tensor:
     """‖W + BA‖ for each output, [O] fp32, without forming BA: ‖W‖² + 2 (W Aᵀ)·B + B (A Aᵀ)·B. B carries the scaling."""
-    W_OI = weight_OI.float()
-    squares_O = W_OI.square().sum(-1)
-    if A_RI is not None and B_OR is not None:
-        A_RI, B_OR = A_RI.float(), B_OR.float()
-        squares_O = squares_O + (B_OR * (2.0 * W_OI @ A_RI.T + B_OR @ (A_RI @ A_RI.T))).sum(-1)
-    return squares_O.clamp_min(0.0).sqrt()
+    import torch
+
+    with torch.no_grad():
+        W_OI = weight_OI.float()
+        squares_O = W_OI.square().sum(-1)
+        if A_RI is not None and B_OR is not None:
+            A_RI, B_OR = A_RI.float(), B_OR.float()
+            squares_O = squares_O + (B_OR * (2.0 * W_OI @ A_RI.T + B_OR @ (A_RI @ A_RI.T))).sum(-1)
+        return squares_O.clamp_min(0.0).sqrt()
 
 
 def pack(A_RI: Tensor, B_OR: Tensor, magnitude_O: Tensor, weight_OI: Tensor, dropout: float) -> Packed:

@@ -9,16 +9,17 @@ l starts at ones. In files l is (1, I) for feed-forward modules and (O, 1) for t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from trimtab import ops
 from trimtab.errors import ConfigError
 from trimtab.methods.base import BaseView, Method, Packed, Params, Site, TargetedMethod
 from trimtab.methods.targets import matches, merge_saved, saved_sites, select, unmatched
 from trimtab.spec import Spec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,8 @@ class IA3Config(TargetedMethod):
         return sites + saved
 
     def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:
+        import torch
+
         return base.parameters_of(site.name) if site.saved else {"ia3_l": torch.ones(site.shapes["ia3_l"])}
 
     def pack(self, site: Site, params: Params, weight_OI: Tensor) -> Packed:

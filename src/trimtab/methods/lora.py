@@ -13,10 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from trimtab import ops
 from trimtab.errors import ConfigError
@@ -24,6 +21,10 @@ from trimtab.methods import dora
 from trimtab.methods.base import BaseView, Method, Packed, Params, Site, TargetedMethod
 from trimtab.methods.targets import merge_saved, pattern_value, regex_problem, saved_sites, select, stray_keys
 from trimtab.spec import Module, Spec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MAX_RANK = 4096
 
@@ -143,6 +144,8 @@ class LoraConfig(TargetedMethod):
     def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:
         if site.saved:
             return base.parameters_of(site.name)
+        import torch
+
         params = {name: torch.zeros(shape) for name, shape in site.shapes.items()}
         if "lora_embedding_B" in params:
             params["lora_embedding_B"].normal_(generator=generator)

@@ -14,15 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from trimtab.errors import nearest
 from trimtab.methods.base import BaseView, Method, Params, Prefix, Site
 from trimtab.methods.prompt import fit, room_for
 from trimtab.spec import Spec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 INITS = ("TEXT", "RANDOM", "ZERO")
 DEFAULT_TEXT = "Read the request with care and answer it briefly, in the form that is asked for."
@@ -79,6 +80,8 @@ class PrefixTuningConfig(Method):
         return [Site("", shapes | {"transform.2.weight": (flat, h), "transform.2.bias": (flat,)})]
 
     def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:
+        import torch
+
         if self.prefix_projection:
             return {name: _fresh(name, shape, site, generator) for name, shape in site.shapes.items()}
         shape = site.shapes["prompt_embeddings"]
@@ -100,18 +103,24 @@ class PrefixTuningConfig(Method):
     def export(self, params: Mapping[str, Tensor]) -> tuple[Method, dict[str, Tensor]]:
         if not self.prefix_projection:
             return self, dict(params)
+        import torch
+
         with torch.no_grad():
             return replace(self, prefix_projection=False, encoder_hidden_size=None), {"prompt_embeddings": _flatten(params)}
 
 
 def _flatten(params: Params) -> Tensor:
     """The MLP's output, [N, 2·L·kv_heads·D]."""
-    hidden_NH = torch.tanh(torch.nn.functional.linear(params["embedding.weight"], params["transform.0.weight"], params["transform.0.bias"]))
-    return torch.nn.functional.linear(hidden_NH, params["transform.2.weight"], params["transform.2.bias"])
+    from torch.nn.functional import linear
+
+    hidden_NH = linear(params["embedding.weight"], params["transform.0.weight"], params["transform.0.bias"]).tanh()
+    return linear(hidden_NH, params["transform.2.weight"], params["transform.2.bias"])
 
 
 def _fresh(name: str, shape: tuple[int, ...], site: Site, generator: torch.Generator) -> Tensor:
     """torch's own starts: normal for the embedding, uniform(±1/√fan_in) for the linear layers."""
+    import torch
+
     if name == "embedding.weight":
         return torch.randn(shape, generator=generator)
     bound = 1 / math.sqrt(site.shapes[name.replace("bias", "weight")][1])

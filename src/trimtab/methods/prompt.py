@@ -12,14 +12,15 @@ Dimensions: N virtual tokens, H hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from trimtab.errors import ConfigError, nearest
 from trimtab.methods.base import BaseView, Method, Params, Prefix, Site
 from trimtab.spec import Spec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 INITS = ("SAMPLE_VOCAB", "TEXT", "RANDOM")
 
@@ -64,6 +65,8 @@ class PromptTuningConfig(Method):
         return [Site("", {"prompt_embeddings": (self.num_virtual_tokens, spec.hidden_size)})]
 
     def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:
+        import torch
+
         n = self.num_virtual_tokens
         if self.prompt_tuning_init == "RANDOM":
             return {"prompt_embeddings": torch.randn(site.shapes["prompt_embeddings"], generator=generator)}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
 
 from trimtab.errors import ConfigError, nearest
 from trimtab.methods.base import Params, Site
 from trimtab.spec import Module, Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 N = TypeVar("N", int, float)
 

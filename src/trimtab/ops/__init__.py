@@ -1,23 +1,30 @@
 """Kernels: the only place where they live. In the order of a forward: `layer`, `edit`, `attend`, `loss`."""
 
-from trimtab.ops.attend import QUERY_BLOCK, attention
-from trimtab.ops.edit import (
-    ACTIVATIONS,
-    Bottleneck,
-    by_span,
-    dora,
-    dropout,
-    gathers,
-    lora,
-    lora_embedding,
-    replace,
-    scale_input,
-    scale_output,
-)
-from trimtab.ops.layer import largest, linears, rms_norm, rotate, swiglu
-from trimtab.ops.loss import LOSS_ROWS, supervised_loss
-from trimtab.ops.native_attention import FlatIndex, flat_attention, flat_index, takes_flat
-from trimtab.ops.varlen import VarlenIndex, varlen_attention, varlen_index, varlen_kernel
+from typing import TYPE_CHECKING
+
+from trimtab.lazy import load_on_first_use
+
+if TYPE_CHECKING:
+    from trimtab.ops.attend import QUERY_BLOCK, attention
+    from trimtab.ops.edit import (
+        ACTIVATIONS,
+        Bottleneck,
+        by_span,
+        dora,
+        dropout,
+        gathers,
+        lora,
+        lora_embedding,
+        replace,
+        scale_input,
+        scale_output,
+    )
+    from trimtab.ops.layer import largest, linears, rms_norm, rotate, swiglu
+    from trimtab.ops.loss import LOSS_ROWS, supervised_loss
+    from trimtab.ops.native_attention import FlatIndex, flat_attention, flat_index, takes_flat
+    from trimtab.ops.varlen import VarlenIndex, varlen_attention, varlen_index, varlen_kernel
+else:
+    load_on_first_use(__name__)
 
 __all__ = [
     "ACTIVATIONS",
