@@ -10,13 +10,9 @@ import hashlib
 import io
 import json
 from contextlib import redirect_stderr
+from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.bases.cache import cache_dir, locked, whole_folder
 from trimtab.bases.folder import folder_problems
@@ -84,7 +80,7 @@ def convert(path: Path, folder: Path, *, sha256: str, progress: Progress) -> Non
                 with whole_folder(folder) as work:
                     model.save_pretrained(work)
                     tokenizer.save_pretrained(work)
-                    note = {"source": path.name, "source_sha256": sha256, "transformers": transformers.__version__}
+                    note = {"source": path.name, "source_sha256": sha256, "transformers": metadata.version("transformers")}
                     for saved in work.iterdir():
                         saved.chmod(0o644)  # safetensors writes 0600, which would lock others out of a shared cache
                     (work / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
@@ -100,6 +96,10 @@ def convert(path: Path, folder: Path, *, sha256: str, progress: Progress) -> Non
 
 def _unpack(path: Path) -> tuple[Any, Any]:
     """The dense bf16 model and the tokenizer in a .gguf file, ready to be saved."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     dtype = torch.float32 if path.stat().st_size < UNPACK_IN_FP32_BYTES else torch.bfloat16
     plan: dict[str, Any] = {}
@@ -119,6 +119,8 @@ def _unpack(path: Path) -> tuple[Any, Any]:
 
 def _forget_quantization(model: Any) -> None:
     """Make a model that was read from blocks an ordinary dense one in transformers' eyes."""
+    import torch
+
     for holder, names in (
         (model.config, ("quantization_config", "_model_name_or_path")),
         (model, ("hf_quantizer", "quantization_method", "is_quantized")),
@@ -130,6 +132,8 @@ def _forget_quantization(model: Any) -> None:
 
 
 def _mend_tokenizer(tokenizer: Any, path: Path, config: Any) -> None:
+    from tokenizers import pre_tokenizers
+
     if _pre_tokenizer_kind(path) in SPLITS_DIGITS and getattr(tokenizer, "backend_tokenizer", None) is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]

@@ -41,10 +41,13 @@ def check(ctx: click.Context, run_file: Path, rows: int, strict: bool, as_json: 
     time. Exits with 2 on errors: rows without a mask or with nothing but mask, files that cannot be read, nothing left to train on.
     """
     from trimtab.bases.progress import reporting
+    from trimtab.train import RunConfig
+
+    run = RunConfig.load(run_file)  # before torch is loaded: a mistake in it is told at once
     from trimtab.train.check import check as run_check
 
     with reporting((lambda text: None) if as_json else None) as status:
-        report = run_check(run_file, rows=rows, status=status)
+        report = run_check(run, rows=rows, status=status)
     failed = bool(report.errors or (strict and report.warnings))
     if as_json:
         click.echo(json.dumps({"ok": not failed, **report.to_dict()}, indent=1))

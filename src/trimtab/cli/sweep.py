@@ -34,13 +34,14 @@ def sweep(ctx: click.Context, sweep_file: Path, out: Path | None, resume: bool, 
     stops the worst trials early. The folder holds a run folder for each group of trials, leaderboard.json and report.html. Only the best
     trial, and the base, are scored on the test rows. Ctrl-C or SIGTERM ends a sweep after the current step, with a checkpoint.
     """
-    from trimtab.train.interrupt import Interrupted, Stop
-    from trimtab.train.sweep import sweep as run_sweep
     from trimtab.train.trials import Sweep
 
-    what = Sweep.load(sweep_file)
+    what = Sweep.load(sweep_file)  # before torch is loaded: a mistake in it is told at once
     if out is not None:
         what = what.into(out)
+    from trimtab.train.interrupt import Interrupted, Stop
+    from trimtab.train.sweep import sweep as run_sweep
+
     stop = Stop()
     try:
         with stopping(stop), show.listener(quiet=as_json) as listener:

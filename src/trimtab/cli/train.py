@@ -57,14 +57,16 @@ def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, ro
     tensors as they stand between two steps; requests wait for the step that runs, and the server ends with the training.
     Ctrl-C or SIGTERM ends a run after the current step, with a checkpoint (exit code 130 or 143); a second one ends it at once.
     """
-    from trimtab.train import RunConfig, train
+    from trimtab.train import RunConfig
+
+    run = RunConfig.load(run_file)  # before torch is loaded: a mistake in it is told at once
+    if out is not None:
+        run = run.model_copy(update={"out": out})
+    from trimtab.train import train
     from trimtab.train.checkpoint import steps_of
     from trimtab.train.interrupt import Interrupted, Stop
     from trimtab.train.listen import alone
 
-    run = RunConfig.load(run_file)
-    if out is not None:
-        run = run.model_copy(update={"out": out})
     stop = Stop()
     try:
         with stopping(stop), show.listener(quiet=as_json) as listener, ExitStack() as open_parts:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 from trimtab import ops
 from trimtab.errors import ConfigError, NotMergeable, nearest
 from trimtab.methods.base import BaseView, Method, Packed, Params, Site
+from trimtab.ops.names import NON_LINEARITIES
 from trimtab.spec import Spec
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ class BottleneckConfig(Method):
         found = []
         if self.variant not in VARIANTS:
             found.append(f"variant = {self.variant!r}{nearest(self.variant, VARIANTS)}: one of {', '.join(VARIANTS)}")
-        if self.non_linearity not in ops.ACTIVATIONS:
+        if self.non_linearity not in NON_LINEARITIES:
             found.append(
-                f"non_linearity = {self.non_linearity!r}{nearest(self.non_linearity, ops.ACTIVATIONS)}: one of {', '.join(ops.ACTIVATIONS)}"
+                f"non_linearity = {self.non_linearity!r}{nearest(self.non_linearity, NON_LINEARITIES)}: one of {', '.join(NON_LINEARITIES)}"
             )
         if not 0 < self.reduction_factor < math.inf:
             found.append(f"reduction_factor = {self.reduction_factor}: must be a finite number above 0")

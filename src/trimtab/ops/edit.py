@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.ops import native, native_inference, native_training
+from trimtab.ops.names import NON_LINEARITIES
 
 GATHER_ROWS_PER_SPAN = 4
 """Gather instead of looping where spans are this short on average: one bmm then beats many tiny matmuls."""
@@ -230,15 +231,8 @@ def _scale(x: Tensor, packs: Any, rows: Any) -> Tensor:
 
 # ---- bottleneck adapters ----
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "leakyrelu": F.leaky_relu,
-    "sigmoid": torch.sigmoid,
-    "linear": lambda x: x,
-}
+_FUNCTIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.relu, F.gelu, F.silu, torch.tanh, F.leaky_relu, torch.sigmoid, lambda x: x)
+ACTIVATIONS = dict(zip(NON_LINEARITIES, _FUNCTIONS, strict=True))
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from safetensors.torch import load as parse_tensors
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from trimtab.store.files import Folder, read_exactly
 from trimtab.store.folder import CONFIG, WEIGHTS
 from trimtab.store.header import read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def compare(a: str, b: str, folder_a: Folder, folder_b: Folder, shared: tuple[st
 
 
 def _tensors(folder: Folder) -> dict[str, Tensor]:
+    from safetensors.torch import load as parse_tensors
+
     with folder.open(WEIGHTS) as (file, size):
         _, head = read_header(file, size, WEIGHTS)
         return parse_tensors(head + read_exactly(file, size - len(head), WEIGHTS))

@@ -16,12 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import torch
-from safetensors.torch import load as parse_tensors
-from safetensors.torch import save as format_tensors
-from torch import Tensor
-
-from trimtab.bases.load import DTYPES
 from trimtab.errors import AdapterError, ConfigError, nearest
 from trimtab.methods import METHODS, Method
 from trimtab.methods.base import Site
@@ -36,6 +30,8 @@ from trimtab.store.staging import staged
 from trimtab.store.tensors import PREFIX, copies_of_base, expected, file_key, layout_problems, value_problems
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trimtab.model import Base
 
 CONFIG, WEIGHTS, NOTE = "adapter_config.json", "adapter_model.safetensors", "trimtab.json"
@@ -44,7 +40,8 @@ SHARD = re.compile(r"adapter_model-\d+-of-\d+\.(safetensors|bin)|adapter_model\.
 REPLACEABLE = (CONFIG, WEIGHTS, NOTE)
 MAX_PROBLEMS = 12
 PIECE_BYTES = 2**24
-TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What torch calls them."""
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -73,6 +70,9 @@ def write_folder(
     Training-time aids are folded away first, and values rounded to dtype. AdapterError where values are not finite, do not fit the dtype,
     or the target holds other files, a README.md that trimtab did not write or that was edited among them.
     """
+    import torch
+    from safetensors.torch import save as format_tensors
+
     method, params = method.export(params)
     sites = method.sites(base.spec)
     tensors = {file_key(s, t): params[s.key(t)].detach().to("cpu", torch.float32).contiguous() for s in sites for t in s.shapes}
@@ -95,6 +95,10 @@ def write_folder(
 
 
 def _rounded(tensors: Mapping[str, Tensor], dtype: str, where: str) -> dict[str, Tensor]:
+    import torch
+
+    from trimtab.bases.load import DTYPES
+
     if dtype not in DTYPES:
         raise ConfigError(f"{where}: dtype = {dtype!r}{nearest(dtype, DTYPES)}", fix=f"one of {', '.join(DTYPES)}")
     rounded = {name: t.to(DTYPES[dtype]) for name, t in tensors.items()}
@@ -184,6 +188,8 @@ def survey(folder: Folder, where: str) -> tuple[dict[str, Any], dict[str, Any] |
 
 def _look_at_values(folder: Folder) -> tuple[list[Entry], str, list[str], bool]:
     """(entries, the file's digest, tensors that are not finite, whether all are zero); no more than a piece of a tensor is in memory."""
+    import torch
+
     with folder.open(WEIGHTS) as (file, size):
         entries, head = read_header(file, size, WEIGHTS)
         sha, odd, zero = hashlib.sha256(head), dict[str, None](), True
@@ -191,7 +197,7 @@ def _look_at_values(folder: Folder) -> tuple[list[Entry], str, list[str], bool]:
             for start in range(entry.start, entry.stop, PIECE_BYTES):
                 piece = read_exactly(file, min(PIECE_BYTES, entry.stop - start), WEIGHTS)
                 sha.update(piece)
-                values = torch.frombuffer(bytearray(piece), dtype=TYPES[entry.dtype])
+                values = torch.frombuffer(bytearray(piece), dtype=getattr(torch, TYPES[entry.dtype]))
                 if not bool(torch.isfinite(values).all()):
                     odd[entry.name] = None
                 zero = zero and not bool(values.any())
@@ -259,6 +265,7 @@ def _sites(method: Method, base: Base, where: str) -> list[Site]:
 
 def _read_tensors(folder: Folder, said: _Said, base: Base, where: str) -> tuple[dict[str, Tensor], dict[str, str], str, list[str]]:
     """(tensors by today's names, those that are the base's own, the file's digest, a warning where names were others)."""
+    from safetensors.torch import load as parse_tensors
 
     def read() -> tuple[dict[str, Tensor], dict[str, str], str, list[str]]:
         with folder.open(WEIGHTS) as (file, size):

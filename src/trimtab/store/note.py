@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from trimtab import __version__
-from trimtab.bases import template_digest, tokenizer_digest
 from trimtab.errors import AdapterError
 from trimtab.methods import METHODS, Method
 from trimtab.store.config_read import type_problems
@@ -39,6 +38,8 @@ def make_note(method: Method, base: Base, files: Mapping[str, str], run: Mapping
 
 
 def _digests(base: Base) -> dict[str, str | None]:
+    from trimtab.bases import template_digest, tokenizer_digest
+
     if base.tokenizer is None:
         return {"tokenizer": None, "chat_template": None}
     known = _TOKENIZERS.get(base.tokenizer)

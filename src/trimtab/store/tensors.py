@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from trimtab.methods.base import Site
 from trimtab.store.header import Entry
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trimtab.model import Base
 
 PREFIX = "base_model.model."
@@ -57,6 +56,8 @@ def layout_problems(entries: Sequence[Entry], sites: Sequence[Site], copies: Map
 
 def value_problems(tensors: Mapping[str, Tensor], copies: Mapping[str, str], base: Base, *, edits: bool) -> list[str]:
     """Values that no adapter has, one line for each tensor. tensors: by name in the file, as stored."""
+    import torch
+
     problems = []
     for name, tensor in tensors.items():
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
@@ -74,5 +75,7 @@ def value_problems(tensors: Mapping[str, Tensor], copies: Mapping[str, str], bas
 
 def _equal(stored: Tensor, parameter: Tensor) -> bool:
     """Equal in either's dtype, since a base may be loaded in another one than the adapter was saved in."""
+    import torch
+
     parameter = parameter.detach().cpu()
     return torch.equal(stored.to(parameter.dtype), parameter) or torch.equal(stored, parameter.to(stored.dtype))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trimtab.train.variant import Variant
+if TYPE_CHECKING:
+    from trimtab.train.variant import Variant
 
 HALVED = "halved at step "
 """How `progress.finished_early` begins for a variant that ended here."""
