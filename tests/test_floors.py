@@ -16,7 +16,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "trimtab"
 
 FLOORS = {
-    **dict.fromkeys(["errors", "foreign", "ops", "spec"], 0),
+    **dict.fromkeys(["errors", "foreign", "lazy", "ops", "spec"], 0),
     **dict.fromkeys(["methods", "bases"], 1),
     **dict.fromkeys(["attention", "attach", "derived", "fast", "lean", "bank", "batch", "decode", "generate", "model"], 2),
     **dict.fromkeys(["store", "data"], 3),
@@ -50,15 +50,20 @@ def read(folder: Path = SOURCE) -> dict[str, str]:
 
 
 def imports(module: str, source: str, known: Mapping[str, str]) -> Iterator[Import]:
-    """What a file imports: of trimtab, the module that holds the name; of others, their dotted name."""
+    """What a file imports: of trimtab, the module that holds the name; of others, their dotted name. A package that loads its names on
+    first use does import what it lists for type checkers."""
     tree = ast.parse(source)
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for statement in node.body
-        for inner in ast.walk(statement)
-    }
+    typing_only = (
+        set()
+        if "load_on_first_use(__name__)" in source
+        else {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            for statement in node.body
+            for inner in ast.walk(statement)
+        }
+    )
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             targets = [a.name for a in node.names]
@@ -172,4 +177,6 @@ def test_a_cycle_is_found_and_typing_is_no_cycle():
     assert "a cycle: " in violations(cycle)[0]
     typed = cycle | {"trimtab.batch": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import trimtab.bank"}
     assert violations(typed) == []
+    lazily = {name: source + "\nelse:\n    load_on_first_use(__name__)" for name, source in typed.items()}
+    assert "a cycle: " in violations(lazily | {"trimtab.bank": cycle["trimtab.bank"]})[0]
     assert violations({"trimtab.bank": "from trimtab import __version__"}) == []

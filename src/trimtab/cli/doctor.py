@@ -8,7 +8,6 @@ from dataclasses import asdict
 import click
 from rich.table import Table
 
-from trimtab.bases import examine
 from trimtab.cli.terminal import Terminal
 
 
@@ -25,6 +24,8 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
     Exits with 1 where something is wrong.
     """
+    from trimtab.bases import examine
+
     checks = examine()
     if as_json:
         click.echo(json.dumps([asdict(c) for c in checks], indent=1))

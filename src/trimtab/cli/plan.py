@@ -54,10 +54,10 @@ def plan(base: str, method: str | None, fields: tuple[str, ...], everything: boo
     BASE is a known shape (llama-2-7b, qwen3-8b, …), the bundled base, a folder or its config.json, a .gguf file, or a hub id.
     Parameters and file sizes are exact; memory is an estimate. MB and GB are 10^6 and 10^9 bytes.
     """
+    methods = _methods(method, fields, everything)
     from trimtab.plan import plan as make_plan
     from trimtab.shapes import read_architecture
 
-    methods = _methods(method, fields, everything)
     architecture = read_architecture(base)
     plans = [make_plan(architecture, m, **options) for m in methods]
     if as_json:

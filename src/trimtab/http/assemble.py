@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trimtab.errors import ConfigError
 from trimtab.http.services import Limits, Services
@@ -13,11 +14,13 @@ from trimtab.http.words import words_of
 from trimtab.serve.admission import Admission
 from trimtab.serve.audit import Audit
 from trimtab.serve.catalog import Catalog
-from trimtab.serve.engine import Engine
 from trimtab.serve.metrics import Metrics
 from trimtab.serve.served import PlainFolder, Served, StoredAdapter
 from trimtab.serve.tenants import LOCAL, Tenants
 from trimtab.store.registry import Store
+
+if TYPE_CHECKING:
+    from trimtab.serve.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimtab.bases.template import BadRow, Template
 from trimtab.errors import DataError
 from trimtab.http.services import TooLong, Words
-from trimtab.model import Base
+
+if TYPE_CHECKING:
+    from trimtab.model import Base
 
 SURE = 16
 """Tokens, and as many in a hundred, by which the beginning of a text may have more than the whole, at the place where it was cut off."""

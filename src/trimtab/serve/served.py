@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from trimtab.errors import AdapterError
 from trimtab.serve.request import Servable
-from trimtab.store import Adapter
 from trimtab.store.files import Folder, Refusal, read_exactly
 from trimtab.store.folder import CONFIG, NOTE, WEIGHTS, check_layout
 from trimtab.store.registry import Store
@@ -24,6 +23,7 @@ from trimtab.store.version import Version
 
 if TYPE_CHECKING:
     from trimtab.model import Base
+    from trimtab.store import Adapter
 
 FILES = (CONFIG, WEIGHTS, NOTE)
 CHUNK = 2**22
@@ -54,6 +54,8 @@ class StoredAdapter:
 
     def load(self) -> Adapter:
         """AdapterError where it was removed meanwhile, is damaged, or is for another base."""
+        from trimtab.store import Adapter
+
         with self.store.open(self.version) as folder:
             return Adapter.read(folder, self.base, f"adapter {self.version.ref}")
 
@@ -111,6 +113,8 @@ class PlainFolder:
 
     def load(self) -> Adapter:
         """AdapterError where it is refused, or has changed since it was read."""
+        from trimtab.store import Adapter
+
         where = f"adapter {self.ref!r}"
         try:
             with descend(self.root, self.parts) as descriptor:
