@@ -20,7 +20,7 @@ FLOORS = {
     **dict.fromkeys(["methods", "bases"], 1),
     **dict.fromkeys(["attention", "attach", "derived", "fast", "lean", "bank", "batch", "decode", "generate", "model"], 2),
     **dict.fromkeys(["store", "data"], 3),
-    **dict.fromkeys(["train", "serve", "shapes", "activations", "plan"], 4),
+    **dict.fromkeys(["train", "serve", "shapes", "activations", "plan", "tryout"], 4),
     "http": 5,
     "cli": 6,
     "__main__": 7,

@@ -10,7 +10,7 @@ from trimtab.lazy import load_on_first_use
 if TYPE_CHECKING:
     from trimtab.bases.bundled import BUNDLED_NAMES
     from trimtab.bases.cache import cache_dir
-    from trimtab.bases.doctor import Check, examine
+    from trimtab.bases.doctor import Check, examine, guarded
     from trimtab.bases.fingerprint import fingerprint_folder, fingerprint_model, template_digest, tokenizer_digest
     from trimtab.bases.folder import check_folder, folder_problems
     from trimtab.bases.load import LoadedBase, default_dtype, load, resolve_device, resolve_dtype
@@ -29,6 +29,7 @@ __all__ = [
     "fingerprint_folder",
     "fingerprint_model",
     "folder_problems",
+    "guarded",
     "load",
     "locate",
     "resolve_device",

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
 
 from trimtab.bases.bundled import BUNDLED_FINGERPRINT, PACKAGE, SMOLLM2, VERSION, WEIGHTS_SHA256, WEIGHTS_SIZE, bundled_folder, find_gguf
 from trimtab.bases.cache import cache_dir
@@ -23,7 +24,6 @@ from trimtab.errors import TrimtabError
 from trimtab.ops import native, varlen
 
 MIN_PYTHON = (3, 11)
-MIN_TORCH, MIN_TRANSFORMERS = (2, 6), (5, 0)
 MIN_FREE_RAM_BYTES = 2 * 10**9
 MIN_FREE_DISK_BYTES = 2 * 10**9
 
@@ -54,10 +54,10 @@ def examine() -> list[Check]:
         ("disk", _disk),
         ("bundled base", _bundled),
     ]
-    return [_guarded(name, check) for name, check in checks]
+    return [guarded(name, check) for name, check in checks]
 
 
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
+def guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except Exception as error:  # the doctor reports, it does not crash
@@ -71,14 +71,19 @@ def _python() -> Check:
 
 def _torch() -> Check:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    ok = _release(torch.__version__) >= MIN_TORCH
-    return Check("torch", f"{torch.__version__} ({build})", ok, "" if ok else "pip install --upgrade 'torch>=2.6'")
+    return _version("torch", torch.__version__, f" ({build})")
 
 
 def _transformers() -> Check:
-    version = metadata.version("transformers")
-    ok = _release(version) >= MIN_TRANSFORMERS
-    return Check("transformers", version, ok, "" if ok else "pip install --upgrade 'transformers>=5.0'")
+    return _version("transformers", metadata.version("transformers"))
+
+
+def _version(package: str, found: str, more: str = "") -> Check:
+    """Whether it is a version that trimtab's own metadata allows: those that it was tested with."""
+    wanted = next((r for line in metadata.requires("trimtab") or () if (r := Requirement(line)).name == package), Requirement(package))
+    ok = wanted.specifier.contains(found, prereleases=True)
+    value = found + more + ("" if ok else f", trimtab is tested with {wanted.specifier}")
+    return Check(package, value, ok, "" if ok else f"pip install '{wanted.name}{wanted.specifier}'")
 
 
 def _threads() -> Check:
@@ -166,9 +171,3 @@ def _nearest_existing(path: Path) -> Path:
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
-
-
-def _release(version: str) -> tuple[int, int]:
-    """Major and minor of a version string like "2.13.0+cpu"."""
-    major, minor = version.split("+")[0].split(".")[:2]
-    return int(major), int("".join(c for c in minor if c.isdigit()) or 0)

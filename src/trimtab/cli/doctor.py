@@ -15,8 +15,8 @@ from trimtab.cli.terminal import Terminal
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Say what this machine has (Python, torch, threads, bf16, device, memory, cache, disk, bundled base) and what to do about what is
-    wrong.
+    """Say what this machine has (Python, torch, threads, bf16, device, memory, cache, disk, bundled base), run a forward and a training
+    step on a tiny random base, and say what to do about what is wrong.
 
     \b
     Example:
@@ -25,8 +25,9 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Exits with 1 where something is wrong.
     """
     from trimtab.bases import examine
+    from trimtab.tryout import try_out
 
-    checks = examine()
+    checks = [*examine(), *try_out()]
     if as_json:
         click.echo(json.dumps([asdict(c) for c in checks], indent=1))
     else:
