@@ -18,7 +18,9 @@ SOURCE = Path(__file__).parent.parent / "src" / "trimtab"
 FLOORS = {
     **dict.fromkeys(["errors", "foreign", "lazy", "ops", "spec"], 0),
     **dict.fromkeys(["methods", "bases"], 1),
-    **dict.fromkeys(["attention", "attach", "derived", "fast", "lean", "bank", "batch", "decode", "generate", "model"], 2),
+    **dict.fromkeys(
+        ["attention", "attach", "derived", "fast", "lean", "lean_check", "replica", "bank", "batch", "decode", "generate", "model"], 2
+    ),
     **dict.fromkeys(["store", "data"], 3),
     **dict.fromkeys(["train", "serve", "shapes", "activations", "plan", "tryout"], 4),
     "http": 5,

@@ -32,7 +32,7 @@ def activation_bytes(
     """Bytes of activations at the peak of a step of `tokens` rows in sequences of `length`: what the layers keep (`kept_bytes`), the
     supervised rows' hidden states and their gradient, 2·b·H a row (all rows taken as supervised), and the largest of three passing things:
 
-        head       LOSS_ROWS rows of logits, twice in fp32 (logsumexp makes a copy), twice more where they are soft-capped
+        head       LOSS_ROWS rows of logits, twice in fp32 (logsumexp makes a copy), a third time where they are soft-capped
         attention  in one layer's backward, a block of queries: the probabilities, their gradient and the scores' (and the slope of a cap)
         MLP        in one layer's backward, the gradients of 3·M + 2·H features a row
 
@@ -42,8 +42,8 @@ def activation_bytes(
     keeps what was freed.
     """
     b, inner = dtype.itemsize, _mlp(spec)[0]
-    capped = 8 if spec.final_softcap is not None else 0
-    head = min(tokens, LOSS_ROWS) * spec.vocab_size * (8 + capped)
+    capped = spec.final_softcap is not None
+    head = min(tokens, LOSS_ROWS) * spec.vocab_size * (12 if capped else 8)
     attention = tokens * spec.num_heads * min(length, QUERY_BLOCK, tokens) * b * (4 if capped else 3)
     mlp = tokens * b * (3 * inner + 2 * spec.hidden_size)
     held, again = _held_and_again(spec, sites, dtype, tokens, length, virtual, activation_checkpointing)

@@ -23,8 +23,10 @@ from trimtab.attention import KVCache
 from trimtab.bank import PackedAdapter
 from trimtab.batch import Batch
 from trimtab.derived import Derived, Weights
-from trimtab.lean import Lean, LeanMaker
+from trimtab.lean import Lean
+from trimtab.lean_check import LeanMaker
 from trimtab.methods.base import Method, Params, Site
+from trimtab.replica import ours
 from trimtab.spec import read_spec
 
 
@@ -79,6 +81,8 @@ def weight_OI(module: Any) -> Tensor:
 class Host:
     """Stands in for one module's forward."""
 
+    of_trimtab = True  # see `replica.altered`
+
     def __init__(self, attached: Attached, name: str, module: Any, index: int):
         self.attached, self.name, self.module, self.index, self.original = attached, name, module, index, module.forward
 
@@ -127,7 +131,7 @@ class Attached:
         self.row_wise = fast.RowWise()
         self.fast = fast.install(model, self.row_wise)
         for layer in model.get_submodule(self.spec.family.layers):
-            layer.forward = self._recomputing(layer.forward)
+            layer.forward = ours(self._recomputing(layer.forward))
 
     def compile(self, wanted: bool) -> str:
         """Compile the row-wise parts of the layers, or go back to those that are not; returns in words what runs. ConfigError where

@@ -1,14 +1,15 @@
 """Faster forwards for modules whose formula is known: RMSNorm, gated MLPs and rotary attention, as Llama and its kin write them.
 
-What is known is a class name of transformers; what is trusted is a comparison: before a forward is put in place of a class's own, both are
-run on a few random rows, and where they differ (another version of transformers, an option not thought of) the class keeps its own. Nothing
+What is known is a class name of transformers; what is trusted is a comparison: before a forward is put in place of a class's own, both run
+on a stand-in of the module, forwards and backwards, and where they differ by more than rounding (another version of transformers, an option
+not thought of) the class keeps its own. Nothing
 here knows of adapters: projections are called as modules, so that their hosts see every row. The row-wise kernels that they run may be
 exchanged for compiled ones, after a comparison too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,10 @@ from trimtab import ops
 from trimtab.attention import Plan, Run, attend, refuse_changes
 from trimtab.errors import ConfigError
 from trimtab.ops import compiled, native
+from trimtab.replica import altered, as_near, kind, ours, small_config, stand_in
 
+CHECKED = (7, 140)
+"""Rows of the sequences on which forwards are compared: more than a window, and more than attention takes at a time."""
 LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3")
 Forward = Callable[..., Any]
 
@@ -43,20 +47,22 @@ COMPILED = RowWise(compiled.rms_norm, compiled.swiglu, compiled.rotate)
 
 def install(model: Any, row_wise: RowWise) -> list[str]:
     """Put fast forwards in place that run these kernels; returns the names of the classes that got one."""
-    made: dict[str, bool] = {}
+    agrees: dict[Hashable, bool] = {}
+    names: dict[str, None] = {}
     for module in model.modules():
-        name = type(module).__name__
-        fast = _fast_forward(module, name, row_wise)
+        fast = None if altered(module) else _fast_forward(module, row_wise)
         if fast is None:
             continue
-        if name not in made:
-            made[name] = _agrees(module, fast)
-        if made[name]:
-            module.forward = fast
-    return [name for name, good in made.items() if good]
+        known = kind(module)
+        if known not in agrees:
+            agrees[known] = _agrees(module)
+        if agrees[known]:
+            module.forward, names[type(module).__name__] = ours(fast), None
+    return list(names)
 
 
-def _fast_forward(module: Any, name: str, row_wise: RowWise) -> Forward | None:
+def _fast_forward(module: Any, row_wise: RowWise) -> Forward | None:
+    name = type(module).__name__
     if name.endswith("RMSNorm") and name.removesuffix("RMSNorm") in LLAMA_LIKE:
         return _rms_norm(module, row_wise)
     if name.endswith("MLP") and name.removesuffix("MLP") in LLAMA_LIKE and _is_silu(module):
@@ -89,7 +95,7 @@ def _gated(mlp: Any, row_wise: RowWise) -> Forward:
 def _attention(module: Any, row_wise: RowWise) -> Forward:
     """Projections, rotation and attention on flat rows [T, heads, D]: no transposes to and from [1, heads, T, D]."""
     original, D = module.forward, module.head_dim
-    window = module.sliding_window if hasattr(module, "sliding_window") else getattr(module.config, "sliding_window", None)
+    window = _window(module)
     normed = hasattr(module, "q_norm")
 
     def forward(
@@ -109,26 +115,54 @@ def _attention(module: Any, row_wise: RowWise) -> Forward:
     return forward
 
 
-@torch.no_grad()
-def _agrees(module: Any, fast: Forward) -> bool:
-    """Whether both forwards give the same on random rows, up to rounding."""
+def _window(attention: Any) -> int | None:
+    return attention.sliding_window if hasattr(attention, "sliding_window") else getattr(attention.config, "sliding_window", None)
+
+
+def _agrees(module: Any) -> bool:
+    """Whether the fast forward of modules of this kind gives what their own gives, and the same gradients, up to rounding."""
     weight = next(module.parameters())
-    generator = torch.Generator(weight.device).manual_seed(0)
+    config = small_config(module.config) if hasattr(module, "config") else None
+    with torch.inference_mode(False), torch.enable_grad():
+        small, exact = (stand_in(module, dtype, config) for dtype in (weight.dtype, torch.float32))
+        fast = _fast_forward(small, RowWise())
+        assert fast is not None
+        found = [_with_gradients(small, forward, inputs) for forward, inputs in zip((fast, small.forward), _inputs(small), strict=True)]
+        found.append(_with_gradients(exact, exact.forward, _inputs(exact)[1]))
+    return all(as_near(*three) for three in zip(*found, strict=True))
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
 
-    inputs: dict[str, Any] = {}
-    if hasattr(module, "q_proj"):
-        angle = torch.rand(1, 5, module.head_dim // 2, generator=generator, device=weight.device).repeat(1, 1, 2)
-        inputs = {"position_embeddings": (angle.cos().to(weight.dtype), angle.sin().to(weight.dtype)), "attention_mask": None}
-        inputs["trimtab_plan"] = Plan([Run(0, 3, ((0, 3),)), Run(3, 5, ((3, 5),))], weight.device)
-    width = weight.shape[-1] if weight.dim() > 1 else len(weight)
-    x = random(1, 5, width)
-    ours, theirs = (f(x, **inputs) for f in (fast, module.forward))
-    ours, theirs = (y[0] if isinstance(y, tuple) else y for y in (ours, theirs))
-    tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2
-    return bool(((ours - theirs).abs().max() <= tolerance * theirs.abs().max()).item())
+def _inputs(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what our forward of attention is told, what transformers' own is told) of `CHECKED` sequences."""
+    if not hasattr(module, "q_proj"):
+        return {}, {}
+    weight, T = module.q_proj.weight, sum(CHECKED)
+    angle_TD = torch.rand(1, T, module.head_dim // 2, generator=torch.Generator().manual_seed(1)).repeat(1, 1, 2)
+    turned = tuple(x.to(torch.bfloat16).to(weight.device, weight.dtype) for x in (angle_TD.cos(), angle_TD.sin()))
+    starts = [sum(CHECKED[:i]) for i in range(len(CHECKED))]
+    plan = Plan([Run(a, a + n, ((a, a + n),)) for a, n in zip(starts, CHECKED, strict=True)], weight.device)
+    place_T, sequence_T = torch.arange(T), torch.tensor(CHECKED).cumsum(0)
+    sequence_T = torch.bucketize(place_T, sequence_T, right=True)
+    back_TT = place_T[:, None] - place_T[None]
+    seen_TT = (sequence_T[:, None] == sequence_T[None]) & (back_TT >= 0)
+    window = _window(module)
+    if window is not None:
+        seen_TT &= back_TT < window
+    mask = torch.zeros(1, 1, T, T).masked_fill(~seen_TT, torch.finfo(weight.dtype).min).to(weight.device, weight.dtype)
+    return {"position_embeddings": turned, "trimtab_plan": plan}, {"position_embeddings": turned, "attention_mask": mask}
+
+
+def _with_gradients(module: Any, forward: Forward, inputs: dict[str, Any]) -> list[Tensor]:
+    """A module's result on random rows, and the gradients of these rows and of its vectors. Norms read rows so small that epsilon shows."""
+    weight = next(module.parameters())
+    vectors = [p.requires_grad_() for p in module.parameters() if p.dim() == 1]
+    size = getattr(module, "variance_epsilon", 1.0) ** 0.5
+    shape = (1, sum(CHECKED) if inputs else CHECKED[0], weight.shape[-1])
+    x, dy = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16) for i in (0, 1))
+    leaf = (size * x).to(torch.bfloat16).to(weight.device, weight.dtype).requires_grad_()
+    y = forward(leaf, **inputs)
+    y = y[0] if isinstance(y, tuple) else y
+    return [y.detach(), *torch.autograd.grad(y, [leaf, *vectors], dy.to(y.device, y.dtype))]
 
 
 def compile_row_wise(weight: Tensor) -> tuple[RowWise, str]:

@@ -58,10 +58,11 @@ class Paging:
 class Lean:
     """The lean forward of one attached model. `takes` says whether it computes a batch; `forward` does."""
 
-    def __init__(self, attached: Attached):
+    def __init__(self, attached: Attached, packs: bool | None = None):
+        """packs: whether weights are copied into the matmul's layout; None: where the machine is large enough."""
         self.attached, spec, body = attached, attached.spec, attached.body
         self.heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        packs = attached.dtype == torch.bfloat16 and _bytes_of(body.layers, attached.head_module) <= MEMORY_SHARE * machine_memory()[0]
+        packs = packs_weights(attached) if packs is None else packs
         self.layers = [_Layer(attached, i, layer, packs) for i, layer in enumerate(body.layers)]
         self.sites = frozenset(name for layer in self.layers for name in layer.sites) | {spec.family.head}
         self.norm, self.eps = body.norm.weight, body.norm.variance_epsilon
@@ -112,8 +113,11 @@ class Lean:
         a_TH[rows] = over_buckets(q_THD, *pools, layout, layer.scaling, None, layer.window).flatten(1)
 
 
-def _bytes_of(*modules: Any) -> int:
-    return sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+def packs_weights(attached: Attached) -> bool:
+    """Whether the machine is large enough for a copy of the weights."""
+    modules = attached.body.layers, attached.head_module
+    size = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+    return attached.dtype == torch.bfloat16 and size <= MEMORY_SHARE * machine_memory()[0]
 
 
 def _paging(plan: Plan, cache: KVCache) -> tuple[Paging, list[tuple[slice, Any]]]:
@@ -285,42 +289,3 @@ class _Layer:
     def mlp(self, h_TH: Tensor, batch: Batch) -> Tensor:
         inside = lambda x: self.down(native_inference.swiglu(self.gate_up(x, batch)), batch)  # noqa: E731
         return self.attached.edited(self.mlp_name, h_TH, batch, inside) if self.mlp_name in batch.mix.groups else inside(h_TH)
-
-
-class LeanMaker:
-    """Makes the lean forward where this model can have one here that agrees with the model's own; else gives None. They are compared once:
-    weights change, formulas do not."""
-
-    def __init__(self, attached: Attached):
-        self.attached = attached
-        self.agrees: bool | None = None
-
-    @torch.no_grad()
-    def __call__(self) -> Lean | None:
-        if self.agrees is None and not self._can_run():
-            self.agrees = False
-        lean = None if self.agrees is False else Lean(self.attached)
-        if lean is not None and self.agrees is None:
-            self.agrees = _agrees(self.attached, lean)
-        return lean if self.agrees else None
-
-    def _can_run(self) -> bool:
-        known = self.attached.spec.model_type in FAMILIES and self.attached.model.config.hidden_act == "silu"
-        return known and native.available(self.attached.embedding.weight)
-
-
-def _agrees(attached: Attached, lean: Lean) -> bool:
-    """Whether both forwards give the same hidden states, keys and values on random tokens, up to rounding."""
-    from trimtab.bank import Mix
-    from trimtab.batch import Piece, make_batch
-
-    spec, results = attached.spec, []
-    generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(spec.vocab_size, (n,), generator=generator) for n in (5, 2)]
-    for forward in (lean.forward, attached.forward_plain):
-        cache = PagedKV(spec.num_layers, 4, 4, spec.num_kv_heads, spec.head_dim, attached.dtype, attached.device)
-        pieces = [Piece(ids[0], slot=(2, 0)), Piece(ids[1], slot=(3,))]
-        hidden = forward(make_batch(pieces, Mix([]), device=attached.device, max_positions=spec.max_positions, cache=cache))
-        results.append((hidden, cache.keys, cache.values))
-    tolerance = 1e-4 if attached.dtype == torch.float32 else 0.1
-    return all(bool((a - b).abs().max() <= tolerance * b.abs().max()) for a, b in zip(*results, strict=True))

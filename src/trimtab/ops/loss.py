@@ -34,18 +34,8 @@ class _SupervisedLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for a in range(0, len(hidden), LOSS_ROWS):
             rows = slice(a, a + LOSS_ROWS)
-            logits = F.linear(hidden[rows], weight, bias).to(nll.dtype)
-            slope = None
-            if softcap is not None:
-                t = torch.tanh(logits / softcap)
-                logits, slope = t * softcap, 1.0 - t * t
-            lse = torch.logsumexp(logits, -1)
-            nll[rows] = lse - logits.gather(1, target[rows, None]).squeeze(1)
-            if d_hidden is not None:
-                p = logits.sub_(lse[:, None]).exp_()
-                p.scatter_add_(1, target[rows, None], torch.full_like(lse[:, None], -1.0))
-                p.mul_(scale[rows, None])
-                d_hidden[rows] = (p if slope is None else p.mul_(slope)).to(hidden.dtype) @ weight
+            gradient = None if d_hidden is None else d_hidden[rows]
+            _loss_of_rows(hidden[rows], weight, bias, target[rows], scale[rows], softcap, nll[rows], gradient)
         ctx.save_for_backward(d_hidden)
         ctx.mark_non_differentiable(nll)
         return (nll * scale).sum(), nll
@@ -54,3 +44,28 @@ class _SupervisedLoss(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple:
         (d_hidden,) = ctx.saved_tensors
         return d_hidden * d_total.to(d_hidden.dtype), None, None, None, None, None
+
+
+def _loss_of_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: Tensor,
+    softcap: float | None,
+    nll: Tensor,
+    d_hidden: Tensor | None,
+) -> None:
+    """Write nll and, where it is wanted, d_hidden. A function of its own, so that its logits are gone before the next rows' are made."""
+    logits, slope = F.linear(hidden, weight, bias).to(nll.dtype), None
+    if softcap is not None:
+        t = logits.div_(softcap).tanh_()
+        slope = (t * t).neg_().add_(1.0)
+        logits = t.mul_(softcap)
+    lse = torch.logsumexp(logits, -1)
+    torch.sub(lse, logits.gather(1, target[:, None]).squeeze(1), out=nll)
+    if d_hidden is not None:
+        p = logits.sub_(lse[:, None]).exp_()
+        p.scatter_add_(1, target[:, None], torch.full_like(lse[:, None], -1.0))
+        p.mul_(scale[:, None])
+        d_hidden.copy_((p if slope is None else p.mul_(slope)).to(hidden.dtype) @ weight)

@@ -1,0 +1,104 @@
+"""Small stand-ins for a model's modules, on which two ways of computing are compared before one is trusted in place of the other.
+
+A stand-in has a module's class, its settings and its buffers, and random weights. So what is compared is formulas, and how sharply does not
+depend on what a model has learnt: attention attends clearly, no residual hides a layer, and inputs are so small that a norm's epsilon
+shows. The yardstick is the module's own forward in fp32. What computes in another dtype must be about as near to it as the module itself is
+in that dtype: rounding sets both off by as much, and a scale of attention that is a tenth too large sets one off by three times that.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WINDOW = 8
+"""The sliding window of stand-ins whose original has one: short enough to matter within a few rows."""
+PERIOD = 65537
+"""Weights repeat after so many values, a prime, so that rows differ: filling large modules with new random numbers takes seconds."""
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.004, torch.float16: 0.0005}
+"""What rounding once explains of a distance, relative to what is exact."""
+FAR = {dtype: 6 * once for dtype, once in ROUNDING.items()}
+"""And rounding at each step of a few layers."""
+FARTHER = 1.8
+"""How much farther than the module itself, in the same dtype, one may be from what is exact."""
+SCALARS = (int, float, str, bool, type(None))
+
+
+def kind(module: nn.Module) -> Hashable:
+    """Equal for modules that compute alike, whatever their weights: classes and settings of all that is in them, without their place."""
+    found = []
+    for name, part in module.named_modules():
+        settings = {
+            k: v for k, v in vars(part).items() if isinstance(v, SCALARS) and k not in ("layer_idx", "training", "_is_hf_initialized")
+        }
+        found.append((name, type(part), tuple(sorted(settings.items()))))
+    return tuple(found)
+
+
+def ours(forward: Any) -> Any:
+    """A forward, marked as one that trimtab puts on an instance in place of its class's."""
+    forward.of_trimtab = True
+    return forward
+
+
+def altered(module: nn.Module) -> bool:
+    """Whether somebody else has put a forward on the instance: what it computes is not known."""
+    own = vars(module).get("forward")
+    return own is not None and not getattr(own, "of_trimtab", False)
+
+
+def stand_in(module: nn.Module, dtype: torch.dtype, config: Any = None) -> Any:
+    """A module's stand-in, without what may stand on the instance in place of its forward; the same weights in every dtype, up to rounding
+    them to bfloat16. config: in place of its own."""
+    return _stand_in(module, dtype, config, count())
+
+
+def _stand_in(module: nn.Module, dtype: torch.dtype, config: Any, serial: Iterator[int]) -> Any:
+    made = copy.copy(module)
+    fields = made.__dict__
+    fields.pop("forward", None)
+    fields["_parameters"] = {n: None if p is None else _filled(p, n, next(serial), dtype) for n, p in module._parameters.items()}
+    fields["_buffers"] = dict(module._buffers)
+    fields["_modules"] = {n: None if m is None else _stand_in(m, dtype, config, serial) for n, m in module._modules.items()}
+    if "config" in fields and config is not None:
+        fields["config"] = config
+    if fields.get("sliding_window") is not None:
+        fields["sliding_window"] = WINDOW
+    return made
+
+
+def _filled(like: Tensor, name: str, seed: int, dtype: torch.dtype) -> nn.Parameter:
+    """Matrices that keep the size of what they are applied to, half as large again; norms' weights around 1, biases around 0."""
+    values = torch.randn(min(PERIOD, like.numel()), generator=torch.Generator().manual_seed(seed))
+    values = 1.5 / math.sqrt(like.shape[-1]) * values if like.dim() > 1 else 0.3 * values + (name != "bias")
+    values = values.to(torch.bfloat16).to("cpu" if like.is_meta else like.device, dtype)
+    return nn.Parameter(values.repeat(-(-like.numel() // len(values)))[: like.numel()].view(like.shape), False)
+
+
+def small_config(config: Any, layers: Sequence[int] = ()) -> Any:
+    """A config for stand-ins: these layers only, a window of `WINDOW` where there is one, transformers' own attention."""
+    made = copy.deepcopy(config)
+    made._attn_implementation = "eager"
+    if getattr(made, "sliding_window", None) is not None:
+        made.sliding_window = WINDOW
+    if layers:
+        made.num_hidden_layers = len(layers)
+        if getattr(made, "layer_types", None):
+            made.layer_types = [config.layer_types[i] for i in layers]
+    return made
+
+
+def as_near(ours: Tensor, theirs: Tensor, exact: Tensor) -> bool:
+    """Whether what we compute in a dtype is about as near to what is exact as what the module itself computes in it."""
+    return _apart(ours, exact) <= max(ROUNDING[ours.dtype], FARTHER * min(_apart(theirs, exact), FAR[ours.dtype]))
+
+
+def _apart(got: Tensor, exact: Tensor) -> float:
+    distance = float((got.double() - exact.double()).norm() / exact.double().norm())
+    return math.inf if math.isnan(distance) else distance
