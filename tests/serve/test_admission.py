@@ -243,7 +243,8 @@ class Life(RuleBasedStateMachine):
         except LimitError as error:
             full = sum(t.n for t in self.open) + n > self.MAX_OPEN
             over = who.max_concurrent is not None and held + n > who.max_concurrent
-            assert error.retry_after > 0 and (full or over or (left is not None and left < 1)), "refused without a reason"
+            kept = held > 0 and held + n > max(1, 4 * (self.MAX_OPEN - sum(t.n for t in self.open) - n))
+            assert error.retry_after > 0 and (full or over or kept or (left is not None and left < 1)), "refused without a reason"
             return None
         except TrimtabError:
             assert who.max_concurrent is not None and n > who.max_concurrent
@@ -282,3 +283,44 @@ class Life(RuleBasedStateMachine):
 
 TestLife = Life.TestCase
 TestLife.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_one_tenants_backlog_leaves_room_for_others() -> None:
+    """Tenants without limits of their own that take all they get: there is always room for one more that comes."""
+    admission, tenants = Admission(320, Clock()), [Tenant(f"t{i}", f"t{i}", max_concurrent=None) for i in range(6)]
+
+    def flood(tenant: Tenant) -> int:
+        for count in range(400):
+            try:
+                admission.admit(tenant)
+            except LimitError as error:
+                assert error.http_status == 429 and "kept for other tenants" in error.message
+                return count
+        raise AssertionError("it took everything")
+
+    assert flood(tenants[0]) == 256, "four fifths"
+    assert flood(tenants[1]) == 51 and flood(tenants[2]) == 10, "of what is left"
+    assert admission.open < 320 and not admission.full
+
+
+def test_a_local_server_has_nobody_to_keep_room_for() -> None:
+    admission = Admission(4, Clock())
+    for _ in range(4):
+        admission.admit(LOCAL)
+    with pytest.raises(OverloadedError):
+        admission.admit(LOCAL)
+
+
+def test_a_long_queue_of_one_is_no_long_wait_for_another() -> None:
+    """The scheduler makes way for a tenant below its share, so --max-wait is not for it."""
+    admission = Admission(100, Clock(), places=4, max_wait=0.1)
+    greedy, modest = Tenant("greedy", "greedy", max_concurrent=None), Tenant("modest", "modest")
+    for _ in range(4):
+        admission.admit(greedy)
+    with pytest.raises(OverloadedError):
+        admission.admit(greedy)
+    assert admission.full
+    for _ in range(2):
+        admission.admit(modest)
+    with pytest.raises(OverloadedError):
+        admission.admit(modest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from tests.laws.common import tokens
 from tests.serve.common import ByHand, Held, ask, engine_of, finish, held, solo, without_end
 from trimtab.serve import scheduler as scheduler_module
@@ -165,15 +167,127 @@ def test_blocks_that_a_long_prompt_will_need_are_not_given_away(monkeypatch):
     assert long.finish and short.finish and engine.stats().preemptions == 0
 
 
-def test_who_comes_back_enters_before_who_is_new():
+def test_who_comes_back_enters_before_who_is_new_of_the_same_tenant():
     engine = engine_of(blocks=8, max_running=2)
     a = ask(engine, "a", 30, max_tokens=60, ignore_eos=True)
     b = ask(engine, "b", 30, max_tokens=60, ignore_eos=True)
     while not engine.stats().preemptions:
         engine.step()
-    c = ask(engine, "c", 30, max_tokens=5, ignore_eos=True, tenant="other")
+    c = ask(engine, "c", 30, max_tokens=5, ignore_eos=True)
     while b.finish is None:
         engine.step()
         assert not (c.deltas and a.finish is None)
     finish(engine)
     assert without_end(engine, c.ids)[:3] == solo("llama", tokens(30, ord("c")), None, 5)[:3]
+
+
+# ---- tenants share places and blocks ----
+
+
+def running(engine) -> Counter:
+    return Counter(live.request.tenant for live in engine.scheduler.running)
+
+
+def test_a_tenant_that_fills_all_places_makes_way_at_once():
+    engine = engine_of(max_running=4, blocks=200)
+    many = [ask(engine, f"m{i}", tokens(8, i), max_tokens=40, ignore_eos=True, tenant="many") for i in range(12)]
+    for _ in range(5):
+        engine.step()
+    assert running(engine) == {"many": 4}
+    one = ask(engine, "one", tokens(8, 99), max_tokens=4, ignore_eos=True, tenant="one")
+    for _ in range(4):
+        engine.step()
+    assert one.finish == "length", "it had its place in the next step, and nothing of it was lost"
+    assert engine.stats().preemptions == 1
+    finish(engine)
+    roomy = engine_of(max_running=12, blocks=400)
+    alone = [ask(roomy, f"m{i}", tokens(8, i), max_tokens=40, ignore_eos=True) for i in range(12)]
+    finish(roomy)
+    assert [h.ids for h in many] == [h.ids for h in alone]
+
+
+def test_places_are_shared_by_weight_among_those_who_want_them():
+    engine = engine_of(max_running=8, blocks=400)
+    for i in range(20):
+        ask(engine, f"a{i}", 4, max_tokens=60, ignore_eos=True, tenant="a")
+    for _ in range(3):
+        engine.step()
+    for i in range(20):
+        ask(engine, f"b{i}", 4, max_tokens=60, ignore_eos=True, tenant="b", weight=3.0)
+    engine.step()
+    assert running(engine)["b"] >= 1, "at once"
+    for _ in range(6):
+        engine.step()
+    assert running(engine) == {"a": 2, "b": 6}
+    ask(engine, "c", 4, max_tokens=30, ignore_eos=True, tenant="c", weight=0.001)
+    engine.step()
+    assert running(engine)["c"] == 1, "one place at least"
+    finish(engine)
+
+
+def test_who_keeps_places_without_using_them_makes_way_however_few_tokens_he_had(monkeypatch):
+    """Sequences whose grammar does not answer cost no tokens, so their tenant's counter stands still."""
+    engine = engine_of(max_running=3, blocks=200)
+    stuck = [ask(engine, f"s{i}", 4, max_tokens=9, tenant="stuck", ignore_eos=True) for i in range(3)]
+    engine.step()
+    for live in engine.scheduler.running[:]:
+        live.unsaid = live.request  # type: ignore[assignment]  # as if it waited for its grammar
+    for i in range(4):
+        plain = ask(engine, f"p{i}", 4, max_tokens=5, tenant="plain", ignore_eos=True)
+        for _ in range(6):
+            engine.step()
+        assert plain.finish == "length", i
+    for live in list(engine._live.values()):
+        live.unsaid = None
+    finish(engine)
+    assert all(len(h.ids) == 9 for h in stuck)
+
+
+def test_alone_a_tenant_has_all_places_and_gets_them_back():
+    engine = engine_of(max_running=4, blocks=200)
+    for i in range(8):
+        ask(engine, f"a{i}", 4, max_tokens=30, ignore_eos=True, tenant="a")
+    ask(engine, "b", 4, max_tokens=2, ignore_eos=True, tenant="b")
+    engine.step()
+    assert running(engine) == {"a": 3, "b": 1}
+    for _ in range(3):
+        engine.step()
+    assert running(engine) == {"a": 4}
+    finish(engine)
+
+
+def test_blocks_are_shared_too():
+    """A tenant whose long sequences hold all blocks gives some up for another's short one, and the other keeps them."""
+    engine = engine_of(blocks=12, max_running=8)
+    long = [ask(engine, f"l{i}", 60, max_tokens=100, ignore_eos=True, tenant="long") for i in range(3)]
+    for _ in range(4):
+        engine.step()
+    short = ask(engine, "s", 20, max_tokens=20, ignore_eos=True, tenant="short")
+    for _ in range(22):
+        engine.step()
+    assert short.finish == "length"
+    finish(engine)
+    assert all(h.finish == "length" for h in long)
+
+
+def test_long_prompts_of_one_do_not_hold_up_the_prompt_of_another():
+    engine = engine_of(max_step_rows=256, max_running=16, blocks=600)
+    for i in range(6):
+        ask(engine, f"l{i}", 400, max_tokens=2, ignore_eos=True, tenant="long")
+    engine.step()
+    assert running(engine) == {"long": 2}, "each gets MIN_CHUNK rows"
+    short = ask(engine, "s", 20, max_tokens=1, tenant="short")
+    engine.step()
+    assert short.finish is not None
+    finish(engine)
+
+
+def test_the_oldest_of_a_tenant_never_makes_way():
+    engine = engine_of(max_running=1, blocks=50)
+    first = ask(engine, "a", 8, max_tokens=20, ignore_eos=True, tenant="a")
+    engine.step()
+    ask(engine, "b", 8, max_tokens=3, ignore_eos=True, tenant="b")
+    while first.finish is None:
+        engine.step()
+        assert engine.stats().preemptions == 0
+    finish(engine)

@@ -16,13 +16,16 @@ from typing import Literal
 
 from trimtab.errors import LimitError, OverloadedError, TrimtabError
 from trimtab.serve.places import FIRST_GUESS, MEMORY, Answer, Places
-from trimtab.serve.tenant import Tenant
+from trimtab.serve.tenant import LOCAL, Tenant
 
 DEFAULT_MAX_OPEN = 256
 LEAST_WAIT, MOST_WAIT = 0.05, 60.0
 """Seconds: bounds of a wait that is told."""
 FIRST_TOKENS = 256.0
 """Tokens of an answer, prompt included, before any has ended."""
+FREE_PARTS = 4
+"""A tenant holds at most so many times the room that is left then: one alone four fifths of it, two four ninths each. So there is room for
+whoever comes next."""
 Reason = Literal["concurrency", "tokens", "full", "draining"]
 
 
@@ -43,6 +46,7 @@ class _Holding:
     """What one tenant has open."""
 
     open: int = 0
+    weight: float = 1.0
     bucket: _Bucket | None = None
     seconds: float = FIRST_GUESS
     tokens: float = FIRST_TOKENS
@@ -112,6 +116,7 @@ class Admission:
             self._refuse_if_over(tenant, holding, n, now)
             self._holdings[tenant.id] = holding
             holding.open += n
+            holding.weight = tenant.weight
             self._open += n
             charged = n * holding.tokens if estimate is None else float(estimate)
             if holding.bucket is not None:
@@ -120,9 +125,10 @@ class Admission:
 
     @property
     def full(self) -> bool:
-        """Whether the server has no room for a single answer more."""
+        """Whether the server has no room for a single answer more, but perhaps for one of a tenant that has less than its share."""
         with self._lock:
-            return self._has_no_room(1, self._clock())
+            late = self.max_wait is not None and self._places.wait(self._clock(), 1) > self.max_wait
+            return late or self._open + 1 > self.max_open
 
     def refuse_if_over(self, tenant: Tenant) -> None:
         """What `admit` would raise for one answer, without letting it in."""
@@ -159,12 +165,26 @@ class Admission:
                 retry_after=_wait(holding.seconds, holding.open),
             )
         self._refuse_if_out_of_tokens(tenant, holding, now)
-        if self._has_no_room(n, now):
-            raise self._overloaded("full", "the server is full", self._places.wait(now, n))
-
-    def _has_no_room(self, n: int, now: float) -> bool:
         late = self.max_wait is not None and self._places.wait(now, n) > self.max_wait
-        return late or self._open + n > self.max_open
+        if self._open + n > self.max_open or (late and not self._within_share(tenant, holding, n)):
+            raise self._overloaded("full", "the server is full", self._places.wait(now, n))
+        self._refuse_if_it_leaves_no_room(tenant, holding, n)
+
+    def _refuse_if_it_leaves_no_room(self, tenant: Tenant, holding: _Holding, n: int) -> None:
+        """Nobody shares with whoever talks to a local server; and who has nothing yet may come as long as there is room."""
+        most = FREE_PARTS * (self.max_open - self._open - n)
+        if tenant.id != LOCAL.id and holding.open and holding.open + n > max(1, most):
+            self.rejects["concurrency"] += 1
+            raise LimitError(
+                f"{holding.open} answers are under way; the rest of the server's room is kept for other tenants",
+                fix="wait until one has ended",
+                retry_after=_wait(holding.seconds, holding.open),
+            )
+
+    def _within_share(self, tenant: Tenant, holding: _Holding, n: int) -> bool:
+        """Whether it would be computed at once although others wait: the scheduler makes way for whoever has less than his share."""
+        others = sum(h.weight for h in self._holdings.values() if h.open and h is not holding)
+        return bool(others) and holding.open + n <= max(1.0, self._places.count * tenant.weight / (others + tenant.weight))
 
     def _refuse_if_out_of_tokens(self, tenant: Tenant, holding: _Holding, now: float) -> None:
         if tenant.tokens_per_minute is None:

@@ -2,13 +2,16 @@
 
 Sequences that decode come first, then prompts, in chunks, within a number of rows. Tenants take turns by their counters; within a tenant
 requests come in order, except that one whose adapter is still loading lets others pass. When KV blocks run out the newest sequence gives up
-its own and comes back later: what it had is computed again. Nothing is known here of forwards, sampling or sinks.
+its own and comes back later: what it had is computed again. So does the newest of a tenant that holds more than its share of places or
+blocks (`shares.py`), as soon as one comes that has less than its own: nobody waits for a whole answer of somebody else's. Nothing is known
+here of forwards, sampling or sinks.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from trimtab.errors import TrimtabError
@@ -17,6 +20,7 @@ from trimtab.serve.config import EngineConfig
 from trimtab.serve.fairness import Fairness
 from trimtab.serve.residency import Residency
 from trimtab.serve.sequence import Live
+from trimtab.serve.shares import Shares
 
 MIN_CHUNK = 128
 """Prompts enter together while each gets so many rows of a step: fewer at once finish sooner."""
@@ -139,7 +143,7 @@ class Scheduler:
                 rows[live] = 1
         budget = self.config.max_step_rows - len(rows)
         prefills = [live for live in self.running if live.remaining > 1 and live.unsaid is None]
-        self._admit(prefills, budget, now)
+        self._admit(prefills, budget, rows, now)
         self._share(prefills, budget, rows)
         return [Work(live, n) for live, n in rows.items()]
 
@@ -154,15 +158,24 @@ class Scheduler:
                 budget -= chunk
 
     def _room(self, live: Live, chunk: int, rows: dict[Live, int]) -> int:
-        """Blocks for `chunk` more tokens of a running sequence, taken from newer sequences if need be; how many of them have room."""
+        """Blocks for `chunk` more tokens of a running sequence, taken from others if need be; how many of them have room."""
         size = self.config.block_size
         missing = -(-(live.past + chunk) // size) - len(live.blocks)
-        while missing > self.pool.available and self.running[-1].serial > live.serial:
-            rows.pop(self.running[-1], None)
-            self._preempt(self.running[-1])
+        while missing > self.pool.available and (gone := self._gives_way(live)) is not None:
+            rows.pop(gone, None)
+            self._preempt(gone)
         taken = min(max(missing, 0), self.pool.available)
         live.blocks += self.pool.take(taken)
         return min(chunk, len(live.blocks) * size - live.past)
+
+    def _gives_way(self, live: Live) -> Live | None:
+        """Who gives up his blocks for this one: the newest of a tenant that holds more than its share of them, else the newest, if it is
+        newer."""
+        shares = Shares(self.running, [], places=self.config.max_running, blocks=self.pool.total)
+        gone = shares.newest_of_the_greediest()
+        if gone is None:
+            gone = self.running[-1] if self.running[-1].serial > live.serial else None
+        return None if gone is live else gone
 
     def _preempt(self, live: Live) -> None:
         self.preemptions += 1
@@ -196,24 +209,59 @@ class Scheduler:
     def _must_load(self, live: Live) -> bool:
         return live.digest is not None and live.resident is None and not self.residency.holds(live.digest)
 
-    def _admit(self, prefills: list[Live], budget: int, now: float) -> None:
-        """Let sequences in while there is a place, rows worth a chunk, and blocks for the whole prompt; those that come back go first."""
-        claimed = sum(min(p.remaining, MIN_CHUNK) for p in prefills)
-        while len(self.running) < self.config.max_running and claimed < budget:
-            live = self._returning[0] if self._returning else self._next()
-            if live is None or not self._enter(live):
-                break
-            if live.admitted is None:
-                live.admitted = now
-                self.fairness.charge(live.request.tenant, live.request.weight, tokens_in=len(live.request.prompt) - live.cached)
-            claimed += min(live.remaining, MIN_CHUNK)
-            prefills.append(live)
+    def _admit(self, prefills: list[Live], budget: int, rows: dict[Live, int], now: float) -> None:
+        """Let sequences in while there is a place, rows worth a chunk, and blocks for the whole prompt. For a tenant that has less than its
+        share, who has more makes way."""
+        if not self._waiting and not self._returning:
+            return
+        heads = (queue[0] for queue in self._waiting.values())
+        shares = Shares(self.running, [*self._returning, *heads], places=self.config.max_running, blocks=self.pool.total)
+        claimed = {live: min(live.remaining, MIN_CHUNK) for live in prefills}
 
-    def _next(self) -> Live | None:
-        for tenant in self.fairness.order(self._waiting):
-            live = self._waiting[tenant][0]
-            if self._lease(live):
-                return live
+        stuck: set[str] = set()  # tenants that have their share, and find nothing more
+
+        def may(tenant: str) -> bool:
+            mine = sum(n for other, n in claimed.items() if other.request.tenant == tenant)
+            return tenant not in stuck and (sum(claimed.values()) < budget or mine < budget * shares.of(tenant))
+
+        while (live := self._next(may)) is not None:
+            if self._get_in(live, shares, rows, claimed):
+                if live.admitted is None:
+                    live.admitted = now
+                    tokens = len(live.request.prompt) - live.cached
+                    self.fairness.charge(live.request.tenant, live.request.weight, tokens_in=tokens)
+                shares.entered(live)
+                claimed[live] = min(live.remaining, MIN_CHUNK)
+                prefills.append(live)
+            elif shares.has_room(live.request.tenant):
+                break  # what comes free is for this one
+            else:
+                stuck.add(live.request.tenant)
+
+    def _get_in(self, live: Live, shares: Shares, rows: dict[Live, int], claimed: dict[Live, int]) -> bool:
+        """Whether it runs now, after others have made way if need be."""
+        tenant, size = live.request.tenant, self.config.block_size
+        while (full := len(self.running) >= self.config.max_running) or not self._enter(live):
+            gone = shares.to_make_way(tenant, 0 if full else -(-live.total // size), self.fairness.counters)
+            if gone is None:
+                return False
+            rows.pop(gone, None)
+            claimed.pop(gone, None)
+            self._preempt(gone)
+            shares.left(gone)
+        return True
+
+    def _next(self, may: Callable[[str], bool]) -> Live | None:
+        """By the turns of the tenants that may; of a tenant, who comes back before who is new."""
+        back: dict[str, Live] = {}
+        for live in self._returning:
+            if live.unsaid is None:
+                back.setdefault(live.request.tenant, live)
+        for tenant in self.fairness.order(t for t in {*self._waiting, *back} if may(t)):
+            if tenant in back:
+                return back[tenant]
+            if self._lease(self._waiting[tenant][0]):
+                return self._waiting[tenant][0]
         return None
 
     def _enter(self, live: Live) -> bool:
