@@ -197,6 +197,9 @@ def test_a_grammar_that_takes_too_long_ends_alone(grammars):
     assert "more than 0.3 s of processor time" in slow.error
     assert not fine.error and fine.mask == here.mask
     assert allowed(behind) == {TOKENIZER.encode("x")[0]} and allowed(other) == {TOKENIZER.encode("y")[0]}
+    again = grammars.matcher(Grammar("json_schema", SLOW), "b")
+    assert again.ready and again.error == slow.error, "it is known, and costs nothing"
+    again.close()
     fine.advance(TOKENIZER.encode("c")[0])
     here.advance(TOKENIZER.encode("c")[0])
     ready(grammars, fine)

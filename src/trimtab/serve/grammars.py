@@ -17,10 +17,11 @@ import subprocess
 import sys
 import threading
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from importlib.util import find_spec
 from typing import Any
 
@@ -35,10 +36,12 @@ from trimtab.serve.request import Grammar
 
 OPEN_S, MASK_S = 2.0, 0.5
 """Processor seconds of compiling a grammar, and of following a token."""
-ROOM_BYTES = 160 << 20
+ROOM_BYTES = 128 << 20
 """Address space of a process beyond what it has after its start."""
 MAX_PROCESSES = 4
 """Tenants beyond share one."""
+MAX_TOO_SLOW = 256
+"""Grammars that are known to take too long: they are refused at once the next time."""
 MAX_LOST = 2
 """How often a matcher is opened again whose process has ended for a reason that is not its own."""
 log = logging.getLogger(__name__)
@@ -102,6 +105,7 @@ class Grammars:
         self._tokenizer, self._vocab_size, self._stop_ids, self._changed = tokenizer, vocab_size, sorted(stop_ids), changed
         self._news = threading.Condition()  # guards everything; notified when a matcher has become ready
         self._processes: list[_Process] = []
+        self._too_slow: OrderedDict[bytes, str] = OrderedDict()  # digests of grammars, and what is said of them
         self._number = 0
         self._thread: threading.Thread | None = None
         self._bell: tuple[int, int] | None = None  # a pipe that wakes the thread
@@ -156,6 +160,9 @@ class Grammars:
     # ---- under the lock ----
 
     def _open(self, matcher: Matcher) -> None:
+        if (known := self._too_slow.get(sha256(matcher.opening).digest())) is not None:
+            matcher.error = known
+            return
         process = self._process_of(matcher.tenant)
         matcher.process = process
         process.matchers.add(matcher)
@@ -280,7 +287,7 @@ class Grammars:
         code = _end(process)
         guilty = process.asked[0] if process.asked else None
         log.warning("a process for grammars has ended", extra={"told": {"code": code, "answers": len(process.matchers)}})
-        for matcher in sorted(process.matchers, key=lambda m: m.number):
+        for matcher in sorted(process.matchers, key=lambda m: (m is not guilty, m.number)):
             matcher.process, matcher.awaited = None, 0
             matcher.lost += 1
             if process.trouble:
@@ -288,6 +295,10 @@ class Grammars:
             elif matcher is guilty or matcher.lost > MAX_LOST:
                 late = f"more than {MASK_S if matcher.tokens else OPEN_S:g} s of processor time"
                 matcher.error = f"it takes {late if code == -signal.SIGPROF else 'too much memory'}"
+                if code == -signal.SIGPROF and not matcher.tokens:
+                    self._too_slow[sha256(matcher.opening).digest()] = matcher.error
+                    if len(self._too_slow) > MAX_TOO_SLOW:
+                        self._too_slow.popitem(last=False)
             else:
                 self._open(matcher)
 

@@ -1,0 +1,185 @@
+"""What one tenant can do to another: requests that cost much, and a plain one of somebody else beside them.
+
+    python bench/serve_attacks.py             # a server of its own on 127.0.0.1, two tenants, the bundled base
+
+The attacker sends, one attack after the other: prompts of 3.9 MB; regular expressions and schemas that are hard to compile; loads of a
+sparse file of 1 TB as an adapter; bodies of very many small values; and, without any limit of its own, as many long answers as it gets.
+Meanwhile the victim asks for eight tokens, again and again. Reported for each: what the victim waited (idle, then p50 and maximum during
+the attack), the memory of the server with the processes that it has started (idle and highest), and what the attacker was told. Each attack
+is bounded in number and time; requests go to 127.0.0.1 only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from trimtab.serve.tenants import Tenants
+
+MB = 1e6
+PLAIN = {"prompt": "The harbour at dawn", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+Ask = tuple[str, dict[str, Any] | bytes]
+
+
+def attacks(base: str, folder: Path) -> Iterator[tuple[str, list[Ask]]]:
+    """(name, requests that are sent at the same time)."""
+    complete, chat = "/v1/completions", "/v1/chat/completions"
+    words = "word " * 780_000
+    yield "six prompts of 3.9 MB", [(complete, {"model": base, "prompt": words})] * 6
+    said = [{"role": "user", "content": words[:3_900_000]}]
+    yield "six conversations of 3.9 MB", [(chat, {"model": base, "messages": said})] * 6
+    fits = "ab" * 300_000  # few enough characters to look at, far too many tokens
+    yield "six prompts of 0.6 MB", [(complete, {"model": base, "prompt": fits})] * 6
+    regex = {"model": base, "prompt": "x", "max_tokens": 64, "structured_outputs": {"regex": "(a{1000}){1000}"}}
+    yield "ten regular expressions", [(complete, regex)] * 10
+    schema = {"type": "object", "patternProperties": {f"^a{i}.*b{i}$": {"type": "string"} for i in range(300)}}
+    yield "ten schemas", [(complete, {"model": base, "prompt": "x", "max_tokens": 64, "structured_outputs": {"json": schema}})] * 10
+    load = {"lora_name": "vast", "lora_path": str(folder / "attacker" / "vast")}
+    yield "ten loads of a sparse 1 TB", [("/v1/load_lora_adapter", load)] * 10
+    lists = b'{"model": "m", "prompt": [' + b"[]," * 1_300_000 + b"[1]]}"
+    yield "six bodies of a million lists", [(complete, lists)] * 6
+    messages = [{"role": "user", "content": ""}] * 100_000
+    yield "six bodies of 100,000 messages", [(chat, {"model": base, "messages": messages})] * 6
+    long = {"model": base, "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True}
+    yield "places: 400 long answers", [(complete, long)] * 400
+
+
+class Memory:
+    """Of the server and the processes that it has started."""
+
+    def __init__(self, pid: int):
+        self._server, self.most = psutil.Process(pid), 0.0
+
+    def now(self) -> float:
+        total = 0.0
+        for process in [self._server, *self._server.children(recursive=True)]:
+            try:
+                if process == self._server or process.cmdline() != self._server.cmdline():  # else it has just been forked, and shares all
+                    total += process.memory_info().rss
+            except psutil.Error:
+                pass
+        self.most = max(self.most, total)
+        return total
+
+    async def watch(self) -> None:
+        while True:
+            self.now()
+            await asyncio.sleep(0.05)
+
+
+async def victim(client: httpx.AsyncClient, base: str, until: asyncio.Event, most: float) -> list[float]:
+    """Seconds of one plain request after the other, until the event and for three at least."""
+    seconds: list[float] = []
+    began = time.perf_counter()
+    while (not until.is_set() or len(seconds) < 3) and time.perf_counter() - began < most:
+        start = time.perf_counter()
+        answer = await client.post("/v1/completions", json=PLAIN | {"model": base})
+        assert answer.status_code == 200, answer.text
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def attack(url: str, key: str, base: str, folder: Path, number: int, most: float) -> Counter[str]:
+    """What became of the requests of an attack within so many seconds. Runs in a process of its own, so that the victim does not wait for
+    the attacker's own work."""
+    asks = list(attacks(base, folder))[number][1]
+    return asyncio.run(send(url, key, asks, most))
+
+
+async def send(url: str, key: str, asks: list[Ask], most: float) -> Counter[str]:
+    told: Counter[str] = Counter()
+    limits = httpx.Limits(max_connections=500)
+    attacker = httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=None, limits=limits)
+
+    async def one(path: str, body: dict[str, Any] | bytes) -> None:
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        try:
+            async with asyncio.timeout(most):
+                answer = await attacker.post(path, content=raw, headers={"content-type": "application/json"})
+            told[f"{answer.status_code} {(answer.json().get('error') or {}).get('code') or ''}".strip()] += 1
+        except (TimeoutError, httpx.HTTPError) as error:
+            told[type(error).__name__] += 1
+
+    await asyncio.gather(*(one(*ask) for ask in asks))
+    return told
+
+
+async def measure(url: str, pid: int, keys: dict[str, str], base: str, folder: Path, seconds: float, only: str) -> None:
+    never, memory, names = asyncio.Event(), Memory(pid), [name for name, _ in attacks(base, folder)]
+    watching = asyncio.create_task(memory.watch())
+    plain = httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {keys['victim']}"}, timeout=None)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        await victim(plain, base, never, 3)
+        idle = sorted(await victim(plain, base, never, 5))
+        start = memory.now()
+        print(f"idle: p50 {1e3 * idle[len(idle) // 2]:.0f} ms, max {1e3 * idle[-1]:.0f} ms, {start / MB:.0f} MB")
+        print("| attack | victim p50 | victim max | requests | memory above idle | attacker was told |\n|---|---|---|---|---|---|")
+        for number, name in enumerate(names):
+            if only not in name:
+                continue
+            memory.most, over = 0.0, asyncio.Event()
+            asking = asyncio.create_task(victim(plain, base, over, 2 * seconds))
+            told = await asyncio.get_running_loop().run_in_executor(pool, attack, url, keys["attacker"], base, folder, number, seconds)
+            over.set()
+            seen = sorted(await asking)
+            words = ", ".join(f"{n} × {what}" for what, n in told.items())
+            row = f"| {name} | {1e3 * seen[len(seen) // 2]:.0f} ms | {1e3 * seen[-1]:.0f} ms | {len(seen)} "
+            print(f"{row}| {(memory.most - start) / MB:.0f} MB | {words} |", flush=True)
+            await asyncio.sleep(1)
+    watching.cancel()
+
+
+def sparse_adapter(folder: Path) -> None:
+    """A folder whose weights claim to be one tensor of 1 TB, which takes no room on the disk."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}))
+    size = 10**12
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    header = json.dumps({name: {"dtype": "F32", "shape": [8, size // 32], "data_offsets": [0, size]}}).encode()
+    with (folder / "adapter_model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="smollm2-135m-instruct")
+    parser.add_argument("--seconds", type=float, default=30, help="of each attack, at most")
+    parser.add_argument("--only", default="", help="attacks whose names hold this")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile("w+") as log:
+        folder, keys = Path(name), {}
+        sparse_adapter(folder / "folders" / "attacker" / "vast")
+        with Tenants(folder / "tenants.db", create=True) as tenants:
+            for who in ("victim", "attacker"):
+                tenants.add(who, max_concurrent=None)
+                keys[who] = tenants.create_key(who)[1]
+        command = [sys.executable, "-m", "trimtab", "serve", "--base", args.base, "--port", "0", "--json"]
+        command += ["--tenants", str(folder / "tenants.db"), "--adapters-from", str(folder / "folders")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"}) as server:
+            try:
+                assert server.stdout is not None
+                told = json.loads(server.stdout.readline())
+                asyncio.run(measure(told["url"], server.pid, keys, told["base"], folder / "folders", args.seconds, args.only))
+            finally:
+                server.terminate()
+                server.wait(60)
+
+
+if __name__ == "__main__":
+    main()
