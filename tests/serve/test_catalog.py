@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.store.common import stirred, tiny_base
+from tests.store.common import stirred, tiny_base, write_tensors
 from trimtab.errors import AdapterError, NotFoundError, TrimtabError
 from trimtab.methods import METHODS
 from trimtab.model import Base
+from trimtab.serve import served
 from trimtab.serve.catalog import Catalog, StoreTrouble
 from trimtab.serve.live import snapshot
 from trimtab.serve.tenant import LOCAL, Tenant
@@ -399,6 +400,18 @@ def test_a_bad_folder_is_refused_at_loading(loading: Catalog, root: Path) -> Non
         with pytest.raises(AdapterError, match="is refused"):
             loading.load(name, root / "acme" / name, ACME)
         refusal(loading, name, ACME)
+
+
+def test_a_huge_file_is_refused_before_it_is_hashed(loading: Catalog, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sound header of one tensor of a terabyte, whose bytes take no room."""
+    size = 2**40
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    write_tensors(root / "acme/one" / WEIGHTS, {name: {"dtype": "F32", "shape": [4, size // 16], "data_offsets": [0, size]}})
+    os.truncate(root / "acme/one" / WEIGHTS, (root / "acme/one" / WEIGHTS).stat().st_size + size)
+    (root / "acme/one" / "trimtab.json").unlink(missing_ok=True)
+    monkeypatch.setattr(served, "_hash", lambda *a: pytest.fail("it is hashed"))
+    with pytest.raises(AdapterError, match=r"lora_B\.weight is missing"):
+        loading.load("one", root / "acme/one", ACME)
 
 
 def test_a_folder_that_changes_after_loading_is_refused_not_served(loading: Catalog, root: Path, adapters: list[Path]) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.laws.common import one_thread
-from tests.store.common import EXAMPLES, SEQUENCES, stirred, tiny_base
+from tests.store.common import EXAMPLES, SEQUENCES, stirred, tiny_base, write_tensors
 from tests.tiny import tiny_folder
 from trimtab.errors import AdapterError
 from trimtab.methods import BottleneckConfig, IA3Config, LoraConfig, PromptTuningConfig
@@ -283,6 +283,15 @@ def test_folders_of_the_real_package_give_its_logits(family, tmp_path, record_pr
         record_property(name, apart := float((got - want).abs().max()))
         assert apart < 1e-4, name
         assert float((base.logits([SEQUENCES[0]])[0] - want).abs().max()) > 0.05, "the adapter must matter"
+
+
+def test_a_huge_file_of_theirs_is_refused_before_it_is_read(base, houlsby, tmp_path):
+    """A sound header and a terabyte that takes no room."""
+    folder, size = hub_folder(tmp_path / "a", BN, hub_tensors(houlsby)), 2**40
+    write_tensors(folder / "adapter.safetensors", {"x": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}})
+    os.truncate(folder / "adapter.safetensors", size + 100)
+    with pytest.raises(AdapterError, match=r"adapter.safetensors has 1,099,511,627,876 bytes; at most"):
+        import_folder(folder, base)
 
 
 # ---- peft ----

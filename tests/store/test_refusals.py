@@ -480,8 +480,10 @@ def test_a_base_without_template_or_name_takes_it_unverified(ours):
 
 
 def test_a_note_without_fingerprint_vouches_for_nothing(base, tmp_path):
-    folder = stirred(tiny_base(fingerprint=""), METHODS["lora"]).save(tmp_path / "a")
+    nameless = tiny_base(fingerprint="")
+    folder = stirred(nameless, METHODS["lora"]).save(tmp_path / "a")
     assert not Adapter.load(folder, base).verified
+    assert not Adapter.load(folder, nameless).verified, "that neither side knows a fingerprint is no agreement"
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

@@ -19,7 +19,8 @@ from tests.store.common import SEQUENCES, stirred, tiny_base, write_tensors
 from tests.store.stores import LAYER, adapter_folder, blobs_there, files_of, names_of, needed_blobs, snapshot, write_weights
 from trimtab.errors import AdapterError
 from trimtab.methods import IA3Config, LoraConfig, PromptTuningConfig
-from trimtab.store import Adapter, registry
+from trimtab.store import Adapter, blobs, registry
+from trimtab.store import folder as folder_module
 from trimtab.store.diff import Change
 from trimtab.store.manifest import Manifest
 from trimtab.store.names import NoSuchAdapter, Ref
@@ -457,6 +458,31 @@ def test_writers_beside_a_collection_without_grace(store, tmp_path, kind):
     assert len(store.versions(f"acme/{kind}")) == 12 and store.verify().problems == ()
 
 
+def test_collection_refuses_where_what_is_needed_cannot_be_read(store, tmp_path):
+    version = store.publish(adapter_folder(tmp_path / "a", 1), "acme/x")
+    store.publish(adapter_folder(tmp_path / "b", 2), "acme/y")
+    store.blob_path(version.digest).unlink()
+    before = snapshot(store.root)
+    with pytest.raises(AdapterError, match="acme/x@1 is refused"):
+        Store(store.root).gc(grace_seconds=0)
+    assert snapshot(store.root) == before
+    removed = Store(store.root).remove("acme/x@1")
+    assert [(v.ref, dict(v.files)) for v in removed] == [("acme/x@1", {})], "what is damaged can be removed"
+    assert Store(store.root).gc(grace_seconds=0).blobs == 1 and store.verify().problems == ()  # its weights; the config is shared
+
+
+def test_publishing_again_mends_a_damaged_blob(store, tmp_path):
+    version = store.publish(adapter_folder(tmp_path / "a", 1), "acme/x")
+    before = snapshot(store.root)
+    for digest in {version.digest, *(b.digest for b in version.files.values())}:
+        path = store.blob_path(digest)
+        path.chmod(0o644)
+        path.write_bytes(b"!" + path.read_bytes()[1:])
+    assert len(store.verify().problems) >= 3
+    assert Store(store.root).publish(tmp_path / "a", "acme/x").version == 1
+    assert store.verify().problems == () and snapshot(store.root) == before
+
+
 # ---- sizes before bytes ----
 
 
@@ -483,37 +509,65 @@ def test_a_huge_file_is_refused_before_a_byte_is_copied(store, base, tmp_path, m
         store.publish(folder, "acme/x", base=base if with_base else None)
 
 
+@pytest.mark.parametrize("at", [0, 7, 31])
+def test_values_are_looked_at_piece_by_piece(store, tmp_path, monkeypatch, at):
+    """A value that is not finite is found in whichever piece it lies; and a tensor is not zero where only its last piece is not."""
+    monkeypatch.setattr(folder_module, "PIECE_BYTES", 16)
+    names = (f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight")
+    values = {n: np.zeros((4, 8)) for n in names}
+    values[names[1]].flat[at] = 1.0
+    store.publish(publishable(tmp_path / "a", values), "acme/x")
+    values[names[1]].flat[at] = np.nan
+    with pytest.raises(AdapterError, match=r"lora_B\.weight has values that are not finite"):
+        store.publish(publishable(tmp_path / "b", values), "acme/x")
+    with pytest.raises(AdapterError, match="all 2 tensors are zero"):
+        store.publish(publishable(tmp_path / "c", {n: np.zeros((4, 8)) for n in names}), "acme/x")
+
+
+def publishable(folder: Path, values: dict[str, np.ndarray]) -> Path:
+    adapter_folder(folder, config={"r": 4})
+    write_weights(folder, values)
+    return folder
+
+
+@pytest.mark.parametrize("limit", [0, 2**28])
+def test_blobs_are_given_out_whole_in_memory_or_on_disk(store, tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(blobs, "MEMORY_BYTES", limit)
+    folder = adapter_folder(tmp_path / "a", 1)
+    store.publish(folder, "acme/x")
+    assert files_of(store, "acme/x") == {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert list((store.root / "tmp").iterdir()) == []
+    with store.open("acme/x") as opened, opened.open("adapter_config.json") as (file, _):
+        assert (os.fstat(file).st_dev == (store.root / "tmp").stat().st_dev) == (limit == 0) and os.fstat(file).st_nlink == 0
+
+
+def test_adopted_files_must_be_what_the_manifest_says(store, tmp_path):
+    """Every one of them, the card too, which nothing else reads; then nothing is moved, and nothing published."""
+    source = Store(tmp_path / "source", create=True)
+    folder = adapter_folder(tmp_path / "a", 1)
+    (folder / "README.md").write_text("a card")
+    version = source.publish(folder, "acme/x")
+    for wrong in version.files:
+        given = {b.digest: store.root / "tmp" / f"pull-{i}" for i, b in enumerate(version.files.values())}
+        for name, blob in version.files.items():
+            shutil.copy(source.blob_path(blob.digest), given[blob.digest])
+            if name == wrong:
+                given[blob.digest].write_bytes(given[blob.digest].read_bytes()[:-1] + b"?")
+        before = snapshot(store.root)
+        with pytest.raises(AdapterError, match=f"blob {version.files[wrong].digest} is damaged"):
+            store.adopt(source.manifest(version.digest), "acme/x", blobs=given)
+        assert snapshot(store.root) == before and all(p.exists() for p in given.values())
+    shutil.copy(source.blob_path(version.files[wrong].digest), given[version.files[wrong].digest])
+    assert store.adopt(source.manifest(version.digest), "acme/x", blobs=given).digest == version.digest
+    assert store.verify().problems == () and files_of(store, "acme/x")["README.md"] == b"a card"
+
+
 def test_devices_and_pipes_are_no_blobs(store, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
     for source in (tmp_path / "pipe", tmp_path / "link", Path("/dev/zero")):
         with pytest.raises(AdapterError, match=r"not a regular file|symbolic link"):
             store.put_blob(source)
-
-
-def test_collection_refuses_where_what_is_needed_cannot_be_read(store, tmp_path):
-    version = store.publish(adapter_folder(tmp_path / "a", 1), "acme/x")
-    store.publish(adapter_folder(tmp_path / "b", 2), "acme/y")
-    store.blob_path(version.digest).unlink()
-    before = snapshot(store.root)
-    with pytest.raises(AdapterError, match="acme/x@1 is refused"):
-        Store(store.root).gc(grace_seconds=0)
-    assert snapshot(store.root) == before
-    removed = Store(store.root).remove("acme/x@1")
-    assert [(v.ref, dict(v.files)) for v in removed] == [("acme/x@1", {})], "what is damaged can be removed"
-    assert Store(store.root).gc(grace_seconds=0).blobs == 1 and store.verify().problems == ()  # its weights; the config is shared
-
-
-def test_publishing_again_mends_a_damaged_blob(store, tmp_path):
-    version = store.publish(adapter_folder(tmp_path / "a", 1), "acme/x")
-    before = snapshot(store.root)
-    for digest in {version.digest, *(b.digest for b in version.files.values())}:
-        path = store.blob_path(digest)
-        path.chmod(0o644)
-        path.write_bytes(b"!" + path.read_bytes()[1:])
-    assert len(store.verify().problems) >= 3
-    assert Store(store.root).publish(tmp_path / "a", "acme/x").version == 1
-    assert store.verify().problems == () and snapshot(store.root) == before
 
 
 # ---- blobs one by one ----

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 WEIGHTS, HEAD = "adapter.safetensors", "model_head.safetensors"
 PICKLES = ("pytorch_adapter.bin", "pytorch_model_head.bin", "pytorch_model_adapter_fusion.bin")
+SMALL_BYTES = 2**26
+"""A file of that size is read whatever the base."""
 FAMILIES = ("llama", "mistral", "gpt2")
 """Families that both packages have; module names and the order of residual and adapter were compared for these."""
 TRAINING = frozenset(
@@ -78,7 +80,7 @@ def read_adapterhub(folder: Folder, config: Mapping[str, Any], base: Base, where
     if problems:
         raise AdapterError(f"{where}, an adapter of AdapterHub's, cannot be carried over", problems=problems, fix=_fix(folder.names()))
     try:
-        tensors = _read(folder, WEIGHTS)
+        tensors = _read(folder, WEIGHTS, base.spec)
         problems = _head_problems(folder, base)
     except (Refusal, OSError) as error:
         raise AdapterError(f"{where} is refused", problems=str(error).splitlines()) from error
@@ -91,8 +93,12 @@ def read_adapterhub(folder: Folder, config: Mapping[str, Any], base: Base, where
     return method, {k: t.to(base.device, torch.float32) for k, t in params.items()}, tuple(notes)
 
 
-def _read(folder: Folder, name: str) -> dict[str, Tensor]:
+def _read(folder: Folder, name: str, spec: Spec) -> dict[str, Tensor]:
+    """A file's tensors. Refusal, before they are read, where they are more than an adapter on this base can have."""
+    most = max(SMALL_BYTES, 8 * spec.num_parameters)
     with folder.open(name) as (file, size):
+        if size > most:
+            raise Refusal(f"{name} has {size:,} bytes; at most {most:,} are read for this base of {spec.num_parameters:,} parameters")
         entries, head = read_header(file, size, name)
         return parse_tensors(head + read_exactly(file, max((e.stop for e in entries), default=0), name))
 
@@ -102,7 +108,7 @@ def _head_problems(folder: Folder, base: Base) -> list[str]:
     if HEAD not in folder.names():
         return []
     own = dict(base.model.named_parameters(remove_duplicate=False))
-    head = _read(folder, HEAD)
+    head = _read(folder, HEAD, base.spec)
     odd = [n for n, t in head.items() if n not in own or own[n].shape != t.shape or not torch.equal(t.to(own[n].dtype), own[n].cpu())]
     return [f"{HEAD}: {n} is not the base's own head, and a trained head is not carried over" for n in odd]
 

@@ -123,7 +123,8 @@ def read_opened(folder: Folder, base: Base, where: str) -> Read:
     warnings = (*said.warnings, *renamed)
     for warning in warnings:
         log.warning("%s: %s", where, warning)
-    verified = said.note is not None and recorded_fingerprint(said.note) == (base.fingerprint or None)
+    recorded = recorded_fingerprint(said.note) if said.note is not None else None
+    verified = bool(recorded) and recorded == base.fingerprint
     return Read(said.method, params, said.note or {}, verified, warnings)
 
 
