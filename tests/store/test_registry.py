@@ -412,50 +412,35 @@ def test_collection_leaves_a_living_writers_files_alone(store, tmp_path, monkeyp
 
 WRITER = """
 import sys
-from pathlib import Path
-from tests.store.stores import adapter_folder
 from trimtab.store.registry import Store
 from trimtab.store.remotes import pull
 
-store, work, kind = Store(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-source = Store(work / "source", create=True)
-for n in range(12):
-    folder = adapter_folder(work / f"{kind}{n}", n, {"revision": f"{kind} {n}"})
-    if kind == "pull":
-        ref = source.publish(folder, "acme/x").ref
-        pull(store, f"file://{source.root}#{ref}", f"acme/{kind}")
+store = Store(sys.argv[1])
+for source in sys.argv[2:]:
+    if source.startswith("file:"):
+        pull(store, source, "acme/pulled")
     else:
-        store.publish(folder, f"acme/{kind}")
-"""
-COLLECTOR = """
-import sys
-from trimtab.store.registry import Store
-
-store, rounds = Store(sys.argv[1]), 0
-print("ready", flush=True)
-while not (store.root.parent / "stop").exists():
-    store.gc(grace_seconds=0)
-    rounds += 1
-print(rounds)
+        store.publish(source, "acme/published")
 """
 
 
-@pytest.mark.parametrize("kind", ["publish", "pull"])
-def test_writers_beside_a_collection_without_grace(store, tmp_path, kind):
-    """Two processes: one publishes or pulls, the other collects as fast as it can."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    collector = subprocess.Popen([sys.executable, "-c", COLLECTOR, store.root], stdout=subprocess.PIPE, text=True, env=environment)
-    try:
-        assert collector.stdout is not None and collector.stdout.readline() == "ready\n"
-        command = [sys.executable, "-c", WRITER, store.root, tmp_path / "work", kind]
-        (tmp_path / "work").mkdir()
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-    finally:
-        (store.root.parent / "stop").touch()
-        rounds = int(collector.communicate(timeout=60)[0])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert rounds > 12
-    assert len(store.versions(f"acme/{kind}")) == 12 and store.verify().problems == ()
+def test_writers_beside_a_collection_without_grace(store, tmp_path):
+    """Two processes: one publishes and pulls, this one collects as fast as it can."""
+    folders = [adapter_folder(tmp_path / f"{n}", n, {"revision": f"{n}"}) for n in range(8)]
+    source = Store(tmp_path / "source", create=True)
+    refs = [source.publish(f, "acme/x").ref for f in folders[:4]]
+    what = [str(f) for f in folders[4:]] + [f"file://{source.root}#{ref}" for ref in refs]
+    command, environment = [sys.executable, "-c", WRITER, str(store.root), *what], os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    writer, rounds, until = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment), 0, time.monotonic() + 120
+    while writer.poll() is None and time.monotonic() < until:
+        store.gc(grace_seconds=0)
+        rounds += 1
+        time.sleep(0.001)
+    writer.kill()
+    said = writer.communicate()[1]
+    assert writer.returncode == 0, said[-3000:]
+    assert rounds > 8 and [len(store.versions(f"acme/{n}")) for n in ("published", "pulled")] == [4, 4]
+    assert store.verify().problems == ()
 
 
 def test_collection_refuses_where_what_is_needed_cannot_be_read(store, tmp_path):
