@@ -468,6 +468,41 @@ def test_publishing_again_mends_a_damaged_blob(store, tmp_path):
     assert store.verify().problems == () and snapshot(store.root) == before
 
 
+# ---- what must be on disk, and when ----
+
+
+def test_bytes_last_before_names_and_names_before_the_index(store, tmp_path, monkeypatch):
+    """The order of fsync and rename in a publish, as a machine that loses power would need it."""
+    done: list[tuple[str, str]] = []
+    originals = {"fsync": os.fsync, "replace": os.replace}
+
+    def fsync(file):
+        done.append(("fsync", str(Path(f"/proc/self/fd/{file}").readlink())))
+        originals["fsync"](file)
+
+    def replace(old, new):
+        done.append(("replace", str(new)))
+        names[str(old)] = str(new)
+        originals["replace"](old, new)
+
+    names: dict[str, str] = {}
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    store.publish(adapter_folder(tmp_path / "a", 1), "acme/x")
+    blobs_folder, index = str(store.root / "blobs" / "sha256"), str(store.root / "index.json")
+    moved = [new for what, new in done if what == "replace"]
+    assert len(moved) == 5 and moved[-1] == index, "config, weights, the empty config, the manifest; then the index"
+    for old, new in names.items():
+        assert done.index(("fsync", old)) < done.index(("replace", new)), f"{new} has its name before its bytes"
+    committed = done.index(("replace", index))
+    last_blob = max(done.index(("replace", new)) for new in moved[:-1])
+    assert last_blob < done.index(("fsync", blobs_folder)) < committed, "the blobs' names last before the index needs them"
+    assert ("fsync", str(store.root)) in done[committed:], "the commit lasts before it is reported"
+    done.clear()
+    store.alias("acme/x@1", "prod")
+    assert [what for what, _ in done] == ["fsync", "replace", "fsync"] and done[2][1] == str(store.root)
+
+
 # ---- sizes before bytes ----
 
 
