@@ -88,6 +88,10 @@ UNDOUBLED = {
     "in one line": ('"The "Pro" plan",no\n', 2),
     "before a line break": ('"He wrote: "it broke"\nthen I left","Answer"\n', 2),
     "at the start of a line": ('"He wrote:\n"it broke" and left","Answer"\n', 2),
+    "at the end of a field": ('"He said "yes"","Answer"\n', 2),
+    "at the end of a record": ('"question","He said "yes""\n', 2),
+    "in a field with doubled ones": ('"He said ""yes"" and "no", then left","Answer"\n', 2),
+    "an inch": ('"a 5" disk, and more","Answer"\n', 2),
     "in the last field": ('"question","say "yes", then\nclose it"\n', 2),
     "in a field without quotes": ('a 5" disk,"fits"\n', 2),
     "lost behind the first field": ('"question,"Answer"\n', 2),
@@ -170,3 +174,13 @@ def test_as_pandas_writes_and_reads_it(tmp_path) -> None:
         rows, dropped = read_source(Source("p.csv", columns=MAPPED), tmp_path)
         back = pandas.read_csv(tmp_path / "p.csv", sep=delimiter)
         assert [(r.prompt, r.completion) for r in rows] == list(zip(back["q"], back["a"], strict=True)) and not dropped
+
+
+def test_a_broken_record_that_swallows_much_of_a_file_stops_it(tmp_path) -> None:
+    rows = [[f"g{i}", "h"] for i in range(400)]
+    lost = written(rows[:5]) + '"g,h\n' + written(rows[5:30]) + '"x, y",z\n' + written(rows[30:])
+    found, dropped = read(tmp_path, "q,a\n" + lost)
+    assert dropped["t.csv:7"] == "not CSV: a quote within a field that is not doubled (lines 7 to 33)"
+    assert found == [tuple(row) for row in rows if int(row[0][1:]) not in range(5, 30)]
+    with pytest.raises(DataError, match=r"t\.csv:7 holds a quote that is not doubled, and up to line 108 it is not certain"):
+        read(tmp_path, "q,a\n" + written(rows[:5]) + '"g,h\n' + written(rows[5:105]) + '"x, y",z\n' + written(rows[105:]))

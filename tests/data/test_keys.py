@@ -136,6 +136,8 @@ def test_marked_answers_are_not_learnt(key) -> None:
         assert isinstance(reason, str) and key in reason
         row = to_row({"prompt": [ASK, good, ASK], "completion": [bad | {key: off}, ASK, good]})
         assert supervised(row) == f"good{END}"
+    for marks in ({"weight": 0, key: True}, {key: True, "weight": 0}) if key != "weight" else ():
+        assert isinstance(to_row({"messages": [ASK, bad | marks]}), str)
     for on in (None, 1, True, "true"):
         assert supervised(to_row({"messages": [ASK, good | {key: on}]})) == f"good{END}"
     assert isinstance(reason := to_row({"messages": [ASK, good | {key: 0.5}]}), str) and key in reason

@@ -27,6 +27,8 @@ _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?(?:\r\n|\r|\n|\Z)', re.IGNORECASE)
 _QUOTED = re.compile(r'"[^"]*+(?:""[^"]*+)*+')
 _RUN = re.compile(r'"+')
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
+MAX_LOST_LINES, MAX_LOST_SHARE = 50, 0.1
+"""A broken record that takes more lines along than both, the second a share of the file's, stops the file."""
 _UNDOUBLED = "not CSV: a quote within a field that is not doubled"
 
 
@@ -96,7 +98,8 @@ class _Table:
         self.edges = {self.delimiter, "\r", "\n", ""}
         d = re.escape(self.delimiter)
         self._bare = re.compile(rf"[^{d}\r\n]*+")
-        self._lenient = re.compile(rf'"(?:[^"]|""|"(?!{d}|\Z))*+"(?={d}|\Z)|[^{d}]*+')
+        ends = rf'"(?={d}|\Z)|[^{d}]*+'
+        self._lenient = re.compile(rf'"(?:[^"]|""|"(?!{d}|\Z))*+{ends}'), re.compile(rf'"(?:[^"]|"(?!{d}|\Z))*+{ends}')
         self._last_quote = text.rfind('"')
         self._at, self._line = 0, 1
         first = self._parse(start)
@@ -118,7 +121,7 @@ class _Table:
                 waiting = []
                 at, suspect = self._resume(record)
                 strict = True
-                yield self._line_of(record.start), _UNDOUBLED
+                yield self._line_of(record.start), _UNDOUBLED + self._lost(record.start, at)
                 continue
             at = record.end
             if strict and any(record.fields):
@@ -132,6 +135,16 @@ class _Table:
                 waiting = []
             waiting.append(record)
         yield from self._settle(waiting, sure=True)
+
+    def _lost(self, start: int, end: int) -> str:
+        """Which lines a broken stretch takes along. DataError where they are too many to count as one bad row."""
+        first, last = self._line_of(start), self._line_of(min(end, len(self.text)) - 1)
+        if last - first > max(MAX_LOST_LINES, MAX_LOST_SHARE * self.text.count(self.newline)):
+            raise DataError(
+                f"{self.shown}:{first} holds a quote that is not doubled, and up to line {last} it is not certain where a row begins",
+                fix='write a quote within a field as "".',
+            )
+        return f" (lines {first} to {last})" if last > first else ""
 
     def _settle(self, waiting: Sequence[_Record], *, sure: bool) -> Iterator[tuple[int, list[str] | str]]:
         """Records that waited for a quote to agree. sure: whether it did; else they may be parts of what is broken."""
@@ -182,7 +195,8 @@ class _Table:
             assert broken.fault is not None
             rest = self._rest(broken.fault) if broken.outside else self._next_sure(start, broken.fault)
             if rest.fault is None:
-                return rest.end, self._count(self.text[start : rest.end].rstrip("\r\n")) != len(self.header)
+                stretch = self.text[start : rest.end].rstrip("\r\n")
+                return rest.end, all(_count(field, stretch) != len(self.header) for field in self._lenient)
             broken = rest
 
     def _rest(self, at: int) -> _Record:
@@ -192,9 +206,11 @@ class _Table:
     def _next_sure(self, start: int, fault: int) -> _Record:
         """The record up to whose end reading is lost, or what is left of it, from the next quote behind `fault` that tells its side."""
         text = self.text
+        even = True
         for run in _RUN.finditer(text, fault):
             if len(run[0]) % 2 == 0:
                 continue
+            even = False
             left, right = text[run.start() - 1] in self.edges, text[run.end() : run.end() + 1] in self.edges
             if right and not left:
                 return self._rest(run.end())
@@ -202,23 +218,14 @@ class _Table:
                 line = max(text.rfind(c, fault, run.start()) for c in "\r\n")
                 whole = line >= 0 and '"' not in text[line : run.start()]
                 return _Record(line, end=line + 1) if whole else self._parse(run.start())
-        if fault <= self._last_quote:
+        if not even:
             raise DataError(
                 f"{self.shown}:{self._line_of(start)} holds a quote that is not doubled, and where the next row begins is not certain",
                 fix='write a quote within a field as "".',
             )
-        end = re.compile(r"\r\n|\r|\n|\Z").search(text, fault)
+        end = re.compile(r"\r\n|\r|\n|\Z").search(text, max(fault, self._last_quote))  # pairs only: all is outside behind them
         assert end is not None
         return _Record(fault, end=max(end.end(), end.start() + 1))
-
-    def _count(self, stretch: str) -> int:
-        """Fields of a broken stretch, where a quote ends a field only before a delimiter."""
-        at = count = 0
-        while True:
-            at = self._lenient.match(stretch, at).end() + 1  # type: ignore[union-attr]
-            count += 1
-            if at > len(stretch):
-                return count
 
     def _line_of(self, place: int) -> int:
         if place < self._at:
@@ -226,6 +233,17 @@ class _Table:
         self._line += self.text.count(self.newline, self._at, place)
         self._at = place
         return self._line
+
+
+def _count(field: re.Pattern[str], stretch: str) -> int:
+    """Fields of a broken stretch, where a quote ends a field only before a delimiter. field: matches one; whether two quotes there are a
+    doubled one, or one of the text and the end, is open."""
+    at = count = 0
+    while True:
+        at = field.match(stretch, at).end() + 1  # type: ignore[union-attr]
+        count += 1
+        if at > len(stretch):
+            return count
 
 
 def _sniff(text: str) -> str:
