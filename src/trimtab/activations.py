@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from trimtab.fast import LLAMA_LIKE
+from trimtab.generate import MAX_ROWS
+from trimtab.lean import FAMILIES
 from trimtab.methods.base import Site
 from trimtab.ops import LOSS_ROWS, QUERY_BLOCK
 from trimtab.spec import Module, Spec
@@ -107,6 +109,28 @@ def forward_bytes(spec: Spec, b: int, tokens: int, length: int) -> int:
     sequences = math.ceil(tokens / length)
     attention = tokens * b * spec.num_heads * (2 * min(length, QUERY_BLOCK, tokens) + 2 * spec.head_dim)
     return tokens * 2 * b * spec.hidden_size + max(tokens * b * 3 * _mlp(spec)[0], attention) + sequences * spec.vocab_size * 4
+
+
+def judging_bytes(spec: Spec, dtype: torch.dtype, tokens: int, length: int, slots: int, capacity: int) -> int:
+    """Bytes of validation and scoring at their peak, beside base and adapters, whichever is more: a forward of `tokens` rows that keeps
+    nothing, with LOSS_ROWS rows of logits and their copy in fp32; or the KV cache of `slots` answers of at most `capacity` tokens, with the
+    forwards of their prompts and their logits.
+    """
+    b = dtype.itemsize
+    losses = forward_bytes(spec, b, tokens, length) + min(tokens, LOSS_ROWS) * spec.vocab_size * (8 + b)
+    if not slots:
+        return losses
+    cache = slots * capacity * 2 * spec.num_layers * spec.kv_width * b
+    rows = min(slots * capacity, MAX_ROWS + slots)
+    return max(losses, cache + forward_bytes(spec, b, rows, capacity) + slots * spec.vocab_size * (4 + b))
+
+
+def packed_bytes(spec: Spec, dtype: torch.dtype) -> int:
+    """Bytes of the copy of the projections and the head that inference on a CPU makes, 0 where it makes none (see `lean`)."""
+    if dtype != torch.bfloat16 or spec.model_type not in FAMILIES:
+        return 0
+    linears = sum(math.prod(shape) for m in spec.modules.values() if m.kind == "linear" for shape in m.parameters.values())
+    return linears * dtype.itemsize
 
 
 def _mlp(spec: Spec) -> tuple[int, bool]:

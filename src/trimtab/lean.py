@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trimtab import ops
 from trimtab.attention import KVCache, PagedKV, Plan, Run, lay_out, over_buckets
-from trimtab.bases.machine import machine_memory
+from trimtab.memory import machine_memory
 from trimtab.ops import native, native_inference
 from trimtab.ops.stack import Edit, EditTable, LayerWeights, Stack
 

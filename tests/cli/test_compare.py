@@ -12,6 +12,7 @@ from rich.console import Console
 
 from tests.train.past import run_folder, variant
 from trimtab.cli import main, show
+from trimtab.train.ahead import Ahead, validations
 
 
 def call(*arguments: str | Path) -> Result:
@@ -120,6 +121,44 @@ def test_time_to_go_by_hand() -> None:
     pace.step(line("a", 10, 100))
     assert pace.over and pace.left == "0:00"
     assert [show.clock(s) for s in (0, 59.6, 61, 3723)] == ["0:00", "1:00", "1:01", "1:02:03"]
+
+
+def test_validation_and_scores_count_as_time_to_go() -> None:
+    """a: 10 steps of 100 tokens at 100 tokens/s, validated after 4, 8 and 10; what judging costs is told from the first validation."""
+    ahead = Ahead(every={"a": 4}, valid={"a": 200.0}, first=100.0, scoring=1000.0)
+    pace = show.Pace({"a": 10, "b": 10}, ahead)
+    pace.step(line("a", 1, 100))
+    pace.step(line("b", 1, 100))
+    forwards = (3 * 200 + 100 + 1000) / 100 / 3  # a forward is taken for a third of a step
+    assert pace.left == show.clock(2 * 9 + forwards)
+    pace.step(line("a", 4, 100))
+    pace.step(line("b", 4, 100))
+    pace.valid({"variant": "a", "step": 4, "seconds": 60.0})  # 300 of work: 0.2 s each
+    assert pace.left == show.clock(2 * 6 + 0.2 * (2 * 200 + 1000))
+    pace.step(line("a", 8, 100))
+    pace.valid({"variant": "a", "step": 8, "seconds": 40.0})
+    assert pace.left == show.clock(2 + 6 + 0.2 * (200 + 1000))
+    pace.end("a")
+    assert pace.left == show.clock(6 + 0.2 * 1000)
+
+
+def test_validations_that_share_a_pass_share_its_time() -> None:
+    pace = show.Pace({"a": 2, "b": 2}, Ahead({"a": 1, "b": 1}, {"a": 10.0, "b": 30.0}, 0.0, 0.0))
+    for name in "ab":
+        pace.step(line(name, 1, 100))
+    for name in "ab":
+        pace.valid({"variant": name, "step": 1, "seconds": 20.0})
+    assert pace.left == show.clock(2 + 20)
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "every", "left"), [(0, 10, 4, 3), (4, 10, 4, 2), (8, 10, 4, 1), (10, 10, 4, 0), (0, 8, 4, 2), (3, 8, 4, 2)]
+)
+def test_validations_to_go(done: int, total: int, every: int, left: int) -> None:
+    due = [s for s in range(done + 1, total + 1) if s % every == 0 or s == total]
+    assert Ahead({"a": every}, {}, 0.0, 0.0).to_go("a", done, total) == left == len(due)
+    assert Ahead({}, {}, 0.0, 0.0).to_go("a", done, total) == 0
+    assert validations(total, every) == len([s for s in range(1, total + 1) if s % every == 0 or s == total])
 
 
 def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -381,11 +381,39 @@ def test_memory_counts_the_base_once_and_every_variant(checked, tiny_llama_folde
     methods = [v.method for v in RunConfig.from_dict(run_file(tiny_llama_folder / "..", variants), root=tiny_llama_folder.parent).variants]
     plans = [plan(base, m, dtype="float32", batch_tokens=e.forward_tokens, sequence_length=longest) for m in methods]
     own = sum(p.weight_bytes + p.gradient_bytes + p.optimizer_bytes for p in plans)
-    held, activations = 2 * plans[0].base_bytes + own, max(p.activation_bytes for p in plans)
-    assert e.memory_bytes == (held + activations, held + int(HEAP * activations))
+    full = tiny_base().spec.num_parameters * 4  # its copy of the model
+    packed = sum(p.serve_adapter_bytes for p in plans[:2])  # as they are judged
+    held, activations = plans[0].base_bytes + own + full + packed, max(p.activation_bytes for p in plans)
+    least, most = e.memory_bytes
+    assert held + activations <= least <= held + 2 * activations
+    assert held + int(HEAP * activations) <= most <= held + int(2 * HEAP * activations)
     by_name = {v.name: v for v in report.variants}
     assert e.forward_tokens == by_name["lora"].tokens_per_step + by_name["prefix"].tokens_per_step
     assert e.answers == 4
+
+
+def test_memory_counts_validation_and_scores(checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the KV cache of the answers takes, by hand, and the best tensors that are kept."""
+    spec = tiny_base().spec
+    slot = 2 * 2 * (2 * 12) * 4  # keys and values, layers, kv heads of 12, fp32: bytes of a token
+    assert slot == 2 * spec.num_layers * spec.kv_width * 4
+    tests = rows_of(*(pair(f"q{i}", "a" * 40) for i in range(40)))
+    none, some, many = (
+        checked(test_rows=tests, evaluate=asked).estimate
+        for asked in ({"generate": False}, {"max_new_tokens": 100, "max_rows": 1}, {"max_new_tokens": 400})
+    )
+    assert none and some and many
+    longest = 22 + 1 + 40
+    cache = min(64, 40 * 2) * (longest + 400) * slot  # base and variant answer every row
+    assert many.memory_bytes[0] >= cache and many.memory_bytes[1] - none.memory_bytes[1] > 0.5 * cache
+    assert max(none.memory_bytes[1], some.memory_bytes[1]) < many.memory_bytes[1]
+    assert none.judging_seconds[0] < some.judging_seconds[1] and none.answers == 0
+    data = {"a": {"train": "a.jsonl", "valid": "a-test.jsonl", "test": "a-test.jsonl"}}
+    quiet = {"v": LORA["v"] | {"keep_best": False}}
+    kept, dropped = (checked(data=data, variants=v, test_rows=tests).estimate for v in (LORA, quiet))
+    assert kept and dropped
+    trainable = checked().variants[0].trainable
+    assert kept.memory_bytes[0] - dropped.memory_bytes[0] == 4 * trainable
 
 
 def test_forwards_are_bounded_by_max_tokens(checked) -> None:

@@ -300,6 +300,27 @@ def test_a_finished_run_says_so_and_is_returned(interrupted: RunConfig) -> None:
         resume(config(interrupted.root, {"v": ONE["v"] | {"max_steps": 60}}))
 
 
+def test_a_finished_run_notices_other_data_and_another_base(tmp_path: Path) -> None:
+    run = config(tmp_path, ONE)
+    train(run, base=tiny_base())
+    before = {str(p): p.read_bytes() for p in run.out.rglob("*") if p.is_file()}
+    rows = (tmp_path / "a.jsonl").read_text()
+    (tmp_path / "a.jsonl").write_text(rows.replace("a 3", "a 4"))
+    with pytest.raises(ConfigError, match="is finished, and its base or its data have changed since") as caught:
+        resume(run)
+    assert [p.partition(":")[0] for p in caught.value.problems] == ["data.a.train"] and caught.value.exit_code == 2
+    (tmp_path / "a.jsonl").write_text(rows)
+    with pytest.raises(ConfigError, match="its base or its data") as caught:
+        train(run, base=Base(tiny_model("llama", seed=3), tiny_tokenizer(), name="tiny-llama"), resume=True)
+    assert [p.partition(":")[0] for p in caught.value.problems] == ["base"]
+    # rows that are gone cannot be compared, and what they taught can still be published
+    (tmp_path / "a.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    heard = Heard()
+    train(run, base=tiny_base(), resume=True, listener=heard)
+    assert len(heard.warnings) == 1 and "data.a is still what was trained on cannot be told" in heard.warnings[0]
+    assert before == {str(p): p.read_bytes() for p in run.out.rglob("*") if p.is_file()}
+
+
 def test_without_a_checkpoint_a_run_starts_anew(tmp_path: Path, whole: dict[str, Any]) -> None:
     run = config(tmp_path, ONE)
     (run.out / "checkpoints" / ".step-00000002.0123456789ab.new").mkdir(parents=True)
@@ -475,6 +496,45 @@ def test_a_second_signal_ends_it_at_once_and_handlers_are_put_back(command: Path
     assert seen == [(signal.SIG_DFL, signal.SIG_DFL)]  # the system's own: no Python stands between a second signal and the end
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert [p.name for p in steps_of(command.parent / "out")] == ["step-00000003"]
+
+
+def test_a_signal_is_no_error_of_the_library_that_it_interrupts(
+    tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the base loads: what catches the loader's errors must not take a signal for one, and nothing is left."""
+    run, stop = config(tmp_path, ONE, base=str(tiny_llama_folder)), Stop()
+
+    def slow(*_: Any, **__: Any) -> None:
+        try:
+            stop.ask(signal.SIGTERM)
+        except Exception as error:
+            raise ValueError("taken for an error of the model") from error
+
+    monkeypatch.setattr("trimtab.train.loop.load_base", slow)
+    with pytest.raises(Interrupted) as caught:
+        train(run, stop=stop)
+    assert caught.value.exit_code == 143 and not run.out.exists()
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_the_base_loads(command: Path, sent: signal.Signals, code: int) -> None:
+    """The loader is held for long inside transformers, in a real process that gets a real signal."""
+    script = (
+        "import sys, time, transformers\n"
+        "def slow(*a, **k):\n"
+        "    print('loading', flush=True)\n"
+        "    time.sleep(60)\n"
+        "transformers.AutoModelForCausalLM.from_pretrained = slow\n"
+        "from trimtab.cli import main\n"
+        f"main(['train', {str(command)!r}])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "loading\n"
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert "cannot read the model" not in said and "Traceback" not in said and "interrupted" in said
+    assert not (command.parent / "out").exists()
 
 
 def test_a_signal_outside_of_the_steps_ends_the_run_there(tmp_path: Path, whole: dict[str, Any]) -> None:

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from tests.train.common import METHODS, run_file, tiny_base, write_rows
-from trimtab.cli.show import Lines
+from trimtab.cli.show import Lines, validation
 from trimtab.data import encode_rows, read_source, scores
 from trimtab.data.sources import Source
 from trimtab.errors import ConfigError, DataError
 from trimtab.store import Adapter
 from trimtab.train import Report, RunConfig, evaluate, train
+from trimtab.train.finish import _validation
 from trimtab.train.interrupt import Interrupted, Stop
 from trimtab.train.listen import Silent
 from trimtab.train.validate import record
@@ -217,10 +218,45 @@ def test_what_is_not_finite_is_never_the_best_and_counts_against_patience(tmp_pa
     json.dumps(v.progress.valid)
 
 
-def test_scores_improve_upwards_and_a_tie_is_none(tmp_path: Path) -> None:
+def test_scores_improve_upwards(tmp_path: Path) -> None:
     v = fake(tmp_path, valid_metric="exact_match")
     better = [record(v, {"loss": 1.0, "exact_match": x})["best"] for x in (10.0, 10.0, 5.0, 20.0)]
     assert better == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("seen", "best", "kept", "ties"),
+    [
+        # (exact match, loss) at steps 1, 2, …
+        ([(0.0, 3.0), (0.0, 2.0), (0.0, 1.0), (0.0, 1.5)], 3, 3, [1, 2, 4]),  # nothing is right yet: the last steps are better all the same
+        ([(50.0, 1.0), (50.0, 2.0)], 1, 1, [2]),
+        ([(50.0, 1.0), (50.0, 1.0)], 1, 1, [2]),  # the earlier one
+        ([(50.0, 1.0), (60.0, 9.0), (50.0, 0.1)], 2, 2, []),  # the metric comes first
+        ([(50.0, None), (50.0, 2.0), (50.0, None)], 2, 2, [1, 3]),
+    ],
+)
+def test_ties_are_broken_by_the_loss(tmp_path: Path, seen: list[tuple[float, float | None]], best: int, kept: int, ties: list[int]) -> None:
+    v = fake(tmp_path, valid_metric="exact_match", patience=9)
+    v.total_steps = 10
+    said = []
+    for step, (value, loss) in enumerate(seen, 1):
+        v.progress.step = step
+        said.append(record(v, {"loss": loss, "exact_match": value}))
+    assert v.progress.best_step == best
+    assert [line["step"] for line in said if line["best"]][-1] == kept
+    assert _validation(v)["valid"].get("tied_steps", []) == ties and _validation(v)["saved_step"] == best
+    later = {line["step"]: line.get("ties_with") for line in said}
+    assert later[best] == ([t for t in ties if t < best] or None)
+
+
+def test_a_tie_won_is_said_and_is_no_improvement_for_patience(tmp_path: Path) -> None:
+    v = fake(tmp_path, valid_metric="exact_match", patience=2)
+    for step, loss in enumerate([3.0, 2.0, 1.0], 1):
+        v.progress.step = step
+        line = record(v, {"loss": loss, "exact_match": 0.0})
+    assert v.progress.finished_early.startswith("step 3: valid exact_match has not improved in 2 validations, the best was 0 at step 3")
+    assert line["best"] and line["ties_with"] == [1, 2]
+    assert "best, as at step 1, 2, with a lower loss" in validation(line | {"base_valid_loss": 1.0, "base_valid_exact_match": 0.0})
 
 
 def test_divergence_keeps_the_best_and_is_called_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,8 @@ from trimtab.bases.cache import cache_dir
 from trimtab.bases.fingerprint import fingerprint_folder
 from trimtab.bases.gguf import is_converted, sha256_of_file
 from trimtab.bases.load import cpu_has_bf16
-from trimtab.bases.machine import machine_memory
 from trimtab.errors import TrimtabError
+from trimtab.memory import machine_memory
 from trimtab.ops import native, varlen
 
 MIN_PYTHON = (3, 11)

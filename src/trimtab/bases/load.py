@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.bases.fingerprint import fingerprint_folder
+from trimtab.bases.folder import read_header, weight_files
 from trimtab.bases.locate import locate
 from trimtab.bases.progress import Progress, quiet_transformers, reporting
 from trimtab.errors import BaseError, ConfigError, TrimtabError, nearest
+from trimtab.memory import explained, ran_out
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
@@ -54,7 +57,7 @@ def load(
     wanted = resolve_dtype(dtype, on)
     with reporting(progress) as report:
         path = locate(name_or_path, report)
-    with quiet_transformers():
+    with quiet_transformers(), explained(f"loading the base {name_or_path!r}", lambda: _what_fits(path, wanted)):
         tokenizer = _load_tokenizer(name_or_path, path)
         model = _load_model(name_or_path, path, wanted).to(on).eval().requires_grad_(False)
     return LoadedBase(name_or_path, path, model, tokenizer, fingerprint_folder(path), model.dtype, on)
@@ -120,9 +123,9 @@ def _cpu_flags() -> set[str]:
 def _load_tokenizer(name: str, path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except TrimtabError:
-        raise
     except Exception as error:  # a tokenizer's files can be wrong in as many ways as there are tokenizers
+        if isinstance(error, TrimtabError) or ran_out(error):
+            raise
         raise _unreadable(name, path, "tokenizer", error) from error
 
 
@@ -133,6 +136,8 @@ def _load_model(name: str, path: Path, dtype: torch.dtype | str) -> Any:
             path, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # unknown model_type, wrong shapes, not a causal LM, code of its own: the text says which
+        if ran_out(error):
+            raise
         raise _unreadable(name, path, "model", error) from error
     missing = sorted(info["missing_keys"])
     wrong = sorted(str(key) for key in info.get("mismatched_keys") or ())
@@ -144,6 +149,16 @@ def _load_model(name: str, path: Path, dtype: torch.dtype | str) -> Any:
             fix="fetch the folder anew, or check that config.json belongs to these weights.",
         )
     return model
+
+
+def _what_fits(path: Path, dtype: torch.dtype | str) -> str:
+    """What a base of this folder needs in each dtype, and what to do where that is not there."""
+    tensors = [t for file in weight_files(path) for t in read_header(file)]
+    numbers = sum(math.prod(t.shape) for t in tensors)
+    sizes = {name: numbers * kept.itemsize for name, kept in DTYPES.items() if name != "float16"}
+    asked = f", and dtype {str(dtype).removeprefix('torch.')} was asked for" if dtype is not torch.bfloat16 else ""
+    needs = " and ".join(f"{size / 1e9:.3g} GB in {name}" for name, size in sizes.items())
+    return f"its weights take {needs}{asked}; use a smaller dtype or a smaller base, or make memory free"
 
 
 def _unreadable(name: str, path: Path, what: str, error: Exception) -> BaseError:

@@ -11,6 +11,7 @@ import click
 
 from trimtab import __version__
 from trimtab.errors import TrimtabError
+from trimtab.memory import explained
 
 COMMANDS = {
     "demo": "Train three adapters together on the bundled base and see what they do.",
@@ -47,10 +48,14 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(ctx)
+            with explained(lambda: f"running `trimtab {ctx.invoked_subcommand}`", "give it less to do at a time, or make memory free"):
+                return super().invoke(ctx)
         except TrimtabError as e:
             click.echo(f"{click.style('error:', fg='red', bold=True)} {e}", err=True)
             ctx.exit(e.exit_code)
+        except KeyboardInterrupt:  # click would exit with 1
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -146,8 +146,9 @@ def _estimate(out: Console, e: Estimate) -> None:
         f"time: {_span(e.seconds)} for all steps, if they reach {low:.0%} to {high:.0%} of what a single MLP reached just now "
         f"({e.probe_flops / 1e9:,.0f} GFLOP/s, beside what else runs here)",
     )
-    if e.answers:
-        _line(out, f"scoring comes on top: {e.answers:,} answers to test rows, written by base and variants")
+    if any(e.judging_seconds):
+        scored = f", with {e.answers:,} answers to test rows" if e.answers else ""
+        _line(out, f"besides: {_span(e.judging_seconds)} for validation and scores at the end{scored}")
 
 
 def _span(seconds: tuple[float, float]) -> str:

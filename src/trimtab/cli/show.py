@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -15,7 +15,11 @@ from rich.text import Text
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import printable
 
+if TYPE_CHECKING:
+    from trimtab.train.ahead import Ahead
+
 PLAIN_EVERY_S = 5.0
+FORWARDS = 3.0
 
 
 def listener(quiet: bool = False) -> Bars | Lines:
@@ -24,16 +28,30 @@ def listener(quiet: bool = False) -> Bars | Lines:
 
 
 class Pace:
-    """How far a run is, and how long its steps will still take: of each variant the steps to go, at the time that its own part of the
-    last joint steps took. Variants of different length thus count with what they cost."""
+    """How far a run is, and how long it will still take: of each variant the steps to go, at the time that its own part of the last joint
+    steps took, and the validations to go; and the scores at the end. What judging costs is told from the validations so far; before the
+    first one, from the steps, whose forward and backward cost as much as `FORWARDS` forwards."""
 
-    def __init__(self, steps: Mapping[str, int]):
+    def __init__(self, steps: Mapping[str, int], ahead: Ahead | None = None):
         self.total, self.done, self.share_s = dict(steps), dict.fromkeys(steps, 0), dict.fromkeys(steps, 0.0)
+        self.ahead, self.judged_s, self.judged, self.token_s = ahead, 0.0, 0.0, 0.0
+        self._in_pass = False
 
     def step(self, line: Mapping[str, Any]) -> None:
         name, share_s = line["variant"], line["tokens"] / line["tokens_per_s"]
         self.done[name] = line["step"]
         self.share_s[name] = 0.8 * self.share_s[name] + 0.2 * share_s if self.share_s[name] else share_s
+        self.token_s, self._in_pass = 1 / line["tokens_per_s"], False
+
+    def valid(self, line: Mapping[str, Any]) -> None:
+        """A variant has been validated, in a pass that took line["seconds"] for all of its variants, whose lines come one after another."""
+        if self.ahead is None or line["variant"] not in self.ahead.valid:
+            return
+        if not self._in_pass:
+            self.judged_s += line["seconds"]
+            self.judged += 0.0 if self.judged else self.ahead.first
+            self._in_pass = True
+        self.judged += self.ahead.valid[line["variant"]]
 
     def end(self, variant: str) -> None:
         """A variant goes no further: stopped, or finished early."""
@@ -45,7 +63,15 @@ class Pace:
         to_go = {n: self.total[n] - self.done[n] for n in self.total}
         if any(steps and not self.share_s[n] for n, steps in to_go.items()):
             return ""
-        return clock(sum(steps * self.share_s[n] for n, steps in to_go.items()))
+        return clock(sum(steps * self.share_s[n] for n, steps in to_go.items()) + self._judging_left())
+
+    def _judging_left(self) -> float:
+        if self.ahead is None:
+            return 0.0
+        rate = self.judged_s / self.judged if self.judged else self.token_s / FORWARDS
+        passes = sum(self.ahead.to_go(n, self.done[n], self.total[n]) * work for n, work in self.ahead.valid.items())
+        first = self.ahead.first if not self.judged and passes else 0.0
+        return rate * (passes + first + self.ahead.scoring)
 
     @property
     def over(self) -> bool:
@@ -76,8 +102,8 @@ class Lines:
             self.last_status = stage
             self._print(stage)
 
-    def begin(self, steps: Mapping[str, int]) -> None:
-        self.pace = Pace(steps)
+    def begin(self, steps: Mapping[str, int], ahead: Ahead | None = None) -> None:
+        self.pace = Pace(steps, ahead)
         self._print("training " + ", ".join(f"{name} ({n} steps)" for name, n in steps.items()))
 
     def step(self, line: Mapping[str, Any]) -> None:
@@ -98,6 +124,7 @@ class Lines:
         print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
     def valid(self, line: Mapping[str, Any]) -> None:
+        self.pace.valid(line)
         if line.get("finished_early"):
             self.pace.end(line["variant"])
         self._print(validation(line))
@@ -128,9 +155,9 @@ class Bars:
     def status(self, text: str) -> None:
         self.progress.update(self.stage, description=escape(text), visible=True)
 
-    def begin(self, steps: Mapping[str, int]) -> None:
+    def begin(self, steps: Mapping[str, int], ahead: Ahead | None = None) -> None:
         self.progress.remove_task(self.stage)
-        self.pace, self.started = Pace(steps), time.monotonic()
+        self.pace, self.started = Pace(steps, ahead), time.monotonic()
         self.tasks = {name: self._row(name, n) for name, n in steps.items()}
         self.whole = self._row("all", sum(steps.values()))
         self.stage = self._row("", None)  # the last line from now on: what comes after training
@@ -156,6 +183,7 @@ class Bars:
         self.progress.console.print("[yellow]warning:[/]", Text(text), highlight=False)
 
     def valid(self, line: Mapping[str, Any]) -> None:
+        self.pace.valid(line)
         if line.get("finished_early"):
             self.pace.end(line["variant"])
             self._end(line["variant"], "finished early")
@@ -179,7 +207,9 @@ def validation(line: Mapping[str, Any]) -> str:
     metric = line["metric"]
     judged = "" if metric == "loss" else f"  {metric} {line[f'valid_{metric}']} (base {line[f'base_valid_{metric}']})"
     early = f"; finished early: {line['finished_early']}" if line.get("finished_early") else ""
-    return f"{line['variant']} step {line['step']}: valid loss {loss} (base {base}){judged}{'  best' if line['best'] else ''}{early}"
+    tied = f", as at step {', '.join(map(str, line['ties_with']))}" if line.get("ties_with") else ""
+    best = f"  best{tied and f'{tied}, with a lower loss'}" if line["best"] else f"  ties with step {line['ties_with'][0]}" if tied else ""
+    return f"{line['variant']} step {line['step']}: valid loss {loss} (base {base}){judged}{best}{early}"
 
 
 SCORES = {"exact_match": "exact match", "token_f1": "F1"}

@@ -118,7 +118,7 @@ def stopping(stop: Stop) -> Iterator[None]:
     def handle(signum: int, frame: object) -> None:
         for s in SIGNALS:
             signal.signal(s, signal.SIG_DFL)
-        text = "\nending after this step, with a checkpoint; once more ends at once\n"
+        text = "\nending after this step, with a checkpoint; once more ends at once\n" if stop.stepping else "\n"
         os.write(2, (SHOW_CURSOR * sys.stderr.isatty() + text).encode())  # print may be what the signal has interrupted
         stop.ask(signum)
 

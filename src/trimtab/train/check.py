@@ -62,17 +62,17 @@ def check(run: RunConfig | Mapping[str, Any] | str | Path, *, rows: int = 2, sta
     device, tokenizer, architecture = _base_of(run, status)
     report = CheckReport(run.base, architecture.parameters, architecture.spec.max_positions)
     report.findings += _template_findings(tokenizer) + _run_findings(run)
-    trained: dict[str, Split] = {}
+    data: dict[str, list[Split]] = {}
     for name, config in run.data.items():
         splits = _read_data(run, name, config, tokenizer, architecture.spec.vocab_size, report, status)
-        trained[name] = splits[0]
+        data[name] = splits
         report.rendered += [_render(e, tokenizer) for e in _first(splits[0], rows)]
         report.findings += duplicates(splits[0].where, splits[0].rows)
         for held in splits[1:]:
             report.findings += contamination(splits[0].where, splits[0].rows, held.where, held.rows)
         report.findings += _fit(run, name, splits, tokenizer, architecture.spec) + _label_findings(name, config, splits)
     status("estimating memory and time")
-    estimate_run(run, architecture, trained, device, report)
+    estimate_run(run, architecture, data, device, report)
     report.findings.sort(key=lambda f: ("error", "warning", "note").index(f.level))
     report.seconds = round(time.perf_counter() - start, 3)
     return report

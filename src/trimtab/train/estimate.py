@@ -6,20 +6,24 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
+from trimtab.activations import judging_bytes, packed_bytes
 from trimtab.bases import resolve_dtype
-from trimtab.bases.machine import machine_memory
-from trimtab.data import order
+from trimtab.data import answer_of, order
 from trimtab.errors import ConfigError
-from trimtab.methods import FullConfig, Method
+from trimtab.generate import MAX_LIVE
+from trimtab.memory import free_bytes
+from trimtab.methods import FullConfig
 from trimtab.plan import Plan, plan
 from trimtab.shapes import Architecture
 from trimtab.spec import Spec
+from trimtab.train.ahead import Held, validations
 from trimtab.train.config import RunConfig
 from trimtab.train.findings import CheckReport, Estimate, Finding, Split, VariantEstimate
 from trimtab.train.options import VariantConfig
@@ -31,32 +35,38 @@ HEAP = 2.2
 """How far activations on a CPU may grow above `plan`'s sum, as glibc's heap keeps what was freed: measured on examples/halyard.yaml."""
 
 
-def estimate_run(run: RunConfig, base: Architecture, trained: Mapping[str, Split], device: torch.device, report: CheckReport) -> None:
-    """Fill in `variants` and `estimate`; a variant that does not fit the base becomes a finding."""
+def estimate_run(
+    run: RunConfig, base: Architecture, data: Mapping[str, Sequence[Split]], device: torch.device, report: CheckReport
+) -> None:
+    """Fill in `variants` and `estimate`; a variant that does not fit the base becomes a finding. data: the splits of each data set, train
+    first."""
     plans: list[tuple[VariantEstimate, Plan]] = []
-    methods: list[Method] = []
+    variants: list[VariantConfig] = []
     dtype = resolve_dtype(run.dtype, device)
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
     for v in run.variants:
-        split = trained[v.data]
+        split = data[v.data][0]
         try:
             v.method.sites_to_train(base.spec)
             if split.epoch:
                 plans.append(_variant(run, v, split, base, name))
-                methods.append(v.method)
+                variants.append(v)
         except ConfigError as e:
             report.findings.append(Finding("error", f"variants.{v.name}", e.message, e.problems, len(e.problems), e.fix))
     if not plans:
         return
     joint = [e.tokens_per_step for e, p in plans if p.full is not None]
-    longest = max(len(e.ids) for v in run.variants for e in trained[v.data].examples)
+    longest = max(len(e.ids) for v in run.variants for e in data[v.data][0].examples)
     forward = max([longest, *(min(run.max_tokens, t) for t in [sum(joint), *(e.tokens_per_step for e, p in plans if p.full is None)])])
-    memory = _memory(base, methods, name, forward, min(longest, base.spec.max_positions), run.activation_checkpointing)
     kept = base.dtype if dtype == "auto" else dtype
     assert isinstance(kept, torch.dtype)
+    steps = {e.name: e.steps for e, _ in plans}
+    passes, work = _judging(run, variants, data, steps)
+    memory = memory_bytes(run, base, variants, kept, forward, min(longest, base.spec.max_positions), passes)
     probe = probe_flops(base.spec, kept, device)
     spans = [tuple(e.flops / (probe * share) for share in EFFICIENCY[::-1]) for e, _ in plans]
     report.variants = [dataclasses.replace(e, seconds=(low, high)) for (e, _), (low, high) in zip(plans, spans, strict=True)]
+    low, high = (2 * _body(base) * work / (probe * share) for share in EFFICIENCY[::-1])
     estimate = Estimate(
         dtype=str(kept).removeprefix("torch."),
         device=str(device),
@@ -67,6 +77,7 @@ def estimate_run(run: RunConfig, base: Architecture, trained: Mapping[str, Split
         probe_flops=probe,
         efficiency=EFFICIENCY,
         seconds=(sum(low for low, _ in spans), sum(high for _, high in spans)),
+        judging_seconds=(low, high),
         answers=_answers(run, report),
     )
     report.estimate = estimate
@@ -76,6 +87,50 @@ def estimate_run(run: RunConfig, base: Architecture, trained: Mapping[str, Split
         report.findings.append(
             Finding("warning", "memory", message, fix=f"lower max_tokens or batch_size, train fewer variants together{more}.")
         )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Judging on one data set, as far as it takes memory: tokens of its rows for all contestants, its longest row, how many answers or
+    labels are asked for, and the length of an answer."""
+
+    tokens: int
+    longest: int
+    asked: int
+    answer: int
+
+
+def _judging(
+    run: RunConfig, variants: Sequence[VariantConfig], data: Mapping[str, Sequence[Split]], steps: Mapping[str, int]
+) -> tuple[list[Pass], float]:
+    """(a pass for each held-out split that is judged, tokens' worth of forwards of all of them together: see `ahead`)."""
+    passes, work = list[Pass](), 0.0
+    for name, splits in data.items():
+        who = [v for v in variants if v.data == name]
+        for split in splits[1:] if who else ():
+            kept = split.examples[: run.evaluate.max_rows]
+            asked = sum(answer_of(row) is not None for row in split.rows[: len(kept)])
+            labels = run.data[name].labels
+            chosen = len(labels) if isinstance(labels, list) else 2 * bool(labels)
+            held = Held(kept, asked, chosen, run.evaluate.max_new_tokens)
+            if split.name == "test":
+                asks = {v.name: (run.evaluate.generate, True) for v in who}
+                times = dict.fromkeys(asks, 1)
+            else:
+                metrics = {v.name: v.options.valid_metric for v in who}
+                asks = {n: (m not in ("loss", "label_accuracy"), m == "label_accuracy") for n, m in metrics.items()}
+                times = {v.name: validations(steps[v.name], v.options.eval_every or _epoch_steps(v, splits[0])) for v in who}
+            base = (any(g for g, _ in asks.values()), any(c for _, c in asks.values()))
+            work += sum(held.work(*ask) * times[n] for n, ask in asks.items()) + held.work(*base)
+            said = [*asks.values(), base]
+            generating, choosing = sum(g for g, _ in said), sum(c for _, c in said) if chosen else 0
+            answer = run.evaluate.max_new_tokens if generating else 0
+            passes.append(Pass(held.tokens * len(said), held.longest, asked * max(generating, choosing), answer))
+    return [p for p in passes if p.tokens], work
+
+
+def _epoch_steps(v: VariantConfig, split: Split) -> int:
+    return max(1, math.ceil(math.ceil(len(split.epoch) / v.options.batch_size) / v.options.gradient_accumulation_steps))
 
 
 def _variant(run: RunConfig, v: VariantConfig, split: Split, base: Architecture, dtype: str) -> tuple[VariantEstimate, Plan]:
@@ -91,8 +146,7 @@ def _variant(run: RunConfig, v: VariantConfig, split: Split, base: Architecture,
     supervised = sum(int(e.supervised.sum()) for e in split.epoch) / lengths.sum()
     # Frozen linears cost 2 FLOPs a parameter and token in the forward and 2 in the backward; the output head works on supervised rows only.
     # Activation checkpointing runs the layers' forward once more.
-    table = spec.vocab_size * spec.hidden_size
-    body = base.parameters - table * (1 if spec.tied_head else 2)
+    table, body = spec.vocab_size * spec.hidden_size, _body(base)
     adapter = 0 if isinstance(v.method, FullConfig) or virtual_tokens(v) else costs.trainable
     per_token = (6 if isinstance(v.method, FullConfig) else 4) * (body + supervised * table) + 6 * adapter
     per_token += 2 * (body + adapter) if run.activation_checkpointing else 0
@@ -113,14 +167,63 @@ def _variant(run: RunConfig, v: VariantConfig, split: Split, base: Architecture,
     return estimate, costs
 
 
-def _memory(base: Architecture, methods: Sequence[Method], dtype: str, tokens: int, length: int, again: bool) -> tuple[int, int]:
-    """(least, most): the base once, each variant's tensors, gradients and optimizer, and the activations of the dearest method on all rows,
-    up to `HEAP` times. Fully fine-tuned variants hold a model each. again: activation checkpointing."""
-    options: dict[str, Any] = {"dtype": dtype, "batch_tokens": tokens, "sequence_length": length, "activation_checkpointing": again}
-    plans = [plan(base, m, **options) for m in methods]
-    own = sum(p.weight_bytes + p.gradient_bytes + p.optimizer_bytes + (p.base_bytes if p.full is None else 0) for p in plans)
-    held, activations = plans[0].base_bytes + own, max(p.activation_bytes for p in plans)
-    return held + activations, held + int(HEAP * activations)
+def memory_bytes(
+    run: RunConfig,
+    base: Architecture,
+    variants: Sequence[VariantConfig],
+    dtype: torch.dtype,
+    tokens: int,
+    length: int,
+    passes: Sequence[Pass],
+) -> tuple[int, int]:
+    """(least, most) of a run whose forwards have `tokens` rows in sequences of `length`, and which is judged in `passes`:
+
+        base       once, and once more for each fully fine-tuned variant
+        variants   tensors, gradients, moments, the best tensors where they are kept; packed for inference where they are judged
+        inference  where answers or labels are asked for, the copy of the weights that decoding makes, of each model
+        the rest   activations of the dearest method; the fp32 gradients of a fully fine-tuned variant, which are made when those are gone;
+                   or what judging takes (`judging_bytes`): whichever is most
+
+    The most: activations beside the other two, all up to `HEAP` times, since the heap keeps in pieces what was freed.
+    """
+    spec, again = base.spec, run.activation_checkpointing
+    name = str(dtype).removeprefix("torch.")
+    plans = [
+        plan(base, v.method, dtype=name, batch_tokens=tokens, sequence_length=length, activation_checkpointing=again) for v in variants
+    ]
+    held = plans[0].base_bytes
+    full = [p for p in plans if p.full is None]
+    for v, p in zip(variants, plans, strict=True):
+        held += p.weight_bytes + p.gradient_bytes + p.optimizer_bytes
+        held += 4 * p.trainable if v.options.keep_best and run.data[v.data].valid else 0
+        held += p.base_bytes if p.full is None else p.serve_adapter_bytes * bool(passes)
+    virtual = max(map(virtual_tokens, variants), default=0)
+    judged = 0
+    for one in passes:
+        capacity = min(spec.max_positions, one.longest + virtual + one.answer)
+        slots, rows = min(MAX_LIVE, one.asked), max(one.longest, min(run.max_tokens, one.tokens))
+        judged = max(judged, judging_bytes(spec, dtype, rows, one.longest, slots, capacity))
+    held += (1 + len(full)) * packed_bytes(spec, dtype) if any(one.asked for one in passes) else 0
+    activations, masters = max(p.activation_bytes for p in plans), max((4 * p.trainable for p in full), default=0)
+    return held + max(activations, judged, masters), held + int(HEAP * (activations + max(judged, masters)))
+
+
+def fitting_tokens(run: RunConfig, base: Architecture, variants: Sequence[VariantConfig], dtype: torch.dtype, length: int) -> int | None:
+    """The largest half, quarter, … of `max_tokens` whose forwards fit the memory that is free, beside what is held already; None where none
+    does, since a row longer than that runs alone."""
+    tokens, free = run.max_tokens // 2, available_bytes(torch.device("cpu"))
+    while tokens >= max(64, length):
+        name, again = str(dtype).removeprefix("torch."), run.activation_checkpointing
+        options: dict[str, Any] = {"dtype": name, "batch_tokens": tokens, "sequence_length": length, "activation_checkpointing": again}
+        if HEAP * max(plan(base, v.method, **options).activation_bytes for v in variants) <= free:
+            return tokens
+        tokens //= 2
+    return None
+
+
+def _body(base: Architecture) -> int:
+    """Parameters between embedding and head."""
+    return base.parameters - base.spec.vocab_size * base.spec.hidden_size * (1 if base.spec.tied_head else 2)
 
 
 def probe_flops(spec: Spec, dtype: torch.dtype, device: torch.device) -> float:
@@ -142,10 +245,8 @@ def probe_flops(spec: Spec, dtype: torch.dtype, device: torch.device) -> float:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be had on the device; on a CPU within the container's limit."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return machine_memory()[1]
+    """Memory that can still be had on the device; on a CPU within the container's and the process's limits."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_bytes()
 
 
 def _answers(run: RunConfig, report: CheckReport) -> int:

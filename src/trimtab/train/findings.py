@@ -110,9 +110,9 @@ class VariantEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of the whole run. forward_tokens: rows of its largest forward. memory_bytes: (least, most), see `estimate._memory`; the process
-    itself holds process_bytes besides. probe_flops: matmul speed measured here, per second. answers: texts that scoring generates after
-    training, which seconds leave out."""
+    """Of the whole run. forward_tokens: rows of its largest forward. memory_bytes: (least, most), see `estimate.memory_bytes`; the
+    process itself holds process_bytes besides. probe_flops: matmul speed measured here, per second. seconds: of all steps.
+    judging_seconds: of validation and of the scores at the end. answers: texts that are generated for those scores."""
 
     dtype: str
     device: str
@@ -123,6 +123,7 @@ class Estimate:
     probe_flops: float
     efficiency: tuple[float, float]
     seconds: tuple[float, float]
+    judging_seconds: tuple[float, float]
     answers: int
 
 

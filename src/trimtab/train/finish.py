@@ -132,6 +132,13 @@ def _validation(v: Variant) -> dict[str, Any]:
     p, o = v.progress, v.config.options
     if not p.valid:
         return {"saved_step": p.step}
-    best = {"metric": o.valid_metric, "best": p.best_metric, "best_step": p.best_step, "finished_early": p.finished_early or None}
+    best: dict[str, Any] = {
+        "metric": o.valid_metric,
+        "best": p.best_metric,
+        "best_step": p.best_step,
+        "finished_early": p.finished_early or None,
+    }
+    tied = [x["step"] for x in p.valid if x[o.valid_metric] == p.best_metric and x["step"] != p.best_step]
+    best |= {"tied_steps": tied} if tied and p.best_metric is not None else {}
     kept = o.keep_best and p.best_metric is not None
     return {"saved_step": p.best_step if kept else p.step, "valid": best | {"base": p.base_valid, "history": p.valid}}

@@ -32,7 +32,7 @@ def end_worst(halving: Halving, validated: Iterable[Variant]) -> list[Variant]:
     """End the worst of the variants that have just been validated, where the step is a rung; returns them, best first.
 
     All live variants of a run stand at the same step. They are ranked by this validation, not by the best so far; where two are equal, the
-    one that comes first in the run goes on. What is not finite is the worst.
+    one with the lower loss goes on, and of those the one that comes first in the run. What is not finite is the worst.
     """
     live = sorted((v for v in validated if v.live and v.progress.step % halving.every == 0), key=_badness)
     stay = max(1, math.floor(halving.keep * len(live) + 1e-9))  # 0.29 · 100 is a little below 29
@@ -44,7 +44,8 @@ def end_worst(halving: Halving, validated: Iterable[Variant]) -> list[Variant]:
     return live[stay:]
 
 
-def _badness(v: Variant) -> float:
-    metric = v.config.options.valid_metric
-    value = v.progress.valid[-1][metric]
-    return math.inf if value is None else value if metric == "loss" else -value
+def _badness(v: Variant) -> tuple[float, float]:
+    metric, last = v.config.options.valid_metric, v.progress.valid[-1]
+    value, loss = last[metric], last["loss"]
+    bad = math.inf if value is None else value if metric == "loss" else -value
+    return bad, math.inf if loss is None else loss

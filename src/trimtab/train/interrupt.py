@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from trimtab.errors import TrimtabError
 
+class Interrupted(BaseException):
+    """A run has ended before its end. signum: the signal that asked for it; the exit code is 128 more, as shells have it.
 
-class Interrupted(TrimtabError):
-    """A run has ended before its end. signum: the signal that asked for it; the exit code is 128 more, as shells have it."""
+    No Exception, for the reason that KeyboardInterrupt is none: it is raised wherever the signal comes, inside a library too, and code that
+    expects a library's errors must not take it for one.
+    """
 
     def __init__(self, signum: int, where: str = ""):
         self.exit_code = 128 + signum
@@ -28,6 +30,11 @@ class Stop:
         self.signum = signum
         if not self._stepping:
             raise Interrupted(signum)
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a wish is acted on after the step."""
+        return self._stepping
 
     @contextmanager
     def held(self) -> Iterator[None]:

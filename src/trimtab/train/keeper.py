@@ -10,7 +10,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from trimtab.errors import AdapterError, TrimtabError
+from trimtab.memory import explained
+from trimtab.shapes import Architecture
 from trimtab.train.checkpoint import Checkpoint, Moment, restore_variants, write_checkpoint
+from trimtab.train.estimate import fitting_tokens
 from trimtab.train.interrupt import Interrupted, Stop
 from trimtab.train.listen import Listener
 from trimtab.train.prepare import Prepared
@@ -54,6 +57,25 @@ class Keeper:
             newest = f"the newest is {self.saved.name}" if self.saved else "there is none yet"
             reason = error.message if isinstance(error, AdapterError) else str(error)
             self.listener.warning(f"no checkpoint after step {self.step}, the run goes on ({newest}): {reason}")
+
+    @contextmanager
+    def within_memory(self, doing: str) -> Iterator[None]:
+        """While the run computes: where memory runs out, OutOfMemory says what was done, what would fit, and what is saved."""
+        with explained(f"{doing}, after step {self.step}", self._what_fits):
+            yield
+
+    def _what_fits(self) -> str:
+        prepared, run = self.prepared, self.prepared.run
+        data = {name: vars(splits).values() for name, splits in prepared.data.items()}
+        longest = max(len(e.ids) for splits in data.values() for d in splits if d is not None for e in d.examples)
+        base = prepared.base
+        shape = Architecture(base.name, base.spec, base.spec.num_parameters, base.dtype)
+        tokens = fitting_tokens(run, shape, [v.config for v in prepared.variants], base.dtype, longest)
+        fits = [f"a run with max_tokens: {tokens}"] if tokens else [f"rows shorter than the longest, of {longest} tokens (max_length)"]
+        fits += ["fewer variants"] if len(prepared.variants) > 1 else []
+        saved = f" (which {self.saved} goes on with: --resume)" if self.saved else ""
+        fits += [] if run.activation_checkpointing else [f"activation_checkpointing: true{saved}"]
+        return f"max_tokens is {run.max_tokens}; what takes less: {', or '.join(fits)}"
 
     @contextmanager
     def explained(self) -> Iterator[None]:

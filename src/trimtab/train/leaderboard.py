@@ -1,11 +1,13 @@
 """The leaderboard of a sweep: its trials, best first, from the summaries of the runs in which they trained.
 
 A trial's figure is that of the tensors that are saved: its best validation, or its last where keep_best is off. Those that trained to their
-end come first; then those that were halved, the later the better, since each lost to all that went on; those that diverged come last.
+end come first; then those that were halved, the later the better, since each lost to all that went on; those that diverged come last. Of
+equal ones that with the lower loss comes first.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +25,8 @@ def rank(sweep: Sweep, trained: Mapping[str, tuple[str, Mapping[str, Any]]]) -> 
     """
     metric = sweep.options.metric
     entries = [_entry(t, metric, *trained[t.name]) for t in sweep.trials]
-    entries.sort(key=lambda e: _order(e, metric in LOWER_IS_BETTER))
+    losses = {t.name: _figure(trained[t.name][1], "loss") for t in sweep.trials}
+    entries.sort(key=lambda e: (*_order(e, metric in LOWER_IS_BETTER), math.inf if (x := losses[e["trial"]]) is None else x))
     rows = [{"rank": i} | e for i, e in enumerate(entries, 1)]
     first = rows[0]
     base = next((v["valid"]["base"].get(metric) for _, v in trained.values() if "valid" in v), None)
@@ -44,13 +47,18 @@ def _entry(trial: Trial, metric: str, folder: str, v: Mapping[str, Any]) -> dict
         "method": v["method"],
         "state": state,
         "why": v["stopped"] or early,
-        "valid": next((x[metric] for x in valid.get("history", ()) if x["step"] == v["saved_step"]), None),
+        "valid": _figure(v, metric),
         "step": v["saved_step"],
         "steps": v["steps"],
         "seconds": v["seconds"],
         "parameters": v["trainable"],
         "adapter": f"{folder}/adapters/{trial.name}",
     }
+
+
+def _figure(v: Mapping[str, Any], metric: str) -> float | None:
+    """What the valid rows say of the tensors that are saved."""
+    return next((x[metric] for x in v.get("valid", {}).get("history", ()) if x["step"] == v["saved_step"]), None)
 
 
 def _order(entry: Mapping[str, Any], lower: bool) -> tuple[int, int, bool, float]:

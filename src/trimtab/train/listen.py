@@ -8,15 +8,17 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from trimtab.train.ahead import Ahead
     from trimtab.train.prepare import Prepared
 
 
 class Listener(Protocol):
-    """Hears a run. status: a stage begins. step: a variant has stepped (the line of metrics.jsonl). valid: a variant has been
-    validated (its line). stopped: a variant has given up, and why. warning: the run goes on, but somebody should know."""
+    """Hears a run. status: a stage begins. begin: the steps begin, of each variant so many, and what comes beside them. step: a variant has
+    stepped (the line of metrics.jsonl). valid: a variant has been validated (its line). stopped: a variant has given up, and why. warning:
+    the run goes on, but somebody should know."""
 
     def status(self, text: str) -> None: ...
-    def begin(self, steps: Mapping[str, int]) -> None: ...
+    def begin(self, steps: Mapping[str, int], ahead: Ahead) -> None: ...
     def step(self, line: Mapping[str, Any]) -> None: ...
     def valid(self, line: Mapping[str, Any]) -> None: ...
     def stopped(self, variant: str, reason: str) -> None: ...
@@ -29,7 +31,7 @@ class Silent:
     def status(self, text: str) -> None:
         """Not shown."""
 
-    def begin(self, steps: Mapping[str, int]) -> None:
+    def begin(self, steps: Mapping[str, int], ahead: Ahead) -> None:
         """Not shown."""
 
     def step(self, line: Mapping[str, Any]) -> None:

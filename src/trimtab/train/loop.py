@@ -14,10 +14,12 @@ from typing import Any
 
 from trimtab import bases
 from trimtab.errors import BaseError, Mistakes
+from trimtab.memory import explained
 from trimtab.methods import FullConfig
 from trimtab.model import Base, load_base
 from trimtab.store import Adapter
 from trimtab.store.registry import Store
+from trimtab.train.ahead import Ahead
 from trimtab.train.before import note_mistakes
 from trimtab.train.config import RunConfig
 from trimtab.train.finish import adapter_of, evaluate, note_scores, save, summarise, test_rows
@@ -31,10 +33,10 @@ from trimtab.train.page import write_page
 from trimtab.train.prepare import prepare, set_up, warn_of_rows
 from trimtab.train.publish import open_store, publish_variants, refuse_unpublished
 from trimtab.train.report import write_json
-from trimtab.train.resume import find_start, identity, occupied, refuse_changes, settings
+from trimtab.train.resume import find_start, identity, occupied, refuse_changes, refuse_other_content, settings
 from trimtab.train.sinks import tracking
 from trimtab.train.step import run_windows
-from trimtab.train.validate import Validator
+from trimtab.train.validate import Validator, ahead
 from trimtab.train.variant import Variant, Window
 
 
@@ -86,16 +88,17 @@ def train(
     base = base or load_base(run.base, dtype=run.dtype, device=run.device)
     before = bases.fingerprint_model(base.model)
     set_up(run, base, listener)
-    prepared = prepare(run, base)
-    warn_of_rows(prepared, listener)
-    validator, tests = Validator(prepared, halving), test_rows(prepared)
+    with explained("reading rows and making the variants", "train fewer variants together, on fewer rows, or make memory free"):
+        prepared = prepare(run, base)
+        warn_of_rows(prepared, listener)
+        validator, tests = Validator(prepared, halving), test_rows(prepared)
     what = identity(prepared, before)
     if start is not None:
         refuse_changes(start.identity["content"], what["content"], "the base or the data have changed since the checkpoint")
     with occupied(run.out, start):
         keeper = Keeper(prepared, what, start, listener)
         with keeper.metrics:
-            _steps(keeper, validator, listener, stop, beside)
+            _steps(keeper, validator, ahead(validator, tests), listener, stop, beside)
         adapters = {v.name: adapter_of(prepared, v) for v in prepared.variants if not isinstance(v, FullVariant)}
         with keeper.explained():
             sizes = save(prepared, adapters)
@@ -104,7 +107,8 @@ def train(
             raise _changed(run, before, after)
         with keeper.explained():
             listener.status("scoring on held-out rows")
-            scored = evaluate(prepared, adapters, tests, listener)
+            with keeper.within_memory("scoring on held-out rows"):
+                scored = evaluate(prepared, adapters, tests, listener)
             note_scores(prepared, adapters, scored)
             fingerprints = {"before": before, "after": after}
             summary = summarise(prepared, scored, sizes, keeper.seconds, fingerprints) | what
@@ -124,13 +128,17 @@ def _changed(run: RunConfig, before: str, after: str) -> BaseError:
 
 
 def finished(run: RunConfig, base: Base | None, listener: Listener, store: str | Path | None = None) -> Report:
-    """The report of a run that has nothing left to do but to publish what is not yet. ConfigError where the run file has changed since."""
+    """The report of a run that has nothing left to do but to publish what is not yet. ConfigError where the run file, the data or the base
+    have changed since."""
     summary = json.loads((run.out / "summary.json").read_text(encoding="utf-8"))
     refuse_changes(summary.get("settings", {}), settings(run), f"the run in {run.out} is finished, and its run file has changed since")
+    base = base or load_base(run.base, dtype=run.dtype or summary.get("dtype"), device=run.device)
+    if "content" in summary:
+        what = f"the run in {run.out} is finished, and its base or its data have changed since"
+        refuse_other_content(run, base, summary["content"], what, listener)
     if not (run.out / "report.html").exists():  # killed, or out of disk, after the summary
         write_page([run.out], run.out / "report.html")
     listener.status(f"the run in {run.out} is finished, there is nothing left to do")
-    base = base or load_base(run.base, dtype=run.dtype, device=run.device)
     _publish(run, open_store(run, store), base, summary, listener)
     names = [v.name for v in run.variants if not isinstance(v.method, FullConfig)]
     return Report(run.out, summary, {n: Adapter.load(run.out / "adapters" / n, base) for n in names}, base)
@@ -145,19 +153,20 @@ def _publish(run: RunConfig, store: Store | None, base: Base, summary: dict[str,
         refuse_unpublished(run, store, problems)
 
 
-def _steps(keeper: Keeper, validator: Validator, listener: Listener, stop: Stop, beside: Beside) -> None:
+def _steps(keeper: Keeper, validator: Validator, before: Ahead, listener: Listener, stop: Stop, beside: Beside) -> None:
     """Step all live variants together until each has finished or stopped, keeping checkpoints. Interrupted where `stop` asks for it."""
     run, variants = keeper.prepared.run, keeper.prepared.variants
-    listener.begin({v.name: v.total_steps for v in variants})
+    listener.begin({v.name: v.total_steps for v in variants}, before)
     heap = Heap(sparing=run.activation_checkpointing)
     tracked = tracking(run.track, run.out, keeper.identity["settings"], keeper.metrics, listener.warning)
     with tracked as metrics, stop.held(), beside(keeper.prepared) as between:
         while live := [v for v in variants if v.live]:
             start = time.perf_counter()
             windows = {v: v.window() for v in live}
-            losses = run_windows(windows, run.max_tokens)
-            tokens, elapsed = sum(w.tokens for w in windows.values()), time.perf_counter() - start
-            logged = {v: v.step(losses[v], w, elapsed * w.tokens / tokens) for v, w in windows.items()}
+            with keeper.within_memory("training"):
+                losses = run_windows(windows, run.max_tokens)
+                tokens, elapsed = sum(w.tokens for w in windows.values()), time.perf_counter() - start
+                logged = {v: v.step(losses[v], w, elapsed * w.tokens / tokens) for v, w in windows.items()}
             heap.after_step()
             seconds = time.perf_counter() - start
             for v, w in windows.items():
@@ -167,7 +176,8 @@ def _steps(keeper: Keeper, validator: Validator, listener: Listener, stop: Stop,
                 listener.step(line)
                 if v.progress.stopped:
                     listener.stopped(v.name, v.progress.stopped)
-            validator.after_step(live, metrics, listener)
+            with keeper.within_memory("validating"):
+                validator.after_step(live, metrics, listener)
             keeper.after_step(seconds, stop)
             between()
 

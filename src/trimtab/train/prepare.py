@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trimtab.data import Dataset, Example, Source, load_examples, summarise_dropped
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import ConfigError, DataError, Mistakes
 from trimtab.methods import FullConfig
 from trimtab.model import Base
 from trimtab.store import Adapter
@@ -47,7 +47,11 @@ def set_up(run: RunConfig, base: Base, listener: Listener) -> None:
 
 def prepare(run: RunConfig, base: Base) -> Prepared:
     """Read and check everything. TrimtabError where data, methods and base do not fit together."""
-    data = {name: read_splits(run, name, config, base) for name, config in run.data.items() if any(v.data == name for v in run.variants)}
+    data, mistakes = dict[str, Splits](), Mistakes()
+    for name in [n for n in run.data if any(v.data == n for v in run.variants)]:
+        with mistakes.noted():
+            data[name] = read_splits(run, name, run.data[name], base)
+    mistakes.refuse("these data cannot be trained on")
     refuse_long(run, base, data)
     return Prepared(run, base, data, [make_variant(run, base, v, data[v.data].train.examples) for v in run.variants])
 
@@ -74,8 +78,13 @@ def read_splits(run: RunConfig, name: str, config: DataConfig, base: Base) -> Sp
             vocab_size=base.spec.vocab_size,
         )
 
-    valid, test = (read(name, sources) if sources else None for name, sources in (("valid", config.valid), ("test", config.test)))
-    return Splits(read("train", config.train), valid, test)
+    found, mistakes = dict[str, Dataset](), Mistakes()
+    for split, sources in (("train", config.train), ("valid", config.valid), ("test", config.test)):
+        if sources:
+            with mistakes.noted():
+                found[split] = read(split, sources)
+    mistakes.refuse(f"data.{name} cannot be used")
+    return Splits(found["train"], found.get("valid"), found.get("test"))
 
 
 def refuse_long(run: RunConfig, base: Base, data: dict[str, Splits]) -> None:

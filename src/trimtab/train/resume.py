@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import ConfigError
+from trimtab.bases import fingerprint_model
+from trimtab.errors import ConfigError, DataError
+from trimtab.model import Base
 from trimtab.train.checkpoint import STAGING, Checkpoint, Damaged, clear_staging, folder_of, newest_checkpoint, steps_of
 from trimtab.train.config import RunConfig
-from trimtab.train.prepare import Prepared
+from trimtab.train.listen import Listener
+from trimtab.train.prepare import Prepared, Splits, read_splits
 
 FREE = {"out", "root", "variants", "checkpoint_every", "keep_checkpoints", "track", "store", "activation_checkpointing"}
 """Keys of a run that a resumed one may change, since no number depends on them; variants are compared one by one."""
@@ -44,6 +47,22 @@ def identity(prepared: Prepared, fingerprint: str) -> dict[str, Any]:
             if (dataset := getattr(splits, split)) is not None:
                 content[f"data.{name}.{split}"] = dataset.digest
     return {"settings": settings(prepared.run), "content": content}
+
+
+def refuse_other_content(run: RunConfig, base: Base, then: Mapping[str, Any], what: str, listener: Listener) -> None:
+    """ConfigError where a finished run was trained on another base, or on other rows than its sources hold now. then: what its folder says.
+
+    Rows that cannot be read any more are only warned of: what they have taught is there all the same.
+    """
+    data, then = dict[str, Splits](), {k: v for k, v in then.items() if k != "device"}
+    for name in dict.fromkeys(v.data for v in run.variants):
+        try:
+            data[name] = read_splits(run, name, run.data[name], base)
+        except DataError as e:
+            listener.warning(f"whether data.{name} is still what was trained on cannot be told: {e.message}")
+            then = {k: v for k, v in then.items() if k not in {f"data.{name}.{split}" for split in ("train", "valid", "test")}}
+    now = identity(Prepared(run, base, data, []), fingerprint_model(base.model))["content"]
+    refuse_changes(then, {k: v for k, v in now.items() if k != "device"}, what)
 
 
 def find_start(run: RunConfig, resume: bool) -> Checkpoint | None:

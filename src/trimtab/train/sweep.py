@@ -37,7 +37,7 @@ from trimtab.train.options import VariantConfig
 from trimtab.train.page import write_page
 from trimtab.train.prepare import Prepared, Splits, read_splits, refuse_long
 from trimtab.train.report import write_json
-from trimtab.train.resume import identity, refuse_changes, refuse_no_folder, settings
+from trimtab.train.resume import identity, refuse_changes, refuse_no_folder, refuse_other_content, settings
 from trimtab.train.trials import Sweep
 
 WHAT, BOARD = "sweep.json", "leaderboard.json"
@@ -68,7 +68,7 @@ def sweep(
     what = what if isinstance(what, Sweep) else Sweep.load(what)
     run, listener, stop = what.run, listener or Silent(), stop or Stop()
     if resume and (run.out / BOARD).exists():
-        return _finished(what, listener)
+        return _finished(what, base, listener)
     mistakes = Mistakes()
     with mistakes.noted():
         _refuse_occupied(run.out, resume)
@@ -183,11 +183,14 @@ def _part(run: RunConfig, group: Group) -> RunConfig:
 # ---- after it ------------------------------------------------------------
 
 
-def _finished(what: Sweep, listener: Listener) -> SweepReport:
-    """The report of a sweep that has nothing left to do. ConfigError where its file has changed since."""
+def _finished(what: Sweep, base: Base | None, listener: Listener) -> SweepReport:
+    """The report of a sweep that has nothing left to do. ConfigError where its file, the data or the base have changed since."""
     out = what.run.out
     then = json.loads((out / WHAT).read_text(encoding="utf-8"))
     refuse_changes(then["settings"], _settings(what), f"the sweep in {out} is finished, and its file has changed since")
+    base = base or load_base(what.run.base, dtype=what.run.dtype or then["content"].get("dtype"), device=what.run.device)
+    changed = f"the sweep in {out} is finished, and its base or its data have changed since"
+    refuse_other_content(what.run, base, then["content"], changed, listener)
     listener.status(f"the sweep in {out} is finished, there is nothing left to do")
     return SweepReport(out, json.loads((out / BOARD).read_text(encoding="utf-8")))
 

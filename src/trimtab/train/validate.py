@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trimtab.attach import Attached
@@ -17,6 +17,7 @@ from trimtab.bank import Mix
 from trimtab.batch import BASE
 from trimtab.data import valid_json
 from trimtab.errors import DataError
+from trimtab.train.ahead import Ahead, Held
 from trimtab.train.evaluate import Contestant, HeldOut, Judge, Results
 from trimtab.train.finish import adapter_of, held_out
 from trimtab.train.full import FullVariant
@@ -103,18 +104,47 @@ class Validator:
 
 def is_due(v: Variant) -> bool:
     """Whether a variant that has just stepped is to be validated: every `eval_every` steps (by default once per epoch) and at its end."""
-    o, p = v.config.options, v.progress
-    every = o.eval_every or max(1, math.ceil(v.rows.batches / o.gradient_accumulation_steps))
-    return not p.stopped and (p.step % every == 0 or p.step == v.total_steps)
+    p = v.progress
+    return not p.stopped and (p.step % every(v) == 0 or p.step == v.total_steps)
+
+
+def every(v: Variant) -> int:
+    """Steps between validations."""
+    o = v.config.options
+    return o.eval_every or max(1, math.ceil(v.rows.batches / o.gradient_accumulation_steps))
+
+
+def ahead(validator: Validator, tests: Mapping[str, HeldOut]) -> Ahead:
+    """What a run has before it beside its steps."""
+    run, variants = validator.prepared.run, validator.prepared.variants
+    judged = [v for v in variants if v.config.data in validator.held]
+
+    def work(held: HeldOut, contestant: Contestant) -> float:
+        rows = Held(held.examples, len(held.questions), len(held.labels), run.evaluate.max_new_tokens)
+        return rows.work(contestant.generates, contestant.chooses)
+
+    valid = {v.name: work(validator.held[v.config.data], _contestant(v.name, BASE, [v])) for v in judged}
+    first = sum(work(h, _contestant("", BASE, [v for v in judged if v.config.data == d])) for d, h in validator.held.items())
+    scored = ((h, 1 + sum(v.config.data == d for v in variants)) for d, h in tests.items())
+    scoring = sum(n * work(h, Contestant("", BASE, run.evaluate.generate)) for h, n in scored)
+    return Ahead({v.name: every(v) for v in judged}, valid, first, scoring)
 
 
 def record(v: Variant, scores: dict[str, Any]) -> dict[str, Any]:
-    """Take a validation into the variant's progress: is it the best, is it time to end? Returns its line for metrics.jsonl."""
+    """Take a validation into the variant's progress: is it the best, is it time to end? Returns its line for metrics.jsonl.
+
+    Of validations with the same value of the metric, the one with the lower loss is the best, and of those the earlier one. Patience counts
+    the metric alone: a validation that only wins a tie is none that improves.
+    """
     o, p = v.config.options, v.progress
-    value = scores[o.valid_metric]
-    better = value is not None and (p.best_metric is None or (value < p.best_metric if o.valid_metric == "loss" else value > p.best_metric))
+    value, earlier = scores[o.valid_metric], [x["step"] for x in ties(v)]
+    improved = value is not None and (
+        p.best_metric is None or (value < p.best_metric if o.valid_metric == "loss" else value > p.best_metric)
+    )
+    tied = value is not None and value == p.best_metric
+    better = improved or (tied and _finite(scores["loss"]) < _finite(_loss_at(v, p.best_step)))
     p.valid.append({"step": p.step, **scores})
-    p.bad_evals = 0 if better else p.bad_evals + 1
+    p.bad_evals = 0 if improved else p.bad_evals + 1
     if better:
         p.best_metric, p.best_step = value, p.step
     if o.patience is not None and p.bad_evals >= o.patience and v.live:
@@ -126,7 +156,22 @@ def record(v: Variant, scores: dict[str, Any]) -> dict[str, Any]:
             v.keep()
     line = {"event": "valid", "variant": v.name, "step": p.step, "epoch": v.rows.epoch, "metric": o.valid_metric, "best": better}
     line |= {f"valid_{k}": x for k, x in scores.items()} | {f"base_valid_{k}": p.base_valid.get(k) for k in scores}
+    line |= {"ties_with": earlier} if tied else {}
     return line | ({"finished_early": p.finished_early} if p.finished_early else {})
+
+
+def ties(v: Variant) -> list[dict[str, Any]]:
+    """The validations that reached the best value of the metric."""
+    metric, p = v.config.options.valid_metric, v.progress
+    return [x for x in p.valid if p.best_metric is not None and x[metric] == p.best_metric]
+
+
+def _loss_at(v: Variant, step: int) -> float | None:
+    return next(x["loss"] for x in v.progress.valid if x["step"] == step)
+
+
+def _finite(loss: float | None) -> float:
+    return math.inf if loss is None else loss
 
 
 def _contestant(name: str, member: int, judged_by: Sequence[Variant]) -> Contestant:

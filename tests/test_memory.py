@@ -1,0 +1,149 @@
+"""Memory that runs out is told as such: what was done, how much was asked for, what would fit. The errors are real ones."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from tests.train.common import METHODS, run_file, tiny_base
+from trimtab import model
+from trimtab.cli import main
+from trimtab.errors import ConfigError, TrimtabError
+from trimtab.memory import OutOfMemory, asked_bytes, explained, free_bytes, ran_out
+from trimtab.train import RunConfig, train
+
+HUGE = 2**50
+
+
+def torch_error() -> BaseException:
+    try:
+        torch.empty(HUGE, dtype=torch.uint8)
+    except RuntimeError as error:
+        return error
+    raise AssertionError
+
+
+def numpy_error() -> BaseException:
+    try:
+        np.ones(HUGE, dtype=np.uint8)
+    except MemoryError as error:
+        return error
+    raise AssertionError
+
+
+def test_each_kind_is_known_and_says_how_much() -> None:
+    assert ran_out(torch_error()) and asked_bytes(torch_error()) == HUGE
+    assert ran_out(numpy_error()) and asked_bytes(numpy_error()) == HUGE
+    assert ran_out(MemoryError()) and asked_bytes(MemoryError()) is None
+    assert ran_out(RuntimeError("std::bad_alloc")) and ran_out(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    cuda = RuntimeError("CUDA out of memory. Tried to allocate 20.50 MiB. GPU 0 has a total capacity of 139 GiB")
+    assert ran_out(cuda) and asked_bytes(cuda) == int(20.5 * 2**20)
+    for other in (RuntimeError("shapes differ"), OSError(errno.ENOSPC, "No space"), ValueError("x"), KeyError("memory")):
+        assert not ran_out(other)
+    wrapped = ValueError("could not load")
+    wrapped.__cause__ = torch_error()
+    assert ran_out(wrapped)
+
+
+def test_explained() -> None:
+    with pytest.raises(
+        OutOfMemory, match=r"memory ran out while baking: 1\.13e\+06 GB were asked for at once, .* GB are free\nfix: less flour"
+    ):
+        with explained("baking", lambda: "less flour"):
+            torch.empty(HUGE, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="other"), explained("baking", "x"):
+        raise ValueError("other")
+    with pytest.raises(ConfigError), explained("baking", "x"):
+        raise ConfigError("not enough memory in the file's name")
+    assert 0 < free_bytes() < 2**50
+
+
+def test_loading(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def load(*_: Any, **__: Any) -> None:
+        torch.empty(HUGE, dtype=torch.uint8)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(OutOfMemory, match="while loading the base") as caught:
+        model.load_base(str(tiny_llama_folder))
+    numbers = tiny_base().spec.num_parameters
+    assert f"{numbers * 4 / 1e9:.3g} GB in float32" in caught.value.fix and f"{numbers * 2 / 1e9:.3g} GB in bfloat16" in caught.value.fix
+    assert "causal language model" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("trimtab.train.loop.run_windows", "while training, after step 0: "),
+        ("trimtab.train.validate.Validator._judge", "while validating, after step 0: "),
+        ("trimtab.train.loop.evaluate", "while scoring on held-out rows, after step 2: "),
+        ("trimtab.train.loop.prepare", "while reading rows and making the variants: "),
+    ],
+)
+@pytest.mark.parametrize("error", [torch_error, numpy_error, lambda: RuntimeError("std::bad_alloc")])
+def test_a_run_says_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, words: str, error: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error()
+
+    content = run_file(tmp_path, {"v": METHODS["lora"] | {"data": "a", "max_steps": 2, "eval_every": 1}}, checkpoint_every=1)
+    content["data"]["a"]["valid"] = "a-test.jsonl"
+    run = RunConfig.from_dict(content, root=tmp_path)
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(OutOfMemory) as caught:
+        train(run, base=tiny_base())
+    said = str(caught.value)
+    assert words in said and "GB are free" in said
+    if "after step" in words:
+        assert "max_tokens is 4096; what takes less: a run with max_tokens: 2048" in said and "activation_checkpointing: true" in said
+    if "step 2" in words:
+        assert "step-00000002" in said  # what goes on from where it stopped
+    monkeypatch.undo()
+    assert train(run, base=tiny_base(), resume=True).summary["variants"]["v"]["steps"] == 2
+
+
+def test_any_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch_error()
+
+    monkeypatch.setattr("trimtab.shapes.read_architecture", fail)
+    shown = CliRunner().invoke(main, ["plan", "gpt2"])
+    assert shown.exit_code == 2 and "memory ran out while running `trimtab plan`" in shown.output and "Traceback" not in shown.output
+
+
+@pytest.mark.slow
+def test_a_process_that_may_not_have_more(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    """A step whose activations do not fit the process's limit, as the system refuses them."""
+    content = run_file(tmp_path, {"v": METHODS["lora"] | {"data": "a", "batch_size": 600, "max_length": 512, "max_steps": 1}})
+    content |= {"base": str(tiny_llama_folder), "dtype": "float32", "max_tokens": 400_000, "data": {"a": {"train": "long.jsonl"}}}
+    row = {"messages": [{"role": "user", "content": "x" * 400}, {"role": "assistant", "content": "y" * 40}]}
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(600)))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    script = (
+        "import resource, psutil, sys\n"
+        "import trimtab.train\n"
+        "from trimtab.cli import main\n"
+        "import trimtab.train.loop as loop\n"
+        "begin = loop._steps\n"
+        "def limited(*a):\n"
+        f"    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**28, {resource.RLIM_INFINITY}))\n"
+        "    begin(*a)\n"
+        "loop._steps = limited\n"
+        f"main(['train', {str(tmp_path / 'run.yaml')!r}])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert "memory ran out while training, after step 0" in done.stderr and "what takes less" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert isinstance(OutOfMemory("x"), TrimtabError)
