@@ -455,7 +455,13 @@ def test_a_resumed_sweep_ends_as_the_uninterrupted(grouped: SweepReport, tmp_pat
 def test_a_finished_sweep_is_returned_as_it_is(grouped: SweepReport, monkeypatch: pytest.MonkeyPatch) -> None:
     what = two_groups(grouped.out.parent)
     monkeypatch.setattr("trimtab.train.sweep.train", None)
-    assert sweep(what, resume=True).leaderboard == json.loads(json.dumps(grouped.leaderboard))
+    assert sweep(what, base=tiny_base(), resume=True).leaderboard == json.loads(json.dumps(grouped.leaderboard))
+    rows = grouped.out.parent / "a-valid.jsonl"
+    before = rows.read_bytes()
+    rows.write_bytes(before.replace(b"a 1", b"a 2"))
+    with pytest.raises(ConfigError, match=r"is finished, and its base or its data have changed since\n  - data\.a\.valid: was"):
+        sweep(what, base=tiny_base(), resume=True)
+    rows.write_bytes(before)
     with pytest.raises(ConfigError, match=r"is not empty: a sweep never overwrites anything\nfix: .*--resume"):
         sweep(what, base=tiny_base())
 
