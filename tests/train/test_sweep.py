@@ -255,10 +255,10 @@ def test_a_trial_is_what_it_would_be_alone(four: SweepReport, tmp_path: Path, na
 class _Fake:
     """As much of a variant as `end_worst` sees."""
 
-    def __init__(self, name: str, value: float | None, step: int = 4, metric: str = "loss", live: bool = True):
+    def __init__(self, name: str, value: float | None, step: int = 4, metric: str = "loss", live: bool = True, loss: float | None = 1.0):
         options = type("O", (), {"valid_metric": metric})
         self.name, self.live, self.config = name, live, type("C", (), {"options": options})
-        self.progress = Progress(step=step, valid=[{"step": step, metric: value}])
+        self.progress = Progress(step=step, valid=[{"step": step, "loss": loss, metric: value}])
 
 
 @pytest.mark.parametrize(
@@ -278,6 +278,11 @@ def test_who_ends_at_a_rung(keep: float, values: dict[str, float | None], metric
     found = end_worst(Halving(keep=keep, every=2), variants)
     assert "".join(v.name for v in found) == ended
     assert [v.name for v in variants if v.progress.finished_early] == sorted(v.name for v in found)
+
+
+def test_of_equals_at_a_rung_the_one_with_the_lower_loss_goes_on() -> None:
+    variants: Any = [_Fake(n, 0.0, metric="exact_match", loss=x) for n, x in {"a": 3.0, "b": 1.0, "c": None, "d": 2.0}.items()]
+    assert [v.name for v in end_worst(Halving(keep=0.5, every=2), variants)] == ["a", "c"]
 
 
 def test_only_live_variants_at_a_rung_are_compared() -> None:

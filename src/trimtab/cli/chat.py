@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, sampling_options, store_option
+from trimtab.cli.options import (
+    base_option,
+    before_loading,
+    device_option,
+    dtype_option,
+    open_adapter,
+    open_base,
+    sampling_options,
+    store_option,
+)
 from trimtab.cli.terminal import say
 
 
@@ -41,6 +50,8 @@ def chat(
     from trimtab.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    with before_loading(base_name, dtype, device, [adapter] if adapter else [], root):
+        pass  # nothing else is asked for
     base = open_base(base_name, dtype, device)
     speaker = open_adapter(adapter, base, root)
     start = [{"role": "system", "content": system}] if system else []

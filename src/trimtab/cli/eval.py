@@ -12,7 +12,7 @@ import click
 from rich.table import Table
 
 from trimtab.cli import show
-from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, store_option
+from trimtab.cli.options import base_option, before_loading, device_option, dtype_option, open_adapter, open_base, store_option
 from trimtab.cli.terminal import say
 from trimtab.errors import ConfigError
 
@@ -73,13 +73,18 @@ def evaluate(
     Each row asks for its last answer. Scores of adapters come with their distance to the base.
     """
     from trimtab.batch import BASE
+    from trimtab.data import Source, peek_source
     from trimtab.train.evaluate import Contestant, Judge, read_held_out, write_predictions
 
-    if out is not None and out.exists() and any(out.iterdir()):
-        raise ConfigError(f"--out {out} is not empty", fix="name another folder, or remove this one")
+    asked, folders = _labels(labels), _names(adapters)
+    with before_loading(base_name, dtype, device, adapters, root) as mistakes:
+        with mistakes.noted():
+            peek_source(Source(data), Path())
+        with mistakes.noted():
+            _refuse_occupied(out)
     base = open_base(base_name, dtype, device)
-    named = {name: open_adapter(folder, base, root) for name, folder in _names(adapters).items()}
-    held = read_held_out(base, data, _labels(labels), max_rows, lambda text: say(f"warning: {text}", err=True))
+    named = {name: open_adapter(folder, base, root) for name, folder in folders.items()}
+    held = read_held_out(base, data, asked, max_rows, lambda text: say(f"warning: {text}", err=True))
     mix, members = base.mix(list(named.values()))
     field = [Contestant(name, member, not no_generate) for name, member in zip(["base", *named], [BASE, *members], strict=True)]
     with show.listener(quiet=as_json) as listener:
@@ -103,6 +108,14 @@ def evaluate(
 
 
 eval = evaluate  # the command's name, by which it is found
+
+
+def _refuse_occupied(out: Path | None) -> None:
+    if out is not None and out.exists():
+        if not out.is_dir():
+            raise ConfigError(f"--out {out} is a file", fix="name a folder")
+        if any(out.iterdir()):
+            raise ConfigError(f"--out {out} is not empty", fix="name another folder, or remove this one")
 
 
 def _names(folders: Sequence[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, store_option
+from trimtab.cli.options import base_option, before_loading, device_option, dtype_option, open_adapter, open_base, store_option
 
 
 @click.command()
@@ -46,8 +46,15 @@ def export(
 
     What a format cannot hold is refused, and nothing is written.
     """
+    from trimtab.store.export import check_format
     from trimtab.store.export import export as write
+    from trimtab.store.staging import check_target
 
+    with before_loading(base_name, dtype, device, [adapter], root) as mistakes:
+        with mistakes.noted():
+            check_format(kind)
+        with mistakes.noted():
+            check_target(folder)
     loaded = open_adapter(adapter, open_base(base_name, dtype, device), root)
     assert loaded is not None
     report = write(loaded, folder, kind, base_name=called)

@@ -8,8 +8,18 @@ from pathlib import Path
 
 import click
 
-from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, sampling_options, store_option
+from trimtab.cli.options import (
+    base_option,
+    before_loading,
+    device_option,
+    dtype_option,
+    open_adapter,
+    open_base,
+    sampling_options,
+    store_option,
+)
 from trimtab.cli.terminal import say
+from trimtab.errors import ConfigError
 
 
 @click.command()
@@ -77,6 +87,8 @@ def generate(
     from trimtab.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    with before_loading(base_name, dtype, device, [a for a in adapters if a != "base"], root):
+        pass  # nothing else is asked for
     base = open_base(base_name, dtype, device)
     names = list(adapters) or ["base"]
     loaded = {n: open_adapter(None if n == "base" else n, base, root) for n in names}
@@ -105,11 +117,16 @@ def _answer_file(
     as_json: bool,
 ) -> None:
     from trimtab.serve.engine import Engine
-    from trimtab.serve.offline import answer_file
+    from trimtab.serve.offline import answer_file, read_lines
     from trimtab.serve.request import SamplingParams
 
     max_tokens, temperature, top_p, top_k, seed = sampling
     defaults = SamplingParams(max_tokens, temperature, top_p, top_k, seed=seed)
+    lines = read_lines(file)
+    named = {line.adapter or adapter for _, line in lines} - {"base"}
+    with before_loading(base_name, dtype, device, sorted(named), root) as mistakes, mistakes.noted():
+        if out.is_dir() or not out.absolute().parent.is_dir():
+            raise ConfigError(f"--out {out} cannot be written", fix="name a file, in a folder that is there")
     engine = Engine(open_base(base_name, dtype, device))
     try:
         summary = answer_file(file, out, engine, defaults=defaults, adapter=adapter, system=system, store=root)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, store_option
+from trimtab.cli.options import base_option, before_loading, device_option, dtype_option, open_adapter, open_base, store_option
 
 
 @click.command()
@@ -31,6 +31,10 @@ def merge(adapter: str, folder: Path, base_name: str, root: Path | None, dtype: 
     base and adapter. The relative difference says how much: 0.01 is a hundredth of what logits vary by. Above what rounding explains, the
     merge is refused and nothing is written.
     """
+    from trimtab.store.staging import check_target
+
+    with before_loading(base_name, dtype, device, [adapter], root) as mistakes, mistakes.noted():
+        check_target(folder)
     loaded = open_adapter(adapter, open_base(base_name, dtype, device), root)
     assert loaded is not None
     report = loaded.merge_into(folder)

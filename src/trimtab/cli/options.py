@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from trimtab.errors import AdapterError, Mistakes
 
 if TYPE_CHECKING:
     from trimtab.model import Base
@@ -38,6 +41,43 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         command = option(command)
     return command
+
+
+@contextmanager
+def before_loading(base_name: str, dtype: str | None, device: str | None, adapters: Iterable[str], root: Path | None) -> Iterator[Mistakes]:
+    """Before a command loads its base, which takes seconds: what can be told of base and adapters, and what the block notes besides, is
+    refused at once."""
+    from trimtab.bases import resolve_device, resolve_dtype
+    from trimtab.bases.locate import refuse_hopeless
+
+    mistakes = Mistakes()
+    with mistakes.noted():
+        resolve_dtype(dtype, resolve_device(device))
+    with mistakes.noted():
+        refuse_hopeless(base_name)
+    for name in dict.fromkeys(adapters):
+        with mistakes.noted():
+            _find_adapter(name, root)
+    yield mistakes
+    mistakes.refuse("this cannot be done")
+
+
+def _find_adapter(name: str, root: Path | None) -> None:
+    """AdapterError where there is no such folder, nor such a name in the store; what it holds is for loading to judge."""
+    from trimtab.store.names import is_reference
+    from trimtab.store.registry import Store
+
+    folder = Path(name)
+    if is_reference(name):
+        try:
+            Store(root).resolve(name)
+        except AdapterError as error:
+            message = f"adapter {name!r}: no such folder (looked for {folder.absolute()}), and {error.message}"
+            raise AdapterError(message, fix=error.fix, problems=error.problems) from error
+    elif not folder.is_dir():
+        raise AdapterError(f"adapter {name!r}: there is no such folder", fix=f"looked for {folder.absolute()}")
+    elif not (folder / "adapter_config.json").exists():
+        raise AdapterError(f"adapter {name!r} has no adapter_config.json", fix="name an adapter's folder, or an adapter of the store")
 
 
 def open_base(name: str, dtype: str | None, device: str | None) -> Base:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trimtab.cli.options import base_option, device_option, dtype_option, open_base, store_option
+from trimtab.cli.options import base_option, before_loading, device_option, dtype_option, open_base, store_option
 from trimtab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ def serve(
         max_running=max_running,
         max_queued=max_running + max_queued,  # admission counts them all; the engine's bound is not to be met before
     )
+    with before_loading(base_name, dtype, device, adapters.values(), root) as mistakes, mistakes.noted():
+        _store(root, needed=root is not None)
     with ExitStack() as open_parts:
         tenants = None if local else open_parts.enter_context(_tenants(database))
         audit = None if tenants is None else open_parts.enter_context(Audit(audit_path(tenants.path)))
@@ -183,4 +185,8 @@ def _store(root: Path | None, *, needed: bool) -> Store | None:
     from trimtab.store.names import default_root
     from trimtab.store.registry import Store
 
-    return Store(root) if needed or (default_root() / "index.json").is_file() else None
+    if not needed and not (default_root() / "index.json").is_file():
+        return None
+    store = Store(root)
+    store.namespaces()  # what is wrong with its index is said before a base is loaded
+    return store

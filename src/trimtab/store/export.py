@@ -71,8 +71,7 @@ def export(adapter: Adapter, folder: str | Path, format: str = "peft", *, base_n
     ConfigError for an unknown format. AdapterError, with every reason, where the format cannot hold the adapter, what was written does not
     compute what base and adapter do, or the folder holds files; NotMergeable for `merged`. Nothing is left behind then.
     """
-    if format not in FORMATS:
-        raise ConfigError(f"format = {format!r}{nearest(format, FORMATS)}", fix=f"one of {', '.join(FORMATS)}")
+    check_format(format)
     if format == "merged":
         merged = merge_into(adapter, folder)
         return ExportReport(merged.folder, format, _sizes(merged.folder), None, ("transformers",), merged.relative, merged.allowed)
@@ -90,6 +89,12 @@ def export(adapter: Adapter, folder: str | Path, format: str = "peft", *, base_n
         files = _sizes(work)
     rank = plain.sites[0].rank if format != "peft" else None
     return ExportReport(Path(folder), format, files, rank, checked, relative, ALLOWED)
+
+
+def check_format(format: str) -> None:
+    """ConfigError where there is no such format."""
+    if format not in FORMATS:
+        raise ConfigError(f"format = {format!r}{nearest(format, FORMATS)}", fix=f"one of {', '.join(FORMATS)}")
 
 
 def _refuse(adapter: Adapter, format: str) -> None:

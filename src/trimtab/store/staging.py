@@ -29,7 +29,7 @@ def staged(target: str | Path, *, may_replace: Collection[str] = ()) -> Iterator
     may_replace: names of files; an existing target is replaced only if it holds no other. AdapterError where it does, or cannot be written.
     """
     target = Path(target).absolute()
-    _check(target, may_replace)
+    check_target(target, may_replace)
     work = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.new")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def staged(target: str | Path, *, may_replace: Collection[str] = ()) -> Iterator
         for path in sorted(work.rglob("*"), reverse=True):
             _fsync(path)
         _fsync(work)
-        _check(target, may_replace)
+        check_target(target, may_replace)
         _take_name(work, target, may_replace)
     except OSError as error:
         raise AdapterError(f"cannot write {target}: {error.strerror or error}", fix="make room, or give another folder") from error
@@ -49,12 +49,14 @@ def staged(target: str | Path, *, may_replace: Collection[str] = ()) -> Iterator
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _check(target: Path, may_replace: Collection[str], content: Path | None = None) -> None:
+def check_target(target: Path, may_replace: Collection[str] = (), content: Path | None = None) -> None:
     """AdapterError where target must not be replaced. content: where what was in it is by now."""
     if target.is_symlink():
         raise AdapterError(f"{target} is a symbolic link, which is not replaced", fix="give the folder itself")
     if target.exists() and not target.is_dir():
         raise AdapterError(f"{target} is a file", fix="give the name of a folder, new or empty")
+    if (up := next((p for p in target.absolute().parents if p.exists()), None)) is not None and not up.is_dir():
+        raise AdapterError(f"cannot write {target}: {up} is a file", fix="give the name of a folder, new or empty")
     content = content or target
     others = sorted(p.name for p in content.iterdir() if p.name not in may_replace) if content.exists() else []
     if others:
@@ -68,7 +70,7 @@ def _take_name(work: Path, target: Path, may_replace: Collection[str]) -> None:
     """Rename; with an old folder change places, so that the old one is under the name of `work`."""
     if target.exists() and exchange(work, target):
         try:
-            _check(target, may_replace, content=work)  # a file may have come into the old folder at the last moment
+            check_target(target, may_replace, content=work)  # a file may have come into the old folder at the last moment
         except AdapterError:
             exchange(work, target)
             raise
