@@ -33,7 +33,9 @@ class Stamp:
         self.counted = not any(t.is_inference() for t in self.tensors)  # torch counts no writes to those
         self.versions = list(map(_version, self.tensors)) if self.counted else []
         self.places = [t.data_ptr() for t in self.tensors]
-        self.probes = [_probe(t.detach()) for t in self.tensors]
+        self.probes: dict[Any, list[Tensor]] = {}
+        for t in self.tensors:
+            self.probes.setdefault((t.dtype, t.device), []).append(_probe(t.detach()))
         self.values = self._look()
 
     def unwritten(self) -> bool:
@@ -52,13 +54,7 @@ class Stamp:
 
     def _look(self) -> list[Tensor]:
         """The values of the probes, one tensor a dtype, as bytes: NaN equals itself."""
-        return [torch.cat(found).view(torch.uint8) for found in self._by_dtype()]
-
-    def _by_dtype(self) -> list[list[Tensor]]:
-        found: dict[Any, list[Tensor]] = {}
-        for probe in self.probes:
-            found.setdefault((probe.dtype, probe.device), []).append(probe)
-        return list(found.values())
+        return [torch.cat(found).view(torch.uint8) for found in self.probes.values()]
 
 
 def _probe(tensor: Tensor) -> Tensor:

@@ -201,13 +201,18 @@ def _compare_row_wise(weight: Tensor) -> Sequence[str]:
         "rotate": ([heads], angles),
     }
     for name, (inputs, rest) in cases.items():
-        results = []
-        for kernels in (COMPILED, RowWise()):
-            with torch.enable_grad():
-                leaves = [x.clone().requires_grad_() for x in inputs]
-                y = getattr(kernels, name)(*leaves, *rest)
-                results.append([y.detach(), *torch.autograd.grad(y, leaves, wide[2].flatten()[: y.numel()].view_as(y))])
-        tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2
-        if not all(bool((a - b).abs().max() <= tolerance * b.abs().max()) for a, b in zip(*results, strict=True)):
+        dy = wide[2].flatten()[: inputs[0].numel()].view_as(inputs[0])
+        ways = (COMPILED, weight.dtype), (RowWise(), weight.dtype), (RowWise(), torch.float32)
+        found = [_kernel_with_gradients(getattr(kernels, name), inputs, rest, dy, dtype) for kernels, dtype in ways]
+        if not all(as_near(*three) for three in zip(*found, strict=True)):
             off.append(name)
     return off
+
+
+def _kernel_with_gradients(
+    kernel: Callable[..., Tensor], inputs: list[Tensor], rest: list[Any], dy: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    with torch.enable_grad():
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        y = kernel(*leaves, *(r.to(dtype) if isinstance(r, Tensor) else r for r in rest))
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]
