@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab import ops
 from trimtab.attach import Attached
 from trimtab.attention import KVCache
 from trimtab.bank import Mix
 from trimtab.batch import BASE, Piece, make_batch
-from trimtab.decode.sampling import choose
+from trimtab.decode.sampling import choose, greedy
 from trimtab.errors import TrimtabError
 
 MAX_ROWS = 2048
@@ -92,6 +93,8 @@ def generate(
         logits_BV = _step(
             attached, mix, cache, [Piece(torch.as_tensor(s.feed, dtype=torch.int64), members[i], s.slot, s.length) for i, s in live.items()]
         )
+        if not greedy(sampling):
+            _refuse_not_finite(logits_BV, order, members)
         for i, token in zip(order, choose(logits_BV, [sampling] * len(order), [generators[i] for i in order]), strict=True):
             s = live[i]
             s.length, s.feed = s.length + len(s.feed), [token]
@@ -129,3 +132,12 @@ def _step(attached: Attached, mix: Mix, cache: KVCache, pieces: list[Piece]) -> 
     rows = sorted(last)
     logits_RV = attached.head(hidden_TH[rows], batch, rows)
     return logits_RV[[rows.index(r) for r in last]]
+
+
+def _refuse_not_finite(logits_BV: Tensor, prompts: Sequence[int], members: Sequence[int]) -> None:
+    """TrimtabError where there is no distribution to draw from."""
+    finite = torch.isfinite(ops.largest(logits_BV)[0]).tolist()
+    bad = [i for i, fine in zip(prompts, finite, strict=True) if not fine]
+    if bad:
+        who = [f"prompt {i}, under {'the base' if members[i] == BASE else f'adapter {members[i]} of the mix'}" for i in bad]
+        raise TrimtabError("the logits are not finite, so no token can be drawn", problems=who, fix="look at the adapter: has it diverged?")

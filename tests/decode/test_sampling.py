@@ -16,9 +16,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tests.laws.common import base_of, tokens
+from tests.laws.common import EXAMPLES, base_of, noisy, tokens
 from tests.serve.common import ask, engine_of, finish, held
 from trimtab.decode.sampling import choose, draw, warped
+from trimtab.errors import TrimtabError
 from trimtab.generate import Sampling
 
 COLDEST = [0.0, 5e-324, 1e-300, 1e-45, 1e-10, 9.9e-6]
@@ -149,3 +150,12 @@ def test_generate_draws_each_sequence_from_a_generator_of_its_own():
             p = torch.softmax(theirs(base.logits([text])[0][-1], Settings(1.5, 40, 0.9, 0.01)).double(), -1)
             assert int((p.cumsum(-1) > generator.random()).nonzero()[0]) == token
             text.append(token)
+
+
+def test_logits_that_are_not_finite_are_named():
+    base = base_of("llama")
+    broken = noisy(base, EXAMPLES["ia3-0"])
+    broken.params = {k: torch.full_like(t, torch.nan) for k, t in broken.params.items()}
+    with pytest.raises(TrimtabError, match="not finite") as caught:
+        base.generate_ids([tokens(5, 1), tokens(6, 2)], [None, broken], Sampling(4, temperature=1.0))
+    assert list(caught.value.problems) == ["prompt 1, under adapter 0 of the mix"]
