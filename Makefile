@@ -12,6 +12,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.trimtab-setup
 PYTEST_ARGS ?=
+# pip's output without what nobody needs: a line a package, then that all of them are unpacked; errors and what pip says last stay.
+PROGRESS := awk '/^(Collecting|Processing) / { sub(/.*\//, "", $$2); printf "%4d %s\n", ++n, $$2; fflush(); next } \
+	/^Installing collected/ { print "all " n " are here; unpacking them, which pip does in silence"; fflush(); next } \
+	/^(WARNING: Location|Looking in|Looking up|Requirement already|Obtaining|Building|Created|Stored)/ || \
+	/^ +(Downloading|Using cached|Preparing|Getting|Installing|Attempting|Found|Not uninstalling|Uninstalling|Successfully)/ { next } \
+	{ print; fflush() }'
 
 .PHONY: setup demo check format test test-slow bench clean
 .DEFAULT_GOAL := setup
@@ -25,7 +31,8 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@echo "fetching and installing $$(grep -c == constraints.txt) packages into $(VENV): a few minutes, most of them for torch"
+	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]' 2>&1 | $(PROGRESS)
 	@touch $@
 
 demo: setup
