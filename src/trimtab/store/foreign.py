@@ -57,9 +57,10 @@ def without_stray_keys(fields: Mapping[str, Any], spec: Spec, targeted: list[str
     found, warnings = dict(fields), list[str]()
     for option in ("rank_pattern", "alpha_pattern"):
         pattern = found.get(option) or {}
-        stray = [key for key in pattern if stray_keys(spec, option, {key: None}, targeted)]
+        some = bool(stray_keys(spec, option, pattern, targeted))  # a table may have an entry for each module: one look for all of them
+        stray = {key for key in pattern if some and stray_keys(spec, option, {key: None}, targeted)}
         if stray:
-            warnings.append(f"{option}: {_listed(stray)} that the adapter acts on, left out")
+            warnings.append(f"{option}: {_listed(k for k in pattern if k in stray)} that the adapter acts on, left out")
         found[option] = {key: value for key, value in pattern.items() if key not in stray}
     return found, warnings
 
