@@ -252,3 +252,25 @@ def test_who_loads_adapters_leaves_threads_to_others(tmp_path: Path):
             await asyncio.gather(*hung)
 
         asyncio.run(both())
+
+
+def test_logprobs_that_would_fill_memory_are_refused():
+    """64 answers of full length with 20 alternatives a token are over a gigabyte."""
+    with site(change=limited(logprobs=1000)) as s:
+        many = TEXT | {"prompt": ["a", "b"], "n": 2, "max_tokens": 20, "logprobs": 20}
+        assert error_of(post(s.app, "/v1/completions", many), 400)["param"] == "logprobs"
+        chat = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 20}
+        assert error_of(post(s.app, "/v1/chat/completions", chat), 400)["param"] == "top_logprobs", "no max_tokens: as many as fit"
+        assert post(s.app, "/v1/completions", many | {"max_tokens": 10}).status_code == 200
+        s.idle()
+
+
+def test_a_schema_is_measured_with_the_body():
+    vast = {"type": "object", "description": "x" * 70_000}
+    with site() as s:
+        for grammar, param in (
+            ({"structured_outputs": {"json": vast}}, "structured_outputs.json"),
+            ({"response_format": {"type": "json_schema", "json_schema": {"schema": vast}}}, "response_format.json_schema.schema"),
+        ):
+            error = error_of(post(s.app, "/v1/completions", TEXT | grammar), 400)
+            assert error["param"] == param and "at most 65536" in error["message"], error

@@ -167,6 +167,15 @@ def test_blocks_that_a_long_prompt_will_need_are_not_given_away(monkeypatch):
     assert long.finish and short.finish and engine.stats().preemptions == 0
 
 
+def test_who_enters_leaves_a_block_for_what_others_write_next():
+    engine = engine_of(blocks=3, max_running=4)
+    a = ask(engine, "a", 15, max_tokens=10, ignore_eos=True)
+    engine.step()
+    b = ask(engine, "b", 17, max_tokens=3, ignore_eos=True)
+    finish(engine)
+    assert a.finish == b.finish == "length" and engine.stats().preemptions == 0, "b would have been thrown out by a's next block"
+
+
 def test_who_comes_back_enters_before_who_is_new_of_the_same_tenant():
     engine = engine_of(blocks=8, max_running=2)
     a = ask(engine, "a", 30, max_tokens=60, ignore_eos=True)

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from starlette.concurrency import run_in_threadpool
-
 from trimtab.errors import DataError, TrimtabError
 from trimtab.http.errors import Fault, fault_of
 from trimtab.http.schema import ChatBody, CompletionBody, Message, Sampled, StructuredOutputs
@@ -50,7 +48,7 @@ async def plan(body: ChatBody | CompletionBody, tenant: Tenant, s: Services) -> 
     """Find the adapter and count the answers. Fault: 404 where there is no such model, 400 where there are too many answers."""
     try:
         if s.catalog.looks_in_store(body.model, tenant):
-            adapter = await run_in_threadpool(s.catalog.find, body.model, tenant)
+            adapter = await s.store_work.run(tenant.name, lambda: s.catalog.find(body.model, tenant))
         else:
             adapter = s.catalog.find(body.model, tenant)
     except TrimtabError as error:
@@ -69,9 +67,15 @@ async def requests(plan: Plan, tenant: Tenant, s: Services) -> list[Request]:
     prompts = await _encoded(plan.body, tenant, s)
     end = None if s.limits.request_s is None else time.monotonic() + s.limits.request_s
     found: list[Request] = []
+    kept = 0
     for ids in prompts:
         room = s.words.max_positions - len(ids)
         own = replace(sampling, max_tokens=min(sampling.max_tokens, room), min_tokens=min(sampling.min_tokens, room))
+        kept += plan.n * own.max_tokens * (own.logprobs or 0)
+        if kept > s.limits.logprobs:
+            field = "top_logprobs" if plan.chat else "logprobs"
+            text = f"{field}: the answers may bring {kept} alternatives; at most {s.limits.logprobs}. Give a smaller max_tokens"
+            raise Fault(text, param=field, code="invalid_value")
         for i in range(plan.n):
             seed = None if own.seed is None else (own.seed + i) % (1 << 63)
             name = f"{plan.id}-{len(found)}"

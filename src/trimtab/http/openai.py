@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from trimtab.errors import TrimtabError
@@ -53,14 +52,14 @@ async def completions(request: Request, tenant: Caller, s: S) -> Response:
 @router.get("/models", responses=documented(401, 403, 500, 503))
 async def models(tenant: Caller, s: S) -> ModelList:
     """The base, and the adapters that this key may use."""
-    return ModelList(data=[_model(m, s) for m in await run_in_threadpool(s.catalog.models, tenant)])
+    return ModelList(data=[_model(m, s) for m in await s.store_work.run(tenant.name, lambda: s.catalog.models(tenant))])
 
 
 @router.get("/models/{model:path}", responses=documented(401, 403, 404, 500, 503))
 async def model(model: str, tenant: Caller, s: S) -> Model:
     """One of them, by any name that a request may use."""
     try:
-        found = await run_in_threadpool(s.catalog.find, model, tenant)
+        found = await s.store_work.run(tenant.name, lambda: s.catalog.find(model, tenant))
     except TrimtabError as error:
         raise fault_of(error).about("model", "model_not_found") from None
     if found is None:

@@ -7,10 +7,12 @@ fields have vLLM's names.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from trimtab.serve.grammar import MAX_CHARS
 from trimtab.serve.request import MAX_STOP_CHARS, MAX_STOPS, MAX_TOP_LOGPROBS
 
 MAX_N, MAX_PROMPTS = 16, 64
@@ -25,7 +27,15 @@ def _exact(value: Any) -> Any:
     return value
 
 
+def _small(schema: dict[str, Any]) -> dict[str, Any]:
+    """Measured where the body is checked, off the event loop."""
+    if (size := len(json.dumps(schema))) > MAX_CHARS:
+        raise ValueError(f"has {size} characters; at most {MAX_CHARS} are taken")
+    return schema
+
+
 Exact = BeforeValidator(_exact)
+Schema = Annotated[dict[str, Any], AfterValidator(_small)]
 NoList = Annotated[list[Any], Field(max_length=0)] | None
 NoDict = Annotated[dict[str, Any], Field(max_length=0)] | None
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True, min_length=1, max_length=MAX_IDS)]
@@ -51,7 +61,7 @@ class StreamOptions(Body):
 class JsonSchema(Body):
     name: str | None = Field(None, max_length=64)
     description: str | None = Field(None, description="Ignored: it is not put into the prompt.")
-    schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema of the whole answer.")
+    schema_: Schema = Field(alias="schema", description="JSON Schema of the whole answer.")
     strict: bool | None = Field(None, description="Ignored: the answer always keeps to the schema.")
 
 
@@ -63,7 +73,7 @@ class ResponseFormat(Body):
 class StructuredOutputs(Body):
     """vLLM's constraints on the whole answer; exactly one."""
 
-    json_: dict[str, Any] | None = Field(None, alias="json", description="A JSON Schema.")
+    json_: Schema | None = Field(None, alias="json", description="A JSON Schema.")
     json_object: Annotated[Literal[True], Exact] | None = None
     regex: str | None = Field(None, min_length=1, max_length=4096)
     choice: Annotated[list[StopText], Field(fail_fast=True, min_length=1, max_length=256)] | None = None

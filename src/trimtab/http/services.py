@@ -52,14 +52,16 @@ class Limits:
     """What a request may be, whoever sends it. Times in seconds.
 
     body_bytes: of a request's body. held_bytes: of all bodies of a tenant whose requests are not answered yet. json_depth: of lists and
-    objects in each other. choices: n times the prompts of one request. body_s: until the body is there. write_s: until a client has read
-    what was sent. request_s: from a request's arrival to its last token; None: no end.
+    objects in each other. choices: n times the prompts of one request. logprobs: alternatives that all its answers may bring, which are
+    kept until it is answered. body_s: until the body is there. write_s: until a client has read what was sent. request_s: from a request's
+    arrival to its last token; None: no end.
     """
 
     body_bytes: int = 4 << 20
     held_bytes: int = 32 << 20
     json_depth: int = 32
     choices: int = 64
+    logprobs: int = 1 << 18
     body_s: float = 30.0
     write_s: float = 30.0
     request_s: float | None = None
@@ -77,8 +79,8 @@ class Life:
 @dataclass(frozen=True)
 class Services:
     """Everything that routes use. tenants, audit: None in local mode, where whoever reaches the server may do everything. alive: whether
-    the engine still runs. hosts: values of the Host header that are answered; None: all. fingerprint: the base's. words_work, load_work:
-    threads for bodies and prompts, and for adapters that are read: each of its own, so that neither waits for the other."""
+    the engine still runs. hosts: values of the Host header that are answered; None: all. fingerprint: the base's. words_work, load_work,
+    store_work: threads for bodies and prompts, for adapters that are read, and for names that are looked up: none waits for another."""
 
     base_name: str
     fingerprint: str
@@ -95,4 +97,5 @@ class Services:
     life: Life = field(default_factory=Life)
     words_work: Work = field(default_factory=lambda: Work("trimtab-words"))
     load_work: Work = field(default_factory=lambda: Work("trimtab-folders"))
+    store_work: Work = field(default_factory=lambda: Work("trimtab-store"))
     created: int = field(default_factory=lambda: int(time.time()))
