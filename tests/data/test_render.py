@@ -364,6 +364,8 @@ def test_tokens_beyond_the_embedding_drop_the_row():
     large = tokenizer.convert_tokens_to_ids("<NEW59>")
     assert first.reason == second.reason == f"token outside the base: '<NEW59>' has id {large}, and the base's embedding has 300 rows"
     assert isinstance(third, Example) and all(isinstance(e, Example) for e in encode_rows(rows, tokenizer, 512))
+    assert isinstance(encode_row(rows[0], tokenizer, 512, vocab_size=large + 1), Example)
+    assert encode_row(rows[0], tokenizer, 512, vocab_size=large).kind == "token outside the base"
 
 
 def test_parts_of_text_are_joined_in_training_and_serving_alike():

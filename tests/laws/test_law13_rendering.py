@@ -169,3 +169,12 @@ def test_many_rows_share_what_was_found_out():
     for one, other in zip(encode_rows(rows, tokenizer, 10_000), encode_rows(rows[::-1], tokenizer, 10_000)[::-1], strict=True):
         assert type(one) is type(other) and one.origin == other.origin
         assert not isinstance(one, Example) or one.ids.tolist() == other.ids.tolist()
+
+
+def test_an_answer_behind_a_prompt_that_says_more_has_the_blanks_of_the_finished_text():
+    """mistral-later writes the system's text in the prompt alone; the blank before its answers is learnt all the same."""
+    tokenizer = STYLES["mistral-later"].tokenizer()
+    for name in ("plain", "system"):
+        example = encode_row(Row("r:1", messages=tuple(CONVERSATIONS[name])), tokenizer, 10_000)
+        answer = CONVERSATIONS[name][-1]["content"]
+        assert tokenizer.decode(example.ids[example.supervised].tolist()) == f" {answer}</s>"
