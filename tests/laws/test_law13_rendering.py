@@ -47,7 +47,7 @@ TRAINED = {
     "chatml": (17, 18),
     "llama-3": (17, 18),
     "mistral-first": (8, 8),
-    "mistral-later": (13, 14),
+    "mistral-later": (16, 18),
     "gemma": (13, 14),
     "parts-only": (17, 18),
     "parts-or-text": (17, 18),

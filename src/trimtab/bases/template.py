@@ -129,9 +129,9 @@ class Template:
             raise BadRow("empty: the chat template opens the answer, and an empty one cannot be told from its end")
         at = upto.rfind(content)
         before, after = upto[:at], upto[at:]
-        bare = self.render(messages[:-1], generate=False)
-        header = before[len(bare) :] if before.startswith(bare) else before[-16:]
-        opened = prompt[len(bare) :].startswith(header.rstrip()) if before.startswith(bare) else prompt.rstrip().endswith(header.rstrip())
+        asked = messages[-2]["content"].strip()
+        header, opening = (text[text.rfind(asked) + len(asked) :] for text in (before, prompt))
+        opened = asked in before and asked in prompt and opening.startswith(header.rstrip())
         if not opened or self.specials.sub("", after[len(content) :]).strip():
             raise BadRow(
                 f"the chat template rewrites earlier turns: what stands before messages[{len(messages) - 1}] changes once answered"
