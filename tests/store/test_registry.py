@@ -364,6 +364,14 @@ def test_collection_removes_what_nothing_needs(store, tmp_path):
     assert list((store.root / "tmp").iterdir()) == [] and store.verify().problems == ()
 
 
+def test_collection_keeps_every_version_with_and_without_an_alias(store, tmp_path):
+    for n in range(3):
+        store.publish(adapter_folder(tmp_path / f"{n}", n, {"revision": f"{n}"}), "acme/x", aliases=["prod"] if n == 1 else [])
+    before = snapshot(store.root)
+    assert store.gc(grace_seconds=0) == registry.GcReport(0, 0, 0)
+    assert snapshot(store.root) == before and store.verify().problems == ()
+
+
 def test_collection_goes_by_age(store):
     old, young, again = (store.put_blob(data) for data in (b"old", b"young", b"again"))
     for blob in (old, again):
