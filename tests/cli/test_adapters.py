@@ -118,8 +118,7 @@ def test_publish_refuses_what_does_not_load(call: Any, folders: Path, tmp_path: 
     assert "is not a name in a store" in call("adapters", "publish", folders / "first", "support", code=2).output
     assert "is no alias" in call("adapters", "publish", folders / "first", "acme/x", "--alias", "3", code=2).output
     (tmp_path / "pickled").mkdir()
-    for path in (folders / "first").iterdir():
-        (tmp_path / "pickled" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "pickled" / "adapter_config.json").write_bytes((folders / "first" / "adapter_config.json").read_bytes())
     (tmp_path / "pickled" / "adapter_model.bin").write_bytes(b"\x80\x04.")
     assert "is a pickle" in call("adapters", "publish", tmp_path / "pickled", "acme/x", code=2).output
     assert json.loads(call("adapters", "list", "--json").stdout) == []

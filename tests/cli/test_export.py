@@ -109,7 +109,7 @@ def test_import_reads_names_of_old(saved: Path, tiny_llama_folder: Path, base: t
     save_file({k.replace(".weight", ".default.weight"): t for k, t in tensors.items()}, old / "adapter_model.safetensors")
     result = call(tiny_llama_folder, "adapters", "import", old, tmp_path / "new")
     assert result.exit_code == 0, result.output
-    assert "lora of peft's" in result.output and "names of today" in result.output
+    assert "lora of peft's" in result.output and ".lora_A.default.weight is read as " in result.output
     assert trimtab.Adapter.load(tmp_path / "new", base).verified
     (old / "adapter_config.json").write_text(json.dumps({"config": {}, "model_type": "bert", "version": "3.0"}))
     refused = call(tiny_llama_folder, "adapters", "import", old, tmp_path / "none", "--json")
