@@ -300,6 +300,17 @@ def test_a_finished_run_says_so_and_is_returned(interrupted: RunConfig) -> None:
         resume(config(interrupted.root, {"v": ONE["v"] | {"max_steps": 60}}))
 
 
+def test_no_two_settings_share_a_key(tmp_path: Path) -> None:
+    """Names hold dots: a change of one of two settings that were written alike would go unseen."""
+    lora = {"data": "a", "method": "lora"}
+
+    def told(pattern: int, rank: int) -> dict[str, Any]:
+        variants = {"v": lora | {"rank_pattern": {"r": pattern}}, "v.rank_pattern": lora | {"r": rank}}
+        return settings(config(tmp_path, variants))
+
+    assert len({json.dumps(told(*x)) for x in ((4, 8), (4, 9), (5, 8))}) == 3
+
+
 def test_a_finished_run_notices_other_data_and_another_base(tmp_path: Path) -> None:
     run = config(tmp_path, ONE)
     train(run, base=tiny_base())

@@ -83,7 +83,7 @@ def serve(
     Example:
       trimtab serve --local --adapter support=examples/runs/desks/adapters/support-lora
       curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
-        -d '{"model": "support", "messages": [{"role": "user", "content": "How do I cancel?"}]}'
+        -d '{"model": "support", "temperature": 0, "messages": [{"role": "user", "content": "How do I cancel?"}]}'
 
     Without --local every request needs a key (`trimtab tenants add`), and a tenant sees the adapters of its namespaces in the store. One
     line on standard output says that it is ready; the log goes to standard error, a JSON line a request, without prompts or keys. SIGTERM

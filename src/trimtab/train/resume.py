@@ -35,7 +35,12 @@ def settings(run: RunConfig) -> dict[str, Any]:
     }
     # of several variants the order counts too: it is the order of rows in the joint batch, and sums of floats depend on it
     content["order of variants"] = [v.name for v in run.variants]
-    return dict(_flat(json.loads(json.dumps(content)), ""))
+    found: dict[str, Any] = {}
+    for key, value in _flat(json.loads(json.dumps(content)), ""):
+        while key in found:  # names hold dots: the field r of a variant v.rank_pattern, and the key r of v's rank_pattern
+            key += "'"
+        found[key] = value
+    return found
 
 
 def identity(prepared: Prepared, fingerprint: str) -> dict[str, Any]:
