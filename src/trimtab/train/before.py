@@ -29,7 +29,7 @@ def note_mistakes(run: RunConfig, spec: Spec | None, mistakes: Mistakes, called:
         return
     for v in run.variants:
         try:
-            v.method.sites(spec)
+            v.method.sites_to_train(spec)
         except ConfigError as e:
             mistakes.errors.append(ConfigError(f"{called.format(v.name)}: {e.message}", problems=e.problems, fix=e.fix))
 
