@@ -180,6 +180,27 @@ def test_usage_is_kept_by_tenant_and_adapter(town: Town):
     assert error_of(town.get("/admin/usage?since=yesterday", "root"), 400)["param"] == "since"
 
 
+def test_what_a_client_had_before_it_left_is_counted(town: Town):
+    def used() -> tuple[int, int]:
+        rows = town.tenants.usage.report("bolt")
+        return sum(r.requests for r in rows), sum(r.completion_tokens for r in rows)
+
+    async def go() -> None:
+        body = TEXT | {"stream": True, "max_tokens": 100_000, "ignore_eos": True}
+        c = Caller(town.site.app, "/v1/completions", body, town.headers("bolt"))
+        task = c.start()
+        async with asyncio.timeout(20):
+            while len(c.sent) < 4:
+                await asyncio.sleep(0.001)
+        c.leave()
+        await asyncio.wait_for(task, 20)
+        await town.site.settled()
+
+    requests, tokens = used()
+    asyncio.run(go())
+    assert used()[0] == requests + 1 and used()[1] > tokens
+
+
 def test_the_life_of_a_tenant_and_its_keys(town: Town):
     made = town.get("/admin/tenants", "root", "POST", {"name": "newco", "tokens_per_minute": 1000, "weight": 2})
     assert made.status_code == 201 and made.json()["namespaces"] == ["newco"] and made.json()["weight"] == 2.0
