@@ -147,3 +147,31 @@ def test_a_process_that_may_not_have_more(tmp_path: Path, tiny_llama_folder: Pat
     assert "memory ran out while training, after step 0" in done.stderr and "what takes less" in done.stderr
     assert "Traceback" not in done.stderr
     assert isinstance(OutOfMemory("x"), TrimtabError)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_memory_of_a_real_run_is_within_the_estimate(tmp_path: Path, method: str) -> None:
+    """The peak of a process that trains, validates and scores on the bundled base, as the system counts it, with a generous band."""
+    from tests.tiny import bundled_base
+
+    bundled_base()
+    rows = [{"prompt": f"How do I do task number {i}? " + "Tell me more. " * 20, "completion": f"Open page {i}."} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    fields = {"data": "a", "method": method, "max_steps": 2, "batch_size": 6, "eval_every": 1, "valid_metric": "exact_match"}
+    data = {"a": dict.fromkeys(("train", "valid", "test"), "rows.jsonl")}
+    content = {"base": "smollm2-135m-instruct", "out": "out", "data": data, "variants": {"v": fields}}
+    content |= {"evaluate": {"max_new_tokens": 8, "max_rows": 4}}
+    (tmp_path / "run.yaml").write_text(json.dumps(content))
+    script = (
+        "import json, resource, sys\n"
+        "from trimtab.train import train\n"
+        "from trimtab.train.check import check\n"
+        "e = check(sys.argv[1], rows=0).estimate\n"
+        "train(sys.argv[1])\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "print(json.dumps([*e.memory_bytes, e.process_bytes, peak]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run.yaml")], capture_output=True, text=True, timeout=900)
+    least, most, process, peak = json.loads(done.stdout.splitlines()[-1])
+    assert 0.7 * (least + process) <= peak <= 1.1 * (most + process), (least, most, process, peak)
