@@ -53,6 +53,13 @@ def test_an_answer_ends_where_transformers_ends_it(count: int) -> None:
     assert base.generate_ids([prompt], None, Sampling(6)) == [theirs[:-1]]
 
 
+def test_an_answer_has_max_new_tokens_beside_longer_prompts_too() -> None:
+    prompts = [tokens(5, 1), tokens(20, 2)]
+    base = Base(tiny_model("llama"), tiny_tokenizer())
+    base.stop_ids = set()
+    assert [len(ids) for ids in base.generate_ids(prompts, None, Sampling(5))] == [5, 5]
+
+
 def _greedy(prompt: list[int], new: int, **options: Any) -> list[int]:
     """transformers' own greedy answer."""
     options = {"eos_token_id": None} | options
