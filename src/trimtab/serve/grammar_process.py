@@ -46,9 +46,12 @@ def main() -> None:
         told = f"{type(error).__name__}: {error}"[:500].encode()
         out.write(REPLY.pack(b"-", 0, len(told)) + told)
         raise SystemExit(1) from None
+    room = said["room_bytes"]
+    limits = {b"o": said["open_s"], b"a": said["mask_s"]}
+    del said  # the tokenizer's text is large
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     if pages:
-        most = pages * os.sysconf("SC_PAGE_SIZE") + said["room_bytes"]
+        most = pages * os.sysconf("SC_PAGE_SIZE") + room
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.setitimer(signal.ITIMER_PROF, 0)
@@ -59,7 +62,7 @@ def main() -> None:
         if kind == b"c":
             matchers.pop(number, None)
             continue
-        signal.setitimer(signal.ITIMER_PROF, said["open_s" if kind == b"o" else "mask_s"])
+        signal.setitimer(signal.ITIMER_PROF, limits[kind])
         try:
             if kind == b"o":
                 matchers[number] = compiler.matcher(*json.loads(data))

@@ -36,7 +36,7 @@ from trimtab.serve.request import Grammar
 
 OPEN_S, MASK_S = 2.0, 0.5
 """Processor seconds of compiling a grammar, and of following a token."""
-ROOM_BYTES = 128 << 20
+ROOM_BYTES = 64 << 20
 """Address space of a process beyond what it has after its start."""
 MAX_PROCESSES = 4
 """Tenants beyond share one."""
