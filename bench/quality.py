@@ -12,7 +12,6 @@ left for each set under --out; a run that was interrupted goes on from its last 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
