@@ -12,7 +12,7 @@ from tests.serve.common import AtOnce, ByHand, Clock, Heard, Held, ask, engine_o
 from tests.tiny import FAMILIES
 from trimtab.errors import ConfigError, OverloadedError, TrimtabError
 from trimtab.serve.engine import Engine, EngineConfig, ServingError
-from trimtab.serve.request import Request, SamplingParams
+from trimtab.serve.request import Grammar, Request, SamplingParams
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -236,6 +236,16 @@ def test_a_full_queue_and_a_draining_engine_refuse():
     engine.idle_check()
 
 
+def test_a_refused_request_leaves_no_grammar_behind():
+    engine = engine_of(max_queued=1)
+    ask(engine, "a", 5, max_tokens=3)
+    grammar = Grammar("choice", '["ja"]')
+    with pytest.raises(OverloadedError):
+        ask(engine, "b", 5, grammar=grammar)
+    assert [p.matchers for p in engine.grammars._processes] == [set()]
+    engine.close()
+
+
 def test_draining_gives_up_after_its_time_and_closing_ends_the_rest():
     engine = engine_of(loader=ByHand())
     never = ask(engine, "a", 5, held("lora-0"))
@@ -306,7 +316,6 @@ def test_grammars_hold_and_end_the_answer():
     import json
     import signal
 
-    from trimtab.serve.request import Grammar
 
     engine = engine_of()
     schema = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": False}

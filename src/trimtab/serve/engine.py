@@ -101,18 +101,27 @@ class Engine:
             chain=chain_start(self.base.fingerprint, digest, tenant, request.cache_salt, self.config.block_size),
             tokens=list(request.prompt),
         )
+        try:
+            self._enter(live)
+        except BaseException:
+            if matcher is not None:
+                matcher.close()  # nobody else would
+            raise
+        self._wake.set()
+
+    def _enter(self, live: Live) -> None:
+        """Have the next step begin with it. Raises as `submit` does."""
         with self._changed:
             if self._closing:
                 raise OverloadedError("the server is shutting down", fix="ask another one, or again later", retry_after=10.0)
             if len(self._live) - len(self.scheduler.running) >= self.config.max_queued:
                 raise OverloadedError(f"{self.config.max_queued} requests are waiting already", fix="try again later", retry_after=2.0)
-            if request.id in self._live:
-                raise ValueError(f"a request with the id {request.id!r} is running")
+            if live.request.id in self._live:
+                raise ValueError(f"a request with the id {live.request.id!r} is running")
             self._serial += 1
             live.serial = self._serial
-            self._live[request.id] = live
+            self._live[live.request.id] = live
             self._inbox.append(lambda: self._add(live))
-        self._wake.set()
 
     def cancel(self, request_id: str) -> None:
         """End a request, wherever it is; nothing where there is none."""
