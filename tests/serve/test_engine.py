@@ -316,7 +316,6 @@ def test_grammars_hold_and_end_the_answer():
     import json
     import signal
 
-
     engine = engine_of()
     schema = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": False}
     a = ask(engine, "a", 8, held("lora-0"), max_tokens=60, grammar=Grammar("json_schema", json.dumps(schema)))
