@@ -82,7 +82,7 @@ def test_options_reach_the_server(tiny_llama_folder: Path, tmp_path: Path):
         "--adapters-from",
         tmp_path / "drop",
         "--request-seconds",
-        "0.2",
+        "1",
     )
     with serving(tiny_llama_folder, tmp_path, *options, "--host", "localhost") as served, httpx.Client(base_url=served.url) as c:
         assert served.told == {"url": served.url, "base": "tiny", "local": True, "adapters": ["s"]}
@@ -93,7 +93,7 @@ def test_options_reach_the_server(tiny_llama_folder: Path, tmp_path: Path):
             m: c.post("/v1/completions", json=TEXT | {"model": m}).json()["choices"][0]["text"] for m in ("s", "support", "more", "tiny")
         }
         assert texts["s"] == texts["support"] and len(set(texts.values())) == 3
-        late = c.post("/v1/completions", json=TEXT | {"max_tokens": 500, "ignore_eos": True, "n": 16})
+        late = c.post("/v1/completions", json=TEXT | {"prompt": ["hi"] * 4, "max_tokens": 500, "ignore_eos": True, "n": 16})
         assert late.status_code == 504 and json.loads(late.text)["error"]["code"] == "deadline"
         assert served.stop(signal.SIGTERM) == 0
 
