@@ -56,7 +56,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_taken_port_is_told_before_the_base_is_loaded():
     with server.bind("127.0.0.1", 0) as taken:
-        assert "cannot listen on" in refused("--local", "--base", "/no/such/base", "--port", str(taken.getsockname()[1]))
+        said = refused("--local", "--base", "/no/such/base", "--port", str(taken.getsockname()[1]))
+    assert "cannot listen on" in said and "there is no base '/no/such/base'" in said
 
 
 def test_an_adapter_that_is_refused_ends_it(tiny_llama_folder: Path, tmp_path: Path):
@@ -64,7 +65,7 @@ def test_an_adapter_that_is_refused_ends_it(tiny_llama_folder: Path, tmp_path: P
     path = stirred(base, LoraConfig(r=2), seed=1).save(tmp_path / "foreign")
     options = ("--local", "--base", tiny_llama_folder, "--dtype", "float32", "--port", "0", "--kv-gb", "0.01", "--adapters-gb", "0.01")
     assert "does not fit this base" in refused(*options, "--adapter", f"foreign={path}")
-    assert "is no adapter's folder" in refused(*options, "--adapter", "a=/no/such/folder")
+    assert "adapter '/no/such/folder': there is no such folder" in refused(*options, "--adapter", "a=/no/such/folder")
 
 
 @pytest.mark.slow

@@ -105,13 +105,15 @@ def serve(
         max_running=max_running,
         max_queued=max_running + max_queued,  # admission counts them all; the engine's bound is not to be met before
     )
-    with before_loading(base_name, dtype, device, adapters.values(), root) as mistakes, mistakes.noted():
-        _store(root, needed=root is not None)
     with ExitStack() as open_parts:
+        with before_loading(base_name, dtype, device, adapters.values(), root) as mistakes:
+            with mistakes.noted():
+                _store(root, needed=root is not None)
+            with mistakes.noted():
+                sock = open_parts.enter_context(server.bind(host, port))
         tenants = None if local else open_parts.enter_context(_tenants(database))
         audit = None if tenants is None else open_parts.enter_context(Audit(audit_path(tenants.path)))
         store = _store(root, needed=root is not None)
-        sock = open_parts.enter_context(server.bind(host, port))
         port = sock.getsockname()[1]
         base = open_base(base_name, dtype, device)
         engine = Engine(base, config)
