@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from tests.laws.common import tokens
 from tests.serve.common import ByHand, Held, ask, engine_of, finish, held, solo, without_end
 from trimtab.serve import scheduler as scheduler_module
@@ -157,6 +159,68 @@ def test_a_tenant_with_many_adapters_does_not_take_all_loads(monkeypatch):
     engine.step()
     assert sorted(x.request.tenant for waiting in engine.scheduler.loading.values() for x in waiting) == ["many", "many", "one"]
     engine.close()
+
+
+@pytest.mark.parametrize("adapters", [1, scheduler_module.LOOKAHEAD])
+def test_answers_of_a_tenant_that_wait_keep_nobody_elses_adapter_from_being_read(adapters):
+    loader = ByHand()
+    engine = engine_of(loader=loader, max_running=2, blocks=400)
+    for i in range(2):
+        ask(engine, f"long{i}", 4, max_tokens=400, ignore_eos=True, tenant="many")
+    engine.step()
+    waiting = [Held(f"sha256:{i % adapters}", held("ia3-0").adapter) for i in range(16)]
+    for i, adapter in enumerate(waiting):
+        ask(engine, f"wait{i}", 4, adapter, max_tokens=4, tenant="many")
+    for _ in range(20):
+        engine.step()
+        while loader.jobs:
+            loader.run()
+    assert engine.stats().loads == adapters and engine.stats().adapter_leases == 16
+    loads = ask(engine, "loads", 4, held("lora-0"), max_tokens=2, ignore_eos=True, tenant="one")
+    base = ask(engine, "base", 4, max_tokens=2, ignore_eos=True, tenant="one")
+    for _ in range(4):
+        engine.step()
+    assert base.finish == "length" and len(loader.jobs) == 1
+    loader.run()
+    for _ in range(4):
+        engine.step()
+    assert loads.finish == "length" and running(engine)["many"]
+    engine.close()
+
+
+def test_answers_that_wait_for_one_adapter_count_once(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "LOOKAHEAD", 2)
+    loader = ByHand()
+    engine = engine_of(loader=loader)
+    for i in range(5):
+        ask(engine, f"same{i}", 4, held("lora-0"), max_tokens=2)
+    ask(engine, "other", 4, held("ia3-0"), max_tokens=2)
+    engine.step()
+    assert len(loader.jobs) == 2 and engine.stats().loading == 6
+    engine.close()
+
+
+def test_who_has_its_adapter_passes_one_that_cannot_be_read_yet(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "LOOKAHEAD", 1)
+    loader = ByHand()
+    engine = engine_of(loader=loader)
+    there = ask(engine, "there", 4, held("ia3-0"), max_tokens=2, ignore_eos=True)
+    engine.step()
+    loader.run()
+    finish(engine)
+    first, second = ask(engine, "first", 4, held("lora-0"), max_tokens=2), ask(engine, "second", 4, held("lora-1"), max_tokens=2)
+    again = ask(engine, "again", 4, held("ia3-0"), max_tokens=2, ignore_eos=True)
+    base = ask(engine, "base", 4, max_tokens=2, ignore_eos=True)
+    while engine.step():
+        pass
+    assert there.finish and again.finish and base.finish and not first.deltas and not second.deltas
+    assert len(loader.jobs) == 1
+    for _ in range(2):
+        loader.run()
+        while engine.step():
+            pass
+    assert first.finish and second.finish
+    engine.idle_check()
 
 
 def test_blocks_that_a_long_prompt_will_need_are_not_given_away(monkeypatch):

@@ -1,7 +1,7 @@
 """What runs in a step: continuous batching with chunked prefill over paged keys and values.
 
 Sequences that decode come first, then prompts, in chunks, within a number of rows. Tenants take turns by their counters; within a tenant
-requests come in order, except that one whose adapter is still loading lets others pass. When KV blocks run out the newest sequence gives up
+requests come in order, except that one whose adapter is not there yet lets others pass. When KV blocks run out the newest sequence gives up
 its own and comes back later: what it had is computed again. So does the newest of a tenant that holds more than its share of places or
 blocks (`shares.py`), as soon as one comes that has less than its own: nobody waits for a whole answer of somebody else's. Nothing is known
 here of forwards, sampling or sinks.
@@ -25,7 +25,7 @@ from trimtab.serve.shares import Shares
 MIN_CHUNK = 128
 """Prompts enter together while each gets so many rows of a step: fewer at once finish sooner."""
 LOOKAHEAD = 16
-"""Requests whose adapters are loading, or loaded and not yet used: others wait without claiming memory."""
+"""Adapters that are loading, or loaded for requests that wait: others are not read, but for one of each tenant that has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,20 +191,32 @@ class Scheduler:
     # ---- entering ----
 
     def _start_loads(self) -> None:
-        """Have the adapters read of those who are next, a tenant after the other; at most LOOKAHEAD requests, so that a long queue does not
-        turn memory over."""
-        ahead = self.loading_count + len(self._leased)
-        tenants = self.fairness.order(self._waiting) if ahead < LOOKAHEAD else []
-        while tenants and ahead < LOOKAHEAD:
-            tenants = [t for t in tenants if t in self._waiting and self._must_load(self._waiting[t][0])][: LOOKAHEAD - ahead]
-            for tenant in tenants:
-                live = self._waiting[tenant][0]
-                assert live.digest is not None and live.request.adapter is not None
-                self._leave_queue(live)
-                live.where = "loading"
-                self.loading.setdefault(live.digest, []).append(live)
-                self.residency.load(live.request.adapter)
-            ahead += len(tenants)
+        """Have the adapters read of those who are next, a tenant after the other. At most LOOKAHEAD adapters, so that a long queue does not
+        turn memory over; but each tenant always has one, whatever others have."""
+        tenants = self.fairness.order(t for t, queue in self._waiting.items() if self._must_load(queue[0]))
+        if not tenants:
+            return
+        ahead: dict[str, set[str]] = {}
+        for live in [*self._leased, *(live for waiting in self.loading.values() for live in waiting)]:
+            assert live.digest is not None
+            ahead.setdefault(live.request.tenant, set()).add(live.digest)
+        while tenants:
+            tenants = [t for t in tenants if self._start_load(t, ahead)]
+
+    def _start_load(self, tenant: str, ahead: dict[str, set[str]]) -> bool:
+        """Whether the adapter of the tenant's next is being read now. ahead: adapters that are loading or held by those who wait."""
+        if tenant not in self._waiting or not self._must_load(live := self._waiting[tenant][0]):
+            return False
+        assert live.digest is not None and live.request.adapter is not None
+        all_ahead = set[str]().union(*ahead.values())
+        if live.digest not in all_ahead and len(all_ahead) >= LOOKAHEAD and ahead.get(tenant):
+            return False
+        ahead.setdefault(tenant, set()).add(live.digest)
+        self._leave_queue(live)
+        live.where = "loading"
+        self.loading.setdefault(live.digest, []).append(live)
+        self.residency.load(live.request.adapter)
+        return True
 
     def _must_load(self, live: Live) -> bool:
         return live.digest is not None and live.resident is None and not self.residency.holds(live.digest)
@@ -252,7 +264,8 @@ class Scheduler:
         return True
 
     def _next(self, may: Callable[[str], bool]) -> Live | None:
-        """By the turns of the tenants that may; of a tenant, who comes back before who is new."""
+        """By the turns of the tenants that may; of a tenant, who comes back before who is new, and of those the first whose adapter is
+        there."""
         back: dict[str, Live] = {}
         for live in self._returning:
             if live.unsaid is None:
@@ -260,8 +273,8 @@ class Scheduler:
         for tenant in self.fairness.order(t for t in {*self._waiting, *back} if may(t)):
             if tenant in back:
                 return back[tenant]
-            if self._lease(self._waiting[tenant][0]):
-                return self._waiting[tenant][0]
+            if (live := next(filter(self._lease, self._waiting[tenant]), None)) is not None:
+                return live
         return None
 
     def _enter(self, live: Live) -> bool:
