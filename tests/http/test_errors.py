@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.http.common import CHAT, TEXT, Site, call, error_of, post, site
-from trimtab.http.limits import MAX_CONTAINERS, MAX_VALUES, shape_of
+from trimtab.http import limits
+from trimtab.http.limits import MAX_CONTAINERS, MAX_KEYS, MAX_VALUES, shape_of
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +178,18 @@ def test_what_is_no_body_is_a_400(served: Site, raw: bytes, words: str):
 
 
 def test_depth_is_counted_outside_of_strings():
-    assert shape_of(b'{"a": [[1], "[[[[", {"b\\"[[": "\\\\"}]}') == (3, 6, 4)
-    assert shape_of(b'{"a": "\\\\\\"[", "b\\\\": [[1, 2], []]}') == (3, 7, 4), "backslashes count in pairs"
-    assert shape_of(b"") == (0, 0, 0)
+    assert shape_of(b'{"a": [[1], "[[[[", {"b\\"[[": "\\\\"}]}') == (3, 6, 4, 2)
+    assert shape_of(b'{"a": "\\\\\\"[", "b\\\\": [[1, 2], []]}') == (3, 7, 4, 2), "backslashes count in pairs"
+    assert shape_of(b"") == (0, 0, 0, 0)
     deep = b'{"model": "tiny", "prompt": "' + b"[," * 300 + b'"}'
-    assert shape_of(deep) == (1, 2, 1)
+    assert shape_of(deep) == (1, 2, 1, 2)
+
+
+@pytest.mark.parametrize("field", ["metadata", "logit_bias", "user"])
+def test_a_body_of_very_many_fields_is_refused_before_it_is_parsed(served: Site, monkeypatch, field: str):
+    monkeypatch.setattr("trimtab.http.limits.from_json", lambda *a, **k: pytest.fail("it was parsed"))
+    raw = json.dumps(TEXT | {field: {str(i): 1 for i in range(MAX_KEYS)}}).encode()
+    assert error_of(post(served.app, "/v1/completions", raw), 400)["code"] == "too_many_values"
 
 
 @pytest.mark.parametrize("item", [b"[],", b"{},", b'"",', b"1,"])
@@ -195,10 +203,40 @@ def test_a_body_of_very_many_values_is_refused_before_it_is_parsed(served: Site,
 def test_many_wrong_items_cost_one_message(served: Site):
     raw = json.dumps(TEXT | {"prompt": ["a"] * 200_000}).encode()
     assert len(error_of(post(served.app, "/v1/completions", raw), 400)["message"]) < 2000
-    fields = {f"f{i}": 1 for i in range(20_000)}
+    fields = {f"f{i}": 1 for i in range(90)}
     raw = json.dumps(CHAT | {"messages": [{"role": "user", "content": "x"} | fields]}).encode()
     message = error_of(post(served.app, "/v1/chat/completions", raw), 400)["message"]
     assert len(message) < 2000 and message.endswith("and more")
+
+
+MANY = {f"f{i}": 1 for i in range(40_000)}
+
+
+@pytest.mark.parametrize(
+    ("param", "fields"),
+    [
+        (None, MANY),
+        ("messages[0]", {"messages": [{"role": "user", "content": ""} | MANY]}),
+        ("messages[0].content", {"messages": [{"role": "user", "content": [{"type": "text", "text": ""} | MANY]}]}),
+        ("stream_options", {"stream_options": MANY}),
+        ("response_format", {"response_format": {"type": "text"} | MANY}),
+        ("response_format.json_schema", {"response_format": {"type": "json_schema", "json_schema": MANY}}),
+        ("structured_outputs", {"structured_outputs": MANY}),
+    ],
+)
+def test_an_object_of_very_many_fields_is_one_finding(served: Site, monkeypatch, param: str | None, fields: dict):
+    """pydantic makes a finding of each unknown field, before anybody can cut them off."""
+    counts, real = [], limits.fault_of_body
+    monkeypatch.setattr(limits, "fault_of_body", lambda e, *a: (counts.append(e.error_count()), real(e, *a))[1])
+    error = error_of(post(served.app, "/v1/chat/completions", json.dumps(CHAT | fields).encode()), 400)
+    assert (error["param"], error["code"]) == (param, "invalid_value") and "fields; at most 100" in error["message"]
+    assert counts and counts[0] <= 2, counts
+
+
+def test_schemas_and_ignored_objects_may_have_many_fields(served: Site):
+    wide = {"properties": {f"p{i}": {} for i in range(300)}}
+    for fields in ({"metadata": MANY}, {"structured_outputs": {"json": wide}}):
+        assert post(served.app, "/v1/completions", json.dumps(TEXT | fields).encode()).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,9 @@ from trimtab.http.auth import tenant_of
 from trimtab.http.errors import RETRY_S, ClientGone, Fault, fault_of, fault_of_body, reply
 from trimtab.http.services import Services
 
-MAX_VALUES, MAX_CONTAINERS = 1 << 19, 50_000
-"""Of a body: numbers and texts, lists and objects. A million small lists in 4 MB keep the parser busy for seconds, and no
-other thread runs meanwhile."""
-MAX_FIELDS = 100
-"""Of a body: more than there are, and few enough to look for each one's nearest spelling."""
+MAX_VALUES, MAX_CONTAINERS, MAX_KEYS = 1 << 19, 50_000, 50_000
+"""Of a body: numbers and texts, lists and objects, fields of all objects. A million small lists in 4 MB keep the parser busy for seconds,
+and no other thread runs meanwhile."""
 SMALL = 16 << 10
 """Bytes of a body that is parsed on the event loop; a larger one would hold up other requests' tokens."""
 ALWAYS = frozenset({"/livez", "/readyz", "/metrics"})
@@ -152,29 +150,28 @@ async def read_body(request: Request, model: type[M], s: Services) -> M:
 
 def parse(raw: bytes, model: type[M], max_depth: int) -> M:
     """A body as a `model`; Fault (400) where it is not one."""
-    deep, values, containers = shape_of(raw)
+    deep, values, containers, keys = shape_of(raw)
     if deep > max_depth:
         raise Fault(f"the body nests lists and objects {deep} deep; at most {max_depth} are read", code="too_deep")
-    if values > MAX_VALUES or containers > MAX_CONTAINERS:
-        most = f"at most {MAX_VALUES} and {MAX_CONTAINERS} are read"
-        raise Fault(f"the body holds {values} values and {containers} lists and objects; {most}", code="too_many_values")
+    if values > MAX_VALUES or containers > MAX_CONTAINERS or keys > MAX_KEYS:
+        held = f"{values} values, {containers} lists and objects and {keys} fields"
+        raise Fault(f"the body holds {held}; at most {MAX_VALUES}, {MAX_CONTAINERS} and {MAX_KEYS} are read", code="too_many_values")
     try:
         body = from_json(raw, allow_inf_nan=False)
     except ValueError as error:  # the parser's words tell a place, never the text there
         raise Fault(f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
         raise Fault("the body must be a JSON object", code="invalid_json")
-    if len(body) > MAX_FIELDS:
-        raise Fault(f"the body has {len(body)} fields; at most {MAX_FIELDS} are read", code="invalid_value")
     try:
         return model.model_validate(body)
     except ValidationError as error:
         raise fault_of_body(error, body, model) from None
 
 
-def shape_of(raw: bytes) -> tuple[int, int, int]:
-    """(how deep brackets nest, about how many values there are, how many lists and objects), without recursion and with nothing built. Text
-    in strings does not count. numpy lets other threads run meanwhile; a regular expression would hold them up for a second."""
+def shape_of(raw: bytes) -> tuple[int, int, int, int]:
+    """(how deep brackets nest, about how many values there are, how many lists and objects, how many fields), without recursion and with
+    nothing built. Text in strings does not count. numpy lets other threads run meanwhile; a regular expression would hold them up for a
+    second."""
     if b"\\" in raw:
         raw = raw.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
     marks = np.frombuffer(raw, dtype=np.uint8)
@@ -182,4 +179,5 @@ def shape_of(raw: bytes) -> tuple[int, int, int]:
     opens, closes = (np.isin(marks, np.frombuffer(b, np.uint8)) & outside for b in (b"[{", b"]}"))
     depth = np.cumsum(opens.astype(np.int8) - closes.astype(np.int8), dtype=np.int32).max(initial=0)
     containers = int(np.count_nonzero(opens))
-    return int(depth), int(np.count_nonzero((marks == ord(",")) & outside)) + containers, containers
+    commas, colons = (int(np.count_nonzero((marks == ord(b)) & outside)) for b in ",:")
+    return int(depth), commas + containers, containers, colons

@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from trimtab.serve.grammar import MAX_CHARS
 from trimtab.serve.request import MAX_STOP_CHARS, MAX_STOPS, MAX_TOP_LOGPROBS
 
 MAX_N, MAX_PROMPTS = 16, 64
+MAX_FIELDS = 100
+"""Of an object with fields of its own: more than there are, and few enough to say of each one what is wrong with it."""
 MAX_IDS = 1 << 20
 """Ids of one prompt: what no base has positions for. It bounds what a check of the list costs."""
 
@@ -44,7 +47,19 @@ StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
 class Body(BaseModel):
+    """Any object of a body, at any depth, whose fields are known."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        """Counted first: each unknown field is a finding, and half a million of them hold up everybody for seconds."""
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise PydanticCustomError(
+                "too_many_fields", "has {count} fields; at most {most} are read", {"count": len(value), "most": MAX_FIELDS}
+            )
+        return value
 
 
 def takes(model: type[Body]) -> dict[str, Any]:
