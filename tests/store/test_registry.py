@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -416,6 +417,29 @@ def test_collection_leaves_a_living_writers_files_alone(store, tmp_path, monkeyp
     store.publish(adapter_folder(tmp_path / "a", 1), "acme/new")
     assert found == [(5, 2)], "the copies of two files, the manifest, and what was left"
     assert store.verify().problems == () and list((store.root / "tmp").iterdir()) == []
+
+
+def test_a_publish_that_cannot_clean_up_leaves_its_files_to_collection(store, tmp_path, monkeypatch):
+    """A file that cannot be removed at the end, a disk that fails: the process lives on, and holds none of its copies locked."""
+    folder, unlink, refused = adapter_folder(tmp_path / "a", 1), os.unlink, []
+
+    def failing(path, *arguments, **options):
+        if Path(path).parent == store.root / "tmp":
+            refused.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return unlink(path, *arguments, **options)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", failing)
+        patch.setattr(registry.Store, "_commit", full)
+        with pytest.raises(AdapterError, match="cannot publish"):
+            store.publish(folder, "acme/new")
+    left = list((store.root / "tmp").iterdir())
+    assert len(left) == 3 and set(left) == set(refused), "two files and the manifest; the end of one does not keep the others from theirs"
+    assert Store(store.root).gc(grace_seconds=-60).unfinished == 3 and list((store.root / "tmp").iterdir()) == []
 
 
 WRITER = """

@@ -11,7 +11,7 @@ import os
 import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,14 +118,8 @@ class Blobs:
         Each is locked (`owned`) as long as the block runs, so that garbage collection knows that its writer lives, whatever its age.
         """
         self.tmp.mkdir(exist_ok=True)  # other tools' layouts have none
-        stage = Staging(self)
-        try:
-            yield stage
-        finally:
-            for path in stage.paths:
-                path.unlink(missing_ok=True)
-            for file in stage.files:
-                os.close(file)
+        with ExitStack() as ending:  # goes on where a file cannot be removed: a lock that stayed would keep it from every collection
+            yield Staging(self, ending)
 
     def keep(self, staged: Iterable[Staged]) -> None:
         """Move staged files among the blobs, and make that last. Call it under the lock.
@@ -147,10 +141,10 @@ class Blobs:
 
 
 class Staging:
-    """Writes files into tmp: read-only, hashed on the way, flushed to disk."""
+    """Writes files into tmp: read-only, hashed on the way, flushed to disk. ending: removes and unlocks them when the writer is done."""
 
-    def __init__(self, blobs: Blobs):
-        self.blobs, self.paths, self.files = blobs, list[Path](), list[int]()
+    def __init__(self, blobs: Blobs, ending: ExitStack):
+        self.blobs, self.ending = blobs, ending
 
     def copy(self, file: int, size: int, name: str) -> Staged:
         """The next `size` bytes of an open file. Refusal where it ends before."""
@@ -184,9 +178,9 @@ class Staging:
         """An empty file that is this writer's own, and its path."""
         while True:
             path = self.blobs.tmp / uuid.uuid4().hex
-            self.paths.append(path)
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444)
-            self.files.append(file)
+            self.ending.callback(os.close, file)
+            self.ending.callback(path.unlink, missing_ok=True)
             fcntl.flock(file, fcntl.LOCK_SH)
             if is_still(path, file):  # else a collection has seen it before it was locked
                 return file, path
