@@ -13,11 +13,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.trimtab-setup
 PYTEST_ARGS ?=
 # pip's output without what nobody needs: a line a package, then that all of them are unpacked; errors and what pip says last stay.
-PROGRESS := awk '/^(Collecting|Processing) / { sub(/.*\//, "", $$2); printf "%4d %s\n", ++n, $$2; fflush(); next } \
-	/^Installing collected/ { print "all " n " are here; unpacking them, which pip does in silence"; fflush(); next } \
-	/^(WARNING: Location|Looking in|Looking up|Requirement already|Obtaining|Building|Created|Stored)/ || \
-	/^ +(Downloading|Using cached|Preparing|Getting|Installing|Attempting|Found|Not uninstalling|Uninstalling|Successfully)/ { next } \
-	{ print; fflush() }'
+# Not awk: some read a pipe in whole blocks, so that nothing would be seen for minutes.
+PROGRESS := { n=0; steps='^ +(Downloading|Using|Preparing|Getting|Installing|Attempting|Found|Not|Uninstalling|Successfully|Building|Created|Stored) '; \
+	others='^(WARNING: Location|Looking|Requirement already|Obtaining|Building|Created|Stored)'; while IFS= read -r line; do \
+	if [[ $$line =~ ^(Collecting|Processing)\ ([^\ ]+) ]]; then n=$$((n + 1)); echo "$$n $${BASH_REMATCH[2]\#\#*/}"; \
+	elif [[ $$line == "Installing collected"* ]]; then echo "all $$n are here; unpacking them, which pip does in silence"; \
+	elif [[ ! $$line =~ $$steps && ! $$line =~ $$others ]]; then printf '%s\n' "$$line"; fi; done; }
 
 .PHONY: setup demo check format test test-slow bench clean
 .DEFAULT_GOAL := setup

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner, Result
 
 from tests.train.common import METHODS, run_file
+from trimtab import cli
 from trimtab.cli import COMMANDS, main
+from trimtab.store.staging import staged
 
 
 def call(*arguments: str | Path, text: str | None = None) -> Result:
@@ -178,3 +185,18 @@ def test_an_answer_that_breaks_lines_with_two_characters(tiny_llama_folder: Path
             stream(0, token)
         stream.end()
         assert out.getvalue().decode() == "one\ntwo €\\r\n"
+
+
+def test_sigterm_unwinds_what_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    @click.command()
+    def merge() -> None:
+        with staged(tmp_path / "merged") as work:
+            (work / "half").write_text("written")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(merge=merge))
+    before = signal.getsignal(signal.SIGTERM)
+    ended = CliRunner().invoke(cli.main, ["merge"])
+    assert ended.exit_code == 143 and list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -61,6 +61,7 @@ def test_export_calls_the_base_as_told_or_by_its_folder(saved: Path, tiny_llama_
 def test_export_of_what_a_format_cannot_hold_exits_with_2(saved: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
     refused = call(tiny_llama_folder, "export", saved / "prompt", tmp_path / "x", "--format", "vllm")
     assert refused.exit_code == 2 and "it knows LoRA, and this is prompt" in refused.output
+    assert "trimtab serve" in refused.output and "merge" not in refused.output  # it cannot be merged either
     merged = call(tiny_llama_folder, "export", saved / "ia3", tmp_path / "m", "--format", "merged")
     assert merged.exit_code == 0 and (tmp_path / "m" / "model.safetensors").is_file()
     assert not (tmp_path / "x").exists()

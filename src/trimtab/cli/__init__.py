@@ -5,6 +5,10 @@ A user's mistake (`TrimtabError`) is printed with its fix and exits with code 2;
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 import click
@@ -33,6 +37,27 @@ COMMANDS = {
 }
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. Like Ctrl-C it unwinds the command, so that what is half written goes."""
+
+
+@contextmanager
+def unwound_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises `Terminated` inside. Commands that end in their own way (train, sweep, serve) put their handlers in its place."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Commands(click.Group):
     """Loads `trimtab.cli.<name>` when the command is called; turns a user's mistake into exit code 2."""
 
@@ -48,14 +73,15 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            with explained(lambda: f"running `trimtab {ctx.invoked_subcommand}`", "give it less to do at a time, or make memory free"):
+            less = "give it less to do at a time, or make memory free"
+            with unwound_by_sigterm(), explained(lambda: f"running `trimtab {ctx.invoked_subcommand}`", less):
                 return super().invoke(ctx)
         except TrimtabError as e:
             click.echo(f"{click.style('error:', fg='red', bold=True)} {e}", err=True)
             ctx.exit(e.exit_code)
-        except KeyboardInterrupt:  # click would exit with 1
+        except KeyboardInterrupt as e:  # click would exit with 1
             click.echo("interrupted", err=True)
-            ctx.exit(130)
+            ctx.exit(143 if isinstance(e, Terminated) else 130)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -105,7 +105,7 @@ def _refuse(adapter: Adapter, format: str) -> None:
     else:
         problems = _plain_lora_problems(adapter.method, adapter.sites, adapter.base)
         problems += (gguf_problems if format == "gguf" else _vllm_problems)(adapter)
-        fix = "merge it instead: format merged"
+        fix = "merge it instead: format merged" if adapter.method.mergeable else "serve it beside the base: `trimtab serve`"
     if problems:
         raise AdapterError(f"this {adapter.method.name} adapter cannot be exported for {format}", problems=problems, fix=fix)
 
