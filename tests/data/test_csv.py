@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.common import write_jsonl
 from trimtab.data import Source, read_source
 from trimtab.data.delimited import read_delimited
 from trimtab.data.rows import Dropped
@@ -160,10 +161,15 @@ def test_spreadsheets_unicode_text_is_read(tmp_path, encoding) -> None:
 def test_control_bytes_drop_their_rows(tmp_path) -> None:
     for code in (0, 1, 8, 27, 31):
         rows, dropped = read(tmp_path, f"q,a\nx{chr(code)}y,z\ng,h\n")
-        assert rows == [("g", "h")] and dropped == {"t.csv:2": f"control character U+{code:04X} in q"}
-    (tmp_path / "t.jsonl").write_text('{"q": "a\\u0000b", "a": "c"}\n{"q": "a", "a": "c"}\n', encoding="utf-8")
-    _, dropped = read_source(Source("t.jsonl", columns=MAPPED), tmp_path)
-    assert [d.reason for d in dropped] == ["control character U+0000 in prompt"]
+        assert rows == [("g", "h")] and dropped == {"t.csv:2": f"control character U+{code:04X} in prompt"}
+        write_jsonl(tmp_path / "t.jsonl", [{"q": f"x{chr(code)}y", "a": "c"}, {"q": "a", "a": f"{chr(code)}[31m"}, {"q": "g", "a": "h"}])
+        found, reasons = read_source(Source("t.jsonl", columns=MAPPED), tmp_path)
+        assert [d.reason for d in reasons] == [f"control character U+{code:04X} in {name}" for name in ("prompt", "completion")]
+        assert [(row.prompt, row.completion) for row in found] == [("g", "h")]
+    for code in (9, 11, 12):  # tab, and the breaks that Office and PDF have
+        write_jsonl(tmp_path / "t.jsonl", [{"q": f"x{chr(code)}y", "a": "c"}])
+        assert len(read_source(Source("t.jsonl", columns=MAPPED), tmp_path)[0]) == 1
+        assert read(tmp_path, f'q,a\n"x{chr(code)}y",z\n')[0] == [(f"x{chr(code)}y", "z")]
 
 
 def test_as_pandas_writes_and_reads_it(tmp_path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from tests.data.common import END, learnt, write_jsonl
 from tests.tiny import tiny_tokenizer
 from trimtab.data import Example, Row, Source, encode_row, load_examples, prompt_and_reference, read_source, rows
-from trimtab.data.keys import MARKS, ROW_KEYS, TURN_KEYS, is_empty
+from trimtab.data.keys import MARKS, MASKS, ROW_KEYS, TURN_KEYS, is_empty
+from trimtab.data.labels import label_examples
 from trimtab.errors import DataError
 
 TOKENIZER = tiny_tokenizer()
@@ -47,7 +48,28 @@ OF_ROWS: dict[str, list[Any]] = {
     "training": [False],
     "train_on_inputs": [True],
     "kto_tag": [False, "false", 0],
-    "label": [False, "False", 0, "0"],
+    "label": [False, "False", 0, "0", -1, "-1", "undesirable"],
+    "loss": [False, 0, "0"],
+    "mask": [True, 1, "true"],
+    "masked": [True],
+    "tool_calls": [CALL],
+    "tool_results": [[{"output": "x"}]],
+    "objects": [{"ref": ["cat"], "bbox": [[1, 2, 3, 4]]}],
+    "reasoning": ["because"],
+    "enable_thinking": [True, False],
+    "reasoning_effort": ["high"],
+    "chosen_response": ["good"],
+    "rejected_response": ["bad"],
+    "rejected_messages": [[ANSWER]],
+    "rejected_images": [["a.png"]],
+    "input_ids": [[1, 2]],
+    "attention_mask": [[1, 1]],
+    "position_ids": [[0, 1]],
+    "labels": [[-100, 2], [True, False], 1],
+    "completion_mask": [[0, 1]],
+    "assistant_masks": [[0, 1]],
+    "loss_mask": [[0, 1], 0],
+    "completions": [["a", "b"]],
     "history": [[["x?", "y"]]],
 }
 OF_TURNS: dict[str, list[Any]] = {
@@ -74,9 +96,20 @@ OF_TURNS: dict[str, list[Any]] = {
     "channel": ["analysis"],
     "recipient": ["functions.f"],
     "prefix": [True],
+    "end_turn": [False],
+    "eot": [False],
+    "tool_plan": ["look it up"],
+    "tool_results": [[{"output": "x"}]],
+    "tool_responses": [[{"output": "x"}]],
+    "ipython": [True],
+    "image_url": [{"url": "x"}],
+    "input_audio": [{"data": "x"}],
+    "file": [{"file_id": "x"}],
+    "files": [["a.pdf"]],
+    "thinking_blocks": [[{"thinking": "because"}]],
 }
 NEUTRAL = [None, "", [], {}, "[]", "null", float("nan"), {"enable_thinking": None}, [None]]
-TRUE = {"parallel_tool_calls", "weight", "loss_weight", "sample_weight", "train", "training", "kto_tag", "label"}
+TRUE = {"parallel_tool_calls", "weight", "loss_weight", "sample_weight", "train", "training", "loss", "kto_tag", "label"}
 
 
 def to_row(record: dict[str, Any], columns: dict[str, str] | None = None, system: str | None = None) -> Row | str:
@@ -94,7 +127,7 @@ def supervised(row: Row | str) -> str:
 
 def test_every_key_of_the_table_is_tried() -> None:
     assert OF_ROWS.keys() == ROW_KEYS.keys() | {"label", "history"} and OF_TURNS.keys() == TURN_KEYS.keys()
-    assert MARKS == ("weight", "train", "training", "loss")
+    assert MARKS == ("weight", "train", "training", "train_on_turn", "loss", "loss_mask", "loss_scale") and MASKS == ("mask", "masked")
 
 
 @pytest.mark.parametrize("key", [k for k in OF_ROWS if k != "history"])
@@ -105,7 +138,9 @@ def test_keys_of_a_row(key) -> None:
         for value in OF_ROWS[key]:
             reason = to_row(form | {key: value})
             assert isinstance(reason, str) and key in reason, (form, value, reason)
-        for value in NEUTRAL + ([True, 1, "1", "true"] if key in TRUE and not (key == "label" and "text" in form) else []):
+        for value in [v for v in NEUTRAL if not (key == "label" and v in ("[]", "null") and "text" in form)] + (
+            [True, 1, "1", "true"] if key in TRUE and not (key == "label" and "text" in form) else []
+        ):
             assert to_row(form | {key: value}) == plain, (form, value)
 
 
@@ -182,8 +217,7 @@ def test_labels(tmp_path) -> None:
         row = to_row({"text": "x", "label": label}, columns={"label": "label"})
         assert isinstance(row, Row) and (row.prompt, row.completion) == ("x", name)
         assert str(to_row({"text": "x", "label": label})).startswith("text with a label: ")
-        if label:  # 0 would be KTO's mark on the text
-            assert to_row({"text": "x", "label": label}, columns={"text": "text"}) == to_row({"text": "x"})
+        assert to_row({"text": "x", "label": label}, columns={"text": "text"}) == to_row({"text": "x"})
     write_jsonl(tmp_path / "l.jsonl", [{"text": f"x{i}", "label": "bug"} for i in range(9)])
     with pytest.raises(DataError, match=r"columns: \{label: label\}"):
         load_examples([Source("l.jsonl")], TOKENIZER, root=tmp_path, max_length=64)
@@ -243,3 +277,84 @@ def test_empty_answers_are_dropped(empty) -> None:
 
 def test_what_says_nothing() -> None:
     assert all(map(is_empty, NEUTRAL)) and not any(map(is_empty, (0, False, "0", "x", [0], {"a": 0}, 1.0)))
+
+
+def test_content_that_looks_like_an_empty_list_is_content() -> None:
+    """Only null, NaN and blank text are no content; `[]`, `{}` and `null` are asked about, are system prompts, and are classes."""
+    for said in ("[]", "{}", "null", "None", "NaN", "N/A", " [ ] "):
+        row = to_row({"instruction": "What type of JSON value is this?", "input": said, "output": "a"})
+        assert isinstance(row, Row) and row.prompt == f"What type of JSON value is this?\n\n{said}"
+        row = to_row({"prompt": "a?", "completion": said, "system": said}, system="other")
+        assert isinstance(row, Row) and (row.system, row.completion) == (said, said)
+        row = to_row({"text": "x", "label": said}, columns={"label": "label"})
+        assert isinstance(row, Row) and row.completion == said.strip()
+        assert str(to_row({"text": "x", "label": said})).startswith("text with a label: ")
+    for nothing in (None, float("nan"), "", " \n"):
+        row = to_row({"instruction": "a?", "input": nothing, "output": "b", "system": nothing}, system="S")
+        assert isinstance(row, Row) and (row.prompt, row.system) == ("a?", "S")
+
+
+def test_labels_are_trained_as_they_are_judged(tmp_path) -> None:
+    (tmp_path / "l.csv").write_text("text, label\nx, bug\ny, idea \n", encoding="utf-8")
+    found, _ = read_source(Source("l.csv", columns={"label": "label"}), tmp_path)
+    assert [row.completion for row in found] == ["bug", "idea"]
+    for row in (Row("r", prompt="Kind:", completion=" bug"), Row("r", messages=(ASK, {"role": "assistant", "content": " bug"}))):
+        trained = encode_row(row, TOKENIZER, 512)
+        judged = label_examples([row], ["bug", "idea"], TOKENIZER)[0]
+        assert isinstance(trained, Example) and judged[0].ids.tolist() == trained.ids.tolist()
+        assert learnt(judged[1], TOKENIZER) == f" idea{END}"
+
+
+def test_a_label_is_a_mark_of_kto_where_an_answer_is_marked(tmp_path) -> None:
+    """Beside columns that the run file names, a number is a class; words and booleans are the mark all the same. A text has no answer."""
+    notes: list[str] = []
+    write_jsonl(tmp_path / "t.jsonl", [{"text": f"x{i}", "label": label} for i, label in enumerate([0, 1, "0", False, True, "bug"])])
+    found, dropped = read_source(Source("t.jsonl", columns={"text": "text"}), tmp_path, 0, notes.append)
+    assert len(found) == 6 and not dropped and notes == ["t.jsonl: not used: label (6 rows)"]
+    columns = {"prompt": "q", "completion": "a"}
+    for label in (0, 1, 2, "0", -1):
+        write_jsonl(tmp_path / "t.jsonl", [{"q": "x", "a": "y", "label": label}])
+        found, dropped = read_source(Source("t.jsonl", columns=columns), tmp_path, 0, notes.append)
+        assert len(found) == 1 and not dropped and notes[-1] == "t.jsonl: not used: label (1 row)"
+    for unwanted in (False, "false", "undesirable"):
+        assert str(to_row({"q": "x", "a": "y", "label": unwanted}, columns=columns)).startswith("label: ")
+    for label in (0, -1):
+        assert str(to_row({"q": "x", "a": "y", "label": label}, columns=columns | {"label": "label"})).startswith("label: ")
+    assert isinstance(to_row({"prompt": "x", "completion": "y", "label": "desirable"}), Row)
+
+
+@pytest.mark.parametrize("key", MASKS)
+def test_masked_turns_are_not_learnt(key) -> None:
+    bad, good = ANSWER | {"content": "bad"}, ANSWER | {"content": "good"}
+    for on in (True, 1, "true"):
+        row = to_row({"messages": [ASK | {key: on}, bad | {key: on}, ASK, good | {key: False}]})
+        assert supervised(row) == f"good{END}" and isinstance(row, Row) and len(row.messages or ()) == 4
+        assert key in str(to_row({"messages": [ASK, bad | {key: on}]}))
+    assert key in str(to_row({"messages": [ASK | {key: False}, good]})) and key in str(to_row({"messages": [ASK, good | {key: "x"}]}))
+
+
+def test_a_greeting_behind_the_system_turn_answers_nothing(tmp_path) -> None:
+    system, hello = {"role": "system", "content": "S"}, {"role": "assistant", "content": "Hello"}
+    wanted = to_row({"messages": [system, ASK, ANSWER]})
+    notes: list[str] = []
+    write_jsonl(
+        tmp_path / "t.jsonl", [{"messages": [system, hello, ASK, ANSWER]}, {"prompt": [system, hello, ASK], "completion": [ANSWER]}]
+    )
+    for row in read_source(Source("t.jsonl"), tmp_path, 0, notes.append)[0]:
+        assert isinstance(wanted, Row) and row.messages == wanted.messages and supervised(row) == f"b{END}"
+    assert notes == ["t.jsonl: not used: an assistant turn before anything is asked (2 rows)"]
+    row = to_row({"messages": [hello, ASK, ANSWER]}, system="S")
+    assert isinstance(row, Row) and isinstance(wanted, Row) and row.messages == wanted.messages and row.answers == wanted.answers
+    assert supervised(to_row({"messages": [system, hello]})) == f"Hello{END}", "the system turn asks"
+    assert str(to_row({"messages": [system, hello, ASK]})).startswith("nothing supervised: ")
+    marked = to_row({"messages": [system, hello, ASK, ANSWER | {"weight": 0}, ASK, ANSWER | {"content": ""}]})
+    assert str(marked).startswith("empty: messages[5]")
+
+
+def test_prompts_and_completions_as_json_text_are_messages() -> None:
+    prompt, completion = [ASK, ANSWER, ASK], [ANSWER | {"content": "c"}]
+    wanted = to_row({"prompt": prompt, "completion": completion})
+    assert to_row({"prompt": json.dumps(prompt), "completion": json.dumps(completion)}) == wanted and supervised(wanted) == f"c{END}"
+    for text in ("[1, 2]", '[{"a": 1}]', "[not json", "[]"):  # is content
+        row = to_row({"prompt": text, "completion": text})
+        assert isinstance(row, Row) and (row.prompt, row.completion) == (text, text)

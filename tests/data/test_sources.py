@@ -127,6 +127,25 @@ def test_broken_json_array_is_an_error_with_its_line(tmp_path, text):
         read(tmp_path / "rows.json")
 
 
+def test_all_that_stands_behind_a_json_array_is_read_or_refused(tmp_path):
+    path = tmp_path / "rows.json"
+    first, second, third = (json.dumps({"prompt": q, "completion": "A"}) for q in "xyz")
+    for text in (
+        f"[{first}]\n[{second},\n{third}]",
+        f"[{first}][{second}]\n\ufeff\n[{third}]\n ",
+        f"[{first}]\n{second}\n{third}",
+        f"[]\n[{first},{second},{third}]",
+    ):
+        path.write_text(text, encoding="utf-8")
+        assert [row.prompt for row in read(path)[0]] == ["x", "y", "z"], text
+    path.write_text(f"[{first}]\n\n[\n{second}]", encoding="utf-8")
+    assert [row.origin for row in read(path)[0]] == ["rows.json:1", "rows.json:4"]
+    for rest in ("garbage", "]", ", [1]", '"x"', "[", f"[{second} {third}]", f"{{{second}"):
+        path.write_text(f"[{first}]\n{rest}", encoding="utf-8")
+        with pytest.raises(DataError, match=r"rows\.json:2 is "):
+            read(path)
+
+
 def test_json_object_is_not_an_array(tmp_path):
     (tmp_path / "rows.json").write_text('{"data": []}', encoding="utf-8")
     with pytest.raises(DataError, match="does not hold a JSON array"):

@@ -26,7 +26,6 @@ BOM = "\ufeff"
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?(?:\r\n|\r|\n|\Z)', re.IGNORECASE)
 _QUOTED = re.compile(r'"[^"]*+(?:""[^"]*+)*+')
 _RUN = re.compile(r'"+')
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 MAX_LOST_LINES, MAX_LOST_SHARE = 50, 0.1
 """A broken record that takes more lines along than both, the second a share of the file's, stops the file."""
 _UNDOUBLED = "not CSV: a quote within a field that is not doubled"
@@ -63,9 +62,6 @@ def read_delimited(text: str, shown: str) -> Iterator[tuple[str, Any] | Dropped]
             yield Dropped(origin, "not CSV: the header stands here again")
         elif any(record[len(header) :]):
             yield Dropped(origin, f"not CSV: {len(record)} fields where the header has {len(header)}")
-        elif table.has_control and (found := [i for i, cell in enumerate(record) if _CONTROL.search(cell)]):
-            code = ord(_CONTROL.search(record[found[0]])[0])  # type: ignore[index]
-            yield Dropped(origin, f"control character U+{code:04X} in {header[found[0]] or 'a column without a name'}")
         else:
             yield origin, _named(header, record)
 
@@ -89,7 +85,6 @@ class _Table:
     def __init__(self, text: str, shown: str):
         self.text, self.shown = text, shown
         self.newline = "\n" if "\n" in text else "\r"
-        self.has_control = _CONTROL.search(text) is not None
         start = len(BOM) if text.startswith(BOM) else 0
         start += len(text[start:]) - len(text[start:].lstrip("\r\n"))
         named = _SEPARATOR_LINE.match(text, start)

@@ -51,12 +51,12 @@ def read_jsonl(path: Path, shown: str) -> Records:
 
 
 def read_json(path: Path, shown: str) -> Records:
-    """An array of objects, or an object that holds one; one object is one row; a file that holds one object a line is read as JSONL. Raises
-    DataError where the array is broken."""
+    """Arrays of objects, or an object that holds one; one object is one row; a file that holds one object a line is read as JSONL. Raises
+    DataError where an array is broken."""
     text = _whole(path, shown).decode("utf-8", "surrogateescape")
     position = _skip_blank(text, 0)
     if text[position : position + 1] == "[":
-        yield from _array(text, _skip_blank(text, position + 1), shown)
+        yield from _arrays(text, position, shown)
         return
     if text[position : position + 1] == "{":
         try:
@@ -101,24 +101,37 @@ def _is_talk(value: Any) -> bool:
     return isinstance(value, list) and value != [] and isinstance(value[0], dict) and not {"role", "from"}.isdisjoint(value[0])
 
 
-def _array(text: str, position: int, shown: str) -> Records:
-    line, counted = 1, 0
-    while text[position : position + 1] != "]":
+def _arrays(text: str, position: int, shown: str) -> Records:
+    """The rows of an array, and of the arrays and objects behind it: files that were put together. DataError where all else follows."""
+    line, counted, inside = 1, 0, False
+    while inside or position < len(text):
         line, counted = line + text.count("\n", counted, position), position
-        origin, twice = f"{shown}:{line}", None
+        origin, here = f"{shown}:{line}", text[position : position + 1]
+        if here == ("]" if inside else "["):
+            inside, position = not inside, _skip_blank(text, position + 1)
+            continue
+        if not inside and here != "{":
+            raise DataError(f"{origin} is behind the array of rows, and is neither an array nor an object", fix=_JSON_FIX)
         try:
-            try:
-                record, end = STRICT_JSON.raw_decode(text, position)
-            except TwiceError as error:
-                twice, end = str(error), json.JSONDecoder().raw_decode(text, position)[1]
-            position = _skip_blank(text, end)
-            if text[position : position + 1] not in (",", "]"):
+            found, position = _decoded(text, position, origin)
+            if inside and text[position : position + 1] not in (",", "]"):
                 raise ValueError("a comma or ] is missing after the row that starts here")
         except JSON_ERRORS as error:
             raise DataError(f"{origin} is not JSON: {error}", fix="mend the file; what follows cannot be read.") from None
-        yield (origin, record) if twice is None else Dropped(origin, twice)
-        if text[position] == ",":
+        yield found
+        if inside and text[position] == ",":
             position = _skip_blank(text, position + 1)
+
+
+def _decoded(text: str, position: int, origin: str) -> tuple[tuple[str, Any] | Dropped, int]:
+    """(the row that starts here, where what follows starts)."""
+    found: tuple[str, Any] | Dropped
+    try:
+        record, end = STRICT_JSON.raw_decode(text, position)
+        found = (origin, record)
+    except TwiceError as error:
+        found, end = Dropped(origin, str(error)), json.JSONDecoder().raw_decode(text, position)[1]
+    return found, _skip_blank(text, end)
 
 
 def read_csv(path: Path, shown: str) -> Records:
@@ -249,7 +262,7 @@ def _refuse_utf16(raw: bytes, shown: str) -> None:
 
 
 def _skip_blank(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
+    while position < len(text) and text[position] in " \t\r\n\ufeff":  # files that were put together have marks of byte order within
         position += 1
     return position
 

@@ -7,8 +7,8 @@ from functools import cache
 from typing import Any
 
 from trimtab.bases.template import BadRow
-from trimtab.data.keys import PAIRS, ROW_KEYS, flag, is_empty
-from trimtab.data.turns import ROLES, listed, unused_keys
+from trimtab.data.keys import PAIRS, ROW_KEYS, is_blank, is_empty, wanted
+from trimtab.data.turns import ROLES, listed, talk_in, unasked, unused_keys
 from trimtab.errors import DataError, nearest
 
 FORMS: dict[str, tuple[str, ...]] = {
@@ -55,18 +55,36 @@ def used_columns(form: str | None, columns: Mapping[str, str]) -> set[str]:
 def unused(record: Mapping[str, Any], columns: Mapping[str, str], form: str) -> set[str]:
     """What a record of a form holds that its row does not say: columns, keys of messages, turns that answer nothing."""
     used = used_columns(form, columns)
-    found = {c or "a column without a name" for c in record.keys() - used if not (is_empty(record[c]) or _is_neutral(c, record[c]))}
+    said = {key for key in record.keys() - used if not is_empty(record[key])}
+    found = {c or "a column without a name" for c in said if not (c in ROW_KEYS and ROW_KEYS[c].neutral(record[c]))}
+    if _kto(record, columns, form) is True:
+        found.discard(columns.get("label", "label"))
+    talk: list[Any] = []
     for name in FORMS[form]:
         column = columns.get(name, name)
-        turns = listed(record[column], column) if form in ("messages", "conversations") else record[column]
+        turns = listed(record[column], column) if form in ("messages", "conversations") else talk_in(record[column])
         found |= unused_keys(turns, column)
-        if name == FORMS[form][0] and isinstance(turns, list) and turns and _role(turns[0]) == "assistant":
-            found.add(STARTS)
-    return found
+        talk += turns if isinstance(turns, list) else []
+    return found | {STARTS} if unasked([_role(turn) for turn in talk]) else found
 
 
-def _is_neutral(key: str, value: Any) -> bool:
-    return ROW_KEYS[key].neutral(value) if key in ROW_KEYS else key == "label" and flag(value) is True
+def _kto(record: Mapping[str, Any], columns: Mapping[str, str], form: str | None) -> bool | None:
+    """What the row's `label` says as the mark of KTO: whether the answer is wanted; None where it is no such mark. A text has no answer.
+    Where `columns` names all that the row is made of and not the label, a number is the id of a class: only words and booleans count."""
+    label = record.get(columns.get("label", "" if "label" in columns.values() else "label"))
+    if form in (None, "text", "label"):
+        return None
+    if "label" not in columns and all(name in columns for name in FORMS[form]) and not isinstance(label, bool) and _is_number(label):
+        return None
+    return wanted(label)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _role(turn: Any) -> str | None:
@@ -100,10 +118,10 @@ def refuse_keys(record: Mapping[str, Any], columns: Mapping[str, str], form: str
             continue
         if not ROW_KEYS[key].neutral(record[key]):
             raise BadRow(f"{key}: {ROW_KEYS[key].why}")
-    label = record.get(columns.get("label", "" if "label" in mapped else "label"))
-    if form == "text" and "text" not in columns and isinstance(label, str | int | float) and not is_empty(label):
+    label = record.get("label") if "label" not in mapped else None
+    if form == "text" and "text" not in columns and isinstance(label, str | int | float) and not is_blank(label):
         raise BadRow("text with a label: `columns` does not say that the label is the answer")
-    if form != "label" and flag(label) is False:
+    if _kto(record, columns, form) is False:
         raise BadRow(f"label: {ROW_KEYS['kto_tag'].why}")
     if form not in OPTIONAL and not is_empty(record.get("history")) and "history" not in mapped:
         raise BadRow("history: it goes before a prompt or an instruction, and the row has neither")

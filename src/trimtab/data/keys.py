@@ -1,8 +1,8 @@
 """The keys to which common formats of rows give a meaning, in one table, and what becomes of a row that has one.
 
-Formats: OpenAI's chat fine-tuning, ShareGPT and axolotl, LLaMA-Factory and Alpaca, TRL, ms-swift. A key of the table is honoured exactly,
-or a row in which it says something is dropped with the reason. A value that says nothing (null, an empty list, a weight of 1) is as if
-the key were not there. Keys that stand neither here nor among the columns of a form are unused: `sources` reports them.
+Formats: OpenAI's chat fine-tuning, ShareGPT and axolotl, LLaMA-Factory and Alpaca, TRL, ms-swift, torchtune, NeMo. A key of the table is
+honoured exactly, or a row in which it says something is dropped with the reason. A value that says nothing (null, an empty list, a weight
+of 1) is as if the key were not there. Keys that stand neither here nor among the columns of a form are unused: `sources` reports them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ class Key:
     neutral: Callable[[Any], bool]
 
 
+def is_blank(value: Any) -> bool:
+    """Whether content says nothing: null, NaN or blank text. `[]` or `null` as text is content like any other."""
+    return not value.strip() if isinstance(value, str) else value is None or bool(value != value)
+
+
 def is_empty(value: Any) -> bool:
-    """Null in all its spellings: also NaN (pandas), blank text, lists and objects of nulls (Arrow's rows have every key that any row has),
-    and an empty list or object written as text (a cell of a CSV)."""
+    """Of a key, not of content: null in all its spellings: also NaN (pandas), blank text, lists and objects of nulls (Arrow's rows have
+    every key that any row has), and an empty list or object written as text (a cell of a CSV)."""
     if isinstance(value, str):
         return value.strip() in ("", "null", "[]", "{}")
     if isinstance(value, dict | Repeated):
@@ -47,6 +52,13 @@ def flag(value: Any) -> bool | None:
     return bool(number) if number in (0.0, 1.0) else None
 
 
+def wanted(label: Any) -> bool | None:
+    """What KTO's `label` says of an answer: True or False; None where it is no mark of KTO."""
+    if isinstance(label, str) and label.strip().lower() in ("desirable", "undesirable"):
+        return label.strip().lower() == "desirable"
+    return False if str(label).strip() in ("-1", "-1.0") else flag(label)
+
+
 def _may_be(*values: Any) -> Callable[[Any], bool]:
     """Neutral: null, or one of these; True and False in any spelling."""
     flags = [v for v in values if isinstance(v, bool)]
@@ -60,39 +72,58 @@ _PAIR = "a pair of a better and a worse answer is not something to imitate; map 
 _TEMPLATE = "settings of the chat template are not passed on"
 _WEIGHT = "rows are not weighted one by one; give a source a weight instead"
 
-PAIRS = ("chosen", "rejected", "preferred_output", "non_preferred_output")
+_NOT_TRAINED = "the row is marked as not to be trained on"
+_TOKENS = "token ids and their masks are not read, and neither are labels of steps; a class is mapped, such as `columns: {label: labels}`"
+_BEGUN = "an answer that is begun is not told from a whole one"
+_SEVERAL = "several answers to one prompt; give each a row of its own as completion"
+
+PAIRS = (
+    *("chosen", "rejected", "preferred_output", "non_preferred_output"),
+    *("chosen_response", "rejected_response", "rejected_messages", "rejected_images"),
+)
 
 ROW_KEYS: Mapping[str, Key] = {
     **dict.fromkeys(("tools", "functions"), Key(_TOOLS, is_empty)),
+    **dict.fromkeys(("tool_calls", "tool_results"), Key(_TOOLS, is_empty)),
     "tool_choice": Key(_TOOLS, _may_be("auto", "none")),
     "function_call": Key(_TOOLS, _may_be("auto", "none")),
     "parallel_tool_calls": Key(_TOOLS, _may_be(True)),
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), Key(_MEDIA, is_empty)),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "objects"), Key(_MEDIA, is_empty)),
     "documents": Key("documents beside the conversation are not rendered", is_empty),
-    **dict.fromkeys(("reasoning_content", "thinking"), Key(_REASONING, is_empty)),
-    **dict.fromkeys(("chat_template", "chat_template_kwargs"), Key(_TEMPLATE, is_empty)),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), Key(_REASONING, is_empty)),
+    **dict.fromkeys(("chat_template", "chat_template_kwargs", "enable_thinking", "reasoning_effort"), Key(_TEMPLATE, is_empty)),
     **dict.fromkeys(PAIRS, Key(_PAIR, is_empty)),
     **dict.fromkeys(("weight", "loss_weight", "sample_weight"), Key(_WEIGHT, _may_be(True))),
-    **dict.fromkeys(("train", "training"), Key("the row is marked as not to be trained on", _may_be(True))),
+    **dict.fromkeys(("train", "training", "loss"), Key(_NOT_TRAINED, _may_be(True))),
+    **dict.fromkeys(("mask", "masked"), Key(_NOT_TRAINED, _may_be(False, "User", "user", "human"))),  # NeMo names the role that is masked
+    **dict.fromkeys(("input_ids", "attention_mask", "position_ids", "labels"), Key(_TOKENS, is_empty)),
+    **dict.fromkeys(("completion_mask", "assistant_masks", "loss_mask"), Key(_TOKENS, is_empty)),
+    "completions": Key(_SEVERAL, is_empty),
     "train_on_inputs": Key("what stands before an answer is never supervised", _may_be(False)),
     "kto_tag": Key("the answer is marked as unwanted, and imitation would learn it", _may_be(True)),
 }
-"""Of a row. Beside these, `forms` and `rows` honour the columns of the forms, `system` and `history`, and read a `label` of 0 or 1 as the
-mark of KTO."""
+"""Of a row. Beside these, `forms` and `rows` honour the columns of the forms, `system` and `history`, and read a `label` as the mark of KTO
+where it is one (`wanted`)."""
 
-MARKS = ("weight", "train", "training", "loss")
+MARKS = ("weight", "train", "training", "train_on_turn", "loss", "loss_mask", "loss_scale")
 """Of a turn: 0 or false says that it is not to be learnt, which is honoured."""
+MASKS = ("mask", "masked")
+"""Of a turn, the other way round: 1 or true says that it is not to be learnt."""
 
 TURN_KEYS: Mapping[str, Key] = {
     **dict.fromkeys(("tool_calls", "function_call", "tool_call_id", "tools", "functions"), Key(_TOOLS, is_empty)),
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), Key(_MEDIA, is_empty)),
-    **dict.fromkeys(("reasoning_content", "reasoning", "reasoning_details", "thinking"), Key(_REASONING, is_empty)),
+    **dict.fromkeys(("tool_plan", "tool_results", "tool_responses"), Key(_TOOLS, is_empty)),
+    "ipython": Key(_TOOLS, _may_be(False)),
+    **dict.fromkeys(("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio"), Key(_MEDIA, is_empty)),
+    **dict.fromkeys(("file", "files"), Key("files are not read", is_empty)),
+    **dict.fromkeys(("reasoning_content", "reasoning", "reasoning_details", "thinking", "thinking_blocks"), Key(_REASONING, is_empty)),
     "name": Key("names of participants are not rendered", is_empty),
     "refusal": Key("a refusal beside the content is not rendered", is_empty),
     "annotations": Key("annotations are not rendered", is_empty),
     **dict.fromkeys(("train_detail", "training_detail"), Key("parts of a turn are not marked one by one", is_empty)),
     "channel": Key("channels are not rendered", _may_be("final")),
     "recipient": Key(_TOOLS, _may_be("all")),
-    "prefix": Key("an answer that is begun is not told from a whole one", _may_be(False)),
+    "prefix": Key(_BEGUN, _may_be(False)),
+    **dict.fromkeys(("end_turn", "eot"), Key(_BEGUN, _may_be(True))),
 }
-"""Of a turn, beside role and content (from and value) and `MARKS`."""
+"""Of a turn, beside role and content (from and value), `MARKS` and `MASKS`."""

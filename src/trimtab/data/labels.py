@@ -42,9 +42,12 @@ def label_examples(rows: Sequence[Row], labels: Sequence[str], tokenizer: Any, v
 
 
 def _answered(row: Row, label: str) -> Row:
-    """The row with another answer; turns after the answer are left out."""
-    if row.completion is not None:
-        return replace(row, completion=label)
-    if row.messages is None or not row.answers:
+    """The row with another answer, between the blanks that its own has, as it is trained; turns after the answer are left out."""
+    own = answer_of(row)
+    if own is None:
         raise DataError(f"{row.origin}: nothing to compare with: the row has no assistant turn")
-    return replace(row, messages=(*row.messages[: row.answers[-1]], {"role": "assistant", "content": label}))
+    said = own.replace(own.strip(), label, 1) if own.strip() else label
+    if row.completion is not None:
+        return replace(row, completion=said)
+    assert row.messages is not None
+    return replace(row, messages=(*row.messages[: row.answers[-1]], {"role": "assistant", "content": said}))

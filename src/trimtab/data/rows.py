@@ -26,8 +26,8 @@ from typing import Any
 
 from trimtab.bases.template import BadRow, Message
 from trimtab.data.forms import COLUMNS, form_of, refuse_keys
-from trimtab.data.keys import is_empty
-from trimtab.data.turns import Turn, filled, kind_of, pairs, read_turns, text_of
+from trimtab.data.keys import MARKS, MASKS, is_blank, is_empty
+from trimtab.data.turns import Turn, filled, kind_of, pairs, read_turns, talk_in, text_of, unasked
 
 RowId = tuple[int, int]
 """Which row it is: the number of its source among those that are read together, and its own number among the source's rows."""
@@ -108,7 +108,7 @@ def to_row(record: Any, origin: str, columns: Mapping[str, str], system: str | N
         if form is None:
             raise BadRow(f"no known form: the columns are {', '.join(map(str, record)) or 'none'}")
         fields = {name: record.get(columns.get(name, name)) for name in COLUMNS}
-        own_system = None if is_empty(fields["system"]) else text_of(fields["system"], "system")
+        own_system = None if is_blank(fields["system"]) else text_of(fields["system"], "system")
         return _with_system(_MAKERS[form](fields, origin), own_system or system)
     except BadRow as bad:
         return Dropped(origin, str(bad))
@@ -124,10 +124,10 @@ def _from_conversations(fields: Mapping[str, Any], origin: str) -> Row:
 
 def _from_prompt(fields: Mapping[str, Any], origin: str) -> Row:
     prompt, completion = fields["prompt"], fields["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
+    if isinstance(asked := talk_in(prompt), list) and isinstance(answered := talk_in(completion), list):
         if not is_empty(fields["history"]):
             raise BadRow("history: the prompt is a list of messages, which holds what was before")
-        before, after = read_turns(prompt, "prompt"), read_turns(completion, "completion")
+        before, after = read_turns(asked, "prompt"), read_turns(answered, "completion")
         return _talk(origin, before + after, "prompt and completion", first=len(before))
     row = Row(origin, prompt=text_of(prompt, "prompt"), completion=filled(completion, "completion"))
     return _with_history(row, fields["history"])
@@ -135,7 +135,7 @@ def _from_prompt(fields: Mapping[str, Any], origin: str) -> Row:
 
 def _from_instruction(fields: Mapping[str, Any], origin: str) -> Row:
     parts = [text_of(fields["instruction"], "instruction")]
-    if not is_empty(fields["input"]):
+    if not is_blank(fields["input"]):
         parts.append(text_of(fields["input"], "input"))
     row = Row(origin, prompt="\n\n".join(parts), completion=filled(fields["output"], "output"), separator="\n\n")
     return _with_history(row, fields["history"])
@@ -143,9 +143,9 @@ def _from_instruction(fields: Mapping[str, Any], origin: str) -> Row:
 
 def _from_label(fields: Mapping[str, Any], origin: str) -> Row:
     label = fields["label"]
-    if is_empty(label):
+    if is_blank(label):
         raise BadRow("no label: label is empty")
-    name = str(label) if isinstance(label, int) else filled(label, "label")
+    name = str(label) if isinstance(label, int) else filled(label, "label").strip()  # as it is judged
     return Row(origin, prompt=text_of(fields["text"], "text"), completion=name, separator="\n")
 
 
@@ -165,16 +165,17 @@ _MAKERS = {
 
 def _talk(origin: str, turns: Sequence[Turn], where: str, first: int = 0) -> Row:
     """A conversation. Assistant turns before anything is asked are left out; what is learnt has text."""
-    skipped = next((i for i, (m, _) in enumerate(turns) if m["role"] != "assistant"), len(turns))
-    messages = tuple(m for m, _ in turns[skipped:])
-    marked = tuple(i for i, (m, learnt) in enumerate(turns[skipped:]) if m["role"] == "assistant" and not learnt)
-    row = Row(origin, messages=messages, first_supervised=max(0, first - skipped), unsupervised=marked)
+    skipped = unasked([m["role"] for m, _ in turns])
+    kept = [i for i in range(len(turns)) if i not in skipped]
+    messages = tuple(turns[i][0] for i in kept)
+    marked = tuple(n for n, i in enumerate(kept) if turns[i][0]["role"] == "assistant" and not turns[i][1])
+    row = Row(origin, messages=messages, first_supervised=sum(i < first for i in kept), unsupervised=marked)
     if skipped and not row.answers:
         raise BadRow(f"nothing supervised: {where} begins with the assistant, and nothing is asked before its turns")
     if marked and not row.answers:
-        raise BadRow(f"weight: every answer in {where} is marked as not to be learnt (weight, train, training or loss)")
+        raise BadRow(f"weight: every answer in {where} is marked as not to be learnt ({', '.join((*MARKS, *MASKS))})")
     for i in row.answers:
-        filled(messages[i]["content"], f"{where}[{i + skipped}]")
+        filled(messages[i]["content"], f"{where}[{kept[i]}]")
     return row
 
 

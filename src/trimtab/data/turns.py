@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trimtab.bases.template import BadRow, Message
-from trimtab.data.keys import MARKS, TURN_KEYS, flag, is_empty
+from trimtab.data.keys import MARKS, MASKS, TURN_KEYS, flag, is_empty
 from trimtab.errors import nearest
 
 ROLES = {
@@ -22,7 +23,7 @@ ROLES = {
     "gpt": "assistant",
     "tool": "tool",
 }
-_KNOWN = frozenset(("role", "content", "from", "value", *MARKS, *TURN_KEYS))
+_KNOWN = frozenset(("role", "content", "from", "value", *MARKS, *MASKS, *TURN_KEYS))
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 Turn = tuple[Message, bool]
@@ -65,6 +66,26 @@ def listed(value: Any, where: str) -> Any:
         raise BadRow(f"bad messages: {where} is text that is not JSON: {error}") from None
 
 
+def talk_in(value: Any) -> Any:
+    """`value`, or the messages that it spells where it is a list of them as JSON text. Other text that begins with [ is what it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = STRICT_JSON.decode(value)
+    except JSON_ERRORS:
+        return value
+    is_talk = found and all(isinstance(turn, dict) and not {"role", "from"}.isdisjoint(turn) for turn in found)
+    return found if is_talk else value
+
+
+def unasked(roles: Sequence[str | None]) -> set[int]:
+    """Indexes of the assistant turns before anything is asked: those that begin a conversation, also behind its system turn. A system
+    turn that no user follows asks itself."""
+    asks = (i for i, role in enumerate(roles) if role not in ("assistant", "system", "developer"))
+    begin = next((i for i, role in enumerate(roles) if role != "assistant"), len(roles))
+    return {i for i, role in enumerate(roles[: next(asks, begin)]) if role == "assistant"}
+
+
 def unused_keys(value: Any, where: str) -> set[str]:
     """Keys of messages to which no format gives a meaning, as reports name them."""
     turns = value if isinstance(value, list) else []
@@ -102,10 +123,11 @@ def _learnt(turn: Mapping[str, Any], role: str, where: str) -> bool:
     """Whether a turn may be learnt, by its marks. Only answers are ever learnt: a mark that asks for more cannot be honoured."""
     learnt = True
     for key, value in turn.items():
-        if key not in MARKS or is_empty(value):
+        if key not in (*MARKS, *MASKS) or is_empty(value):
             continue
         if (mark := flag(value)) is None:
             raise BadRow(f"{key}: {where} has {key} {value!r}, and only 0 and 1 can be honoured")
+        mark = mark != (key in MASKS)
         if mark and role != "assistant" and key != "weight":
             raise BadRow(f"{key}: {where} is a turn of the {role} that is marked to be learnt; only answers are")
         learnt = learnt and mark
@@ -145,10 +167,14 @@ def filled(value: Any, where: str) -> str:
     return text
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
+"""Controls that no text has. Tab and the breaks of lines and pages (U+0009 to U+000D) are text."""
+
+
 def bad_character(text: str) -> str | None:
     """What keeps `text` from being trained on, or None. Bytes that were not UTF-8 arrive as surrogates (PEP 383) and are named as bytes."""
-    if "\0" in text:
-        return "control character U+0000"
+    if (control := _CONTROL.search(text)) is not None:
+        return f"control character U+{ord(control[0]):04X}"
     try:
         text.encode()
     except UnicodeEncodeError as error:
