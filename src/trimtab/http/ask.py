@@ -71,10 +71,10 @@ async def requests(plan: Plan, tenant: Tenant, s: Services) -> list[Request]:
     for ids in prompts:
         room = s.words.max_positions - len(ids)
         own = replace(sampling, max_tokens=min(sampling.max_tokens, room), min_tokens=min(sampling.min_tokens, room))
-        kept += plan.n * own.max_tokens * (own.logprobs or 0)
+        kept += plan.n * own.max_tokens * (0 if own.logprobs is None else 1 + own.logprobs)  # the chosen token's own too
         if kept > s.limits.logprobs:
-            field = "top_logprobs" if plan.chat else "logprobs"
-            text = f"{field}: the answers may bring {kept} alternatives; at most {s.limits.logprobs}. Give a smaller max_tokens"
+            field = "top_logprobs" if plan.chat and own.logprobs else "logprobs"
+            text = f"{field}: the answers may bring {kept} log-probabilities; at most {s.limits.logprobs}. Give a smaller max_tokens"
             raise Fault(text, param=field, code="invalid_value")
         for i in range(plan.n):
             seed = None if own.seed is None else (own.seed + i) % (1 << 63)
@@ -92,7 +92,7 @@ def sampling_of(body: ChatBody | CompletionBody) -> SamplingParams:
         most = body.max_completion_tokens if most is None else most
         if body.top_logprobs is not None and not body.logprobs:
             raise Fault("top_logprobs: needs logprobs: true", param="top_logprobs", code="invalid_value")
-        most, logprobs = _or(most, 1 << 30), (body.top_logprobs or 0) if body.logprobs else None
+        most, logprobs = _or(most, 1 << 30), top_of(body) if body.logprobs else None
     else:
         most, logprobs = _or(most, 16), body.logprobs
     least = _or(body.min_tokens, 0)
@@ -116,6 +116,11 @@ def sampling_of(body: ChatBody | CompletionBody) -> SamplingParams:
         logprobs=logprobs,
         grammar=grammar_of(body),
     )
+
+
+def top_of(body: ChatBody | CompletionBody) -> int:
+    """Alternatives that come with each token."""
+    return _or(body.top_logprobs if isinstance(body, ChatBody) else body.logprobs, 0)
 
 
 def grammar_of(body: Sampled) -> Grammar | None:

@@ -5,10 +5,11 @@ What belongs to a request is given back at every end: the client goes away, the 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from trimtab.errors import TrimtabError
 from trimtab.http.answer import Answer, failure, mailbox, merged
@@ -85,7 +86,7 @@ async def _answer(request: Request, body: ChatBody | CompletionBody, tenant: Ten
         first = await answer.news()
         if (failed := _failed(first)) is not None:
             raise _about_grammar(failed, what)
-        writer = Writer(what, s.words, "fp_" + s.fingerprint.rpartition(":")[2][:12])
+        writer = Writer(what, s.words, "fp_" + s.fingerprint.rpartition(":")[2][:12], partial(s.words_work.run, tenant.name))
         if body.stream:
             return EventStream(answer, writer, first, write_s=s.limits.write_s, headers=_headers(what, s))
         try:
@@ -96,7 +97,7 @@ async def _answer(request: Request, body: ChatBody | CompletionBody, tenant: Ten
         answer.close()
         raise
     answer.close()
-    return JSONResponse(writer.whole(whole, answer.usage), headers=_headers(what, s))
+    return Response(await writer.whole(whole, answer.usage), headers=_headers(what, s), media_type="application/json")
 
 
 async def _submit(answer: Answer, what: Plan, tenant: Tenant, s: Services) -> None:

@@ -52,9 +52,9 @@ class Limits:
     """What a request may be, whoever sends it. Times in seconds.
 
     body_bytes: of a request's body. held_bytes: of all bodies of a tenant whose requests are not answered yet. json_depth: of lists and
-    objects in each other. choices: n times the prompts of one request. logprobs: alternatives that all its answers may bring, which are
-    kept until it is answered. body_s: until the body is there. write_s: until a client has read what was sent. request_s: from a request's
-    arrival to its last token; None: no end.
+    objects in each other. choices: n times the prompts of one request. logprobs: log-probabilities that all its answers may bring, which
+    are kept until it is answered. body_s: until the body is there. write_s: until a client has read what was sent. request_s: from a
+    request's arrival to its last token; None: no end.
     """
 
     body_bytes: int = 4 << 20

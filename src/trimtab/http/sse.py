@@ -43,7 +43,7 @@ class EventStream(Response):
         news = self.first
         while True:
             failed = next((f for d in news.values() if (f := failure(d)) is not None), None)
-            told = b"".join(c for i, d in news.items() if failure(d) is None for c in self.writer.chunks(i, d))
+            told = await self.writer.chunks({i: d for i, d in news.items() if failure(d) is None})
             if failed is not None:
                 self.answer.record.error = failed.code
                 await self._send(send, told + error_chunk(failed.body) + DONE, last=True)
