@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from fastapi.dependencies.models import Dependant
@@ -275,6 +276,30 @@ def test_a_key_given_as_a_name_or_an_id_reaches_no_log(town: Town, caplog: pytes
     town.audit.flush()
     text = "".join(JsonLines().format(x) for x in caplog.records) + town.audit.path.read_text() + town.get("/metrics", "root").text
     assert "(key)" in text and secret[:20] not in text
+
+
+def test_no_spelling_of_a_key_reaches_a_log_or_an_answer(town: Town, caplog: pytest.LogCaptureFixture):
+    key_id, _, secret = town.keys["acme"].partition(".")
+    encoded = "".join(f"%{ord(c):02x}" for c in f"{key_id}.{secret}")
+    answers = []
+    with caplog.at_level(logging.INFO, "trimtab.http"):
+        for said in (secret, f"{key_id}:{secret}", f"{key_id} . {secret}", f"{key_id}%252e{secret}", encoded, f'"%22{encoded}'):
+            answers.append(town.ask("acme", said))
+            answers.append(town.get(f"/v1/models/{said}", "acme"))
+            answers.append(town.ask("acme", "acme/support", **{said: 1}))
+            answers.append(town.ask("acme", "acme/support", stream_options={said: 1}))
+            answers.append(town.ask("acme", "acme/support", stream_options={"x" * 10 + "." * 30 + said: 1}))
+            logging.getLogger("trimtab.http").error("trouble with %s", said, extra={"told": {said: [said, {said}]}})
+            town.site.services.audit.refused("auth", tenant=said, route=said, request_id=said, client=said)
+        answers.append(post(town.site.app, "/v1/completions", TEXT, **town.headers("acme"), **{"x-request-id": secret}))
+        answers.append(post(town.site.app, "/v1/completions", TEXT, **town.headers("acme"), **{"x-request-id": f"req-{secret}"}))
+    town.audit.flush()
+    lines = [JsonLines().format(x) for x in caplog.records if x.name == "trimtab.http"] + town.audit.path.read_text().splitlines()
+    assert len(lines) > 50 and all(json.loads(line) for line in lines)
+    told = "\n".join(lines + [f"{r.text} {r.headers}" for r in answers])
+    for _ in range(4):
+        assert secret[:16] not in told
+        told = unquote(told)
 
 
 @pytest.fixture(autouse=True)

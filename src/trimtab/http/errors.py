@@ -21,7 +21,7 @@ from trimtab.errors import AdapterError, AuthError, LimitError, NotFoundError, O
 from trimtab.serve.grammar import GrammarError
 from trimtab.serve.keys import redacted
 
-MAX_FINDINGS, MAX_ERRORS = 8, 64
+MAX_FINDINGS, MAX_ERRORS, MAX_NAME = 8, 64, 256
 RETRY_S = 5
 """When to try again after trouble of which nobody knows how long it lasts."""
 BAD_GRAMMAR = "invalid_grammar"
@@ -56,7 +56,8 @@ class Fault(TrimtabError):
 
     @property
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": redacted(self.message), "type": self.type, "param": self.param, "code": self.code}}
+        param = None if self.param is None else redacted(self.param)
+        return {"error": {"message": redacted(self.message), "type": self.type, "param": param, "code": self.code}}
 
 
 class ClientGone(Exception):
@@ -148,7 +149,8 @@ def _path(found: Any, body: Any) -> str:
     for i, key in enumerate(loc):
         absent = found["type"] == "missing" and i == len(loc) - 1
         if isinstance(body, dict) and isinstance(key, str) and (key in body or absent):
-            path += f".{key[:64]}" if path else key[:64]
+            name = redacted(key[:MAX_NAME])[:64]  # before it is cut: half a key is not seen to be one
+            path += f".{name}" if path else name
             body = body.get(key)
         elif isinstance(body, list) and isinstance(key, int) and key < len(body):
             path += f"[{key}]"

@@ -19,7 +19,7 @@ from typing import TextIO
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab.http.errors import reply, unexpected
-from trimtab.serve.keys import redacted
+from trimtab.serve.keys import redacted, redacted_in
 
 log = logging.getLogger("trimtab.http")
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -104,7 +104,7 @@ class JsonLines(logging.Formatter):
         line = {"time": round(record.created, 3), "level": record.levelname.lower(), "event": record.getMessage()}
         if record.exc_info and told is None:
             line["traceback"] = self.formatException(record.exc_info)
-        return redacted(json.dumps(line | (told or {}), ensure_ascii=True, default=str))
+        return json.dumps(redacted_in(line | (told or {})), ensure_ascii=True)
 
 
 def configure(stream: TextIO | None = None) -> None:

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trimtab.errors import TrimtabError
-from trimtab.serve.keys import redacted
+from trimtab.serve.keys import redacted, redacted_in
 
 log = logging.getLogger(__name__)
 MAX_TEXT = 200
@@ -128,7 +128,7 @@ class Audit:
 
     def _line(self, fields: Mapping[str, object]) -> str:
         told = {k: redacted(v)[:MAX_TEXT] if isinstance(v, str) else v for k, v in fields.items() if v != ""}
-        return redacted(json.dumps({"time": round(self._clock(), 3), **told})) + "\n"
+        return json.dumps({"time": round(self._clock(), 3), **redacted_in(told)}) + "\n"
 
     def _open(self) -> int:
         return os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -16,6 +16,8 @@ import secrets
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
 
 from trimtab.errors import AuthError
 from trimtab.serve.database import TENANT_COLUMNS, Database, DatabaseError, tenant_of
@@ -23,7 +25,12 @@ from trimtab.serve.tenant import LOCAL, Tenant
 
 log = logging.getLogger(__name__)
 MAX_KEY_CHARS = 200
-LOOKS_LIKE_A_KEY = re.compile(r"[0-9a-fA-F]{12}(?:\.|%2[eE])[A-Za-z0-9_-]{16,}")
+LOOKS_LIKE_A_KEY = re.compile(
+    r"[0-9a-fA-F]{12}\s*[.:]\s*[A-Za-z0-9_-]{16,}"
+    r"|(?<![A-Za-z0-9_-])(?=[a-z0-9_-]*[A-Z])(?=[A-Z0-9_-]*[a-z])[A-Za-z0-9_-]{43,}"  # a secret alone: digests and our ids have no capitals
+)
+MAX_ENCODED = 8
+"""How often a text may be percent-encoded and still be told."""
 NOBODY = hashlib.sha256(secrets.token_bytes(32)).digest()
 """What an unknown id is compared with: no secret has this hash, and the comparison costs what a known id's costs."""
 
@@ -59,8 +66,24 @@ def split_key(text: str) -> tuple[str, bytes]:
 
 
 def redacted(text: str) -> str:
-    """The text without whatever looks like one of our keys: for logs, where people's mistakes put them (as a model, an id, a path)."""
-    return LOOKS_LIKE_A_KEY.sub("(key)", text)
+    """The text without whatever looks like one of our keys, or like a secret alone: for logs and answers, where people's mistakes put them
+    (as a model, an id, a path, a field). Where one is percent-encoded, what is left of the text is decoded."""
+    plain = text
+    for _ in range(MAX_ENCODED):
+        if (further := unquote(plain)) == plain:
+            left = LOOKS_LIKE_A_KEY.sub("(key)", plain)
+            return LOOKS_LIKE_A_KEY.sub("(key)", text) if left == plain else left
+        plain = further
+    return "(key)"
+
+
+def redacted_in(value: Any) -> Any:
+    """`redacted` of each text in what is about to be JSON, where redacting the whole line could break it; what JSON lacks becomes text."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, dict):
+        return {redacted(str(k)): redacted_in(v) for k, v in value.items()}
+    return [redacted_in(v) for v in value] if isinstance(value, list | tuple) else redacted(str(value))
 
 
 def hash_secret(secret: str) -> bytes:
