@@ -271,6 +271,22 @@ def test_marks_of_byte_order_in_the_middle_and_keys_that_stand_twice(tmp_path):
     assert [d.kind for d in read(tmp_path / "t.json")[1]] == ["duplicate key"]
 
 
+def test_a_key_that_stands_twice_drops_its_row_alone(tmp_path):
+    good, twice, path = json.dumps(PAIR), '{"prompt": "a", "completion": "b", "completion": "c"}', tmp_path / "t.json"
+    deep = '{"messages": [{"role": "user", "role": "system", "content": "x"}]}'
+    for text, kept, lost in (
+        (f'{{"version": 1, "data": [{good}, {twice}, {deep}]}}', ["t.json:data[0]"], ["t.json:data[1]", "t.json:data[2]"]),
+        (f"{twice}\n{good}\n{deep}\n{good}", ["t.json:2", "t.json:4"], ["t.json:1", "t.json:3"]),
+        (deep, [], ["t.json:1"]),
+        (f'{{"data": [{good}], "data": [{good}]}}', [], ["t.json:1"]),
+        (f'{{"more": {{"data": [{good}], "data": [{good}]}}, "data": [{good}]}}', [], ["t.json:1"]),
+    ):
+        path.write_text(text, encoding="utf-8")
+        rows, dropped = read(path)
+        assert [row.origin for row in rows] == kept and [d.origin for d in dropped] == lost, text
+        assert {d.kind for d in dropped} == {"duplicate key"}
+
+
 @pytest.mark.parametrize("key", ["data", "rows", "examples"])
 def test_json_objects_that_hold_the_rows(tmp_path, key):
     path = tmp_path / "t.json"

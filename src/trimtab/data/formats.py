@@ -22,7 +22,7 @@ from trimtab.data.delimited import read_delimited
 from trimtab.data.documents import split_document
 from trimtab.data.forms import form_of
 from trimtab.data.rows import Dropped
-from trimtab.data.turns import JSON_ERRORS, STRICT_JSON, TwiceError
+from trimtab.data.turns import JSON_ERRORS, STRICT_JSON, TwiceError, unique
 from trimtab.errors import DataError
 
 Records = Iterator[tuple[str, Any] | Dropped]
@@ -59,20 +59,18 @@ def read_json(path: Path, shown: str) -> Records:
         yield from _arrays(text, position, shown)
         return
     if text[position : position + 1] == "{":
+        twice: list[str] = []
         try:
-            content = STRICT_JSON.decode(text)
-        except TwiceError as error:
-            yield Dropped(f"{shown}:1", str(error))
-            return
+            content = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, twice))
         except JSON_ERRORS:
             yield from read_jsonl(path, shown)
             return
-        yield from _inside(content, shown)
+        yield from _without_twice(content, twice, shown) if twice else _inside(content, shown)
         return
     raise DataError(f"{shown} does not hold a JSON array of rows", fix=_JSON_FIX)
 
 
-def _inside(content: dict[str, Any], shown: str) -> Records:
+def _inside(content: dict[str, Any], shown: str) -> Iterator[tuple[str, Any]]:
     """The rows of an object: of the only list of objects in it, or itself."""
     lists = dict(_lists(content))
     is_row = form_of(content, {}) is not None or any(_is_talk(value) for value in content.values())
@@ -85,6 +83,40 @@ def _inside(content: dict[str, Any], shown: str) -> Records:
         raise DataError(f"{shown} does not hold a JSON array of rows{which}", fix=_JSON_FIX)
     for i, row in enumerate(lists[tables[0]]):
         yield f"{shown}:{tables[0]}[{i}]", row
+
+
+class _Twice(dict[str, Any]):
+    """What stands for an object that has a key twice."""
+
+    def __init__(self, reason: str):
+        super().__init__()
+        self.reason = reason
+
+
+def _object(pairs: list[tuple[str, Any]], twice: list[str]) -> dict[str, Any]:
+    try:
+        return unique(pairs)
+    except TwiceError as error:
+        twice.append(str(error))
+        return _Twice(twice[-1])
+
+
+def _without_twice(content: dict[str, Any], twice: list[str], shown: str) -> Records:
+    """The rows of an object, but for those that hold a key twice; none where another part of it does. twice: what holds one."""
+    rows = [(f"{shown}:1", content)] if isinstance(content, _Twice) else list(_inside(content, shown))
+    lost = [list(_twice_in(row)) for _, row in rows]
+    if sum(map(len, lost)) < len(twice):
+        yield Dropped(f"{shown}:1", twice[0])
+        return
+    for (origin, row), reasons in zip(rows, lost, strict=True):
+        yield Dropped(origin, reasons[0]) if reasons else (origin, row)
+
+
+def _twice_in(value: Any) -> Iterator[str]:
+    if isinstance(value, _Twice):
+        yield value.reason
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _twice_in(item)
 
 
 def _lists(content: dict[str, Any], above: str = "") -> Iterator[tuple[str, list[Any]]]:

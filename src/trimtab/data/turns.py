@@ -34,7 +34,7 @@ class TwiceError(ValueError):
     """An object has a key twice: which of the two values is meant is not known."""
 
 
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -42,7 +42,7 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-STRICT_JSON = json.JSONDecoder(object_pairs_hook=_unique)
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=unique)
 JSON_ERRORS = (ValueError, RecursionError)  # a JSONDecodeError, a number of 5,000 digits, a thousand open brackets
 
 
