@@ -7,7 +7,7 @@ import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from tests.data.common import PUBLISHED, TALK
-from tests.data.templates import STYLES
+from tests.data.templates import STYLES, shaped
 from tests.tiny import tiny_tokenizer
 from trimtab.bases import sandbox
 from trimtab.bases.sandbox import Program, TooMuch
@@ -86,9 +86,8 @@ def test_templates_as_apply_chat_template_renders_them(name, generate):
         tokenizer.add_special_tokens({"additional_special_tokens": specials, "bos_token": specials[0], "eos_token": specials[-1]})
         tokenizer.chat_template = template
     for messages in (TALK[1:2], TALK[1:3], TALK[1:], TALK):
-        shaped = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages] if name == "parts-only" else messages
         try:
-            expected = tokenizer.apply_chat_template(shaped, tokenize=False, add_generation_prompt=generate)
+            expected = tokenizer.apply_chat_template(shaped(messages, name), tokenize=False, add_generation_prompt=generate)
         except Exception as error:
             with pytest.raises(Exception, match=str(error).partition("/")[0]):
                 Template(tokenizer).render(messages, generate=generate)

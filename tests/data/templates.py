@@ -125,4 +125,36 @@ STYLES = {
     "no-end": Style(
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     ),
+    # writes the prompt for the next answer whether it is asked or not
+    "always-asks": Style(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{{ '<|im_start|>assistant\n' }}"
+    ),
+    # text behind a finished conversation
+    "footer": Style(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{{ '<|im_start|>assistant\n' if add_generation_prompt else '### END ###' }}"
+    ),
+    # no generation prompt: the header is part of the answer
+    "headless": Style("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"),
+    # text around each content, behind it without a control token
+    "quoting": Style(
+        "{% for m in messages %}{{ m.role + ': <<' + m.content + '>> (end)\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    ),
+    # reads the user's content as parts and writes every other as it is, a list as its code
+    "parts-user": Style(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'user' %}{% for part in m.content %}{{ part.text }}"
+        "{% endfor %}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
 }
+
+PARTS = {"parts-only": {"system", "user", "assistant", "tool", "critic"}, "parts-user": {"user"}}
+"""Whose contents a style takes as lists of parts."""
+
+
+def shaped(messages: Any, style: str) -> list[dict[str, Any]]:
+    """The messages as a style's template takes them."""
+    parts = PARTS.get(style, set())
+    return [{**m, "content": [{"type": "text", "text": m["content"]}] if m["role"] in parts else m["content"]} for m in messages]

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.data.templates import STYLES
 from tests.tiny import VOCAB
 from tests.train.common import METHODS, run, run_file, tiny_base
 from trimtab import ops
 from trimtab.batch import BASE
-from trimtab.data import Row, Source, encode_rows, find_labels, load_examples
+from trimtab.data import Example, Row, Source, encode_rows, end_of_turn_id, find_labels, load_examples
 from trimtab.errors import DataError
 from trimtab.generate import Sampling
 from trimtab.methods import BY_NAME
@@ -116,6 +117,26 @@ def test_predictions_are_saved(tmp_path: Path) -> None:
         assert lines[0].keys() == {"prompt", "reference", "answer", "correct"}
         assert lines[1]["prompt"].startswith("<|im_start|>user\nn 1 ") and lines[1]["reference"] == "a 1"
         assert scores["exact_match"] == pytest.approx(100 * sum(p["correct"] for p in lines) / 3, abs=0.01)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_model_that_knows_the_answers_by_heart_matches_exactly(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the template writes around an answer was trained, so it is generated; the scores are of what stands within."""
+    tokenizer = STYLES[style].tokenizer()
+    rows = [Row(f"r:{i}", prompt=f"ask {i}", completion=text, id=(0, i)) for i, text in enumerate(("red", "final", "s", "a b"))]
+    examples = [e for e in encode_rows(rows, tokenizer, 512) if isinstance(e, Example)]
+    stops = {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
+    learnt = [e.ids[e.supervised].tolist() for e in examples]
+    heart = [ids[: next(i for i, token in enumerate(ids) if token in stops)] for ids in learnt]
+    monkeypatch.setattr("trimtab.train.evaluate.generate", lambda *_: heart)
+    monkeypatch.setattr("trimtab.train.evaluate.mean_losses", lambda *_: [1.0])
+    held = ask(examples, rows, (), tokenizer, "r")
+    field = [Contestant("base", BASE, chooses=False)]
+    found = Judge(tokenizer, stops, 64, 64).judge(None, None, {"d": field}, {"d": held})["d"]["base"]  # type: ignore[arg-type]
+    assert found.scores["exact_match"] == 100.0 and found.scores["token_f1"] == 100.0
+    assert [p["correct"] for p in found.predictions] == [True] * 4
+    heart[0] = tokenizer.encode("blue", add_special_tokens=False)
+    assert Judge(tokenizer, stops, 64, 64).judge(None, None, {"d": field}, {"d": held})["d"]["base"].scores["exact_match"] == 75.0  # type: ignore[arg-type]
 
 
 def test_prediction_files_of_like_names_stay_apart(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 Training, generation, evaluation and serving render through `Dialect.render`, so a message is one thing in all of them:
 
-- content is text. Parts of text ({type: text, text}) are joined with line breaks. A template that writes texts as nothing and lists of
-  parts as their text gets each content as one part.
+- content is text. Parts of text ({type: text, text}) are joined with line breaks. A role whose texts a template writes as nothing, and its
+  lists of parts as their text, gets each content as one part. A list that is written as code or JSON is not written as its text.
 - `developer` is the system's turn, unless the template treats that role otherwise than one it cannot know.
 
 Content counts as written where the text holds it but for white space around it (around a reasoning block's tags too), or as a JSON string,
@@ -49,11 +49,13 @@ def _kept(text: str, specials: str, name: str) -> Dialect:
 
 
 class Dialect:
-    """One compiled template. variables: what it sees beside the messages. name: of its base, for errors."""
+    """One compiled template. variables: what it sees beside the messages. name: of its base, for errors. frames: `Template.frame`s."""
 
     def __init__(self, text: str, variables: Mapping[str, Any], name: str = ""):
         self._variables, self._name = variables, name
         self._lost: dict[tuple[bool, tuple[str, ...]], frozenset[int]] = {}
+        self._parts: dict[str, bool] = {}
+        self.frames: dict[tuple[str, ...], tuple[str, str] | None] = {}
         try:
             self._program = Program(text)
         except TooMuch as error:
@@ -77,24 +79,43 @@ class Dialect:
         if missing is not None:
             raise BadRow(f"{LOST}: messages[{missing}] ({messages[missing]['role']})")
 
+    def takes_parts(self, role: str) -> bool:
+        """Whether a role's contents must be lists of parts: as texts they vanish, or are refused."""
+        user, assistant = self._talk
+        if role in ("user", "assistant"):
+            return user if role == "user" else assistant
+        if (known := self._parts.get(role)) is None:
+            talk = [("user", user), ("assistant", assistant)]
+            as_text, as_parts = (
+                any(self._holds([*talk[:i], (role, parts), *talk[j:]]) for i, j in ((0, 0), (1, 1), (2, 1))) for parts in (False, True)
+            )
+            known = as_parts and not as_text
+            if len(self._parts) >= KNOWN_SHAPES:
+                self._parts.clear()
+            self._parts[role] = known
+        return known
+
     @functools.cached_property
-    def takes_parts(self) -> bool:
-        """Whether contents must be lists of parts: as texts they vanish, or are refused."""
-        talk = [("user", "Zq0qZ"), ("assistant", "Zq1qZ")]
-        return not self._holds(talk, parts=False) and self._holds(talk, parts=True)
+    def _talk(self) -> tuple[bool, bool]:
+        """Whether the user's and the assistant's contents must be parts; texts where no way holds both."""
+        ways = ((False, False), (True, True), (True, False), (False, True))
+        return next((way for way in ways if self._holds([*zip(("user", "assistant"), way, strict=True)])), (False, False))
 
     @functools.cached_property
     def knows_developer(self) -> bool:
         """Whether `developer` is a role of its own: it is written, and a role that no template knows is not."""
-        known, unknown = ([(role, "Zq0qZ"), ("user", "Zq1qZ")] for role in ("developer", "no such role"))
-        return self._holds(known, self.takes_parts) and not self._holds(unknown, self.takes_parts)
+        known, unknown = ([(role, self.takes_parts(role)) for role in (first, "user")] for first in ("developer", "no such role"))
+        return self._holds(known) and not self._holds(unknown)
 
-    def _holds(self, turns: Sequence[tuple[str, str]], parts: bool) -> bool:
+    def _holds(self, turns: Sequence[tuple[str, bool]]) -> bool:
+        """Whether turns of (role, whether its content is a list of parts) are written as their texts: a part's other values are not."""
+        marks = [f"Zq{i}qZ" for i in range(len(turns))]
+        shown = [[{"a": "Zp0pZ", "type": "text", "text": mark}] if parts else mark for mark, (_, parts) in zip(marks, turns, strict=True)]
         try:
-            text = self._render([{"role": role, "content": _content(c, parts)} for role, c in turns], generate=False)
+            text = self._render([{"role": role, "content": c} for (role, _), c in zip(turns, shown, strict=True)], generate=False)
         except BadRow:
             return False
-        return all(c in text for _, c in turns)
+        return all(mark in text for mark in marks) and "Zp0pZ" not in text
 
     def _lost_by_role(self, messages: Sequence[Message], generate: bool) -> frozenset[int]:
         """Which messages of such roles leave no trace, whatever they say: marks are looked for, since a short answer may stand anywhere."""
@@ -113,7 +134,7 @@ class Dialect:
 
     def _shaped(self, message: Message) -> dict[str, Any]:
         role = "system" if message["role"] == "developer" and not self.knows_developer else message["role"]
-        return {**message, "role": role, "content": _content(text_of(message["content"]), self.takes_parts)}
+        return {**message, "role": role, "content": _content(text_of(message["content"]), self.takes_parts(role))}
 
     def _render(self, messages: list[dict[str, Any]], generate: bool, size: int = 0) -> str:
         try:

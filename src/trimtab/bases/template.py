@@ -8,24 +8,48 @@ The spans are found by rendering, never by markers. For an assistant turn j of m
 
 If prompt_j starts upto_j and upto_j starts whole (a closing token apart), the turn is exactly the characters between. If not, the template
 rewrites earlier turns, or opens answers with what it does not write once they are given (<think>). Then only the last turn can be
-learnt, as it will be served: prompt_j, followed by the answer and its end as upto_j has them.
+learnt, as it will be served: prompt_j, followed by the answer and its end as upto_j has them. The turn ends with the first special token
+behind its content: what a template writes after that (a footer, the prompt for the next answer) is nobody's answer.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from trimtab.bases.dialect import LOST, REASONING, BadRow, Dialect, Message, dialect_of, is_whole, text_of
+from trimtab.bases.dialect import KNOWN_SHAPES, LOST, REASONING, BadRow, Dialect, Message, dialect_of, is_whole, text_of
 from trimtab.errors import DataError
 
-__all__ = ["BadRow", "Ids", "Message", "Template", "encode_prompt", "end_of_turn_id", "template_warnings", "text_of", "writes_the_date"]
+__all__ = [
+    "BadRow",
+    "Ids",
+    "Message",
+    "Template",
+    "Turn",
+    "encode_prompt",
+    "end_of_turn_id",
+    "template_warnings",
+    "text_of",
+    "writes_the_date",
+]
 
 Ids = list[int]
 
 _NO_TEMPLATE_FIX = "use an instruction-tuned base, or give prompt and completion (they are joined as they are)."
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A last turn as text. prompt: what is served. answer: what follows it, through the turn's end token. rest: what the template writes
+    behind that, never learnt. end: that token, if there is one."""
+
+    prompt: str
+    answer: str
+    rest: str
+    end: str | None
 
 
 class Template:
@@ -83,36 +107,64 @@ class Template:
         self._dialect.check(messages, text, generate=False)
         return text
 
-    def last_turn(self, messages: Sequence[Message]) -> tuple[str, str, int]:
-        """(prompt, answer, where its end-of-turn token ends, blanks after it not) of messages that end with an assistant turn: what is
-        served, and what follows it. BadRow where the template does not write the answer whole, or what is to be answered is not certain."""
-        last, content = len(messages) - 1, messages[-1]["content"]
-        if last == 0:
-            raise BadRow("starts with an assistant turn: there is no prompt to answer")
-        prompt, upto = self.prompt(messages[:-1]), self.render(messages, generate=False)
-        answer = upto[len(prompt) :] if upto.startswith(prompt) else self._after_opening(messages, prompt, upto)
-        stop = self.end_of_turn(answer, 0, len(answer))[0]
-        self._check_answer(content, answer[:stop], last)
-        return prompt, answer, stop
+    def last_turn(self, messages: Sequence[Message]) -> Turn:
+        """Messages that end with an assistant turn: what is served, and what follows it. BadRow where the template does not write the
+        answer whole, or what is to be answered is not certain."""
+        prompt, text = self._asked_and_answered(messages)
+        stop, end = self._end(messages, text)
+        self._check_answer(messages[-1]["content"], text[:stop], len(messages) - 1)
+        return Turn(prompt, text[:stop], text[stop:], end)
 
-    def turn(self, messages: Sequence[Message], index: int, whole: str) -> tuple[int, int]:
-        """The characters of `whole` that are the answer of assistant turn `index`, its end-of-turn token included, blanks after it not.
+    def turn(self, messages: Sequence[Message], index: int, whole: str) -> tuple[int, int, str | None]:
+        """The characters of `whole` that are the answer of assistant turn `index`, its end-of-turn token included, blanks after it not; and
+        that token.
 
         BadRow where the template rewrites earlier turns, so that what is trained would not be what is served.
         """
         if index == 0:
             raise BadRow("starts with an assistant turn: there is no prompt to answer")
+        upto_here = messages[: index + 1]
         prompt = self.render(messages[:index], generate=True)
-        upto = whole if index == len(messages) - 1 else self.render(messages[: index + 1], generate=False)
+        upto = whole if index == len(messages) - 1 else self.render(upto_here, generate=False)
+        start = len(prompt)
         if not upto.startswith(prompt) or not whole.startswith(prompt):
             raise BadRow(f"the chat template rewrites earlier turns: what stands before messages[{index}] changes once it is answered")
-        if (stop := self._shared(upto, whole)) is None:
-            raise BadRow(f"the chat template rewrites earlier turns: messages[{index}] changes once more turns follow")
-        end, token = self.end_of_turn(whole, len(prompt), stop)
-        if token is None and self.end_of_turn(upto, len(prompt), len(upto))[1] is not None:
-            raise BadRow(f"the chat template rewrites earlier turns: messages[{index}] ends otherwise once more turns follow")
-        self._check_answer(messages[index]["content"], whole[len(prompt) : end], index)
-        return len(prompt), end
+        stop, end = self._end(upto_here, upto[start:])
+        if end is None or not whole.startswith(upto[: start + stop]):
+            if (shared := self._shared(upto, whole)) is None:
+                raise BadRow(f"the chat template rewrites earlier turns: messages[{index}] changes once more turns follow")
+            ends_alone, (stop, end) = end is not None, self._end(upto_here, whole[start:shared])
+            if end is None and ends_alone:
+                raise BadRow(f"the chat template rewrites earlier turns: messages[{index}] ends otherwise once more turns follow")
+        self._check_answer(messages[index]["content"], whole[start : start + stop], index)
+        return start, start + stop, end
+
+    def frame(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """What the template writes between the prompt and the content of a last turn, and between the content and the turn's end: both by
+        the roles alone, whatever the contents. Nothing where that cannot be found out."""
+        return self._frame(messages) or ("", "")
+
+    def _frame(self, messages: Sequence[Message]) -> tuple[str, str] | None:
+        """`frame`, found with marks for contents; None where the template refuses them or does not write them."""
+        roles, known = tuple(m["role"] for m in messages), self._dialect.frames
+        if roles not in known:
+            marked = [{"role": role, "content": f"Zq{i}qZ"} for i, role in enumerate(roles)]
+            try:
+                opening, mark, rest = self._asked_and_answered(marked)[1].partition(marked[-1]["content"])
+            except BadRow:
+                opening, mark, rest = "", "", ""
+            if len(known) >= KNOWN_SHAPES:
+                known.clear()
+            found = self.specials.search(rest)
+            known[roles] = (opening, rest[: found.start()] if found else rest.rstrip()) if mark else None
+        return known[roles]
+
+    def _asked_and_answered(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """(prompt, all that follows it) of messages that end with an assistant turn."""
+        if len(messages) == 1:
+            raise BadRow("starts with an assistant turn: there is no prompt to answer")
+        prompt, upto = self.prompt(messages[:-1]), self.render(messages, generate=False)
+        return prompt, upto[len(prompt) :] if upto.startswith(prompt) else self._after_opening(messages, prompt, upto)
 
     def _after_opening(self, messages: Sequence[Message], prompt: str, upto: str) -> str:
         """The answer and its end as they follow a prompt that opens the answer (<think>), or that holds what the finished text does not.
@@ -147,19 +199,16 @@ class Template:
             raise BadRow(f"the chat template takes the reasoning out of the answer: messages[{index}] is not rendered whole")
         raise BadRow(f"{LOST}: messages[{index}] (assistant)")
 
-    def end_of_turn(self, text: str, start: int, stop: int) -> tuple[int, str | None]:
-        """(where the turn text[start:stop] ends, its end-of-turn token): after the first special token behind the answer, else its text."""
-        run: list[re.Match[str]] = []
-        edge = stop
-        for found in reversed(list(self.specials.finditer(text, start, stop))):
-            if text[found.end() : edge].strip():
-                break
-            run, edge = [found, *run], found.start()
-        if not run:
-            return start + len(text[start:stop].rstrip()), None
-        # A blank answer does not part the tokens that open it from those that end it; the last one ends it for sure.
-        end = run[0] if text[start:edge].strip() else run[-1]
-        return end.end(), end[0]
+    def _end(self, messages: Sequence[Message], text: str) -> tuple[int, str | None]:
+        """(where the last turn ends in `text`, all that follows its prompt; its end-of-turn token): after the first special token behind
+        its content, else where the text ends. Text behind that token is the template's, not the answer's."""
+        content, specials = messages[-1]["content"], list(self.specials.finditer(text))
+        opening = self.frame(messages)[0]
+        behind = specials[len(self.specials.findall(opening)) :] if specials else []
+        end = next((found for found in behind if is_whole(content, text[: found.start()])), None)
+        if end is None and specials and not content.strip():
+            end = specials[-1]  # the template writes an empty answer otherwise; the last token ends it for sure
+        return (len(text.rstrip()), None) if end is None else (end.end(), end[0])
 
     def _shared(self, upto: str, whole: str) -> int | None:
         """How much of `upto` starts `whole`, if all but a closing token does (Phi-3 ends conversations with one, not turns); else None."""
@@ -299,5 +348,5 @@ _TALK: tuple[Message, Message] = ({"role": "user", "content": "ping"}, {"role": 
 
 def _probe(template: Template) -> tuple[bool, str | None]:
     """(whether a generation prompt is written, the end-of-turn token's text) of a plain question and answer."""
-    prompt, answer, stop = template.last_turn(_TALK)
-    return prompt != template.render(_TALK[:1], generate=False), template.end_of_turn(answer, 0, stop)[1]
+    turn = template.last_turn(_TALK)
+    return turn.prompt != template.render(_TALK[:1], generate=False), turn.end

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from trimtab.bases.template import encode_prompt, end_of_turn_id, template_warnings
     from trimtab.data.dataset import Dataset, load_examples, order, summarise_dropped
     from trimtab.data.labels import find_labels, label_examples
-    from trimtab.data.render import Example, as_learnt, encode_row, encode_rows, prompt_and_reference
+    from trimtab.data.questions import Written, asked, prompt_and_reference
+    from trimtab.data.render import Example, as_learnt, encode_row, encode_rows
     from trimtab.data.rows import Dropped, Row, answer_of
     from trimtab.data.scores import SCORES, bleu, exact_match, has_bleu, perplexity, rouge_l, token_f1, valid_json
     from trimtab.data.sources import Source, parse_sources, peek_source, read_source, sources_in
@@ -26,8 +27,10 @@ __all__ = [
     "Example",
     "Row",
     "Source",
+    "Written",
     "answer_of",
     "as_learnt",
+    "asked",
     "bleu",
     "encode_prompt",
     "encode_row",

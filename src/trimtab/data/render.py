@@ -31,9 +31,8 @@ import numpy as np
 
 from trimtab.bases.template import BadRow, Ids, Message, Template
 from trimtab.data.rows import Dropped, Row, RowId, answer_of
-from trimtab.errors import DataError
 
-RENDER_VERSION = 2
+RENDER_VERSION = 3
 """Counts up when the same row would give other ids or another mask; part of every digest."""
 
 
@@ -120,35 +119,15 @@ def as_learnt(rows: Sequence[Row], tokenizer: Any) -> list[Row]:
     return [bare(row) if template.specials.search(answer_of(row) or "") else row for row in rows]
 
 
-def prompt_and_reference(row: Row, tokenizer: Any) -> tuple[Ids, str]:
-    """(prompt ids, reference text) for evaluation by generation: the last turn to learn from is the reference, all before it the prompt.
-
-    The ids are those that stood before the answer in training. Raises DataError where the row has no answer to compare with, or cannot be
-    rendered.
-    """
-    template = Template(tokenizer)
-    try:
-        if row.prompt is not None and row.completion is not None and not template.exists:
-            plain = _render_plain(row, template)
-            return [*plain.bos, *template.ids_of([row.prompt + row.separator])[0]], template.without_end(row.completion)
-        messages = row.conversation
-        last = max(row.answers, default=None)
-        if messages is None or last is None:
-            raise BadRow("nothing to compare with: the row has no assistant turn")
-        return template.prompt_ids(messages[:last]), template.without_end(messages[last]["content"])
-    except BadRow as bad:
-        raise DataError(f"{row.origin}: {bad}") from None
-
-
 def _render(row: Row, template: Template, last_turn_only: bool) -> _Rendered:
     if row.text is not None:
         return _render_text(row.text, ((row.text, True),), row.trusted, template)
     if row.messages is None and not template.exists:
-        return _render_plain(row, template)
+        return render_plain(row, template)
     return _render_conversation(row, template, last_turn_only)
 
 
-def _render_plain(row: Row, template: Template) -> _Rendered:
+def render_plain(row: Row, template: Template) -> _Rendered:
     """A prompt and its completion, joined as they are: for bases without a chat template."""
     assert row.prompt is not None and row.completion is not None
     if row.system is not None:
@@ -178,26 +157,26 @@ def _render_conversation(row: Row, template: Template, last_turn_only: bool) -> 
         raise BadRow("nothing supervised: the row has no assistant turn to learn from")
     messages = template.conversation(messages)
     if last_turn_only or len(row.answers) == 1:
-        prompt, answer, stop = template.last_turn(messages)
-        pieces, rest = [(prompt, False), (answer[:stop], True)], answer[stop:]
+        turn = template.last_turn(messages)
+        pieces, rest, end = [(turn.prompt, False), (turn.answer, True)], turn.rest, turn.end
     else:
-        pieces, rest = _all_turns(messages, row.answers, template)
-    if template.end_of_turn(pieces[-1][0], 0, len(pieces[-1][0]))[1] is not None:
+        pieces, rest, end = _all_turns(messages, row.answers, template)
+    if end is not None:
         return _Rendered(tuple(p for p in [*pieces, (rest, False)] if p[0]), [], [], chat=True)
     # No end-of-turn token of the template's own: without one the adapter would never learn to stop.
     return _Rendered(tuple(p for p in pieces if p[0]), [], _eos(template), chat=True)
 
 
-def _all_turns(messages: list[Message], turns: Sequence[int], template: Template) -> tuple[list[tuple[str, bool]], str]:
-    """The finished conversation in pieces, each of `turns` supervised; and what stands after the last of them."""
+def _all_turns(messages: list[Message], turns: Sequence[int], template: Template) -> tuple[list[tuple[str, bool]], str, str | None]:
+    """The finished conversation in pieces, each of `turns` supervised; what stands after the last of them; and its end token."""
     whole = template.whole(messages)
     pieces: list[tuple[str, bool]] = []
-    done = 0
+    done, end = 0, None
     for index in turns:
-        start, stop = template.turn(messages, index, whole)
+        start, stop, end = template.turn(messages, index, whole)
         pieces += [(whole[done:start], False), (whole[start:stop], True)]
         done = stop
-    return pieces, whole[done:]
+    return pieces, whole[done:], end
 
 
 def _join(r: _Rendered, whole: Ids, parts: list[Ids], template: Template) -> tuple[Ids, list[bool]]:

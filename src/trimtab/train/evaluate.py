@@ -22,13 +22,14 @@ from trimtab.data import (
     Example,
     Row,
     Source,
+    Written,
     answer_of,
+    asked,
     find_labels,
     has_bleu,
     label_examples,
     load_examples,
     perplexity,
-    prompt_and_reference,
     summarise_dropped,
     valid_json,
 )
@@ -53,10 +54,12 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out row as a prompt and the answer that it should get. choices: the row under each label of its data set."""
+    """A held-out row as a prompt and the answer that it should get. written: how the base writes that answer. choices: the row under each
+    label of its data set."""
 
     prompt: Sequence[int]
     reference: str
+    written: Written = field(default_factory=Written)
     choices: Sequence[Example] = ()
 
 
@@ -95,9 +98,9 @@ def ask(
         raise DataError(f"{where}: no row's answer is one of the labels {', '.join(map(repr, labels[:10]))}", fix=fix)
     by_id = {row.id: row for row in rows}
     assert len(by_id) == len(rows), "rows of two sources that were read under one number"
-    asked = [by_id[e.row] for e in examples if answer_of(by_id[e.row]) is not None]
-    choices = label_examples(asked, labels, tokenizer, vocab_size) if labels else [[] for _ in asked]
-    questions = [Question(*prompt_and_reference(row, tokenizer), found) for row, found in zip(asked, choices, strict=True)]
+    asking = [by_id[e.row] for e in examples if answer_of(by_id[e.row]) is not None]
+    choices = label_examples(asking, labels, tokenizer, vocab_size) if labels else [[] for _ in asking]
+    questions = [Question(*asked(row, tokenizer), found) for row, found in zip(asking, choices, strict=True)]
     return HeldOut(examples, questions, labels)
 
 
@@ -137,8 +140,8 @@ class Judge:
         """Loss, answers, labels and scores. fields: who is judged on each data set of `held`."""
         who = [(d, c) for d in fields for c in fields[d]]
         losses = mean_losses(attached, mix, [(c.member, held[d].examples) for d, c in who], self.max_tokens)
-        asked = [(d, c, q) for d, c in who if c.generates for q in held[d].questions]
-        said = iter(self._answers(attached, mix, [(c.member, q) for _, c, q in asked]))
+        asking = [(c.member, q) for d, c in who if c.generates for q in held[d].questions]
+        said = iter(self._answers(attached, mix, asking))
         polled = [(d, c, q) for d, c in who if c.chooses and held[d].labels for q in held[d].questions]
         chosen = iter(label_likelihoods(attached, mix, [Ballot(c.member, q.choices) for _, c, q in polled], self.max_tokens))
         results: Results = {d: {} for d in fields}
@@ -150,7 +153,7 @@ class Judge:
             results[d][c.name] = self._result(scores, h.questions, answers, labels)
         return results
 
-    def _answers(self, attached: Attached, mix: Mix, questions: Sequence[tuple[int, Question]]) -> list[str]:
+    def _answers(self, attached: Attached, mix: Mix, questions: Sequence[tuple[int, Question]]) -> list[list[int]]:
         """Greedy answers, all contestants and questions in one continuous mixed batch."""
         count = 0
 
@@ -163,14 +166,15 @@ class Judge:
         if not questions:
             return []
         members, prompts = [m for m, _ in questions], [q.prompt for _, q in questions]
-        new = generate(attached, mix, members, prompts, Sampling(self.max_new_tokens), self.stop_ids, token)
-        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in new]
+        return generate(attached, mix, members, prompts, Sampling(self.max_new_tokens), self.stop_ids, token)
 
-    def _result(self, scores: dict[str, Any], questions: Sequence[Question], answers: Sequence[str], labels: Sequence[str]) -> Result:
+    def _result(self, scores: dict[str, Any], questions: Sequence[Question], answers: Sequence[list[int]], labels: Sequence[str]) -> Result:
+        """Scores are of contents; a prediction shows the answer as it was generated, with what the chat template writes around it."""
         references = [q.reference for q in questions]
+        contents = [q.written.content(ids, q.reference, self.tokenizer) for q, ids in zip(questions, answers or (), strict=bool(answers))]
         predictions: list[dict[str, Any]] = []
         if answers:
-            scores |= score(answers, references)
+            scores |= score(contents, references)
         if labels:
             right = sum(label == r.strip() for label, r in zip(labels, references, strict=True))
             scores["label_accuracy"] = round(100 * right / len(labels), 2)
@@ -179,8 +183,9 @@ class Judge:
             row: dict[str, Any] = {"prompt": prompt, "reference": q.reference}
             if labels:
                 row |= {"label": labels[i], "label_correct": labels[i] == q.reference.strip()}
-            answer = answers[i] if answers else labels[i]
-            predictions.append(row | {"answer": answer, "correct": answer.strip() == q.reference.strip()})
+            answer = q.written.said(answers[i], self.tokenizer) if answers else labels[i]
+            given = contents[i] if answers else labels[i]
+            predictions.append(row | {"answer": answer, "correct": given.strip() == q.reference.strip()})
         return Result(scores, predictions)
 
 
