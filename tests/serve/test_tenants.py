@@ -374,6 +374,33 @@ def test_a_replaced_database_counts_from_the_next_request_on(tmp_path: Path) -> 
             assert fine == "ok"
 
 
+def test_a_replaced_database_that_somebody_holds_is_not_waited_for(tmp_path: Path) -> None:
+    """The event loop is who would wait. The lock goes long before others would give up."""
+    path = tmp_path / "t.db"
+    with Tenants(path, create=True) as tenants:
+        tenants.add("acme")
+        _, text = tenants.create_key("acme")
+        with sqlite3.connect(path) as db, sqlite3.connect(tmp_path / "backup.db") as backup:
+            db.backup(backup)
+        db.close()
+        backup.close()
+        holder = sqlite3.connect(tmp_path / "backup.db", isolation_level=None, check_same_thread=False)
+        holder.execute("PRAGMA journal_mode = DELETE").fetchone()
+        holder.execute("BEGIN EXCLUSIVE")
+        os.replace(tmp_path / "backup.db", path)
+        let_go = threading.Timer(1.5, holder.execute, ["ROLLBACK"])
+        let_go.start()
+        for _ in range(2):
+            with pytest.raises(DatabaseError) as caught:
+                tenants.authenticate(text)
+            assert caught.value.http_status == 503
+        let_go.join()
+        assert tenants.authenticate(text).name == "acme"
+        (patience,) = tenants._handle.connection.execute("PRAGMA busy_timeout").fetchone()
+        assert patience == 1000 * database.BUSY_SECONDS, "writers of usage are waited for as before"
+        holder.close()
+
+
 def test_a_database_that_is_gone_or_damaged_lets_nobody_in_until_it_is_back(tmp_path: Path) -> None:
     path = tmp_path / "t.db"
     with Tenants(path, create=True) as tenants:

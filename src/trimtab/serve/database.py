@@ -21,6 +21,8 @@ from trimtab.serve.tenant import Tenant
 
 APPLICATION_ID = 0x54524954  # "TRIT": tells our file from any other program's
 BUSY_SECONDS = 10.0
+FOLLOW_SECONDS = 0.1
+"""How long a new file at the path is waited for that somebody holds: everybody waits meanwhile, the server's event loop among them."""
 SIDE_FILES = ("-wal", "-shm")
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -155,16 +157,20 @@ class Database:
                     handle.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
                 handle.connection.close()
             self._drop_side_files()
+            patience = 0.0 if self._identity is None else FOLLOW_SECONDS  # once; then each use only looks
             self._identity = None  # nobody gets in before all of them are open
             for handle in self._handles:
-                handle.connection = connect(self.path)
+                handle.connection = connect(self.path, busy_seconds=patience)
                 handle.opened += 1
+            for handle in self._handles:
+                handle.connection.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")
             self._side_files = self._numbers()
             self._identity = identity  # where it was replaced again meanwhile, the next use sees that
 
 
-def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
+def connect(path: Path, *, create: bool = False, busy_seconds: float = BUSY_SECONDS) -> sqlite3.Connection:
     """An open connection, for any thread but one at a time, the schema up to date. create: make the file (mode 0600) where there is none.
+    busy_seconds: how long it waits for others, now and later.
 
     DatabaseError where there is no file, or one that is not ours to use.
     """
@@ -173,7 +179,7 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
     elif not path.is_file():
         raise DatabaseError(f"no tenants database at {path}", fix="make one: trimtab tenants add NAME --db " + str(path))
     with explained(path):
-        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
         try:
             _check_owner(connection, path)
             connection.execute("PRAGMA journal_mode = WAL").fetchone()
