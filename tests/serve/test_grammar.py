@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -229,6 +232,94 @@ def test_a_process_that_is_killed_is_made_anew_for_those_who_were_there(grammars
     assert allowed(fine) == {TOKENIZER.encode("y")[0]}
 
 
+def test_a_process_killed_while_it_works_is_made_anew_once(grammars, monkeypatch):
+    """Who asked just then is not to blame; the second time he may be."""
+    matcher = grammars.matcher(Grammar("regex", "xyxyxy"))
+    ready(grammars, matcher)
+    for letter, lost in (("x", 1), ("y", 2)):
+        stopped = matcher.process.popen
+        stopped.send_signal(signal.SIGSTOP)
+        matcher.advance(TOKENIZER.encode(letter)[0])
+        stopped.kill()
+        ready(grammars, matcher)
+        assert matcher.lost == lost
+        assert matcher.error == "" or lost == 2
+    assert "killed 2 times" in matcher.error
+
+
+class NoMore(subprocess.Popen):
+    def __init__(self, *args, **kwargs):
+        raise OSError(24, "Too many open files")
+
+
+def test_where_no_process_can_be_started_answers_end_and_later_ones_begin(grammars, monkeypatch):
+    first, second = (grammars.matcher(Grammar("regex", "xyx"), tenant) for tenant in "ab")
+    ready(grammars, first, second)
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", NoMore)
+        shares = grammars.matcher(Grammar("regex", "xyx"), "c")
+        ready(grammars, shares)
+        assert not shares.error and shares.process in (first.process, second.process), "better than none"
+        other = first.process if shares.process is second.process else second.process
+        for process in (other, shares.process):
+            of_it = list(process.matchers)
+            process.popen.kill()
+            for _ in range(600):
+                if all(m.process is not process for m in of_it):
+                    break
+                time.sleep(0.01)
+            ready(grammars, *of_it)
+        for matcher in (first, second, shares):
+            assert "cannot be followed here: [Errno 24]" in matcher.error and matcher.fault().http_status == 503
+        with pytest.raises(TrimtabError, match="cannot be followed now") as caught:
+            grammars.matcher(Grammar("regex", "xyx"), "d")
+        assert caught.value.http_status == 503
+    later = grammars.matcher(Grammar("regex", "xyx"), "d")
+    ready(grammars, later)
+    assert not later.error and grammars._thread.is_alive()
+
+
+def test_the_first_process_that_cannot_be_started(grammars, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", NoMore)
+        first = grammars.matcher(Grammar("regex", "xyx"))
+        ready(grammars, first)
+    assert "Too many open files" in first.error and first.fault().http_status == 503
+    later = grammars.matcher(Grammar("regex", "xyx"))
+    ready(grammars, later)
+    assert not later.error
+
+
+def test_a_fault_of_the_thread_does_not_end_it(grammars, monkeypatch):
+    first = grammars.matcher(Grammar("regex", "xyx"))
+    ready(grammars, first)
+    faults = iter([ZeroDivisionError(), ZeroDivisionError()])
+    real = grammars._changed
+
+    def changed():
+        if (fault := next(faults, None)) is not None:
+            raise fault
+        real()
+
+    monkeypatch.setattr(grammars, "_changed", changed)
+    for letter in "xy":
+        first.advance(TOKENIZER.encode(letter)[0])
+        ready(grammars, first)
+    assert allowed(first) == {TOKENIZER.encode("x")[0]} and not first.error
+
+
+def test_the_tokenizer_is_written_out_on_no_thread_of_the_caller(grammars, monkeypatch):
+    real, threads = grammars._first_words, []
+    monkeypatch.setattr(grammars, "_first_words", lambda: threads.append(threading.current_thread().name) or real())
+    gone = grammars.matcher(Grammar("regex", "x"))
+    gone.close()
+    first, second = grammars.matcher(Grammar("regex", "xyx")), grammars.matcher(Grammar("regex", "yxy"))
+    first.advance(TOKENIZER.encode("x")[0])
+    ready(grammars, first, second)
+    assert allowed(first) == allowed(second) == {TOKENIZER.encode("y")[0]}
+    assert threads == ["trimtab-grammars"]
+
+
 def test_a_tokenizer_that_cannot_be_used_is_said(grammars, monkeypatch):
     monkeypatch.setattr(grammars, "_stop_ids", [-5])
     matcher = grammars.matcher(Grammar("regex", "a"))
@@ -237,7 +328,5 @@ def test_a_tokenizer_that_cannot_be_used_is_said(grammars, monkeypatch):
 
 
 def test_the_process_imports_neither_torch_nor_transformers():
-    import subprocess
-
     code = "import trimtab.serve.grammar_process, sys; print({'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"

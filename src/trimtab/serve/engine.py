@@ -22,7 +22,7 @@ from trimtab.model import Base
 from trimtab.ops import native
 from trimtab.serve.blocks import BlockPool, chain_start
 from trimtab.serve.config import EngineConfig, adapter_budget, kv_blocks
-from trimtab.serve.grammars import GrammarError, Grammars
+from trimtab.serve.grammars import Grammars
 from trimtab.serve.request import Delta, FinishReason, Request, Servable, Sink, Token, Usage
 from trimtab.serve.residency import LOADERS, Residency, Resident
 from trimtab.serve.results import Collector, Result
@@ -245,7 +245,7 @@ class Engine:
                 token, live.unsaid = live.unsaid, None
                 self._say(live, token)
             elif live.matcher.error:
-                self._finish(live, "error", GrammarError(live.matcher.error))
+                self._finish(live, "error", live.matcher.fault())
             else:
                 self.scheduler.add(live)
         return bool(held)
@@ -259,7 +259,7 @@ class Engine:
             self._finish(live, "error", ServingError(f"the answer could not go on: {type(error).__name__}: {error}"))
             return
         if finish is None and live.matcher is not None and live.matcher.error:
-            broken = GrammarError(f"the answer cannot follow its grammar any further: {live.matcher.error}")
+            broken = live.matcher.fault("the answer cannot follow its grammar any further: ")
             self._finish(live, "error", broken, text=text, tokens=(token,))
         elif finish is None:
             self._send(live, Delta(text, (token,)))
