@@ -273,8 +273,8 @@ class Scheduler:
         for tenant in self.fairness.order(t for t in {*self._waiting, *back} if may(t)):
             if tenant in back:
                 return back[tenant]
-            if (live := next(filter(self._lease, self._waiting[tenant]), None)) is not None:
-                return live
+            if (first := next(filter(self._lease, self._waiting[tenant]), None)) is not None:
+                return first
         return None
 
     def _enter(self, live: Live) -> bool:
