@@ -242,6 +242,12 @@ def test_a_refused_request_leaves_no_grammar_behind():
     grammar = Grammar("choice", '["ja"]')
     with pytest.raises(OverloadedError):
         ask(engine, "b", 5, grammar=grammar)
+    assert engine.grammars._unopened == [], "before there is a process"
+    first = engine.grammars.matcher(grammar)
+    engine.grammars.wait([first], 60)
+    first.close()
+    with pytest.raises(OverloadedError):
+        ask(engine, "b", 5, grammar=grammar)
     assert [p.matchers for p in engine.grammars._processes] == [set()]
     engine.close()
 
