@@ -96,6 +96,38 @@ def test_a_client_that_never_reads_is_cut_off():
         s.idle()
 
 
+class Stops(Caller):
+    """A client that takes so many messages and then reads no more."""
+
+    reads = 0
+
+    async def _send(self, message):
+        if len(self.sent) >= self.reads:
+            self.blocked.clear()
+        await super()._send(message)
+
+
+@pytest.mark.parametrize("reads", [0, 1, 3])
+def test_a_whole_answer_that_nobody_reads_is_held_against_its_tenant_and_then_dropped(reads: int):
+    """reads: messages that are taken before the client stops; the first is the status."""
+    with site(change=limited(write_s=0.2)) as s:
+
+        async def read() -> tuple[Caller, int]:
+            c = Stops(s.app, "/v1/completions", TEXT | {"max_tokens": 200, "ignore_eos": True, "logprobs": 20, "n": 8})
+            c.reads, most, task = reads, 0, c.start()
+            while not task.done():
+                most = max(most, sum(s.services.life.held.values()))
+                await asyncio.sleep(0.002)
+            await s.settled()
+            return c, most
+
+        c, most = asyncio.run(asyncio.wait_for(read(), 30))
+        assert len(c.sent) == reads and all(m.get("more_body", True) for m in c.sent), "it must not look complete"
+        assert most > 100_000, "the answer, beyond the body"
+        assert not s.services.life.held
+        s.idle()
+
+
 class Scripted:
     """An engine that says what a test wants."""
 

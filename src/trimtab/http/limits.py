@@ -110,17 +110,17 @@ class _Incoming:
         if not self.seen and (record := self.scope.get("trimtab.record")) is not None:
             self.owner = record.tenant or ""  # routes ask for the key before they read
         self.seen += more
-        held[self.owner] += more
+        self.s.life.hold(self.owner, more)
         if self.seen > limits.body_bytes:
             raise _too_large(limits.body_bytes)
         if held[self.owner] > limits.held_bytes:
-            text = f"bodies of more than {limits.held_bytes:,} bytes are under way for this key; send fewer large ones at a time"
+            text = (
+                f"bodies and answers of more than {limits.held_bytes:,} bytes are under way for this key; send fewer large ones at a time"
+            )
             raise Fault(text, status=429, code="rate_limit_exceeded", headers={"Retry-After": "1", "Connection": "close"})
 
     def close(self) -> None:
-        self.s.life.held[self.owner] -= self.seen
-        if not self.s.life.held[self.owner]:
-            del self.s.life.held[self.owner]
+        self.s.life.hold(self.owner, -self.seen)
 
 
 def _too_large(limit: int) -> Fault:

@@ -19,6 +19,7 @@ from trimtab.http.errors import BAD_GRAMMAR, Fault, documented, fault_of
 from trimtab.http.limits import read_body
 from trimtab.http.replies import STREAM, ChatReply, CompletionReply, Model, ModelList
 from trimtab.http.schema import ChatBody, CompletionBody, takes
+from trimtab.http.send import WholeAnswer
 from trimtab.http.services import Services
 from trimtab.http.sse import EventStream
 from trimtab.http.write import Writer
@@ -97,7 +98,8 @@ async def _answer(request: Request, body: ChatBody | CompletionBody, tenant: Ten
         answer.close()
         raise
     answer.close()
-    return Response(await writer.whole(whole, answer.usage), headers=_headers(what, s), media_type="application/json")
+    told = await writer.whole(whole, answer.usage)
+    return WholeAnswer(told, record, s.life, write_s=s.limits.write_s, headers=_headers(what, s))
 
 
 async def _submit(answer: Answer, what: Plan, tenant: Tenant, s: Services) -> None:

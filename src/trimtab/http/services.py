@@ -51,10 +51,10 @@ class TooLong(TrimtabError):
 class Limits:
     """What a request may be, whoever sends it. Times in seconds.
 
-    body_bytes: of a request's body. held_bytes: of all bodies of a tenant whose requests are not answered yet. json_depth: of lists and
-    objects in each other. choices: n times the prompts of one request. logprobs: log-probabilities that all its answers may bring, which
-    are kept until it is answered. body_s: until the body is there. write_s: until a client has read what was sent. request_s: from a
-    request's arrival to its last token; None: no end.
+    body_bytes: of a request's body. held_bytes: of all bodies of a tenant whose requests are not answered yet, and of answers that it has
+    not read. json_depth: of lists and objects in each other. choices: n times the prompts of one request. logprobs: log-probabilities that
+    all its answers may bring, which are kept until it is answered. body_s: until the body is there. write_s: until a client has read what
+    was sent. request_s: from a request's arrival to its last token; None: no end.
     """
 
     body_bytes: int = 4 << 20
@@ -69,11 +69,18 @@ class Limits:
 
 @dataclass
 class Life:
-    """Whether the server takes requests (draining: no new ones), how many it is answering, and what their bodies hold, by tenant's name."""
+    """Whether the server takes requests (draining: no new ones), how many it is answering, and what their bodies hold and the answers
+    that are not read yet, by tenant's name."""
 
     draining: bool = False
     open: int = 0
     held: Counter[str] = field(default_factory=Counter)
+
+    def hold(self, owner: str, more: int) -> None:
+        """Count bytes that are held for a tenant, or with a minus no more; who holds none is not kept."""
+        self.held[owner] += more
+        if not self.held[owner]:
+            del self.held[owner]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ A client that stops reading is cut off after `write_s`; one that goes away has b
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 
 from starlette.responses import Response
@@ -13,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from trimtab.http.answer import Answer, failure
 from trimtab.http.errors import ClientGone
+from trimtab.http.send import send_timed, start_timed
 from trimtab.http.write import DONE, Writer, error_chunk
 from trimtab.serve.request import Delta
 
@@ -32,7 +32,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await start_timed(send, 200, self.raw_headers, self.write_s)
             await self._events(send)
         except ClientGone:
             self.answer.record.error = "client_gone"
@@ -46,23 +46,12 @@ class EventStream(Response):
             told = await self.writer.chunks({i: d for i, d in news.items() if failure(d) is None})
             if failed is not None:
                 self.answer.record.error = failed.code
-                await self._send(send, told + error_chunk(failed.body) + DONE, last=True)
+                await send_timed(send, told + error_chunk(failed.body) + DONE, self.write_s, last=True)
                 return
             if self.answer.over:
                 usage = self.writer.usage_chunk(self.answer.usage) if self.writer.plan.usage_in_stream else b""
-                await self._send(send, told + usage + DONE, last=True)
+                await send_timed(send, told + usage + DONE, self.write_s, last=True)
                 return
             if told:
-                await self._send(send, told)
+                await send_timed(send, told, self.write_s, last=False)
             news = await self.answer.news()
-
-    async def _send(self, send: Send, body: bytes, *, last: bool = False) -> None:
-        try:
-            async with asyncio.timeout(self.write_s):
-                await send({"type": "http.response.body", "body": body, "more_body": not last})
-        except TimeoutError:
-            raise SlowReader(f"nothing was read for {self.write_s:g} s") from None
-
-
-class SlowReader(ClientGone):
-    """The client does not read what it asked for."""

@@ -1,0 +1,61 @@
+"""An answer's way to a client that may read slowly, or not at all: nothing waits for it longer than `write_s`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from trimtab.http.errors import ClientGone
+from trimtab.http.logs import Record
+from trimtab.http.services import Life
+
+CHUNK = 64 << 10
+"""Bytes that a client has to read within the time, of an answer that is there as a whole."""
+
+
+class SlowReader(ClientGone):
+    """The client does not read what it asked for."""
+
+
+async def start_timed(send: Send, status: int, headers: list[tuple[bytes, bytes]], write_s: float) -> None:
+    """The answer's beginning; it waits too, for what the client has not read of the answer before."""
+    await _timed(send, {"type": "http.response.start", "status": status, "headers": headers}, write_s)
+
+
+async def send_timed(send: Send, body: bytes, write_s: float, *, last: bool) -> None:
+    """A piece of the answer. SlowReader where the client has not read what came before within `write_s`."""
+    await _timed(send, {"type": "http.response.body", "body": body, "more_body": not last}, write_s)
+
+
+async def _timed(send: Send, message: Message, write_s: float) -> None:
+    try:
+        async with asyncio.timeout(write_s):
+            await send(message)
+    except TimeoutError:
+        raise SlowReader(f"nothing was read for {write_s:g} s") from None
+
+
+class WholeAnswer(Response):
+    """An answer that is there as a whole. Until it is read it counts among what its tenant holds, as the bodies do."""
+
+    media_type = "application/json"
+
+    def __init__(self, body: bytes, record: Record, life: Life, *, write_s: float, headers: Mapping[str, str]):
+        super().__init__(body, headers=headers)
+        self.record, self.life, self.write_s = record, life, write_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        owner, size = self.record.tenant or "", len(self.body)
+        self.life.hold(owner, size)
+        try:
+            await start_timed(send, self.status_code, self.raw_headers, self.write_s)
+            for begin in range(0, size, CHUNK):
+                end = begin + CHUNK
+                await send_timed(send, bytes(self.body[begin:end]), self.write_s, last=end >= size)
+        except ClientGone:
+            self.record.error = "client_gone"
+        finally:
+            self.life.hold(owner, -size)
