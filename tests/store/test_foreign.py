@@ -190,6 +190,41 @@ def test_a_rank_above_a_side(bases, tmp_path, caplog):
         Adapter.create(bases("llama"), adapter.method)
 
 
+SAVED = [
+    ("llama", ["norm"]),
+    ("llama", ["embed_tokens", "norm"]),
+    ("llama", ["head"]),
+    ("llama", ["mlp", "norm"]),
+    ("llama", ["self_attn"]),
+    ("llama", ["layers.1"]),
+    ("gpt2", ["mlp", "ln_f"]),
+    ("qwen3", ["layernorm"]),
+]
+
+
+@pytest.mark.parametrize(("family", "names"), SAVED)
+def test_modules_to_save_mean_what_they_mean_to_peft(bases, family, names, tmp_path, caplog):
+    """Every module whose name ends in the text, and all that is in a container, but for targets there. Saved as ours it is the same."""
+    targets = ["c_attn", "c_proj"] if family == "gpt2" else ["q_proj", "down_proj"]
+    folder = make(tmp_path / "a", family, target_modules=targets, modules_to_save=names)
+    wanted = peft_logits(folder, family)
+    assert loads_as(folder, wanted, bases(family), caplog) == ()
+    adapter = Adapter.load(folder, bases(family))
+    assert {s.name for s in adapter.sites if s.saved} == {
+        n.removeprefix("base_model.model.").rpartition(".")[0] for n in load_file(folder / WEIGHTS) if ".lora_" not in n
+    }
+    ours = adapter.save(tmp_path / "ours")
+    loads_as(ours, wanted, bases(family), caplog)
+    assert distance(peft_logits(ours, family), wanted) < 1e-4
+
+
+def test_norms_of_heads_are_refused_before_they_run(bases, tmp_path):
+    """ "norm" is Qwen3's q_norm and k_norm too: their rows are heads."""
+    folder = make(tmp_path / "a", "qwen3", modules_to_save=["norm"])
+    with pytest.raises(AdapterError, match=r"modules_to_save: model\.layers\.0\.self_attn\.q_norm acts on each head"):
+        Adapter.load(folder, bases("qwen3"))
+
+
 # ---- tensors decide ----
 
 

@@ -120,6 +120,14 @@ def saved_sites(spec: Spec, names: Sequence[str] | None) -> list[Site]:
     if not names:
         return []
     chosen = select(spec, names, kinds=("linear", "conv1d", "embedding", "norm"), option="modules_to_save")
+    heads = {"q_norm": spec.num_heads, "k_norm": spec.num_kv_heads}
+    per_head = [m.name for m in chosen if heads.get(m.name.rpartition(".")[2], 1) > 1 and m.in_features == spec.head_dim]
+    if per_head:
+        raise ConfigError(
+            f"cannot attach to this {spec.model_type} base",
+            problems=[f"modules_to_save: {n} acts on each head apart, not on a token's row" for n in per_head[:8]],
+            fix="name other modules; norms of heads stay as they are in the base",
+        )
     return [Site(m.name, dict(m.parameters), saved=True, transposed=m.kind == "conv1d") for m in chosen]
 
 

@@ -32,7 +32,10 @@ def without_strangers(fields: Mapping[str, Any], spec: Spec) -> tuple[dict[str, 
     Where nothing would be left of target_modules it stays as it is, for the method to refuse.
     """
     found, warnings = dict(fields), list[str]()
-    for option in ("target_modules", "feedforward_modules", "modules_to_save", "exclude_modules"):
+    if saved := found.get("modules_to_save"):
+        found["modules_to_save"], stray = _saved_names(saved, spec)
+        warnings += [f"modules_to_save: {_listed(stray)} in this base, left out"] if stray else []
+    for option in ("target_modules", "feedforward_modules", "exclude_modules"):
         wanted = found.get(option)
         if not wanted or wanted == "all-linear" or (isinstance(wanted, str) and regex_problem(wanted)):
             continue
@@ -50,6 +53,22 @@ def without_strangers(fields: Mapping[str, Any], spec: Spec) -> tuple[dict[str, 
             warnings.append(f"layers_to_transform: layers {', '.join(gone[:SHOWN])} are not in this base of {spec.num_layers}, left out")
             found["layers_to_transform"] = there
     return found, warnings
+
+
+def _saved_names(names: Sequence[str], spec: Spec) -> tuple[list[str] | None, list[str]]:
+    """(`modules_to_save` as the methods here read it, those of its names that match no module).
+
+    peft takes every module whose name ends in the text, "input_layernorm" for "norm" too, and of a container ("mlp") all that is in it.
+    Such a name becomes the full names of what it means.
+    """
+    containers = {".".join(parts[:i]) for m in spec.modules for parts in (m.split("."),) for i in range(1, len(parts))}
+    kept, stray = list[str](), list[str]()
+    for name in names:
+        inside = tuple(f"{c}." for c in containers if name and c.endswith(name))
+        meant = [m for m in spec.modules if name and (m.endswith(name) or m.startswith(inside))]
+        kept += [name] if meant and meant == [m for m in spec.modules if matches(m, [name])] else meant
+        stray += [] if meant else [name]
+    return list(dict.fromkeys(kept)) or None, stray
 
 
 def without_stray_keys(fields: Mapping[str, Any], spec: Spec, targeted: list[str]) -> tuple[dict[str, Any], list[str]]:
