@@ -16,7 +16,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "trimtab"
 
 FLOORS = {
-    **dict.fromkeys(["errors", "foreign", "lazy", "memory", "ops", "spec"], 0),
+    **dict.fromkeys(["errors", "foreign", "lazy", "memory", "ops", "paths", "spec"], 0),
     **dict.fromkeys(["methods", "bases"], 1),
     **dict.fromkeys(
         ["attention", "attach", "derived", "fast", "lean", "lean_check", "replica", "bank", "batch", "decode", "generate", "model"], 2

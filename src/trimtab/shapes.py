@@ -14,6 +14,7 @@ from trimtab.bases.folder import read_json
 from trimtab.bases.locate import HUB_ID
 from trimtab.bases.progress import quiet_transformers
 from trimtab.errors import BaseError, nearest
+from trimtab.paths import user_path
 from trimtab.spec import Spec, read_spec
 
 
@@ -82,7 +83,7 @@ def _read_config(name: str) -> Any:
     if name in PRESETS:
         cls, fields = PRESETS[name]
         return getattr(transformers, cls)(**fields)
-    path = Path(name).expanduser()
+    path = user_path(name, BaseError, "base")
     options: dict[str, Any] = {"trust_remote_code": False}
     source: str | Path = name
     if path.is_dir():

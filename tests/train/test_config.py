@@ -8,9 +8,14 @@ from typing import Any
 import pytest
 
 from tests.train.common import run_file
-from trimtab.errors import ConfigError
+from trimtab.bases.locate import locate, refuse_hopeless
+from trimtab.data import Source
+from trimtab.data.sources import peek_source
+from trimtab.errors import BaseError, ConfigError, DataError
 from trimtab.methods import LoraConfig
+from trimtab.shapes import read_architecture
 from trimtab.train import RunConfig
+from trimtab.train.resume import refuse_no_folder
 
 ONE = {"v": {"data": "a", "method": "lora", "r": 4}}
 
@@ -60,6 +65,42 @@ def test_mistakes_are_named(tmp_path: Path, change: dict[str, Any], words: list[
     message = refused(tmp_path, run_file(tmp_path, ONE) | change)
     for word in words:
         assert word in message
+
+
+HOPELESS = ["~nouser/x", "n" * 5000, "a/" * 3000, "o\0", "o\ud800"]
+"""Paths that no machine has: without a home folder, too long a name, too long a path, characters that no name has."""
+
+
+@pytest.mark.parametrize("path", HOPELESS)
+def test_paths_that_cannot_be_are_mistakes_with_their_keys(tmp_path: Path, path: str) -> None:
+    data = {"a": {"train": path}}
+    message = refused(tmp_path, run_file(tmp_path, ONE) | {"out": path, "data": data, "sede": 1})
+    assert "sede: unknown key" in message and "out = " in message and "data.a.train: path = " in message
+    assert len(message) < 2000
+    with pytest.raises(DataError, match="path = "):
+        peek_source(Source(path), tmp_path)
+
+
+@pytest.mark.parametrize("path", HOPELESS)
+def test_a_base_that_cannot_be(tmp_path: Path, path: str) -> None:
+    for look in (refuse_hopeless, read_architecture, lambda name: locate(name, lambda text: None)):
+        with pytest.raises(BaseError, match="base = "):
+            look(path)
+    with pytest.raises(ConfigError, match="out = "):
+        refuse_no_folder(Path(path))
+
+
+SWITCHED = ("max_steps", "epochs", "batch_size", "lr", "max_length", "seed", "r", "lora_alpha", "lora_dropout")
+
+
+def test_true_is_no_number(tmp_path: Path) -> None:
+    """All at once; a switch is still one."""
+    variant = {"data": "a", "method": "lora", "use_rslora": True, "rank_pattern": {"q_proj": True}}
+    what = run_file(tmp_path, {"v": variant | dict.fromkeys(SWITCHED, True)}) | {"seed": False, "evaluate": {"max_rows": True}}
+    message = refused(tmp_path, what)
+    for key in (*(f"variants.v.{k}" for k in SWITCHED), "variants.v.rank_pattern", "seed", "evaluate.max_rows"):
+        assert any(line.startswith(f"  - {key}") and "not true or false" in line for line in message.splitlines()), (key, message)
+    assert "use_rslora" not in message
 
 
 def test_all_mistakes_at_once(tmp_path: Path) -> None:

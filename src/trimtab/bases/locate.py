@@ -10,6 +10,7 @@ from trimtab.bases.folder import check_folder
 from trimtab.bases.gguf import folder_for_gguf
 from trimtab.bases.progress import Progress
 from trimtab.errors import BaseError, nearest
+from trimtab.paths import user_path
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What a base needs, from the top of the repository only: no pickle, no code, no second copy in a subfolder or as "consolidated" weights.
@@ -25,7 +26,7 @@ def locate(name: str, progress: Progress) -> Path:
     if name in BUNDLED_NAMES:
         return prepare_bundled(progress)
     refuse_hopeless(name)
-    path = Path(name).expanduser()
+    path = user_path(name, BaseError, "base")
     if path.is_dir():
         return path.absolute()
     if path.is_file():
@@ -37,7 +38,7 @@ def locate(name: str, progress: Progress) -> Path:
 
 def refuse_hopeless(name: str) -> None:
     """BaseError where `name` cannot be a base, as far as this machine tells: neither network nor weights are looked at."""
-    path = Path(name).expanduser()
+    path = user_path(name, BaseError, "base")
     if name in BUNDLED_NAMES:
         return
     if path.is_dir():

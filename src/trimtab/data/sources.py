@@ -18,6 +18,7 @@ from trimtab.data.keys import Repeated
 from trimtab.data.rows import Dropped, Row, to_row
 from trimtab.errors import ConfigError, DataError, nearest
 from trimtab.foreign import answer
+from trimtab.paths import user_path
 
 HUB = "hf:"
 
@@ -180,7 +181,7 @@ def _refuse_repeated(record: Mapping[str, Any], source: Source, form: str | None
 def _records(source: Source, root: Path) -> Records:
     if source.path.startswith(HUB):
         return read_hub(source.path.removeprefix(HUB), source.split)
-    path = root / Path(source.path).expanduser()
+    path = user_path(source.path, DataError, "path", root)
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{source.path} does not exist{nearest(path.name, siblings)}", fix=f"looked for {path.absolute()}")

@@ -22,7 +22,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -276,12 +276,29 @@ def _field_types(cls: type[Method]) -> dict[str, TypeAdapter]:
     return {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(cls)}
 
 
+NO_SWITCH = "a number belongs here, not true or false"
+
+
+def switch_for_number(value: Any, hint: Any) -> bool:
+    """Whether true or false stands where `hint` wants numbers: Python counts true as 1, and who writes `r: true` means something else."""
+    wanted = _kinds(hint)
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+    return bool not in wanted and bool(wanted & {int, float}) and any(isinstance(item, bool) for item in items)
+
+
+def _kinds(hint: Any) -> set[Any]:
+    return {hint}.union(*map(_kinds, get_args(hint)))
+
+
 def _type_problems(method: Method) -> dict[str, str]:
     """Field -> what is wrong with it by its annotation; lossless conversions that YAML needs (1 -> 1.0, list -> tuple) are applied."""
     problems = {}
     cls: Any = type(method)
     for name, adapter in _field_types(cls).items():
         value = getattr(method, name)
+        if switch_for_number(value, get_type_hints(cls)[name]):
+            problems[name] = f"{name} = {reprlib.repr(value)}: {NO_SWITCH}"
+            continue
         try:
             object.__setattr__(method, name, adapter.validate_python(value))
         except ValidationError as e:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from trimtab.bases import BUNDLED_NAMES, resolve_device, resolve_dtype
 from trimtab.bases.locate import refuse_hopeless
-from trimtab.errors import ConfigError, Mistakes
+from trimtab.errors import BaseError, ConfigError, Mistakes
+from trimtab.paths import user_path
 from trimtab.shapes import PRESETS, read_architecture
 from trimtab.spec import Spec
 from trimtab.train.config import RunConfig, unreadable
@@ -37,5 +36,5 @@ def note_mistakes(run: RunConfig, spec: Spec | None, mistakes: Mistakes, called:
 def _spec_here(name: str) -> Spec | None:
     """The shapes of a base that need no network and no conversion, None of another one. BaseError where it cannot be a base."""
     refuse_hopeless(name)
-    known = (name in BUNDLED_NAMES and name in PRESETS) or Path(name).expanduser().is_dir()
+    known = (name in BUNDLED_NAMES and name in PRESETS) or user_path(name, BaseError, "base").is_dir()
     return read_architecture(name).spec if known else None

@@ -38,6 +38,7 @@ from trimtab.data import (
 )
 from trimtab.data.dataset import FIXES, drawn, too_many
 from trimtab.errors import BaseError, ConfigError, DataError, Mistakes
+from trimtab.paths import user_path
 from trimtab.shapes import Architecture, read_architecture
 from trimtab.spec import Spec
 from trimtab.train.config import RunConfig, unreadable
@@ -102,7 +103,12 @@ def _base_of(run: RunConfig, status: Status) -> tuple[torch.device, Any, Archite
 def read_base(name: str, status: Status) -> tuple[Any, Architecture]:
     """(tokenizer, shape) of a base without its weights. Of a hub id that is not here, only the small files are fetched. BaseError where it
     cannot be found or read."""
-    on_hub = name not in BUNDLED_NAMES and not Path(name).expanduser().exists() and HUB_ID.fullmatch(name) and not name.endswith(".gguf")
+    on_hub = (
+        name not in BUNDLED_NAMES
+        and not user_path(name, BaseError, "base").exists()
+        and HUB_ID.fullmatch(name)
+        and not name.endswith(".gguf")
+    )
     source = name if on_hub else str(locate(name, status))
     architecture = read_architecture(source)
     try:

@@ -18,6 +18,7 @@ from trimtab.errors import ConfigError, DataError, TrimtabError, nearest
 from trimtab.foreign import method_answer
 from trimtab.methods import BY_NAME, Method
 from trimtab.methods.targets import as_list, listed
+from trimtab.paths import user_path
 from trimtab.train.options import VALIDATION, DataConfig, EvalOptions, RunOptions, TrainOptions, VariantConfig
 from trimtab.train.runfile import explain, read_yaml, shown, unknown_keys
 
@@ -69,7 +70,7 @@ class RunConfig(RunOptions):
         rest = {k: v for k, v in fields.items() if k in known and k not in ("data", "variants")}
         whole = {n: d for n, d in data.items() if d is not None}
         try:
-            run = cls(**_rooted(rest, root), data=whole, variants=[v for v in variants if v is not None], root=root)
+            run = cls(**_rooted(rest, root, problems), data=whole, variants=[v for v in variants if v is not None], root=root)
             if not problems:
                 return run
         except ValidationError as e:
@@ -211,6 +212,12 @@ def _misfits(options: TrainOptions, own: Mapping[str, Any], method: Method | Non
     return found
 
 
-def _rooted(fields: dict[str, Any], root: Path) -> dict[str, Any]:
+def _rooted(fields: dict[str, Any], root: Path, problems: list[str]) -> dict[str, Any]:
     out = fields.get("out")
-    return fields | ({"out": root / Path(out).expanduser()} if isinstance(out, str | Path) else {})
+    if not isinstance(out, str | Path):
+        return fields
+    try:
+        return fields | {"out": user_path(out, ConfigError, "out", root)}
+    except ConfigError as e:
+        problems += e.among_others()
+        return fields | {"out": Path(out)}

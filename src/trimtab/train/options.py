@@ -6,12 +6,13 @@ Each class is the YAML's keys, the defaults and the documentation.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from trimtab.data import Source
 from trimtab.methods import Method
+from trimtab.methods.base import NO_SWITCH, switch_for_number
 from trimtab.store.names import RULE, is_word
 from trimtab.train.sinks import missing
 
@@ -22,6 +23,13 @@ VALIDATION = ("eval_every", "valid_metric", "patience", "keep_best")
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        if switch_for_number(value, cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError(NO_SWITCH)
+        return value
 
 
 class TrainOptions(Strict):

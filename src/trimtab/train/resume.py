@@ -13,6 +13,7 @@ from typing import Any
 from trimtab.bases import fingerprint_model
 from trimtab.errors import ConfigError, DataError
 from trimtab.model import Base
+from trimtab.paths import user_path
 from trimtab.train.checkpoint import STAGING, Checkpoint, Damaged, clear_staging, folder_of, newest_checkpoint, steps_of
 from trimtab.train.config import RunConfig
 from trimtab.train.listen import Listener
@@ -104,6 +105,7 @@ def find_start(run: RunConfig, resume: bool) -> Checkpoint | None:
 
 def refuse_no_folder(out: Path) -> None:
     """ConfigError where `out` cannot be made a folder that can be written."""
+    user_path(out, ConfigError, "out")
     there = next(p for p in (out, *out.absolute().parents) if os.path.lexists(p))
     if not there.is_dir():
         what = f"out = {str(out)!r}" if there == out else f"out = {str(out)!r}: {there}"
