@@ -102,10 +102,10 @@ def test_json(run_yaml: Path) -> None:
 
 
 def test_rows_cannot_write_on_the_terminal(run_yaml: Path) -> None:
-    write(run_yaml.parent / "a.jsonl", pair("\x1b[2Jq [red]x[/]", "a"), {"\x1b[31mcolumn": 1}, *(pair(f"q{i}", "a") for i in range(9)))
+    write(run_yaml.parent / "a.jsonl", pair("\x9b2Jq [red]x[/]", "a"), {"\x1b[31mcolumn": 1}, *(pair(f"q{i}", "a") for i in range(9)))
     result = call(run_yaml)
-    assert result.exit_code == 0 and "\x1b" not in result.stdout
-    assert "\\x1b[2Jq [red]x[/]" in result.stdout and "no known form: the columns are \\x1b[31mcolumn" in result.stdout
+    assert result.exit_code == 0 and "\x1b" not in result.stdout and "\x9b" not in result.stdout
+    assert "\\x9b2Jq [red]x[/]" in result.stdout and "no known form: the columns are \\x1b[31mcolumn" in result.stdout
     assert printable("a\tb\nc\u202e\x07") == "a\tb\nc\\u202e\\x07"
     assert str(DataError("a\x1b[2J", problems=["b\x07"], fix="c\nd")) == "a\\x1b[2J\n  - b\\x07\nfix: c\nd"
 
