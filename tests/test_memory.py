@@ -117,7 +117,7 @@ def test_any_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise torch_error()
 
-    monkeypatch.setattr("trimtab.shapes.read_architecture", fail)
+    monkeypatch.setattr("trimtab.bases.shapes.read_architecture", fail)
     shown = CliRunner().invoke(main, ["plan", "gpt2"])
     assert shown.exit_code == 2 and "memory ran out while running `trimtab plan`" in shown.output and "Traceback" not in shown.output
 

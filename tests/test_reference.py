@@ -9,8 +9,8 @@ import torch
 from tests.laws.common import base_of, cached_logits, difference, one_thread, plain_of, tokens
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from trimtab import ops
+from trimtab.decode.generate import Sampling
 from trimtab.errors import BaseError, TrimtabError
-from trimtab.generate import Sampling
 from trimtab.model import Base
 
 __all__ = ["one_thread"]

@@ -9,7 +9,7 @@ import torch
 
 from tests.laws.common import plain_of, tokens
 from tests.tiny import CHATML, EOS_ID, tiny_model, tiny_tokenizer
-from trimtab.generate import Sampling
+from trimtab.decode.generate import Sampling
 from trimtab.model import Base
 
 IM_END, END_OF_TEXT = EOS_ID, 256

@@ -10,10 +10,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from trimtab import attention, fast, tryout
+from trimtab import tryout
 from trimtab.bases import Check, doctor
 from trimtab.cli import main
 from trimtab.errors import BaseError
+from trimtab.forward import attention, rowwise
 
 
 @pytest.fixture(autouse=True)
@@ -37,20 +38,20 @@ def test_a_library_that_asks_for_more_fails_both_and_exits_with_1(monkeypatch: p
     def refuse(arguments: object) -> None:
         raise BaseError("this model's attention asks for sinks='x', which trimtab's attention does not compute")
 
-    monkeypatch.setattr(fast, "refuse_changes", refuse)
+    monkeypatch.setattr(rowwise, "refuse_changes", refuse)
     ran = CliRunner().invoke(main, ["doctor"])
     assert ran.exit_code == 1
     said = " ".join(ran.output.split())
     assert said.count("sinks='x'") == 2 and "do not fit together" in said
 
 
-@pytest.mark.parametrize("where", [fast, attention])
+@pytest.mark.parametrize("where", [rowwise, attention])
 def test_wrong_results_are_found_in_either_family(monkeypatch: pytest.MonkeyPatch, where: object) -> None:
     attend = attention.attend
     monkeypatch.setattr(where, "attend", lambda q, k, v, plan, layer, scaling, *rest: attend(q, k, v, plan, layer, 1.5 * scaling, *rest))
-    monkeypatch.setattr(fast, "_agrees", lambda module: True)
+    monkeypatch.setattr(rowwise, "_agrees", lambda module: True)
     check = found()["forward"]
-    assert not check.ok and check.value.startswith("llama" if where is fast else "gpt2") and "is off by" in check.value
+    assert not check.ok and check.value.startswith("llama" if where is rowwise else "gpt2") and "is off by" in check.value
 
 
 def test_a_step_that_does_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from trimtab.bases import Check, default_dtype, guarded, resolve_device
 from trimtab.data import Example
-from trimtab.generate import Sampling
+from trimtab.decode.generate import Sampling
 from trimtab.methods import METHODS, Method
 from trimtab.model import Base
 from trimtab.store import Adapter

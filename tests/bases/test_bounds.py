@@ -10,9 +10,9 @@ import pytest
 from tests.tiny import tiny_folder
 from trimtab.bases import load
 from trimtab.bases.folder import check_folder
+from trimtab.bases.shapes import read_architecture
 from trimtab.errors import BaseError, DataError
 from trimtab.model import load_base
-from trimtab.shapes import read_architecture
 
 READ = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "model.safetensors"]
 MORE = [

@@ -21,7 +21,7 @@ from tests.train.common import METHODS, metrics, run_file, tiny_base
 from trimtab.cli import main, train_serve
 from trimtab.cli.train import train as command
 from trimtab.cli.train_serve import LiveServer, serving
-from trimtab.generate import Sampling
+from trimtab.decode.generate import Sampling
 from trimtab.serve.live import Snapshot
 from trimtab.train import Report, RunConfig, train
 from trimtab.train.interrupt import Interrupted, Stop

@@ -18,9 +18,9 @@ from transformers import (
 
 from tests.laws.common import EXAMPLES, base_of, noisy, tokens
 from tests.serve.common import ask, engine_of, finish, held
+from trimtab.decode.generate import Sampling
 from trimtab.decode.sampling import choose, draw, warped
 from trimtab.errors import TrimtabError
-from trimtab.generate import Sampling
 
 COLDEST = [0.0, 5e-324, 1e-300, 1e-45, 1e-10, 9.9e-6]
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from trimtab.attention import KVCache
-from trimtab.batch import BASE, Piece
+from trimtab.bases.spec import Spec
+from trimtab.forward.attention import KVCache
+from trimtab.forward.batch import BASE, Piece
 from trimtab.methods import METHODS, IA3Config, LoraConfig, Method
 from trimtab.model import Base
-from trimtab.spec import Spec
 from trimtab.store import Adapter
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trimtab.attach import Around
-from trimtab.bank import PackList
+from trimtab.forward.hosts import Around
+from trimtab.forward.packs import PackList
 from trimtab.methods import METHODS, BottleneckConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from trimtab.methods.base import Rows, Site, Span
 from trimtab.model import Base

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tests.laws.common import CASES, cached_logits, difference, method_of, noisy, tokens
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
-from trimtab import lean
 from trimtab.bases.copies import copied
-from trimtab.derived import Stamp
-from trimtab.generate import Sampling
+from trimtab.decode.generate import Sampling
+from trimtab.forward import decode_path
+from trimtab.forward.derived import Stamp
 from trimtab.methods import LoraConfig, PromptTuningConfig
 from trimtab.model import Base
 from trimtab.store import Adapter
@@ -156,31 +156,31 @@ def test_a_state_dict_that_is_loaded_into_the_base(assign: bool) -> None:
 def test_between_two_steps_over_one_cache() -> None:
     """Counted writes are seen at each forward."""
     base = Base(tiny_model("llama", dtype=torch.bfloat16), tiny_tokenizer())
-    first = base.attached.lean
-    assert first is None or first is base.attached.lean
+    first = base.attached.decode_path
+    assert first is None or first is base.attached.decode_path
     with torch.no_grad():
         base.model.model.norm.weight.add_(0.5)
-    assert first is None or first is not base.attached.lean
+    assert first is None or first is not base.attached.decode_path
 
 
 def test_no_copy_is_leaked() -> None:
     """One packed copy at a time, though a mix that has run the first one lives on."""
     base = Base(tiny_model("llama", dtype=torch.bfloat16), tiny_tokenizer())
-    if base.attached.lean is None:
-        pytest.skip("no lean forward on this machine")
+    if base.attached.decode_path is None:
+        pytest.skip("no decode path on this machine")
     mix, _ = base.mix([noisy(base, LoraConfig(r=2))])
     seen = []
     for _ in range(3):
         use(base, [None, None])
-        mix.tables[base.attached.lean] = None  # as the forward keeps tables there, by what has run
-        seen.append(ref(base.attached.lean))
+        mix.tables[base.attached.decode_path] = None  # as the forward keeps tables there, by what has run
+        seen.append(ref(base.attached.decode_path))
         with torch.no_grad():
             base.model.model.embed_tokens.weight.mul_(1.1)
     use(base, [None, None])
     gc.collect()
     assert [s() is None for s in seen] == [True] * 3
     base.attached.drop_copies()
-    last = ref(base.attached.lean)
+    last = ref(base.attached.decode_path)
     base.attached.drop_copies()
     gc.collect()
     assert last() is None
@@ -214,4 +214,4 @@ def test_tensors_of_every_layout() -> None:
         assert not stamp.holds(stamp.tensors), tensor.stride()
 
 
-assert set(lean.FAMILIES) <= set(FAMILIES)
+assert set(decode_path.FAMILIES) <= set(FAMILIES)

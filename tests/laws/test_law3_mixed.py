@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from tests.laws.common import CASES, adapter_of, adapters_of, base_of, cached_logits, difference, method_of, noisy, solo, tokens
 from tests.tiny import FAMILIES
-from trimtab import lean, ops
-from trimtab.attach import Attached
-from trimtab.generate import Sampling
+from trimtab import ops
+from trimtab.decode.generate import Sampling
+from trimtab.forward import decode_path
+from trimtab.forward.attached import Attached
 from trimtab.methods import LoraConfig
 from trimtab.ops import native
 
@@ -72,7 +73,7 @@ def _twin(base, case):
 def _without_native(monkeypatch):
     """As on a machine without a compiler, or on a GPU."""
     monkeypatch.setattr(native, "available", lambda *tensors: False)
-    monkeypatch.setattr(Attached, "lean", None)
+    monkeypatch.setattr(Attached, "decode_path", None)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -84,8 +85,8 @@ def test_decoding_everything_at_once_equals_full_forwards(family, compiled, monk
         pytest.skip(native.load()[1])
     if not compiled:
         _without_native(monkeypatch)
-    elif family in lean.FAMILIES:
-        assert base.attached.lean is not None, "the lean forward does not agree with the model's own"
+    elif family in decode_path.FAMILIES:
+        assert base.attached.decode_path is not None, "the decode path does not agree with the model's own"
 
     def spy(rows):
         caller = sys._getframe(1)  # the kernel that asks
@@ -130,7 +131,7 @@ def test_any_chunks_of_any_mix_equal_full_forwards(family, entries):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_generation_equals_solo_generation(family, monkeypatch):
     """More sequences than there are places in the cache: prompts enter beside sequences that decode, in places that others have left."""
-    monkeypatch.setattr(importlib.import_module("trimtab.generate"), "MAX_LIVE", 7)
+    monkeypatch.setattr(importlib.import_module("trimtab.decode.generate"), "MAX_LIVE", 7)
     base = base_of(family)
     everyone = _shuffle([None, *adapters_of(family).values(), *_two_loras(base)], seed=5)
     prompts = [tokens(3 + i % 11, 300 + i) for i in range(len(everyone))]

@@ -6,8 +6,8 @@ from torch import nn
 
 from tests.laws.common import CASES, adapter_of, base_of, difference, tokens
 from tests.tiny import tiny_model
-from trimtab.attach import weight_OI
 from trimtab.errors import NotMergeable
+from trimtab.forward.hosts import weight_OI
 
 MERGED_FAMILIES = [
     "llama",

@@ -13,9 +13,9 @@ from tests.laws.common import CASES, base_of, difference, gradient_difference, m
 from tests.laws.plain import plain_logits
 from tests.tiny import FAMILIES
 from trimtab import ops
-from trimtab.attach import Around
-from trimtab.bank import PackList
-from trimtab.batch import Piece
+from trimtab.forward.batch import Piece
+from trimtab.forward.hosts import Around
+from trimtab.forward.packs import PackList
 from trimtab.methods import LoraConfig
 from trimtab.methods.base import Packed, Rows, Span
 

@@ -17,7 +17,7 @@ import torch
 
 from tests.laws.common import EXAMPLES, base_of, noisy, tokens
 from tests.serve.common import ByHand, Clock, Heard, Held, engine_of, without_end
-from trimtab.generate import Sampling
+from trimtab.decode.generate import Sampling
 from trimtab.serve import engine as engine_module
 from trimtab.serve import scheduler as scheduler_module
 from trimtab.serve.engine import Engine

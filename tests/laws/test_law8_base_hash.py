@@ -7,8 +7,8 @@ import torch
 
 from tests.laws.common import CASES, method_of, noisy, tokens
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+from trimtab.decode.generate import Sampling
 from trimtab.errors import NotMergeable
-from trimtab.generate import Sampling
 from trimtab.model import Base
 from trimtab.store import Adapter
 

@@ -5,8 +5,8 @@ import pytest
 from tests.laws.common import CASES, EXAMPLES, REQUIRED, adapter_of, base_of, difference, plain_of, tokens
 from tests.laws.plain import PLAIN, plain_logits
 from tests.tiny import FAMILIES
+from trimtab.bases.spec import FAMILIES as SUPPORTED
 from trimtab.methods import METHODS
-from trimtab.spec import FAMILIES as SUPPORTED
 
 
 def test_the_registry_holds_every_method():

@@ -22,12 +22,12 @@ from tests.store.common import SEQUENCES, stirred, tiny_base
 from tests.train.common import METHODS as VARIANTS
 from tests.train.common import run
 from trimtab import ops
+from trimtab.bases.spec import Spec
 from trimtab.cli import main
 from trimtab.errors import AdapterError, ConfigError, NotMergeable
 from trimtab.methods import BY_NAME, METHODS, Method
 from trimtab.methods.base import BaseView, Packed, Params, Site
 from trimtab.methods.targets import select
-from trimtab.spec import Spec
 from trimtab.store import Adapter, config_read
 from trimtab.train import RunConfig
 

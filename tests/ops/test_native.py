@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from trimtab import ops
-from trimtab.bank import PackList
-from trimtab.lean import Paging
+from trimtab.forward.decode_path import Paging
+from trimtab.forward.packs import PackList
 from trimtab.methods.base import Packed
 from trimtab.ops import native
 from trimtab.ops import native_inference as kernels

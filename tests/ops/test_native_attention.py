@@ -11,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.laws.common import noisy, tokens
 from tests.tiny import tiny_tokenizer
-from trimtab import attention, ops
-from trimtab.attention import KVCache, Plan, Run, attend, lay_out, over_buckets
+from trimtab import ops
+from trimtab.forward import attention
+from trimtab.forward.attention import KVCache, Plan, Run, attend, lay_out, over_buckets
 from trimtab.methods import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from trimtab.model import Base
 from trimtab.ops import native, native_attention

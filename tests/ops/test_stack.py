@@ -7,11 +7,11 @@ import torch
 
 import trimtab
 from tests import tiny
-from trimtab.attach import Attached
-from trimtab.attention import PagedKV
-from trimtab.bank import Mix
-from trimtab.batch import Piece, make_batch
-from trimtab.lean import Lean
+from trimtab.forward.attached import Attached
+from trimtab.forward.attention import PagedKV
+from trimtab.forward.batch import Piece, make_batch
+from trimtab.forward.decode_path import DecodePath
+from trimtab.forward.packs import Mix
 from trimtab.ops import native
 from trimtab.store import Adapter
 
@@ -57,7 +57,7 @@ def test_one_call_equals_a_call_for_each_kernel(base):
     more = [trimtab.IA3Config(), outputs, trimtab.BottleneckConfig(non_linearity="gelu"), trimtab.PrefixTuningConfig(num_virtual_tokens=3)]
     configs = [some, every, every, *bottlenecks, *more]
     mix = Mix([adapter(base, i, config) for i, config in enumerate(configs)])
-    one, many = Lean(base.attached), Lean(base.attached)
+    one, many = DecodePath(base.attached), DecodePath(base.attached)
     assert one.stack is not None
     many.stack = None
     got, want, plain = run(base, one, mix), run(base, many, mix), run(base, one, Mix(list(mix.adapters[:0])))
@@ -77,7 +77,7 @@ def test_one_call_equals_a_call_for_each_kernel(base):
 def test_other_edits_are_not_left_out(base, other):
     """A mix with an edit beside LoRA that the one call does not know runs kernel by kernel."""
     mix = Mix([adapter(base, 1, trimtab.LoraConfig(r=4)), adapter(base, 2, other)])
-    one, many = Lean(base.attached), Lean(base.attached)
+    one, many = DecodePath(base.attached), DecodePath(base.attached)
     many.stack = None
     got, want = run(base, one, mix), run(base, many, mix)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

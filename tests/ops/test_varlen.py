@@ -15,7 +15,7 @@ from tests.laws.common import EXAMPLES, difference, gradient_difference, noisy, 
 from tests.tiny import tiny_model, tiny_tokenizer
 from trimtab import ops
 from trimtab.bases import doctor
-from trimtab.batch import BASE, Piece
+from trimtab.forward.batch import BASE, Piece
 from trimtab.model import Base
 from trimtab.ops import varlen
 

@@ -137,7 +137,7 @@ def finish(engine: Engine, limit: int = 2000) -> int:
 
 def solo(family: str, prompt: Iterable[int], adapter: Held | None, max_tokens: int) -> list[int]:
     """What the base generates without an engine, end token excluded."""
-    from trimtab.generate import Sampling
+    from trimtab.decode.generate import Sampling
 
     return base_of(family).generate_ids([list(prompt)], [adapter and adapter.adapter], Sampling(max_tokens))[0]
 

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 from tests.laws.common import noisy
 from trimtab.cli import main
+from trimtab.decode.generate import Sampling
 from trimtab.errors import AdapterError, DataError
-from trimtab.generate import Sampling
 from trimtab.methods import IA3Config, LoraConfig, PromptTuningConfig
 from trimtab.model import Base, load_base
 from trimtab.serve.engine import Engine, EngineConfig

@@ -19,7 +19,7 @@ import torch
 
 import trimtab
 from tests.laws.common import one_thread
-from trimtab.generate import Sampling
+from trimtab.decode.generate import Sampling
 from trimtab.methods import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from trimtab.methods.base import Method
 from trimtab.store import Adapter

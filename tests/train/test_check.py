@@ -14,13 +14,13 @@ import torch
 from tests.data.common import NO_END, REWRITING
 from tests.tiny import CHATML, tiny_folder
 from tests.train.common import METHODS, run_file, tiny_base
+from trimtab.bases.shapes import read_architecture
+from trimtab.cost.estimate import HEAP, available_bytes, probe_flops
+from trimtab.cost.plan import plan
 from trimtab.data import Row
 from trimtab.errors import BaseError, ConfigError, TrimtabError
-from trimtab.plan import plan
-from trimtab.shapes import read_architecture
 from trimtab.train import RunConfig, train
 from trimtab.train.check import check
-from trimtab.train.estimate import HEAP, available_bytes, probe_flops
 from trimtab.train.findings import CheckReport, Finding
 from trimtab.train.overlap import _near, contamination, duplicates, turns, words
 
@@ -394,7 +394,7 @@ def test_memory_counts_the_base_once_and_every_variant(checked, tiny_llama_folde
 
 def test_memory_counts_validation_and_scores(checked, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the KV cache of the answers takes, by hand, and the best tensors that are kept."""
-    monkeypatch.setattr("trimtab.train.estimate.probe_flops", lambda *_: 1e9)
+    monkeypatch.setattr("trimtab.cost.estimate.probe_flops", lambda *_: 1e9)
     spec = tiny_base().spec
     slot = 2 * 2 * (2 * 12) * 4  # keys and values, layers, kv heads of 12, fp32: bytes of a token
     assert slot == 2 * spec.num_layers * spec.kv_width * 4
@@ -425,14 +425,14 @@ def test_forwards_are_bounded_by_max_tokens(checked) -> None:
 
 
 def test_too_little_memory_is_a_warning(checked, monkeypatch: pytest.MonkeyPatch) -> None:
-    import trimtab.train.estimate as module
+    import trimtab.cost.estimate as module
 
     monkeypatch.setattr(module, "available_bytes", lambda _: 1000)
     assert one(checked().warnings, "are needed and 0.0 GB are free").where == "memory"
 
 
 def test_time_follows_the_probe(checked, monkeypatch: pytest.MonkeyPatch, tiny_llama_folder: Path) -> None:
-    import trimtab.train.estimate as module
+    import trimtab.cost.estimate as module
 
     assert probe_flops(read_architecture(str(tiny_llama_folder)).spec, torch.float32, torch.device("cpu")) > 1e6
     assert available_bytes(torch.device("cpu")) > 1e6

@@ -15,13 +15,13 @@ from torch import Tensor
 from tests.laws.common import CASES, base_of, method_of, noisy, tokens, with_dropout
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from tests.train.common import METHODS, metrics, run, run_file, tiny_base
-from trimtab.activations import activation_bytes, kept_bytes
-from trimtab.batch import BASE, Piece
+from trimtab.bases.shapes import Architecture
+from trimtab.cost.activations import activation_bytes, kept_bytes
+from trimtab.cost.plan import plan
+from trimtab.forward.batch import BASE, Piece
 from trimtab.methods import LoraConfig, Method
 from trimtab.methods.base import Site
 from trimtab.model import Base
-from trimtab.plan import plan
-from trimtab.shapes import Architecture
 from trimtab.store import Adapter
 from trimtab.train import RunConfig, loop, train
 from trimtab.train.heap import Heap

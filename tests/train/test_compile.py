@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tests.laws.common import base_of, difference, gradient_difference
 from tests.train.common import METHODS, metrics, run, run_file, tiny_base
-from trimtab import fast
 from trimtab.errors import ConfigError
+from trimtab.forward import rowwise
 from trimtab.ops import compiled, native
 from trimtab.train import RunConfig, train
 from trimtab.train.listen import Silent
@@ -67,7 +67,7 @@ def test_where_torch_compile_does_not_work(tmp_path: Path, no_native: None, monk
 def test_other_results_are_refused(name: str, no_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile taken for the identity, and one kernel's backward for one with a fault."""
     monkeypatch.setattr(torch, "compile", lambda formula, **options: formula)
-    assert fast.compile_row_wise(torch.zeros(1))[0] is fast.COMPILED
+    assert rowwise.compile_row_wise(torch.zeros(1))[0] is rowwise.COMPILED
     compiled._compiled.cache_clear()
     backward = getattr(compiled, f"_{name}_backward")
 
@@ -77,16 +77,16 @@ def test_other_results_are_refused(name: str, no_native: None, monkeypatch: pyte
 
     monkeypatch.setattr(compiled, f"_{name}_backward", off)
     with pytest.raises(ConfigError, match=f"what torch.compile makes of {name} gives other results"):
-        fast.compile_row_wise(torch.zeros(1))
+        rowwise.compile_row_wise(torch.zeros(1))
 
 
 def test_it_is_turned_off_by_the_next_run(no_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda formula, **options: formula)
     attached = tiny_base().attached
     assert attached.compile(True) == "norms, gates and rotations are compiled"
-    assert attached.row_wise == fast.COMPILED
-    assert attached.compile(False) == "" and attached.row_wise == fast.RowWise()
-    assert attached.compile(True) and fast.RowWise() != fast.COMPILED  # the shared ones were not written
+    assert attached.row_wise == rowwise.COMPILED
+    assert attached.compile(False) == "" and attached.row_wise == rowwise.RowWise()
+    assert attached.compile(True) and rowwise.RowWise() != rowwise.COMPILED  # the shared ones were not written
 
 
 def test_families_without_fast_forwards_say_that_nothing_is_compiled(no_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,13 +123,13 @@ def both_ways(kernel: Callable[..., Tensor], leaves: list[Tensor], rest: list[An
 def test_kernels_agree_and_all_sizes_share_a_graph(dtype: torch.dtype, no_native: None) -> None:
     from torch._dynamo.utils import counters
 
-    assert fast.compile_row_wise(torch.zeros(1, dtype=dtype))[0] is fast.COMPILED
+    assert rowwise.compile_row_wise(torch.zeros(1, dtype=dtype))[0] is rowwise.COMPILED
     before = counters["stats"]["unique_graphs"]
     for name in ("rms_norm", "swiglu", "rotate"):
         for rows in (5, 64, 301):
             leaves, rest = inputs(name, rows, dtype)
-            found = both_ways(getattr(fast.COMPILED, name), leaves, rest)
-            for i, (got, want) in enumerate(zip(found, both_ways(getattr(fast.RowWise(), name), leaves, rest), strict=True)):
+            found = both_ways(getattr(rowwise.COMPILED, name), leaves, rest)
+            for i, (got, want) in enumerate(zip(found, both_ways(getattr(rowwise.RowWise(), name), leaves, rest), strict=True)):
                 assert (gradient_difference if i else difference)(got, want) <= (1e-5 if dtype == torch.float32 else 2e-2), (name, rows, i)
     assert counters["stats"]["unique_graphs"] == before
 

@@ -9,11 +9,11 @@ import pytest
 
 from tests.train.common import run_file
 from trimtab.bases.locate import locate, refuse_hopeless
+from trimtab.bases.shapes import read_architecture
 from trimtab.data import Source
 from trimtab.data.sources import peek_source
 from trimtab.errors import BaseError, ConfigError, DataError
 from trimtab.methods import LoraConfig
-from trimtab.shapes import read_architecture
 from trimtab.train import RunConfig
 from trimtab.train.resume import refuse_no_folder
 

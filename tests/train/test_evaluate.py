@@ -16,10 +16,10 @@ from tests.data.templates import STYLES
 from tests.tiny import VOCAB
 from tests.train.common import METHODS, run, run_file, tiny_base
 from trimtab import ops
-from trimtab.batch import BASE
 from trimtab.data import Example, Row, Source, encode_rows, end_of_turn_id, find_labels, load_examples
+from trimtab.decode.generate import Sampling
 from trimtab.errors import DataError
-from trimtab.generate import Sampling
+from trimtab.forward.batch import BASE
 from trimtab.methods import BY_NAME
 from trimtab.model import Base
 from trimtab.store import Adapter

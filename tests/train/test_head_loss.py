@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from tests.laws.common import base_of, gradient_difference, noisy, plain_of, tokens
-from trimtab import activations, ops
-from trimtab.activations import activation_bytes
-from trimtab.bank import Mix
-from trimtab.batch import BASE
+from trimtab import ops
+from trimtab.bases.spec import read_spec
+from trimtab.cost import activations
+from trimtab.cost.activations import activation_bytes
 from trimtab.data import Example
+from trimtab.forward.batch import BASE
+from trimtab.forward.packs import Mix
 from trimtab.methods import LoraConfig
-from trimtab.spec import read_spec
 from trimtab.store import Adapter
 from trimtab.train.step import Part, forward_loss
 

@@ -13,9 +13,9 @@ from importlib import import_module
 
 import click
 
-from trimtab import __version__
 from trimtab.errors import TrimtabError
 from trimtab.memory import explained
+from trimtab.version import __version__
 
 COMMANDS = {
     "demo": "Train three adapters together on the bundled base and see what they do.",

@@ -47,7 +47,7 @@ def chat(
     Example:
       trimtab chat --adapter examples/runs/desks/adapters/support-lora
     """
-    from trimtab.generate import Sampling
+    from trimtab.decode.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     with before_loading(base_name, dtype, device, [adapter] if adapter else [], root):

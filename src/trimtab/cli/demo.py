@@ -67,7 +67,7 @@ def examples() -> Path:
 
 def ask(report: Any, run: Any) -> list[dict[str, str]]:
     """Each question to the base and to every adapter: (1 + adapters) x questions sequences, one mixed batch."""
-    from trimtab.generate import Sampling
+    from trimtab.decode.generate import Sampling
 
     base, speakers = report.base, {"base": None} | report.adapters
     systems = {v.data: _system(run, v.data) for v in run.variants}

@@ -72,8 +72,8 @@ def evaluate(
 
     Each row asks for its last answer. Scores of adapters come with their distance to the base.
     """
-    from trimtab.batch import BASE
     from trimtab.data import Source, peek_source
+    from trimtab.forward.batch import BASE
     from trimtab.train.evaluate import Contestant, Judge, read_held_out, write_predictions
 
     asked, folders = _labels(labels), _names(adapters)

@@ -84,7 +84,7 @@ def generate(
             as_json,
         )
         return
-    from trimtab.generate import Sampling
+    from trimtab.decode.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     with before_loading(base_name, dtype, device, [a for a in adapters if a != "base"], root):

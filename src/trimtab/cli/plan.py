@@ -10,9 +10,9 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from trimtab.bases.shapes import Architecture
+    from trimtab.cost.plan import Plan
     from trimtab.methods import Method
-    from trimtab.plan import Plan
-    from trimtab.shapes import Architecture
 
 EXAMPLE = """\b
 Examples:
@@ -55,8 +55,8 @@ def plan(base: str, method: str | None, fields: tuple[str, ...], everything: boo
     Parameters and file sizes are exact; memory is an estimate. MB and GB are 10^6 and 10^9 bytes.
     """
     methods = _methods(method, fields, everything)
-    from trimtab.plan import plan as make_plan
-    from trimtab.shapes import read_architecture
+    from trimtab.bases.shapes import read_architecture
+    from trimtab.cost.plan import plan as make_plan
 
     architecture = read_architecture(base)
     plans = [make_plan(architecture, m, **options) for m in methods]
@@ -110,7 +110,7 @@ def _show(architecture: Architecture, plans: list[Plan]) -> None:
     from rich.table import Table
 
     from trimtab.cli.terminal import Terminal
-    from trimtab.plan import rows
+    from trimtab.cost.plan import rows
 
     p = plans[0]
     together = f", {p.variants} variants together" if p.variants > 1 else ""

@@ -8,13 +8,13 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from trimtab import __version__
 from trimtab.http import adapters, admin, health, openai
 from trimtab.http.errors import install
 from trimtab.http.limits import Gate
 from trimtab.http.logs import Record, RequestLog
 from trimtab.http.schema import ChatBody, CompletionBody, LoadBody, UnloadBody
 from trimtab.http.services import Services
+from trimtab.version import __version__
 
 BODIES = (ChatBody, CompletionBody, LoadBody, UnloadBody, *admin.BODIES)
 REFUSED = {401: "auth", 403: "forbidden", 404: "not_found", 413: "too_large", 429: "limit", 503: "full"}

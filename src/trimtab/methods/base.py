@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, get_args, get_t
 
 from pydantic import TypeAdapter, ValidationError
 
+from trimtab.bases.spec import Spec
 from trimtab.errors import ConfigError, NotMergeable
 from trimtab.foreign import answer
-from trimtab.spec import Spec
 
 if TYPE_CHECKING:  # run files and stores are read without torch, so methods import it where they compute
     import torch

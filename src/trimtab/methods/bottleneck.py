@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from trimtab import ops
+from trimtab.bases.spec import Spec
 from trimtab.errors import ConfigError, NotMergeable, nearest
 from trimtab.methods.base import BaseView, Method, Packed, Params, Site
 from trimtab.ops.names import NON_LINEARITIES
-from trimtab.spec import Spec
 
 if TYPE_CHECKING:
     import torch

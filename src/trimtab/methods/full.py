@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from trimtab.bases.spec import Spec
 from trimtab.methods.base import Method, Site
-from trimtab.spec import Spec
 
 
 @dataclass(frozen=True, kw_only=True)

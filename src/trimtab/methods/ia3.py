@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from trimtab import ops
+from trimtab.bases.spec import Spec
 from trimtab.errors import ConfigError
 from trimtab.methods.base import BaseView, Method, Packed, Params, Site, TargetedMethod
 from trimtab.methods.targets import matches, merge_saved, saved_sites, select, unmatched
-from trimtab.spec import Spec
 
 if TYPE_CHECKING:
     import torch

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from trimtab import ops
+from trimtab.bases.spec import Module, Spec
 from trimtab.errors import ConfigError
 from trimtab.methods import dora
 from trimtab.methods.base import BaseView, Method, Packed, Params, Site, TargetedMethod
 from trimtab.methods.targets import merge_saved, pattern_value, regex_problem, saved_sites, select, stray_keys
-from trimtab.spec import Module, Spec
 
 if TYPE_CHECKING:
     import torch

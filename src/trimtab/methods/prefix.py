@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from trimtab.bases.spec import Spec
 from trimtab.errors import nearest
 from trimtab.methods.base import BaseView, Method, Params, Prefix, Site
 from trimtab.methods.prompt import fit, room_for
-from trimtab.spec import Spec
 
 if TYPE_CHECKING:
     import torch

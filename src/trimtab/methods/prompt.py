@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from trimtab.bases.spec import Spec
 from trimtab.errors import ConfigError, nearest
 from trimtab.methods.base import BaseView, Method, Params, Prefix, Site
-from trimtab.spec import Spec
 
 if TYPE_CHECKING:
     import torch

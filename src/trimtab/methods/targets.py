@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
+from trimtab.bases.spec import Module, Spec
 from trimtab.errors import ConfigError, nearest
 from trimtab.methods.base import Params, Site
-from trimtab.spec import Module, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor

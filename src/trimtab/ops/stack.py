@@ -1,4 +1,4 @@
-"""All layers of a forward in one native call: what `lean.py` runs where few rows enter and their edits are LoRA, IA³ and bottlenecks.
+"""All layers of a forward in one native call: what the decode path runs where few rows enter and their edits are LoRA, IA³ and bottlenecks.
 
 Here is only what the call is told: addresses, laid out as cpp/layers.cpp reads them. It needs bfloat16 and matrix tiles.
 """

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Lock
 
-from trimtab.bank import PackedAdapter
 from trimtab.errors import AdapterError, TrimtabError
+from trimtab.forward.packs import PackedAdapter
 from trimtab.model import Base
 from trimtab.serve.request import Servable
 from trimtab.store import Adapter

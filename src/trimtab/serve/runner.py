@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.attention import PagedKV
-from trimtab.bank import Mix, PackedAdapter
-from trimtab.batch import BASE, Piece
+from trimtab.forward.attention import PagedKV
+from trimtab.forward.batch import BASE, Piece
+from trimtab.forward.packs import Mix, PackedAdapter
 from trimtab.model import Base
 
 

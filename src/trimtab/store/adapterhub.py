@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load as parse_tensors
 from torch import Tensor
 
+from trimtab.bases.spec import Spec
 from trimtab.errors import AdapterError
 from trimtab.methods import Method
-from trimtab.spec import Spec
 from trimtab.store.adapterhub_tensors import ACTIVATIONS, Tensors, carry_bottleneck, carry_ia3, carry_lora, layers_of
 from trimtab.store.files import Folder, Refusal, read_exactly
 from trimtab.store.header import read_header

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trimtab.bases.spec import Spec
 from trimtab.errors import AdapterError
 from trimtab.methods import BottleneckConfig, IA3Config, Method
-from trimtab.spec import Spec
 from trimtab.store.combine_edits import reduction_factor
 from trimtab.store.factors import Factors, lora_from_factors, short_targets
 

@@ -16,10 +16,10 @@ from typing import Any, cast, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from trimtab.bases.spec import Spec
 from trimtab.errors import AdapterError, ConfigError, nearest
 from trimtab.methods import METHODS, IA3Config, LoraConfig, Method, PrefixTuningConfig, PromptTuningConfig
 from trimtab.methods.targets import matches, saved_sites, select
-from trimtab.spec import Spec
 from trimtab.store.foreign import TRAINING_ONLY, high_ranks, training_leftovers, without_strangers, without_stray_keys
 
 MAX_ENTRIES, MAX_TEXT = 4096, 4096

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trimtab.bases.spec import Spec
 from trimtab.methods import IA3Config, LoraConfig, Method, PrefixTuningConfig, PromptTuningConfig
 from trimtab.methods.base import Site
-from trimtab.spec import Spec
 
 PEFT_VERSION = "0.21.2"
 """The version whose keys are written."""

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trimtab.bases.spec import Spec
 from trimtab.methods import LoraConfig
 from trimtab.methods.targets import matches
-from trimtab.spec import Spec
 
 if TYPE_CHECKING:
     from trimtab.model import Base

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from trimtab.bases.spec import Spec
 from trimtab.methods.base import Site
 from trimtab.methods.targets import matches, regex_problem, stray_keys
-from trimtab.spec import Spec
 
 TRAINING_ONLY = frozenset(
     {"runtime_config", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"}

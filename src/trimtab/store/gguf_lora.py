@@ -17,9 +17,9 @@ import gguf
 import torch
 from torch import Tensor
 
+from trimtab.bases.spec import Spec
 from trimtab.errors import AdapterError
 from trimtab.methods.base import Site
-from trimtab.spec import Spec
 
 if TYPE_CHECKING:
     from trimtab.store.adapter import Adapter

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from trimtab.spec import Spec
+from trimtab.bases.spec import Spec
 from trimtab.store.files import Refusal
 from trimtab.store.tensors import PREFIX
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from trimtab.attach import weight_OI
 from trimtab.bases.copies import copied, copied_in_float32
 from trimtab.bases.progress import quiet_transformers
 from trimtab.errors import NotMergeable
+from trimtab.forward.hosts import weight_OI
 from trimtab.methods import Method
 from trimtab.methods.base import Site
 from trimtab.model import Base

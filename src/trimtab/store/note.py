@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from trimtab import __version__
 from trimtab.errors import AdapterError
 from trimtab.methods import METHODS, Method
 from trimtab.store.config_read import type_problems
+from trimtab.version import __version__
 
 if TYPE_CHECKING:
     from trimtab.model import Base

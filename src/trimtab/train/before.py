@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from trimtab.bases import BUNDLED_NAMES, resolve_device, resolve_dtype
 from trimtab.bases.locate import refuse_hopeless
+from trimtab.bases.shapes import PRESETS, read_architecture
+from trimtab.bases.spec import Spec
 from trimtab.errors import BaseError, ConfigError, Mistakes
 from trimtab.paths import user_path
-from trimtab.shapes import PRESETS, read_architecture
-from trimtab.spec import Spec
 from trimtab.train.config import RunConfig, unreadable
 
 

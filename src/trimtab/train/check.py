@@ -24,6 +24,9 @@ from transformers import AutoTokenizer
 from trimtab.bases import BUNDLED_NAMES, locate, resolve_device, resolve_dtype
 from trimtab.bases.locate import HUB_ID
 from trimtab.bases.progress import quiet_transformers
+from trimtab.bases.shapes import Architecture, read_architecture
+from trimtab.bases.spec import Spec
+from trimtab.cost.estimate import estimate_run, virtual_tokens
 from trimtab.data import (
     Dropped,
     Example,
@@ -39,10 +42,7 @@ from trimtab.data import (
 from trimtab.data.dataset import FIXES, drawn, too_many
 from trimtab.errors import BaseError, ConfigError, DataError, Mistakes
 from trimtab.paths import user_path
-from trimtab.shapes import Architecture, read_architecture
-from trimtab.spec import Spec
 from trimtab.train.config import RunConfig, unreadable
-from trimtab.train.estimate import estimate_run, virtual_tokens
 from trimtab.train.findings import CheckReport, Finding, Level, Rendered, SourceCounts, Split, SplitCounts
 from trimtab.train.options import DataConfig, TrainOptions
 from trimtab.train.overlap import contamination, duplicates

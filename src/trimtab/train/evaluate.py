@@ -15,8 +15,6 @@ from typing import Any, Literal
 
 import torch
 
-from trimtab.attach import Attached
-from trimtab.bank import Mix
 from trimtab.data import (
     SCORES,
     Example,
@@ -33,8 +31,10 @@ from trimtab.data import (
     summarise_dropped,
     valid_json,
 )
+from trimtab.decode.generate import Sampling, generate
 from trimtab.errors import DataError
-from trimtab.generate import Sampling, generate
+from trimtab.forward.attached import Attached
+from trimtab.forward.packs import Mix
 from trimtab.model import Base
 from trimtab.train.labels import Ballot, label_likelihoods
 from trimtab.train.step import Part, forward_loss

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from trimtab.bank import Mix
-from trimtab.batch import BASE
 from trimtab.data import find_labels
+from trimtab.forward.batch import BASE
+from trimtab.forward.packs import Mix
 from trimtab.store import Adapter
 from trimtab.train.evaluate import Contestant, HeldOut, Judge, Results, ask, samples, write_predictions
 from trimtab.train.full import FullVariant

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.attach import Attached
-from trimtab.bank import PackedAdapter
 from trimtab.bases.copies import copied
 from trimtab.bases.progress import quiet_transformers
 from trimtab.data import Example
+from trimtab.forward.attached import Attached
+from trimtab.forward.packs import PackedAdapter
 from trimtab.model import Base
 from trimtab.store.staging import staged
 from trimtab.train.options import VariantConfig

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from trimtab.bases.shapes import Architecture
+from trimtab.cost.plan import plan
 from trimtab.errors import ConfigError
 from trimtab.methods import FullConfig
 from trimtab.model import Base
-from trimtab.plan import plan
-from trimtab.shapes import Architecture
 from trimtab.train.config import RunConfig
 
 
@@ -66,7 +66,7 @@ def _split(names: Sequence[str], fits: Callable[[list[str]], bool]) -> list[list
 
 def _costs(run: RunConfig, base: Base, longest: int) -> dict[str, Cost]:
     """What each trial costs. With P trainable parameters and b bytes of the base's dtype it owns P·(4 weights + b packed + 4 gradients +
-    8 moments + 4 best so far); full fine-tuning has its own copy and gradients in the base's dtype, 2·b. Activations: see `trimtab.plan`,
+    8 moments + 4 best so far); full fine-tuning has its own copy and gradients in the base's dtype, 2·b. Activations: see `cost.plan`,
     at the tokens of one forward."""
     rows = sum(v.options.batch_size * v.options.gradient_accumulation_steps for v in run.variants)
     tokens = max(longest, min(run.max_tokens, rows * longest))

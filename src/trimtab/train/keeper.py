@@ -9,11 +9,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from trimtab.bases.shapes import Architecture
+from trimtab.cost.estimate import fitting_tokens
 from trimtab.errors import AdapterError, TrimtabError
 from trimtab.memory import explained
-from trimtab.shapes import Architecture
 from trimtab.train.checkpoint import Checkpoint, Moment, restore_variants, write_checkpoint
-from trimtab.train.estimate import fitting_tokens
 from trimtab.train.interrupt import Interrupted, Stop
 from trimtab.train.listen import Listener
 from trimtab.train.prepare import Prepared

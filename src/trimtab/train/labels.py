@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from trimtab.attach import Attached
-from trimtab.attention import KVCache
-from trimtab.bank import Mix, PackedAdapter
-from trimtab.batch import BASE, Batch, Piece, make_batch
 from trimtab.data import Example
+from trimtab.forward.attached import Attached
+from trimtab.forward.attention import KVCache
+from trimtab.forward.batch import BASE, Batch, Piece, make_batch
+from trimtab.forward.packs import Mix, PackedAdapter
 from trimtab.train.step import Targets, supervised_loss
 
 MAX_SLOTS = 64

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from trimtab import ops
-from trimtab.attach import Attached
-from trimtab.bank import Mix
-from trimtab.batch import BASE, Batch, Piece, make_batch
 from trimtab.data import Example
+from trimtab.forward.attached import Attached
+from trimtab.forward.batch import BASE, Batch, Piece, make_batch
+from trimtab.forward.packs import Mix
 from trimtab.train.variant import Portion, Variant, Window
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import bases
-from trimtab.bank import Mix
-from trimtab.batch import BASE
 from trimtab.errors import ConfigError, Mistakes, TrimtabError
+from trimtab.forward.batch import BASE
+from trimtab.forward.packs import Mix
 from trimtab.methods import FullConfig
 from trimtab.model import Base, load_base
 from trimtab.store import Adapter

@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from trimtab.attach import Attached
-from trimtab.bank import Mix
-from trimtab.batch import BASE
 from trimtab.data import valid_json
 from trimtab.errors import DataError
+from trimtab.forward.attached import Attached
+from trimtab.forward.batch import BASE
+from trimtab.forward.packs import Mix
 from trimtab.train.ahead import Ahead, Held
 from trimtab.train.evaluate import Contestant, HeldOut, Judge, Results
 from trimtab.train.finish import adapter_of, held_out

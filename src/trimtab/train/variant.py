@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.attach import Attached
-from trimtab.bank import PackedAdapter
 from trimtab.data import Example, order
+from trimtab.forward.attached import Attached
+from trimtab.forward.packs import PackedAdapter
 from trimtab.methods.base import Method, Site
 from trimtab.train.options import VariantConfig
 

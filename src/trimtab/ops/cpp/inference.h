@@ -48,7 +48,7 @@ struct Bottleneck {
     template <class V> void bias(int32_t s, V* row, int64_t O) const;
 };
 
-// Where the attention finds each row's keys; see `Paging` in lean.py.
+// Where the attention finds each row's keys; see `Paging` in forward/decode_path.py.
 struct Paging {
     const int32_t *sequence, *length, *table;
     int64_t table_stride, block, longest;

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from trimtab import ops
-from trimtab.attach import Attached
-from trimtab.attention import KVCache
-from trimtab.bank import Mix
-from trimtab.batch import BASE, Piece, make_batch
 from trimtab.decode.sampling import choose, greedy
 from trimtab.errors import TrimtabError
+from trimtab.forward.attached import Attached
+from trimtab.forward.attention import KVCache
+from trimtab.forward.batch import BASE, Piece, make_batch
+from trimtab.forward.packs import Mix
 
 MAX_ROWS = 2048
 """Rows of one forward at most: prompts wait for their turn (a longer prompt runs alone)."""

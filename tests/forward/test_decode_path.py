@@ -1,4 +1,4 @@
-"""The lean forward: when it is used, and what for."""
+"""The decode path: when it is used, and what for."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from tests import odd
+from tests.forward.test_rowwise import DEVIATIONS
 from tests.laws.common import cached_logits, difference, tokens
-from tests.test_fast import DEVIATIONS
 from tests.tiny import tiny_model, tiny_tokenizer
-from trimtab import lean
-from trimtab.attach import Attached
 from trimtab.bases.copies import copied
-from trimtab.lean import FAMILIES, Lean
+from trimtab.forward import decode_path
+from trimtab.forward.attached import Attached
+from trimtab.forward.decode_path import FAMILIES, DecodePath
 from trimtab.model import Base
 from trimtab.ops import native
 
@@ -29,7 +29,7 @@ def test_packing_depends_on_the_machine_and_not_on_what_is_free(monkeypatch, tot
     monkeypatch.setattr(torch, "cat", lambda tensors, real=torch.cat: packs.append(len(tensors)) or real(tensors))
     for free in (2**40, 0):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: memory(total, free))
-        Lean(base.attached)
+        DecodePath(base.attached)
         assert bool(packs) is (total == 2**40), "weights that share an input are laid out side by side"
         packs.clear()
 
@@ -40,40 +40,40 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_used_where_it_is_right(family: str, dtype: torch.dtype) -> None:
-    assert Base(tiny_model(family, dtype=dtype), tiny_tokenizer()).attached.lean is not None
+    assert Base(tiny_model(family, dtype=dtype), tiny_tokenizer()).attached.decode_path is not None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("what", [w for w in DEVIATIONS if "gradient" not in w])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_a_class_that_deviates_is_not_run_lean(family: str, what: str, dtype: torch.dtype) -> None:
+def test_a_class_that_deviates_is_not_run_so(family: str, what: str, dtype: torch.dtype) -> None:
     base = Base(odd.deviate(tiny_model(family, dtype=dtype), *DEVIATIONS[what]), tiny_tokenizer())
-    assert base.attached.lean is None
+    assert base.attached.decode_path is None
 
 
 def test_an_epsilon_of_one_layer() -> None:
-    """Settings of a module that the lean forward takes to be the same everywhere."""
+    """Settings of a module that the decode path takes to be the same everywhere."""
     model = tiny_model("llama")
     model.model.layers[1].post_attention_layernorm.variance_epsilon *= 100
     base, prompt = Base(model, tiny_tokenizer()), tokens(9, 1)
-    assert base.attached.lean is None
+    assert base.attached.decode_path is None
     got = cached_logits(base, [prompt], [None], [[5, 3, 1]])[0]
     theirs = copied(model)
     theirs.model.layers[1].post_attention_layernorm.variance_epsilon *= 100
     assert difference(got, theirs(torch.tensor([prompt])).logits[0].detach()) <= 1e-4
 
 
-def _scale(made: Lean) -> None:
+def _scale(made: DecodePath) -> None:
     for layer in made.layers:
         layer.scaling *= 1.1
 
 
-def _window(made: Lean) -> None:
+def _window(made: DecodePath) -> None:
     for layer in made.layers:
         layer.window += 1
 
 
-def _no_window_in_long_prompts(made: Lean) -> None:
+def _no_window_in_long_prompts(made: DecodePath) -> None:
     real = made._attend_long
 
     def attend(a, qkv, pools, rows, layout, layer):
@@ -84,16 +84,16 @@ def _no_window_in_long_prompts(made: Lean) -> None:
     made._attend_long = attend
 
 
-def _epsilon(made: Lean) -> None:
+def _epsilon(made: DecodePath) -> None:
     made.eps *= 1.2
 
 
-def _head(made: Lean) -> None:
+def _head(made: DecodePath) -> None:
     real = made.head
     made.head = lambda x: 1.02 * real(x)
 
 
-def _norms_exchanged(made: Lean) -> None:
+def _norms_exchanged(made: DecodePath) -> None:
     for layer in made.layers:
         layer.input_norm, layer.mlp_norm = layer.mlp_norm, layer.input_norm
 
@@ -101,16 +101,16 @@ def _norms_exchanged(made: Lean) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fault", [_scale, _window, _no_window_in_long_prompts, _epsilon, _head, _norms_exchanged])
 def test_a_fault_of_its_own_is_seen(fault, dtype: torch.dtype, monkeypatch) -> None:
-    made = Lean.__init__
+    made = DecodePath.__init__
 
-    def wrong(self: Lean, attached: Attached, packs: bool | None = None) -> None:
+    def wrong(self: DecodePath, attached: Attached, packs: bool | None = None) -> None:
         made(self, attached, packs)
         self.stack = None  # kernel by kernel, where the fault is
         fault(self)
 
     base = Base(tiny_model("mistral", dtype=dtype), tiny_tokenizer())
-    monkeypatch.setattr(Lean, "__init__", wrong)
-    assert base.attached.lean is None
+    monkeypatch.setattr(DecodePath, "__init__", wrong)
+    assert base.attached.decode_path is None
 
 
 @pytest.mark.parametrize("wrong", ["struct", "attend"])
@@ -119,9 +119,9 @@ def test_a_kernel_that_is_wrong_is_not_run(wrong: str, monkeypatch) -> None:
     if wrong == "struct" and not native.has_tiles():
         pytest.skip("this processor has no matrix tiles")
     if wrong == "struct":
-        real = lean.LayerWeights
-        monkeypatch.setattr(lean, "LayerWeights", lambda *args: real(*args[:3], args[3] * 1.1, args[4]))
+        real = decode_path.LayerWeights
+        monkeypatch.setattr(decode_path, "LayerWeights", lambda *args: real(*args[:3], args[3] * 1.1, args[4]))
     else:
-        attend = lean.native_inference.attend
-        monkeypatch.setattr(lean.native_inference, "attend", lambda *args: attend(*args[:4], args[4] * 1.1, args[5]))
-    assert Base(tiny_model("llama", dtype=torch.bfloat16), tiny_tokenizer()).attached.lean is None
+        attend = decode_path.native_inference.attend
+        monkeypatch.setattr(decode_path.native_inference, "attend", lambda *args: attend(*args[:4], args[4] * 1.1, args[5]))
+    assert Base(tiny_model("llama", dtype=torch.bfloat16), tiny_tokenizer()).attached.decode_path is None

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import torch
 
-from trimtab.fast import LLAMA_LIKE
-from trimtab.generate import MAX_ROWS
-from trimtab.lean import FAMILIES
+from trimtab.bases.spec import Module, Spec
+from trimtab.decode.generate import MAX_ROWS
+from trimtab.forward.decode_path import FAMILIES
+from trimtab.forward.rowwise import LLAMA_LIKE
 from trimtab.methods.base import Site
 from trimtab.ops import LOSS_ROWS, QUERY_BLOCK
-from trimtab.spec import Module, Spec
 
 FUSED = frozenset(name.lower() for name in LLAMA_LIKE)
 """Model types whose RMSNorm and gated MLP run as `ops.rms_norm` and `ops.swiglu`."""
@@ -126,7 +126,7 @@ def judging_bytes(spec: Spec, dtype: torch.dtype, tokens: int, length: int, slot
 
 
 def packed_bytes(spec: Spec, dtype: torch.dtype) -> int:
-    """Bytes of the copy of the projections and the head that inference on a CPU makes, 0 where it makes none (see `lean`)."""
+    """Bytes of the copy of projections and head that inference on a CPU makes, 0 where it makes none (see `forward.decode_path`)."""
     if dtype != torch.bfloat16 or spec.model_type not in FAMILIES:
         return 0
     linears = sum(math.prod(shape) for m in spec.modules.values() if m.kind == "linear" for shape in m.parameters.values())

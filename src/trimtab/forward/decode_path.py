@@ -1,4 +1,4 @@
-"""The lean forward: Llama and its kin at inference on a CPU, where a step has few rows and dispatch costs more than arithmetic.
+"""The decode path: Llama and its kin at inference on a CPU, where a step has few rows and dispatch costs more than arithmetic.
 
 The same formulas as the model's own forward in a tenth of the operations: projections that share an input run as one matmul over weights in
 the layout that the matmul wants, and everything between them is one kernel each (`ops.native`), keys and values straight into the cache.
@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from trimtab import ops
-from trimtab.attention import KVCache, PagedKV, Plan, Run, lay_out, over_buckets
+from trimtab.forward.attention import KVCache, PagedKV, Plan, Run, lay_out, over_buckets
 from trimtab.memory import machine_memory
 from trimtab.ops import native, native_inference
 from trimtab.ops.stack import Edit, EditTable, LayerWeights, Stack
 
 if TYPE_CHECKING:
-    from trimtab.attach import Attached
-    from trimtab.bank import Group, Mix
-    from trimtab.batch import Batch
+    from trimtab.forward.attached import Attached
+    from trimtab.forward.batch import Batch
+    from trimtab.forward.packs import Group, Mix
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LONG = 64
@@ -55,8 +55,8 @@ class Paging:
     longest: int
 
 
-class Lean:
-    """The lean forward of one attached model. `takes` says whether it computes a batch; `forward` does."""
+class DecodePath:
+    """The decode path of one attached model. `takes` says whether it computes a batch; `forward` does."""
 
     def __init__(self, attached: Attached, packs: bool | None = None):
         """packs: whether weights are copied into the matmul's layout; None: where the machine is large enough."""

@@ -105,7 +105,7 @@ def read_spec(model: Any) -> Spec:
     if family is None:
         raise BaseError(
             f"model family {config.model_type!r} is not supported{nearest(config.model_type, FAMILIES)}",
-            fix=f"use one of: {', '.join(FAMILIES)}; or add a Family row to trimtab/spec.py",
+            fix=f"use one of: {', '.join(FAMILIES)}; or add a Family row to trimtab/bases/spec.py",
         )
     _refuse_unsupported(config)
     layers = model.get_submodule(family.layers)

@@ -7,103 +7,26 @@ batch at hand which edits touch it. Hidden states flow flat, [1, T, H], with exp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from trimtab import attention, fast
-from trimtab.attention import KVCache
-from trimtab.bank import PackedAdapter
-from trimtab.batch import Batch
-from trimtab.derived import Derived, Weights
-from trimtab.lean import Lean
-from trimtab.lean_check import LeanMaker
+from trimtab.bases.spec import read_spec
+from trimtab.forward import attention, rowwise
+from trimtab.forward.attention import KVCache
+from trimtab.forward.batch import Batch
+from trimtab.forward.decode_path import DecodePath
+from trimtab.forward.decode_path_check import DecodePathMaker
+from trimtab.forward.derived import Derived, Weights
+from trimtab.forward.hosts import Host, weight_OI
+from trimtab.forward.packs import PackedAdapter
+from trimtab.forward.replica import ours
 from trimtab.methods.base import Method, Params, Site
-from trimtab.replica import ours
-from trimtab.spec import read_spec
-
-
-class Around:
-    """A module of the base as an edit sees it (`methods.base.Around`): `call` runs it, or it with the edits before this one."""
-
-    def __init__(self, module: Any, site: int, call: Callable[[Tensor], Tensor], original: Callable[[Tensor], Tensor]):
-        self.module, self.site, self._call, self._original = module, site, call, original
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._call(x)
-
-    @property
-    def plain(self) -> bool:
-        """Whether calling this runs the frozen module alone, no other edit before it."""
-        return self._call is self._original
-
-    @property
-    def row_scale(self) -> Tensor | float:
-        """What an embedding multiplies its rows with (Gemma 3 does), so that an addition to the weight is scaled as the weight is."""
-        return getattr(self.module, "embed_scale", 1.0)
-
-    def with_parameters(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """The module alone, computed with these parameters in place of its own."""
-        return functional_call(_Original(self.module, self._original), {f"module.{k}": v for k, v in parameters.items()}, (x,))
-
-    @property
-    def weight_OI(self) -> Tensor:
-        return weight_OI(self.module)
-
-    @property
-    def bias_O(self) -> Tensor | None:
-        return getattr(self.module, "bias", None)
-
-
-class _Original(nn.Module):
-    """A module under its own forward: calling the module itself would reach the host that stands in for it, and never end."""
-
-    def __init__(self, module: nn.Module, original: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.module, self.original = module, original
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.original(x)
-
-
-def weight_OI(module: Any) -> Tensor:
-    """A module's weight as (out, in): transformers' Conv1D keeps (in, out). Embeddings keep (V, H)."""
-    return module.weight.T if type(module).__name__ == "Conv1D" else module.weight
-
-
-class Host:
-    """Stands in for one module's forward."""
-
-    of_trimtab = True  # see `replica.altered`
-
-    def __init__(self, attached: Attached, name: str, module: Any, index: int):
-        self.attached, self.name, self.module, self.index, self.original = attached, name, module, index, module.forward
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        batch = self.attached.batch
-        groups = batch.mix.groups.get(self.name) if batch is not None else None
-        if batch is None or not groups:
-            return self.original(x, *args, **kwargs)
-        original = partial(self.original, *args, **kwargs) if args or kwargs else self.original
-        leading = x.shape[:-1] if x.is_floating_point() else x.shape  # [1, T, I]; [T, I] inside an edited block; [1, T] token ids
-        y_TO = self.edited(x.flatten(0, -2) if x.is_floating_point() else x.flatten(), batch, original)
-        return y_TO.view(*leading, y_TO.shape[-1])
-
-    def edited(self, x_TI: Tensor, batch: Batch, original: Callable[[Tensor], Tensor]) -> Tensor:
-        """The module on flat rows with the edits of the batch around it; original: how to run the module itself."""
-        around = Around(self.module, self.index, original, original)
-        for group in batch.mix.groups[self.name]:
-            rows = batch.rows(group.members)
-            if rows is not None:
-                around = Around(self.module, self.index, partial(group.kernel, base=around, packs=group.packs, rows=rows), original)
-        return around(x_TI)
 
 
 class Attached:
@@ -124,21 +47,21 @@ class Attached:
         self._index = {name: i for i, (name, _) in enumerate(model.named_modules())}
         self._hosts: dict[str, Host] = {}
         self.weights = Weights(model)
-        self._lean = Derived(self.weights, LeanMaker(self))
+        self._decode_path = Derived(self.weights, DecodePathMaker(self))
         self._cache: Callable[[], KVCache | None] = lambda: None  # the one for which the weights were looked at closely
         model.eval().requires_grad_(False)
         model.set_attn_implementation(attention.NAME)
-        self.row_wise = fast.RowWise()
-        self.fast = fast.install(model, self.row_wise)
+        self.row_wise = rowwise.RowWise()
+        self.fast = rowwise.install(model, self.row_wise)
         for layer in model.get_submodule(self.spec.family.layers):
             layer.forward = ours(self._recomputing(layer.forward))
 
     def compile(self, wanted: bool) -> str:
         """Compile the row-wise parts of the layers, or go back to those that are not; returns in words what runs. ConfigError where
         torch.compile does not work."""
-        kernels, text = fast.RowWise(), ""
+        kernels, text = rowwise.RowWise(), ""
         if wanted and self.fast:
-            kernels, text = fast.compile_row_wise(self.embedding.weight)
+            kernels, text = rowwise.compile_row_wise(self.embedding.weight)
         elif wanted:
             text = f"nothing is compiled: layers of {self.spec.model_type} run as transformers wrote them"
         self.row_wise.become(kernels)
@@ -168,30 +91,30 @@ class Attached:
         return self._host(name).edited(x_TI, batch, original)
 
     @property
-    def lean(self) -> Lean | None:
-        """The lean forward over the weights as they stand, made at the first batch that could use it; None where there is none."""
-        return self._lean.get()
+    def decode_path(self) -> DecodePath | None:
+        """The decode path over the weights as they stand, made at the first batch that could use it; None where there is none."""
+        return self._decode_path.get()
 
     def drop_copies(self) -> None:
         """Free what was computed from the weights: for whoever is about to change them. It comes back when it is needed."""
-        self._lean.drop()
+        self._decode_path.drop()
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, [T, H]. Gradients reach whatever the packs were made of."""
-        lean = self._lean_for(batch)
-        batch.head = None if lean is None else lean.head
-        return self.forward_plain(batch) if lean is None else lean.forward(batch)
+        path = self._decode_path_for(batch)
+        batch.head = None if path is None else path.head
+        return self.forward_plain(batch) if path is None else path.forward(batch)
 
-    def _lean_for(self, batch: Batch) -> Lean | None:
-        """The lean forward, where it takes this batch."""
+    def _decode_path_for(self, batch: Batch) -> DecodePath | None:
+        """The decode path, where it takes this batch."""
         cache = batch.plan.cache
         if cache is None or torch.is_grad_enabled():
             return None
         if self._cache() is not cache:  # a new computation
             self.weights.look()
             self._cache = ref(cache)
-        lean = self.lean
-        return lean if lean is not None and lean.takes(batch) else None
+        path = self.decode_path
+        return path if path is not None and path.takes(batch) else None
 
     def forward_plain(self, batch: Batch) -> Tensor:
         """The same through the model's own modules, whatever the batch."""

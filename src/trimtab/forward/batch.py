@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from trimtab.attention import KVCache, Place, Plan, Run
-from trimtab.bank import Mix
 from trimtab.errors import TrimtabError
+from trimtab.forward.attention import KVCache, Place, Plan, Run
+from trimtab.forward.packs import Mix
 from trimtab.methods.base import Rows, Span
 
 BASE = -1

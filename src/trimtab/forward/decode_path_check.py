@@ -1,4 +1,4 @@
-"""Does the lean forward compute what the model's class does? Both run on a stand-in of a few layers, against transformers' own forward in
+"""Does the decode path compute what the model's class does? Both run on a stand-in of a few layers, against transformers' own forward in
 fp32: long and short prompts, chunks over a paged cache, windows shorter than the prompts."""
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trimtab.attention import PagedKV
-from trimtab.bank import Mix
-from trimtab.batch import Piece, make_batch
-from trimtab.lean import FAMILIES, Lean, packs_weights
+from trimtab.forward.attention import PagedKV
+from trimtab.forward.batch import Piece, make_batch
+from trimtab.forward.decode_path import FAMILIES, DecodePath, packs_weights
+from trimtab.forward.packs import Mix
+from trimtab.forward.replica import altered, as_near, kind, small_config, stand_in
 from trimtab.ops import native
-from trimtab.replica import altered, as_near, kind, small_config, stand_in
 
 if TYPE_CHECKING:
-    from trimtab.attach import Attached
+    from trimtab.forward.attached import Attached
 
 TOKENS = 64
 BLOCK = 4
@@ -27,8 +27,8 @@ CHUNKS = ((5, 3, 1), (131, 1, 1), (0, 70, 1), (2, 1, 1))
 LONGEST = max(map(sum, CHUNKS))
 
 
-class LeanMaker:
-    """Makes the lean forward where this model can have one here that agrees with the model's own; else gives None. They are compared once:
+class DecodePathMaker:
+    """Makes the decode path where this model can have one here that agrees with the model's own; else gives None. They are compared once:
     weights change, formulas do not."""
 
     def __init__(self, attached: Attached):
@@ -36,13 +36,13 @@ class LeanMaker:
         self.agrees: bool | None = None
 
     @torch.no_grad()
-    def __call__(self) -> Lean | None:
+    def __call__(self) -> DecodePath | None:
         if self.agrees is None and not self._can_run():
             self.agrees = False
-        lean = None if self.agrees is False else Lean(self.attached)
-        if lean is not None and self.agrees is None:
-            self.agrees = _agrees(self.attached, partial(Lean, packs=packs_weights(self.attached)))
-        return lean if self.agrees else None
+        path = None if self.agrees is False else DecodePath(self.attached)
+        if path is not None and self.agrees is None:
+            self.agrees = _agrees(self.attached, partial(DecodePath, packs=packs_weights(self.attached)))
+        return path if self.agrees else None
 
     def _can_run(self) -> bool:
         attached, spec, body = self.attached, self.attached.spec, self.attached.body
@@ -55,18 +55,18 @@ class LeanMaker:
 
 
 @torch.no_grad()
-def _agrees(attached: Attached, make: Callable[[Attached], Lean]) -> bool:
-    """Whether the lean forward that `make` gives of a model of this kind computes hidden states and logits as transformers does."""
+def _agrees(attached: Attached, make: Callable[[Attached], DecodePath]) -> bool:
+    """Whether the decode path that `make` gives of a model of this kind computes hidden states and logits as transformers does."""
     layers = _of_each_kind(attached)
     exact = _small_model(attached, layers, torch.float32)
     small = type(attached)(_small_model(attached, layers, attached.dtype))
-    lean = make(small)
+    path = make(small)
     ids = [torch.randint(TOKENS, (sum(chunk),), generator=torch.Generator().manual_seed(i)) for i, chunk in enumerate(CHUNKS)]
     body, head = exact.get_submodule(attached.spec.family.body), exact.get_submodule(attached.spec.family.head)
-    ours, theirs = (_in_chunks(small, forward, ids) for forward in (lean.forward, small.forward_plain))
+    ours, theirs = (_in_chunks(small, forward, ids) for forward in (path.forward, small.forward_plain))
     wanted = [body(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in ids]
     x = theirs[1]
-    logits = lean.head(x), small.head_module(x), torch.nn.functional.linear(x.float(), head.weight, head.bias)
+    logits = path.head(x), small.head_module(x), torch.nn.functional.linear(x.float(), head.weight, head.bias)
     return all(as_near(*three) for three in [*zip(ours, theirs, wanted, strict=True), logits])
 
 

@@ -12,17 +12,17 @@ from click.testing import CliRunner
 from safetensors.torch import save
 
 from tests.tiny import FAMILIES, tiny_folder, tiny_model
-from trimtab.activations import FUSED, kept_bytes
 from trimtab.bases import BUNDLED_NAMES
 from trimtab.bases.bundled import bundled_folder, find_gguf
+from trimtab.bases.shapes import PRESETS, Architecture, read_architecture
+from trimtab.bases.spec import read_spec
 from trimtab.cli.plan import plan as command
+from trimtab.cost.activations import FUSED, kept_bytes
+from trimtab.cost.plan import Plan, file_bytes, plan, rows
 from trimtab.errors import BaseError, ConfigError
 from trimtab.methods import BY_NAME, METHODS, BottleneckConfig, FullConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from trimtab.methods.base import Site
 from trimtab.model import Base
-from trimtab.plan import Plan, file_bytes, plan, rows
-from trimtab.shapes import PRESETS, Architecture, read_architecture
-from trimtab.spec import read_spec
 from trimtab.store import Adapter
 
 QV = LoraConfig(r=16, target_modules=["q_proj", "v_proj"])

@@ -8,8 +8,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests import odd
 from tests.tiny import tiny_model
-from trimtab import fast, ops
-from trimtab.attach import Attached
+from trimtab import ops
+from trimtab.forward import rowwise
+from trimtab.forward.attached import Attached
 
 DTYPES = [torch.float32, torch.bfloat16]
 WHOLE = {
@@ -53,7 +54,7 @@ def test_a_kernel_that_is_wrong_is_not_run(kernel: str, monkeypatch) -> None:
     real = getattr(ops, kernel)
     monkeypatch.setattr(ops, kernel, lambda *args: odd.other_gradient(real, None)(*args))
     monkeypatch.setattr(
-        fast.RowWise, "__init__", lambda self: vars(self).update({k: getattr(ops, k) for k in ("rms_norm", "swiglu", "rotate")})
+        rowwise.RowWise, "__init__", lambda self: vars(self).update({k: getattr(ops, k) for k in ("rms_norm", "swiglu", "rotate")})
     )
     part = {"rms_norm": "RMSNorm", "swiglu": "MLP", "rotate": "Attention"}[kernel]
     found = Attached(tiny_model("llama", dtype=torch.bfloat16)).fast
@@ -74,7 +75,7 @@ def test_a_forward_that_stands_on_an_instance_stays() -> None:
     model.model.layers[0].mlp.forward = mine
     again = Attached(model), Attached(model)
     assert model.model.layers[0].mlp.forward is mine and model.model.layers[1].mlp.forward is not LlamaMLP.forward
-    assert again[0].fast == again[1].fast and again[1].lean is None
+    assert again[0].fast == again[1].fast and again[1].decode_path is None
 
 
 def test_the_models_generator_and_weights_are_left_alone() -> None:

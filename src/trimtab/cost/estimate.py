@@ -13,16 +13,16 @@ import numpy as np
 import psutil
 import torch
 
-from trimtab.activations import judging_bytes, packed_bytes
 from trimtab.bases import resolve_dtype
+from trimtab.bases.shapes import Architecture
+from trimtab.bases.spec import Spec
+from trimtab.cost.activations import judging_bytes, packed_bytes
+from trimtab.cost.plan import Plan, plan
 from trimtab.data import answer_of, order
+from trimtab.decode.generate import MAX_LIVE
 from trimtab.errors import ConfigError
-from trimtab.generate import MAX_LIVE
 from trimtab.memory import free_bytes
 from trimtab.methods import FullConfig
-from trimtab.plan import Plan, plan
-from trimtab.shapes import Architecture
-from trimtab.spec import Spec
 from trimtab.train.ahead import Held, validations
 from trimtab.train.config import RunConfig
 from trimtab.train.findings import CheckReport, Estimate, Finding, Split, VariantEstimate

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from trimtab.activations import activation_bytes, forward_bytes
 from trimtab.bases import resolve_dtype
+from trimtab.bases.shapes import Architecture
+from trimtab.bases.spec import Spec
+from trimtab.cost.activations import activation_bytes, forward_bytes
 from trimtab.errors import ConfigError
 from trimtab.methods import FullConfig, Method
 from trimtab.methods.base import Site
-from trimtab.shapes import Architecture
-from trimtab.spec import Spec
 
 MOMENT_BYTES = 8
 """AdamW's two fp32 moments of one trainable parameter."""

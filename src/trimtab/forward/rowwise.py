@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from trimtab import ops
-from trimtab.attention import Plan, Run, attend, refuse_changes
 from trimtab.errors import ConfigError
+from trimtab.forward.attention import Plan, Run, attend, refuse_changes
+from trimtab.forward.replica import altered, as_near, kind, ours, small_config, stand_in
 from trimtab.ops import compiled, native
-from trimtab.replica import altered, as_near, kind, ours, small_config, stand_in
 
 CHECKED = (7, 140)
 """Rows of the sequences on which forwards are compared: more than a window, and more than attention takes at a time."""

@@ -11,8 +11,8 @@ from transformers import DynamicCache
 
 from tests.laws.common import difference, plain_of, tokens
 from tests.tiny import tiny_model, tiny_tokenizer
-from trimtab import attention
 from trimtab.errors import BaseError
+from trimtab.forward import attention
 from trimtab.model import Base
 
 FAMILIES = ["llama", "gemma2", "gpt2"]

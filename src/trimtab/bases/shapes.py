@@ -13,9 +13,9 @@ import transformers
 from trimtab.bases.folder import read_json
 from trimtab.bases.locate import HUB_ID
 from trimtab.bases.progress import quiet_transformers
+from trimtab.bases.spec import Spec, read_spec
 from trimtab.errors import BaseError, nearest
 from trimtab.paths import user_path
-from trimtab.spec import Spec, read_spec
 
 
 def _shape(vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, positions: int, **rest: Any) -> dict[str, Any]:
