@@ -159,8 +159,8 @@ class Base:
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """Continue prompts, each under its adapter, in one mixed batch; returns the new texts. Strings are user turns, put through the
-        chat template
-        where the base has one; lists of ids are taken as they are. temperature 0 is greedy. on_token(i, id): called as tokens appear."""
+        chat template where the base has one; lists of ids are taken as they are. temperature 0 is greedy. on_token(i, id): called as tokens
+        appear."""
         ids = [self.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts]
         new = self.generate_ids(ids, adapters, Sampling(max_new_tokens, temperature, top_p, top_k, seed, min_p), on_token)
         return [self.tokenizer.decode(n, skip_special_tokens=True) for n in new]
@@ -186,8 +186,7 @@ class Base:
 
     def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn: those that stood before the answer in training. DataError where
-        the base has no
-        chat template, the template refuses the conversation, or a message holds a control token's text."""
+        the base has no chat template, the template refuses the conversation, or a message holds a control token's text."""
         return encode_prompt([dict(m) for m in messages], self.tokenizer)
 
     @cached_property

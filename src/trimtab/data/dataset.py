@@ -49,9 +49,9 @@ class Dataset:
     """The examples of one variant or one split.
 
     examples: what one epoch draws; a row of a source with weight 2 stands in it twice (the same object). rows: those that became examples,
-    each once, where they are kept. dropped: rows that are not
-    trained on. digest: "sha256:…" of rows, tokenizer, template, options and weights, wherever the files lie. tokens, supervised_tokens:
-    over `examples`. warnings: what about the base's template may spoil training. notes: what the sources hold and no row uses.
+    each once, where they are kept. dropped: rows that are not trained on. digest: "sha256:…" of rows, tokenizer, template, options and
+    weights, wherever the files lie. tokens, supervised_tokens: over `examples`. warnings: what about the base's template may spoil
+    training. notes: what the sources hold and no row uses.
     """
 
     examples: list[Example]

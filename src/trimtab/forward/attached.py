@@ -1,8 +1,7 @@
 """Attach: the frozen base with a host at each site, and the one mixed forward that training, evaluation and serving share.
 
 The base is a `transformers` causal LM, loaded as it is; no parameter is replaced or written. A `Host` stands in for a module's `forward`
-and asks the
-batch at hand which edits touch it. Hidden states flow flat, [1, T, H], with explicit positions; attention is `attention.py`'s.
+and asks the batch at hand which edits touch it. Hidden states flow flat, [1, T, H], with explicit positions; attention is `attention.py`'s.
 """
 
 from __future__ import annotations

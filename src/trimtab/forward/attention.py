@@ -1,10 +1,9 @@
 """Attention over the sequences of a flat batch: causal, with a prefix and cached keys before it, no padding of rows, no dense mask.
 
 Rows reach each layer flat, [1, heads, T, D]. A `Plan`, made once for each batch and used by all layers, says for each sequence which
-rows are its
-queries and which rows of a *pool* are its keys. The pool is the layer's own T rows followed by the stored prefixes, or, with a cache,
-the cache.
-Sequences of similar length share a bucket and run as one batched matmul; the padding inside a bucket never leaves this file.
+rows are its queries and which rows of a *pool* are its keys. The pool is the layer's own T rows followed by the stored prefixes, or, with a
+cache, the cache. Sequences of similar length share a bucket and run as one batched matmul; the padding inside a bucket never leaves this
+file.
 
 One function, registered with `transformers`' attention interface, serves every family. What it does not compute exactly it refuses by name.
 """
@@ -32,8 +31,7 @@ MAX_PADDING = 1.3
 @dataclass(frozen=True)
 class Run:
     """A run of rows start..stop that attend to each other, at positions `past`.. of their sequence. keys: (first, end) runs of the pool,
-    in order of
-    position; they end with the sequence's own rows."""
+    in order of position; they end with the sequence's own rows."""
 
     start: int
     stop: int
@@ -99,8 +97,7 @@ class PagedKV(KVCache):
 @dataclass
 class Bucket:
     """Sequences of similar length. query_BQ: flat rows; key_BS: pool rows, both padded at the end with a row of the sequence; offset as
-    in ops.attention,
-    where all sequences share it and none is padded between keys and queries, else a mask says it."""
+    in ops.attention, where all sequences share it and none is padded between keys and queries, else a mask says it."""
 
     query_BQ: Tensor
     key_BS: Tensor
@@ -119,9 +116,8 @@ class Plan:
     """Which rows attend to which, for all layers of one forward.
 
     prefixes: stored (keys, values) [L, N, kv_heads, D] that stand in the pool behind the layer's own rows. cache: keys and values are
-    written there at
-    `write_T` and read from there; each run's sequence has its place there. captured: filled with each layer's (keys, values)
-    [T, kv_heads, D] where `capture` is set.
+    written there at `write_T` and read from there; each run's sequence has its place there. captured: filled with each layer's (keys,
+    values) [T, kv_heads, D] where `capture` is set.
     """
 
     runs: Sequence[Run]

@@ -2,9 +2,8 @@
 
 What is known is a class name of transformers; what is trusted is a comparison: before a forward is put in place of a class's own, both run
 on a stand-in of the module, forwards and backwards, and where they differ by more than rounding (another version of transformers, an option
-not thought of) the class keeps its own. Nothing
-here knows of adapters: projections are called as modules, so that their hosts see every row. The row-wise kernels that they run may be
-exchanged for compiled ones, after a comparison too.
+not thought of) the class keeps its own. Nothing here knows of adapters: projections are called as modules, so that their hosts see every
+row. The row-wise kernels that they run may be exchanged for compiled ones, after a comparison too.
 """
 
 from __future__ import annotations

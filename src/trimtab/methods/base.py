@@ -1,12 +1,10 @@
 """The contract of a PEFT method: a frozen dataclass of hyperparameters and pure functions on dicts of tensors.
 
 Read this file first. A method says *where* it acts (`sites`), what tensors an adapter holds there (`Site.shapes`, in the names and
-shapes of
-`peft`'s files), how they start (`init`), and how they become what the mixed forward runs (`pack`). Two kinds only:
+shapes of `peft`'s files), how they start (`init`), and how they become what the mixed forward runs (`pack`). Two kinds only:
 
 - an *edit* acts around one module of the base, row by row. `pack` returns a `Packed`: a kernel of `trimtab.ops` and its tensors. Edits
-of many
-  adapters that share a kernel run together on one flat batch; a kernel sees spans of rows, never a rank or an alpha.
+  of many adapters that share a kernel run together on one flat batch; a kernel sees spans of rows, never a rank or an alpha.
 - a *prefix* puts keys and values before token 0. `prefix` returns them, or embeddings from which the base computes them.
 
 A class that sets `peft_type` registers itself, and with that trains, co-trains, saves, is served mixed, appears in the CLI and is run by
@@ -43,10 +41,8 @@ class Site:
     """One place in the base where a method acts.
 
     name: the module's path in the base ("" for prefixes). shapes: the tensors that an adapter holds here, named as peft names them after
-    the module.
-    rank and scaling: LoRA's, which patterns may set module by module. saved: a whole module trained in full (`modules_to_save`), in the
-    shapes in
-    which the base keeps it; transposed where those are (in, out), as GPT-2's are.
+    the module. rank and scaling: LoRA's, which patterns may set module by module. saved: a whole module trained in full
+    (`modules_to_save`), in the shapes in which the base keeps it; transposed where those are (in, out), as GPT-2's are.
     """
 
     name: str
@@ -311,8 +307,7 @@ class TargetedMethod(Method):
     """A method that acts on modules chosen by name, the way peft chooses them.
 
     target_modules: a string is a regular expression that must match the whole name ("all-linear": every linear but the output head);
-    each name of a
-    list matches exactly or as the last dotted part. None: the family's default. exclude_modules: likewise, taken away.
+    each name of a list matches exactly or as the last dotted part. None: the family's default. exclude_modules: likewise, taken away.
     modules_to_save: modules trained in full, as their own copy.
     """
 

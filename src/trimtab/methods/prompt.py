@@ -3,9 +3,8 @@
     the base reads [P; E[t_0], E[t_1], …]        P [N, H] learned, real tokens at positions N, N+1, …
 
 P's keys and values do not depend on the tokens after it, so this is a prefix that the base computes from P: once for each adapter and
-step in training,
-once for each load in serving. P starts as embeddings of random vocabulary entries ("SAMPLE_VOCAB"), of a text ("TEXT"), or normal(0, 1)
-("RANDOM").
+step in training, once for each load in serving. P starts as embeddings of random vocabulary entries ("SAMPLE_VOCAB"), of a text ("TEXT"),
+or normal(0, 1) ("RANDOM").
 Dimensions: N virtual tokens, H hidden.
 """
 

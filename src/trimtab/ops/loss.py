@@ -18,8 +18,7 @@ def supervised_loss(
     """(Σ scale · nll, nll_R): the negative log-likelihood of each supervised row's target, nats, fp32.
 
     Logits are formed LOSS_ROWS at a time, logsumexp in fp32, and the gradient to the hidden states is formed in the forward, while they
-    are at hand. The
-    head is frozen: nothing flows to weight or bias. Only the sum carries gradients.
+    are at hand. The head is frozen: nothing flows to weight or bias. Only the sum carries gradients.
     """
     total, nll_R = _SupervisedLoss.apply(hidden_RH, weight_VH, bias_V, target_R, scale_R, softcap)
     return total, nll_R

@@ -1,8 +1,7 @@
 """One step of a joint run: every live variant's window, cut into portions, packed into as few forwards as the token budget allows.
 
 A forward computes the rows of several variants on one frozen model; the loss of each row is divided by its own variant's count of
-targets, so the sum
-of all losses gives every variant just the gradient that it would have alone.
+targets, so the sum of all losses gives every variant just the gradient that it would have alone.
 """
 
 from __future__ import annotations
