@@ -38,7 +38,7 @@ GB = 1e9
 @click.option("--local", is_flag=True, help="For this machine only: 127.0.0.1, no keys, no tenants, no limits.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 for all.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
-@click.option("--tenants", "database", type=click.Path(path_type=Path), help="Their database, as `trimtab tenants --db` has it.")
+@click.option("--tenants", "database", type=click.Path(path_type=Path), help="Their database, as `trimtab tenants add --db` has it.")
 @click.option("--kv-gb", type=click.FloatRange(0, min_open=True), help="Memory for keys and values; by default a share of what is free.")
 @click.option("--adapters-gb", type=click.FloatRange(0, min_open=True), help="Memory for adapters; by default a share of what is free.")
 @click.option("--max-running", default=64, show_default=True, type=click.IntRange(1), help="Answers that are computed at a time.")
