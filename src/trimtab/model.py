@@ -19,11 +19,11 @@ from torch import Tensor
 from trimtab import bases
 from trimtab.bases.spec import Spec
 from trimtab.bases.template import encode_prompt, end_of_turn_id
+from trimtab.bases.weights.derived import Stamp
 from trimtab.decode.generate import Sampling, generate
 from trimtab.errors import TrimtabError
 from trimtab.forward.attached import Attached
 from trimtab.forward.batch import BASE, Batch, Piece, make_batch
-from trimtab.forward.derived import Stamp
 from trimtab.forward.hosts import weight_OI
 from trimtab.forward.packs import Mix, PackedAdapter
 from trimtab.methods.base import Method, Site

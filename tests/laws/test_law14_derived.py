@@ -15,9 +15,9 @@ from torch import Tensor
 from tests.laws.common import CASES, cached_logits, difference, method_of, noisy, tokens
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from trimtab.bases.copies import copied
+from trimtab.bases.weights.derived import Stamp
 from trimtab.decode.generate import Sampling
 from trimtab.forward import decode_path
-from trimtab.forward.derived import Stamp
 from trimtab.methods import LoraConfig, PromptTuningConfig
 from trimtab.model import Base
 from trimtab.store import Adapter

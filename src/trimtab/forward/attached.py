@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from trimtab.bases.spec import read_spec
+from trimtab.bases.weights.derived import Derived, Weights
 from trimtab.forward import attention, rowwise
 from trimtab.forward.attention import KVCache
 from trimtab.forward.batch import Batch
 from trimtab.forward.decode_path import DecodePath
 from trimtab.forward.decode_path_check import DecodePathMaker
-from trimtab.forward.derived import Derived, Weights
 from trimtab.forward.hosts import Host, weight_OI
 from trimtab.forward.packs import PackedAdapter
 from trimtab.forward.replica import ours
@@ -45,7 +45,8 @@ class Attached:
         self.embedding = model.get_submodule(self.spec.family.embedding)
         self._index = {name: i for i, (name, _) in enumerate(model.named_modules())}
         self._hosts: dict[str, Host] = {}
-        self.weights = Weights(model)
+        self.weights = Weights(model, [m.name for m in self.spec.modules.values() if m.kind != "norm"])
+        self.head_weight = self.weights.of[self.spec.family.head]
         self._decode_path = Derived(self.weights, DecodePathMaker(self))
         self._cache: Callable[[], KVCache | None] = lambda: None  # the one for which the weights were looked at closely
         model.eval().requires_grad_(False)

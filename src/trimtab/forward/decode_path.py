@@ -26,6 +26,7 @@ from trimtab.ops import native, native_inference
 from trimtab.ops.stack import Edit, EditTable, LayerWeights, Stack
 
 if TYPE_CHECKING:
+    from trimtab.bases.weights import Weight
     from trimtab.forward.attached import Attached
     from trimtab.forward.batch import Batch
     from trimtab.forward.packs import Group, Mix
@@ -66,7 +67,7 @@ class DecodePath:
         self.layers = [_Layer(attached, i, layer, packs) for i, layer in enumerate(body.layers)]
         self.sites = frozenset(name for layer in self.layers for name in layer.sites) | {spec.family.head}
         self.norm, self.eps = body.norm.weight, body.norm.variance_epsilon
-        self.head = _linear([attached.head_module], packs)[0]
+        self.head = _linear([attached.head_weight], [attached.head_module.bias], packs)[0]
         self.stack = _stack(self.layers, self.heads, self.norm, self.eps)
 
     def takes(self, batch: Batch) -> bool:
@@ -176,9 +177,10 @@ class _Projection:
 
     def __init__(self, attached: Attached, names: Sequence[str], packs: bool):
         self.attached, self.names = attached, tuple(names)
-        self.modules = [attached.model.get_submodule(n) for n in names]
-        self.plain, self.packed = _linear(self.modules, packs)
-        stops = np.cumsum([m.out_features for m in self.modules]).tolist()
+        self.weights = [attached.weights.of[n] for n in names]
+        self.biases: list[Tensor | None] = [attached.model.get_submodule(n).bias for n in names]
+        self.plain, self.packed = _linear(self.weights, self.biases, packs)
+        stops = np.cumsum([w.shape[0] for w in self.weights]).tolist()
         self.parts = list(zip([0, *stops[:-1]], stops, strict=True))
 
     def __call__(self, x_TI: Tensor, batch: Batch) -> Tensor:
@@ -190,10 +192,10 @@ class _Projection:
             return self.attached.edited(self.names[0], x_TI, batch, self.plain)
         y_TO = self.plain(x_TI)
         if not lora or not self._add_lora(x_TI, y_TO, batch, lora):
-            for name, module, (a, b) in zip(self.names, self.modules, self.parts, strict=True):
+            for name, weight, bias, (a, b) in zip(self.names, self.weights, self.biases, self.parts, strict=True):
                 if name in groups:
                     part = y_TO[:, a:b]
-                    edited = self.attached.edited(name, x_TI, batch, _known(x_TI, part, module))
+                    edited = self.attached.edited(name, x_TI, batch, _known(x_TI, part, partial(weight.matmul, bias_O=bias)))
                     if edited.data_ptr() != part.data_ptr():
                         part.copy_(edited)
         return y_TO
@@ -233,23 +235,19 @@ def _all_of(found: Sequence[T | None]) -> list[T] | None:
     return known if len(known) == len(found) else None
 
 
-def _known(x_TI: Tensor, y_TO: Tensor, module: Any) -> Linear:
-    """The module for an edit to call: what it gives for x is known; for another input it is computed."""
-    return lambda x: y_TO if x is x_TI else torch.nn.functional.linear(x, module.weight, module.bias)
+def _known(x_TI: Tensor, y_TO: Tensor, linear: Linear) -> Linear:
+    """A linear layer for an edit to call: what it gives for x is known; for another input it is computed."""
+    return lambda x: y_TO if x is x_TI else linear(x)
 
 
-def _linear(modules: Sequence[Any], packs: bool) -> tuple[Linear, native_inference.PackedWeight | None]:
+def _linear(weights: Sequence[Weight], biases: Sequence[Tensor | None], packs: bool) -> tuple[Linear, native_inference.PackedWeight | None]:
     """Linear layers of one input side by side, and their weights on tiles where they are packed so."""
-    biases = [m.bias for m in modules]
-    if any(b is None for b in biases) and not all(b is None for b in biases):  # a bias of some: zeros for the others
-        biases = [m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in modules]
-    bias = None if biases[0] is None else torch.cat(biases)
-    many: Linear = partial(ops.linears, weights=[m.weight for m in modules], biases=[m.bias for m in modules])
-    if len(modules) == 1:
-        many = partial(torch.nn.functional.linear, weight=modules[0].weight, bias=bias)
+    many: Linear = partial(ops.linears, weights=weights, biases=biases)
+    if len(weights) == 1:
+        many = partial(weights[0].matmul, bias_O=biases[0])
     if packs:
-        weight = torch.cat([m.weight for m in modules])
-        few = _packed(weight, bias)
+        given = [w.dense().new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+        few = _packed(torch.cat([w.dense() for w in weights]), None if all(b is None for b in biases) else torch.cat(given))
         return lambda x: few(x) if len(x) <= FEW_ROWS else many(x), few if isinstance(few, native_inference.PackedWeight) else None
     return many, None
 

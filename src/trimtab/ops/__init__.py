@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         scale_input,
         scale_output,
     )
-    from trimtab.ops.layer import largest, linears, rms_norm, rotate, swiglu
+    from trimtab.ops.layer import Matrix, largest, linear_into, linears, rms_norm, rotate, swiglu
     from trimtab.ops.loss import LOSS_ROWS, supervised_loss
     from trimtab.ops.native_attention import FlatIndex, flat_attention, flat_index, takes_flat
     from trimtab.ops.varlen import VarlenIndex, varlen_attention, varlen_index, varlen_kernel
@@ -31,6 +31,7 @@ __all__ = [
     "Bottleneck",
     "FlatIndex",
     "LOSS_ROWS",
+    "Matrix",
     "QUERY_BLOCK",
     "VarlenIndex",
     "attention",
@@ -41,6 +42,7 @@ __all__ = [
     "flat_index",
     "gathers",
     "largest",
+    "linear_into",
     "linears",
     "lora",
     "lora_embedding",

@@ -6,7 +6,7 @@ On a CPU in float32 or bfloat16 they run in one native pass each (`native_traini
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -101,16 +101,29 @@ class _Rotate(torch.autograd.Function):
         return dx, None, None
 
 
-def linears(x_TI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """The results of several linear layers of one input, side by side, each written where it belongs; no gradients. Weights [O, I]."""
+class Matrix(Protocol):
+    """A frozen matrix of the base [O, I], in whatever format it is stored: x Wᵀ + b, and dy W."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    def matmul(self, x_TI: Tensor, bias_O: Tensor | None = None, out: Tensor | None = None) -> Tensor: ...
+    def matmul_t(self, dy_TO: Tensor) -> Tensor: ...
+
+
+def linears(x_TI: Tensor, weights: Sequence[Matrix], biases: Sequence[Tensor | None]) -> Tensor:
+    """The results of several linear layers of one input, side by side, each written where it belongs; no gradients."""
     widths = [w.shape[0] for w in weights]
     y_TO = x_TI.new_empty(len(x_TI), sum(widths))
     for y, weight, bias in zip(y_TO.split(widths, dim=1), weights, biases, strict=True):
-        if bias is None:
-            torch.mm(x_TI, weight.T, out=y)
-        else:
-            torch.addmm(bias, x_TI, weight.T, out=y)
+        weight.matmul(x_TI, bias, y)
     return y_TO
+
+
+def linear_into(out_TO: Tensor, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x Wᵀ + b, written to `out_TO`, which may be a part of a wider matrix; no gradients."""
+    if bias_O is None:
+        return torch.mm(x_TI, weight_OI.T, out=out_TO)
+    return torch.addmm(bias_O, x_TI, weight_OI.T, out=out_TO)
 
 
 def largest(x_TV: Tensor) -> tuple[Tensor, Tensor]:

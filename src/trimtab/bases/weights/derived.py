@@ -18,6 +18,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from trimtab.bases.weights.base import Weight, weight_of
+
 VALUES = 16
 """How many values of a tensor a close look compares, spread over all of it."""
 
@@ -67,9 +69,13 @@ def _probe(tensor: Tensor) -> Tensor:
 
 
 class Weights:
-    """A model's weights and their generation, a number that grows whenever they have been written to."""
+    """A model's weights and their generation, a number that grows whenever they have been written to.
 
-    def __init__(self, model: Any):
+    of: the matrix of each module that is named in `matrices`. BaseError where one is in no format that is known.
+    """
+
+    def __init__(self, model: Any, matrices: Iterable[str]):
+        self.of: dict[str, Weight] = {name: weight_of(model.get_submodule(name), name) for name in matrices}
         tables = [table for m in model.modules() for table in (m._parameters, m._buffers)]
         self._places = [(table, name) for table in tables for name, tensor in table.items() if tensor is not None]
         self._stamp: Stamp | None = None
