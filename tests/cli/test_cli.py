@@ -178,9 +178,10 @@ def test_tables_lines_and_errors_cannot_act_on_the_terminal(tmp_path: Path, tiny
 def test_an_answer_that_breaks_lines_with_two_characters(tiny_llama_folder: Path) -> None:
     from tests.tiny import tiny_tokenizer
     from trimtab.cli.chat import _Stream
+    from trimtab.decode.text import Decoder
 
     with CliRunner().isolation() as (out, *_):
-        stream = _Stream(tiny_tokenizer())
+        stream = _Stream(Decoder(tiny_tokenizer()).stream())
         for token in tiny_tokenizer().encode("one\r\ntwo €\r", add_special_tokens=False):
             stream(0, token)
         stream.end()

@@ -129,7 +129,7 @@ def cached_logits(
     cache_ = KVCache(spec.num_layers, len(sequences), capacity, spec.num_kv_heads, spec.head_dim, base.dtype, base.device)
     for slot, m in enumerate(members):
         if past[slot]:
-            cache_.put(slot, *(mix.adapters[m].prefix.kv_LNHD or mix.adapters[m].kv))
+            cache_.put(slot, *mix.adapters[m].stored_prefix())
     fed, out = [0] * len(sequences), [[] for _ in sequences]
     for step in range(max(map(len, chunks))):
         now = [i for i, c in enumerate(chunks) if step < len(c)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -18,6 +17,7 @@ from trimtab.cli.options import (
     store_option,
 )
 from trimtab.cli.terminal import say
+from trimtab.decode.text import Decoder, TextStream
 
 
 @click.command()
@@ -53,6 +53,7 @@ def chat(
     with before_loading(base_name, dtype, device, [adapter] if adapter else [], root):
         pass  # nothing else is asked for
     base = open_base(base_name, dtype, device)
+    decoder = Decoder(base.tokenizer)
     speaker = open_adapter(adapter, base, root)
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
@@ -62,7 +63,7 @@ def chat(
             continue
         messages.append({"role": "user", "content": text})
         ids = base.encode_messages(messages)
-        shown = _Stream(base.tokenizer)
+        shown = _Stream(decoder.stream())
         new = base.generate_ids([ids], [speaker], sampling, shown)[0]
         shown.end()
         messages.append({"role": "assistant", "content": base.tokenizer.decode(new, skip_special_tokens=True)})
@@ -76,22 +77,19 @@ def _ask() -> str:
 
 
 class _Stream:
-    """Prints an answer as its tokens appear; a character that spans tokens, or a line break of two, waits until it is whole."""
+    """Prints an answer as its tokens appear. A line break of two characters waits until it is whole, and is printed as one."""
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer, self.printed = tokenizer, 0
-        self.ids: list[int] = []
+    def __init__(self, text: TextStream):
+        self.text, self.held = text, ""
 
     def __call__(self, _: int, token: int) -> None:
-        self.ids.append(token)
-        text = self._text()
-        if not text.endswith(("\ufffd", "\r")):
-            say(text[self.printed :], nl=False)
-            self.printed = len(text)
+        shown = self._unbroken(self.text.push(token))
+        self.held = "\r" if shown.endswith("\r") else ""
+        say(shown.removesuffix("\r"), nl=False)
 
     def end(self) -> None:
         """What is left, and a line break."""
-        say(self._text()[self.printed :])
+        say(self._unbroken(self.text.finish()))
 
-    def _text(self) -> str:
-        return str(self.tokenizer.decode(self.ids, skip_special_tokens=True)).replace("\r\n", "\n")
+    def _unbroken(self, fresh: str) -> str:
+        return (self.held + fresh).replace("\r\n", "\n")

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from trimtab import ops
+from trimtab.decode.cached import cache_of, feed, virtual_tokens, write_prefix
 from trimtab.decode.sampling import choose, greedy
 from trimtab.errors import TrimtabError
 from trimtab.forward.attached import Attached
-from trimtab.forward.attention import KVCache
-from trimtab.forward.batch import BASE, Piece, make_batch
+from trimtab.forward.batch import BASE, Piece
 from trimtab.forward.packs import Mix
 
 MAX_ROWS = 2048
@@ -67,7 +67,7 @@ def generate(
     """New ids of each prompt, without the stop token: max_new_tokens, or fewer where the base has no positions left. TrimtabError where a
     prompt alone does not fit."""
     spec = attached.spec
-    virtual = [0 if m == BASE else mix.adapters[m].virtual_tokens for m in members]
+    virtual = virtual_tokens(mix, members)
     filled = [v + len(p) for v, p in zip(virtual, prompts, strict=True)]
     if max(filled) > spec.max_positions:
         raise TrimtabError(
@@ -77,7 +77,7 @@ def generate(
         )
     capacity = min(spec.max_positions, max(filled) + sampling.max_new_tokens - 1)
     slots = min(len(prompts), MAX_LIVE)
-    cache = KVCache(spec.num_layers, slots, capacity, spec.num_kv_heads, spec.head_dim, attached.dtype, attached.device)
+    cache = cache_of(attached, slots, capacity)
     generators = [random.Random(sampling.seed * 1_000_003 + i) for i in range(len(prompts))]
     new: list[list[int]] = [[] for _ in prompts]
     waiting, free, live = list(range(len(prompts)))[::-1], list(range(slots)), dict[int, _Live]()
@@ -87,12 +87,11 @@ def generate(
             i = waiting.pop()
             live[i] = _Live(free.pop(), virtual[i], prompts[i])
             rows += len(prompts[i])
-            if virtual[i]:
-                cache.put(live[i].slot, *_prefix(mix, members[i]))
+            if members[i] != BASE:
+                write_prefix(cache, live[i].slot, mix.adapters[members[i]])
         order = list(live)
-        logits_BV = _step(
-            attached, mix, cache, [Piece(torch.as_tensor(s.feed, dtype=torch.int64), members[i], s.slot, s.length) for i, s in live.items()]
-        )
+        pieces = [Piece(torch.as_tensor(s.feed, dtype=torch.int64), members[i], s.slot, s.length) for i, s in live.items()]
+        logits_BV = feed(attached, mix, cache, pieces).logits(range(len(pieces)))
         if not greedy(sampling):
             _refuse_not_finite(logits_BV, order, members)
         for i, token in zip(order, choose(logits_BV, [sampling] * len(order), [generators[i] for i in order]), strict=True):
@@ -114,24 +113,6 @@ class _Live:
     slot: int
     length: int
     feed: Sequence[int]
-
-
-def _prefix(mix: Mix, member: int) -> tuple[Tensor, Tensor]:
-    adapter = mix.adapters[member]
-    assert adapter.prefix is not None
-    kv = adapter.prefix.kv_LNHD or adapter.kv
-    assert kv is not None, "an embedded prefix must be computed when its adapter is packed for inference"
-    return kv
-
-
-def _step(attached: Attached, mix: Mix, cache: KVCache, pieces: list[Piece]) -> Tensor:
-    """Logits [B, V] of each piece's last row."""
-    batch = make_batch(pieces, mix, device=attached.device, max_positions=attached.spec.max_positions, cache=cache)
-    hidden_TH = attached.forward(batch)
-    last = [stop - 1 for _, stop in batch.where]
-    rows = sorted(last)
-    logits_RV = attached.head(hidden_TH[rows], batch, rows)
-    return logits_RV[[rows.index(r) for r in last]]
 
 
 def _refuse_not_finite(logits_BV: Tensor, prompts: Sequence[int], members: Sequence[int]) -> None:

@@ -162,7 +162,7 @@ class _Layout:
         prefix, self.before[member] = adapter.prefix, []
         if prefix is None:
             return
-        kv = prefix.kv_LNHD or adapter.kv
+        kv = adapter.stored_prefix()
         if kv is not None:
             self.prefixes.append(kv)
             self.before[member] = [("prefix", self.prefix_rows, self.prefix_rows + prefix.length)]

@@ -41,6 +41,11 @@ class PackedAdapter:
     def virtual_tokens(self) -> int:
         return self.prefix.length if self.prefix else 0
 
+    def stored_prefix(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [L, N, kv_heads, D] of its virtual tokens. None where there are no virtual tokens, or only their embeddings are
+        known: packed for inference, they have keys and values too."""
+        return None if self.prefix is None else self.prefix.kv_LNHD or self.kv
+
     def for_inference(self) -> PackedAdapter:
         """The same with all tensors in one piece of memory, in the order in which a forward reads them, so that reading it is one stream.
         Output factors [O, R] are laid out as their transpose, along which kernels that run row by row read them."""

@@ -17,6 +17,7 @@ from threading import Condition, Event, Lock, Thread
 
 from torch import Tensor
 
+from trimtab.decode.text import Decoder
 from trimtab.errors import OverloadedError, TrimtabError
 from trimtab.model import Base
 from trimtab.ops import native
@@ -31,7 +32,6 @@ from trimtab.serve.sampling import Sampler, make_draw
 from trimtab.serve.scheduler import Scheduler, Work
 from trimtab.serve.sequence import Live, ServingError
 from trimtab.serve.stats import EngineStats, StepFacts, TokenCounts
-from trimtab.serve.text import Decoder
 
 __all__ = ["Engine", "EngineConfig", "EngineStats", "Result", "ServingError", "StepFacts"]
 

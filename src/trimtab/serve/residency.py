@@ -252,7 +252,7 @@ class Residency:
 def packed_bytes(packed: PackedAdapter) -> int:
     """Memory of an adapter's packed tensors; a tensor that several places share counts once."""
     tensors = [t for edit in packed.edits.values() for t in edit.tensors.values()]
-    if packed.prefix is not None:
-        tensors += [*(packed.prefix.kv_LNHD or ()), *(packed.kv or ())]
-        tensors += [packed.prefix.embeds_NH] if packed.prefix.embeds_NH is not None else []
+    tensors += packed.stored_prefix() or ()
+    if packed.prefix is not None and packed.prefix.embeds_NH is not None:
+        tensors.append(packed.prefix.embeds_NH)
     return sum({(t.data_ptr(), t.numel()): t.nbytes for t in tensors}.values())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.decode.cached import feed, write_prefix
 from trimtab.forward.attention import PagedKV
 from trimtab.forward.batch import BASE, Piece
 from trimtab.forward.packs import Mix, PackedAdapter
@@ -55,23 +56,12 @@ class Runner:
             Piece(torch.as_tensor(f.ids, dtype=torch.int64), BASE if f.adapter is None else number[id(f.adapter)], f.blocks, f.past)
             for f in feeds
         ]
-        batch = self.base.batch(pieces, mix, cache=self.kv)
-        hidden_TH = self.base.attached.forward(batch)
-        last = [stop - 1 for (_, stop), f in zip(batch.where, feeds, strict=True) if f.logits]
-        if not last:
-            return hidden_TH.new_empty(0, self.base.spec.vocab_size)
-        rows = sorted(last)
-        logits_RV = self.base.attached.head(hidden_TH[rows], batch, rows)
-        place = {r: i for i, r in enumerate(rows)}
-        return logits_RV[[place[r] for r in last]]
+        return feed(self.base.attached, mix, self.kv, pieces).logits([i for i, f in enumerate(feeds) if f.logits])
 
     @torch.inference_mode()
     def write_prefix(self, blocks: Sequence[int], adapter: PackedAdapter) -> None:
         """Put an adapter's virtual tokens at the start of a sequence."""
-        if adapter.prefix is not None:
-            kv = adapter.prefix.kv_LNHD or adapter.kv
-            assert kv is not None, "an embedded prefix is computed when its adapter is packed"
-            self.kv.put(blocks, *kv)
+        write_prefix(self.kv, blocks, adapter)
 
     def forget(self, adapter: PackedAdapter) -> None:
         """Let go of what is kept of an adapter that leaves memory."""

@@ -6,13 +6,13 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Literal
 
+from trimtab.decode.text import TextStream
 from trimtab.errors import TrimtabError
 from trimtab.serve.blocks import VIRTUAL, chain_next
 from trimtab.serve.grammars import Matcher
 from trimtab.serve.request import FinishReason, Request, Sink, Token, Usage
 from trimtab.serve.residency import Resident
 from trimtab.serve.sampling import Draw
-from trimtab.serve.text import TextStream
 
 Where = Literal["new", "waiting", "loading", "running", "returning", "ended"]
 """new: not yet seen by the step loop. waiting: for a place. loading: for its adapter. running: holds KV blocks. returning: had to give them

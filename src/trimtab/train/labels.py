@@ -16,10 +16,9 @@ import numpy as np
 import torch
 
 from trimtab.data import Example
+from trimtab.decode.cached import Fed, continue_prompts
 from trimtab.forward.attached import Attached
-from trimtab.forward.attention import KVCache
-from trimtab.forward.batch import BASE, Batch, Piece, make_batch
-from trimtab.forward.packs import Mix, PackedAdapter
+from trimtab.forward.packs import Mix
 from trimtab.train.step import Targets, supervised_loss
 
 MAX_SLOTS = 64
@@ -50,7 +49,8 @@ class Ballot:
 def label_likelihoods(attached: Attached, mix: Mix, ballots: Sequence[Ballot], max_tokens: int) -> list[list[float]]:
     """log p in nats of each ballot's labels; at most max_tokens tokens in a forward (a longer prompt runs alone)."""
     found: list[list[float]] = [[] for _ in ballots]
-    for group in _groups(ballots, max_tokens):
+    for lot in _groups(ballots, max_tokens):
+        group = sorted(lot, key=lambda i: ballots[i].member)  # the order in which a batch lays rows out
         for i, values in zip(group, _together(attached, mix, [ballots[i] for i in group]), strict=True):
             found[i] = values
     return found
@@ -70,48 +70,30 @@ def _groups(ballots: Sequence[Ballot], max_tokens: int) -> Iterator[list[int]]:
 
 
 def _together(attached: Attached, mix: Mix, ballots: Sequence[Ballot]) -> list[list[float]]:
-    """All prompts in one forward, then one forward for each label, over the same places of the cache."""
-    spec, shared = attached.spec, [b.shared for b in ballots]
-    virtual = [0 if b.member == BASE else mix.adapters[b.member].virtual_tokens for b in ballots]
-    capacity = max(v + b.longest for v, b in zip(virtual, ballots, strict=True))
-    cache = KVCache(spec.num_layers, len(ballots), capacity, spec.num_kv_heads, spec.head_dim, attached.dtype, attached.device)
-    for slot, b in enumerate(ballots):
-        if virtual[slot]:
-            cache.put(slot, *_prefix(mix.adapters[b.member]))
-
-    def batch_of(parts: Sequence[tuple[int, np.ndarray, int]]) -> Batch:
-        pieces = [Piece(torch.from_numpy(ids.astype(np.int64)), ballots[s].member, s, virtual[s] + past) for s, ids, past in parts]
-        return make_batch(pieces, mix, device=attached.device, max_positions=spec.max_positions, cache=cache)
-
-    prompts = [(s, b.examples[0].ids[: shared[s]], 0) for s, b in enumerate(ballots) if shared[s]]
-    if prompts:
-        attached.forward(batch_of(prompts))
+    """Every prompt once, then its first label, its second, and so on."""
+    tails = [[_tail(e, b.shared) for e in b.examples] for b in ballots]
+    rounds = [[(i, mine[label]) for i, mine in enumerate(tails) if label < len(mine)] for label in range(max(map(len, tails)))]
+    prompts = [_ids(b.examples[0])[: b.shared] for b in ballots]
+    ids = [[(i, _ids(e)) for i, e in asked] for asked in rounds]
+    forwards = continue_prompts(attached, mix, [b.member for b in ballots], prompts, ids)
     found: list[list[float]] = [[] for _ in ballots]
-    for label in range(max(len(b.examples) for b in ballots)):
-        asked = [(s, b.examples[label]) for s, b in enumerate(ballots) if label < len(b.examples)]
-        batch = batch_of([(s, e.ids[shared[s] :], shared[s]) for s, e in asked])
-        for (s, _), nll in zip(asked, _nlls(attached, batch, [_tail(e, shared[s]) for s, e in asked]), strict=True):
-            found[s].append(-nll)
+    for asked, fed in zip(rounds, forwards, strict=True):
+        for (i, _), nll in zip(asked, _nlls(fed, [e for _, e in asked]), strict=True):
+            found[i].append(-nll)
     return found
 
 
-def _nlls(attached: Attached, batch: Batch, tails: Sequence[Example]) -> list[float]:
-    """Each piece's sum of nll over its targets, nats."""
-    order = sorted(range(len(tails)), key=lambda i: batch.where[i])
-    targets = Targets.of([(batch.where[i][0], tails[i], 1.0) for i in order], attached.device)
-    _, nll_R = supervised_loss(attached, attached.forward(batch), batch, targets)
-    values, sums = nll_R.tolist(), [0.0] * len(tails)
-    for i, (a, b) in zip(order, targets.runs, strict=True):
-        sums[i] = sum(values[a:b])
-    return sums
+def _nlls(fed: Fed, tails: Sequence[Example]) -> list[float]:
+    """Each piece's sum of nll over its targets, nats. The pieces' rows lie in the order of `tails`."""
+    targets = Targets.of([(start, e, 1.0) for (start, _), e in zip(fed.batch.where, tails, strict=True)], fed.attached.device)
+    _, nll_R = supervised_loss(fed.attached, fed.hidden_TH, fed.batch, targets)
+    values = nll_R.tolist()
+    return [sum(values[a:b]) for a, b in targets.runs]
 
 
 def _tail(e: Example, start: int) -> Example:
     return Example(e.ids[start:], e.supervised[start:], e.origin, e.row)
 
 
-def _prefix(adapter: PackedAdapter) -> tuple[torch.Tensor, torch.Tensor]:
-    assert adapter.prefix is not None
-    kv = adapter.prefix.kv_LNHD or adapter.kv
-    assert kv is not None, "an embedded prefix must be computed when its adapter is packed for inference"
-    return kv
+def _ids(e: Example) -> torch.Tensor:
+    return torch.from_numpy(e.ids.astype(np.int64))

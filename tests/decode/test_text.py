@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import EOS_ID, tiny_tokenizer
-from trimtab.serve.text import Decoder
+from trimtab.decode.text import Decoder
 
 TOKENIZER = tiny_tokenizer()
 DECODER = Decoder(TOKENIZER)
