@@ -86,7 +86,7 @@ def test_loading(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("where", "words"),
     [
-        ("trimtab.train.loop.run_windows", "while training, after step 0: "),
+        ("trimtab.train.loop.run_step", "while training, after step 0: "),
         ("trimtab.train.validate.Validator._judge", "while validating, after step 0: "),
         ("trimtab.train.loop.evaluate", "while scoring on held-out rows, after step 2: "),
         ("trimtab.train.loop.prepare", "while reading rows and making the variants: "),

@@ -22,7 +22,7 @@ from trimtab.methods import METHODS, Method
 from trimtab.model import Base
 from trimtab.store import Adapter
 from trimtab.train.options import TrainOptions, VariantConfig
-from trimtab.train.step import run_windows
+from trimtab.train.step import run_step
 from trimtab.train.variant import Variant
 
 VOCAB = 96
@@ -102,12 +102,12 @@ def _training() -> Check:
     ]
     variants = [_variant(base, cls.examples()[0], examples) for cls in METHODS.values()]
     before = {v: {k: p.clone() for k, p in v.trained().items()} for v in variants}
-    windows = {v: v.window() for v in variants}
-    losses = run_windows(windows, max_tokens=4096)
+    batches = {v: v.next_batch() for v in variants}
+    losses = run_step(batches, max_tokens=4096)
     want = _loss(twin, examples)
     problems = []
     for v in variants:
-        v.step(losses[v], windows[v], 1.0)
+        v.step(losses[v], batches[v], 1.0)
         if v.method.fresh_is_base and not abs(losses[v] - want) <= TOLERANCE[base.dtype] * want:
             problems.append(f"{v.name}: a loss of {losses[v]:.4g}, where transformers has {want:.4g}")
         if v.progress.stopped:

@@ -1,7 +1,7 @@
 """Law 11: a trainer of some thirty lines in plain torch, written from the papers and the documentation, follows the same trajectory.
 
 `plainly` has AdamW (Loshchilov & Hutter 2019, algorithm 2), LoRA+ (Hayou et al. 2024), the schedules, clipping by the global norm, the
-order of rows and the mean over a whole window's targets, one row at a time on transformers' own model with the hooks of `plain`. Of trimtab
+order of rows and the mean over a whole step's targets, one row at a time on transformers' own model with the hooks of `plain`. Of trimtab
 it takes start values alone. What `trimtab.train` writes (losses, norms, rates, counts, tensors) must be the same for every method of the
 registry and for full fine-tuning, with options of every kind, all variants in one run.
 """
@@ -106,10 +106,10 @@ def plainly(
     stream, lines, (b1, b2) = micro_batches(rows, o["batch_size"], o["seed"]), [], (o["adam_beta1"], o["adam_beta2"])
     for t in range(o["max_steps"]):
         drawn = [next(stream) for _ in range(o["gradient_accumulation_steps"])]
-        window = [row for _, part in drawn for row in part]
-        targets, loss = sum(sum(s[1:]) for _, s in window), 0.0
+        step_rows = [row for _, part in drawn for row in part]
+        targets, loss = sum(sum(s[1:]) for _, s in step_rows), 0.0
         g = {k: torch.zeros_like(x) for k, x in p.items()}
-        for ids, supervised in window:
+        for ids, supervised in step_rows:
             places = [i for i in range(1, len(ids)) if supervised[i]]
             nll = F.cross_entropy(logits(ids)[[i - 1 for i in places]], torch.tensor(ids)[places], reduction="sum") / targets
             for k, x in zip(p, torch.autograd.grad(nll, list(p.values())), strict=True):
@@ -125,7 +125,7 @@ def plainly(
                 v[k] = b2 * v[k] + (1 - b2) * gradient.square()
                 x -= own * o["weight_decay"] * x
                 x -= own * (m[k] / (1 - b1 ** (t + 1))) / ((v[k] / (1 - b2 ** (t + 1))).sqrt() + o["adam_epsilon"])
-        tokens = sum(len(ids) for ids, _ in window)
+        tokens = sum(len(ids) for ids, _ in step_rows)
         lines.append({"step": t + 1, "epoch": drawn[-1][0], "loss": loss, "grad_norm": norm, "lr": lr})
         lines[-1] |= {"tokens": tokens, "supervised_tokens": targets}
     return lines
@@ -180,7 +180,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         "base": "tiny",
         "out": "out",
         "seed": SEED,
-        "max_tokens": 256,  # windows are cut, and variants share forwards
+        "max_tokens": 256,  # steps are cut, and variants share forwards
         "data": {"d": {"train": "rows.jsonl"}},
         "variants": {name: {"data": "d"} | c.fields | c.said for name, c in everyone.items()},
     }

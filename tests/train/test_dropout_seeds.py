@@ -1,4 +1,4 @@
-"""Dropout while training: on in every step, another mask in each step and portion, and no part of validation."""
+"""Dropout while training: on in every step, another mask in each step and micro-batch, and no part of validation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trimtab.train.prepare import prepare
 FIELDS = METHODS["lora"] | {"data": "a", "gradient_accumulation_steps": 2, "lora_dropout": 0.5}
 
 
-def test_every_step_and_portion_of_every_seed_has_a_mask_of_its_own(tmp_path: Path) -> None:
+def test_every_step_and_micro_batch_of_every_seed_has_a_mask_of_its_own(tmp_path: Path) -> None:
     variants = {"u": FIELDS | {"seed": 1}, "v": FIELDS | {"seed": 2}}
     run_ = RunConfig.from_dict(run_file(tmp_path, variants, max_tokens=128), root=tmp_path)
     seeds: list[list[int]] = []
@@ -20,9 +20,9 @@ def test_every_step_and_portion_of_every_seed_has_a_mask_of_its_own(tmp_path: Pa
         for v in prepare(run_, tiny_base()).variants:
             for step in range(4):
                 v.progress.step = step
-                portions = v.window().portions
-                assert len(portions) > 1
-                seen += [p.seed for p in portions]
+                micro_batches = v.next_batch().micro_batches
+                assert len(micro_batches) > 1
+                seen += [m.seed for m in micro_batches]
         seeds.append(seen)
     assert seeds[0] == seeds[1] and len(set(seeds[0])) == len(seeds[0])
 

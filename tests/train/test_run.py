@@ -49,20 +49,20 @@ def test_train_by_its_public_name(tmp_path: Path) -> None:
     assert trimtab.train.config.RunConfig is trimtab.RunConfig
 
 
-def test_the_loss_is_the_mean_over_the_targets_of_the_window(tmp_path: Path) -> None:
-    """Computed plainly: all rows of a window, one by one, through the model's own logits."""
+def test_the_loss_is_the_mean_over_the_targets_of_the_step(tmp_path: Path) -> None:
+    """Computed plainly: all rows of an optimizer step, one by one, through the model's own logits."""
     base = tiny_base()
     content = run_file(tmp_path, {"v": {"data": "a", "method": "ia3", "max_steps": 1, "batch_size": 2, "gradient_accumulation_steps": 3}})
     seen: list[tuple[list[int], list[bool]]] = []
-    original = Variant.window
+    original = Variant.next_batch
 
     def spy(self: Variant):
-        window = original(self)
-        seen.extend((e.ids.tolist(), e.supervised.tolist()) for p in window.portions for e in p.examples)
-        return window
+        batch = original(self)
+        seen.extend((e.ids.tolist(), e.supervised.tolist()) for m in batch.micro_batches for e in m.examples)
+        return batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Variant, "window", spy)
+        patch.setattr(Variant, "next_batch", spy)
         report = train(RunConfig.from_dict(content, root=tmp_path), base=base)
     assert len(seen) == 6
     nll = []

@@ -119,7 +119,9 @@ def _judging(
             else:
                 metrics = {v.name: v.options.valid_metric for v in who}
                 asks = {n: (m not in ("loss", "label_accuracy"), m == "label_accuracy") for n, m in metrics.items()}
-                times = {v.name: validations(steps[v.name], v.options.eval_every or _epoch_steps(v, splits[0])) for v in who}
+                times = {
+                    v.name: validations(steps[v.name], v.options.eval_every or v.options.epoch_steps(len(splits[0].epoch))) for v in who
+                }
             base = (any(g for g, _ in asks.values()), any(c for _, c in asks.values()))
             work += sum(held.work(*ask) * times[n] for n, ask in asks.items()) + held.work(*base)
             said = [*asks.values(), base]
@@ -129,18 +131,14 @@ def _judging(
     return [p for p in passes if p.tokens], work
 
 
-def _epoch_steps(v: VariantConfig, split: Split) -> int:
-    return max(1, math.ceil(math.ceil(len(split.epoch) / v.options.batch_size) / v.options.gradient_accumulation_steps))
-
-
 def _variant(run: RunConfig, v: VariantConfig, split: Split, base: Architecture, dtype: str) -> tuple[VariantEstimate, Plan]:
     """One variant's steps, tokens and plan. Steps are counted as training counts them; tokens are those of as many mean steps."""
     o, spec = v.options, base.spec
     lengths = np.array([len(e.ids) for e in split.epoch], dtype=np.int64)
     at = order(len(lengths), o.seed if o.seed is not None else run.seed, 0)
     batches = np.add.reduceat(lengths[at], np.arange(0, len(at), o.batch_size))
-    windows = np.add.reduceat(batches, np.arange(0, len(batches), o.gradient_accumulation_steps))
-    steps = o.max_steps or max(1, math.ceil(o.epochs * len(batches) / o.gradient_accumulation_steps))
+    of_step = np.add.reduceat(batches, np.arange(0, len(batches), o.gradient_accumulation_steps))
+    steps = o.total_steps(len(lengths))
     tokens = int(lengths.sum() * steps * o.gradient_accumulation_steps / len(batches))
     costs = plan(base, v.method, dtype=dtype, batch_tokens=1, sequence_length=1)
     supervised = sum(int(e.supervised.sum()) for e in split.epoch) / lengths.sum()
@@ -158,7 +156,7 @@ def _variant(run: RunConfig, v: VariantConfig, split: Split, base: Architecture,
         tokens_per_epoch=int(lengths.sum()),
         steps=steps,
         tokens=tokens,
-        tokens_per_step=int(windows.max()),
+        tokens_per_step=int(of_step.max()),
         trainable=costs.trainable,
         adapter_bytes=costs.adapter_file_bytes,
         virtual_tokens=virtual_tokens(v),

@@ -1,4 +1,4 @@
-"""Full fine-tuning as a variant: its own trainable copy of the model, fp32 master weights, the same windows and steps as every adapter."""
+"""Full fine-tuning as a variant: its own trainable copy of the model, fp32 master weights, the same batches and steps as every adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trimtab.forward.packs import PackedAdapter
 from trimtab.model import Base
 from trimtab.store.staging import staged
 from trimtab.train.options import VariantConfig
-from trimtab.train.variant import Variant, Window
+from trimtab.train.variant import StepBatch, Variant
 
 
 class FullVariant(Variant):
@@ -33,10 +33,10 @@ class FullVariant(Variant):
         for w in self.weights.values():
             w.requires_grad_()
 
-    def window(self) -> Window:
+    def next_batch(self) -> StepBatch:
         """Draw the rows of the next step; what validation has computed from the weights goes, since the step will change them."""
         self.attached.drop_copies()
-        return super().window()
+        return super().next_batch()
 
     def pack(self) -> PackedAdapter | None:
         return None
@@ -49,8 +49,8 @@ class FullVariant(Variant):
                 w.grad = None
         return super().gradients()
 
-    def step(self, loss: float, window: Window, seconds: float) -> dict[str, float]:
-        logged = super().step(loss, window, seconds)
+    def step(self, loss: float, batch: StepBatch, seconds: float) -> dict[str, float]:
+        logged = super().step(loss, batch, seconds)
         self._publish()
         return logged
 

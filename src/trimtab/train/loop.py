@@ -35,9 +35,9 @@ from trimtab.train.publish import open_store, publish_variants, refuse_unpublish
 from trimtab.train.report import write_json
 from trimtab.train.resume import find_start, identity, occupied, refuse_changes, refuse_other_content, settings
 from trimtab.train.sinks import tracking
-from trimtab.train.step import run_windows
+from trimtab.train.step import run_step
 from trimtab.train.validate import Validator, ahead
-from trimtab.train.variant import Variant, Window
+from trimtab.train.variant import StepBatch, Variant
 
 
 @dataclass
@@ -162,15 +162,15 @@ def _steps(keeper: Keeper, validator: Validator, before: Ahead, listener: Listen
     with tracked as metrics, stop.held(), beside(keeper.prepared) as between:
         while live := [v for v in variants if v.live]:
             start = time.perf_counter()
-            windows = {v: v.window() for v in live}
+            batches = {v: v.next_batch() for v in live}
             with keeper.within_memory("training"):
-                losses = run_windows(windows, run.max_tokens)
-                tokens, elapsed = sum(w.tokens for w in windows.values()), time.perf_counter() - start
-                logged = {v: v.step(losses[v], w, elapsed * w.tokens / tokens) for v, w in windows.items()}
+                losses = run_step(batches, run.max_tokens)
+                tokens, elapsed = sum(b.tokens for b in batches.values()), time.perf_counter() - start
+                logged = {v: v.step(losses[v], b, elapsed * b.tokens / tokens) for v, b in batches.items()}
             heap.after_step()
             seconds = time.perf_counter() - start
-            for v, w in windows.items():
-                line = _line(v, w, logged[v]) | {"seconds": round(seconds, 4), "tokens_per_s": round(tokens / seconds, 1)}
+            for v, b in batches.items():
+                line = _line(v, b, logged[v]) | {"seconds": round(seconds, 4), "tokens_per_s": round(tokens / seconds, 1)}
                 if v.progress.step % run.log_every == 0 or not v.live:
                     metrics.write(line)
                 listener.step(line)
@@ -182,7 +182,7 @@ def _steps(keeper: Keeper, validator: Validator, before: Ahead, listener: Listen
             between()
 
 
-def _line(v: Variant, w: Window, logged: dict[str, float]) -> dict[str, Any]:
+def _line(v: Variant, b: StepBatch, logged: dict[str, float]) -> dict[str, Any]:
     """A variant's line in metrics.jsonl; seconds and tokens_per_s of the joint step are added to it."""
-    counts = {"tokens": w.tokens, "supervised_tokens": w.supervised}
+    counts = {"tokens": b.tokens, "supervised_tokens": b.supervised}
     return {"variant": v.name, "step": v.progress.step, "epoch": v.rows.epoch, **logged, **counts}

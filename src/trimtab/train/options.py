@@ -5,6 +5,7 @@ Each class is the YAML's keys, the defaults and the documentation.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,8 +39,8 @@ class TrainOptions(Strict):
     lr: float | None = Field(None, gt=0, lt=10, description="peak learning rate; None: the method's preset")
     epochs: float = Field(2, gt=0, description="passes over the training rows; ignored where max_steps is set")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
-    batch_size: int = Field(16, ge=1, description="rows of one micro-batch")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of one optimizer step")
+    batch_size: int = Field(16, ge=1, description="rows of one batch")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="batches of one optimizer step")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="decay of the learning rate after warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
     loraplus_lr_ratio: float | None = Field(
@@ -57,6 +58,17 @@ class TrainOptions(Strict):
     patience: int | None = Field(None, ge=1, description="validations without improvement before the variant finishes; None: never")
     keep_best: bool = Field(True, description="save the step that validated best, where there are valid rows; false: the last step")
     seed: int | None = Field(None, ge=0, description="start values, order of rows, dropout; None: the run's seed")
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps of a variant whose epoch draws `rows` rows. A step takes batches of one epoch and the next where they meet."""
+        return self.max_steps or self._steps(self.epochs, rows)
+
+    def epoch_steps(self, rows: int) -> int:
+        """Optimizer steps between validations that come once an epoch."""
+        return self._steps(1, rows)
+
+    def _steps(self, epochs: float, rows: int) -> int:
+        return max(1, math.ceil(epochs * math.ceil(rows / self.batch_size) / self.gradient_accumulation_steps))
 
 
 class DataConfig(Strict):

@@ -1,4 +1,4 @@
-"""One step of a joint run: every live variant's window, cut into portions, packed into as few forwards as the token budget allows.
+"""One step of a joint run: every live variant's batch, cut into micro-batches, packed into as few forwards as the token budget allows.
 
 A forward computes the rows of several variants on one frozen model; the loss of each row is divided by its own variant's count of
 targets, so the sum of all losses gives every variant just the gradient that it would have alone.
@@ -18,53 +18,47 @@ from trimtab.data import Example
 from trimtab.forward.attached import Attached
 from trimtab.forward.batch import BASE, Batch, Piece, make_batch
 from trimtab.forward.packs import Mix
-from trimtab.train.variant import Portion, Variant, Window
+from trimtab.train.variant import MicroBatch, StepBatch, Variant
+
+Item = tuple[Variant, MicroBatch]
 
 
-@dataclass(frozen=True)
-class Share:
-    """One variant's part of one forward. targets: of the whole window, by which the loss is divided."""
-
-    variant: Variant
-    portion: Portion
-    targets: int
-
-
-def run_windows(windows: Mapping[Variant, Window], max_tokens: int) -> dict[Variant, float]:
-    """Forward and backward of every window; gradients are left on the variants' parameters. Returns each variant's loss, mean nats a
+def run_step(batches: Mapping[Variant, StepBatch], max_tokens: int) -> dict[Variant, float]:
+    """Forward and backward of every batch; gradients are left on the variants' parameters. Returns each variant's loss, mean nats a
     target."""
-    losses = dict.fromkeys(windows, 0.0)
-    shares = [Share(v, p, w.supervised) for v, w in windows.items() for p in w.portions]
-    for group in pack_shares(shares, max_tokens):
-        for variant, loss in run_shares(group).items():
+    losses = dict.fromkeys(batches, 0.0)
+    items = [(v, m) for v, b in batches.items() for m in b.micro_batches]
+    for group in _pack(items, max_tokens):
+        for variant, loss in _run(group, batches).items():
             losses[variant] += loss
     return losses
 
 
-def pack_shares(shares: Iterable[Share], max_tokens: int) -> list[list[Share]]:
-    """Groups for one forward each: one model, at most max_tokens tokens, at most one portion of a variant (its rows must stay one span)."""
-    groups: list[list[Share]] = []
-    for share in sorted(shares, key=lambda s: -s.portion.tokens):
+def _pack(items: Iterable[Item], max_tokens: int) -> list[list[Item]]:
+    """Groups for one forward each: one model, at most max_tokens tokens, at most one micro-batch of a variant (its rows must stay one
+    span)."""
+    groups: list[list[Item]] = []
+    for variant, rows in sorted(items, key=lambda item: -item[1].tokens):
         for group in groups:
-            same_model = group[0].variant.attached is share.variant.attached
-            room = sum(s.portion.tokens for s in group) + share.portion.tokens <= max_tokens
-            if same_model and room and all(s.variant is not share.variant for s in group):
-                group.append(share)
+            same_model = group[0][0].attached is variant.attached
+            room = sum(r.tokens for _, r in group) + rows.tokens <= max_tokens
+            if same_model and room and all(v is not variant for v, _ in group):
+                group.append((variant, rows))
                 break
         else:
-            groups.append([share])
+            groups.append([(variant, rows)])
     return groups
 
 
-def run_shares(shares: Sequence[Share]) -> dict[Variant, float]:
+def _run(group: Sequence[Item], batches: Mapping[Variant, StepBatch]) -> dict[Variant, float]:
     """One forward and backward. Returns each variant's part of its loss."""
-    packed = [s.variant.pack() for s in shares]
+    packed = [v.pack() for v, _ in group]
     members = _number(packed)
     mix = Mix([p for p in packed if p is not None])
-    parts = [Part(m, s.portion.examples, 1.0 / s.targets, s.portion.seed) for s, m in zip(shares, members, strict=True)]
-    total, losses = forward_loss(shares[0].variant.attached, mix, parts)
+    parts = [Part(m, rows.examples, 1.0 / batches[v].supervised, rows.seed) for (v, rows), m in zip(group, members, strict=True)]
+    total, losses = forward_loss(group[0][0].attached, mix, parts)
     total.backward()
-    return {s.variant: loss for s, loss in zip(shares, losses, strict=True)}
+    return {v: loss for (v, _), loss in zip(group, losses, strict=True)}
 
 
 def _number(packed: Sequence[object | None]) -> list[int]:

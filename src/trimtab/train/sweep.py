@@ -10,7 +10,6 @@ Trials are ranked by the valid rows alone. The test rows play no part until the 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ from trimtab.train.interrupt import Stop
 from trimtab.train.leaderboard import rank
 from trimtab.train.listen import Listener, Silent
 from trimtab.train.loop import train
-from trimtab.train.options import VariantConfig
 from trimtab.train.page import write_page
 from trimtab.train.prepare import Prepared, Splits, read_splits, refuse_long
 from trimtab.train.report import write_json
@@ -122,7 +120,7 @@ def _rungs(what: Sweep, data: Mapping[str, Splits]) -> Iterator[str]:
     halving = what.options.halving
     if halving is None:
         return
-    steps = {v.name: _steps(v, data) for v in what.run.variants}
+    steps = {v.name: v.options.total_steps(len(data[v.data].train.examples)) for v in what.run.variants}
     if max(steps.values()) <= halving.every:
         raise ConfigError(
             f"sweep.halving.every = {halving.every}: no trial has more than {max(steps.values())} steps, so none would be stopped",
@@ -133,12 +131,6 @@ def _rungs(what: Sweep, data: Mapping[str, Splits]) -> Iterator[str]:
         yield f"trials have {few} to {many} steps: rungs compare them at equal steps, wherever each is in its schedule"
     if len({(v.options.batch_size, v.options.gradient_accumulation_steps) for v in what.run.variants}) > 1:
         yield "trials take different numbers of rows a step: rungs compare them at equal steps, not at equal rows"
-
-
-def _steps(v: VariantConfig, data: Mapping[str, Splits]) -> int:
-    o = v.options
-    batches = math.ceil(len(data[v.data].train.examples) / o.batch_size)
-    return o.max_steps or max(1, math.ceil(o.epochs * batches / o.gradient_accumulation_steps))
 
 
 def _doubts(what: Sweep) -> Iterator[str]:

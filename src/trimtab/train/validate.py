@@ -111,7 +111,7 @@ def is_due(v: Variant) -> bool:
 def every(v: Variant) -> int:
     """Steps between validations."""
     o = v.config.options
-    return o.eval_every or max(1, math.ceil(v.rows.batches / o.gradient_accumulation_steps))
+    return o.eval_every or o.epoch_steps(len(v.rows.examples))
 
 
 def ahead(validator: Validator, tests: Mapping[str, HeldOut]) -> Ahead:

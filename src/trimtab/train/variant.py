@@ -26,8 +26,8 @@ LORA_B = "lora_B.weight"
 
 
 @dataclass(frozen=True)
-class Portion:
-    """Rows that enter one forward together. seed: of this portion's dropout."""
+class MicroBatch:
+    """Rows of an optimizer step that enter one forward together. seed: of their dropout."""
 
     examples: Sequence[Example]
     seed: int
@@ -38,23 +38,23 @@ class Portion:
 
 
 @dataclass(frozen=True)
-class Window:
-    """All rows of one optimizer step, cut into portions. supervised: targets in the whole window, over which the loss is the mean."""
+class StepBatch:
+    """All rows of one optimizer step, cut into micro-batches. supervised: their supervised tokens, over which the loss is the mean."""
 
-    portions: Sequence[Portion]
+    micro_batches: Sequence[MicroBatch]
     supervised: int
 
     @property
     def tokens(self) -> int:
-        return sum(p.tokens for p in self.portions)
+        return sum(m.tokens for m in self.micro_batches)
 
     @property
     def origins(self) -> list[str]:
-        return [e.origin for p in self.portions for e in p.examples]
+        return [e.origin for m in self.micro_batches for e in m.examples]
 
 
 class Rows:
-    """A variant's endless stream of micro-batches: shuffled anew in each epoch, a function of (seed, position) alone."""
+    """A variant's endless stream of batches of `batch_size` rows: shuffled anew in each epoch, a function of (seed, position) alone."""
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int):
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
@@ -62,7 +62,7 @@ class Rows:
         self._order = order(len(examples), seed, 0)
 
     def take(self) -> list[Example]:
-        """The next micro-batch. The last one of an epoch may be smaller."""
+        """The next batch. The last one of an epoch may be smaller."""
         if self.position >= len(self.examples):
             self.epoch, self.position = self.epoch + 1, 0
             self._order = order(len(self.examples), self.seed, self.epoch)
@@ -74,11 +74,6 @@ class Rows:
         """Go on from where a checkpoint stood."""
         self.epoch, self.position = epoch, position
         self._order = order(len(self.examples), self.seed, epoch)
-
-    @property
-    def batches(self) -> int:
-        """Micro-batches of one epoch."""
-        return math.ceil(len(self.examples) / self.batch_size)
 
 
 @dataclass
@@ -125,7 +120,7 @@ class Variant:
         self.params = {k: p.detach().clone().requires_grad_() for k, p in params.items()}
         self.rows = Rows(examples, config.options.batch_size, self.seed)
         o = config.options
-        self.total_steps = o.max_steps or max(1, math.ceil(o.epochs * self.rows.batches / o.gradient_accumulation_steps))
+        self.total_steps = o.total_steps(len(examples))
         self.optimizer = torch.optim.AdamW(
             self._groups(),
             lr=config.lr,
@@ -164,12 +159,12 @@ class Variant:
         fine-tuning)."""
         return self.attached.pack(self.method, self.params, self.sites)
 
-    def window(self) -> Window:
+    def next_batch(self) -> StepBatch:
         """Draw the rows of the next optimizer step."""
         examples = [e for _ in range(self.config.options.gradient_accumulation_steps) for e in self.rows.take()]
-        cut = list(_cut(examples, self.max_tokens))
-        portions = [Portion(part, _dropout_seed(self.seed, self.progress.step, i)) for i, part in enumerate(cut)]
-        return Window(portions, int(sum(e.supervised.sum() for e in examples)))
+        cut = enumerate(_cut(examples, self.max_tokens))
+        micro_batches = [MicroBatch(rows, _dropout_seed(self.seed, self.progress.step, i)) for i, rows in cut]
+        return StepBatch(micro_batches, int(sum(e.supervised.sum() for e in examples)))
 
     def learning_rate(self) -> float:
         """The rate of the next step: linear warm-up from 0, then the schedule down to 0 at the last step."""
@@ -179,8 +174,8 @@ class Variant:
         done = (step - o.warmup_steps) / max(1, self.total_steps - o.warmup_steps)
         return self.config.lr * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[o.schedule]
 
-    def step(self, loss: float, window: Window, seconds: float) -> dict[str, float]:
-        """Clip and step on the gradients that the window's portions have left; returns what to log.
+    def step(self, loss: float, batch: StepBatch, seconds: float) -> dict[str, float]:
+        """Clip and step on the gradients that the batch's forwards have left; returns what to log.
 
         A loss or gradient that is not finite stops the variant before the optimizer sees it: its tensors stay at the last good step.
         """
@@ -188,7 +183,7 @@ class Variant:
         norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))) if grads else 0.0
         p = self.progress
         if not math.isfinite(loss) or not math.isfinite(norm):
-            p.stopped = f"step {p.step + 1}: the loss is {loss}, the gradient's norm {norm}; rows {', '.join(window.origins[:16])}"
+            p.stopped = f"step {p.step + 1}: the loss is {loss}, the gradient's norm {norm}; rows {', '.join(batch.origins[:16])}"
             self.clear()
             return {"loss": loss, "grad_norm": norm, "lr": self.learning_rate()}
         if norm > self.config.options.max_grad_norm:
@@ -198,12 +193,8 @@ class Variant:
             group["lr"] = lr * group["ratio"]
         self.optimizer.step()
         self.clear()
-        p.step, p.tokens, p.supervised_tokens, p.seconds = (
-            p.step + 1,
-            p.tokens + window.tokens,
-            p.supervised_tokens + window.supervised,
-            p.seconds + seconds,
-        )
+        p.step, p.tokens, p.seconds = p.step + 1, p.tokens + batch.tokens, p.seconds + seconds
+        p.supervised_tokens += batch.supervised
         p.losses.append(loss)
         return {"loss": loss, "grad_norm": norm, "lr": lr}
 
@@ -258,7 +249,7 @@ class Variant:
 
 
 def _cut(examples: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-    """Portions of at most max_tokens tokens (a longer row stands alone), rows of similar length together so that attention pads little."""
+    """Micro-batches of at most max_tokens tokens (a longer row stands alone); rows of similar length together, so attention pads little."""
     part: list[Example] = []
     tokens = 0
     for e in sorted(examples, key=lambda e: len(e.ids)):
@@ -271,5 +262,5 @@ def _cut(examples: Sequence[Example], max_tokens: int) -> Iterator[list[Example]
         yield part
 
 
-def _dropout_seed(seed: int, step: int, portion: int) -> int:
-    return int.from_bytes(hashlib.sha256(np.array([seed, step, portion], dtype=np.int64).tobytes()).digest()[:4], "little")
+def _dropout_seed(seed: int, step: int, micro_batch: int) -> int:
+    return int.from_bytes(hashlib.sha256(np.array([seed, step, micro_batch], dtype=np.int64).tobytes()).digest()[:4], "little")
