@@ -19,8 +19,9 @@ from trimtab.cli import show
 from trimtab.cli.options import store_option
 
 if TYPE_CHECKING:
+    from trimtab.train.beside import Beside
     from trimtab.train.interrupt import Stop
-    from trimtab.train.listen import Beside, Listener
+    from trimtab.train.listen import Listener
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOW_CURSOR = "\x1b[?25h"  # rich hides it; a second signal leaves no time to bring it back
@@ -63,9 +64,9 @@ def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, ro
     if out is not None:
         run = run.model_copy(update={"out": out})
     from trimtab.train import train
+    from trimtab.train.beside import alone
     from trimtab.train.checkpoint import steps_of
     from trimtab.train.interrupt import Interrupted, Stop
-    from trimtab.train.listen import alone
 
     stop = Stop()
     try:

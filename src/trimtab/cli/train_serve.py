@@ -29,8 +29,9 @@ from trimtab.serve.live import Snapshot, snapshot
 from trimtab.serve.request import Request
 from trimtab.serve.runner import Runner
 from trimtab.serve.tenant import LOCAL
+from trimtab.train.beside import Beside
 from trimtab.train.full import FullVariant
-from trimtab.train.listen import Beside, Listener
+from trimtab.train.listen import Listener
 from trimtab.train.prepare import Prepared
 
 HOST = "127.0.0.1"

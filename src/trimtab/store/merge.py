@@ -27,7 +27,7 @@ from trimtab.model import Base
 from trimtab.store.staging import staged
 
 if TYPE_CHECKING:
-    from trimtab.store.adapter import Adapter
+    from trimtab.store.in_memory import AdapterInMemory
 
 PROBE_LENGTHS = (1, 7, 24)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -51,7 +51,7 @@ class MergeReport:
     untied: bool
 
 
-def merge_into(adapter: Adapter, folder: str | Path) -> MergeReport:
+def merge_into(adapter: AdapterInMemory, folder: str | Path) -> MergeReport:
     """Write base + adapter as a model folder: config, generation config, tokenizer, safetensors.
 
     NotMergeable, and nothing left, where the method cannot be folded into weights or the written model does not compute what base and
@@ -138,7 +138,7 @@ def _write(target: Tensor, value: Tensor, site: Site) -> None:
 
 
 @torch.no_grad()
-def _difference(adapter: Adapter, folder: Path) -> tuple[float, float]:
+def _difference(adapter: AdapterInMemory, folder: Path) -> tuple[float, float]:
     """(largest, RMS relative to the logits' spread) difference of logits between the model in `folder` and the adapter on its base."""
     wanted = probed(in_float32(adapter))
     model = AutoModelForCausalLM.from_pretrained(
@@ -148,7 +148,7 @@ def _difference(adapter: Adapter, folder: Path) -> tuple[float, float]:
     return apart(merged.logits(probes(merged)), wanted)
 
 
-def in_float32(adapter: Adapter) -> Adapter:
+def in_float32(adapter: AdapterInMemory) -> AdapterInMemory:
     """The same adapter on a base that computes in fp32 on the CPU: its own, or a copy. In bf16 two right ways of computing a trained
     adapter may differ by a fifth of the logits' spread, which would hide a wrong weight and refuse right ones."""
     base = adapter.base
@@ -167,7 +167,7 @@ def probes(base: Base) -> list[list[int]]:
     return [torch.randint(base.spec.vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-def probed(adapter: Adapter) -> list[Tensor]:
+def probed(adapter: AdapterInMemory) -> list[Tensor]:
     """The logits of base and adapter on the probes, from the adapter's tensors as they are now."""
     sequences = probes(adapter.base)
     return adapter.base.logits(sequences, adapters=[adapter] * len(sequences))

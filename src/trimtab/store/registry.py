@@ -52,7 +52,7 @@ from trimtab.store.version import Version
 
 if TYPE_CHECKING:
     from trimtab.model import Base
-    from trimtab.store.adapter import Adapter
+    from trimtab.store.in_memory import AdapterInMemory
 
 __all__ = ["Descriptor", "Diff", "GcReport", "Ref", "Store", "VerifyReport", "Version", "default_root"]
 
@@ -72,7 +72,7 @@ class Store(StoreReader):
 
     # ---- putting in ----
 
-    def publish(self, source: str | Path | Adapter, name: str, *, base: Base | None = None, aliases: Sequence[str] = ()) -> Version:
+    def publish(self, source: str | Path | AdapterInMemory, name: str, *, base: Base | None = None, aliases: Sequence[str] = ()) -> Version:
         """Make an adapter, or an adapter's folder, the newest version of a name; `aliases` move to it in the same instant.
 
         Names and sizes are checked before a byte is copied. The folder's files are copied, and the copies are checked: on `base` as if they

@@ -1,15 +1,13 @@
-"""Who hears a run, and who uses its base and its variants between two steps. Nothing in `train/` prints."""
+"""Who hears a run. Nothing in `train/` prints."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from trimtab.train.ahead import Ahead
-    from trimtab.train.prepare import Prepared
 
 
 class Listener(Protocol):
@@ -46,14 +44,3 @@ class Silent:
     def warning(self, text: str) -> None:
         """Logged: a run that had to fall back, or cannot write, is never silent."""
         logging.getLogger("trimtab").warning(text)
-
-
-Beside = Callable[["Prepared"], AbstractContextManager[Callable[[], None]]]
-"""What goes on beside a run: entered before the first step and left after the last one, however it ends; what it gives is called after each
-joint step, on the thread that trains. It may read the variants and run forwards of the base, and changes neither."""
-
-
-@contextmanager
-def alone(prepared: Prepared) -> Iterator[Callable[[], None]]:
-    """Nothing goes on beside the run."""
-    yield lambda: None

@@ -21,6 +21,7 @@ from trimtab.store import Adapter
 from trimtab.store.registry import Store
 from trimtab.train.ahead import Ahead
 from trimtab.train.before import note_mistakes
+from trimtab.train.beside import Beside, alone
 from trimtab.train.config import RunConfig
 from trimtab.train.finish import adapter_of, evaluate, note_scores, save, summarise, test_rows
 from trimtab.train.full import FullVariant
@@ -28,7 +29,7 @@ from trimtab.train.halving import Halving
 from trimtab.train.heap import Heap
 from trimtab.train.interrupt import Stop
 from trimtab.train.keeper import Keeper
-from trimtab.train.listen import Beside, Listener, Silent, alone
+from trimtab.train.listen import Listener, Silent
 from trimtab.train.page import write_page
 from trimtab.train.prepare import prepare, set_up, warn_of_rows
 from trimtab.train.publish import open_store, publish_variants, refuse_unpublished

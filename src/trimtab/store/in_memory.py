@@ -1,0 +1,77 @@
+"""An adapter in memory: a method, its tensors at its sites, and what is known of where they came from.
+
+What merging and the store need of an adapter; `store.adapter.Adapter` is this with loading by name and merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import ConfigError
+from trimtab.methods import METHODS
+from trimtab.methods.base import Method, Site
+from trimtab.store.files import Folder
+from trimtab.store.folder import read_opened, write_folder
+
+if TYPE_CHECKING:
+    from trimtab.model import Base
+
+
+class AdapterInMemory:
+    """One adapter on one base. Two adapters are equal only if they are the same object, so that an adapter can key what is packed from it.
+
+    params: tensors by `Site.key`, fp32, on the base's device. info: what `trimtab.json` says beside them (empty for a fresh adapter).
+    verified: False where it was loaded from a folder whose trimtab.json is missing or names no base: only names and shapes are checked.
+    warnings: what its folder says and what means nothing on this base or is not read, one line each.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        method: Method,
+        params: dict[str, Tensor],
+        *,
+        info: dict[str, Any] | None = None,
+        verified: bool = True,
+        warnings: Sequence[str] = (),
+    ):
+        self.base, self.method, self.info, self.verified, self.warnings = base, method, info or {}, verified, tuple(warnings)
+        self.params: Mapping[str, Tensor] = params
+        self.sites: Sequence[Site] = method.sites(base.spec)
+
+    @classmethod
+    def create(cls, base: Base, method: Method, *, seed: int = 0) -> Self:
+        """A freshly initialised adapter; equal seeds give equal tensors. ConfigError where the method finds no place in this base."""
+        if method.peft_type not in METHODS:
+            raise ConfigError(f"{type(method).__name__} is not an adapter", fix="full fine-tuning trains from a run file: method: full")
+        generator = torch.Generator().manual_seed(seed)
+        params = {}
+        for site in method.sites_to_train(base.spec):
+            for name, tensor in method.init(site, base, generator).items():
+                params[site.key(name)] = tensor.to(base.device, torch.float32)
+        return cls(base, method, params)
+
+    @classmethod
+    def read(cls, folder: Folder, base: Base, where: str) -> Self:
+        """An adapter from a folder that is open, or that a store keeps as blobs. where: what errors call the adapter."""
+        method, params, info, verified, warnings = read_opened(folder, base, where)
+        return cls(base, method, {k: t.to(base.device) for k, t in params.items()}, info=info, verified=verified, warnings=warnings)
+
+    def save(self, folder: str | Path, run: Mapping[str, Any] | None = None, *, dtype: str = "float32") -> Path:
+        """Write peft's two files, trimtab.json and a card; an adapter that is there already is replaced in one step. Returns the folder.
+
+        run: what to record of how it was trained (settings, metrics, the data's digest). dtype: what the tensors are stored in, float32,
+        bfloat16 or float16; loading gives fp32 tensors with the rounded values (`store.compress.rounding_error` says what that costs).
+        AdapterError where the folder holds other files, or values do not fit the dtype.
+        """
+        return write_folder(folder, self.method, self.params, self.base, run, dtype)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers train."""
+        return sum(t.numel() for t in self.params.values())
