@@ -89,7 +89,7 @@ def test_folder_appears_whole_or_not_at_all(own_cache):
         (work / "half").write_text("half")
         raise RuntimeError
     assert list(final.parent.iterdir()) == []
-    crashed = final.parent / "x.tmp-1-dead"
+    crashed = final.parent / ".x.0123456789ab.new"
     crashed.mkdir()
     for text in ("old", "new"):
         with whole_folder(final) as work:

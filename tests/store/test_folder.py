@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from tests.store.common import EXAMPLES, SEQUENCES, stirred, tiny_base
+from trimtab import atomic
+from trimtab.atomic import exchange
 from trimtab.errors import AdapterError
 from trimtab.methods import IA3Config, LoraConfig, PrefixTuningConfig
-from trimtab.store import Adapter, staging
+from trimtab.store import Adapter
 from trimtab.store.files import Folder
 from trimtab.store.folder import REPLACEABLE
-from trimtab.store.staging import exchange, staged
+from trimtab.store.staging import staged
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,7 @@ def test_a_link_or_a_file_is_not_written_through(base, tmp_path):
 def test_a_crash_at_any_call_leaves_a_whole_adapter_or_none(base, tmp_path, monkeypatch, call, exchanged):
     """Every system call that changes the disk fails in turn; whatever is then under the name must load."""
     if not exchanged:
-        monkeypatch.setattr("trimtab.store.staging._renameat2", None)
+        monkeypatch.setattr("trimtab.atomic._renameat2", None)
     old, new = stirred(base, IA3Config(), seed=1), stirred(base, IA3Config(), seed=2)
     for fail_at in range(8):
         target = tmp_path / f"{call}{fail_at}"
@@ -211,13 +213,13 @@ def test_loading_goes_on_with_the_new_folder(base, tmp_path, monkeypatch):
 def test_a_file_that_comes_at_the_last_moment_is_not_lost(tmp_path, monkeypatch):
     with staged(tmp_path / "a") as work:
         (work / "adapter_config.json").write_text("old")
-    original = staging.exchange
+    original = atomic.exchange
 
     def late(one, other):
         (tmp_path / "a" / "notes.txt").write_text("mine")
         return original(one, other)
 
-    monkeypatch.setattr(staging, "exchange", late)
+    monkeypatch.setattr(atomic, "exchange", late)
     with pytest.raises(AdapterError, match=r"notes\.txt"), staged(tmp_path / "a", may_replace=REPLACEABLE) as work:
         (work / "adapter_config.json").write_text("new")
     assert {p.name: p.read_text() for p in (tmp_path / "a").iterdir()} == {"adapter_config.json": "old", "notes.txt": "mine"}

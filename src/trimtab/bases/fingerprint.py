@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trimtab.atomic import atomic_write
 from trimtab.bases.cache import cache_dir
 from trimtab.bases.folder import StoredTensor, read_header, read_json, weight_files
 from trimtab.errors import BaseError
@@ -171,13 +172,7 @@ def _read_note(note: Path, stamp: list[list[Any]]) -> str | None:
 
 def _write_note(note: Path, value: dict[str, Any]) -> None:
     """Keep a result for next time; a cache that cannot be written costs time, nothing else."""
-    work = note.with_name(f"{note.name}.{uuid.uuid4().hex[:8]}")
-    try:
+    with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            work.write_text(json.dumps(value), encoding="utf-8")
-            os.replace(work, note)
-        finally:
-            work.unlink(missing_ok=True)
-    except OSError:
-        return
+        with atomic_write(note) as file:
+            file.write(json.dumps(value).encode())

@@ -8,14 +8,14 @@ nothing else.
 from __future__ import annotations
 
 import json
-import os
-import uuid
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from trimtab.atomic import atomic_write
 from trimtab.bases.cache import cache_dir
 from trimtab.data.render import Example
 from trimtab.data.rows import Dropped, Row
@@ -55,25 +55,18 @@ def load_tokens(digest: str, rows: Sequence[Row]) -> list[Example | Dropped] | N
 
 
 def save_tokens(digest: str, results: Sequence[Example | Dropped]) -> None:
-    """Keep what became of each row: a new file, renamed into place whole."""
+    """Keep what became of each row: a new file, there whole or not at all."""
     examples = [r for r in results if isinstance(r, Example)]
     reasons = {str(i): r.reason for i, r in enumerate(results) if isinstance(r, Dropped)}
     notes = json.dumps({"digest": digest, "reasons": reasons}).encode()
     file = token_file(digest)
-    work = file.with_name(f"{file.stem}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with work.open("wb") as out:
-                np.savez(
-                    out,
-                    ids=np.concatenate([np.empty(0, np.int32), *(e.ids for e in examples)]),
-                    supervised=np.concatenate([np.empty(0, bool), *(e.supervised for e in examples)]),
-                    lengths=np.array([len(r.ids) if isinstance(r, Example) else 0 for r in results], dtype=np.int64),
-                    notes=np.frombuffer(notes, dtype=np.uint8),
-                )
-            os.replace(work, file)
-        finally:
-            work.unlink(missing_ok=True)
-    except OSError:
-        return
+        with atomic_write(file) as out:
+            np.savez(
+                out,
+                ids=np.concatenate([np.empty(0, np.int32), *(e.ids for e in examples)]),
+                supervised=np.concatenate([np.empty(0, bool), *(e.supervised for e in examples)]),
+                lengths=np.array([len(r.ids) if isinstance(r, Example) else 0 for r in results], dtype=np.int64),
+                notes=np.frombuffer(notes, dtype=np.uint8),
+            )

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.atomic import sync, take_name
+
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = (
     "-O3",
@@ -123,7 +125,8 @@ def _built(compiler: str) -> Path:
             made = Path(work) / "native.so"
             command = [compiler, *FLAGS, "-o", str(made), *(str(f) for f in files if f.suffix == ".cpp")]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-            made.replace(target)
+            sync(made)
+            take_name(made, target)
     status = target.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise OSError(f"{target} is somebody else's, or others may write it: it is not loaded")

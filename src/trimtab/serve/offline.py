@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from trimtab.atomic import atomic_write
 from trimtab.data.formats import read_jsonl
 from trimtab.data.rows import Dropped
 from trimtab.errors import DataError, TrimtabError, nearest
@@ -189,14 +188,8 @@ def _answer(line: Line, adapter: str, result: Result) -> Mapping[str, Any]:
 
 def _write(out: Path, lines: Iterable[str]) -> None:
     """Under another name first, so that `out` is never half of the answers."""
-    work = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.new")
     try:
-        with work.open("w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(work, out)
+        with atomic_write(out) as file:
+            file.writelines(f"{line}\n".encode() for line in lines)
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror}", fix="make room, or name another file with --out") from error
-    finally:
-        work.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from trimtab.atomic import sync
 from trimtab.store.files import Folder, Refusal, read_exactly
 from trimtab.store.manifest import Descriptor
 
@@ -137,7 +138,7 @@ class Blobs:
                     sync(item.path)
                 item.path.chmod(0o444)
                 os.replace(item.path, target)
-        sync(self.folder)
+        sync(self.folder)  # once for all of them
 
 
 class Staging:
@@ -264,12 +265,3 @@ def write_all(file: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(file, view) :]
-
-
-def sync(path: Path) -> None:
-    """Make a file's bytes, or the names in a folder, last."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimtab.store.blobs import sync, unowned
+from trimtab.atomic import sync
+from trimtab.store.blobs import unowned
 from trimtab.store.layout import Layout
 from trimtab.store.names import DIGEST
 

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
+from trimtab.atomic import take_name
 from trimtab.errors import AdapterError
-from trimtab.store.blobs import Blobs, Staging, read_whole, sync
+from trimtab.store.blobs import Blobs, Staging, read_whole
 from trimtab.store.files import Refusal, parse_json
 from trimtab.store.names import NoSuchAdapter
 
@@ -72,8 +73,7 @@ class Layout:
                 if not path.exists():
                     with self.locked(), self.blobs.staging() as stage:
                         if not path.exists():
-                            os.replace(stage.write([data]).path, path)
-                            sync(self.root)
+                            take_name(stage.write([data]).path, path)
 
     def _refuse_strange(self) -> None:
         """Refuse a layout that another version wrote, or in which something is not what it must be."""
@@ -144,8 +144,7 @@ class Layout:
         time_ns = max(time.time_ns(), self.mark().mtime_ns + 1)
         staged = stage.write([data], time_ns=time_ns)
         mark = _mark(os.lstat(staged.path))
-        os.replace(staged.path, self.index)
-        sync(self.root)
+        take_name(staged.path, self.index)
         return mark
 
 

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from trimtab.atomic import clear_unfinished, step_aside
 from trimtab.bases.fingerprint import DTYPE_NAMES
 from trimtab.store.staging import staged
 from trimtab.train.report import Mark
@@ -34,8 +32,6 @@ from trimtab.train.variant import Progress, Variant
 STATE, MANIFEST = "state.json", "manifest.json"
 VERSION = 1
 NAME = re.compile(r"step-[0-9]{8,}")
-STAGING = re.compile(r"\..+\.[0-9a-f]{12}\.(new|old)")
-"""Folders that `staged` works in; one that a kill has left holds nothing that counts."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +79,8 @@ def write_checkpoint(out: Path, moment: Moment, identity: Mapping[str, Any], var
         files[STATE] = _write(work / STATE, [_json_bytes(state)])
         _write(work / MANIFEST, [_json_bytes({"files": files})])
     for old in steps_of(out)[keep:]:
-        # under its name a checkpoint is whole to the last: it steps aside before its files go
-        aside = old.with_name(f".{old.name}.{uuid.uuid4().hex[:12]}.old")
-        os.replace(old, aside)
-    clear_staging(folder_of(out))
+        step_aside(old)  # under its name a checkpoint is whole to the last
+    clear_unfinished(folder_of(out))
     return target
 
 
@@ -113,13 +107,6 @@ def restore_variants(checkpoint: Checkpoint, variants: Sequence[Variant]) -> Non
         v.restore(load_file(checkpoint.path / f"{v.name}.safetensors"))
         v.progress = Progress(**facts["progress"])
         v.rows.seek(facts["epoch"], facts["position"])
-
-
-def clear_staging(folder: Path) -> None:
-    """Remove the half-written folders that a killed process has left in `folder`."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if STAGING.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _verify(path: Path) -> dict[str, Any]:
@@ -151,15 +138,13 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write and fsync a file; returns its entry in the manifest."""
+    """Write a file, which `staged` will fsync; returns its entry in the manifest."""
     sha, size = hashlib.sha256(), 0
     with path.open("wb") as file:
         for chunk in chunks:
             file.write(chunk)
             sha.update(chunk)
             size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
     return {"sha256": sha.hexdigest(), "size": size}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from trimtab.atomic import atomic_write
 from trimtab.train.charts import COLOURS, Curve, Point, line_chart, scatter_chart, short, smooth, swatch
 from trimtab.train.past import LOWER_IS_BETTER, PastRun, PastVariant, doubts, numbers, read_runs, title
 
@@ -59,9 +59,8 @@ class Row:
 def write_page(folders: Sequence[Path], target: Path) -> None:
     """Write the page of one or several run folders, whole or not at all. ConfigError where a folder is not a run's."""
     text = render(read_runs(folders))
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, target)
+    with atomic_write(target) as file:
+        file.write(text.encode())
 
 
 def render(runs: Sequence[PastRun]) -> str:

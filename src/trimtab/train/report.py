@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch
 
+from trimtab.atomic import atomic_write
 from trimtab.train.variant import Variant
 
 
@@ -118,9 +119,5 @@ def _mean(values: list[float]) -> float | None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        json.dump(content, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=1).encode())

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trimtab.atomic import clear_unfinished, is_unfinished, take_name
 from trimtab.bases import fingerprint_model
 from trimtab.errors import ConfigError, DataError
 from trimtab.model import Base
 from trimtab.paths import user_path
-from trimtab.train.checkpoint import STAGING, Checkpoint, Damaged, clear_staging, folder_of, newest_checkpoint, steps_of
+from trimtab.train.checkpoint import Checkpoint, Damaged, folder_of, newest_checkpoint, steps_of
 from trimtab.train.config import RunConfig
 from trimtab.train.listen import Listener
 from trimtab.train.prepare import Prepared, Splits, read_splits
@@ -23,7 +24,7 @@ FREE = {"out", "root", "variants", "checkpoint_every", "keep_checkpoints", "trac
 """Keys of a run that a resumed one may change, since no number depends on them; variants are compared one by one."""
 BEFORE = {"compile": False}
 """What settings were that older checkpoints do not name, as there was no choice."""
-LEFT_OVER = ("adapters", "checkpoints", "metrics.jsonl", "summary.json.tmp", "tensorboard", "wandb")
+LEFT_OVER = ("adapters", "checkpoints", "metrics.jsonl", "tensorboard", "wandb")
 """What a run leaves that was interrupted before its first checkpoint."""
 
 
@@ -93,8 +94,8 @@ def find_start(run: RunConfig, resume: bool) -> Checkpoint | None:
     if found is not None:
         refuse_changes(found.identity["settings"], settings(run), "the run file has changed since its checkpoint")
         return found
-    others = [n for n in names if n not in LEFT_OVER]
-    others += [f"adapters/{p.name}" for p in (out / "adapters").glob("*") if not STAGING.fullmatch(p.name)]
+    others = [n for n in names if n not in LEFT_OVER and not is_unfinished(n)]
+    others += [f"adapters/{p.name}" for p in (out / "adapters").glob("*") if not is_unfinished(p.name)]
     if others:
         raise ConfigError(
             f"there is no checkpoint in {str(out)!r} to resume from, and it holds {', '.join(others[:5])}, which a new run would overwrite",
@@ -140,9 +141,9 @@ def occupied(out: Path, start: Checkpoint | None) -> Iterator[None]:
         if steps_of(out)[:1] != ([*start.rejected, start.path][:1] if start else []):
             raise ConfigError(f"another process has just trained into out = {str(out)!r}", fix="resume once more")
         for path in start.rejected if start else ():
-            path.rename(path.with_name(f"damaged-{path.name}-{os.urandom(4).hex()}"))
-        for folder in (out / "adapters", folder_of(out)):
-            clear_staging(folder)
+            take_name(path, path.with_name(f"damaged-{path.name}-{os.urandom(4).hex()}"))
+        for folder in (out, out / "adapters", folder_of(out)):
+            clear_unfinished(folder)
         yield
     finally:
         os.close(descriptor)

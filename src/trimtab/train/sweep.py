@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import bases
+from trimtab.atomic import clear_unfinished, is_unfinished
 from trimtab.errors import ConfigError, Mistakes, TrimtabError
 from trimtab.forward.batch import BASE
 from trimtab.forward.packs import Mix
@@ -106,7 +107,7 @@ def sweep(
 def _refuse_occupied(out: Path, resume: bool) -> None:
     """ConfigError where `out` holds anything but this sweep, begun."""
     refuse_no_folder(out)
-    names = [p.name for p in out.iterdir() if p.name != f"{WHAT}.tmp"] if out.exists() else []
+    names = [p.name for p in out.iterdir() if not is_unfinished(p.name)] if out.exists() else []
     if names and not (resume and WHAT in names):
         going = ", or go on with it: --resume" if WHAT in names else ""
         raise ConfigError(
@@ -155,6 +156,7 @@ def _agree(what: Sweep, base: Base, data: dict[str, Splits], groups: Sequence[Gr
         return
     with _explained():
         run.out.mkdir(parents=True, exist_ok=True)
+        clear_unfinished(run.out)
         write_json(path, now)
 
 

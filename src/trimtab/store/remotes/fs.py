@@ -10,8 +10,6 @@ It is what a store has on disk: one folder holds many adapters, equal files of a
 from __future__ import annotations
 
 import errno
-import os
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from trimtab.atomic import atomic_write
 from trimtab.errors import AdapterError, nearest
 from trimtab.store.files import MAX_JSON_BYTES
 from trimtab.store.index import Entry, Index, Name, parse_index
@@ -174,7 +173,8 @@ class Folder:
             if self.address.scheme not in OBJECT_STORES:  # there a missing folder would be a missing bucket, and a typing error made one
                 self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             if self._local:
-                _replace(path, pieces)
+                with atomic_write(Path(path)) as file:
+                    file.writelines(pieces)
             elif size <= RANGE_BYTES:
                 self._fs.pipe_file(path, b"".join(pieces))
             else:
@@ -227,16 +227,3 @@ def _file_system(address: FolderAddress) -> tuple[Any, str]:
             f"{address}: {address.scheme}:// is not known{nearest(address.scheme, ['hf', 'oci', *known])}",
             fix="use hf, oci, s3, gs, file or another scheme of fsspec",
         ) from error
-
-
-def _replace(path: str, pieces: Iterable[bytes]) -> None:
-    work = Path(f"{path}.{uuid.uuid4().hex[:12]}.new")
-    try:
-        with work.open("xb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
