@@ -18,7 +18,7 @@ from trimtab.bases.shapes import PRESETS, Architecture, read_architecture
 from trimtab.bases.spec import read_spec
 from trimtab.cli.plan import plan as command
 from trimtab.cost.activations import FUSED, kept_bytes
-from trimtab.cost.plan import Plan, file_bytes, plan, rows
+from trimtab.cost.plan import CostPlan, file_bytes, plan, rows
 from trimtab.errors import BaseError, ConfigError
 from trimtab.methods import BY_NAME, METHODS, BottleneckConfig, FullConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from trimtab.methods.base import Site
@@ -244,7 +244,7 @@ def test_plain_data():
     p = plan(read_architecture("gpt2"), LoraConfig(r=4, target_modules=None))
     assert json.loads(json.dumps(p.to_dict()))["full"]["method"] == "full"
     assert rows([p, p.full])[1]["percent"] == 100.0
-    assert [f.name for f in dataclasses.fields(Plan)][:2] == ["base", "method"]
+    assert [f.name for f in dataclasses.fields(CostPlan)][:2] == ["base", "method"]
 
 
 # ---- where architectures come from

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.http.common import CHAT, TEXT, error_of, limited, post, site
-from trimtab.http.ask import Plan
+from trimtab.http.ask import AnswerPlan
 from trimtab.http.schema import ChatBody, CompletionBody
 from trimtab.http.services import Words
 from trimtab.http.write import LEAST_LOGPROB, SMALL, Writer, _Logprobs
@@ -40,7 +40,7 @@ def writer(body: ChatBody | CompletionBody) -> Writer:
         return write()
 
     words = Words(lambda m: [], lambda t: [], PIECES.__getitem__, len(PIECES), 64, 64)
-    return Writer(Plan("id", body, None, 1, 1), words, "fp", here)
+    return Writer(AnswerPlan("id", body, None, 1, 1), words, "fp", here)
 
 
 WANT = {
@@ -83,7 +83,7 @@ def test_a_large_answer_is_written_on_the_threads_for_words(monkeypatch: pytest.
         assert [len(c["logprobs"]["content"]) for c in told["choices"]] == [tokens] * 4
         assert seen == {thread} and (tokens * 4 * 21 > SMALL) == (thread != "MainThread")
         seen.clear()
-        plan = Plan("id", ChatBody(**CHAT, logprobs=True, top_logprobs=20), None, 4, 4)
+        plan = AnswerPlan("id", ChatBody(**CHAT, logprobs=True, top_logprobs=20), None, 4, 4)
         gathered = {i: Delta("", tuple(Token(1, -1.0, ((2, -2.0),) * 20) for _ in range(tokens))) for i in range(4)}
         aside = partial(s.services.words_work.run, "a")
         asyncio.run(Writer(plan, s.services.words, "fp", aside).chunks(gathered))

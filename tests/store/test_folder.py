@@ -18,7 +18,7 @@ from trimtab.atomic import exchange
 from trimtab.errors import AdapterError
 from trimtab.methods import IA3Config, LoraConfig, PrefixTuningConfig
 from trimtab.store import Adapter
-from trimtab.store.files import Folder
+from trimtab.store.files import AdapterFolder
 from trimtab.store.folder import REPLACEABLE
 from trimtab.store.staging import staged
 
@@ -198,14 +198,14 @@ def test_loading_goes_on_with_the_new_folder(base, tmp_path, monkeypatch):
     """The folder is replaced between two files of a load: what is loaded is whole, and the new one."""
     old, new = stirred(base, IA3Config(), seed=1), stirred(base, LoraConfig(r=2), seed=2)
     old.save(tmp_path / "a")
-    original, replaced = Folder.open, []
+    original, replaced = AdapterFolder.open, []
 
     def interrupted(self, name):
         if name == "adapter_model.safetensors" and not replaced:
             replaced.append(new.save(tmp_path / "a"))
         return original(self, name)
 
-    monkeypatch.setattr(Folder, "open", interrupted)
+    monkeypatch.setattr(AdapterFolder, "open", interrupted)
     loaded = Adapter.load(tmp_path / "a", base)
     assert loaded.method == new.method and all(torch.equal(loaded.params[k], t) for k, t in new.params.items())
 

@@ -198,7 +198,7 @@ def test_names_are_written_last(source, here, url, monkeypatch):
         def die(*_: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(fs.Folder, "finish", die)
+        patch.setattr(fs.FolderRemote, "finish", die)
         with pytest.raises(KeyboardInterrupt):
             push(store, "acme/support@1", url)
     with pytest.raises(AdapterError, match="holds no acme/support"):
@@ -272,15 +272,15 @@ def test_names_that_another_push_has_overwritten_are_written_anew(source, here, 
     """An object store has no lock: whoever loses sees it when it looks again."""
     store, first, _ = source
     push(store, "acme/legal", "memory://shared")
-    old, real, lost = bytes(memory["/shared/index.json"].getvalue()), fs.Folder._put_small, []
+    old, real, lost = bytes(memory["/shared/index.json"].getvalue()), fs.FolderRemote._put_small, []
 
-    def put(folder: fs.Folder, path: str, data: bytes) -> None:
+    def put(folder: fs.FolderRemote, path: str, data: bytes) -> None:
         real(folder, path, data)
         if path.endswith("index.json") and not lost:
             lost.append(path)
             real(folder, path, old)
 
-    monkeypatch.setattr(fs.Folder, "_put_small", put)
+    monkeypatch.setattr(fs.FolderRemote, "_put_small", put)
     push(store, "acme/support@1", "memory://shared")
     assert lost and pull(here, "memory://shared", "acme/support").version.digest == first.digest
     assert pull(here, "memory://shared", "acme/legal").version.version == 1
@@ -384,13 +384,13 @@ def test_s3_over_a_wire_that_breaks_moves_only_the_rest(source, here, s3, monkey
 def test_two_pulls_of_the_same_fetch_it_once(source, here, memory, monkeypatch):
     store, first, _ = source
     push(store, "acme/support@1", "memory://shared")
-    barrier, real = threading.Barrier(2, timeout=20), fs.Folder.manifest
+    barrier, real = threading.Barrier(2, timeout=20), fs.FolderRemote.manifest
 
-    def together(folder: fs.Folder) -> bytes:
+    def together(folder: fs.FolderRemote) -> bytes:
         barrier.wait()
         return real(folder)
 
-    monkeypatch.setattr(fs.Folder, "manifest", together)
+    monkeypatch.setattr(fs.FolderRemote, "manifest", together)
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(pull, Store(here.root), "memory://shared#acme/support@1", name) for name in ("acme/one", "acme/two")]
         reports = [j.result() for j in jobs]
@@ -541,7 +541,7 @@ def test_a_bad_alias_or_name_is_refused_before_anything_moves(here):
 def test_a_source_that_trickles_is_ended_and_the_next_pull_goes_on(source, here, memory, monkeypatch):
     store, first, _ = source
     push(store, "acme/support@1", "memory://shared")
-    original = fs.Folder.read
+    original = fs.FolderRemote.read
 
     def trickle(self, blob, start):
         for piece in original(self, blob, start):
@@ -550,7 +550,7 @@ def test_a_source_that_trickles_is_ended_and_the_next_pull_goes_on(source, here,
                 yield piece[at : at + 1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(fs.Folder, "read", lambda self, blob, start: (trickle if blob.size > 10_000 else original)(self, blob, start))
+        patch.setattr(fs.FolderRemote, "read", lambda self, blob, start: (trickle if blob.size > 10_000 else original)(self, blob, start))
         with pytest.raises(AdapterError, match=r"not done within 0\.6 seconds") as error:
             pull(here, "memory://shared", "acme/support", timeout_s=0.6)
     assert "goes on where it stopped" in error.value.fix
@@ -563,14 +563,14 @@ def test_a_source_that_trickles_is_ended_and_the_next_pull_goes_on(source, here,
 
 def test_a_read_that_never_returns_is_left_behind_and_commits_nothing(source, here, memory, monkeypatch):
     push(source[0], "acme/support@1", "memory://shared")
-    original, go_on, ended = fs.Folder.read, threading.Event(), threading.Event()
+    original, go_on, ended = fs.FolderRemote.read, threading.Event(), threading.Event()
 
     def stuck(self, blob, start):
         go_on.wait(60)
         yield from original(self, blob, start)
         ended.set()
 
-    monkeypatch.setattr(fs.Folder, "read", stuck)
+    monkeypatch.setattr(fs.FolderRemote, "read", stuck)
     with pytest.raises(AdapterError, match=r"not done within 0\.2 seconds"):
         pull(here, "memory://shared", "acme/support", timeout_s=0.2)
     go_on.set()

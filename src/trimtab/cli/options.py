@@ -64,19 +64,14 @@ def before_loading(base_name: str, dtype: str | None, device: str | None, adapte
 
 def _find_adapter(name: str, root: Path | None) -> None:
     """AdapterError where there is no such folder, nor such a name in the store; what it holds is for loading to judge."""
-    from trimtab.store.names import is_reference
-    from trimtab.store.registry import Store
+    from trimtab.store.find import find_adapter
 
-    folder = Path(name)
-    if is_reference(name):
-        try:
-            Store(root).resolve(name)
-        except AdapterError as error:
-            message = f"adapter {name!r}: no such folder (looked for {folder.absolute()}), and {error.message}"
-            raise AdapterError(message, fix=error.fix, problems=error.problems) from error
-    elif not folder.is_dir():
+    folder = find_adapter(name, root)
+    if not isinstance(folder, Path):
+        return
+    if not folder.is_dir():
         raise AdapterError(f"adapter {name!r}: there is no such folder", fix=f"looked for {folder.absolute()}")
-    elif not (folder / "adapter_config.json").exists():
+    if not (folder / "adapter_config.json").exists():
         raise AdapterError(f"adapter {name!r} has no adapter_config.json", fix="name an adapter's folder, or an adapter of the store")
 
 

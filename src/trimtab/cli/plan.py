@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from trimtab.bases.shapes import Architecture
-    from trimtab.cost.plan import Plan
+    from trimtab.cost.plan import CostPlan
     from trimtab.methods import Method
 
 EXAMPLE = """\b
@@ -106,7 +106,7 @@ def _parse(fields: tuple[str, ...]) -> dict[str, Any]:
     return parsed
 
 
-def _show(architecture: Architecture, plans: list[Plan]) -> None:
+def _show(architecture: Architecture, plans: list[CostPlan]) -> None:
     from rich.table import Table
 
     from trimtab.cli.terminal import Terminal

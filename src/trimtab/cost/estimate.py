@@ -17,7 +17,7 @@ from trimtab.bases import resolve_dtype
 from trimtab.bases.shapes import Architecture
 from trimtab.bases.spec import Spec
 from trimtab.cost.activations import judging_bytes, packed_bytes
-from trimtab.cost.plan import Plan, plan
+from trimtab.cost.plan import CostPlan, plan
 from trimtab.data import answer_of, order
 from trimtab.decode.generate import MAX_LIVE
 from trimtab.errors import ConfigError
@@ -40,7 +40,7 @@ def estimate_run(
 ) -> None:
     """Fill in `variants` and `estimate`; a variant that does not fit the base becomes a finding. data: the splits of each data set, train
     first."""
-    plans: list[tuple[VariantEstimate, Plan]] = []
+    plans: list[tuple[VariantEstimate, CostPlan]] = []
     variants: list[VariantConfig] = []
     dtype = resolve_dtype(run.dtype, device)
     name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
@@ -131,7 +131,7 @@ def _judging(
     return [p for p in passes if p.tokens], work
 
 
-def _variant(run: RunConfig, v: VariantConfig, split: Split, base: Architecture, dtype: str) -> tuple[VariantEstimate, Plan]:
+def _variant(run: RunConfig, v: VariantConfig, split: Split, base: Architecture, dtype: str) -> tuple[VariantEstimate, CostPlan]:
     """One variant's steps, tokens and plan. Steps are counted as training counts them; tokens are those of as many mean steps."""
     o, spec = v.options, base.spec
     lengths = np.array([len(e.ids) for e in split.epoch], dtype=np.int64)

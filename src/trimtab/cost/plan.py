@@ -30,7 +30,7 @@ MOMENT_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class CostPlan:
     """One method on one base. `variants` adapters train, or are served, together; all else is as the names say.
 
     activation_checkpointing: whether training recomputes each layer in the backward.
@@ -62,7 +62,7 @@ class Plan:
     serve_adapter_bytes: int
     serve_kv_bytes: int
     serve_peak_bytes: int
-    full: Plan | None = None
+    full: CostPlan | None = None
 
     @property
     def percent(self) -> float:
@@ -79,8 +79,8 @@ class Plan:
         return dataclasses.asdict(self) | {"percent": self.percent, "full": self.full.to_dict() if self.full else None}
 
 
-def rows(plans: Sequence[Plan]) -> list[dict[str, Any]]:
-    """One `Plan.row` for each plan, in their order."""
+def rows(plans: Sequence[CostPlan]) -> list[dict[str, Any]]:
+    """One `CostPlan.row` for each plan, in their order."""
     return [p.row() for p in plans]
 
 
@@ -93,7 +93,7 @@ def plan(
     sequence_length: int = 512,
     variants: int = 1,
     activation_checkpointing: bool = False,
-) -> Plan:
+) -> CostPlan:
     """What `method` costs on `architecture`. dtype: the base's, or "auto": as stored. batch_tokens: rows of a step, all variants together.
     activation_checkpointing: as in a run file.
 
@@ -115,7 +115,7 @@ def plan(
     full = None if isinstance(method, FullConfig) else plan(architecture, FullConfig(), **options)
     costs = compute(architecture.spec, method, kept, batch_tokens, sequence_length, variants, activation_checkpointing)
     training = ("base_bytes", "weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
-    return Plan(
+    return CostPlan(
         base=architecture.name,
         method=method.name,
         hyperparameters=method.to_dict(),

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Plan:
+class AnswerPlan:
     """What a body asks for. id, object: of the answer. choices: n answers to each prompt."""
 
     id: str
@@ -44,7 +44,7 @@ class Plan:
         return self.body.stream_options is not None and bool(self.body.stream_options.include_usage)
 
 
-async def plan(body: ChatBody | CompletionBody, tenant: Tenant, s: Services) -> Plan:
+async def plan(body: ChatBody | CompletionBody, tenant: Tenant, s: Services) -> AnswerPlan:
     """Find the adapter and count the answers. Fault: 404 where there is no such model, 400 where there are too many answers."""
     try:
         if s.catalog.looks_in_store(body.model, tenant):
@@ -58,10 +58,10 @@ async def plan(body: ChatBody | CompletionBody, tenant: Tenant, s: Services) -> 
     if choices > s.limits.choices:
         raise Fault(f"n: {choices} answers (n times the prompts); at most {s.limits.choices} in a request", param="n", code="invalid_value")
     prefix = "chatcmpl" if isinstance(body, ChatBody) else "cmpl"
-    return Plan(f"{prefix}-{uuid.uuid4().hex}", body, adapter, n, choices)
+    return AnswerPlan(f"{prefix}-{uuid.uuid4().hex}", body, adapter, n, choices)
 
 
-async def requests(plan: Plan, tenant: Tenant, s: Services) -> list[Request]:
+async def requests(plan: AnswerPlan, tenant: Tenant, s: Services) -> list[Request]:
     """The engine's requests, one for each choice, in order. Fault (400) where a prompt is too long or cannot be used."""
     sampling = sampling_of(plan.body)  # before the prompt's tokens, which cost more
     prompts = await _encoded(plan.body, tenant, s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from trimtab.serve.admission import Admission
 from trimtab.serve.audit import Audit
 from trimtab.serve.catalog import Catalog
 from trimtab.serve.metrics import Metrics
-from trimtab.serve.served import PlainFolder, Served, StoredAdapter
+from trimtab.serve.served import served
 from trimtab.serve.tenants import LOCAL, Tenants
 from trimtab.store.registry import Store
 
@@ -54,7 +53,9 @@ def services_of(engine: Engine, asked: Asked) -> Services:
     if asked.adapters and asked.tenants is not None:
         raise ConfigError("names for adapters at the start are for local mode", fix="publish them to the store, in the tenants' namespaces")
     for name, source in (asked.adapters or {}).items():
-        catalog.put(name, _served(source, engine, asked.store), LOCAL)
+        adapter = served(source, base, asked.store)
+        adapter.load()  # what is wrong with it shows at the start
+        catalog.put(name, adapter, LOCAL)
     usage = None if asked.tenants is None else asked.tenants.usage
     admission = Admission(asked.max_open, places=asked.places, max_wait=asked.max_wait)
     metrics = Metrics(catalog.base_names[0], engine.stats, admission=admission, audit=asked.audit, usage=usage)
@@ -73,17 +74,3 @@ def services_of(engine: Engine, asked: Asked) -> Services:
         hosts=asked.hosts,
         limits=asked.limits,
     )
-
-
-def _served(source: str, engine: Engine, store: Store | None) -> Served:
-    """A folder where there is one, else a version of the store; read once, so that what is wrong with it shows at the start."""
-    real = Path(os.path.realpath(source))
-    served: Served
-    if real.is_dir():
-        served = PlainFolder.read(real.parent, (real.name,), engine.base)
-    elif store is not None:
-        served = StoredAdapter(store.resolve(source), store, engine.base)
-    else:
-        raise ConfigError(f"{source!r} is no adapter's folder, and there is no store to look in", fix="give a folder, or --store")
-    served.load()
-    return served

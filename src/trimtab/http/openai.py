@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from trimtab.errors import TrimtabError
 from trimtab.http.answer import Answer, failure, mailbox, merged
-from trimtab.http.ask import Plan, plan, requests
+from trimtab.http.ask import AnswerPlan, plan, requests
 from trimtab.http.auth import Caller, caller
 from trimtab.http.errors import BAD_GRAMMAR, Fault, documented, fault_of
 from trimtab.http.limits import read_body
@@ -102,7 +102,7 @@ async def _answer(request: Request, body: ChatBody | CompletionBody, tenant: Ten
     return WholeAnswer(told, record, s.life, write_s=s.limits.write_s, headers=_headers(what, s))
 
 
-async def _submit(answer: Answer, what: Plan, tenant: Tenant, s: Services) -> None:
+async def _submit(answer: Answer, what: AnswerPlan, tenant: Tenant, s: Services) -> None:
     asked = await requests(what, tenant, s)
     try:
         answer.submit(asked)
@@ -110,7 +110,7 @@ async def _submit(answer: Answer, what: Plan, tenant: Tenant, s: Services) -> No
         raise _about_grammar(fault_of(error), what) from None
 
 
-def _about_grammar(fault: Fault, what: Plan) -> Fault:
+def _about_grammar(fault: Fault, what: AnswerPlan) -> Fault:
     """The fault of a request that was right but for its grammar names the field."""
     if fault.code != BAD_GRAMMAR:
         return fault
@@ -143,7 +143,7 @@ def _failed(news: dict[int, Delta]) -> Fault | None:
     return next((fault for d in news.values() if (fault := failure(d)) is not None), None)
 
 
-def _headers(what: Plan, s: Services) -> dict[str, str]:
+def _headers(what: AnswerPlan, s: Services) -> dict[str, str]:
     """What really answers: the full name behind `model` at this moment, and its digest."""
     if what.adapter is None:
         return {"x-trimtab-base": _ascii(s.base_name)}
@@ -154,7 +154,7 @@ def _ascii(text: str) -> str:
     return text.encode("ascii", "replace").decode()
 
 
-def _counted(what: Plan, tenant: Tenant, s: Services) -> Any:
+def _counted(what: AnswerPlan, tenant: Tenant, s: Services) -> Any:
     if s.tenants is None:
         return None
     usage, digest = s.tenants.usage, "" if what.adapter is None else what.adapter.digest

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from trimtab.http.ask import Plan, top_of
+from trimtab.http.ask import AnswerPlan, top_of
 from trimtab.http.services import Words
 from trimtab.serve.request import Delta, Token, Usage
 
@@ -90,7 +90,7 @@ def _number(logprob: float | None) -> str:
 class Writer:
     """Writes one answer. The plan says which shape. aside: runs on another thread what would hold up the event loop."""
 
-    def __init__(self, plan: Plan, words: Words, fingerprint: str, aside: Callable[[Callable[[], bytes]], Awaitable[bytes]]):
+    def __init__(self, plan: AnswerPlan, words: Words, fingerprint: str, aside: Callable[[Callable[[], bytes]], Awaitable[bytes]]):
         self._aside, self._each = aside, 1 + top_of(plan.body)
         self.plan, self.chat, self.wants = plan, plan.chat, bool(plan.body.logprobs) or (plan.body.logprobs == 0 and not plan.chat)
         self.head = {

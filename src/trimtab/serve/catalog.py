@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trimtab.errors import AdapterError, NotFoundError, TrimtabError
-from trimtab.serve.served import PlainFolder, Served, StoredAdapter, below
+from trimtab.serve.served import FolderAdapter, Served, StoredAdapter, below
 from trimtab.serve.store_names import StoreNames
 from trimtab.serve.tenant import EVERYTHING, NAME, Tenant
 from trimtab.store.names import NoSuchAdapter, Ref
@@ -136,7 +136,7 @@ class Catalog:
         if inside is None:
             shown = repr(str(path)[:MAX_NAME])
             raise NotFoundError(f"there is no adapter folder {shown} that this key may load", fix="give the folder's whole path")
-        servable = PlainFolder.read(*inside, self.base)
+        servable = FolderAdapter.read(*inside, self.base)
         servable.load()  # refused now, not at the first request
         self.put(name, servable, tenant)
 

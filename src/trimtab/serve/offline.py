@@ -23,9 +23,7 @@ from trimtab.model import Base
 from trimtab.serve.engine import Engine
 from trimtab.serve.request import Grammar, Request, SamplingParams, Servable
 from trimtab.serve.results import Result
-from trimtab.serve.served import PlainFolder, StoredAdapter
-from trimtab.store.names import is_reference
-from trimtab.store.registry import Store
+from trimtab.serve.served import served
 
 BASE = "base"
 """The name of the base itself, where an adapter is asked for."""
@@ -99,7 +97,8 @@ def answer_file(
     `out`.
     """
     lines = read_lines(path)
-    named = {name: servable(name, engine.base, store) for name in dict.fromkeys(line.adapter or adapter for _, line in lines)}
+    names = dict.fromkeys(line.adapter or adapter for _, line in lines)
+    named = {name: None if name == BASE else served(name, engine.base, store) for name in names}
     requests, problems = [], []
     for n, (origin, line) in enumerate(lines):
         try:
@@ -133,17 +132,6 @@ def read_lines(path: Path) -> list[tuple[str, Line]]:
         fix = f"a line is an object with prompt, messages or ids, and any of {', '.join(_KEYS[3:])}"
         raise DataError(f"{path} cannot be answered", problems=problems, fix=fix)
     return lines
-
-
-def servable(name: str, base: Base, store: Path | None = None) -> Servable | None:
-    """The adapter of that name: a folder that is there, else the store's; None is the base."""
-    if name == BASE:
-        return None
-    if is_reference(name):
-        where = Store(store)
-        return StoredAdapter(where.resolve(name), where, base)
-    real = Path(name).resolve()
-    return PlainFolder.read(real.parent, (real.name,), base)
 
 
 def _problems(content: Any) -> list[str]:

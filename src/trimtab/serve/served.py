@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from trimtab.errors import AdapterError
 from trimtab.serve.request import Servable
-from trimtab.store.files import Folder, Refusal, read_exactly
+from trimtab.store.files import AdapterFolder, Refusal, read_exactly
+from trimtab.store.find import InStore, find_adapter
 from trimtab.store.folder import CONFIG, NOTE, WEIGHTS, check_layout
 from trimtab.store.registry import Store
 from trimtab.store.version import Version
@@ -60,7 +61,7 @@ class StoredAdapter:
             return Adapter.read(folder, self.base, f"adapter {self.version.ref}")
 
 
-class Pinned(Folder):
+class Pinned(AdapterFolder):
     """A folder of which only files with known digests are given out, as copies that nobody can change any more."""
 
     def __init__(self, path: Path, descriptor: int, digests: Mapping[str, str]):
@@ -82,7 +83,7 @@ class Pinned(Folder):
 
 
 @dataclass(frozen=True)
-class PlainFolder:
+class FolderAdapter:
     """A folder as the engine loads it. parts: of its path below root. digest: sha256 over names and bytes of the files that count."""
 
     root: Path
@@ -96,12 +97,12 @@ class PlainFolder:
         return str(self.root.joinpath(*self.parts))
 
     @classmethod
-    def read(cls, root: Path, parts: tuple[str, ...], base: Base) -> PlainFolder:
+    def read(cls, root: Path, parts: tuple[str, ...], base: Base) -> FolderAdapter:
         """AdapterError where a file is missing or is none that is read."""
         where, digests = root.joinpath(*parts), {}
         try:
             with descend(root, parts) as descriptor:
-                folder = Folder(where, descriptor)
+                folder = AdapterFolder(where, descriptor)
                 check_layout(folder, base, f"adapter {str(where)!r}")  # so that no more is hashed than an adapter can hold
                 for name in sorted(set(folder.names()) & set(FILES)):
                     with folder.open(name) as (file, size):
@@ -122,6 +123,15 @@ class PlainFolder:
                 return Adapter.read(pinned, self.base, where)
         except OSError as error:
             raise AdapterError(f"{where} cannot be read any more: {error.strerror}", fix="unload it") from error
+
+
+def served(source: str, base: Base, store: str | Path | Store | None = None) -> StoredAdapter | FolderAdapter:
+    """The adapter that a folder's path or a name in the store means. AdapterError where there is none."""
+    found = find_adapter(source, store)
+    if isinstance(found, InStore):
+        return StoredAdapter(found.version, found.store, base)
+    real = Path(os.path.realpath(found))
+    return FolderAdapter.read(real.parent, (real.name,), base)
 
 
 def below(roots: Sequence[Path], path: str, first: Collection[str] | None) -> tuple[Path, tuple[str, ...]] | None:

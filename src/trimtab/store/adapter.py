@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Self
 
 from trimtab.errors import AdapterError
 from trimtab.store.files import open_folder
+from trimtab.store.find import InStore, find_adapter
 from trimtab.store.in_memory import AdapterInMemory
 from trimtab.store.merge import MergeReport, merge_into
-from trimtab.store.names import NoSuchAdapter, is_reference
-from trimtab.store.registry import Store, Version
+from trimtab.store.registry import Store
 
 if TYPE_CHECKING:
     from trimtab.model import Base
@@ -30,12 +30,12 @@ class Adapter(AdapterInMemory):
         says and this base lacks is left out; it is logged, and in `warnings`. AdapterError with every finding where the adapter is not
         there or is refused.
         """
-        if is_reference(source):
-            where, version = _find(str(source), store)
-            with where.open(version) as folder:
-                return cls.read(folder, base, f"adapter {version.ref}")
+        found = find_adapter(source, store)
+        if isinstance(found, InStore):
+            with found.store.open(found.version) as folder:
+                return cls.read(folder, base, f"adapter {found.version.ref}")
         for _ in range(LOOKS):
-            with open_folder(source) as folder:
+            with open_folder(found) as folder:
                 try:
                     return cls.read(folder, base, f"adapter {str(source)!r}")
                 except AdapterError:
@@ -46,12 +46,3 @@ class Adapter(AdapterInMemory):
     def merge_into(self, folder: str | Path) -> MergeReport:
         """Write the base with this adapter folded into its weights as a model folder; NotMergeable, nothing left, where that cannot be."""
         return merge_into(self, folder)
-
-
-def _find(text: str, store: str | Path | Store | None) -> tuple[Store, Version]:
-    try:
-        found = store if isinstance(store, Store) else Store(store)
-        return found, found.resolve(text)
-    except NoSuchAdapter as error:
-        message = f"adapter {text!r}: no such folder (looked for {Path(text).absolute()}), and {error.message}"
-        raise NoSuchAdapter(message, fix=error.fix) from error

@@ -20,7 +20,7 @@ from trimtab.bases.spec import Spec
 from trimtab.errors import AdapterError
 from trimtab.methods import Method
 from trimtab.store.adapterhub_tensors import ACTIVATIONS, Tensors, carry_bottleneck, carry_ia3, carry_lora, layers_of
-from trimtab.store.files import Folder, Refusal, read_exactly
+from trimtab.store.files import AdapterFolder, Refusal, read_exactly
 from trimtab.store.header import read_header
 
 if TYPE_CHECKING:
@@ -71,7 +71,9 @@ def is_adapterhub(config: Mapping[str, Any]) -> bool:
     return config.get("peft_type") is None and "config" in config
 
 
-def read_adapterhub(folder: Folder, config: Mapping[str, Any], base: Base, where: str) -> tuple[Method, dict[str, Tensor], tuple[str, ...]]:
+def read_adapterhub(
+    folder: AdapterFolder, config: Mapping[str, Any], base: Base, where: str
+) -> tuple[Method, dict[str, Tensor], tuple[str, ...]]:
     """(method, tensors by `Site.key`, what is not carried but changes no logit). AdapterError, with every finding, where it is refused."""
     options = config.get("config")
     options = options if isinstance(options, dict) else {}
@@ -90,10 +92,10 @@ def read_adapterhub(folder: Folder, config: Mapping[str, Any], base: Base, where
     carry = carry_bottleneck if kind == "bottleneck" else carry_ia3 if options["composition_mode"] == "scale" else carry_lora
     method, params = carry(options, Tensors(str(config.get("name")), tensors, where), base)
     notes = [f"dropout = {options['dropout']} is left out: it matters in training only"] if options.get("dropout") else []
-    return method, {k: t.to(base.device, torch.float32) for k, t in params.items()}, tuple(notes)
+    return method, params, tuple(notes)
 
 
-def _read(folder: Folder, name: str, spec: Spec) -> dict[str, Tensor]:
+def _read(folder: AdapterFolder, name: str, spec: Spec) -> dict[str, Tensor]:
     """A file's tensors. Refusal, before they are read, where they are more than an adapter on this base can have."""
     most = max(SMALL_BYTES, 8 * spec.num_parameters)
     with folder.open(name) as (file, size):
@@ -103,7 +105,7 @@ def _read(folder: Folder, name: str, spec: Spec) -> dict[str, Tensor]:
         return parse_tensors(head + read_exactly(file, max((e.stop for e in entries), default=0), name))
 
 
-def _head_problems(folder: Folder, base: Base) -> list[str]:
+def _head_problems(folder: AdapterFolder, base: Base) -> list[str]:
     """A head saved beside the adapter may only be the base's own."""
     if HEAD not in folder.names():
         return []

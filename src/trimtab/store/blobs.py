@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimtab.atomic import sync
-from trimtab.store.files import Folder, Refusal, read_exactly
+from trimtab.store.files import AdapterFolder, Refusal, read_exactly
 from trimtab.store.manifest import Descriptor
 
 CHUNK = 2**20
@@ -187,7 +187,7 @@ class Staging:
                 return file, path
 
 
-class BlobFolder(Folder):
+class BlobFolder(AdapterFolder):
     """An adapter's folder whose files are blobs. path: what it is called. files: name -> the blob and, before it is in its place, where."""
 
     def __init__(self, path: Path, blobs: Blobs, files: Mapping[str, tuple[Descriptor, Path | None]]):

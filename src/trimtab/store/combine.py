@@ -184,7 +184,7 @@ def _thinned(how: str, deltas: Sequence[Tensor], weights: Sequence[float], densi
 
 def _rounded(first: Adapter, method: Method, wanted: Mapping[str, Tensor], weights: Sequence[float]) -> tuple[Adapter, CombineReport]:
     """The adapter of an exact sum that was computed in fp64, and what its fp32 tensors differ from it by."""
-    combined = Adapter(first.base, method, {k: t.to(first.base.device, torch.float32) for k, t in wanted.items()})
+    combined = Adapter(first.base, method, wanted)
     apart = {}
     for site in combined.sites:
         pairs = [(combined.params[site.key(t)].cpu().double(), wanted[site.key(t)]) for t in site.shapes]

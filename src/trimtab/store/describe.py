@@ -7,14 +7,14 @@ from math import prod
 from typing import Any
 
 from trimtab.methods import METHODS
-from trimtab.store.files import Folder
+from trimtab.store.files import AdapterFolder
 from trimtab.store.folder import survey
 from trimtab.store.manifest import CREATED, FACTS, MAX_ANNOTATION, PARAMETERS
 
 DERIVED = (*FACTS.values(), PARAMETERS, CREATED)
 
 
-def describe(folder: Folder, where: str) -> dict[str, str]:
+def describe(folder: AdapterFolder, where: str) -> dict[str, str]:
     """The manifest's annotations. AdapterError, with every finding, where the folder holds what no base would accept."""
     config, note, entries = survey(folder, where)
     noted: Mapping[str, Any] = note or {}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trimtab.store.files import Folder, read_exactly
+from trimtab.store.files import AdapterFolder, read_exactly
 from trimtab.store.folder import CONFIG, WEIGHTS
 from trimtab.store.header import read_header
 
@@ -41,7 +41,7 @@ class Diff:
     added: tuple[str, ...]
 
 
-def compare(a: str, b: str, folder_a: Folder, folder_b: Folder, shared: tuple[str, ...], *, weights: bool) -> Diff:
+def compare(a: str, b: str, folder_a: AdapterFolder, folder_b: AdapterFolder, shared: tuple[str, ...], *, weights: bool) -> Diff:
     """Refusal where a file is not what its digest says."""
     before, after = folder_a.read_json(CONFIG)[0], folder_b.read_json(CONFIG)[0]
     keys = sorted({*before, *after})
@@ -64,7 +64,7 @@ def compare(a: str, b: str, folder_a: Folder, folder_b: Folder, shared: tuple[st
     )
 
 
-def _tensors(folder: Folder) -> dict[str, Tensor]:
+def _tensors(folder: AdapterFolder) -> dict[str, Tensor]:
     from safetensors.torch import load as parse_tensors
 
     with folder.open(WEIGHTS) as (file, size):

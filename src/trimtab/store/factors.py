@@ -129,7 +129,7 @@ def lora_from_factors(
             continue
         assert site.scaling == 1.0 and site.rank == ranks[site.name], site
         both = (factors[site.name].A_RI, factors[site.name].B_OR)
-        params |= {site.key(n): t.to(base.device, torch.float32).contiguous() for n, t in zip(site.shapes, both, strict=True)}
+        params |= {site.key(n): t.contiguous() for n, t in zip(site.shapes, both, strict=True)}
     return method, params
 
 

@@ -17,13 +17,13 @@ from typing import Any
 from trimtab.errors import AdapterError
 from trimtab.store.links import READ, Refusal, link_text, open_link
 
-__all__ = ["ARCHIVES", "MAX_JSON_BYTES", "Folder", "Refusal", "open_folder", "parse_json", "read_exactly"]
+__all__ = ["ARCHIVES", "MAX_JSON_BYTES", "AdapterFolder", "Refusal", "open_folder", "parse_json", "read_exactly"]
 
 MAX_JSON_BYTES = 2**20
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
-class Folder:
+class AdapterFolder:
     """An open adapter folder. Files are read through its descriptor, never through their path."""
 
     def __init__(self, path: Path, descriptor: int):
@@ -84,7 +84,7 @@ class Folder:
 
 
 @contextmanager
-def open_folder(path: str | Path) -> Iterator[Folder]:
+def open_folder(path: str | Path) -> Iterator[AdapterFolder]:
     """Open an adapter folder. AdapterError where it is not there, a symlink, or a file (an archive, a bare weights file)."""
     path = Path(path)
     try:
@@ -101,7 +101,7 @@ def open_folder(path: str | Path) -> Iterator[Folder]:
         raise AdapterError(f"adapter {str(path)!r} is {kind}", fix="give the folder that holds adapter_config.json")
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        yield Folder(path, descriptor)
+        yield AdapterFolder(path, descriptor)
     finally:
         os.close(descriptor)
 

@@ -22,7 +22,7 @@ from trimtab.methods.base import Site
 from trimtab.store.card import CARD, is_untouched, make_card
 from trimtab.store.config_read import method_from_config
 from trimtab.store.config_write import config_from_method
-from trimtab.store.files import Folder, Refusal, read_exactly
+from trimtab.store.files import AdapterFolder, Refusal, read_exactly
 from trimtab.store.header import Entry, read_header
 from trimtab.store.keys import renaming, todays_names
 from trimtab.store.note import fit_problems, make_note, method_of, recorded_fingerprint
@@ -108,7 +108,7 @@ def _rounded(tensors: Mapping[str, Tensor], dtype: str, where: str) -> dict[str,
     return rounded
 
 
-def read_opened(folder: Folder, base: Base, where: str) -> Read:
+def read_opened(folder: AdapterFolder, base: Base, where: str) -> Read:
     """Read an adapter's folder that is open, or that a store keeps as blobs. where: what errors call the adapter.
 
     AdapterError, with every finding, where anything is missing, left over, damaged, hostile, made for another base or not supported.
@@ -128,7 +128,7 @@ def read_opened(folder: Folder, base: Base, where: str) -> Read:
     return Read(said.method, params, said.note or {}, verified, warnings)
 
 
-def check_layout(folder: Folder, base: Base, where: str) -> None:
+def check_layout(folder: AdapterFolder, base: Base, where: str) -> None:
     """Refuse all that can be refused before a tensor is read: by the JSON files, and by the header's names, shapes and sizes on this base.
 
     AdapterError, with every finding. What passes is no larger than an adapter on this base can be, so that it may be hashed or copied.
@@ -152,7 +152,7 @@ class _Said(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def _said(folder: Folder, base: Base, where: str) -> _Said:
+def _said(folder: AdapterFolder, base: Base, where: str) -> _Said:
     config, config_bytes, note, warnings = _read_json(folder, where)
     if note is not None:
         fix = "load it on the base, tokenizer and template of its training"
@@ -161,7 +161,7 @@ def _said(folder: Folder, base: Base, where: str) -> _Said:
     return _Said(method, _sites(method, base, where), note, config_bytes, (*warnings, *strange))
 
 
-def survey(folder: Folder, where: str) -> tuple[dict[str, Any], dict[str, Any] | None, list[Entry]]:
+def survey(folder: AdapterFolder, where: str) -> tuple[dict[str, Any], dict[str, Any] | None, list[Entry]]:
     """(adapter_config.json, trimtab.json, the weights' entries) of an adapter whose base is not at hand, checked as far as that goes.
 
     AdapterError, with every finding, where no base would accept it: damaged or hostile files, other methods, values that are not finite.
@@ -187,7 +187,7 @@ def survey(folder: Folder, where: str) -> tuple[dict[str, Any], dict[str, Any] |
     return config, note, entries
 
 
-def _look_at_values(folder: Folder) -> tuple[list[Entry], str, list[str], bool]:
+def _look_at_values(folder: AdapterFolder) -> tuple[list[Entry], str, list[str], bool]:
     """(entries, the file's digest, tensors that are not finite, whether all are zero); no more than a piece of a tensor is in memory."""
     import torch
 
@@ -205,7 +205,7 @@ def _look_at_values(folder: Folder) -> tuple[list[Entry], str, list[str], bool]:
     return entries, f"sha256:{sha.hexdigest()}", list(odd), zero
 
 
-def _read_json(folder: Folder, where: str) -> tuple[dict[str, Any], bytes, dict[str, Any] | None, list[str]]:
+def _read_json(folder: AdapterFolder, where: str) -> tuple[dict[str, Any], bytes, dict[str, Any] | None, list[str]]:
     """(adapter_config.json, its bytes, trimtab.json, warnings)."""
     names, problems, warnings = set(folder.names()), [], []
     pickles = sorted(names & set(PICKLES))
@@ -264,7 +264,7 @@ def _sites(method: Method, base: Base, where: str) -> list[Site]:
     return sites
 
 
-def _read_tensors(folder: Folder, said: _Said, base: Base, where: str) -> tuple[dict[str, Tensor], dict[str, str], str, list[str]]:
+def _read_tensors(folder: AdapterFolder, said: _Said, base: Base, where: str) -> tuple[dict[str, Tensor], dict[str, str], str, list[str]]:
     """(tensors by today's names, those that are the base's own, the file's digest, a warning where names were others)."""
     from safetensors.torch import load as parse_tensors
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from trimtab.errors import ConfigError
 from trimtab.methods import METHODS
 from trimtab.methods.base import Method, Site
-from trimtab.store.files import Folder
+from trimtab.store.files import AdapterFolder
 from trimtab.store.folder import read_opened, write_folder
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ class AdapterInMemory:
         self,
         base: Base,
         method: Method,
-        params: dict[str, Tensor],
+        params: Mapping[str, Tensor],
         *,
         info: dict[str, Any] | None = None,
         verified: bool = True,
         warnings: Sequence[str] = (),
     ):
         self.base, self.method, self.info, self.verified, self.warnings = base, method, info or {}, verified, tuple(warnings)
-        self.params: Mapping[str, Tensor] = params
+        self.params: Mapping[str, Tensor] = {name: t.to(base.device, torch.float32) for name, t in params.items()}
         self.sites: Sequence[Site] = method.sites(base.spec)
 
     @classmethod
@@ -53,14 +53,14 @@ class AdapterInMemory:
         params = {}
         for site in method.sites_to_train(base.spec):
             for name, tensor in method.init(site, base, generator).items():
-                params[site.key(name)] = tensor.to(base.device, torch.float32)
+                params[site.key(name)] = tensor
         return cls(base, method, params)
 
     @classmethod
-    def read(cls, folder: Folder, base: Base, where: str) -> Self:
+    def read(cls, folder: AdapterFolder, base: Base, where: str) -> Self:
         """An adapter from a folder that is open, or that a store keeps as blobs. where: what errors call the adapter."""
         method, params, info, verified, warnings = read_opened(folder, base, where)
-        return cls(base, method, {k: t.to(base.device) for k, t in params.items()}, info=info, verified=verified, warnings=warnings)
+        return cls(base, method, params, info=info, verified=verified, warnings=warnings)
 
     def save(self, folder: str | Path, run: Mapping[str, Any] | None = None, *, dtype: str = "float32") -> Path:
         """Write peft's two files, trimtab.json and a card; an adapter that is there already is replaced in one step. Returns the folder.

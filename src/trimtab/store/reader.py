@@ -14,7 +14,7 @@ from trimtab.errors import AdapterError
 from trimtab.store.blobs import BlobFolder
 from trimtab.store.card import CARD, is_untouched
 from trimtab.store.diff import Diff, compare
-from trimtab.store.files import Folder, Refusal
+from trimtab.store.files import AdapterFolder, Refusal
 from trimtab.store.folder import REPLACEABLE
 from trimtab.store.index import MAX_INDEX_BYTES, Entry, Index, Name, parse_index
 from trimtab.store.layout import Layout, Mark
@@ -71,7 +71,7 @@ class StoreReader:
     # ---- reading ----
 
     @contextmanager
-    def open(self, version: Version | str | Ref) -> Iterator[Folder]:
+    def open(self, version: Version | str | Ref) -> Iterator[AdapterFolder]:
         """A version's files as those of a folder. Every byte that it gives has hashed to its digest; AdapterError where one has not."""
         found = version if isinstance(version, Version) else self.resolve(version)
         with refusing(found.ref):

@@ -29,7 +29,7 @@ from trimtab.store.blobs import CHUNK, BlobFolder, Staged, Staging, open_regular
 from trimtab.store.collect import GcReport, collect
 from trimtab.store.describe import contradictions, describe
 from trimtab.store.diff import Diff
-from trimtab.store.files import MAX_JSON_BYTES, Folder, Refusal, open_folder
+from trimtab.store.files import MAX_JSON_BYTES, AdapterFolder, Refusal, open_folder
 from trimtab.store.folder import PICKLES, WEIGHTS, check_layout, read_opened
 from trimtab.store.header import read_header
 from trimtab.store.index import Entry, Index, Name
@@ -88,7 +88,7 @@ class Store(StoreReader):
         with self._changing(f"cannot publish {ref}"), open_folder(source) as opened:
             return self.publish_opened(opened, ref, base=base, aliases=wanted)
 
-    def publish_opened(self, opened: Folder, name: str | Ref, *, base: Base | None = None, aliases: Sequence[str] = ()) -> Version:
+    def publish_opened(self, opened: AdapterFolder, name: str | Ref, *, base: Base | None = None, aliases: Sequence[str] = ()) -> Version:
         """`publish` for a folder that is open."""
         ref, wanted, where = parse_name(name), check_aliases(aliases), f"adapter {str(opened.path)!r}"
         with self._changing(f"cannot publish {ref}"), self._blobs.staging() as stage:
@@ -266,7 +266,7 @@ class Store(StoreReader):
         self._cached = mark, changed
 
 
-def _sizes(folder: Folder) -> dict[str, int]:
+def _sizes(folder: AdapterFolder) -> dict[str, int]:
     """The adapter's files and their sizes, the weights' as their header explains it. Refusal, with a line for each, where there are others,
     or one is too large or is none."""
     names = folder.names()
@@ -292,7 +292,7 @@ def _sizes(folder: Folder) -> dict[str, int]:
     return sizes
 
 
-def _copy(folder: Folder, name: str, size: int, stage: Staging) -> Staged:
+def _copy(folder: AdapterFolder, name: str, size: int, stage: Staging) -> Staged:
     with folder.open(name) as (file, now):
         if now != size:
             raise Refusal(f"{name} was changed while it was read")

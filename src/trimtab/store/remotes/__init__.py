@@ -19,15 +19,14 @@ from typing import Protocol
 
 from trimtab.errors import AdapterError
 from trimtab.store.blobs import open_regular
-from trimtab.store.files import Folder as AdapterFolder
-from trimtab.store.files import Refusal
+from trimtab.store.files import AdapterFolder, Refusal
 from trimtab.store.manifest import EMPTY_DESCRIPTOR, MAX_ADAPTER_BYTES, Descriptor, Manifest, parse_manifest
 from trimtab.store.names import Ref, check_alias, parse_name
 from trimtab.store.registry import BlobsMissing, Store, Version
 from trimtab.store.remotes.address import FolderAddress, HubAddress, RegistryAddress, parse_address
 from trimtab.store.remotes.deadline import PULL_SECONDS, Deadline
 from trimtab.store.remotes.fetch import ATTEMPTS, Moved, Part, download, held
-from trimtab.store.remotes.fs import Folder
+from trimtab.store.remotes.fs import FolderRemote
 from trimtab.store.remotes.hub import Hub
 from trimtab.store.remotes.oci import Registry
 from trimtab.store.remotes.source import Source
@@ -120,7 +119,7 @@ def pull(
 
 
 def _remote(address: FolderAddress | RegistryAddress, wanted: Ref) -> Remote:
-    return Registry(address) if isinstance(address, RegistryAddress) else Folder(address, wanted)
+    return Registry(address) if isinstance(address, RegistryAddress) else FolderRemote(address, wanted)
 
 
 class Count:

@@ -43,7 +43,7 @@ OBJECT_STORES = (*S3, "gs", "gcs", "abfs", "abfss", "az", "adl", "oss")
 EXTRAS = {"s3": "pip install 'trimtab[s3]'", "gs": "pip install gcsfs", "gcs": "pip install gcsfs", "abfs": "pip install adlfs"}
 
 
-class Folder:
+class FolderRemote:
     """One folder. wanted: the adapter to pull, where the address names none."""
 
     def __init__(self, address: FolderAddress, wanted: Ref):
