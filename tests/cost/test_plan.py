@@ -15,7 +15,7 @@ from tests.tiny import FAMILIES, tiny_folder, tiny_model
 from trimtab.bases import BUNDLED_NAMES
 from trimtab.bases.bundled import bundled_folder, find_gguf
 from trimtab.bases.shapes import PRESETS, Architecture, read_architecture
-from trimtab.bases.spec import read_spec
+from trimtab.bases.structure import read_spec
 from trimtab.cli.plan import plan as command
 from trimtab.cost.activations import FUSED, kept_bytes
 from trimtab.cost.plan import CostPlan, file_bytes, plan, rows

@@ -57,8 +57,8 @@ CHANGES = [
 def handing(family, arguments):
     """A base whose layers hand these arguments to their attention."""
     base = Base(tiny_model(family), tiny_tokenizer())
-    for layer in base.model.get_submodule(base.spec.family.layers):
-        attend = layer.get_submodule(base.spec.family.attention_output.split(".")[0])
+    for layer in base.spec.layers:
+        attend = base.model.get_submodule(layer.attention)
         forward = attend.forward
         attend.forward = lambda *args, forward=forward, **kwargs: forward(*args, **kwargs, **arguments)
     return base

@@ -66,7 +66,7 @@ def test_methods_that_cannot_be_merged_say_why_and_leave_nothing(name, method, t
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "gpt2", "llama"])
 def test_tied_embeddings_are_untied_where_only_one_side_changes(family, target, tmp_path):
     base = tiny_base(family)
-    embedding, head = base.spec.family.embedding, base.spec.family.head
+    embedding, head = base.spec.embedding, base.spec.head
     method = {
         "embedding": LoraConfig(r=2, target_modules=(embedding,)),
         "head": LoraConfig(r=2, target_modules=(head,)),

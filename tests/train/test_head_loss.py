@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.laws.common import base_of, gradient_difference, noisy, plain_of, tokens
 from trimtab import ops
-from trimtab.bases.spec import read_spec
+from trimtab.bases.structure import read_spec
 from trimtab.cost import activations
 from trimtab.cost.activations import activation_bytes
 from trimtab.data import Example
@@ -43,7 +43,7 @@ def by_hand(family: str, adapters: list[Adapter], scales: dict[int, float]) -> t
         loss = torch.zeros(())
         for e in examples(member):
             ids = torch.from_numpy(e.ids.astype(np.int64))
-            h = model.get_submodule(base_of(family).spec.family.body)(ids[None]).last_hidden_state[0]
+            h = model.get_submodule(base_of(family).spec.body)(ids[None]).last_hidden_state[0]
             for t in np.flatnonzero(e.supervised):
                 logits = model.lm_head(h[t - 1])
                 if member != BASE:

@@ -13,7 +13,8 @@ import transformers
 from trimtab.bases.folder import read_json
 from trimtab.bases.locate import HUB_ID
 from trimtab.bases.progress import quiet_transformers
-from trimtab.bases.spec import Spec, read_spec
+from trimtab.bases.spec import Spec
+from trimtab.bases.structure import read_spec
 from trimtab.errors import BaseError, nearest
 from trimtab.paths import user_path
 

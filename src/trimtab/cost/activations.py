@@ -43,11 +43,10 @@ def activation_bytes(
     An allocator's slack is not counted: measured on the bundled base on a CPU, real peaks are 8–16% above, and 29–40% where glibc's heap
     keeps what was freed.
     """
-    b, inner = dtype.itemsize, _mlp(spec)[0]
-    capped = spec.final_softcap is not None
+    b, capped = dtype.itemsize, spec.final_softcap is not None
     head = min(tokens, LOSS_ROWS) * spec.vocab_size * (12 if capped else 8)
-    attention = tokens * spec.num_heads * min(length, QUERY_BLOCK, tokens) * b * (4 if capped else 3)
-    mlp = tokens * b * (3 * inner + 2 * spec.hidden_size)
+    attention = tokens * max(layer.num_heads for layer in spec.layers) * min(length, QUERY_BLOCK, tokens) * b * (4 if capped else 3)
+    mlp = tokens * b * (3 * _widest_mlp(spec) + 2 * spec.hidden_size)
     held, again = _held_and_again(spec, sites, dtype, tokens, length, virtual, activation_checkpointing)
     return held + tokens * 2 * b * spec.hidden_size + max(head, again + max(attention, mlp))
 
@@ -86,7 +85,7 @@ def _held_and_again(
     """(bytes held from the forward on, bytes of the layer that is computed again at the time)."""
     first = min((_layer(spec, s.name) for s in sites), default=0)
     live, at = range(first, spec.num_layers), {s.name: _layer(spec, s.name) for s in sites}
-    inside = [s for s in sites if s.name.startswith(spec.family.layers + ".")]
+    inside = [s for s in sites if s.name.startswith(spec.layer_list + ".")]
     outside = tokens * dtype.itemsize * _remembered(spec, [s for s in sites if s not in inside])
     if not activation_checkpointing:
         return outside + _kept_by(spec, inside, live, dtype, tokens, length, virtual), 0
@@ -96,19 +95,22 @@ def _held_and_again(
 
 def _kept_by(spec: Spec, sites: Sequence[Site], layers: range, dtype: torch.dtype, tokens: int, length: int, virtual: int) -> int:
     """What these layers keep, their edits at `sites` included: see `kept_bytes`."""
-    b, (inner, gated), fused = dtype.itemsize, _mlp(spec), spec.model_type in FUSED
+    b, fused = dtype.itemsize, spec.model_type in FUSED
     norms = [m for m in spec.modules.values() if m.kind == "norm" and m.layer in layers]
-    norm_bytes = sum(_norm_bytes(spec, m, b, fused) for m in norms)
-    mlp = ((2 if fused else 3) if gated else 4) * inner
-    per_row = norm_bytes + len(layers) * b * (spec.num_heads * spec.head_dim + mlp) + b * _remembered(spec, sites)
-    return tokens * per_row + len(layers) * 2 * b * spec.kv_width * (tokens + virtual * math.ceil(tokens / length))
+    norm_bytes = sum(_norm_bytes(m, b, fused) for m in norms)
+    own = [spec.layers[i] for i in layers]
+    mlps = sum(((2 if fused else 3) if layer.gated else 4) * layer.intermediate_size for layer in own)
+    per_row = norm_bytes + b * (sum(layer.num_heads * layer.head_dim for layer in own) + mlps + _remembered(spec, sites))
+    kv_width = sum(layer.num_kv_heads * layer.head_dim for layer in own)
+    return tokens * per_row + 2 * b * kv_width * (tokens + virtual * math.ceil(tokens / length))
 
 
 def forward_bytes(spec: Spec, b: int, tokens: int, length: int) -> int:
     """Work space of a forward that keeps nothing: hidden states, one MLP or one block of attention, a row of logits for each sequence."""
     sequences = math.ceil(tokens / length)
-    attention = tokens * b * spec.num_heads * (2 * min(length, QUERY_BLOCK, tokens) + 2 * spec.head_dim)
-    return tokens * 2 * b * spec.hidden_size + max(tokens * b * 3 * _mlp(spec)[0], attention) + sequences * spec.vocab_size * 4
+    seen = 2 * min(length, QUERY_BLOCK, tokens)
+    attention = tokens * b * max(layer.num_heads * (seen + 2 * layer.head_dim) for layer in spec.layers)
+    return tokens * 2 * b * spec.hidden_size + max(tokens * b * 3 * _widest_mlp(spec), attention) + sequences * spec.vocab_size * 4
 
 
 def judging_bytes(spec: Spec, dtype: torch.dtype, tokens: int, length: int, slots: int, capacity: int) -> int:
@@ -133,29 +135,20 @@ def packed_bytes(spec: Spec, dtype: torch.dtype) -> int:
     return linears * dtype.itemsize
 
 
-def _mlp(spec: Spec) -> tuple[int, bool]:
-    """(M, gated): the MLP's inner width, which its last linear reads, and whether what comes before makes two of them."""
-    linears = [m for m in spec.modules.values() if m.kind in ("linear", "conv1d") and m.name.startswith(spec.mlps[0] + ".")]
-    inner = linears[-1].in_features
-    return inner, sum(m.out_features for m in linears[:-1]) >= 2 * inner
+def _widest_mlp(spec: Spec) -> int:
+    return max(layer.intermediate_size for layer in spec.layers)
 
 
-def _norm_bytes(spec: Spec, module: Module, b: int, fused: bool) -> int:
+def _norm_bytes(module: Module, b: int, fused: bool) -> int:
     """Bytes that a norm keeps of one row."""
-    vectors = _vectors(spec, module)
     if "bias" in module.parameters:
-        return vectors * module.out_features * b
-    return vectors * (module.out_features * b + 4 if fused else module.out_features * 4)
-
-
-def _vectors(spec: Spec, module: Module) -> int:
-    """Vectors of one row that a norm normalises; queries and keys are normalised head by head."""
-    return {"q_norm": spec.num_heads, "k_norm": spec.num_kv_heads}.get(module.name.rpartition(".")[2], 1)
+        return module.vectors * module.out_features * b
+    return module.vectors * (module.out_features * b + 4 if fused else module.out_features * 4)
 
 
 def _layer(spec: Spec, name: str) -> int:
     """The first layer whose activations an adapter at `name` needs: its own, 0 before all (prefixes too), the number of layers behind."""
-    prefix = spec.family.layers + "."
+    prefix = spec.layer_list + "."
     if name.startswith(prefix):
         return int(name.removeprefix(prefix).partition(".")[0])
     module = spec.modules.get(name)
@@ -178,7 +171,7 @@ def _remembered(spec: Spec, sites: Sequence[Site]) -> int:
             if name.rpartition(".")[2] == "bias":
                 continue
             if len(shape) == 1 or (1 in shape and not site.rank and not site.saved):
-                total += max(shape) * (_vectors(spec, module) if module is not None and module.kind == "norm" else 1)
+                total += max(shape) * (module.vectors if module is not None else 1)
                 continue
             width = shape[0] if site.saved and module is not None and module.kind == "conv1d" else shape[-1]
             if module is None or width != module.in_features:

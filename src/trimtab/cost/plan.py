@@ -174,7 +174,7 @@ def _plan_full(
     spec: Spec, method: Method, dtype: torch.dtype, tokens: int, length: int, variants: int, checkpointing: bool
 ) -> dict[str, int]:
     sites = [Site(m.name, m.parameters, saved=True) for m in spec.modules.values()]
-    shapes = {s.key(name): shape for s in sites for name, shape in s.shapes.items() if not (spec.tied_head and s.name == spec.family.head)}
+    shapes = {s.key(name): shape for s in sites for name, shape in s.shapes.items() if not (spec.tied_head and s.name == spec.head)}
     n, b = spec.num_parameters, dtype.itemsize
     kv = tokens * 2 * spec.num_layers * spec.kv_width * b
     return {

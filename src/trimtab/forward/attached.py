@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from trimtab.bases.spec import read_spec
+from trimtab.bases.structure import read_spec
 from trimtab.bases.weights.derived import Derived, Weights
 from trimtab.forward import attention, rowwise
 from trimtab.forward.attention import KVCache
@@ -41,19 +41,19 @@ class Attached:
         self.model, self.spec = model, read_spec(model)
         self.device, self.dtype = model.device, model.dtype
         self.batch: Batch | None = None
-        self.body, self.head_module = model.get_submodule(self.spec.family.body), model.get_submodule(self.spec.family.head)
-        self.embedding = model.get_submodule(self.spec.family.embedding)
+        self.body, self.head_module = model.get_submodule(self.spec.body), model.get_submodule(self.spec.head)
+        self.embedding = model.get_submodule(self.spec.embedding)
         self._index = {name: i for i, (name, _) in enumerate(model.named_modules())}
         self._hosts: dict[str, Host] = {}
-        self.weights = Weights(model, [m.name for m in self.spec.modules.values() if m.kind != "norm"])
-        self.head_weight = self.weights.of[self.spec.family.head]
+        self.weights = Weights(model, [m.name for m in self.spec.modules.values() if m.kind not in ("norm", "experts")])
+        self.head_weight = self.weights.of[self.spec.head]
         self._decode_path = Derived(self.weights, DecodePathMaker(self))
         self._cache: Callable[[], KVCache | None] = lambda: None  # the one for which the weights were looked at closely
         model.eval().requires_grad_(False)
         model.set_attn_implementation(attention.NAME)
         self.row_wise = rowwise.RowWise()
         self.fast = rowwise.install(model, self.row_wise)
-        for layer in model.get_submodule(self.spec.family.layers):
+        for layer in model.get_submodule(self.spec.layer_list):
             layer.forward = ours(self._recomputing(layer.forward))
 
     def compile(self, wanted: bool) -> str:
@@ -144,7 +144,7 @@ class Attached:
 
     def head(self, hidden_RH: Tensor, batch: Batch, index: Sequence[int]) -> Tensor:
         """Logits [R, V] of rows `index` (ascending) of a batch, given their hidden states; edits of the head included."""
-        edited = self.spec.family.head in batch.mix.groups
+        edited = self.spec.head in batch.mix.groups
         if not edited and batch.head is not None:
             return batch.head(hidden_RH)
         with self._running(batch.subset(index) if edited else batch):

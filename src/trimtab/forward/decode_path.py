@@ -65,7 +65,7 @@ class DecodePath:
         self.heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
         packs = packs_weights(attached) if packs is None else packs
         self.layers = [_Layer(attached, i, layer, packs) for i, layer in enumerate(body.layers)]
-        self.sites = frozenset(name for layer in self.layers for name in layer.sites) | {spec.family.head}
+        self.sites = frozenset(name for layer in self.layers for name in layer.sites) | {spec.head}
         self.norm, self.eps = body.norm.weight, body.norm.variance_epsilon
         self.head = _linear([attached.head_weight], [attached.head_module.bias], packs)[0]
         self.stack = _stack(self.layers, self.heads, self.norm, self.eps)
@@ -263,11 +263,10 @@ class _Layer:
     """One layer's weights and places for edits."""
 
     def __init__(self, attached: Attached, index: int, layer: Any, packs: bool):
-        family, attn = attached.spec.family, layer.self_attn
-        at = f"{family.layers}.{index}"
+        found, attn = attached.spec.layers[index], layer.self_attn
+        at = found.name
         self.attached, self.index, self.scaling = attached, index, attn.scaling
-        config_window = getattr(attn.config, "sliding_window", None)
-        self.window = attn.sliding_window if hasattr(attn, "sliding_window") else config_window
+        self.window = found.window
         self.input_norm, self.mlp_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self.head_norms = (attn.q_norm.weight, attn.k_norm.weight) if hasattr(attn, "q_norm") else None
         self.mlp_name = f"{at}.mlp"

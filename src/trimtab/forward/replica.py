@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -53,19 +53,20 @@ def altered(module: nn.Module) -> bool:
     return own is not None and not getattr(own, "of_trimtab", False)
 
 
-def stand_in(module: nn.Module, dtype: torch.dtype, config: Any = None) -> Any:
+def stand_in(module: nn.Module, dtype: torch.dtype, config: Any = None, replaced: Mapping[int, nn.Module] | None = None) -> Any:
     """A module's stand-in, without what may stand on the instance in place of its forward; the same weights in every dtype, up to rounding
-    them to bfloat16. config: in place of its own."""
-    return _stand_in(module, dtype, config, count())
+    them to bfloat16. config: in place of its own. replaced: the id of a module inside -> what is copied in its place."""
+    return _stand_in(module, dtype, config, replaced or {}, count())
 
 
-def _stand_in(module: nn.Module, dtype: torch.dtype, config: Any, serial: Iterator[int]) -> Any:
+def _stand_in(module: nn.Module, dtype: torch.dtype, config: Any, replaced: Mapping[int, nn.Module], serial: Iterator[int]) -> Any:
+    module = replaced.get(id(module), module)
     made = copy.copy(module)
     fields = made.__dict__
     fields.pop("forward", None)
     fields["_parameters"] = {n: None if p is None else _filled(p, n, next(serial), dtype) for n, p in module._parameters.items()}
     fields["_buffers"] = dict(module._buffers)
-    fields["_modules"] = {n: None if m is None else _stand_in(m, dtype, config, serial) for n, m in module._modules.items()}
+    fields["_modules"] = {n: None if m is None else _stand_in(m, dtype, config, replaced, serial) for n, m in module._modules.items()}
     if "config" in fields and config is not None:
         fields["config"] = config
     if fields.get("sliding_window") is not None:

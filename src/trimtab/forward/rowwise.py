@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from trimtab import ops
+from trimtab.bases.structure import window_of
 from trimtab.errors import ConfigError
 from trimtab.forward.attention import Plan, Run, attend, refuse_changes
 from trimtab.forward.replica import altered, as_near, kind, ours, small_config, stand_in
@@ -94,7 +95,7 @@ def _gated(mlp: Any, row_wise: RowWise) -> Forward:
 def _attention(module: Any, row_wise: RowWise) -> Forward:
     """Projections, rotation and attention on flat rows [T, heads, D]: no transposes to and from [1, heads, T, D]."""
     original, D = module.forward, module.head_dim
-    window = _window(module)
+    window = window_of(module)
     normed = hasattr(module, "q_norm")
 
     def forward(
@@ -112,10 +113,6 @@ def _attention(module: Any, row_wise: RowWise) -> Forward:
         return module.o_proj(out_THD.reshape(1, T, -1)), None
 
     return forward
-
-
-def _window(attention: Any) -> int | None:
-    return attention.sliding_window if hasattr(attention, "sliding_window") else getattr(attention.config, "sliding_window", None)
 
 
 def _agrees(module: Any) -> bool:
@@ -144,7 +141,7 @@ def _inputs(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     sequence_T = torch.bucketize(place_T, sequence_T, right=True)
     back_TT = place_T[:, None] - place_T[None]
     seen_TT = (sequence_T[:, None] == sequence_T[None]) & (back_TT >= 0)
-    window = _window(module)
+    window = window_of(module)
     if window is not None:
         seen_TT &= back_TT < window
     mask = torch.zeros(1, 1, T, T).masked_fill(~seen_TT, torch.finfo(weight.dtype).min).to(weight.device, weight.dtype)

@@ -47,7 +47,7 @@ def select(
     else:
         chosen = [m for m in spec.modules.values() if matches(m.name, targets)]
     wrong_kind = [m for m in chosen if m.kind not in set(kinds)]
-    problems += [f"{option}: {m.name} is a {m.kind} layer; this method takes {', '.join(kinds)}" for m in wrong_kind[:8]]
+    problems += [f"{option}: {m.name} is {_a(m.kind)} layer; this method takes {', '.join(kinds)}" for m in wrong_kind[:8]]
     if excluded:
         chosen = [m for m in chosen if not matches(m.name, excluded)]
     if layers is not None:
@@ -67,6 +67,10 @@ def select(
             fix=f"names there are: {', '.join(short_names(spec, kinds))}",
         )
     return chosen
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def unmatched(spec: Spec, wanted: str | Sequence[str], option: str) -> list[str]:
@@ -120,8 +124,7 @@ def saved_sites(spec: Spec, names: Sequence[str] | None) -> list[Site]:
     if not names:
         return []
     chosen = select(spec, names, kinds=("linear", "conv1d", "embedding", "norm"), option="modules_to_save")
-    heads = {"q_norm": spec.num_heads, "k_norm": spec.num_kv_heads}
-    per_head = [m.name for m in chosen if heads.get(m.name.rpartition(".")[2], 1) > 1 and m.in_features == spec.head_dim]
+    per_head = [m.name for m in chosen if m.vectors > 1]
     if per_head:
         raise ConfigError(
             f"cannot attach to this {spec.model_type} base",

@@ -66,9 +66,9 @@ def carry_bottleneck(options: Mapping[str, Any], tensors: Tensors, base: Base) -
         scaling=options["scaling"],
         layers_to_transform=None if len(layers) == spec.num_layers else tuple(layers),
     )
-    places = {m: f"{spec.family.layers}.{i}.attention_adapters" for i, m in enumerate(spec.attention_outputs)}
+    places = {layer.attention_output: f"{layer.name}.attention_adapters" for layer in spec.layers}
     if options["output_adapter"]:
-        places |= {m: f"{spec.family.layers}.{i}.output_adapters" for i, m in enumerate(spec.mlps)}
+        places |= {layer.mlp: f"{layer.name}.output_adapters" for layer in spec.layers}
     sites = method.sites(spec)
     theirs = {
         s.key(t): f"{places[s.name]}.adapters.{tensors.name}.{t.replace('adapter_down.', 'adapter_down.0.')}"
@@ -109,9 +109,9 @@ def carry_ia3(options: Mapping[str, Any], tensors: Tensors, base: Base) -> tuple
 
 def _modules(options: Mapping[str, Any], tensors: Tensors, spec: Spec) -> list[str]:
     """The linear layers of which the file has any tensor, in every layer that is not left out: where one is missing, `check` says so."""
-    pattern = re.compile(rf"{re.escape(spec.family.layers)}\.\d+\.(.+)\.loras\.{re.escape(tensors.name)}\.lora_[AB]")
+    pattern = re.compile(rf"{re.escape(spec.layer_list)}\.\d+\.(.+)\.loras\.{re.escape(tensors.name)}\.lora_[AB]")
     kinds = dict.fromkeys(match[1] for n in tensors.found if (match := pattern.fullmatch(n)))
-    names = [f"{spec.family.layers}.{i}.{kind}" for i in layers_of(options, spec) for kind in kinds]
+    names = [f"{spec.layers[i].name}.{kind}" for i in layers_of(options, spec) for kind in kinds]
     return [n for n in names if n in spec.linears]
 
 

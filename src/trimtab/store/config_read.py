@@ -152,7 +152,7 @@ def _lora_problems(config: Mapping[str, Any], spec: Spec, warnings: list[str]) -
             f"init_lora_weights = {init!r} changed the base's weights in initialising, so the adapter does not fit the base as it is; "
             "save it with peft's path_initial_model_for_weight_conversion"
         )
-    layer_name = spec.family.layers.rpartition(".")[2]
+    layer_name = spec.layer_list.rpartition(".")[2]
     pattern = config.get("layers_pattern")
     if pattern not in (None, [], "", layer_name, [layer_name]):
         found = warnings if config.get("layers_to_transform") in (None, []) else problems

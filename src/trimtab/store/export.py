@@ -117,7 +117,7 @@ def _plain_lora_problems(method: Any, sites: Sequence[Site], base: Base) -> list
     problems = ["it has no DoRA"] if method.use_dora else []
     problems += [f"it has no modules_to_save, and {s.name} was trained in full" for s in sites if s.saved]
     for site in sites:
-        if not site.saved and site.name in (base.spec.family.embedding, base.spec.family.head):
+        if not site.saved and site.name in (base.spec.embedding, base.spec.head):
             problems.append(f"its LoRA acts in the layers only, and {site.name} is outside")
     return problems
 

@@ -106,10 +106,10 @@ def fresh_copy(base: Base, dtype: torch.dtype | None = None) -> Any:
 
 def _untie(model: Any, base: Base, sites: list[Site]) -> bool:
     """Give a tied head its own weights where the adapter acts on the embedding or on the head: each was trained as a place of its own."""
-    family = base.spec.family
-    if not base.spec.tied_head or not {family.embedding, family.head} & {s.name for s in sites}:
+    spec = base.spec
+    if not spec.tied_head or not {spec.embedding, spec.head} & {s.name for s in sites}:
         return False
-    head = model.get_submodule(family.head)
+    head = model.get_submodule(spec.head)
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
     return True

@@ -130,7 +130,7 @@ def supervised_loss(attached: Attached, hidden_TH: Tensor, batch: Batch, targets
     chunks."""
     hidden_RH = hidden_TH[torch.tensor(targets.row_R, device=hidden_TH.device)]
     head, spec = attached.head_module, attached.spec
-    if spec.family.head not in batch.mix.groups and not head.weight.requires_grad:
+    if spec.head not in batch.mix.groups and not head.weight.requires_grad:
         return ops.supervised_loss(hidden_RH, head.weight, head.bias, targets.target_R, targets.scale_R, spec.final_softcap)
     parts = []
     for a in range(0, len(hidden_RH), ops.loss.LOSS_ROWS):

@@ -1,0 +1,168 @@
+"""Reads a `Spec` off a `transformers` causal LM and its config: the structure of a base.
+
+Weights are not needed: the meta device will do. Every layer is read by itself. What is read here is proved by a comparison before the base
+is used (`forward/proof.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from trimtab.bases.spec import FAMILIES, Kind, Layer, Module, Spec
+from trimtab.errors import BaseError, nearest
+
+OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense")
+"""What families call the projection behind the attention. Shapes do not tell it from the queries' projection."""
+MATRICES = ("linear", "conv1d", "experts")
+
+
+def read_spec(model: Any) -> Spec:
+    """Read the spec off a `transformers` causal LM. BaseError where the family, or something that its config asks for, is not supported, or
+    where the model is not built of what a `Spec` describes."""
+    config = model.config
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise BaseError(
+            f"model family {config.model_type!r} is not supported{nearest(config.model_type, FAMILIES)}",
+            fix=f"use one of: {', '.join(FAMILIES)}; or add a row to FAMILIES in trimtab/bases/spec.py",
+        )
+    _refuse_unsupported(config)
+    names = {id(module): name for name, module in model.named_modules()}
+    body, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
+    if body is model or id(embedding) not in names or id(head) not in names:
+        raise _unknown(config, "it has no body, no token embedding or no output head of its own")
+    layer_list = _layer_list(model, config)
+    attentions = [_attention(layer, f"{layer_list}.{i}", config) for i, layer in enumerate(model.get_submodule(layer_list))]
+    by_name = {a["attention"]: a for a in attentions}
+    modules = {m.name: m for name, module in model.named_modules() for m in _leaves(name, module, layer_list, by_name)}
+    inside: list[list[Module]] = [[] for _ in attentions]
+    for m in modules.values():
+        if m.layer is not None:
+            inside[m.layer].append(m)
+    return Spec(
+        model_type=config.model_type,
+        family=family,
+        body=names[id(body)],
+        layer_list=layer_list,
+        embedding=names[id(embedding)],
+        head=names[id(head)],
+        layers=tuple(Layer(**a, **_mlp(a["name"], a["attention"], m, config)) for a, m in zip(attentions, inside, strict=True)),
+        modules=modules,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        tied_head=bool(config.tie_word_embeddings),
+        final_softcap=getattr(config, "final_logit_softcapping", None),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def window_of(attention: Any) -> int | None:
+    """How many tokens an attention module of transformers looks back on, itself included; None: all."""
+    where = attention if hasattr(attention, "sliding_window") else attention.config
+    return getattr(where, "sliding_window", None) or None
+
+
+def _refuse_unsupported(config: Any) -> None:
+    """Refuse by name whatever would make one row's result depend on other rows, or that the attention function does not compute exactly."""
+    problems = []
+    if getattr(config, "use_bidirectional_attention", False):
+        problems.append("use_bidirectional_attention is set: only causal attention is supported")
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in [ropes, *(v for v in ropes.values() if isinstance(v, dict))]:
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            problems.append(f"rope_type {rope['rope_type']!r} depends on the longest sequence of the batch, so batches could not be mixed")
+    if getattr(config, "add_cross_attention", False):
+        problems.append("add_cross_attention is set: only decoder-only models are supported")
+    if getattr(config, "quantization_config", None):
+        problems.append("quantization_config is set: load the base unquantised (a .gguf file is converted on loading)")
+    if problems:
+        raise BaseError(f"this {config.model_type} model needs what trimtab does not support", problems=problems)
+
+
+def _unknown(config: Any, problem: str) -> BaseError:
+    return BaseError(f"this {config.model_type} model is built in a way that trimtab does not know", problems=[problem])
+
+
+def _layer_list(model: Any, config: Any) -> str:
+    """The name of the list of layers: the outermost module list with as many entries as the config has layers."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == config.num_hidden_layers
+            and not name.startswith(tuple(f"{f}." for f in found))
+        ):
+            found.append(name)
+    if len(found) != 1:
+        raise _unknown(config, f"lists of {config.num_hidden_layers} layers, of which there should be one: {', '.join(found) or 'none'}")
+    return found[0]
+
+
+def _attention(layer: nn.Module, at: str, config: Any) -> dict[str, Any]:
+    """The attention's part of a `Layer`. Heads are told from what the projections give and what the last of them reads."""
+    found = [(f"{at}.{n}", child) for n, child in layer.named_children() if hasattr(child, "is_causal")]
+    if len(found) != 1:
+        raise _unknown(config, f"attention modules in {at}, of which there should be one: {', '.join(n for n, _ in found) or 'none'}")
+    name, attention = found[0]
+    features = {f"{name}.{n}": (i, o) for n, m in attention.named_modules() for _, i, o in _matrix(m)}
+    outputs = [n for n in features if n.rpartition(".")[2] in OUTPUT_PROJECTIONS]
+    if len(outputs) != 1:
+        raise _unknown(
+            config, f"{name} has no output projection, or several, by the names that trimtab knows: {', '.join(OUTPUT_PROJECTIONS)}"
+        )
+    head_dim = getattr(attention, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width, made = features[outputs[0]][0], sum(o for n, (_, o) in features.items() if n != outputs[0])
+    heads, kv_heads = width // head_dim, (made - width) // (2 * head_dim)
+    share = getattr(attention, "num_key_value_groups", heads // max(1, kv_heads))
+    if kv_heads < 1 or heads != share * kv_heads or (heads * head_dim, (heads + 2 * kv_heads) * head_dim) != (width, made):
+        raise _unknown(config, f"{name} makes {made} features of a token and reads {width}: no number of heads of {head_dim} features fits")
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+    return {"name": at, "attention": name, "attention_output": outputs[0], "window": window_of(attention)} | sizes
+
+
+def _mlp(at: str, attention: str, leaves: list[Module], config: Any) -> dict[str, Any]:
+    """The MLP's part of a `Layer`: the part beside the attention that holds several matrices."""
+    parts: dict[str, list[Module]] = {}
+    for m in leaves:
+        if m.kind in MATRICES:
+            parts.setdefault(".".join(m.name.split(".")[: at.count(".") + 2]), []).append(m)
+    found = [name for name, matrices in parts.items() if name != attention and len(matrices) > 1]
+    if len(found) != 1:
+        raise _unknown(config, f"MLPs in {at}, of which there should be one: {', '.join(found) or 'none'}")
+    matrices, H = parts[found[0]], config.hidden_size
+    last = max((i for i, m in enumerate(matrices) if m.out_features == H), default=0)
+    inner = matrices[last].in_features
+    return {"mlp": found[0], "intermediate_size": inner, "gated": sum(m.out_features for m in matrices[:last]) >= 2 * inner}
+
+
+def _leaves(name: str, module: nn.Module, layer_list: str, attentions: Mapping[str, Mapping[str, Any]]) -> Iterator[Module]:
+    """What a module itself holds, without what is inside it."""
+    kind = type(module).__name__
+    shapes = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
+    layer = int(name.removeprefix(f"{layer_list}.").split(".")[0]) if name.startswith(f"{layer_list}.") else None
+    for matrix in _matrix(module):
+        yield Module(name, *matrix, layer, shapes)
+    if isinstance(module, nn.Embedding):
+        yield Module(name, "embedding", module.num_embeddings, module.embedding_dim, layer, shapes)
+    elif kind.endswith("Norm") and list(shapes)[:1] == ["weight"]:
+        width, around = shapes["weight"][0], attentions.get(name.rpartition(".")[0], {})
+        heads = "num_heads" if name.rpartition(".")[2].startswith("q") else "num_kv_heads"
+        yield Module(name, "norm", width, width, layer, shapes, around[heads] if width == around.get("head_dim") else 1)
+    for n, shape in shapes.items():
+        if len(shape) == 3:
+            out, into = reversed(shape[1:]) if getattr(module, "is_transposed", False) else shape[1:]
+            yield Module(f"{name}.{n}", "experts", into, out, layer, {"weight": shape})
+
+
+def _matrix(module: nn.Module) -> list[tuple[Kind, int, int]]:
+    """(kind, features in, features out) of a linear layer; nothing for another module."""
+    if isinstance(module, nn.Linear):
+        return [("linear", module.in_features, module.out_features)]
+    if type(module).__name__ == "Conv1D":  # transformers' Conv1D keeps its weight as (in, out)
+        weight: Any = module.weight
+        return [("conv1d", weight.shape[0], weight.shape[1])]
+    return []
