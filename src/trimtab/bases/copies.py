@@ -1,7 +1,7 @@
-"""A second model with the weights of one that is loaded, which may have hosts in it: they stay behind.
+"""A second model with the weights of a loaded one. Hosts that the loaded one has are not copied.
 
-`Module.to(dtype)` and `Module.float()` are no way to copy: they cast buffers with the parameters. Rotary frequencies are such buffers; in
-bfloat16 a token at position 400 stands where one at 399 or 401 should.
+`Module.to(dtype)` and `Module.float()` cannot be used, because they cast buffers along with the parameters. Rotary frequencies are such
+buffers: in bfloat16 a token at position 400 gets the angles of one at 399 or 401.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""How a base's chat template writes messages, found out by rendering some; and whether a text holds all that was to be written.
+"""How a base's chat template writes messages, found by rendering some; and whether a rendered text has all that it should have.
 
-Training, generation, evaluation and serving render through `Dialect.render`, so a message is one thing in all of them:
+Training, generation, evaluation and serving all render through `Dialect.render`, so a message is treated alike in all of them:
 
-- content is text. Parts of text ({type: text, text}) are joined with line breaks. A role whose texts a template writes as nothing, and its
-  lists of parts as their text, gets each content as one part. A list that is written as code or JSON is not written as its text.
-- `developer` is the system's turn, unless the template treats that role otherwise than one it cannot know.
+- Content is text. Parts of text ({type: text, text}) are joined with line breaks. Some templates write nothing for a text but the text of a
+  list of parts; for such a role each content is passed as one part. Some write a list as code or JSON; that does not count as its text.
+- `developer` is rendered as the system turn, unless the template treats that role otherwise than a role that it cannot know.
 
-Content counts as written where the text holds it but for white space around it (around a reasoning block's tags too), or as a JSON string,
-as some templates write the results of tools. An assistant turn that is no more than context may lack its reasoning block: templates of
-reasoning models take it out of earlier turns.
+Content counts as written if the text has it, except for white space around it (and around the tags of a reasoning block), or has it as a
+JSON string, as some templates write results of tools. An assistant turn that is only context may lack its reasoning block, because
+templates of reasoning models remove it from earlier turns.
 """
 
 from __future__ import annotations

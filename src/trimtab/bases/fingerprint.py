@@ -171,7 +171,7 @@ def _read_note(note: Path, stamp: list[list[Any]]) -> str | None:
 
 
 def _write_note(note: Path, value: dict[str, Any]) -> None:
-    """Keep a result for next time; a cache that cannot be written costs time, nothing else."""
+    """Keep a result for next time. If the cache cannot be written, the result is computed again next time."""
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(note) as file:

@@ -1,8 +1,8 @@
-"""What a base's folder must hold, checked before transformers reads it: config, whole safetensors, tokenizer, no pickle.
+"""What a base's folder must have, checked before transformers reads it: config, complete safetensors, tokenizer, no pickle.
 
-Only headers are read, so the check costs milliseconds; it turns a crash deep inside a loader into a list of what is there and what is not.
-Whatever transformers may read must be a regular file of a size that such a file can have: it would wait for a pipe for ever, and read a
-device or a file of gigabytes until the memory is full. Links are followed, since a hub cache is made of them.
+Only headers are read, so the check takes milliseconds. It replaces a crash deep inside a loader by a list of what is there and what is
+missing. Every file that transformers may read must be a regular file of plausible size: transformers would wait endlessly for a pipe, and
+would read a device or a huge file until memory is full. Links are followed, since a hub cache consists of them.
 """
 
 from __future__ import annotations

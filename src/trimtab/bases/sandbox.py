@@ -1,9 +1,9 @@
-"""Chat templates as transformers renders them, within bounds: a template comes with a base, and may loop or grow without end.
+"""Chat templates rendered as transformers renders them, within bounds: a template comes with a base, and may loop or grow without end.
 
 The environment has transformers' blocks, filters and functions, so that a text equals that of `apply_chat_template`; a test compares both.
-Each rendering has a budget of characters: every text and list that the template makes costs its length before it is made, and every turn
-of a loop and call of a macro costs one and the literal text inside. A rendering that goes over its budget, or computes longer than
-MAX_SECONDS, ends with `TooMuch`. Nothing is computed when a template is compiled: jinja2 would fold 'a' * 10**10 there.
+Each rendering has a budget of characters. Every text and list that the template makes is charged its length before it is made. Every turn
+of a loop and every call of a macro is charged one, and the literal text inside. A rendering that exceeds its budget, or runs longer than
+MAX_SECONDS, ends with `TooMuch`. Nothing is computed when a template is compiled: jinja2 would compute 'a' * 10**10 there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Rows of text become examples to train on: read, render, mask, tokenise, weigh, order (floor 3).
+"""Rows of text become examples to train on: they are read, rendered, masked, tokenised, weighted and ordered.
 
-Knows the base's tokenizer and template, and no model: ids and masks are NumPy arrays. In the order in which data flows: `sources`, `rows`,
-`template`, `render`, `dataset`; `scores` judge what a trained adapter writes.
+These files know the base's tokenizer and chat template, but no model: ids and masks are NumPy arrays. The order in which data flows is
+`sources`, `rows`, `render`, `dataset`. `scores` compares the answers of a trained adapter with references.
 """
 
 from typing import TYPE_CHECKING

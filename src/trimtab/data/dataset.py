@@ -25,7 +25,7 @@ from trimtab.errors import DataError
 BATCH_ROWS = 2000  # rows tokenised at once: enough to keep the tokenizer's threads busy, little enough to hold as Python lists
 SHOWN = 10
 MAX_DROPPED_SHARE = 0.1
-"""More dropped rows than this share of a source stop a run: what is left would not be the data that was meant."""
+"""If more of a source's rows are dropped than this fraction, the run stops: the rest would not be the data that was meant."""
 
 FIXES = {
     "over-long": "raise max_length, or shorten the rows; nothing is cut silently.",
@@ -76,11 +76,12 @@ def load_examples(
     keep_rows: bool = False,
     vocab_size: int | None = None,
 ) -> Dataset:
-    """Read and tokenise all sources. root: where relative paths start. max_length: in tokens. seed: picks the rows of fractional weights.
-    keep_rows: beside their tokens. vocab_size: rows of the base's embedding; rows with tokens beyond are dropped.
+    """Read and tokenise all sources. root: where relative paths start. max_length: in tokens. seed: chooses the rows of sources with a
+    fractional weight. keep_rows: keep the rows beside their tokens. vocab_size: rows of the base's embedding; rows with a token id beyond
+    it are dropped.
 
-    Raises DataError where a source cannot be read, where more than `max_dropped_share` of a source's rows were dropped (the message counts
-    the reasons and names the first ten), or where nothing is left to train on.
+    Raises DataError if a source cannot be read, if more than `max_dropped_share` of a source's rows were dropped (the message counts the
+    reasons and names the first ten), or if nothing is left to train on.
     """
     options = _options(tokenizer, max_length, last_turn_only, vocab_size)
     examples: list[Example] = []

@@ -1,13 +1,13 @@
-"""CSV and its kin: comma, semicolon or tab separated text with a header line, as spreadsheets and helpdesks export it.
+"""CSV and similar formats: text with a header line, separated by comma, semicolon or tab, as spreadsheets and helpdesk programs export it.
 
-A record is a line, and quoted fields may hold line breaks, so one quote that is missing, or not doubled, turns what is inside records and
-what is outside around, up to the next such quote. Two rules keep the inside of a record from becoming a row:
+A record is a line, but a quoted field may contain line breaks. If one quote is missing or not doubled, everything up to the next such quote
+is misread: text inside quotes looks as if it were outside, and the reverse. Two rules prevent that a part of a record is read as a row:
 
-- A quote with a letter on one side tells which side is inside: `,"a` opens, `a",` closes. A record is handed on only after the next quote
-  that agrees with how the text was read so far. Where one disagrees, all since the last one that agreed is dropped.
-- After a broken record, reading resumes at the end of the record in which the next quote tells its side. The record that follows is dropped
-  too if the broken stretch has not as many fields as the header; and until a record with a quote that tells its side, rows must have all
-  fields. Where no quote tells its side, the file is refused.
+- A quote with a letter on one side shows which side is inside: `,"a` opens a field, `a",` closes one. A record is handed on only after the
+  next quote that agrees with the reading so far. If a quote disagrees, everything since the last one that agreed is dropped.
+- After a broken record, reading resumes at the end of the record that has the next such quote. The record after it is dropped too if the
+  broken part has fewer fields than the header. Until the next record with such a quote, rows must have all fields. If no quote in the rest
+  of the file shows its side, the file is refused.
 """
 
 from __future__ import annotations

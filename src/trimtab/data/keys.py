@@ -1,8 +1,8 @@
-"""The keys to which common formats of rows give a meaning, in one table, and what becomes of a row that has one.
+"""The keys to which common formats of rows give a meaning, in one table, and what happens to a row that has one.
 
-Formats: OpenAI's chat fine-tuning, ShareGPT and axolotl, LLaMA-Factory and Alpaca, TRL, ms-swift, torchtune, NeMo. A key of the table is
-honoured exactly, or a row in which it says something is dropped with the reason. A value that says nothing (null, an empty list, a weight
-of 1) is as if the key were not there. Keys that stand neither here nor among the columns of a form are unused: `sources` reports them.
+The formats are OpenAI's chat fine-tuning, ShareGPT and axolotl, LLaMA-Factory and Alpaca, TRL, ms-swift, torchtune and NeMo. A key of the
+table is honoured exactly, or its row is dropped with the reason. A neutral value (null, an empty list, a weight of 1) is treated as if the
+key were absent. Keys that are neither in this table nor columns of a form are unused, and `sources` reports them.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from typing import Any
 
 
 class Repeated(tuple[Any, ...]):
-    """What a record has for a column whose name stands several times in the header: the cells of all of them."""
+    """The value of a column whose name occurs several times in the header: the cells of all of them."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """why: a row is dropped in which the key says something. neutral(value): whether it says nothing."""
+    """why: the reason with which a row that has the key is dropped. neutral(value): whether this value changes nothing."""
 
     why: str
     neutral: Callable[[Any], bool]
 
 
 def is_blank(value: Any) -> bool:
-    """Whether content says nothing: null, NaN or blank text. `[]` or `null` as text is content like any other."""
+    """Whether content is absent: null, NaN or blank text. The texts `[]` and `null` are content."""
     return not value.strip() if isinstance(value, str) else value is None or bool(value != value)
 
 
 def is_empty(value: Any) -> bool:
-    """Of a key, not of content: null in all its spellings: also NaN (pandas), blank text, lists and objects of nulls (Arrow's rows have
-    every key that any row has), and an empty list or object written as text (a cell of a CSV)."""
+    """Whether the value of a key (not of content) is absent. Null counts in all its spellings: NaN (pandas), blank text, lists and objects
+    of nulls (Arrow's rows have every key that any row has), and an empty list or object written as text (a cell of a CSV)."""
     if isinstance(value, str):
         return value.strip() in ("", "null", "[]", "{}")
     if isinstance(value, dict | Repeated):

@@ -1,4 +1,4 @@
-"""Classification rows: the answer that a row should get, the labels of a data set, and a row's tokens under each of them."""
+"""Classification: the answer that a row should get, the labels of a data set, and a row's tokens under each label."""
 
 from __future__ import annotations
 

@@ -1,23 +1,24 @@
-"""Rows become token ids with a mask of the tokens to be learnt.
+"""Rows become token ids, with a mask of the supervised tokens.
 
-| row                 | text                                                     | supervised                                          |
-|---------------------|----------------------------------------------------------|-----------------------------------------------------|
-| conversation        | rendered by the base's chat template                     | each assistant turn (or the last) through its end   |
-| prompt, completion  | as a user and an assistant turn where there is a         | the completion and its end                          |
-|                     | template, else joined as they are, bos before, eos after |                                                     |
-| text                | as it is, bos before, eos after                          | everything but the first token                      |
+    row                 | text                                                      | supervised
+    conversation        | rendered by the base's chat template                      | each assistant turn (or the last) through its end
+    prompt, completion  | a user and an assistant turn if there is a chat template, | the completion and its end
+                        | else joined as they are, bos before, eos after            |
+    text                | as it is, bos before, eos after                           | everything but the first token
 
-An answer that was written with its end token ends with that one. A row of a trusted source may spell out control tokens in plain text: they
-are read as the tokenizer reads them, and bos and eos are added only where the text does not begin and end with its own.
+If an answer was written with its end token, that one ends it. A row of a trusted source may have the text of control tokens in plain text:
+it is read as the tokenizer reads it, and bos and eos are added only if the text does not have its own.
 
-Where supervision starts or stops, a tokenizer may merge what stands on either side into one token. Three ways, tried in this order:
+A tokenizer may merge the text on both sides of a boundary of supervision into one token. Three ways are tried, in this order:
 
-1. tokenised whole = tokenised piece by piece: each piece's tokens are known, the mask is exact. Nearly every row of nearly every base.
-2. the tokens of each text up to a boundary start the tokens of the whole: the boundary lies after them (tokenizers that add or eat blanks).
-3. a token straddles a boundary: the pieces' tokens are used, if together they spell the same text. That is what a server does as well: it
-   tokenises the prompt and lets the model write on from there. Pieces that spell another text drop the row.
+- The whole text is tokenised. If that gives the tokens of each part (prompt, answer, …) one after the other, the mask is exact. This holds
+  for nearly every row of nearly every base.
+- If the tokens of each text up to a boundary begin the tokens of the whole, the boundary is after them. This is for tokenizers that add or
+  remove blanks.
+- If a token crosses a boundary, the parts' own tokens are used, provided that together they spell the same text. A server does the same: it
+  tokenises the prompt and lets the model continue. If the parts spell another text, the row is dropped.
 
-Whatever is not certain drops the row with a reason; nothing is cut to length and nothing is guessed.
+A row that is not certain is dropped with a reason. No row is cut.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Tokenised rows on disk, so that the next run and a run after a crash start at once (LlamaFactory#3939).
+"""Tokenised rows on disk, so that the next run, or a run after a crash, need not tokenise again (LlamaFactory#3939).
 
-One .npz a source, named by the digest of all that decides its tokens: rows, tokenizer, template, options. Origins are not kept: the same
-rows may lie in another file tomorrow. A file that does not verify is ignored and written anew; one that cannot be written costs time,
-nothing else.
+Each source has one .npz file. Its name is the digest of everything that decides the tokens: rows, tokenizer, template, options. Origins are
+not kept, since the same rows may be in another file next time. A file that does not verify is ignored and written again. If a file cannot
+be written, the only loss is that the rows are tokenised again.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Text and lists of messages as rows hold them: checked, in either spelling, with the marks that say what is to be learnt.
+"""Texts and lists of messages in rows: read in either spelling and checked, with the marks that say which turns are trained on.
 
-`BadRow` where a value is not what it should be; nothing is guessed.
+Raises `BadRow` for a value that is not of the expected kind.
 """
 
 from __future__ import annotations

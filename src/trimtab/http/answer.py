@@ -1,9 +1,4 @@
-"""One HTTP request at the engine: its n answers, what has come of them, and their end, whoever brings it about.
-
-The engine calls sinks on its own thread. `Mailbox` carries what they get to the event loop, one wake-up for all that has gathered, so a
-step over 64 streams costs one system call and not 64. What waits is merged: a reader who falls behind gets larger pieces, not a longer
-queue.
-"""
+"""One HTTP request at the engine: its n answers, the deltas that have come, and the end, which may come from client, engine or server."""
 
 from __future__ import annotations
 

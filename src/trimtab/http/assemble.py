@@ -1,4 +1,4 @@
-"""A server's parts around an engine, put together as `Services`: for `trimtab serve`, and for whoever serves from a process of its own."""
+"""Puts a server's parts together around an engine, as `Services`: for `trimtab serve` and `trimtab train --serve`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/livez, /readyz, /metrics: for whoever runs the server."""
+"""/livez, /readyz, /metrics: for monitoring."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOT: dict[int | str, dict[str, Any]] = {200: {"content": STATUS}, 503: {"descrip
 
 @public.get("/livez", responses=NOT)
 async def livez(request: Request) -> Response:
-    """Whether the process works at all. Where it does not, restart it."""
+    """Whether the process works. If not, restart it."""
     s: Services = request.app.state.services
     return _status("ok" if s.alive() or s.life.draining else "the engine has stopped", s.alive() or s.life.draining)
 

@@ -1,4 +1,4 @@
-"""An answer's way to a client that may read slowly, or not at all: nothing waits for it longer than `write_s`."""
+"""Sends an answer to a client that may read slowly, or not at all. Nothing waits for a client longer than `write_s`."""
 
 from __future__ import annotations
 

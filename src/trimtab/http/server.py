@@ -1,7 +1,7 @@
-"""The process: a socket, uvicorn in it, and an end that drops nobody.
+"""The process: a socket, uvicorn in it, and an orderly end.
 
-SIGTERM or SIGINT: /readyz says no, new requests get 503 with Retry-After, running ones finish, then the process ends with 0. What has not
-finished after `drain_s` is cancelled, and its client is told so. A second signal ends at once.
+On SIGTERM or SIGINT, /readyz answers 503, new requests get 503 with Retry-After, running ones finish, and the process ends with 0. Requests
+that have not finished after `drain_s` are cancelled, and their clients are told. A second signal ends the process at once.
 """
 
 from __future__ import annotations

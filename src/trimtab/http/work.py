@@ -1,5 +1,5 @@
-"""Threads for work that requests ask for and that would hold up the event loop. Tenants take turns, and each has one job at a time, so
-that whoever sends much waits for itself."""
+"""Threads for work of requests that would block the event loop. Tenants take turns, and each has one job at a time, so a tenant that sends
+much delays only itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 THREADS = 4
-"""A tenant keeps one of them busy, so that one that comes finds another."""
+"""A tenant occupies one of them at a time, so another tenant finds a free one."""
 
 
 class Work:

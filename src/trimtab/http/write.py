@@ -1,7 +1,7 @@
-"""OpenAI's shapes of answers: whole ones, the chunks of a stream, log-probabilities; for chat and for completions.
+"""Writes answers in OpenAI's shapes: whole ones, chunks of a stream, log-probabilities, for chat and for completions.
 
-A chunk is written several hundred times a second, so what all chunks of an answer share is written once. What takes long is written on
-another thread, token by token: one call of json.dumps over a large answer would let nobody else run meanwhile.
+Several hundred chunks are written a second, so the part that all chunks of an answer share is written once. Large answers are written on
+another thread, token by token: one call of json.dumps over a large answer would block all other threads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Full fine-tuning, the yardstick: a trainable copy of all weights.
+"""Full fine-tuning, for comparison: a trainable copy of all weights.
 
-It is not an adapter: it shares nothing with the base, so it has its own forward and stays out of mixed batches and out of the registry.
-It trains from the same run file, with the same data, schedule and reports, and is saved as a model folder.
+It is not an adapter. It shares nothing with the base, so it has its own forward, cannot be in a mixed batch, and is not in METHODS. It
+trains from the same run file, with the same data, schedule and reports, and is saved as a model folder.
 """
 
 from __future__ import annotations

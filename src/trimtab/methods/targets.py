@@ -1,4 +1,4 @@
-"""Which modules a method acts on: peft's rules for names, without peft's silence about names that match nothing."""
+"""Which modules a method acts on. The rules for names are peft's, but a name that matches nothing is an error."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def pattern_value(pattern: Mapping[str, N], name: str, default: N) -> N:
 
 
 def stray_keys(spec: Spec, option: str, pattern: Mapping[str, object], targeted: Sequence[str]) -> list[str]:
-    """One finding for each key of rank_pattern or alpha_pattern that matches none of the modules acted on; peft ignores it in silence."""
+    """One finding for each key of rank_pattern or alpha_pattern that matches none of the modules acted on; peft ignores such keys."""
     short, found = list(dict.fromkeys(n.rpartition(".")[2] for n in targeted)), []
     for key in pattern:
         if not any(_ending(key).match(n) for n in targeted):

@@ -1,7 +1,7 @@
-"""Who may come in: a tenant's answers at a time, its tokens a minute, and how many answers the whole server holds.
+"""Which requests are admitted: a tenant's answers at a time, its tokens a minute, and the number of answers of the whole server.
 
-Asked before a prompt is tokenized, answered in microseconds from counters in memory, so that overload costs next to nothing. Knows tenants
-and numbers; nothing of prompts, adapters or the engine. Several server processes count each for itself.
+This is decided before a prompt is tokenized, in microseconds, from counters in memory, so a refusal costs next to nothing. It knows tenants
+and numbers, but no prompts, adapters or engine. Several server processes count separately.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from trimtab.serve.tenant import LOCAL, Tenant
 
 DEFAULT_MAX_OPEN = 256
 LEAST_WAIT, MOST_WAIT = 0.05, 60.0
-"""Seconds: bounds of a wait that is told."""
+"""Seconds: bounds of the Retry-After that a refusal names."""
 FIRST_TOKENS = 256.0
 """Tokens of an answer, prompt included, before any has ended."""
 FREE_PARTS = 4
-"""A tenant holds at most so many times the room that is left then: one alone four fifths of it, two four ninths each. So there is room for
-whoever comes next."""
+"""A tenant holds at most this many times the answers that then remain free: four fifths if it is alone, four ninths each if there are two.
+So there is room for the next tenant."""
 Reason = Literal["concurrency", "tokens", "full", "draining"]
 
 
@@ -136,7 +136,7 @@ class Admission:
             self._refuse_if_over(tenant, self._holdings.get(tenant.id) or _Holding(), 1, self._clock())
 
     def drain(self) -> None:
-        """From now on nobody comes in; those inside are not touched."""
+        """From now on no request is admitted. Running ones are not touched."""
         self._draining = True
 
     def tokens_left(self, tenant: Tenant) -> float | None:
@@ -151,7 +151,7 @@ class Admission:
             return holding.bucket.level
 
     def _refuse_if_over(self, tenant: Tenant, holding: _Holding, n: int, now: float) -> None:
-        """The tenant's own limits first: whoever is over those should hear so, also while the server is full."""
+        """The tenant's own limits are checked first, so that it hears of them even while the server is full."""
         bound = min(self.max_open, tenant.max_concurrent or self.max_open)
         if not 1 <= n <= bound:
             raise TrimtabError(f"n = {n}: must be from 1 to {bound} here", fix="ask for fewer answers at a time")
@@ -171,7 +171,8 @@ class Admission:
         self._refuse_if_it_leaves_no_room(tenant, holding, n)
 
     def _refuse_if_it_leaves_no_room(self, tenant: Tenant, holding: _Holding, n: int) -> None:
-        """Nobody shares with whoever talks to a local server; and who has nothing yet may come as long as there is room."""
+        """Does not apply to a local server, which has no other tenants, nor to a tenant without answers, which may come as long as there is
+        room."""
         most = FREE_PARTS * (self.max_open - self._open - n)
         if tenant.id != LOCAL.id and holding.open and holding.open + n > max(1, most):
             self.rejects["concurrency"] += 1
@@ -182,7 +183,8 @@ class Admission:
             )
 
     def _within_share(self, tenant: Tenant, holding: _Holding, n: int) -> bool:
-        """Whether it would be computed at once although others wait: the scheduler makes way for whoever has less than his share."""
+        """Whether the answers would be computed at once although others wait: the scheduler preempts for a tenant that has less than its
+        share."""
         others = sum(h.weight for h in self._holdings.values() if h.open and h is not holding)
         return bool(others) and holding.open + n <= max(1.0, self._places.count * tenant.weight / (others + tenant.weight))
 

@@ -1,12 +1,14 @@
-"""The audit log: what administrators did and whom the server refused, one JSON line each, only ever appended to.
+"""The audit log: what administrators did, and what the server refused. One JSON line each; the file is only appended to.
 
-Never prompts, answers or keys: the fields are those below, and texts are cut. Two kinds of lines, two promises:
+It never has prompts, answers or keys. Its fields are those below, and texts are cut. The two kinds of lines have two guarantees:
 
-- An administrator's act is on the disk (fsync) before it is carried out, and is refused where that fails. A second line says how it ended.
-- Refusals are written by a thread, in batches, without fsync: a power cut may cost the last ones, and a flood of them is summed up.
+- An administrator's action is on the disk (fsync) before it is carried out. If that fails, the action is refused. A second line says how it
+  ended.
+- Refused requests are written by a thread, in batches, without fsync. A power cut may lose the last ones. Many at once are written as a
+  count.
 
-A full disk never stops serving. It is said once in the server's log, lines that are lost are counted, `problem` says it for /readyz, and
-writing is tried again with every line. Any number of processes may append to one file; one that is moved away (logrotate) is begun anew.
+If the disk is full, serving goes on. The server's log says so once, lost lines are counted, `problem` reports it, and every further line is
+tried again. Several processes may append to one file. If the file is moved away (logrotate), a new one is begun.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""KV blocks: who holds which, and which of them hold the beginning of a prompt that may come again.
+"""KV blocks: which sequences hold them, and which of them have the beginning of a prompt that may come again (a prefix cache).
 
-A full block is known by a hash chain over all that its keys and values depend on: base, adapter, whose it is, and every token from the
-first on. Only full blocks are shared, so a shared block is never written again and nothing is ever copied. What lies in the blocks, and
-which sequences hold them, is not known here.
+A full block is identified by a hash chain over everything that its keys and values depend on: base, adapter, tenant, and every token from
+the first one on. Only full blocks are shared. So a shared block is never written again, and nothing is ever copied. This file does not know
+the contents of blocks, nor the sequences.
 """
 
 from __future__ import annotations

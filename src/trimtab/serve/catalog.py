@@ -1,7 +1,7 @@
-"""Which adapter a tenant means by a name: the store's, through the tenant's namespaces, or one that it loaded from a folder itself.
+"""Which adapter a tenant means by a name: one of the store, through the tenant's namespaces, or one that it has loaded from a folder.
 
-Names are resolved at every request and kept nowhere, so a publish or a moved alias counts from the next request on, and a request goes
-with one version to its end. What is not the tenant's is answered as what does not exist. Knows nothing of keys, HTTP or the engine.
+Names are resolved at every request and not cached. So a publish or a moved alias counts from the next request on, and a request keeps one
+version to its end. An adapter of another tenant is answered like one that does not exist. Keys, HTTP and the engine are not known here.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class Catalog:
             raise AdapterError(f"{MAX_LOADED} adapters are loaded from folders already", fix="unload some first")
 
     def _version(self, model: str, tenant: Tenant) -> Version | None:
-        """Looked up only where the tenant may look, so neither words nor time tell what is elsewhere."""
+        """Looked up only if the tenant may see the namespace, so that neither the message nor the time reveals what others have."""
         path, at, selector = model.partition("@")
         namespace, slash, name = path.rpartition("/")
         if len(model) > MAX_NAME or (at and not selector) or (slash and not tenant.sees(namespace)):

@@ -1,7 +1,7 @@
-"""Whose turn it is: a virtual token counter for each tenant (Sheng et al. 2023, arXiv:2401.00588).
+"""Which tenant is next: a virtual token counter for each tenant (Sheng et al. 2023, arXiv:2401.00588).
 
-A counter grows by the tokens served, weighted and divided by the tenant's share; the tenant with the smallest counter is next. One that
-comes back after a pause is lifted to the smallest counter of those who were there, so that idling saves nothing up.
+A counter grows by the tokens served, weighted and divided by the tenant's weight. The tenant with the smallest counter is next. When a
+tenant comes back after a pause, its counter is raised to the smallest counter of the active tenants, so that idle time is not saved up.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def split_key(text: str) -> tuple[str, bytes]:
 
 
 def redacted(text: str) -> str:
-    """The text without whatever looks like one of our keys, or like a secret alone: for logs and answers, where people's mistakes put them
-    (as a model, an id, a path, a field). Where one is percent-encoded, what is left of the text is decoded."""
+    """The text without anything that looks like one of our keys, or like a secret alone. For logs and answers: people put keys in wrong
+    places (a model, an id, a path, a field). If a key is percent-encoded, the rest of the text is returned decoded."""
     plain = text
     for _ in range(MAX_ENCODED):
         if (further := unquote(plain)) == plain:

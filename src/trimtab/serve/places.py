@@ -1,6 +1,6 @@
-"""When who comes now would have a place: a guess from when the answers that are computed began, and how long one takes.
+"""An estimate of how long a new request would wait, from the times at which the running answers began and how long an answer takes.
 
-Answers that began together end together, so places do not come free evenly: the wait may be next to nothing or a whole answer long.
+Answers that began together end together. So places do not become free evenly: a wait may be close to zero, or as long as a whole answer.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from collections import deque
 from dataclasses import dataclass
 
 FIRST_GUESS = 1.0
-"""Seconds that an answer takes, before any has ended."""
+"""Seconds that an answer is assumed to take before any has ended."""
 MEMORY = 0.1
 """Weight of the newest in a running mean."""
 
 
 @dataclass(eq=False)
 class Answer:
-    """One that is inside. began: when it got its place; None while it waits."""
+    """An admitted answer. began: when its computation began; None while it waits."""
 
     began: float | None = None
 

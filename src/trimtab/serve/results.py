@@ -1,4 +1,4 @@
-"""Whole answers, gathered from deltas: for whoever does not stream."""
+"""Whole answers, collected from deltas, for callers that do not stream."""
 
 from __future__ import annotations
 

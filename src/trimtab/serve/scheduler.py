@@ -1,10 +1,10 @@
-"""What runs in a step: continuous batching with chunked prefill over paged keys and values.
+"""Decides what runs in a step: continuous batching, with chunked prefill over a paged KV cache.
 
-Sequences that decode come first, then prompts, in chunks, within a number of rows. Tenants take turns by their counters; within a tenant
-requests come in order, except that one whose adapter is not there yet lets others pass. When KV blocks run out the newest sequence gives up
-its own and comes back later: what it had is computed again. So does the newest of a tenant that holds more than its share of places or
-blocks (`shares.py`), as soon as one comes that has less than its own: nobody waits for a whole answer of somebody else's. Nothing is known
-here of forwards, sampling or sinks.
+Sequences that decode come first, then prompts, in chunks, up to a number of rows. Tenants take turns by their counters. The requests of a
+tenant run in order, except that a request whose adapter is not loaded yet lets others pass. When KV blocks run out, the newest sequence is
+preempted: it gives up its blocks and is computed again later. The newest sequence of a tenant that holds more than its share is preempted
+as well, as soon as a tenant with less than its share has a request (`shares.py`). So no tenant waits for a whole answer of another.
+Forwards, sampling and sinks are not known here.
 """
 
 from __future__ import annotations
@@ -264,8 +264,8 @@ class Scheduler:
         return True
 
     def _next(self, may: Callable[[str], bool]) -> Live | None:
-        """By the turns of the tenants that may; of a tenant, who comes back before who is new, and of those the first whose adapter is
-        there."""
+        """Tenants in their turns, of those that may. Of a tenant, preempted sequences come before new ones; of the new ones the first whose
+        adapter is loaded."""
         back: dict[str, Live] = {}
         for live in self._returning:
             if live.unsaid is None:

@@ -1,8 +1,9 @@
-"""Each tenant's share of the places and KV blocks, among the tenants that want them, by weight; and who makes way for whom.
+"""Each tenant's share of running sequences and KV blocks, by weight, among the tenants that want some; and which sequence is preempted for
+another tenant.
 
-A tenant may hold more than its share: while nobody else wants it, and to catch up in tokens. Somebody with less, who has not had more
-tokens, gets it from the newest sequence of the tenant that is over its share by most. The oldest sequence of a tenant never makes way, so
-that each tenant always gets on.
+A tenant may hold more than its share while no other tenant wants it, and to catch up in tokens. A tenant that has less than its share, and
+not more tokens, gets room from the tenant that is most above its share: that tenant's newest sequence is preempted. A tenant's oldest
+sequence is never preempted for others, so every tenant makes progress.
 """
 
 from __future__ import annotations

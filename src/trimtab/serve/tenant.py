@@ -41,7 +41,7 @@ class Tenant:
 
 
 LOCAL = Tenant("local", "local", (EVERYTHING,), max_concurrent=None, admin=True)
-"""Whoever talks to a server on its own machine (`--local`): sees all namespaces, has no limits."""
+"""The only tenant of a local server (`--local`): it sees all namespaces and has no limits."""
 
 
 class Forbidden(AuthError):

@@ -1,10 +1,10 @@
 """The model card: the README.md beside an adapter's files, for people and for the Hugging Face hub.
 
-It says what the folder's other files say, and how to load them where. It is no part of what is checked on loading, so it may be edited:
-its last line holds a digest of the lines above it, by which a card that is still as it was written is told from somebody's own words.
+It repeats what the folder's other files say, and explains how to load them. Loading does not check it, so it may be edited. Its last line
+has a digest of the lines above, which shows whether a card is still as trimtab wrote it.
 
-What comes from data (names, settings, scores) may hold anything. It stands in code spans and code blocks only, where Markdown and HTML mean
-nothing; the front matter takes nothing but the id of a hub repository.
+Names, settings and scores may contain any text. They are put into code spans and code blocks only, where Markdown and HTML have no effect.
+The front matter has nothing but the id of a hub repository.
 """
 
 from __future__ import annotations

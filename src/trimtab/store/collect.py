@@ -1,4 +1,4 @@
-"""Garbage collection: removing blobs that no version needs, and what killed writers have left. What a living writer works on stays."""
+"""Garbage collection: it removes blobs that no version needs, and what killed writers have left. Files of a living writer stay."""
 
 from __future__ import annotations
 

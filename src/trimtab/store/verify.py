@@ -1,4 +1,4 @@
-"""Looking at every byte of a store, and saying everything that is wrong with it."""
+"""Reads every byte of a store, and reports everything that is wrong with it."""
 
 from __future__ import annotations
 

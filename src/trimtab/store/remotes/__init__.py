@@ -1,9 +1,8 @@
-"""Moving adapters between the store and elsewhere: the Hugging Face hub, OCI registries, whatever fsspec reaches.
+"""Moving adapters between the store and elsewhere: the Hugging Face hub, OCI registries, and file systems that fsspec knows.
 
-A pull trusts nobody: what is promised is bounded before a byte is fetched, every byte is compared with a digest on arrival, and the
-store's own checks decide in the end. Until then there are partial files in the store's tmp and nothing else; an interrupted pull goes on
-from them.
-A push sends only what the other side lacks, and names last, so that what has a name there is whole.
+A pull trusts nobody. Sizes are checked before a byte is fetched, every byte is compared with a digest on arrival, and the store's own
+checks run at the end. Until then there are only partial files in the store's `tmp`. An interrupted pull continues from them. A push sends
+only what the other side lacks, and names last, so that everything that has a name there is complete.
 """
 
 from __future__ import annotations

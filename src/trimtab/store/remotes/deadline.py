@@ -1,7 +1,7 @@
-"""An overall time limit for a transfer: a server that sends a byte a minute never runs into the limit of a single read.
+"""A time limit for a whole transfer. A server that sends a byte a minute never exceeds the limit of a single read.
 
-The work runs on a thread of its own, which looks at the clock between two pieces. Where it is stuck in a library's read it is left behind
-when its time is up; it can no longer commit anything then, and ends with its connection or the process.
+The work runs on a thread of its own and checks the clock between two pieces. If it is blocked in a library's read when its time is up, the
+thread is abandoned. It can no longer commit anything then, and ends with its connection or the process.
 """
 
 from __future__ import annotations

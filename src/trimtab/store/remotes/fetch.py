@@ -1,7 +1,7 @@
-"""One file from elsewhere to here, whole or not at all: goes on from what is there, never takes more than was promised, checks the digest.
+"""Fetches one file, whole or not at all: it continues a partial file, never takes more bytes than were promised, and checks the digest.
 
-Knows bytes, digests and patience; nothing of protocols. A transport says `Transient` for what may pass by itself (a cut connection, a
-server too busy); what it says otherwise ends the transfer at once.
+It knows bytes, digests and retries, but no protocols. A transport raises `Transient` for what may succeed later (a cut connection, a busy
+server). Any other error ends the transfer at once.
 """
 
 from __future__ import annotations
