@@ -1,4 +1,4 @@
-"""Output for people: text from models and files cannot control the terminal. The output of --json is exact, and goes through `click.echo`."""
+"""Output for people: text from models and files cannot control the terminal. What --json prints is exact, and goes through `click.echo`."""
 
 from __future__ import annotations
 
