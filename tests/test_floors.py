@@ -35,10 +35,6 @@ KERNELS = {"mm", "bmm", "baddbmm", "addmm", "addmm_", "torch.matmul", "einsum", 
 """Calls that mean a kernel (`@` is for small algebra, as in a merge; `matmul` of anything but torch is a base's weight's)."""
 
 
-KNOWN_BELOW = {"trimtab.forward.attached"}
-"""Known for typing to files that it imports: the one circle of names that is left."""
-
-
 @dataclass(frozen=True)
 class Import:
     line: int
@@ -109,7 +105,7 @@ def violations(files: Mapping[str, str]) -> list[str]:
                 found.append(f"{module}:{i.line}: http never imports torch")
             if i.target.split(".")[0] != "trimtab":
                 continue
-            if i.target != module and not (i.typing_only and i.target in KNOWN_BELOW and top(module) == top(i.target)):
+            if i.target != module:
                 graph.setdefault(module, set()).add(i.target)
             if i.typing_only:
                 continue

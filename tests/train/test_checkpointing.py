@@ -42,7 +42,7 @@ def mixed_gradients(base: Base, activation_checkpointing: bool) -> list[Tensor]:
         hidden_TH = base.attached.forward(batch)
         loss = base.attached.head(hidden_TH, batch, range(batch.total)).float().logsumexp(-1).sum()
         loss.backward()
-        assert base.attached.batch is None
+        assert base.attached._at_hand.batch is None
         return [loss.detach(), *(t.grad for a in adapters for t in a.params.values() if t.grad is not None)]
     finally:
         base.attached.activation_checkpointing = False

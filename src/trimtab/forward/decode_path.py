@@ -13,23 +13,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trimtab import ops
+from trimtab.bases.weights import Weight
 from trimtab.forward.attention import KVCache, PagedKV, Plan, Run, lay_out, over_buckets
+from trimtab.forward.batch import Batch
+from trimtab.forward.hosted import Hosted
+from trimtab.forward.packs import Group, Mix
 from trimtab.memory import machine_memory
 from trimtab.ops import native, native_inference
 from trimtab.ops.stack import Edit, EditTable, LayerWeights, Stack
-
-if TYPE_CHECKING:
-    from trimtab.bases.weights import Weight
-    from trimtab.forward.attached import Attached
-    from trimtab.forward.batch import Batch
-    from trimtab.forward.packs import Group, Mix
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LONG = 64
@@ -57,17 +55,17 @@ class Paging:
 
 
 class DecodePath:
-    """The decode path of one attached model. `takes` says whether it computes a batch; `forward` does."""
+    """The decode path of one model. `takes` says whether it computes a batch; `forward` does."""
 
-    def __init__(self, attached: Attached, packs: bool | None = None):
+    def __init__(self, hosted: Hosted, packs: bool | None = None):
         """packs: whether weights are copied into the matmul's layout; None: where the machine is large enough."""
-        self.attached, spec, body = attached, attached.spec, attached.body
+        self.hosted, spec, body = hosted, hosted.spec, hosted.body
         self.heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        packs = packs_weights(attached) if packs is None else packs
-        self.layers = [_Layer(attached, i, layer, packs) for i, layer in enumerate(body.layers)]
+        packs = packs_weights(hosted) if packs is None else packs
+        self.layers = [_Layer(hosted, i, layer, packs) for i, layer in enumerate(body.layers)]
         self.sites = frozenset(name for layer in self.layers for name in layer.sites) | {spec.head}
         self.norm, self.eps = body.norm.weight, body.norm.variance_epsilon
-        self.head = _linear([attached.head_weight], [attached.head_module.bias], packs)[0]
+        self.head = _linear([hosted.head_weight], [hosted.head_module.bias], packs)[0]
         self.stack = _stack(self.layers, self.heads, self.norm, self.eps)
 
     def takes(self, batch: Batch) -> bool:
@@ -78,8 +76,8 @@ class DecodePath:
         """Hidden states after the final norm, [T, H]; keys and values go into the batch's cache."""
         cache, plan = batch.plan.cache, batch.plan
         assert cache is not None and plan.write_T is not None
-        x_TH = self.attached.embedding(batch.ids_T[None])[0].contiguous()
-        cos_TD, sin_TD = (p[0].contiguous() for p in self.attached.body.rotary_emb(x_TH[None], position_ids=batch.position_T[None]))
+        x_TH = self.hosted.embedding(batch.ids_T[None])[0].contiguous()
+        cos_TD, sin_TD = (p[0].contiguous() for p in self.hosted.body.rotary_emb(x_TH[None], position_ids=batch.position_T[None]))
         paging, long = _paging(plan, cache)
         if self.stack is not None and len(x_TH) <= FEW_ROWS and not long:
             edits = self._edits(self.stack, batch)
@@ -114,11 +112,11 @@ class DecodePath:
         a_TH[rows] = over_buckets(q_THD, *pools, layout, layer.scaling, None, layer.window).flatten(1)
 
 
-def packs_weights(attached: Attached) -> bool:
+def packs_weights(hosted: Hosted) -> bool:
     """Whether the machine is large enough for a copy of the weights."""
-    modules = attached.body.layers, attached.head_module
+    modules = hosted.body.layers, hosted.head_module
     size = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
-    return attached.dtype == torch.bfloat16 and size <= MEMORY_SHARE * machine_memory()[0]
+    return hosted.dtype == torch.bfloat16 and size <= MEMORY_SHARE * machine_memory()[0]
 
 
 def _paging(plan: Plan, cache: KVCache) -> tuple[Paging, list[tuple[slice, Any]]]:
@@ -175,10 +173,10 @@ def _stack(layers: Sequence[_Layer], heads: tuple[int, int, int], norm_H: Tensor
 class _Projection:
     """Linear layers that share an input, as one matmul; edits of each act on its part of the result."""
 
-    def __init__(self, attached: Attached, names: Sequence[str], packs: bool):
-        self.attached, self.names = attached, tuple(names)
-        self.weights = [attached.weights.of[n] for n in names]
-        self.biases: list[Tensor | None] = [attached.model.get_submodule(n).bias for n in names]
+    def __init__(self, hosted: Hosted, names: Sequence[str], packs: bool):
+        self.hosted, self.names = hosted, tuple(names)
+        self.weights = [hosted.weights.of[n] for n in names]
+        self.biases: list[Tensor | None] = [hosted.model.get_submodule(n).bias for n in names]
         self.plain, self.packed = _linear(self.weights, self.biases, packs)
         stops = np.cumsum([w.shape[0] for w in self.weights]).tolist()
         self.parts = list(zip([0, *stops[:-1]], stops, strict=True))
@@ -189,13 +187,13 @@ class _Projection:
             return self.plain(x_TI)
         lora = self.lora_parts(batch.mix) if all(g.kernel is ops.lora for n in self.names for g in groups.get(n, ())) else None
         if len(self.names) == 1 and not lora:
-            return self.attached.edited(self.names[0], x_TI, batch, self.plain)
+            return self.hosted.edited(self.names[0], x_TI, batch, self.plain)
         y_TO = self.plain(x_TI)
         if not lora or not self._add_lora(x_TI, y_TO, batch, lora):
             for name, weight, bias, (a, b) in zip(self.names, self.weights, self.biases, self.parts, strict=True):
                 if name in groups:
                     part = y_TO[:, a:b]
-                    edited = self.attached.edited(name, x_TI, batch, _known(x_TI, part, partial(weight.matmul, bias_O=bias)))
+                    edited = self.hosted.edited(name, x_TI, batch, _known(x_TI, part, partial(weight.matmul, bias_O=bias)))
                     if edited.data_ptr() != part.data_ptr():
                         part.copy_(edited)
         return y_TO
@@ -262,18 +260,18 @@ def _packed(weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
 class _Layer:
     """One layer's weights and places for edits."""
 
-    def __init__(self, attached: Attached, index: int, layer: Any, packs: bool):
-        found, attn = attached.spec.layers[index], layer.self_attn
+    def __init__(self, hosted: Hosted, index: int, layer: Any, packs: bool):
+        found, attn = hosted.spec.layers[index], layer.self_attn
         at = found.name
-        self.attached, self.index, self.scaling = attached, index, attn.scaling
+        self.hosted, self.index, self.scaling = hosted, index, attn.scaling
         self.window = found.window
         self.input_norm, self.mlp_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self.head_norms = (attn.q_norm.weight, attn.k_norm.weight) if hasattr(attn, "q_norm") else None
         self.mlp_name = f"{at}.mlp"
-        self.qkv = _Projection(attached, [f"{at}.self_attn.{p}_proj" for p in "qkv"], packs)
-        self.o = _Projection(attached, [f"{at}.self_attn.o_proj"], packs)
-        self.gate_up = _Projection(attached, [f"{at}.mlp.{p}_proj" for p in ("gate", "up")], packs)
-        self.down = _Projection(attached, [f"{at}.mlp.down_proj"], packs)
+        self.qkv = _Projection(hosted, [f"{at}.self_attn.{p}_proj" for p in "qkv"], packs)
+        self.o = _Projection(hosted, [f"{at}.self_attn.o_proj"], packs)
+        self.gate_up = _Projection(hosted, [f"{at}.mlp.{p}_proj" for p in ("gate", "up")], packs)
+        self.down = _Projection(hosted, [f"{at}.mlp.down_proj"], packs)
         self.projections = (self.qkv, self.o, self.gate_up, self.down)
         self.sites = [n for p in self.projections for n in p.names] + [self.mlp_name]
 
@@ -285,4 +283,4 @@ class _Layer:
 
     def mlp(self, h_TH: Tensor, batch: Batch) -> Tensor:
         inside = lambda x: self.down(native_inference.swiglu(self.gate_up(x, batch)), batch)  # noqa: E731
-        return self.attached.edited(self.mlp_name, h_TH, batch, inside) if self.mlp_name in batch.mix.groups else inside(h_TH)
+        return self.hosted.edited(self.mlp_name, h_TH, batch, inside) if self.mlp_name in batch.mix.groups else inside(h_TH)

@@ -5,17 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from trimtab.forward.decode_path import FAMILIES, DecodePath, packs_weights
+from trimtab.forward.hosted import Hosted
 from trimtab.forward.replica import altered, as_near
 from trimtab.forward.small import in_chunks, random_ids, small_model
 from trimtab.ops import native
-
-if TYPE_CHECKING:
-    from trimtab.forward.attached import Attached
 
 CHUNKS = ((5, 3, 1), (131, 1, 1), (0, 70, 1), (2, 1, 1))
 """Tokens of each sequence that enter in each of three forwards: many rows, a long prompt beside short pieces, one token each."""
@@ -26,25 +24,23 @@ class DecodePathMaker:
     """Makes the decode path where this model can have one here that agrees with the model's own; else gives None. They are compared once:
     weights change, formulas do not."""
 
-    def __init__(self, attached: Attached):
-        self.attached = attached
+    def __init__(self, hosted: Hosted):
+        self.hosted = hosted
         self.agrees: bool | None = None
 
     @torch.no_grad()
     def __call__(self) -> DecodePath | None:
         if self.agrees is None and not self._can_run():
             self.agrees = False
-        path = None if self.agrees is False else DecodePath(self.attached)
+        path = None if self.agrees is False else DecodePath(self.hosted)
         if path is not None and self.agrees is None:
-            self.agrees = _agrees(self.attached, partial(DecodePath, packs=packs_weights(self.attached)))
+            self.agrees = _agrees(self.hosted, partial(DecodePath, packs=packs_weights(self.hosted)))
         return path if self.agrees else None
 
     def _can_run(self) -> bool:
-        attached, spec, body = self.attached, self.attached.spec, self.attached.body
-        known = (
-            spec.model_type in FAMILIES and attached.model.config.hidden_act == "silu" and not any(map(altered, attached.model.modules()))
-        )
-        if not known or spec.max_positions < LONGEST or not native.available(attached.embedding.weight):
+        hosted, spec, body = self.hosted, self.hosted.spec, self.hosted.body
+        known = spec.model_type in FAMILIES and hosted.model.config.hidden_act == "silu" and not any(map(altered, hosted.model.modules()))
+        if not known or spec.max_positions < LONGEST or not native.available(hosted.embedding.weight):
             return False
         if len({(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in spec.layers}) > 1:
             return False
@@ -52,12 +48,12 @@ class DecodePathMaker:
 
 
 @torch.no_grad()
-def _agrees(attached: Attached, make: Callable[[Attached], DecodePath]) -> bool:
+def _agrees(hosted: Hosted, make: Callable[[Hosted], DecodePath]) -> bool:
     """Whether the decode path that `make` gives of a model of this kind computes hidden states and logits as transformers does."""
-    exact, model = (_small_model(attached, dtype) for dtype in (torch.float32, attached.dtype))
-    small = type(attached)(model)
+    exact, model = (_small_model(hosted, dtype) for dtype in (torch.float32, hosted.dtype))
+    small = Hosted(model)
     path, ids = make(small), random_ids([sum(chunk) for chunk in CHUNKS])
-    body, head = exact.get_submodule(attached.spec.body), exact.get_submodule(attached.spec.head)
+    body, head = exact.get_submodule(hosted.spec.body), exact.get_submodule(hosted.spec.head)
     ours, theirs = (in_chunks(small, forward, ids, CHUNKS) for forward in (path.forward, small.forward_plain))
     wanted = [body(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in ids]
     x = theirs[1]
@@ -65,8 +61,8 @@ def _agrees(attached: Attached, make: Callable[[Attached], DecodePath]) -> bool:
     return all(as_near(*three) for three in [*zip(ours, theirs, wanted, strict=True), logits])
 
 
-def _small_model(attached: Attached, dtype: torch.dtype) -> Any:
+def _small_model(hosted: Hosted, dtype: torch.dtype) -> Any:
     """A small model whose embeddings are as small as a norm's epsilon lets them matter."""
-    made = small_model(attached.model, attached.spec, dtype)
-    made.get_submodule(attached.spec.embedding).weight.mul_(attached.body.norm.variance_epsilon**0.5)
+    made = small_model(hosted.model, hosted.spec, dtype)
+    made.get_submodule(hosted.spec.embedding).weight.mul_(hosted.body.norm.variance_epsilon**0.5)
     return made

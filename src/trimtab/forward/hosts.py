@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from threading import local
+from types import MethodType
+from typing import Any
 
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
+from trimtab.errors import BaseError
 from trimtab.forward.batch import Batch
 
-if TYPE_CHECKING:
-    from trimtab.forward.attached import Attached
+
+class AtHand(local):
+    """The batch that one base runs on the calling thread. Hosts ask for it, because the models call the modules that they stand in for with
+    hidden states alone; everything else is given its batch."""
+
+    batch: Batch | None = None
+
+    @contextmanager
+    def running(self, batch: Batch) -> Iterator[None]:
+        """This batch is at hand on this thread, and afterwards the one that was."""
+        previous, self.batch = self.batch, batch
+        try:
+            yield
+        finally:
+            self.batch = previous
 
 
 class Around:
@@ -35,8 +52,13 @@ class Around:
         return getattr(self.module, "embed_scale", 1.0)
 
     def with_parameters(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """The module alone, computed with these parameters in place of its own."""
-        return functional_call(_Original(self.module, self._original), {f"module.{k}": v for k, v in parameters.items()}, (x,))
+        """The module alone, computed with these parameters in place of its own. They are put into a copy of the module, because other
+        threads may run the module itself meanwhile."""
+        alone = copy(self.module)
+        vars(alone)["_parameters"] = {**self.module._parameters, **parameters}
+        forward = self.module.forward
+        own = forward.method if isinstance(forward, Host) else forward
+        return own.__func__(alone, x)
 
     @property
     def weight_OI(self) -> Tensor:
@@ -45,17 +67,6 @@ class Around:
     @property
     def bias_O(self) -> Tensor | None:
         return getattr(self.module, "bias", None)
-
-
-class _Original(nn.Module):
-    """A module under its own forward: calling the module itself would reach the host that stands in for it, and never end."""
-
-    def __init__(self, module: nn.Module, original: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.module, self.original = module, original
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.original(x)
 
 
 def weight_OI(module: Any) -> Tensor:
@@ -68,11 +79,11 @@ class Host:
 
     of_trimtab = True  # see `replica.altered`
 
-    def __init__(self, attached: Attached, name: str, module: Any, index: int):
-        self.attached, self.name, self.module, self.index, self.original = attached, name, module, index, module.forward
+    def __init__(self, at_hand: AtHand, name: str, module: Any, index: int):
+        self.at_hand, self.name, self.module, self.index, self.original = at_hand, name, module, index, module.forward
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        batch = self.attached.batch
+        batch = self.at_hand.batch
         groups = batch.mix.groups.get(self.name) if batch is not None else None
         if batch is None or not groups:
             return self.original(x, *args, **kwargs)
@@ -80,6 +91,16 @@ class Host:
         leading = x.shape[:-1] if x.is_floating_point() else x.shape  # [1, T, I]; [T, I] inside an edited block; [1, T] token ids
         y_TO = self.edited(x.flatten(0, -2) if x.is_floating_point() else x.flatten(), batch, original)
         return y_TO.view(*leading, y_TO.shape[-1])
+
+    @property
+    def method(self) -> MethodType:
+        """The module's forward before it got a host, which can be bound to another module. BaseError where it is no method."""
+        if not isinstance(self.original, MethodType):
+            raise BaseError(
+                f"{self.name} has a forward of its own, which cannot run with an adapter's copy of the module's parameters",
+                fix="take the module out of modules_to_save, or load a copy of the base whose modules nobody has changed",
+            )
+        return self.original
 
     def edited(self, x_TI: Tensor, batch: Batch, original: Callable[[Tensor], Tensor]) -> Tensor:
         """The module on flat rows with the edits of the batch around it; original: how to run the module itself."""

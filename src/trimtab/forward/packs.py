@@ -84,7 +84,7 @@ class PackList:
             out = tensors[0].new_zeros(len(tensors), *shape)
             for row, t in zip(out, tensors, strict=True):
                 row[tuple(slice(n) for n in t.shape)] = t
-            self._stacked[name] = out
+            self._stacked.setdefault(name, out)
         return self._stacked[name]
 
     def addresses(self, name: str) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,9 @@ class PackList:
             kept = [] if all(p.addresses for p in self.items) else [_laid(name, p.tensors[name]).contiguous() for p in self.items]
             found = [(t.data_ptr(), t.shape[0]) for t in kept] or [p.addresses[name] for p in self.items]
             table = np.array(found, dtype=np.int64)
-            self._addresses[name] = torch.from_numpy(table[:, 0].copy()), torch.from_numpy(table[:, 1].astype(np.int32)), kept
+            self._addresses.setdefault(
+                name, (torch.from_numpy(table[:, 0].copy()), torch.from_numpy(table[:, 1].astype(np.int32)), kept)
+            )  # what another thread has given out meanwhile must live on
         return self._addresses[name][:2]
 
     @cached_property
@@ -152,5 +154,6 @@ class Mix:
             found = [(group, start) for site, start in zip(sites, starts, strict=True) for group in self.groups.get(site, ())]
             found = [(group, start) for group, start in found if group.kernel is kernel]
             packs = [(group.packs, group.members) for group, _ in found]
-            self.joined[sites] = native_inference.LoraParts(packs, [s for _, s in found], len(self.adapters)) if found else None
+            parts = native_inference.LoraParts(packs, [s for _, s in found], len(self.adapters)) if found else None
+            self.joined.setdefault(sites, parts)
         return self.joined[sites]

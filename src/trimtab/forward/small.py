@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from trimtab.bases.spec import Spec
 from trimtab.forward.attention import PagedKV
 from trimtab.forward.batch import BASE, Batch, Piece, make_batch
+from trimtab.forward.hosted import Hosted
 from trimtab.forward.packs import Mix
 from trimtab.forward.replica import kind, small_config, stand_in
-
-if TYPE_CHECKING:
-    from trimtab.forward.attached import Attached
 
 TOKENS = 64
 BLOCK = 4
@@ -66,7 +64,7 @@ def random_ids(lengths: Sequence[int]) -> list[Tensor]:
 
 
 def in_chunks(
-    small: Attached,
+    small: Hosted,
     forward: Callable[[Batch], Tensor],
     ids: Sequence[Tensor],
     chunks: Sequence[Sequence[int]],

@@ -94,7 +94,8 @@ class Weights:
 
     def touch(self) -> None:
         """Say that the weights have been written to."""
-        self._stamp = None
+        with self._lock:
+            self._stamp = None
 
 
 class Derived(Generic[T]):
@@ -103,15 +104,18 @@ class Derived(Generic[T]):
     def __init__(self, weights: Weights, make: Callable[[], T]):
         self._weights, self._make = weights, make
         self._made: tuple[int, T] | None = None
+        self._lock = Lock()
 
     def get(self) -> T:
         """The thing, true to all writes that torch has counted, and to the others at the last close look."""
-        generation = self._weights.look(closely=False)
-        if self._made is None or self._made[0] != generation:
-            self._made = None  # two of them need not have room
-            self._made = generation, self._make()
-        return self._made[1]
+        with self._lock:
+            generation = self._weights.look(closely=False)
+            if self._made is None or self._made[0] != generation:
+                self._made = None  # two of them need not have room
+                self._made = generation, self._make()
+            return self._made[1]
 
     def drop(self) -> None:
         """Free its memory until it is asked for again."""
-        self._made = None
+        with self._lock:
+            self._made = None

@@ -1,0 +1,100 @@
+"""A base with hosts, and the mixed forward through the model's own modules.
+
+The base is a `transformers` causal LM, loaded as it is; no parameter is replaced or written. A `Host` stands in for a module's `forward`
+and asks which edits of the batch touch it. Hidden states flow flat, [1, T, H], with explicit positions; attention is `attention.py`'s.
+
+The batch is passed through transformers' own forward: to each decoder layer, which hands the batch's plan to its attention. Only hosts find
+it elsewhere, with the thread that calls them (`AtHand`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from trimtab.bases.structure import read_spec
+from trimtab.bases.weights.derived import Weights
+from trimtab.forward import attention, rowwise
+from trimtab.forward.batch import Batch
+from trimtab.forward.hosts import AtHand, Host
+from trimtab.forward.replica import ours
+
+
+class Hosted:
+    """A base model with hosts. Several threads may run forwards and backwards of one at a time.
+
+    activation_checkpointing: forwards with gradients keep each decoder layer's input only, and the backward runs the layer again (Chen et
+    al. 2016, arXiv:1604.06174). It may be set between any two forwards.
+    """
+
+    activation_checkpointing = False
+
+    def __init__(self, model: Any):
+        self.model, self.spec = model, read_spec(model)
+        self.device, self.dtype = model.device, model.dtype
+        self.body, self.head_module = model.get_submodule(self.spec.body), model.get_submodule(self.spec.head)
+        self.embedding = model.get_submodule(self.spec.embedding)
+        self.weights = Weights(model, [m.name for m in self.spec.modules.values() if m.kind not in ("norm", "experts")])
+        self.head_weight = self.weights.of[self.spec.head]
+        self._at_hand = AtHand()
+        self._index = {name: i for i, (name, _) in enumerate(model.named_modules())}
+        self._hosts: dict[str, Host] = {}
+        self._hosting = Lock()  # two threads must not put two hosts in one place, one around the other
+        model.eval().requires_grad_(False)
+        model.set_attn_implementation(attention.NAME)
+        self.row_wise = rowwise.RowWise()
+        self.fast = rowwise.install(model, self.row_wise)
+        for layer in model.get_submodule(self.spec.layer_list):
+            layer.forward = ours(self._layer(layer.forward))
+
+    def host(self, name: str) -> Host:
+        """The host of a module, put in its place at the first call."""
+        with self._hosting:
+            if name not in self._hosts:
+                module = self.model.get_submodule(name)
+                self._hosts[name] = Host(self._at_hand, name, module, self._index[name])
+                module.forward = self._hosts[name]
+            return self._hosts[name]
+
+    def edited(self, name: str, x_TI: Tensor, batch: Batch, original: Callable[[Tensor], Tensor]) -> Tensor:
+        """A module with the batch's edits around it, on flat rows; original: how to run the module itself."""
+        return self.host(name).edited(x_TI, batch, original)
+
+    def forward_plain(self, batch: Batch) -> Tensor:
+        """Hidden states after the final norm, [T, H], through the model's own modules, whatever the batch."""
+        with self._at_hand.running(batch):
+            x_TH = self.embedding(batch.ids_T[None])[0]
+            for start, stop, embeds_NH in batch.embeds:
+                x_TH = torch.cat([x_TH[:start], embeds_NH.to(x_TH.dtype), x_TH[stop:]])
+            out = self.body(inputs_embeds=x_TH[None], position_ids=batch.position_T[None], use_cache=False, trimtab_batch=batch)
+        return out.last_hidden_state[0]
+
+    def head_plain(self, hidden_RH: Tensor, batch: Batch) -> Tensor:
+        """Logits [R, V] of a batch's rows before the soft cap, through the model's own head."""
+        with self._at_hand.running(batch):
+            return self.head_module(hidden_RH[None])[0]
+
+    def _layer(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A decoder layer's forward that takes the batch, hands its plan on, and obeys `activation_checkpointing`. The backward may run on
+        another thread and beside other forwards, so the layer then runs with the batch that it was given. Dropout masks are drawn from
+        (seed, site), so they come out alike with no generator's state kept."""
+
+        def layer(*args: Any, trimtab_batch: Batch | None = None, **kwargs: Any) -> Any:
+            if trimtab_batch is None:
+                return forward(*args, **kwargs)  # whose attention says what is wrong
+            kwargs["trimtab_plan"] = trimtab_batch.plan
+            if not self.activation_checkpointing or not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+
+            def again(*args: Any, **kwargs: Any) -> Any:
+                with self._at_hand.running(trimtab_batch):
+                    return forward(*args, **kwargs)
+
+            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return layer
