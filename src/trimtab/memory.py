@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import re
 import resource
@@ -67,6 +68,13 @@ def free_bytes() -> int:
         if limit != resource.RLIM_INFINITY:
             free = min(free, limit - taken)
     return max(0, free)
+
+
+def release_freed() -> None:
+    """Give memory back to the system that has been freed: glibc keeps it, each thread's apart from the others'. Other threads go on
+    meanwhile. Does nothing where the C library has no such call."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 from tests.tiny import EOS_ID, tiny_tokenizer
 from trimtab.errors import TrimtabError
 from trimtab.serve import grammar as grammar_module
+from trimtab.serve import grammar_pool
+from trimtab.serve import grammars as grammars_module
 from trimtab.serve.grammar import Compiler
 from trimtab.serve.grammars import Grammars, masks
 from trimtab.serve.request import Grammar
@@ -271,9 +274,9 @@ def test_where_no_process_can_be_started_answers_end_and_later_ones_begin(gramma
             ready(grammars, *of_it)
         for matcher in (first, second, shares):
             assert "cannot be followed here: [Errno 24]" in matcher.error and matcher.fault().http_status == 503
-        with pytest.raises(TrimtabError, match="cannot be followed now") as caught:
-            grammars.matcher(Grammar("regex", "xyx"), "d")
-        assert caught.value.http_status == 503
+        none = grammars.matcher(Grammar("regex", "xyx"), "d")
+        ready(grammars, none)
+        assert "Too many open files" in none.error and none.fault().http_status == 503
     later = grammars.matcher(Grammar("regex", "xyx"), "d")
     ready(grammars, later)
     assert not later.error and grammars._thread.is_alive()
@@ -318,6 +321,58 @@ def test_the_tokenizer_is_written_out_on_no_thread_of_the_caller(grammars, monke
     ready(grammars, first, second)
     assert allowed(first) == allowed(second) == {TOKENIZER.encode("y")[0]}
     assert threads == ["trimtab-grammars"]
+
+
+def test_processes_are_started_without_the_lock(grammars, monkeypatch):
+    """The engine's step takes the lock for each token under a grammar."""
+    started, free = grammar_pool.subprocess.Popen, []
+
+    def popen(*args, **kwargs):
+        taken = grammars._news.acquire(blocking=False)
+        free.append(taken)
+        if taken:
+            grammars._news.release()
+        return started(*args, **kwargs)
+
+    monkeypatch.setattr(grammar_pool.subprocess, "Popen", popen)
+    matchers = [grammars.matcher(Grammar("regex", "xyx"), tenant) for tenant in "ab"]
+    ready(grammars, *matchers)
+    matchers[0].process.popen.kill()
+    while not matchers[0].lost:
+        time.sleep(0.01)
+    ready(grammars, *matchers)
+    assert free == [True] * 3 and not any(m.error for m in matchers)
+
+
+def test_processes_are_few_and_end_when_nobody_needs_them(grammars, monkeypatch):
+    monkeypatch.setattr(grammar_pool, "MAX_PROCESSES", 2)
+    monkeypatch.setattr(grammar_pool, "IDLE_S", 0.05)
+    monkeypatch.setattr(grammars_module, "IDLE_S", 0.05)
+    matchers = [grammars.matcher(Grammar("regex", "xyx"), tenant) for tenant in "abc"]
+    ready(grammars, *matchers)
+    first, second, third = (m.process for m in matchers)
+    assert first is not second and third in (first, second) and len(grammars._processes) == 2
+    for matcher in matchers:
+        matcher.close()
+    for _ in range(600):
+        if len(grammars._processes) == 1:
+            break
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert len(grammars._processes) == 1, "the last one stays"
+    again = grammars.matcher(Grammar("regex", "xyx"), "d")
+    ready(grammars, again)
+    assert not again.error and again.process in (first, second)
+
+
+@pytest.mark.skipif(not hasattr(os, "getsid"), reason="no sessions here")
+def test_a_process_has_the_lowest_priority_in_the_session_of_the_server(grammars):
+    """Linux shares the cores among sessions before it looks at priorities. A process group of its own keeps Ctrl-C from it."""
+    matcher = grammars.matcher(Grammar("regex", "xyx"))
+    ready(grammars, matcher)
+    pid = matcher.process.popen.pid
+    assert os.getpriority(os.PRIO_PROCESS, pid) == 19
+    assert os.getsid(pid) == os.getsid(0) and os.getpgid(pid) != os.getpgid(0)
 
 
 def test_a_tokenizer_that_cannot_be_used_is_said(grammars, monkeypatch):

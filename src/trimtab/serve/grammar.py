@@ -17,7 +17,7 @@ from trimtab.errors import TrimtabError
 
 MAX_CHARS = 65536
 MAX_CHOICES = 1024
-KEPT_BYTES = 48 << 20
+KEPT_BYTES = 16 << 20
 """Memory that compiled grammars may take which nobody uses at the moment."""
 WHITESPACE = r"[ \n]{0,16}"
 """Between the parts of a JSON answer: bounded, since a model may write blanks for ever."""

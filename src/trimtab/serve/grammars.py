@@ -1,8 +1,8 @@
 """Grammars as the engine sees them: a `Matcher` for each answer, whose mask is there some time after each token.
 
-Processes beside the server (`grammar_process.py`) do the work, a tenant's in one of them. One that a message ends (for want of time or
-memory) takes that message's answer with it alone: the others of the process are opened again in a new one. Nobody waits here but as long as
-he says; the tokenizer is written out, and the first process started, by the thread that listens to them.
+Processes beside the server (`grammar_process.py`) do the work, a tenant's in one of them (`grammar_pool.py`). One that a message ends (for
+want of time or memory) takes that message's answer with it alone: the others of the process are opened again in a new one. Nobody waits
+here but as long as he says; the tokenizer is written out, and processes are started and ended, by the thread that listens to them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,11 @@ import os
 import selectors
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import time
 from array import array
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.util import find_spec
@@ -32,15 +29,14 @@ from torch import Tensor
 
 from trimtab.errors import OverloadedError, TrimtabError
 from trimtab.serve.grammar import GrammarError, check_size
-from trimtab.serve.grammar_process import REPLY, message
+from trimtab.serve.grammar_pool import IDLE_S, Process, idle, process_for
+from trimtab.serve.grammar_process import message
 from trimtab.serve.request import Grammar
 
 OPEN_S, MASK_S = 2.0, 0.5
 """Processor seconds of compiling a grammar, and of following a token."""
 ROOM_BYTES = 64 << 20
 """Address space of a process beyond what it has after its start."""
-MAX_PROCESSES = 4
-"""Tenants beyond share one."""
 MAX_TOO_SLOW = 256
 """Grammars that are known to take too long: they are refused at once the next time."""
 MAX_LOST, MAX_KILLED = 2, 1
@@ -67,7 +63,7 @@ class Matcher:
     ours: bool = False
     awaited: int = 0
     lost: int = 0
-    process: _Process | None = field(default=None, repr=False)
+    process: Process[Matcher] | None = field(default=None, repr=False)
 
     @property
     def ready(self) -> bool:
@@ -91,46 +87,24 @@ class Matcher:
         self.grammars.close(self)
 
 
-@dataclass(eq=False)
-class _Process:
-    """One process. asked: matchers whose messages are not answered, oldest first. trouble: why it could not start."""
-
-    popen: subprocess.Popen[bytes]
-    matchers: set[Matcher] = field(default_factory=set)
-    asked: deque[Matcher] = field(default_factory=deque)
-    out: bytearray = field(default_factory=bytearray)
-    got: bytearray = field(default_factory=bytearray)
-    trouble: str = ""
-
-    @property
-    def read_end(self) -> int:
-        assert self.popen.stdout is not None
-        return self.popen.stdout.fileno()
-
-    @property
-    def write_end(self) -> int:
-        assert self.popen.stdin is not None
-        return self.popen.stdin.fileno()
-
-
 class Grammars:
     """Matchers for one tokenizer. changed: called, on a thread of its own, when one has become ready. Any number of threads."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, stop_ids: Collection[int], changed: Callable[[], None] = lambda: None):
         self._tokenizer, self._vocab_size, self._stop_ids, self._changed = tokenizer, vocab_size, sorted(stop_ids), changed
         self._news = threading.Condition()  # guards everything; notified when a matcher has become ready
-        self._processes: list[_Process] = []
+        self._processes: list[Process[Matcher]] = []
         self._too_slow: OrderedDict[bytes, str] = OrderedDict()  # digests of grammars, and what is said of them
         self._number = 0
         self._thread: threading.Thread | None = None
         self._bell: tuple[int, int] | None = None  # a pipe that wakes the thread
         self._start = b""
-        self._unopened: list[Matcher] = []  # those that came before the first words were there
+        self._unopened: list[Matcher] = []  # those that wait for a process
         self._closed = False
 
     def matcher(self, grammar: Grammar, tenant: str = "") -> Matcher:
         """A new matcher, ready later; what is wrong with the grammar is its `error` then. GrammarError where it is too large, TrimtabError
-        where llguidance is not installed, OverloadedError where no process can be started now."""
+        where llguidance is not installed, OverloadedError where no thread can be started now."""
         check_size(grammar.kind, grammar.text)
         if find_spec("llguidance") is None:
             raise TrimtabError("answers under a grammar need llguidance", fix="pip install 'trimtab[serve]'")
@@ -139,14 +113,13 @@ class Grammars:
             made = Matcher(self, self._number, tenant, json.dumps([grammar.kind, grammar.text]).encode())
             try:
                 self._listener()
-                if self._start:
-                    self._open(made)
-                else:
-                    made.awaited = 1
-                    self._unopened.append(made)
-                    self._ring()
             except (OSError, RuntimeError) as error:  # the second: no more threads
                 raise OverloadedError(f"grammars cannot be followed now: {error}", fix="try again later", retry_after=2.0) from error
+            process = process_for(self._processes, tenant, may_start=True)
+            if process is None:
+                self._open_later(made)
+            else:
+                self._open(made, process)
         return made
 
     def advance(self, matcher: Matcher, token: int) -> None:
@@ -162,7 +135,7 @@ class Grammars:
             if matcher in self._unopened:
                 self._unopened.remove(matcher)
             if process is not None:
-                process.matchers.discard(matcher)
+                process.leave(matcher)
                 self._send(process, message(b"c", matcher.number, array("I")))
 
     def wait(self, matchers: Sequence[Matcher], seconds: float) -> None:
@@ -178,7 +151,7 @@ class Grammars:
         if self._thread is not None:
             self._thread.join()
         for process in self._processes:
-            _end(process)
+            process.end()
         self._processes.clear()
         for end in self._bell or ():
             os.close(end)
@@ -186,26 +159,19 @@ class Grammars:
 
     # ---- under the lock ----
 
-    def _open(self, matcher: Matcher) -> None:
+    def _open(self, matcher: Matcher, process: Process[Matcher]) -> None:
         if (known := self._too_slow.get(sha256(matcher.opening).digest())) is not None:
             matcher.error = known
             return
-        process = self._process_of(matcher.tenant)
         matcher.process = process
         process.matchers.add(matcher)
         self._ask(matcher, message(b"o", matcher.number, matcher.tokens, matcher.opening))
 
-    def _process_of(self, tenant: str) -> _Process:
-        """The one where the tenant's others are, else one that nobody uses, else a new one, else the one with the fewest."""
-        mine = next((p for p in self._processes if any(m.tenant == tenant for m in p.matchers)), None)
-        found = mine or next((p for p in self._processes if not p.matchers), None)
-        if found is None and len(self._processes) < MAX_PROCESSES:
-            try:
-                found = self._spawn()
-            except OSError:
-                if not self._processes:
-                    raise
-        return found or min(self._processes, key=lambda p: len(p.matchers))
+    def _open_later(self, matcher: Matcher) -> None:
+        """Once the thread has found or started a process for it."""
+        matcher.awaited = 1
+        self._unopened.append(matcher)
+        self._ring()
 
     def _ask(self, matcher: Matcher, data: bytes) -> None:
         assert matcher.process is not None
@@ -213,37 +179,10 @@ class Grammars:
         matcher.process.asked.append(matcher)
         self._send(matcher.process, data)
 
-    def _send(self, process: _Process, data: bytes) -> None:
+    def _send(self, process: Process[Matcher], data: bytes) -> None:
         """Write what the pipe takes now; the thread writes the rest."""
-        waiting = bool(process.out)
-        process.out += data
-        if not waiting:
-            self._write(process)
-            if process.out:
-                self._ring()
-
-    def _write(self, process: _Process) -> None:
-        try:
-            del process.out[: os.write(process.write_end, memoryview(process.out)[: 1 << 16].tobytes())]
-        except BlockingIOError:
-            pass
-        except OSError:  # it has ended, which its other pipe tells
-            process.out.clear()
-
-    def _spawn(self) -> _Process:
-        if self._closed:
-            raise TrimtabError("the server is shutting down")
-        command = [sys.executable, "-m", "trimtab.serve.grammar_process"]
-        # a session of its own: Ctrl-C lets running answers finish
-        pipe = subprocess.PIPE
-        popen = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True)
-        process = _Process(popen)
-        os.set_blocking(process.write_end, False)
-        os.set_blocking(process.read_end, False)
-        self._processes.append(process)
-        self._send(process, self._start)
-        self._ring()
-        return process
+        if process.send(data):
+            self._ring()
 
     def _listener(self) -> None:
         """Have the thread run."""
@@ -263,32 +202,48 @@ class Grammars:
     def _listen(self, bell: int) -> None:
         while not self._closed:
             try:
-                self._open_first()
+                self._open_waiting()
+                self._end_idle()
                 self._hear(bell)
                 self._changed()
             except Exception:  # one fault must not end what all answers wait for
                 log.exception("processes for grammars could not be heard")
                 time.sleep(FAULT_S)
 
-    def _open_first(self) -> None:
-        """Open those that came first, once the first words are there."""
+    def _open_waiting(self) -> None:
+        """Open those that wait for a process. New ones are started outside of the lock."""
         if not self._unopened:
             return
-        try:
-            self._start = self._start or self._first_words()
-            trouble = ""
-        except Exception as error:  # whatever a tokenizer does
-            trouble = f"{type(error).__name__}: {error}"[:500]
+        trouble = ""
+        while self._open_all(trouble):
+            try:
+                self._start = self._start or self._first_words()
+                process = Process[Matcher].start(self._start)
+            except OSError as error:
+                trouble = str(error)
+            except Exception as error:  # whatever a tokenizer does
+                trouble = f"{type(error).__name__}: {error}"[:500]
+            else:
+                with self._news:
+                    self._processes.append(process)
+        self._changed()
+
+    def _open_all(self, trouble: str) -> bool:
+        """Open those that wait, in order; whether a process is to be started for the next one. trouble: why none can be started."""
         with self._news:
-            unopened, self._unopened = self._unopened, []
-            for matcher in unopened:
+            while self._unopened:
+                matcher = self._unopened[0]
+                process = process_for(self._processes, matcher.tenant, may_start=not trouble)
+                if process is None and not trouble:
+                    return not self._closed
+                del self._unopened[0]
                 matcher.awaited = 0
-                if trouble:
+                if process is None:
                     matcher.give_up(trouble)
                 else:
-                    self._try_open(matcher)
+                    self._open(matcher, process)
             self._news.notify_all()
-        self._changed()
+        return False
 
     def _first_words(self) -> bytes:
         """The tokenizer, for each process at its start."""
@@ -300,8 +255,15 @@ class Grammars:
         data = json.dumps(told).encode()
         return struct.pack("<I", len(data)) + data
 
+    def _end_idle(self) -> None:
+        with self._news:
+            found = idle(self._processes)
+            self._processes = [p for p in self._processes if p not in found]
+        for process in found:
+            process.end()
+
     def _hear(self, bell: int) -> None:
-        """Wait until a process has something to say, or takes more; take it up."""
+        """Wait until a process has something to say, takes more or may be idle for too long; take up what it says."""
         with self._news:
             waiting = {p.write_end: p for p in self._processes if p.out}
             reading = {p.read_end: p for p in self._processes}
@@ -311,13 +273,13 @@ class Grammars:
                 selector.register(end, selectors.EVENT_READ)
             for end in waiting:
                 selector.register(end, selectors.EVENT_WRITE)
-            found = [key.fd for key, _ in selector.select()]
+            found = [key.fd for key, _ in selector.select(IDLE_S if len(reading) > 1 else None)]
         with self._news:
             for end in found:
                 if end == bell:
                     os.read(end, 4096)
                 elif end in waiting and waiting[end] in self._processes:
-                    self._write(waiting[end])
+                    waiting[end].write()
                 elif end in reading and not self._closed:
                     try:
                         self._read(reading[end])
@@ -327,25 +289,10 @@ class Grammars:
                             self._ended(reading[end])
             self._news.notify_all()
 
-    def _try_open(self, matcher: Matcher) -> None:
-        """Where that fails, its answer ends."""
-        try:
-            self._open(matcher)
-        except (OSError, TrimtabError) as error:
-            matcher.give_up(str(error))
-
-    def _read(self, process: _Process) -> None:
-        with suppress(BlockingIOError):
-            data = os.read(process.read_end, 1 << 20)
-            if not data:
-                return self._ended(process)
-            process.got += data
-        while len(process.got) >= REPLY.size:
-            status, number, size = REPLY.unpack_from(process.got)
-            if len(process.got) < REPLY.size + size:
-                break
-            answer = bytes(process.got[REPLY.size : REPLY.size + size])
-            del process.got[: REPLY.size + size]
+    def _read(self, process: Process[Matcher]) -> None:
+        if (replies := process.read()) is None:
+            return self._ended(process)
+        for status, number, answer in replies:
             if not number:
                 process.trouble = answer.decode("utf-8", "replace")
                 continue
@@ -355,10 +302,10 @@ class Grammars:
                 _take(matcher, status, answer)
         return None
 
-    def _ended(self, process: _Process) -> None:
+    def _ended(self, process: Process[Matcher]) -> None:
         """A process has ended: by whose message, and what becomes of the others."""
         self._processes.remove(process)
-        code = _end(process)
+        code = process.end()
         guilty = process.asked[0] if process.asked else None
         log.warning("a process for grammars has ended", extra={"told": {"code": code, "answers": len(process.matchers)}})
         for matcher in sorted(process.matchers, key=lambda m: (m is not guilty, m.number)):
@@ -369,7 +316,7 @@ class Grammars:
             elif matcher.lost > most:
                 matcher.error = self._blame(matcher, code)
             else:
-                self._try_open(matcher)
+                self._open_later(matcher)
 
     def _blame(self, matcher: Matcher, code: int) -> str:
         """What is said of a matcher whose process ended with this code, once too often."""
@@ -390,17 +337,6 @@ def _take(matcher: Matcher, status: bytes, answer: bytes) -> None:
     matcher.mask, matcher.done = answer if status == b"+" else b"", status == b"="
     if status == b"-":
         matcher.error = answer.decode("utf-8", "replace") or "no reason given"
-
-
-def _end(process: _Process) -> int:
-    """Its exit code; its pipes are closed."""
-    process.popen.kill()
-    code = process.popen.wait()
-    for pipe in (process.popen.stdin, process.popen.stdout):
-        with suppress(OSError):
-            if pipe is not None:
-                pipe.close()
-    return code
 
 
 def masks(matchers: Sequence[Any], vocab_size: int) -> Tensor:
