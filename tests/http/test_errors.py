@@ -1,6 +1,7 @@
 """Every mistake is an answer in OpenAI's shape that names the field, and never says what the prompt was."""
 
 import json
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -183,6 +184,32 @@ def test_depth_is_counted_outside_of_strings():
     assert shape_of(b"") == (0, 0, 0, 0)
     deep = b'{"model": "tiny", "prompt": "' + b"[," * 300 + b'"}'
     assert shape_of(deep) == (1, 2, 1, 2)
+
+
+def counted_one_by_one(text: str) -> tuple[int, int, int, int]:
+    depth = deepest = commas = opened = fields = 0
+    inside = escaped = False
+    for c in text:
+        if escaped:
+            escaped = False
+        elif c == "\\":
+            escaped = True
+        elif c == '"':
+            inside = not inside
+        elif not inside:
+            depth += (c in "[{") - (c in "]}")
+            deepest, opened = max(deepest, depth), opened + (c in "[{")
+            commas, fields = commas + (c == ","), fields + (c == ":")
+    return deepest, commas + opened, opened, fields
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 64])
+def test_a_body_that_is_looked_at_in_pieces_counts_as_one(monkeypatch, piece: int):
+    monkeypatch.setattr("trimtab.http.limits.PIECE", piece)
+    rng = random.Random(piece)
+    for _ in range(200):
+        text = "".join(rng.choices('[]{},:"\\ax', k=rng.randrange(1, 40)))
+        assert shape_of(text.encode()) == counted_one_by_one(text), text
 
 
 @pytest.mark.parametrize("field", ["metadata", "logit_bias", "user"])

@@ -19,10 +19,15 @@ from trimtab.errors import LimitError, TrimtabError
 from trimtab.http.auth import tenant_of
 from trimtab.http.errors import RETRY_S, ClientGone, Fault, fault_of, fault_of_body, reply
 from trimtab.http.services import Services
+from trimtab.memory import release_freed
 
 MAX_VALUES, MAX_CONTAINERS, MAX_KEYS = 1 << 19, 50_000, 50_000
 """Of a body: numbers and texts, lists and objects, fields of all objects. A million small lists in 4 MB keep the parser busy for seconds,
 and no other thread runs meanwhile."""
+PIECE = 1 << 16
+"""Bytes of a body that are looked at together."""
+LARGE, RELEASE_S = 1 << 20, 1.0
+"""A body of so many bytes has the memory given back that was freed since, so many seconds after its request."""
 SMALL = 16 << 10
 """Bytes of a body that is parsed on the event loop; a larger one would hold up other requests' tokens."""
 ALWAYS = frozenset({"/livez", "/readyz", "/metrics"})
@@ -37,6 +42,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, services: Services):
         self.app, self.s = app, services
+        self._releasing = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,7 +58,15 @@ class Gate:
         finally:
             body.close()
             self.s.life.open -= scope["path"] not in ALWAYS
+            if body.seen >= LARGE and not self._releasing:
+                self._releasing = True
+                asyncio.get_running_loop().call_later(RELEASE_S, self._release)
         return None
+
+    def _release(self) -> None:
+        """On another thread."""
+        self._releasing = False
+        asyncio.get_running_loop().run_in_executor(None, release_freed)
 
     def _refusal(self, scope: Scope) -> Fault | None:
         headers = dict(scope["headers"])
@@ -170,14 +184,27 @@ def parse(raw: bytes, model: type[M], max_depth: int) -> M:
 
 def shape_of(raw: bytes) -> tuple[int, int, int, int]:
     """(how deep brackets nest, about how many values there are, how many lists and objects, how many fields), without recursion and with
-    nothing built. Text in strings does not count. numpy lets other threads run meanwhile; a regular expression would hold them up for a
-    second."""
-    if b"\\" in raw:
-        raw = raw.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
-    marks = np.frombuffer(raw, dtype=np.uint8)
-    outside = np.bitwise_xor.accumulate(marks == ord('"')) == 0
-    opens, closes = (np.isin(marks, np.frombuffer(b, np.uint8)) & outside for b in (b"[{", b"]}"))
-    depth = np.cumsum(opens.astype(np.int8) - closes.astype(np.int8), dtype=np.int32).max(initial=0)
-    containers = int(np.count_nonzero(opens))
-    commas, colons = (int(np.count_nonzero((marks == ord(b)) & outside)) for b in ",:")
-    return int(depth), commas + containers, containers, colons
+    nothing built. Text in strings does not count. Piece by piece, so that it takes no memory to speak of; numpy lets other threads run
+    meanwhile, where a regular expression would hold them up for a second."""
+    depth = deepest = containers = commas = fields = 0
+    inside = False  # a string goes on from the piece before
+    begin = 0
+    while begin < len(raw):
+        piece = raw[begin : begin + PIECE]
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # what a backslash escapes stays with it
+            piece = raw[begin : begin + PIECE + 1]
+        begin += len(piece)
+        if b"\\" in piece:
+            piece = piece.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
+        marks = np.frombuffer(piece, dtype=np.uint8)
+        quotes = np.bitwise_xor.accumulate(marks == ord('"')) ^ inside
+        outside = ~quotes
+        folded = marks & 0xDF  # a brace is a bracket with one more bit
+        opens, closes = (folded == ord("[")) & outside, (folded == ord("]")) & outside
+        nested = np.cumsum(opens.astype(np.int8) - closes.astype(np.int8), dtype=np.int32)
+        deepest, depth = max(deepest, depth + int(nested.max())), depth + int(nested[-1])
+        containers += int(np.count_nonzero(opens))
+        commas += int(np.count_nonzero((marks == ord(",")) & outside))
+        fields += int(np.count_nonzero((marks == ord(":")) & outside))
+        inside = bool(quotes[-1])
+    return deepest, commas + containers, containers, fields
