@@ -4,13 +4,14 @@ Sequences that decode come first, then prompts, in chunks, up to a number of row
 tenant run in order, except that a request whose adapter is not loaded yet lets others pass. When KV blocks run out, the newest sequence is
 preempted: it gives up its blocks and is computed again later. The newest sequence of a tenant that holds more than its share is preempted
 as well, as soon as a tenant with less than its share has a request (`shares.py`). So no tenant waits for a whole answer of another.
-Forwards, sampling and sinks are not known here.
+Where tenants compete, a tenant with many rows gets some of them in each step, in turns (`turns.py`). Forwards, sampling and sinks are not
+known here.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from trimtab.serve.fairness import Fairness
 from trimtab.serve.residency import Residency
 from trimtab.serve.sequence import Live
 from trimtab.serve.shares import Shares
+from trimtab.serve.turns import row_limits
 
 MIN_CHUNK = 128
 """Prompts enter together while each gets so many rows of a step: fewer at once finish sooner."""
@@ -44,7 +46,7 @@ class Scheduler:
         self.fairness = Fairness()
         self.running: list[Live] = []  # oldest arrival first
         self.loading: dict[str, list[Live]] = {}
-        self.preemptions = self.query_tokens = self.hit_tokens = 0
+        self.preemptions = self.query_tokens = self.hit_tokens = self._steps = 0
         self._waiting: dict[str, deque[Live]] = {}
         self._returning: list[Live] = []  # oldest arrival first
         self._leased: set[Live] = set()  # those that wait and hold a lease
@@ -138,24 +140,55 @@ class Scheduler:
         self._start_loads()
         self._take_loaded()
         rows: dict[Live, int] = {}
-        for live in list(self.running):
-            if live.where == "running" and live.remaining == 1 and live.unsaid is None and self._room(live, 1, rows):
-                rows[live] = 1
-        budget = self.config.max_step_rows - len(rows)
         prefills = [live for live in self.running if live.remaining > 1 and live.unsaid is None]
-        self._admit(prefills, budget, rows, now)
-        self._share(prefills, budget, rows)
+        left = self._rows_left(prefills)
+        with_prompts = {live.request.tenant for live in [*prefills, *self._returning]} | self._waiting.keys()
+        self._decode(rows, left, {tenant: n // 2 for tenant, n in left.items() if tenant in with_prompts})
+        budget = self.config.max_step_rows - len(rows)
+        self._admit(prefills, budget, rows, left, now)
+        self._share(prefills, budget, rows, left)
+        if left:
+            self._decode(rows, left, {})
+        self._steps += 1
         return [Work(live, n) for live, n in rows.items()]
 
-    def _share(self, prefills: list[Live], budget: int, rows: dict[Live, int]) -> None:
-        """Rows for prompts: the same for each, and what short ones leave to the longer ones, so that a long prompt holds up nobody."""
-        left = len(prefills)
+    def _rows_left(self, prefills: list[Live]) -> dict[str, int]:
+        """Rows of this step for each tenant; empty where none has to hold back for others."""
+        wanted: dict[str, int] = {}
+        weights: dict[str, float] = {}
+        next_ones = [queue[0] for queue in self._waiting.values() if not self._must_load(queue[0])]
+        decoding = (live for live in self.running if live.remaining == 1 and live.unsaid is None)
+        for live in [*prefills, *next_ones, *self._returning, *decoding]:
+            tenant, most = live.request.tenant, self.config.max_step_rows
+            wanted[tenant] = min(most, wanted.get(tenant, 0) + live.remaining)
+            weights[tenant] = live.request.weight
+        return row_limits(wanted, weights)
+
+    def _decode(self, rows: dict[Live, int], left: dict[str, int], kept: dict[str, int]) -> None:
+        """A row for each sequence that decodes, as far as its tenant has more left than are kept (for its prompts); who has waited longest
+        for one first."""
+        for live in sorted(self.running, key=lambda r: (r.ran, r.serial)) if left else list(self.running):
+            tenant = live.request.tenant
+            if live.remaining > 1 or live.unsaid is not None or live in rows or left.get(tenant, 1) <= kept.get(tenant, 0):
+                continue
+            if live.where == "running" and self._room(live, 1, rows):
+                rows[live] = 1
+                _take(left, tenant, 1)
+
+    def _share(self, prefills: list[Live], budget: int, rows: dict[Live, int], left: dict[str, int]) -> None:
+        """Rows for prompts: the same for each, and what short ones leave to the longer ones, so that a long prompt holds up nobody. A
+        tenant that has to hold back divides its own in the same way."""
+        others, own = len(prefills), Counter(live.request.tenant for live in prefills)
         for live in sorted(prefills, key=lambda p: (p.remaining, p.serial)):
-            chunk = min(live.remaining, budget // left)
-            left -= 1
+            tenant = live.request.tenant
+            most = -(-left[tenant] // own[tenant]) if tenant in left else budget
+            chunk = min(live.remaining, budget // others, most)
+            others -= 1
+            own[tenant] -= 1
             if live.where == "running" and chunk and (chunk := self._room(live, chunk, rows)):
                 rows[live] = chunk
                 budget -= chunk
+                _take(left, tenant, chunk)
 
     def _room(self, live: Live, chunk: int, rows: dict[Live, int]) -> int:
         """Blocks for `chunk` more tokens of a running sequence, taken from others if need be; how many of them have room."""
@@ -221,7 +254,7 @@ class Scheduler:
     def _must_load(self, live: Live) -> bool:
         return live.digest is not None and live.resident is None and not self.residency.holds(live.digest)
 
-    def _admit(self, prefills: list[Live], budget: int, rows: dict[Live, int], now: float) -> None:
+    def _admit(self, prefills: list[Live], budget: int, rows: dict[Live, int], left: dict[str, int], now: float) -> None:
         """Let sequences in while there is a place, rows worth a chunk, and blocks for the whole prompt. For a tenant that has less than its
         share, who has more makes way."""
         if not self._waiting and not self._returning:
@@ -234,7 +267,9 @@ class Scheduler:
 
         def may(tenant: str) -> bool:
             mine = sum(n for other, n in claimed.items() if other.request.tenant == tenant)
-            return tenant not in stuck and (sum(claimed.values()) < budget or mine < budget * shares.of(tenant))
+            if tenant in stuck or mine >= left.get(tenant, mine + 1):
+                return False
+            return sum(claimed.values()) < budget or mine < budget * shares.of(tenant)
 
         while (live := self._next(may)) is not None:
             if self._get_in(live, shares, rows, claimed):
@@ -305,8 +340,14 @@ class Scheduler:
     def computed(self, work: Work) -> None:
         """The rows have run: what they filled can be found by others from now on."""
         live, size = work.live, self.config.block_size
+        live.ran = self._steps
         live.past += work.rows
         if self.config.prefix_cache:
             while (live.published + 1) * size <= live.past:
                 self.pool.publish(live.blocks[live.published], live.key(live.published, size), live.digest)
                 live.published += 1
+
+
+def _take(left: dict[str, int], tenant: str, rows: int) -> None:
+    if tenant in left:
+        left[tenant] -= rows

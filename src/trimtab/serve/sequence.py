@@ -30,7 +30,8 @@ class Live:
     """serial: order of arrival. tokens: the prompt and the new tokens. virtual: virtual tokens before them. past: tokens (virtual ones
     included) whose keys and values the blocks hold. chain: the hash before its first block; keys: those of its full blocks;
     published: how many of them the pool has been told. unwritten: the virtual tokens must be written into the blocks. cached: prompt tokens
-    found in the cache. unsaid: its newest token, as long as its grammar has not said what may follow; it does not run meanwhile."""
+    found in the cache. ran: number of the last step that it was in. unsaid: its newest token, as long as its
+    grammar has not said what may follow; it does not run meanwhile."""
 
     request: Request
     sink: Sink
@@ -50,6 +51,7 @@ class Live:
     published: int = 0
     unwritten: bool = False
     cached: int = 0
+    ran: int = 0
     unsaid: Token | None = None
     admitted: float | None = None
     first: float | None = None
