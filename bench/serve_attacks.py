@@ -5,8 +5,11 @@
 The attacker sends, one attack after the other: prompts of 3.9 MB; regular expressions and schemas that are hard to compile; loads of a
 sparse file of 1 TB as an adapter; bodies of very many small values; and, without any limit of its own, as many long answers as it gets.
 Meanwhile the victim asks for eight tokens, again and again. Reported for each: what the victim waited (idle, then p50 and maximum during
-the attack), the memory of the server with the processes that it has started (idle and highest), and what the attacker was told. Each attack
-is bounded in number and time; requests go to 127.0.0.1 only.
+the attack), the memory of the server with the processes that it has started (above idle: the highest, and a second after the attack), the
+CPU seconds of both, and what the attacker was told. Each attack is bounded in number and time; requests go to 127.0.0.1 only.
+
+A real attacker has a machine of its own. Here its process shares the cores, so it runs at nice 19 and makes its requests' bodies before the
+clock starts. All attacks meet one server, one after the other, so what one leaves behind counts for the next.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -66,20 +70,30 @@ class Memory:
         self._server, self.most = psutil.Process(pid), 0.0
 
     def now(self) -> float:
-        total = 0.0
-        for process in [self._server, *self._server.children(recursive=True)]:
+        """Bytes; pages that its processes share with others count once, as the server's or not at all."""
+        total = float(self._server.memory_info().rss)
+        for process in self._server.children(recursive=True):
             try:
-                if process == self._server or process.cmdline() != self._server.cmdline():  # else it has just been forked, and shares all
-                    total += process.memory_info().rss
+                if process.cmdline() != self._server.cmdline():  # else it has just been forked, and shares all
+                    total += process.memory_full_info().uss
             except psutil.Error:
                 pass
         self.most = max(self.most, total)
         return total
 
+    def cpu(self) -> tuple[float, float]:
+        """Seconds so far of the server, and of processes that have ended and been waited for, or still run."""
+        own = self._server.cpu_times()
+        rest = own.children_user + own.children_system
+        for process in self._server.children(recursive=True):
+            with suppress(psutil.Error):
+                rest += sum(process.cpu_times()[:4])
+        return own.user + own.system, rest
+
     async def watch(self) -> None:
         while True:
             self.now()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.1)
 
 
 async def victim(client: httpx.AsyncClient, base: str, until: asyncio.Event, most: float) -> list[float]:
@@ -94,20 +108,35 @@ async def victim(client: httpx.AsyncClient, base: str, until: asyncio.Event, mos
     return seconds
 
 
-def attack(url: str, key: str, base: str, folder: Path, number: int, most: float) -> Counter[str]:
-    """What became of the requests of an attack within so many seconds. Runs in a process of its own, so that the victim does not wait for
-    the attacker's own work."""
-    asks = list(attacks(base, folder))[number][1]
-    return asyncio.run(send(url, key, asks, most))
+_prepared: list[list[tuple[str, bytes]]] = []
+"""The attacks' requests, in the attacker's process."""
 
 
-async def send(url: str, key: str, asks: list[Ask], most: float) -> Counter[str]:
+def prepare(base: str, folder: Path, only: str) -> None:
+    """Once in the attacker's process."""
+    os.nice(19)
+    for name, asks in attacks(base, folder):
+        made: dict[int, bytes] = {}  # most requests of an attack are one object
+        for _, body in asks if only in name else ():
+            made.setdefault(id(body), body if isinstance(body, bytes) else json.dumps(body).encode())
+        _prepared.append([(path, made[id(body)]) for path, body in asks if only in name])
+
+
+def ready() -> int:
+    return len(_prepared)
+
+
+def attack(url: str, key: str, number: int, most: float) -> Counter[str]:
+    """What became of the requests of an attack within so many seconds. Runs in the attacker's process."""
+    return asyncio.run(send(url, key, _prepared[number], most))
+
+
+async def send(url: str, key: str, asks: list[tuple[str, bytes]], most: float) -> Counter[str]:
     told: Counter[str] = Counter()
     limits = httpx.Limits(max_connections=500)
     attacker = httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=None, limits=limits)
 
-    async def one(path: str, body: dict[str, Any] | bytes) -> None:
-        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    async def one(path: str, raw: bytes) -> None:
         try:
             async with asyncio.timeout(most):
                 answer = await attacker.post(path, content=raw, headers={"content-type": "application/json"})
@@ -123,24 +152,29 @@ async def measure(url: str, pid: int, keys: dict[str, str], base: str, folder: P
     never, memory, names = asyncio.Event(), Memory(pid), [name for name, _ in attacks(base, folder)]
     watching = asyncio.create_task(memory.watch())
     plain = httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {keys['victim']}"}, timeout=None)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    loop = asyncio.get_running_loop()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=prepare, initargs=(base, folder, only)) as pool:
+        await loop.run_in_executor(pool, ready)
         await victim(plain, base, never, 3)
         idle = sorted(await victim(plain, base, never, 5))
         start = memory.now()
         print(f"idle: p50 {1e3 * idle[len(idle) // 2]:.0f} ms, max {1e3 * idle[-1]:.0f} ms, {start / MB:.0f} MB")
-        print("| attack | victim p50 | victim max | requests | memory above idle | attacker was told |\n|---|---|---|---|---|---|")
+        print("| attack | victim p50 | victim max | requests | memory above idle | left of it | CPU, s: server, processes | attacker was told |")
+        print("|---|---|---|---|---|---|---|---|")
         for number, name in enumerate(names):
             if only not in name:
                 continue
-            memory.most, over = 0.0, asyncio.Event()
+            memory.most, over, cpu = 0.0, asyncio.Event(), memory.cpu()
             asking = asyncio.create_task(victim(plain, base, over, 2 * seconds))
-            told = await asyncio.get_running_loop().run_in_executor(pool, attack, url, keys["attacker"], base, folder, number, seconds)
+            told = await loop.run_in_executor(pool, attack, url, keys["attacker"], number, seconds)
             over.set()
             seen = sorted(await asking)
-            words = ", ".join(f"{n} × {what}" for what, n in told.items())
-            row = f"| {name} | {1e3 * seen[len(seen) // 2]:.0f} ms | {1e3 * seen[-1]:.0f} ms | {len(seen)} "
-            print(f"{row}| {(memory.most - start) / MB:.0f} MB | {words} |", flush=True)
+            used = [after - before for before, after in zip(cpu, memory.cpu(), strict=True)]
+            most = memory.most - start
             await asyncio.sleep(1)
+            words = ", ".join(f"{n} × {what}" for what, n in told.items())
+            row = f"| {name} | {1e3 * seen[len(seen) // 2]:.0f} ms | {1e3 * seen[-1]:.0f} ms | {len(seen)} | {most / MB:.0f} MB "
+            print(f"{row}| {(memory.now() - start) / MB:.0f} MB | {used[0]:.1f}, {used[1]:.1f} | {words} |", flush=True)
     watching.cancel()
 
 
