@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,65 @@ class Dataset:
     notes: list[str]
 
 
+@dataclass(frozen=True, eq=False)
+class SourceRows:
+    """What became of the rows of one source: rows and examples, pair by pair, of those that can be trained on, and the dropped ones.
+
+    epoch: the examples that one epoch draws, by the source's weight. key: digest of the rows and all that decides their tokens, where it
+    was asked for.
+    """
+
+    source: Source
+    rows: list[Row]
+    examples: list[Example]
+    dropped: list[Dropped]
+    epoch: list[Example]
+    key: str
+
+    def refusal(self, allowed: float = MAX_DROPPED_SHARE) -> DataError | None:
+        """Why the source cannot be trained on, where more than this share of its rows were dropped; None where it can."""
+        good, lost = len(self.examples), len(self.dropped)
+        total = good + lost
+        if good and lost <= allowed * total:
+            return None
+        common = Counter(d.kind for d in self.dropped).most_common(1)[0][0]
+        return DataError(
+            f"{self.source.path}: {lost} of {total} rows cannot be trained on ({lost / total:.0%}; allowed are {allowed:.0%})",
+            problems=summarise_dropped(self.dropped),
+            fix=FIXES.get(common, "mend the rows, or take them out of the file."),
+        )
+
+
+def read_examples(
+    source: Source,
+    index: int,
+    tokenizer: Any,
+    *,
+    root: Path,
+    max_length: int,
+    last_turn_only: bool,
+    seed: int,
+    vocab_size: int | None,
+    note: Callable[[str], None],
+    options: bytes | None = None,
+) -> SourceRows:
+    """Read and tokenise one source. index: its place among its split's. note: hears what it holds and no row uses. options: all but the
+    rows that decides tokens (`_options`); where given, tokens are looked for in the cache and kept there. The rest: as in `load_examples`.
+
+    Raises DataError where it cannot be read, or holds conversations and the base has no chat template.
+    """
+    rows, dropped = read_source(source, root, index, note)
+    try:
+        key, results = _tokens(rows, tokenizer, max_length, last_turn_only, vocab_size, options)
+    except DataError as error:
+        raise DataError(f"{source.path}: {error.message}", problems=error.problems, fix=error.fix) from error
+    kept = [(row, r) for row, r in zip(rows, results, strict=True) if isinstance(r, Example)]
+    dropped += [r for r in results if isinstance(r, Dropped)]
+    examples = [e for _, e in kept]
+    epoch = [examples[i] for i in drawn(len(examples), source.weight, seed, index)]
+    return SourceRows(source, [row for row, _ in kept], examples, dropped, epoch, key)
+
+
 def load_examples(
     sources: Sequence[Source],
     tokenizer: Any,
@@ -90,17 +149,25 @@ def load_examples(
     notes: list[str] = []
     digest = hashlib.sha256()
     for index, source in enumerate(sources):
-        rows, lost = read_source(source, root, index, notes.append)
-        key, results = _tokens(rows, tokenizer, max_length, last_turn_only, vocab_size, options)
-        good = [r for r in results if isinstance(r, Example)]
-        lost += [r for r in results if isinstance(r, Dropped)]
-        if (error := too_many(source, lost, len(good), max_dropped_share)) is not None:
+        found = read_examples(
+            source,
+            index,
+            tokenizer,
+            root=root,
+            max_length=max_length,
+            last_turn_only=last_turn_only,
+            seed=seed,
+            vocab_size=vocab_size,
+            note=notes.append,
+            options=options,
+        )
+        if (error := found.refusal(max_dropped_share)) is not None:
             raise error
-        examples += [good[i] for i in drawn(len(good), source.weight, seed, index)]
-        dropped += lost
+        examples += found.epoch
+        dropped += found.dropped
         if keep_rows:
-            kept += as_learnt([row for row, r in zip(rows, results, strict=True) if isinstance(r, Example)], tokenizer)
-        digest.update(json.dumps([key, source.weight, seed if source.weight % 1 else None]).encode())
+            kept += as_learnt(found.rows, tokenizer)
+        digest.update(json.dumps([found.key, source.weight, seed if source.weight % 1 else None]).encode())
     if not examples:
         raise DataError("there are no sources to train on", fix="name at least one.")
     return Dataset(
@@ -134,14 +201,15 @@ def summarise_dropped(dropped: Sequence[Dropped]) -> list[str]:
 
 
 def _tokens(
-    rows: Sequence[Row], tokenizer: Any, max_length: int, last_turn_only: bool, vocab_size: int | None, options: bytes
+    rows: Sequence[Row], tokenizer: Any, max_length: int, last_turn_only: bool, vocab_size: int | None, options: bytes | None
 ) -> tuple[str, list[Example | Dropped]]:
-    """(digest of the rows and all that decides their tokens, what became of each row), from the cache where it is there."""
-    sha = hashlib.sha256(options)
-    for row in rows:
-        sha.update(row.content_key() + b"\n")
-    digest = "sha256:" + sha.hexdigest()
-    keep = not writes_the_date(tokenizer)
+    """(digest of the rows and all that decides their tokens, what became of each row). Without options there is no digest and no cache."""
+    digest, keep = "", options is not None and not writes_the_date(tokenizer)
+    if options is not None:
+        sha = hashlib.sha256(options)
+        for row in rows:
+            sha.update(row.content_key() + b"\n")
+        digest = "sha256:" + sha.hexdigest()
     if keep and (kept := load_tokens(digest, rows)) is not None:
         return digest, kept
     results: list[Example | Dropped] = []
@@ -173,16 +241,3 @@ def drawn(n: int, weight: float, seed: int, source: int) -> list[int]:
         part = max(part, 1)
     sample = np.argsort(np.random.Philox(np.random.SeedSequence([seed, source])).random_raw(n), kind="stable")[:part]
     return [*range(n)] * whole + sorted(sample.tolist())
-
-
-def too_many(source: Source, lost: Sequence[Dropped], good: int, allowed: float = MAX_DROPPED_SHARE) -> DataError | None:
-    """Why a source of `good` rows beside the lost ones cannot be trained on, or None where it can."""
-    total = good + len(lost)
-    if good and len(lost) <= allowed * total:
-        return None
-    common = Counter(d.kind for d in lost).most_common(1)[0][0]
-    return DataError(
-        f"{source.path}: {len(lost)} of {total} rows cannot be trained on ({len(lost) / total:.0%}; allowed are {allowed:.0%})",
-        problems=summarise_dropped(lost),
-        fix=FIXES.get(common, "mend the rows, or take them out of the file."),
-    )

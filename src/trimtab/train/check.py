@@ -13,6 +13,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,18 @@ from trimtab.data import (
     Source,
     answer_of,
     as_learnt,
-    encode_rows,
     find_labels,
     prompt_and_reference,
-    read_source,
     template_warnings,
 )
-from trimtab.data.dataset import FIXES, drawn, too_many
+from trimtab.data.dataset import FIXES, SourceRows, read_examples
 from trimtab.errors import BaseError, ConfigError, DataError, Mistakes
 from trimtab.paths import user_path
 from trimtab.train.config import RunConfig, unreadable
 from trimtab.train.findings import CheckReport, Finding, Level, Rendered, SourceCounts, Split, SplitCounts
-from trimtab.train.options import DataConfig, TrainOptions
+from trimtab.train.options import DataConfig
 from trimtab.train.overlap import contamination, duplicates
+from trimtab.train.prepare import row_options
 from trimtab.train.resume import refuse_no_folder
 
 BAD_MASKS = ("nothing supervised", "everything supervised")
@@ -148,53 +148,42 @@ def _read_data(
     run: RunConfig, name: str, config: DataConfig, tokenizer: Any, vocab_size: int, report: CheckReport, status: Status
 ) -> list[Split]:
     """The splits of a data set, train first; counts and findings go into the report."""
-    options = {(v.options.max_length, v.options.last_turn_only) for v in run.variants if v.data == name}
-    if len(options) > 1:
-        message = "its variants differ in max_length or last_turn_only"
-        report.findings.append(Finding("error", f"data.{name}", message, fix="give both the same, or name the data twice"))
-    max_length, last_turn_only = min(options, default=(TrainOptions().max_length, False))
+    max_length, last_turn_only, differ = row_options(run, name)
+    if differ is not None:
+        report.findings.append(Finding("error", f"data.{name}", differ.message, fix=differ.fix))
     splits = []
-    for split, sources in (("train", config.train), ("valid", config.valid), ("test", config.test)):
-        if sources:
-            status(f"reading data.{name}.{split}")
-            turn = last_turn_only or split != "train"  # as training does: held-out rows ask for their last answer
-            splits.append(_read_split(run, Split(name, split), sources, tokenizer, vocab_size, max_length, turn, report))
+    for split, sources in config.splits.items():
+        status(f"reading data.{name}.{split}")
+        read = partial(
+            read_examples,
+            tokenizer=tokenizer,
+            root=run.root,
+            max_length=max_length,
+            last_turn_only=last_turn_only or split != "train",
+            seed=run.seed,
+            vocab_size=vocab_size,
+        )
+        splits.append(_read_split(Split(name, split), sources, read, tokenizer, report))
     return splits
 
 
-def _read_split(
-    run: RunConfig,
-    split: Split,
-    sources: Sequence[Source],
-    tokenizer: Any,
-    vocab_size: int,
-    max_length: int,
-    turn: bool,
-    report: CheckReport,
-) -> Split:
+def _read_split(split: Split, sources: Sequence[Source], read: Callable[..., SourceRows], tokenizer: Any, report: CheckReport) -> Split:
     counts, lost, notes = [], list[Dropped](), list[str]()
     for index, source in enumerate(sources):
         try:
-            rows, dropped = read_source(source, run.root, index, notes.append)
+            found = read(source, index, note=notes.append)
         except DataError as e:
             report.findings.append(Finding("error", split.where, e.message, e.problems, len(e.problems), e.fix))
             continue
-        try:
-            results = encode_rows(rows, tokenizer, max_length, last_turn_only=turn, vocab_size=vocab_size)
-        except DataError as e:  # conversations without a chat template: no row of this source can be rendered
-            report.findings.append(Finding("error", split.where, f"{source.path}: {e.message}", fix=e.fix))
-            continue
-        dropped += [r for r in results if isinstance(r, Dropped)]
-        kept = [(row, r) for row, r in zip(rows, results, strict=True) if isinstance(r, Example)]
         split.starts.append(len(split.rows))
-        split.rows += as_learnt([row for row, _ in kept], tokenizer)
-        split.examples += [e for _, e in kept]
-        epoch = [kept[i][1] for i in drawn(len(kept), source.weight, run.seed, index)] if kept else []
-        split.epoch += epoch
-        lost += dropped
-        tokens, supervised = sum(len(e.ids) for e in epoch), sum(int(e.supervised.sum()) for e in epoch)
-        counts.append(SourceCounts(source.path, source.weight, len(kept) + len(dropped), len(dropped), len(epoch), tokens, supervised))
-        if (stop := too_many(source, dropped, len(kept))) is not None:
+        split.rows += as_learnt(found.rows, tokenizer)
+        split.examples += found.examples
+        split.epoch += found.epoch
+        lost += found.dropped
+        rows, dropped = len(found.examples) + len(found.dropped), len(found.dropped)
+        tokens, supervised = sum(len(e.ids) for e in found.epoch), sum(int(e.supervised.sum()) for e in found.epoch)
+        counts.append(SourceCounts(source.path, source.weight, rows, dropped, len(found.epoch), tokens, supervised))
+        if (stop := found.refusal()) is not None:
             report.findings.append(Finding("error", split.where, stop.message, fix=stop.fix))
     report.findings += _dropped_findings(split.where, lost)
     report.findings += [Finding("note", split.where, note) for note in notes]

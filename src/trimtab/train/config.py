@@ -82,8 +82,8 @@ class RunConfig(RunOptions):
 def unreadable(name: str, data: DataConfig, root: Path) -> list[TrimtabError]:
     """What is wrong with the files of a data set: missing, empty, of an unknown kind, or without the columns that rows need."""
     found: list[TrimtabError] = []
-    for split in ("train", "valid", "test"):
-        for source in getattr(data, split):
+    for split, sources in data.splits.items():
+        for source in sources:
             try:
                 peek_source(source, root)
             except DataError as e:

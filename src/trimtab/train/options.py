@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -71,6 +71,9 @@ class TrainOptions(Strict):
         return max(1, math.ceil(epochs * math.ceil(rows / self.batch_size) / self.gradient_accumulation_steps))
 
 
+SplitName: TypeAlias = Literal["train", "valid", "test"]
+
+
 class DataConfig(Strict):
     """One data set: train, and optionally valid and test; each a path, or a list of sources with weights.
 
@@ -81,6 +84,12 @@ class DataConfig(Strict):
     valid: list[Source] = []
     test: list[Source] = []
     labels: list[str] | Literal["auto"] | None = None
+
+    @property
+    def splits(self) -> dict[SplitName, list[Source]]:
+        """The sources of the splits that there are, train first."""
+        found: dict[SplitName, list[Source]] = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: sources for name, sources in found.items() if sources}
 
     @field_validator("labels")
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trimtab.data import Dataset, Example, Source, load_examples, summarise_dropped
+from trimtab.data import Dataset, Example, load_examples, summarise_dropped
 from trimtab.errors import ConfigError, DataError, Mistakes
 from trimtab.methods import FullConfig
 from trimtab.model import Base
@@ -13,7 +13,7 @@ from trimtab.store import Adapter
 from trimtab.train.config import RunConfig
 from trimtab.train.full import FullVariant
 from trimtab.train.listen import Listener
-from trimtab.train.options import DataConfig, VariantConfig
+from trimtab.train.options import DataConfig, TrainOptions, VariantConfig
 from trimtab.train.variant import Variant
 
 
@@ -58,33 +58,31 @@ def prepare(run: RunConfig, base: Base) -> Prepared:
 
 def read_splits(run: RunConfig, name: str, config: DataConfig, base: Base) -> Splits:
     """Read and encode a data set's splits. Its options are those of the variants that train on it, which must agree."""
-    options = {(v.options.max_length, v.options.last_turn_only) for v in run.variants if v.data == name}
-    if len(options) > 1:
-        raise ConfigError(
-            f"data.{name}: its variants differ in max_length or last_turn_only", fix="give both the same, or name the data twice"
-        )
-    max_length, last_turn_only = options.pop()
-
-    def read(split: str, sources: list[Source]) -> Dataset:
-        turn = last_turn_only or split != "train"  # held-out rows ask for their last answer
-        return load_examples(
-            sources,
-            base.tokenizer,
-            root=run.root,
-            max_length=max_length,
-            seed=run.seed,
-            last_turn_only=turn,
-            keep_rows=split != "train" or config.labels == "auto",  # as questions, and to find the labels in
-            vocab_size=base.spec.vocab_size,
-        )
-
+    max_length, last_turn_only, differ = row_options(run, name)
+    if differ is not None:
+        raise ConfigError(f"data.{name}: {differ.message}", fix=differ.fix)
     found, mistakes = dict[str, Dataset](), Mistakes()
-    for split, sources in (("train", config.train), ("valid", config.valid), ("test", config.test)):
-        if sources:
-            with mistakes.noted():
-                found[split] = read(split, sources)
+    for split, sources in config.splits.items():
+        with mistakes.noted():
+            found[split] = load_examples(
+                sources,
+                base.tokenizer,
+                root=run.root,
+                max_length=max_length,
+                seed=run.seed,
+                last_turn_only=last_turn_only or split != "train",  # held-out rows ask for their last answer
+                keep_rows=split != "train" or config.labels == "auto",  # as questions, and to find the labels in
+                vocab_size=base.spec.vocab_size,
+            )
     mistakes.refuse(f"data.{name} cannot be used")
     return Splits(found["train"], found.get("valid"), found.get("test"))
+
+
+def row_options(run: RunConfig, name: str) -> tuple[int, bool, ConfigError | None]:
+    """(max_length, last_turn_only) of the variants that train on a data set, and what is wrong where they differ: the first are taken."""
+    options = {(v.options.max_length, v.options.last_turn_only) for v in run.variants if v.data == name}
+    differ = ConfigError("its variants differ in max_length or last_turn_only", fix="give both the same, or name the data twice")
+    return *min(options, default=(TrainOptions().max_length, False)), differ if len(options) > 1 else None
 
 
 def refuse_long(run: RunConfig, base: Base, data: dict[str, Splits]) -> None:
