@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, store_option
+from trimtab.cli.options import OnBase, base_options, json_option
 
 
 @click.command("combine")
@@ -18,11 +18,8 @@ from trimtab.cli.options import base_option, device_option, dtype_option, open_a
 @click.option("--rank", type=int, help="Of the result, unless it is exact; by default the largest that there is.")
 @click.option("--density", default=0.5, show_default=True, help="The share of a weight change's entries that TIES and DARE keep.")
 @click.option("--seed", default=0, show_default=True, help="Of DARE's draws.")
-@base_option
-@store_option
-@dtype_option
-@device_option
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, module by module.")
+@base_options
+@json_option("Print the report as JSON, module by module.")
 def combine(
     target: Path,
     adapters: tuple[str, ...],
@@ -31,10 +28,7 @@ def combine(
     rank: int | None,
     density: float,
     seed: int,
-    base_name: str,
-    root: Path | None,
-    dtype: str | None,
-    device: str | None,
+    on: OnBase,
     as_json: bool,
 ) -> None:
     """Write the weighted sum of ADAPTERS (folders, or names in the store), all of one method on one base, to TARGET as one adapter.
@@ -54,8 +48,8 @@ def combine(
     """
     from trimtab.store.combine import combine as add
 
-    base = open_base(base_name, dtype, device)
-    loaded = [a for name in adapters if (a := open_adapter(name, base, root)) is not None]
+    base = on.open()
+    loaded = [on.adapter(name, base) for name in adapters]
     combined, report = add(loaded, weights or None, how=how, rank=rank, density=density, seed=seed)
     settings = {"how": how, "rank": rank} | ({"density": density, "seed": seed} if report.rank_error is not None else {})
     parts = [{"adapter": name, "weight": weight} for name, weight in zip(adapters, report.weights, strict=True)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from trimtab.cli.options import base_option, device_option, dtype_option, open_adapter, open_base, store_option
+from trimtab.cli.options import OnBase, base_options, json_option
 from trimtab.errors import ConfigError
 
 
@@ -18,21 +18,15 @@ from trimtab.errors import ConfigError
 @click.option("--rank", type=int, help="LoRA: every module's rank at most.")
 @click.option("--error", type=float, help="LoRA: the smallest rank of each module that loses at most this share of its weight change.")
 @click.option("--store-as", "stored", default="float32", show_default=True, help="float32, bfloat16 or float16: any method.")
-@base_option
-@store_option
-@dtype_option
-@device_option
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, module by module.")
+@base_options
+@json_option("Print the report as JSON, module by module.")
 def compress(
     adapter: str,
     target: Path,
     rank: int | None,
     error: float | None,
     stored: str,
-    base_name: str,
-    root: Path | None,
-    dtype: str | None,
-    device: str | None,
+    on: OnBase,
     as_json: bool,
 ) -> None:
     """Write ADAPTER (its folder, or its name in the store) to TARGET in fewer bytes: lower ranks, half precision, or both.
@@ -48,8 +42,7 @@ def compress(
 
     if rank is None and error is None and stored == "float32":
         raise ConfigError("nothing to compress", fix="give --rank, --error, or --store-as bfloat16")
-    loaded = open_adapter(adapter, open_base(base_name, dtype, device), root)
-    assert loaded is not None
+    loaded = on.adapter(adapter, on.open())
     small, report = (loaded, None) if rank is None and error is None else cut(loaded, rank=rank, error=error)
     origin = loaded.info.get("run") or {}
     said: dict[str, Any] = {"of": adapter, "rank": rank, "error": report.error if report else None, "dtype": stored}

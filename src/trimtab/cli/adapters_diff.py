@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trimtab.cli.options import store_option
+from trimtab.cli.options import json_option, store_option
 from trimtab.cli.tables import print_table, shown
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ SHOWN = 12
 @click.argument("b")
 @click.option("--no-weights", is_flag=True, help="Settings and files only: no tensor is read.")
 @store_option
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one object.")
+@json_option("Print everything as one object.")
 def diff(a: str, b: str, no_weights: bool, root: Path | None, as_json: bool) -> None:
     """What differs between the versions A and B, of one name or of two: settings, files, and of each tensor by how much.
 

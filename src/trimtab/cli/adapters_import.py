@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from trimtab.cli.options import base_option, device_option, dtype_option, open_base
+from trimtab.cli.options import OnBase, base_option, device_option, dtype_option, json_option, on_base
 
 
 @click.command("import")
@@ -16,8 +16,9 @@ from trimtab.cli.options import base_option, device_option, dtype_option, open_b
 @base_option
 @dtype_option
 @device_option
-@click.option("--json", "as_json", is_flag=True, help="Print what was imported as JSON.")
-def import_adapter(folder: Path, target: Path, base_name: str, dtype: str | None, device: str | None, as_json: bool) -> None:
+@json_option("Print what was imported as JSON.")
+@on_base
+def import_adapter(folder: Path, target: Path, on: OnBase, as_json: bool) -> None:
     """Read an adapter of AdapterHub's `adapters`, or of peft's with names of old, from FOLDER and write it to TARGET as trimtab's.
 
     \b
@@ -29,7 +30,7 @@ def import_adapter(folder: Path, target: Path, base_name: str, dtype: str | None
     """
     from trimtab.store.imports import import_folder
 
-    imported = import_folder(folder, open_base(base_name, dtype, device))
+    imported = import_folder(folder, on.open())
     imported.adapter.save(target, run={"imported": {"from": str(folder), "format": imported.source, "changes": list(imported.changes)}})
     if as_json:
         found = {"folder": str(target), "format": imported.source, "method": imported.adapter.method.name, "changes": imported.changes}

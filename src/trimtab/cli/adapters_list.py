@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trimtab.cli.options import store_option
+from trimtab.cli.options import json_option, store_option
 from trimtab.cli.tables import print_table, shown
 from trimtab.cli.terminal import say
 from trimtab.cli.transfer import megabytes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.command("list")
 @click.argument("namespace", required=False)
 @store_option
-@click.option("--json", "as_json", is_flag=True, help="Print one object for each name.")
+@json_option("Print one object for each name.")
 def list_names(namespace: str | None, root: Path | None, as_json: bool) -> None:
     """The newest version of every name, or of those in NAMESPACE.
 
@@ -44,7 +44,7 @@ def list_names(namespace: str | None, root: Path | None, as_json: bool) -> None:
 @click.command("show")
 @click.argument("ref")
 @store_option
-@click.option("--json", "as_json", is_flag=True, help="Print one object, trimtab.json's content in it.")
+@json_option("Print one object, trimtab.json's content in it.")
 def show_version(ref: str, root: Path | None, as_json: bool) -> None:
     """One version: where it comes from, what it scores, its files. REF is namespace/name, with @version or @alias for another than the
     newest.

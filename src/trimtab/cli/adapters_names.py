@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from trimtab.cli.adapters_list import as_dict
-from trimtab.cli.options import device_option, dtype_option, open_base, store_option
+from trimtab.cli.options import OnBase, device_option, dtype_option, json_option, store_option
 
 
 @click.command("publish")
@@ -19,7 +19,7 @@ from trimtab.cli.options import device_option, dtype_option, open_base, store_op
 @store_option
 @dtype_option
 @device_option
-@click.option("--json", "as_json", is_flag=True, help="Print the version as JSON.")
+@json_option("Print the version as JSON.")
 def publish(
     folder: Path,
     name: str,
@@ -40,7 +40,7 @@ def publish(
     """
     from trimtab.store.registry import Store
 
-    base = open_base(base_name, dtype, device) if base_name is not None else None
+    base = OnBase(base_name, dtype, device).open() if base_name is not None else None
     version = Store(root, create=True).publish(folder, name, base=base, aliases=aliases)
     if as_json:
         click.echo(json.dumps(as_dict(version)))
@@ -54,7 +54,7 @@ def publish(
 @click.argument("ref")
 @click.argument("alias")
 @store_option
-@click.option("--json", "as_json", is_flag=True, help="Print the version that it stands for as JSON.")
+@json_option("Print the version that it stands for as JSON.")
 def set_alias(ref: str, alias: str, root: Path | None, as_json: bool) -> None:
     """Let ALIAS stand for REF (namespace/name@version), whatever it stood for before. `latest` always is the newest version.
 
@@ -74,7 +74,7 @@ def set_alias(ref: str, alias: str, root: Path | None, as_json: bool) -> None:
 @click.argument("name")
 @click.argument("alias")
 @store_option
-@click.option("--json", "as_json", is_flag=True, help="Print {name, removed} as JSON.")
+@json_option("Print {name, removed} as JSON.")
 def unalias(name: str, alias: str, root: Path | None, as_json: bool) -> None:
     """Take ALIAS away from NAME (namespace/name). No version goes.
 
@@ -92,7 +92,7 @@ def unalias(name: str, alias: str, root: Path | None, as_json: bool) -> None:
 @click.argument("ref")
 @click.option("--all", "whole", is_flag=True, help="Every version of a name, and its aliases.")
 @store_option
-@click.option("--json", "as_json", is_flag=True, help="Print what was removed as a JSON list.")
+@json_option("Print what was removed as a JSON list.")
 def remove(ref: str, whole: bool, root: Path | None, as_json: bool) -> None:
     """Take REF (namespace/name@version) out of the store, or with --all a whole name. Its number is never used again.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from trimtab.cli.options import store_option
+from trimtab.cli.options import json_option, store_option
 from trimtab.cli.transfer import megabytes, showing
 
 
@@ -17,7 +17,7 @@ from trimtab.cli.transfer import megabytes, showing
 @click.option("--alias", "aliases", multiple=True, help="Also give the version this alias; may be given several times.")
 @click.option("--timeout", default=3600.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds for all of it.")
 @store_option
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress.")
+@json_option("Print the report as JSON, and no progress.")
 def pull(url: str, name: str, aliases: tuple[str, ...], timeout: float, root: Path | None, as_json: bool) -> None:
     """Fetch the adapter at URL into the store, as the next version of NAME.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from trimtab.cli.options import store_option
+from trimtab.cli.options import json_option, store_option
 from trimtab.cli.transfer import megabytes, showing
 
 
@@ -15,7 +15,7 @@ from trimtab.cli.transfer import megabytes, showing
 @click.argument("adapter")
 @click.argument("url")
 @store_option
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress.")
+@json_option("Print the report as JSON, and no progress.")
 def push(adapter: str, url: str, root: Path | None, as_json: bool) -> None:
     """Send ADAPTER, a version in the store, to URL. Files that are there already are not sent again.
 

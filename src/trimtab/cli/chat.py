@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
-from trimtab.cli.options import (
-    base_option,
-    before_loading,
-    device_option,
-    dtype_option,
-    open_adapter,
-    open_base,
-    sampling_options,
-    store_option,
-)
+from trimtab.cli.options import OnBase, base_option, device_option, dtype_option, on_base, sampling_options, store_option
 from trimtab.cli.terminal import say
 from trimtab.decode.text import Decoder, TextStream
 
@@ -28,19 +19,8 @@ from trimtab.decode.text import Decoder, TextStream
 @sampling_options
 @dtype_option
 @device_option
-def chat(
-    base_name: str,
-    adapter: str | None,
-    root: Path | None,
-    system: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int,
-    dtype: str | None,
-    device: str | None,
-) -> None:
+@on_base
+def chat(on: OnBase, adapter: str | None, system: str | None, sampling: dict[str, Any]) -> None:
     """Talk to the base or to an adapter. An empty line or end of input leaves; /reset begins anew.
 
     \b
@@ -49,12 +29,11 @@ def chat(
     """
     from trimtab.decode.generate import Sampling
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    with before_loading(base_name, dtype, device, [adapter] if adapter else [], root):
+    with on.before_loading([adapter] if adapter else []):
         pass  # nothing else is asked for
-    base = open_base(base_name, dtype, device)
+    base = on.open()
     decoder = Decoder(base.tokenizer)
-    speaker = open_adapter(adapter, base, root)
+    speaker = on.adapter(adapter, base) if adapter is not None else None
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     while text := _ask():
@@ -64,7 +43,7 @@ def chat(
         messages.append({"role": "user", "content": text})
         ids = base.encode_messages(messages)
         shown = _Stream(decoder.stream())
-        new = base.generate_ids([ids], [speaker], sampling, shown)[0]
+        new = base.generate_ids([ids], [speaker], Sampling(**sampling), shown)[0]
         shown.end()
         messages.append({"role": "assistant", "content": base.tokenizer.decode(new, skip_special_tokens=True)})
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from trimtab.cli.options import json_option
 from trimtab.errors import printable
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 @click.argument("run_file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--rows", default=2, show_default=True, type=click.IntRange(min=0), help="Rows of each training source to show rendered.")
 @click.option("--strict", is_flag=True, help="Exit with 2 on warnings too.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option("Print JSON.")
 @click.pass_context
 def check(ctx: click.Context, run_file: Path, rows: int, strict: bool, as_json: bool) -> None:
     """Read everything that RUN_FILE names, train nothing, write nothing.

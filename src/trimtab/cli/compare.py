@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trimtab.cli import show
+from trimtab.cli.options import json_option
 from trimtab.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ SMALLER_FIRST = {*COSTS} - {"tokens_per_s"}
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--by", metavar="SCORE", help="Sort by this score or cost, best first; by default the first score that there is.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the page of all runs (as report.html) to this file.")
-@click.option("--json", "as_json", is_flag=True, help="Print one object a variant, and what to know before comparing.")
+@json_option("Print one object a variant, and what to know before comparing.")
 def compare(runs: tuple[Path, ...], by: str | None, html: Path | None, as_json: bool) -> None:
     """Every variant of several RUNS (run folders) in one table for each data set: how it was made, what it cost, what it scored.
 

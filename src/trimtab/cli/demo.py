@@ -14,6 +14,7 @@ from rich.table import Table
 
 import trimtab
 from trimtab.cli import show
+from trimtab.cli.options import json_option
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import TrimtabError
 
@@ -27,7 +28,7 @@ QUESTIONS = {
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder; by default runs/demo-<time>.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary and the answers as JSON.")
+@json_option("Print the summary and the answers as JSON.")
 def demo(out: Path | None, as_json: bool) -> None:
     """Train a support, a legal and a finance adapter together on the bundled base, of three different methods, and show what each does.
 

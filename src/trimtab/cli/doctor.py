@@ -8,11 +8,12 @@ from dataclasses import asdict
 import click
 from rich.table import Table
 
+from trimtab.cli.options import json_option
 from trimtab.cli.terminal import Terminal
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@json_option("Print the findings as JSON.")
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Say what this machine has (Python, torch, threads, bf16, device, memory, cache, disk, bundled base), run a forward and a training

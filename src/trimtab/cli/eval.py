@@ -12,7 +12,7 @@ import click
 from rich.table import Table
 
 from trimtab.cli import show
-from trimtab.cli.options import base_option, before_loading, device_option, dtype_option, open_adapter, open_base, store_option
+from trimtab.cli.options import OnBase, base_option, device_option, dtype_option, json_option, on_base, store_option
 from trimtab.cli.terminal import say
 from trimtab.errors import ConfigError
 
@@ -48,20 +48,18 @@ COLUMNS = {
 )
 @dtype_option
 @device_option
-@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
+@json_option("Print the scores as JSON.")
+@on_base
 def evaluate(
     data: str,
-    base_name: str,
+    on: OnBase,
     adapters: tuple[str, ...],
-    root: Path | None,
     labels: str | None,
     max_rows: int | None,
     max_new_tokens: int,
     max_tokens: int,
     no_generate: bool,
     out: Path | None,
-    dtype: str | None,
-    device: str | None,
     as_json: bool,
 ) -> None:
     """Score the base and each --adapter on the rows of DATA (a file, a folder or hf:org/name): all in one pass of mixed batches.
@@ -77,13 +75,13 @@ def evaluate(
     from trimtab.train.evaluate import Contestant, Judge, read_held_out, write_predictions
 
     asked, folders = _labels(labels), _names(adapters)
-    with before_loading(base_name, dtype, device, adapters, root) as mistakes:
+    with on.before_loading(adapters) as mistakes:
         with mistakes.noted():
             peek_source(Source(data), Path())
         with mistakes.noted():
             _refuse_occupied(out)
-    base = open_base(base_name, dtype, device)
-    named = {name: open_adapter(folder, base, root) for name, folder in folders.items()}
+    base = on.open()
+    named = {name: on.adapter(folder, base) for name, folder in folders.items()}
     held = read_held_out(base, data, asked, max_rows, lambda text: say(f"warning: {text}", err=True))
     mix, members = base.mix(list(named.values()))
     field = [Contestant(name, member, not no_generate) for name, member in zip(["base", *named], [BASE, *members], strict=True)]
@@ -92,7 +90,7 @@ def evaluate(
         judge = Judge(base.tokenizer, base.stop_ids, max_new_tokens, max_tokens, lambda n: listener.status(f"scoring: {n} tokens"))
         stem = re.sub(r"[^\w.-]+", "-", Path(data).stem)
         results = judge.judge(base.attached, mix, {stem: field}, {stem: held})
-    summary = _summary(base_name, data, results[stem])
+    summary = _summary(on.base_name, data, results[stem])
     if out is not None:
         write_predictions(out / "predictions", results)
         out.mkdir(parents=True, exist_ok=True)

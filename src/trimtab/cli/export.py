@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from trimtab.cli.options import base_option, before_loading, device_option, dtype_option, open_adapter, open_base, store_option
+from trimtab.cli.options import OnBase, base_options, json_option
 
 
 @click.command()
@@ -16,20 +16,14 @@ from trimtab.cli.options import base_option, before_loading, device_option, dtyp
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--format", "kind", default="peft", show_default=True, help="peft, vllm, merged or gguf.")
 @click.option("--call-base", "called", help="What the folder calls its base: vLLM's name for the model. By default its hub id or folder.")
-@base_option
-@store_option
-@dtype_option
-@device_option
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@base_options
+@json_option("Print the report as JSON.")
 def export(
     adapter: str,
     folder: Path,
     kind: str,
     called: str | None,
-    base_name: str,
-    root: Path | None,
-    dtype: str | None,
-    device: str | None,
+    on: OnBase,
     as_json: bool,
 ) -> None:
     """Write ADAPTER (its folder, or its name in the store) to FOLDER as another program wants it, read it back, and compare.
@@ -50,13 +44,12 @@ def export(
     from trimtab.store.export import export as write
     from trimtab.store.staging import check_target
 
-    with before_loading(base_name, dtype, device, [adapter], root) as mistakes:
+    with on.before_loading([adapter]) as mistakes:
         with mistakes.noted():
             check_format(kind)
         with mistakes.noted():
             check_target(folder)
-    loaded = open_adapter(adapter, open_base(base_name, dtype, device), root)
-    assert loaded is not None
+    loaded = on.adapter(adapter, on.open())
     report = write(loaded, folder, kind, base_name=called)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report) | {"folder": str(report.folder)}))

@@ -5,19 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
-from trimtab.cli.options import (
-    base_option,
-    before_loading,
-    device_option,
-    dtype_option,
-    open_adapter,
-    open_base,
-    sampling_options,
-    store_option,
-)
+from trimtab.cli.options import OnBase, base_option, device_option, dtype_option, json_option, on_base, sampling_options, store_option
 from trimtab.cli.terminal import say
 from trimtab.errors import ConfigError
 
@@ -40,22 +32,16 @@ from trimtab.errors import ConfigError
 @sampling_options
 @dtype_option
 @device_option
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of {prompt, adapter, text}.")
+@json_option("Print a JSON list of {prompt, adapter, text}.")
+@on_base
 def generate(
     prompts: tuple[str, ...],
-    base_name: str,
+    on: OnBase,
     adapters: tuple[str, ...],
-    root: Path | None,
     file: Path | None,
     out: Path | None,
     system: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int,
-    dtype: str | None,
-    device: str | None,
+    sampling: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Answer PROMPTS with the base, or with each --adapter.
@@ -71,29 +57,17 @@ def generate(
     if bool(prompts) == (file is not None) or (file is None) != (out is None) or (file is not None and len(adapters) > 1):
         raise click.UsageError("give PROMPTS, or --file with --out and at most one --adapter, for lines that name none")
     if file is not None and out is not None:
-        _answer_file(
-            file,
-            out,
-            base_name,
-            (*adapters, "base")[0],
-            root,
-            system,
-            (max_new_tokens, temperature, top_p, top_k, seed),
-            dtype,
-            device,
-            as_json,
-        )
+        _answer_file(file, out, on, (*adapters, "base")[0], system, sampling, as_json)
         return
     from trimtab.decode.generate import Sampling
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
-    with before_loading(base_name, dtype, device, [a for a in adapters if a != "base"], root):
+    with on.before_loading([a for a in adapters if a != "base"]):
         pass  # nothing else is asked for
-    base = open_base(base_name, dtype, device)
+    base = on.open()
     names = list(adapters) or ["base"]
-    loaded = {n: open_adapter(None if n == "base" else n, base, root) for n in names}
+    loaded = {n: None if n == "base" else on.adapter(n, base) for n in names}
     asked = [(p, n) for p in prompts for n in names]
-    ids = base.generate_ids([base.encode_prompt(p, system) for p, _ in asked], [loaded[n] for _, n in asked], sampling)
+    ids = base.generate_ids([base.encode_prompt(p, system) for p, _ in asked], [loaded[n] for _, n in asked], Sampling(**sampling))
     texts = [base.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
     if as_json:
         click.echo(json.dumps([{"prompt": p, "adapter": n, "text": t} for (p, n), t in zip(asked, texts, strict=True)], indent=1))
@@ -104,32 +78,20 @@ def generate(
         say(text)
 
 
-def _answer_file(
-    file: Path,
-    out: Path,
-    base_name: str,
-    adapter: str,
-    root: Path | None,
-    system: str | None,
-    sampling: tuple[int, float, float, int, int],
-    dtype: str | None,
-    device: str | None,
-    as_json: bool,
-) -> None:
+def _answer_file(file: Path, out: Path, on: OnBase, adapter: str, system: str | None, sampling: dict[str, Any], as_json: bool) -> None:
     from trimtab.serve.engine import Engine
     from trimtab.serve.offline import answer_file, read_lines
     from trimtab.serve.request import SamplingParams
 
-    max_tokens, temperature, top_p, top_k, seed = sampling
-    defaults = SamplingParams(max_tokens, temperature, top_p, top_k, seed=seed)
+    defaults = SamplingParams(max_tokens=sampling.pop("max_new_tokens"), **sampling)
     lines = read_lines(file)
     named = {line.adapter or adapter for _, line in lines} - {"base"}
-    with before_loading(base_name, dtype, device, sorted(named), root) as mistakes, mistakes.noted():
+    with on.before_loading(sorted(named)) as mistakes, mistakes.noted():
         if out.is_dir() or not out.absolute().parent.is_dir():
             raise ConfigError(f"--out {out} cannot be written", fix="name a file, in a folder that is there")
-    engine = Engine(open_base(base_name, dtype, device))
+    engine = Engine(on.open())
     try:
-        summary = answer_file(file, out, engine, defaults=defaults, adapter=adapter, system=system, store=root)
+        summary = answer_file(file, out, engine, defaults=defaults, adapter=adapter, system=system, store=on.root)
     finally:
         engine.close()
     if as_json:

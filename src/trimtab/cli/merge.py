@@ -8,18 +8,15 @@ from pathlib import Path
 
 import click
 
-from trimtab.cli.options import base_option, before_loading, device_option, dtype_option, open_adapter, open_base, store_option
+from trimtab.cli.options import OnBase, base_options, json_option
 
 
 @click.command()
 @click.argument("adapter")
 @click.argument("folder", type=click.Path(path_type=Path))
-@base_option
-@store_option
-@dtype_option
-@device_option
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def merge(adapter: str, folder: Path, base_name: str, root: Path | None, dtype: str | None, device: str | None, as_json: bool) -> None:
+@base_options
+@json_option("Print the report as JSON.")
+def merge(adapter: str, folder: Path, on: OnBase, as_json: bool) -> None:
     """Fold ADAPTER (its folder, or its name in the store) into the base's weights and write an ordinary model folder to FOLDER. The merged
     model is reloaded and compared first.
 
@@ -33,10 +30,9 @@ def merge(adapter: str, folder: Path, base_name: str, root: Path | None, dtype: 
     """
     from trimtab.store.staging import check_target
 
-    with before_loading(base_name, dtype, device, [adapter], root) as mistakes, mistakes.noted():
+    with on.before_loading([adapter]) as mistakes, mistakes.noted():
         check_target(folder)
-    loaded = open_adapter(adapter, open_base(base_name, dtype, device), root)
-    assert loaded is not None
+    loaded = on.adapter(adapter, on.open())
     report = loaded.merge_into(folder)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report) | {"folder": str(report.folder)}))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
@@ -15,13 +17,13 @@ if TYPE_CHECKING:
     from trimtab.model import Base
     from trimtab.store import Adapter
 
+Command: TypeAlias = Callable[..., Any]
+
 base_option = click.option(
     "--base", "base_name", default="smollm2-135m-instruct", show_default=True, help="Bundled name, folder, hub id or .gguf file."
 )
 dtype_option = click.option("--dtype", help="float32, bfloat16 or float16; by default what the hardware multiplies natively.")
 device_option = click.option("--device", help="cpu, cuda, cuda:1, …; by default CUDA where there is one.")
-
-
 store_option = click.option(
     "--store",
     "root",
@@ -30,8 +32,19 @@ store_option = click.option(
 )
 
 
-def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--max-new-tokens, --temperature, --top-p, --top-k, --seed."""
+def json_option(help: str) -> Callable[[Command], Command]:
+    """--json, as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help=help)
+
+
+def sampling_options(command: Command) -> Command:
+    """--max-new-tokens, --temperature, --top-p, --top-k, --seed, as one argument `sampling`: the fields of `decode.generate.Sampling`."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+
+    @wraps(command)
+    def gathered(**options: Any) -> Any:
+        return command(sampling={name: options.pop(name) for name in names}, **options)
+
     for option in (
         click.option("--seed", default=0, show_default=True, help="Of the random draws; of no effect at temperature 0."),
         click.option("--top-k", default=0, show_default=True, help="Draw from the k likeliest tokens; 0: from all."),
@@ -39,27 +52,63 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token each time."),
         click.option("--max-new-tokens", default=128, show_default=True, help="Length of the answer at most."),
     ):
-        command = option(command)
-    return command
+        gathered = option(gathered)
+    return gathered
 
 
-@contextmanager
-def before_loading(base_name: str, dtype: str | None, device: str | None, adapters: Iterable[str], root: Path | None) -> Iterator[Mistakes]:
-    """Before a command loads its base, which takes seconds: what can be told of base and adapters, and what the block notes besides, is
-    refused at once."""
-    from trimtab.bases import resolve_device, resolve_dtype
-    from trimtab.bases.locate import refuse_hopeless
+@dataclass(frozen=True)
+class OnBase:
+    """The base that a command asks for, and the store in which it looks for adapters."""
 
-    mistakes = Mistakes()
-    with mistakes.noted():
-        resolve_dtype(dtype, resolve_device(device))
-    with mistakes.noted():
-        refuse_hopeless(base_name)
-    for name in dict.fromkeys(adapters):
+    base_name: str
+    dtype: str | None = None
+    device: str | None = None
+    root: Path | None = None
+
+    @contextmanager
+    def before_loading(self, adapters: Iterable[str]) -> Iterator[Mistakes]:
+        """Before the base is loaded, which takes seconds: what can be told of base and adapters, and what the block notes besides, is
+        refused at once."""
+        from trimtab.bases import resolve_device, resolve_dtype
+        from trimtab.bases.locate import refuse_hopeless
+
+        mistakes = Mistakes()
         with mistakes.noted():
-            _find_adapter(name, root)
-    yield mistakes
-    mistakes.refuse("this cannot be done")
+            resolve_dtype(self.dtype, resolve_device(self.device))
+        with mistakes.noted():
+            refuse_hopeless(self.base_name)
+        for name in dict.fromkeys(adapters):
+            with mistakes.noted():
+                _find_adapter(name, self.root)
+        yield mistakes
+        mistakes.refuse("this cannot be done")
+
+    def open(self) -> Base:
+        """Load the base, with a line on standard error while it takes long."""
+        from trimtab.model import load_base
+
+        return load_base(self.base_name, dtype=self.dtype, device=self.device)
+
+    def adapter(self, name: str, base: Base) -> Adapter:
+        """Load an adapter from its folder, or by its name from the store."""
+        from trimtab.store import Adapter
+
+        return Adapter.load(name, base, store=self.root)
+
+
+def on_base(command: Command) -> Command:
+    """Gathers what --base, --dtype, --device and --store say into one argument `on`, an `OnBase`."""
+
+    @wraps(command)
+    def gathered(base_name: str, dtype: str | None, device: str | None, root: Path | None = None, **options: Any) -> Any:
+        return command(on=OnBase(base_name, dtype, device, root), **options)
+
+    return gathered
+
+
+def base_options(command: Command) -> Command:
+    """--base, --store, --dtype, --device, as one argument `on`."""
+    return base_option(store_option(dtype_option(device_option(on_base(command)))))
 
 
 def _find_adapter(name: str, root: Path | None) -> None:
@@ -73,17 +122,3 @@ def _find_adapter(name: str, root: Path | None) -> None:
         raise AdapterError(f"adapter {name!r}: there is no such folder", fix=f"looked for {folder.absolute()}")
     if not (folder / "adapter_config.json").exists():
         raise AdapterError(f"adapter {name!r} has no adapter_config.json", fix="name an adapter's folder, or an adapter of the store")
-
-
-def open_base(name: str, dtype: str | None, device: str | None) -> Base:
-    """Load a base, with a line on standard error while it takes long."""
-    from trimtab.model import load_base
-
-    return load_base(name, dtype=dtype, device=device)
-
-
-def open_adapter(name: str | None, base: Base, root: Path | None = None) -> Adapter | None:
-    """Load an adapter from its folder, or by its name from the store at `root`; None stands for the base itself."""
-    from trimtab.store import Adapter
-
-    return None if name is None else Adapter.load(name, base, store=root)

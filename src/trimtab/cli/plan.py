@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from trimtab.cli.options import json_option
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -47,7 +49,7 @@ class _MethodOption(click.Option):
 @click.option("--sequence-length", default=512, show_default=True, help="Tokens of one sequence.")
 @click.option("--variants", default=1, show_default=True, help="Adapters trained, or served, together.")
 @click.option("--activation-checkpointing", is_flag=True, help="Train with it, as in a run file: less memory, slower.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes in bytes.")
+@json_option("Print JSON; sizes in bytes.")
 def plan(base: str, method: str | None, fields: tuple[str, ...], everything: bool, as_json: bool, **options: Any) -> None:
     """Parameters, file sizes and memory of methods on BASE, without its weights.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from trimtab.cli.options import base_option, before_loading, device_option, dtype_option, open_base, store_option
+from trimtab.cli.options import OnBase, base_option, device_option, dtype_option, json_option, on_base, store_option
 from trimtab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,28 +56,9 @@ GB = 1e9
 @click.option("--drain-seconds", default=60.0, show_default=True, type=click.FloatRange(0), help="After SIGTERM, for running answers.")
 @dtype_option
 @device_option
-@click.option("--json", "as_json", is_flag=True, help="Print the line that says it is ready as JSON.")
-def serve(
-    base_name: str,
-    shown: str | None,
-    root: Path | None,
-    named: tuple[str, ...],
-    folders: tuple[Path, ...],
-    local: bool,
-    host: str,
-    port: int,
-    database: Path | None,
-    kv_gb: float | None,
-    adapters_gb: float | None,
-    max_running: int,
-    max_queued: int,
-    max_wait: float | None,
-    request_seconds: float | None,
-    drain_seconds: float,
-    dtype: str | None,
-    device: str | None,
-    as_json: bool,
-) -> None:
+@json_option("Print the line that says it is ready as JSON.")
+@on_base
+def serve(on: OnBase, **options: Any) -> None:
     """Serve the base and any number of adapters over OpenAI's HTTP API. `model` chooses: support, acme/support@3, or the base's name.
 
     \b
@@ -90,8 +72,41 @@ def serve(
     or Ctrl-C lets running answers finish.
     """
     check_packages()
-    adapters = _pairs(named)
-    _check(local, host, database, adapters)
+    asked = ServeOptions(**options)
+    adapters = _pairs(asked.named)
+    _check(asked, adapters)
+    with ExitStack() as open_parts:
+        _run(on, asked, adapters, open_parts)
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of `trimtab serve`, beside those of the base."""
+
+    shown: str | None
+    named: tuple[str, ...]
+    folders: tuple[Path, ...]
+    local: bool
+    host: str
+    port: int
+    database: Path | None
+    kv_gb: float | None
+    adapters_gb: float | None
+    max_running: int
+    max_queued: int
+    max_wait: float | None
+    request_seconds: float | None
+    drain_seconds: float
+    as_json: bool
+
+    @property
+    def max_open(self) -> int:
+        """Answers that run or wait."""
+        return self.max_running + self.max_queued
+
+
+def _run(on: OnBase, asked: ServeOptions, adapters: dict[str, str], open_parts: ExitStack) -> None:
+    """Check what can be checked before the base is loaded, load it, serve until a signal ends it."""
     from trimtab.http import logs, server
     from trimtab.http.app import create_app
     from trimtab.http.assemble import Asked, name_for_clients, services_of
@@ -99,48 +114,56 @@ def serve(
     from trimtab.serve.audit import Audit, audit_path
     from trimtab.serve.engine import Engine, EngineConfig
 
+    with on.before_loading(adapters.values()) as mistakes:
+        with mistakes.noted():
+            _store(on.root)
+        with mistakes.noted():
+            sock = open_parts.enter_context(server.bind(asked.host, asked.port))
+    tenants = None if asked.local else open_parts.enter_context(_tenants(asked.database))
+    audit = None if tenants is None else open_parts.enter_context(Audit(audit_path(tenants.path)))
+    store = _store(on.root)
+    port = sock.getsockname()[1]
     config = EngineConfig(
-        kv_bytes=None if kv_gb is None else int(kv_gb * GB),
-        adapter_bytes=None if adapters_gb is None else int(adapters_gb * GB),
-        max_running=max_running,
-        max_queued=max_running + max_queued,  # admission counts them all; the engine's bound is not to be met before
+        kv_bytes=_bytes(asked.kv_gb),
+        adapter_bytes=_bytes(asked.adapters_gb),
+        max_running=asked.max_running,
+        max_queued=asked.max_open,  # admission counts them all; the engine's bound is not to be met before
     )
-    with ExitStack() as open_parts:
-        with before_loading(base_name, dtype, device, adapters.values(), root) as mistakes:
-            with mistakes.noted():
-                _store(root, needed=root is not None)
-            with mistakes.noted():
-                sock = open_parts.enter_context(server.bind(host, port))
-        tenants = None if local else open_parts.enter_context(_tenants(database))
-        audit = None if tenants is None else open_parts.enter_context(Audit(audit_path(tenants.path)))
-        store = _store(root, needed=root is not None)
-        port = sock.getsockname()[1]
-        base = open_base(base_name, dtype, device)
-        engine = Engine(base, config)
-        open_parts.callback(engine.close)
-        services = services_of(
-            engine,
-            Asked(
-                store=store,
-                folders=folders,
-                adapters=adapters,
-                base_names=(shown or name_for_clients(base_name),),
-                tenants=tenants,
-                audit=audit,
-                hosts=server.local_hosts(port) if local else None,
-                max_open=max_running + max_queued,
-                places=max_running,
-                max_wait=max_wait,
-                limits=Limits(request_s=request_seconds),
-            ),
-        )
-        logs.configure()
-        engine.start()
-        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        told = {"url": where, "base": services.base_name, "local": local, "adapters": sorted(adapters)}
-        text = json.dumps(told) if as_json else f"serving {services.base_name} at {where}{' for this machine only' * local}"
-        made = server.make(create_app(services), services, drain_s=drain_seconds, ready=lambda: click.echo(text), stop=engine.close)
-        made.run([sock])
+    engine = Engine(on.open(), config)
+    open_parts.callback(engine.close)
+    services = services_of(
+        engine,
+        Asked(
+            store=store,
+            folders=asked.folders,
+            adapters=adapters,
+            base_names=(asked.shown or name_for_clients(on.base_name),),
+            tenants=tenants,
+            audit=audit,
+            hosts=server.local_hosts(port) if asked.local else None,
+            max_open=asked.max_open,
+            places=asked.max_running,
+            max_wait=asked.max_wait,
+            limits=Limits(request_s=asked.request_seconds),
+        ),
+    )
+    logs.configure()
+    engine.start()
+    text = _ready(asked, services.base_name, port, sorted(adapters))
+    made = server.make(create_app(services), services, drain_s=asked.drain_seconds, ready=lambda: click.echo(text), stop=engine.close)
+    made.run([sock])
+
+
+def _bytes(gb: float | None) -> int | None:
+    return None if gb is None else int(gb * GB)
+
+
+def _ready(asked: ServeOptions, base_name: str, port: int, adapters: list[str]) -> str:
+    """What is printed when the server is ready."""
+    where = f"http://{f'[{asked.host}]' if ':' in asked.host else asked.host}:{port}"
+    if asked.as_json:
+        return json.dumps({"url": where, "base": base_name, "local": asked.local, "adapters": adapters})
+    return f"serving {base_name} at {where}{' for this machine only' * asked.local}"
 
 
 def check_packages() -> None:
@@ -159,13 +182,13 @@ def _pairs(named: tuple[str, ...]) -> dict[str, str]:
     return {a: b for a, _, b in pairs}
 
 
-def _check(local: bool, host: str, database: Path | None, adapters: dict[str, str]) -> None:
+def _check(asked: ServeOptions, adapters: dict[str, str]) -> None:
     problems = []
-    if local and host not in ("127.0.0.1", "localhost", "::1"):
-        problems.append(f"--local listens on this machine only, not on --host {host}")
-    if local and database is not None:
+    if asked.local and asked.host not in ("127.0.0.1", "localhost", "::1"):
+        problems.append(f"--local listens on this machine only, not on --host {asked.host}")
+    if asked.local and asked.database is not None:
         problems.append("--local knows no tenants: leave out --tenants")
-    if adapters and not local:
+    if adapters and not asked.local:
         problems.append("--adapter is for --local: with tenants, publish to the store, in a tenant's namespace")
     if problems:
         raise ConfigError("these options do not go together", problems=problems)
@@ -182,12 +205,12 @@ def _tenants(database: Path | None) -> Tenants:
     return Tenants(path)
 
 
-def _store(root: Path | None, *, needed: bool) -> Store | None:
+def _store(root: Path | None) -> Store | None:
     """The store at `root`, or the default one where there is one."""
     from trimtab.store.names import default_root
     from trimtab.store.registry import Store
 
-    if not needed and not (default_root() / "index.json").is_file():
+    if root is None and not (default_root() / "index.json").is_file():
         return None
     store = Store(root)
     store.namespaces()  # what is wrong with its index is said before a base is loaded

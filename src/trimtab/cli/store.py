@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from trimtab.cli.options import store_option
+from trimtab.cli.options import json_option, store_option
 from trimtab.cli.transfer import megabytes
 from trimtab.errors import printable
 
@@ -29,7 +29,7 @@ def store() -> None:
 
 @store.command("init")
 @store_option
-@click.option("--json", "as_json", is_flag=True, help="Print {root} as JSON.")
+@json_option("Print {root} as JSON.")
 def init(root: Path | None, as_json: bool) -> None:
     """Make an empty store where there is none. `trimtab adapters publish` and `pull` do so by themselves.
 
@@ -45,7 +45,7 @@ def init(root: Path | None, as_json: bool) -> None:
 
 @store.command("where")
 @store_option
-@click.option("--json", "as_json", is_flag=True, help="Print {root, exists} as JSON.")
+@json_option("Print {root, exists} as JSON.")
 def where(root: Path | None, as_json: bool) -> None:
     """Print the folder that commands take for the store, whether there is one or not.
 
@@ -61,7 +61,7 @@ def where(root: Path | None, as_json: bool) -> None:
 
 @store.command("verify")
 @store_option
-@click.option("--json", "as_json", is_flag=True, help="Print {versions, blobs, bytes, problems} as JSON.")
+@json_option("Print {versions, blobs, bytes, problems} as JSON.")
 @click.pass_context
 def verify(ctx: click.Context, root: Path | None, as_json: bool) -> None:
     """Read every byte in the store and compare it with its digest; say everything that is missing, damaged or strange.
@@ -93,7 +93,7 @@ def verify(ctx: click.Context, root: Path | None, as_json: bool) -> None:
 @click.option("--grace", default=3600.0, show_default=True, type=click.FloatRange(0), help="Seconds for which a blob is spared, unused.")
 @click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
 @store_option
-@click.option("--json", "as_json", is_flag=True, help="Print {blobs, bytes, unfinished} as JSON.")
+@json_option("Print {blobs, bytes, unfinished} as JSON.")
 def gc(grace: float, dry_run: bool, root: Path | None, as_json: bool) -> None:
     """Remove files that no version needs any more, and what interrupted commands have left.
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trimtab.cli import show
+from trimtab.cli.options import json_option
 from trimtab.cli.train import stopping, tell_how_to_resume
 
 
@@ -20,7 +21,7 @@ from trimtab.cli.train import stopping, tell_how_to_resume
 @click.argument("sweep_file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Write here instead of into the file's `out`.")
 @click.option("--resume", is_flag=True, help="Go on where the sweep in that folder was interrupted; what has finished is not repeated.")
-@click.option("--json", "as_json", is_flag=True, help="Print leaderboard.json at the end, and no progress.")
+@json_option("Print leaderboard.json at the end, and no progress.")
 @click.pass_context
 def sweep(ctx: click.Context, sweep_file: Path, out: Path | None, resume: bool, as_json: bool) -> None:
     """Search for the best settings: train all trials of SWEEP_FILE together on one frozen base, and rank them by their valid rows.

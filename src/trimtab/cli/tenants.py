@@ -16,6 +16,7 @@ import click
 from rich.table import Table
 
 from trimtab.cli import show
+from trimtab.cli.options import json_option
 from trimtab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def tenants() -> None:
 
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """--db, --json."""
-    command = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+    command = json_option("Print JSON.")(command)
     where = "${XDG_DATA_HOME:-~/.local/share}/trimtab/tenants.db"
     return click.option("--db", type=click.Path(path_type=Path), help=f"The database; by default {where}.")(command)
 
@@ -64,20 +65,11 @@ def settings(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("name")
 @settings
 @common
-def add(
-    name: str,
-    namespaces: tuple[str, ...],
-    max_concurrent: int | None,
-    tokens_per_minute: int | None,
-    weight: float | None,
-    admin: bool | None,
-    db: Path | None,
-    as_json: bool,
-) -> None:
+def add(name: str, db: Path | None, as_json: bool, **settings: Any) -> None:
     """Add the tenant NAME and print its first key. It sees the namespace of its own name unless told otherwise."""
     from trimtab.serve.tenants import Tenant, check
 
-    wanted = _changed(Tenant(name, name, (name,)), namespaces, max_concurrent, tokens_per_minute, weight, admin)
+    wanted = _changed(Tenant(name, name, (name,)), **settings)
     check(wanted)  # before the log and the database hear of it
     with opened(db, create=True) as (store, act), act("tenant.add", name, _told(wanted)) as learnt:
         store.add(
@@ -97,19 +89,10 @@ def add(
 @click.argument("name")
 @settings
 @common
-def update(
-    name: str,
-    namespaces: tuple[str, ...],
-    max_concurrent: int | None,
-    tokens_per_minute: int | None,
-    weight: float | None,
-    admin: bool | None,
-    db: Path | None,
-    as_json: bool,
-) -> None:
+def update(name: str, db: Path | None, as_json: bool, **settings: Any) -> None:
     """Change what the tenant NAME may do; what is not named stays. Counts from its next request on."""
     with opened(db) as (store, act):
-        wanted = _changed(store.get(name), namespaces, max_concurrent, tokens_per_minute, weight, admin)
+        wanted = _changed(store.get(name), **settings)
         with act("tenant.update", name, _told(wanted)):
             store.update(wanted)
         _print(_told(wanted), as_json, f"changed {name}: {_limits(wanted)}")
@@ -217,6 +200,7 @@ def _acting(audit: Audit) -> Act:
 
 def _changed(
     tenant: Tenant,
+    *,
     namespaces: tuple[str, ...],
     max_concurrent: int | None,
     tokens_per_minute: int | None,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from trimtab.cli import show
-from trimtab.cli.options import store_option
+from trimtab.cli.options import json_option, store_option
 
 if TYPE_CHECKING:
     from trimtab.train.beside import Beside
@@ -41,7 +41,7 @@ SHOW_CURSOR = "\x1b[?25h"  # rich hides it; a second signal leaves no time to br
     metavar="[PORT]",
     help="Serve the base and the variants at this port of 127.0.0.1 (8000; 0: any free one) while they train.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print summary.json at the end, and no progress.")
+@json_option("Print summary.json at the end, and no progress.")
 @click.pass_context
 def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, root: Path | None, port: int | None, as_json: bool) -> None:
     """Train every variant of RUN_FILE together on one frozen base, score it beside the base on the test rows, and save it.

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,34 +94,68 @@ class SourceRows:
         )
 
 
-def read_examples(
-    source: Source,
-    index: int,
-    tokenizer: Any,
-    *,
-    root: Path,
-    max_length: int,
-    last_turn_only: bool,
-    seed: int,
-    vocab_size: int | None,
-    note: Callable[[str], None],
-    options: bytes | None = None,
-) -> SourceRows:
-    """Read and tokenise one source. index: its place among its split's. note: hears what it holds and no row uses. options: all but the
-    rows that decides tokens (`_options`); where given, tokens are looked for in the cache and kept there. The rest: as in `load_examples`.
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read: what training, validation and `check` do alike. The fields are as in `load_examples`."""
 
-    Raises DataError where it cannot be read, or holds conversations and the base has no chat template.
-    """
-    rows, dropped = read_source(source, root, index, note)
-    try:
-        key, results = _tokens(rows, tokenizer, max_length, last_turn_only, vocab_size, options)
-    except DataError as error:
-        raise DataError(f"{source.path}: {error.message}", problems=error.problems, fix=error.fix) from error
-    kept = [(row, r) for row, r in zip(rows, results, strict=True) if isinstance(r, Example)]
-    dropped += [r for r in results if isinstance(r, Dropped)]
-    examples = [e for _, e in kept]
-    epoch = [examples[i] for i in drawn(len(examples), source.weight, seed, index)]
-    return SourceRows(source, [row for row, _ in kept], examples, dropped, epoch, key)
+    tokenizer: Any
+    root: Path
+    max_length: int
+    last_turn_only: bool = False
+    seed: int = 0
+    vocab_size: int | None = None
+
+    def read(self, source: Source, index: int, note: Callable[[str], None], *, keep: bool) -> SourceRows:
+        """Read and tokenise one source. index: its place among its split's. note: hears what it holds and no row uses. keep: look for the
+        tokens in the cache, and keep them there.
+
+        Raises DataError where it cannot be read, or holds conversations and the base has no chat template.
+        """
+        rows, dropped = read_source(source, self.root, index, note)
+        try:
+            key, results = self._cached(rows) if keep else ("", self._encoded(rows))
+        except DataError as error:
+            raise DataError(f"{source.path}: {error.message}", problems=error.problems, fix=error.fix) from error
+        kept = [(row, r) for row, r in zip(rows, results, strict=True) if isinstance(r, Example)]
+        dropped += [r for r in results if isinstance(r, Dropped)]
+        examples = [e for _, e in kept]
+        epoch = [examples[i] for i in drawn(len(examples), source.weight, self.seed, index)]
+        return SourceRows(source, [row for row, _ in kept], examples, dropped, epoch, key)
+
+    def _cached(self, rows: Sequence[Row]) -> tuple[str, list[Example | Dropped]]:
+        """(digest of the rows and all that decides their tokens, what became of each row), from the cache where it is there."""
+        sha = hashlib.sha256(self._options)
+        for row in rows:
+            sha.update(row.content_key() + b"\n")
+        digest = "sha256:" + sha.hexdigest()
+        if writes_the_date(self.tokenizer):
+            return digest, self._encoded(rows)
+        if (kept := load_tokens(digest, rows)) is not None:
+            return digest, kept
+        results = self._encoded(rows)
+        save_tokens(digest, results)
+        return digest, results
+
+    def _encoded(self, rows: Sequence[Row]) -> list[Example | Dropped]:
+        results: list[Example | Dropped] = []
+        for start in range(0, len(rows), BATCH_ROWS):
+            batch = rows[start : start + BATCH_ROWS]
+            results += encode_rows(batch, self.tokenizer, self.max_length, last_turn_only=self.last_turn_only, vocab_size=self.vocab_size)
+        return results
+
+    @cached_property
+    def _options(self) -> bytes:
+        """All but the rows that decides ids and masks. The tokenizer's digest does not say which tokens begin and end a text; we do."""
+        tokenizer = self.tokenizer
+        ends = [
+            list(tokenizer("", add_special_tokens=True)["input_ids"]),
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            tokenizer.unk_token_id,
+        ]
+        digests = tokenizer_digest(tokenizer), template_digest(tokenizer)
+        parts = [RENDER_VERSION, *digests, ends, self.max_length, self.last_turn_only, self.vocab_size]
+        return json.dumps(parts).encode() + b"\n"
 
 
 def load_examples(
@@ -142,25 +177,14 @@ def load_examples(
     Raises DataError if a source cannot be read, if more than `max_dropped_share` of a source's rows were dropped (the message counts the
     reasons and names the first ten), or if nothing is left to train on.
     """
-    options = _options(tokenizer, max_length, last_turn_only, vocab_size)
+    reading = Reading(tokenizer, root, max_length, last_turn_only, seed, vocab_size)
     examples: list[Example] = []
     dropped: list[Dropped] = []
     kept: list[Row] = []
     notes: list[str] = []
     digest = hashlib.sha256()
     for index, source in enumerate(sources):
-        found = read_examples(
-            source,
-            index,
-            tokenizer,
-            root=root,
-            max_length=max_length,
-            last_turn_only=last_turn_only,
-            seed=seed,
-            vocab_size=vocab_size,
-            note=notes.append,
-            options=options,
-        )
+        found = reading.read(source, index, notes.append, keep=True)
         if (error := found.refusal(max_dropped_share)) is not None:
             raise error
         examples += found.epoch
@@ -198,39 +222,6 @@ def summarise_dropped(dropped: Sequence[Dropped]) -> list[str]:
     lines = [f"{count} x {kind}" for kind, count in counts.most_common()]
     lines += [f"{d.origin}: {d.reason}" for d in dropped[:SHOWN]]
     return lines + ([f"and {len(dropped) - SHOWN} more"] if len(dropped) > SHOWN else [])
-
-
-def _tokens(
-    rows: Sequence[Row], tokenizer: Any, max_length: int, last_turn_only: bool, vocab_size: int | None, options: bytes | None
-) -> tuple[str, list[Example | Dropped]]:
-    """(digest of the rows and all that decides their tokens, what became of each row). Without options there is no digest and no cache."""
-    digest, keep = "", options is not None and not writes_the_date(tokenizer)
-    if options is not None:
-        sha = hashlib.sha256(options)
-        for row in rows:
-            sha.update(row.content_key() + b"\n")
-        digest = "sha256:" + sha.hexdigest()
-    if keep and (kept := load_tokens(digest, rows)) is not None:
-        return digest, kept
-    results: list[Example | Dropped] = []
-    for start in range(0, len(rows), BATCH_ROWS):
-        batch = rows[start : start + BATCH_ROWS]
-        results += encode_rows(batch, tokenizer, max_length, last_turn_only=last_turn_only, vocab_size=vocab_size)
-    if keep:
-        save_tokens(digest, results)
-    return digest, results
-
-
-def _options(tokenizer: Any, max_length: int, last_turn_only: bool, vocab_size: int | None) -> bytes:
-    """All but the rows that decides ids and masks. The tokenizer's digest does not say which tokens begin and end a text; we do."""
-    ends = [
-        list(tokenizer("", add_special_tokens=True)["input_ids"]),
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.unk_token_id,
-    ]
-    parts = [RENDER_VERSION, tokenizer_digest(tokenizer), template_digest(tokenizer), ends, max_length, last_turn_only, vocab_size]
-    return json.dumps(parts).encode() + b"\n"
 
 
 def drawn(n: int, weight: float, seed: int, source: int) -> list[int]:

@@ -13,7 +13,6 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from trimtab.data import (
     prompt_and_reference,
     template_warnings,
 )
-from trimtab.data.dataset import FIXES, SourceRows, read_examples
+from trimtab.data.dataset import FIXES, Reading
 from trimtab.errors import BaseError, ConfigError, DataError, Mistakes
 from trimtab.paths import user_path
 from trimtab.train.config import RunConfig, unreadable
@@ -154,29 +153,22 @@ def _read_data(
     splits = []
     for split, sources in config.splits.items():
         status(f"reading data.{name}.{split}")
-        read = partial(
-            read_examples,
-            tokenizer=tokenizer,
-            root=run.root,
-            max_length=max_length,
-            last_turn_only=last_turn_only or split != "train",
-            seed=run.seed,
-            vocab_size=vocab_size,
-        )
-        splits.append(_read_split(Split(name, split), sources, read, tokenizer, report))
+        turn = last_turn_only or split != "train"  # held-out rows ask for their last answer
+        reading = Reading(tokenizer, run.root, max_length, turn, run.seed, vocab_size)
+        splits.append(_read_split(Split(name, split), sources, reading, report))
     return splits
 
 
-def _read_split(split: Split, sources: Sequence[Source], read: Callable[..., SourceRows], tokenizer: Any, report: CheckReport) -> Split:
+def _read_split(split: Split, sources: Sequence[Source], reading: Reading, report: CheckReport) -> Split:
     counts, lost, notes = [], list[Dropped](), list[str]()
     for index, source in enumerate(sources):
         try:
-            found = read(source, index, note=notes.append)
+            found = reading.read(source, index, notes.append, keep=False)
         except DataError as e:
             report.findings.append(Finding("error", split.where, e.message, e.problems, len(e.problems), e.fix))
             continue
         split.starts.append(len(split.rows))
-        split.rows += as_learnt(found.rows, tokenizer)
+        split.rows += as_learnt(found.rows, reading.tokenizer)
         split.examples += found.examples
         split.epoch += found.epoch
         lost += found.dropped
