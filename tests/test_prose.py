@@ -162,6 +162,7 @@ def test_files_that_are_named_exist() -> None:
         text = page.read_text(encoding="utf-8")
         named = set(re.findall(r"`([\w./*-]+\.(?:py|cpp))`", text))
         named |= set(re.findall(rf"(?<![\w/.-])((?:{'|'.join(tops)})/[\w./*-]*\w)", text))
+        named |= set(re.findall(r"(?<![\w/.`*-])(\w+\.py)\b", text))
         named = {n for n in named if not n.startswith("examples/runs") and n.rpartition("/")[2] not in TO_BE_WRITTEN}
         gone = [n for n in named if not any(fnmatchcase(f, f"*/{n}") for f in files)]
         missing |= {str(page.relative_to(ROOT)): sorted(gone)} if gone else {}
