@@ -6,6 +6,7 @@ Found by parsing, so imports inside functions count too. Names that only type ch
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -33,6 +34,18 @@ FACADE = 7.5
 APART = [{"train", "serve"}]
 KERNELS = {"mm", "bmm", "baddbmm", "addmm", "addmm_", "torch.matmul", "einsum", "scaled_dot_product_attention", "flex_attention", "triton"}
 """Calls that mean a kernel (`@` is for small algebra, as in a merge; `matmul` of anything but torch is a base's weight's)."""
+
+WEIGHTS = "trimtab.bases.weights"
+"""Where a module's weight is read. Everybody else asks `weight_of` for a matrix and `norm_weight` for a norm's vector."""
+SHARES = {
+    "serve": {"tenant", "request", "holding", "h", "self"},
+    "http": {"tenant"},
+    "cli": {"tenant", "wanted", "s"},
+    "data": {"source", "self"},
+    "train.check": {"source"},
+    "train.step": {"head"},  # until its loss takes the head as a Weight
+}
+"""Where `weight` is another word, and whose it is there: a tenant's share of the server, a source's share of the rows."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,7 @@ def violations(files: Mapping[str, str]) -> list[str]:
         )
         if module == "trimtab":
             continue  # the facade: it loads what it is asked for
+        found += [f"{module}:{line}: {what} is read: a module's weight is read in {WEIGHTS}" for line, what in weights(module, source)]
         if top(module) != "ops":
             found += [f"{module}:{line}: {what} is a kernel: kernels live in ops" for line, what in kernels(source)]
         for i in imports(module, source, files):
@@ -128,6 +142,25 @@ def kernels(source: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, f"{node.name}(autograd.Function)"
         elif isinstance(node, (ast.Import, ast.ImportFrom)) and "triton" in ast.unparse(node).split():
             yield node.lineno, "triton"
+
+
+def weights(module: str, source: str) -> Iterator[tuple[int, str]]:
+    """Every reading of a `weight` that may be a module's."""
+    if module.startswith(WEIGHTS):
+        return
+    shares = next((owners for place, owners in SHARES.items() if f"{module}.".startswith(f"trimtab.{place}.")), set())
+    for node in ast.walk(ast.parse(source)):
+        text = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Call, ast.Subscript)) else ""
+        if isinstance(node, ast.Attribute):
+            read = node.attr == "weight" and ast.unparse(node.value).rpartition(".")[2] not in shares
+        elif isinstance(node, ast.Call):
+            read = bool(
+                re.match(r"(getattr|hasattr|setattr|.*\.(get_parameter|register_parameter|_parameters\.get))\(.*['\"]weight['\"]", text)
+            )
+        else:
+            read = bool(re.search(r"parameters\W*\['weight'\]$", text))
+        if read:
+            yield node.lineno, text
 
 
 def test_every_file_keeps_to_its_floor():
@@ -166,6 +199,13 @@ IMPORTED = ("trimtab.methods.base", "trimtab.serve.engine", "trimtab.train.step"
         ("trimtab.http.app", "if True:\n    from torch import Tensor", "trimtab.http.app:2: http never imports torch"),
         ("trimtab.forward.packs", "import torch\ntorch.bmm(a, b)", "trimtab.forward.packs:2: bmm is a kernel"),
         ("trimtab.train.loss", "class F(torch.autograd.Function): ...", "F(autograd.Function) is a kernel"),
+        ("trimtab.forward.hosts", "def f(module):\n    return module.weight.T", "trimtab.forward.hosts:2: module.weight is read"),
+        ("trimtab.ops.edit", "y = x @ self.weight", "self.weight is read"),
+        ("trimtab.store.merge", "w = getattr(module, 'weight', None)", "getattr(module, 'weight', None) is read"),
+        ("trimtab.train.full", "w = head._parameters['weight']", "head._parameters['weight'] is read"),
+        ("trimtab.train.full", "w = dict(head.named_parameters())['weight']", "['weight'] is read"),
+        ("trimtab.serve.engine", "w = base.head.weight", "base.head.weight is read"),
+        ("trimtab.train.loop", "w = source.weight", "source.weight is read"),
         ("trimtab.data.utils", "", "no utils"),
         ("trimtab.extras", "", "give 'extras' a floor"),
     ],

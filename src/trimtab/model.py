@@ -19,12 +19,12 @@ from torch import Tensor
 from trimtab import bases
 from trimtab.bases.spec import Spec
 from trimtab.bases.template import encode_prompt, end_of_turn_id
+from trimtab.bases.weights import Weight
 from trimtab.bases.weights.derived import Stamp
 from trimtab.decode.generate import Sampling, generate
-from trimtab.errors import TrimtabError
+from trimtab.errors import ConfigError, TrimtabError
 from trimtab.forward.attached import Attached
 from trimtab.forward.batch import BASE, Batch, Piece, make_batch
-from trimtab.forward.hosts import weight_OI
 from trimtab.forward.packs import Mix, PackedAdapter
 from trimtab.methods.base import Method, Site
 
@@ -200,11 +200,18 @@ class Base:
 
     # ---- what initialisers ask (methods.base.BaseView) ----
 
-    def weight_OI(self, name: str) -> Tensor:
-        return weight_OI(self.model.get_submodule(name))
+    def matrix(self, name: str) -> Weight:
+        """The weight of a linear layer or an embedding."""
+        return self.attached.weights.of[name]
 
     def parameters_of(self, name: str) -> dict[str, Tensor]:
-        """fp32 copies, on the CPU, of one module's own parameters."""
+        """fp32 copies, on the CPU, of one module's own parameters. ConfigError where its matrix is stored in a format that cannot train."""
+        matrix = self.attached.weights.of.get(name)
+        if matrix is not None and not matrix.stored_dense:
+            raise ConfigError(
+                f"modules_to_save: the weight of {name} is stored as {matrix.name}, and no copy of it can train",
+                fix="leave it out of modules_to_save, or load the base unquantised",
+            )
         return {n: p.detach().float().cpu().clone() for n, p in self.model.get_submodule(name).named_parameters(recurse=False)}
 
     def encode(self, text: str) -> list[int]:

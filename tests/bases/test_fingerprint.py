@@ -134,13 +134,11 @@ def test_views_and_scalars(tmp_path):
     wide = torch.randn(4, 6)
     rewrite(tmp_path, {"w": wide.t().contiguous(), "s": torch.tensor(2.0)})
 
-    class Model:
-        config = None
-
-        def state_dict(self):
-            return {"w": wide.t(), "s": torch.tensor(2.0)}
-
-    assert fingerprint_model(Model()) == fingerprint_folder(tmp_path)
+    model = torch.nn.Module()
+    model.config = None
+    model.register_buffer("w", wide.t())
+    model.register_buffer("s", torch.tensor(2.0))
+    assert fingerprint_model(model) == fingerprint_folder(tmp_path)
 
 
 def test_tokenizer_and_template_digests():

@@ -90,6 +90,11 @@ def adapters_of(family: str) -> dict[str, Adapter]:
     return {case: adapter_of(family, case) for case in CASES}
 
 
+def by_outputs(module) -> Tensor:
+    """A module's weight as (out, in): transformers' Conv1D keeps (in, out)."""
+    return module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+
+
 def with_dropout(method: Method, p: float) -> Method:
     """The method with dropout on, where it has one."""
     names = [f for f in ("lora_dropout", "dropout") if hasattr(method, f)]

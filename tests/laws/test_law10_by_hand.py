@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from trimtab.bases.weights import weight_of
 from trimtab.forward.hosts import Around
 from trimtab.forward.packs import PackList
 from trimtab.methods import METHODS, BottleneckConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
@@ -26,10 +27,10 @@ def _run(method, site, params, x=X, weight=W, bias=b):
     linear.weight.copy_(torch.tensor(weight))
     if bias is not None:
         linear.bias.copy_(torch.tensor(bias))
-    packed = method.pack(site, {k: torch.tensor(v) for k, v in params.items()}, linear.weight)
+    packed = method.pack(site, {k: torch.tensor(v) for k, v in params.items()}, torch.float32, weight_of(linear))
     x_TI = torch.tensor([x, x])
     rows = Rows((Span(0, 1, 0),), 2, torch.device("cpu"))
-    edited, untouched = packed.kernel(x_TI, Around(linear, 0, linear.forward, linear.forward), PackList([packed]), rows)
+    edited, untouched = packed.kernel(x_TI, Around(linear, weight_of(linear), 0, linear.forward, linear.forward), PackList([packed]), rows)
     assert torch.equal(untouched, linear(x_TI)[1])
     return edited.tolist()
 
@@ -68,9 +69,9 @@ def test_lora_on_an_embedding():
     table = nn.Embedding(2, 2).requires_grad_(False)
     table.weight.copy_(torch.tensor(W))
     params = {"lora_embedding_A": torch.tensor([[1.0, -1.0]]), "lora_embedding_B": torch.tensor([[2.0], [3.0]])}
-    packed = method.pack(site, params, table.weight)
+    packed = method.pack(site, params, torch.float32, weight_of(table))
     rows = Rows((Span(1, 2, 0),), 2, torch.device("cpu"))
-    out = packed.kernel(torch.tensor([1, 1]), Around(table, 0, table.forward, table.forward), PackList([packed]), rows)
+    out = packed.kernel(torch.tensor([1, 1]), Around(table, weight_of(table), 0, table.forward, table.forward), PackList([packed]), rows)
     assert out.tolist() == [[3.0, 4.0], [-1.0, -2.0]]
 
 

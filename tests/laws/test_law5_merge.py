@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.laws.common import CASES, adapter_of, base_of, difference, tokens
+from tests.laws.common import CASES, adapter_of, base_of, by_outputs, difference, tokens
 from tests.tiny import tiny_model
 from trimtab.errors import NotMergeable
-from trimtab.forward.hosts import weight_OI
 
 MERGED_FAMILIES = [
     "llama",
@@ -27,9 +26,9 @@ def _merged(family, adapter):
         params = {t: adapter.params[site.key(t)] for t in site.shapes}
         before = {n: p.clone() for n, p in module.named_parameters(recurse=False)}
         own_bias = getattr(module, "bias", None)
-        weight, bias = adapter.method.merge(site, weight_OI(module) if "weight" in before else torch.empty(0), own_bias, params)
+        weight, bias = adapter.method.merge(site, by_outputs(module) if "weight" in before else torch.empty(0), own_bias, params)
         assert all(torch.equal(p, before[n]) for n, p in module.named_parameters(recurse=False)), "merge changed the base's tensors"
-        assert weight.dtype == torch.float32 and weight.shape == weight_OI(module).shape
+        assert weight.dtype == torch.float32 and weight.shape == by_outputs(module).shape
         assert (bias is None) == (own_bias is None)
         module.weight = nn.Parameter(weight.T.contiguous() if type(module).__name__ == "Conv1D" else weight)
         if bias is not None:

@@ -13,6 +13,7 @@ from tests.laws.common import CASES, base_of, difference, gradient_difference, m
 from tests.laws.plain import plain_logits
 from tests.tiny import FAMILIES
 from trimtab import ops
+from trimtab.bases.weights import weight_of
 from trimtab.forward.batch import Piece
 from trimtab.forward.hosts import Around
 from trimtab.forward.packs import PackList
@@ -187,7 +188,7 @@ def _around(W, b):
     linear = torch.nn.Linear(W.shape[1], W.shape[0], dtype=torch.float64)
     call = lambda x: F.linear(x, W, b)  # noqa: E731
     linear.weight.data, linear.bias.data = W.detach().clone(), b.detach().clone()
-    return Around(linear, 3, call, call)
+    return Around(linear, weight_of(linear), 3, call, call)
 
 
 KERNELS = {
@@ -240,11 +241,11 @@ def test_doras_norm_is_a_constant_in_the_backward():
     adapter = noisy(base, LoraConfig(r=2, use_dora=True, target_modules=("q_proj",)))
     site = adapter.sites[0]
     mine = {t: adapter.params[site.key(t)].clone().requires_grad_() for t in site.shapes}
-    W, x = base.weight_OI(site.name), torch.randn(len(ids), 48, generator=torch.Generator().manual_seed(2))
-    packed = adapter.method.pack(site, mine, W)
+    W, x = base.model.get_submodule(site.name).weight, torch.randn(len(ids), 48, generator=torch.Generator().manual_seed(2))
+    packed = adapter.method.pack(site, mine, torch.float32, base.matrix(site.name))
     call = lambda x: x @ W.T  # noqa: E731
     rows = Rows((Span(0, len(ids), 0),), len(ids), torch.device("cpu"))
-    got = ops.dora(x, Around(base.model.get_submodule(site.name), 0, call, call), PackList([packed]), rows)
+    got = ops.dora(x, Around(base.model.get_submodule(site.name), base.matrix(site.name), 0, call, call), PackList([packed]), rows)
     V = W + site.scaling * mine["lora_B.weight"] @ mine["lora_A.weight"]
     norms = [V.norm(dim=1, keepdim=True).detach(), V.norm(dim=1, keepdim=True)]
     constant, moving = (x @ (mine["lora_magnitude_vector"][:, None] * V / n).T for n in norms)

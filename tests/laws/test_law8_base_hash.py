@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from tests.laws.common import CASES, method_of, noisy, tokens
+from tests.laws.common import CASES, by_outputs, method_of, noisy, tokens
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from trimtab.decode.generate import Sampling
 from trimtab.errors import NotMergeable
@@ -52,7 +52,7 @@ def test_nothing_changes_the_base(family):
         for site in a.sites:
             mine = {t: a.params[site.key(t)] for t in site.shapes}
             module = base.model.get_submodule(site.name)
-            weight = base.weight_OI(site.name) if a.method.mergeable else torch.empty(0)
+            weight = by_outputs(module) if a.method.mergeable else torch.empty(0)
             try:
                 merged = a.method.merge(site, weight, getattr(module, "bias", None), mine)
             except NotMergeable:

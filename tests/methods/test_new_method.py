@@ -23,6 +23,7 @@ from tests.train.common import METHODS as VARIANTS
 from tests.train.common import run
 from trimtab import ops
 from trimtab.bases.spec import Spec
+from trimtab.bases.weights import Weight
 from trimtab.cli import main
 from trimtab.errors import AdapterError, ConfigError, NotMergeable
 from trimtab.methods import BY_NAME, METHODS, Method
@@ -64,8 +65,8 @@ def shift() -> Iterator[type[Method]]:
         def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:
             return {"shift.bias": torch.zeros(site.shapes["shift.bias"])}
 
-        def pack(self, site: Site, params: Params, weight_OI: Tensor) -> Packed:
-            return Packed(shift_output, {"u": (self.scale * params["shift.bias"]).to(weight_OI.dtype)})
+        def pack(self, site: Site, params: Params, dtype: torch.dtype, matrix: Weight | None) -> Packed:
+            return Packed(shift_output, {"u": (self.scale * params["shift.bias"]).to(dtype)})
 
         def merge(self, site: Site, weight_OI: Tensor, bias_O: Tensor | None, params: Params) -> tuple[Tensor, Tensor | None]:
             shift_O = self.scale * params["shift.bias"].float()

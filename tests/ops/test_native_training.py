@@ -181,10 +181,10 @@ def lora_way(dtype, spans, x, weight, pairs, dy, *, p=0.0, plain=True, trains=Tr
     factors = [{n: t.to(dtype).requires_grad_(trains) for n, t in pair.items()} for pair in pairs]
 
     class Base:
-        site, weight_OI = 3, weight
+        site = 3
 
         def __init__(self):
-            self.plain = plain
+            self.plain, self.matrix = plain, SimpleNamespace(matmul_t=lambda dy: dy @ weight)
 
         def __call__(self, rows):
             return rows @ weight.T

@@ -67,7 +67,7 @@ def test_where_torch_compile_does_not_work(tmp_path: Path, no_native: None, monk
 def test_other_results_are_refused(name: str, no_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile taken for the identity, and one kernel's backward for one with a fault."""
     monkeypatch.setattr(torch, "compile", lambda formula, **options: formula)
-    assert rowwise.compile_row_wise(torch.zeros(1))[0] is rowwise.COMPILED
+    assert rowwise.compile_row_wise(torch.float32, torch.device("cpu"))[0] is rowwise.COMPILED
     compiled._compiled.cache_clear()
     backward = getattr(compiled, f"_{name}_backward")
 
@@ -77,7 +77,7 @@ def test_other_results_are_refused(name: str, no_native: None, monkeypatch: pyte
 
     monkeypatch.setattr(compiled, f"_{name}_backward", off)
     with pytest.raises(ConfigError, match=f"what torch.compile makes of {name} gives other results"):
-        rowwise.compile_row_wise(torch.zeros(1))
+        rowwise.compile_row_wise(torch.float32, torch.device("cpu"))
 
 
 def test_it_is_turned_off_by_the_next_run(no_native: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def both_ways(kernel: Callable[..., Tensor], leaves: list[Tensor], rest: list[An
 def test_kernels_agree_and_all_sizes_share_a_graph(dtype: torch.dtype, no_native: None) -> None:
     from torch._dynamo.utils import counters
 
-    assert rowwise.compile_row_wise(torch.zeros(1, dtype=dtype))[0] is rowwise.COMPILED
+    assert rowwise.compile_row_wise(dtype, torch.device("cpu"))[0] is rowwise.COMPILED
     before = counters["stats"]["unique_graphs"]
     for name in ("rms_norm", "swiglu", "rotate"):
         for rows in (5, 64, 301):

@@ -22,6 +22,7 @@ import torch
 from trimtab.atomic import atomic_write
 from trimtab.bases.cache import cache_dir
 from trimtab.bases.folder import StoredTensor, read_header, read_json, weight_files
+from trimtab.bases.weights import claimed
 from trimtab.errors import BaseError
 
 OUTPUT_HEAD = "lm_head.weight"
@@ -68,12 +69,16 @@ def fingerprint_folder(path: Path | str) -> str:
 
 
 def fingerprint_model(model: Any) -> str:
-    """The "sha256:…" of a model's parameters and persistent buffers by the same formula, under the names of `state_dict()`.
+    """The "sha256:…" of a model's matrices as they are stored, its other parameters and its persistent buffers by the same formula, under
+    the names of `state_dict()`.
 
     Equal to its folder's fingerprint where the model was loaded in its stored dtype. Tensors on a GPU are copied one at a time.
     Raises ValueError on a dtype that safetensors cannot name.
     """
     tensors = model.state_dict()
+    for name, module in model.named_modules():
+        if (weight := claimed(module)) is not None:
+            tensors |= {f"{name}.{part}": tensor for part, tensor in weight.stored().items()}
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     head = tensors.get(OUTPUT_HEAD)
     if tied and head is not None and any(n != OUTPUT_HEAD and _is_same_memory(t, head) for n, t in tensors.items()):

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.bases.spec import FAMILIES, Kind, Layer, Module, Spec
+from trimtab.bases.weights import claimed
 from trimtab.errors import BaseError, nearest
 
 OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense")
@@ -159,10 +160,9 @@ def _leaves(name: str, module: nn.Module, layer_list: str, attentions: Mapping[s
 
 
 def _matrix(module: nn.Module) -> list[tuple[Kind, int, int]]:
-    """(kind, features in, features out) of a linear layer; nothing for another module."""
-    if isinstance(module, nn.Linear):
-        return [("linear", module.in_features, module.out_features)]
-    if type(module).__name__ == "Conv1D":  # transformers' Conv1D keeps its weight as (in, out)
-        weight: Any = module.weight
-        return [("conv1d", weight.shape[0], weight.shape[1])]
-    return []
+    """(kind, features in, features out) of a linear layer: a module whose matrix a format claims, or torch's own; else nothing."""
+    weight = None if isinstance(module, nn.Embedding) else claimed(module)
+    if weight is not None:
+        outputs, inputs = weight.shape
+        return [("conv1d" if type(module).__name__ == "Conv1D" else "linear", inputs, outputs)]
+    return [("linear", module.in_features, module.out_features)] if isinstance(module, nn.Linear) else []

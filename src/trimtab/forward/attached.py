@@ -20,7 +20,6 @@ from trimtab.forward.batch import Batch
 from trimtab.forward.decode_path import DecodePath
 from trimtab.forward.decode_path_check import DecodePathMaker
 from trimtab.forward.hosted import Hosted
-from trimtab.forward.hosts import weight_OI
 from trimtab.forward.packs import PackedAdapter
 from trimtab.methods.base import Method, Params, Site
 
@@ -44,7 +43,7 @@ class Attached(Hosted):
         torch.compile does not work."""
         kernels, text = rowwise.RowWise(), ""
         if wanted and self.fast:
-            kernels, text = rowwise.compile_row_wise(self.embedding.weight)
+            kernels, text = rowwise.compile_row_wise(self.dtype, self.device)
         elif wanted:
             text = f"nothing is compiled: layers of {self.spec.model_type} run as transformers wrote them"
         self.row_wise.become(kernels)
@@ -57,9 +56,9 @@ class Attached(Hosted):
             mine: Params = {t: params[site.key(t)] for t in site.shapes}
             if not site.name:
                 return PackedAdapter({}, method.prefix(self.spec, mine, self.dtype))
-            module = self.host(site.name).module
-            weight = weight_OI(module) if hasattr(module, "weight") else torch.empty(0, dtype=self.dtype, device=self.device)
-            edits[site.name] = method.pack(site, mine, weight)
+            module, matrix = self.host(site.name).module, self.weights.of.get(site.name)
+            dtype = next((p.dtype for p in module.parameters(recurse=False)), self.dtype) if matrix is None else matrix.dtype
+            edits[site.name] = method.pack(site, mine, dtype, matrix)
         return PackedAdapter(edits)
 
     @property

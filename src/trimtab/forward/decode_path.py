@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trimtab import ops
-from trimtab.bases.weights import Weight
+from trimtab.bases.weights import Weight, norm_weight
 from trimtab.forward.attention import KVCache, PagedKV, Plan, Run, lay_out, over_buckets
 from trimtab.forward.batch import Batch
 from trimtab.forward.hosted import Hosted
@@ -64,7 +64,7 @@ class DecodePath:
         packs = packs_weights(hosted) if packs is None else packs
         self.layers = [_Layer(hosted, i, layer, packs) for i, layer in enumerate(body.layers)]
         self.sites = frozenset(name for layer in self.layers for name in layer.sites) | {spec.head}
-        self.norm, self.eps = body.norm.weight, body.norm.variance_epsilon
+        self.norm, self.eps = norm_weight(body.norm), body.norm.variance_epsilon
         self.head = _linear([hosted.head_weight], [hosted.head_module.bias], packs)[0]
         self.stack = _stack(self.layers, self.heads, self.norm, self.eps)
 
@@ -114,8 +114,8 @@ class DecodePath:
 
 def packs_weights(hosted: Hosted) -> bool:
     """Whether the machine is large enough for a copy of the weights."""
-    modules = hosted.body.layers, hosted.head_module
-    size = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+    embedding = hosted.spec.embedding
+    size = sum(w.nbytes for name, w in hosted.weights.of.items() if name != embedding)
     return hosted.dtype == torch.bfloat16 and size <= MEMORY_SHARE * machine_memory()[0]
 
 
@@ -243,7 +243,7 @@ def _linear(weights: Sequence[Weight], biases: Sequence[Tensor | None], packs: b
     many: Linear = partial(ops.linears, weights=weights, biases=biases)
     if len(weights) == 1:
         many = partial(weights[0].matmul, bias_O=biases[0])
-    if packs:
+    if packs and all(w.stored_dense for w in weights):
         given = [w.dense().new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
         few = _packed(torch.cat([w.dense() for w in weights]), None if all(b is None for b in biases) else torch.cat(given))
         return lambda x: few(x) if len(x) <= FEW_ROWS else many(x), few if isinstance(few, native_inference.PackedWeight) else None
@@ -265,8 +265,8 @@ class _Layer:
         at = found.name
         self.hosted, self.index, self.scaling = hosted, index, attn.scaling
         self.window = found.window
-        self.input_norm, self.mlp_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.head_norms = (attn.q_norm.weight, attn.k_norm.weight) if hasattr(attn, "q_norm") else None
+        self.input_norm, self.mlp_norm = norm_weight(layer.input_layernorm), norm_weight(layer.post_attention_layernorm)
+        self.head_norms = (norm_weight(attn.q_norm), norm_weight(attn.k_norm)) if hasattr(attn, "q_norm") else None
         self.mlp_name = f"{at}.mlp"
         self.qkv = _Projection(hosted, [f"{at}.self_attn.{p}_proj" for p in "qkv"], packs)
         self.o = _Projection(hosted, [f"{at}.self_attn.o_proj"], packs)

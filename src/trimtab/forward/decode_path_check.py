@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from trimtab.bases.weights import weight_of
 from trimtab.forward.decode_path import FAMILIES, DecodePath, packs_weights
 from trimtab.forward.hosted import Hosted
 from trimtab.forward.replica import altered, as_near
@@ -40,7 +41,7 @@ class DecodePathMaker:
     def _can_run(self) -> bool:
         hosted, spec, body = self.hosted, self.hosted.spec, self.hosted.body
         known = spec.model_type in FAMILIES and hosted.model.config.hidden_act == "silu" and not any(map(altered, hosted.model.modules()))
-        if not known or spec.max_positions < LONGEST or not native.available(hosted.embedding.weight):
+        if not known or spec.max_positions < LONGEST or not native.available(torch.empty(0, dtype=hosted.dtype, device=hosted.device)):
             return False
         if len({(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in spec.layers}) > 1:
             return False
@@ -57,12 +58,13 @@ def _agrees(hosted: Hosted, make: Callable[[Hosted], DecodePath]) -> bool:
     ours, theirs = (in_chunks(small, forward, ids, CHUNKS) for forward in (path.forward, small.forward_plain))
     wanted = [body(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in ids]
     x = theirs[1]
-    logits = path.head(x), small.head_module(x), torch.nn.functional.linear(x.float(), head.weight, head.bias)
+    logits = path.head(x), small.head_module(x), head(x.float())
     return all(as_near(*three) for three in [*zip(ours, theirs, wanted, strict=True), logits])
 
 
 def _small_model(hosted: Hosted, dtype: torch.dtype) -> Any:
     """A small model whose embeddings are as small as a norm's epsilon lets them matter."""
     made = small_model(hosted.model, hosted.spec, dtype)
-    made.get_submodule(hosted.spec.embedding).weight.mul_(hosted.body.norm.variance_epsilon**0.5)
+    embedding = weight_of(made.get_submodule(hosted.spec.embedding))
+    embedding.write(embedding.dense() * hosted.body.norm.variance_epsilon**0.5)
     return made

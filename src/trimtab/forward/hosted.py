@@ -57,7 +57,7 @@ class Hosted:
         with self._hosting:
             if name not in self._hosts:
                 module = self.model.get_submodule(name)
-                self._hosts[name] = Host(self._at_hand, name, module, self._index[name])
+                self._hosts[name] = Host(self._at_hand, name, module, self.weights.of.get(name), self._index[name])
                 module.forward = self._hosts[name]
             return self._hosts[name]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trimtab.bases.weights import Weight
 from trimtab.errors import BaseError
 from trimtab.forward.batch import Batch
 
@@ -33,10 +34,15 @@ class AtHand(local):
 
 
 class Around:
-    """A module of the base as an edit sees it (`methods.base.Around`): `call` runs it, or it with the edits before this one."""
+    """A module of the base as an edit sees it (`methods.base.Around`): `call` runs it, or it with the edits before this one.
 
-    def __init__(self, module: Any, site: int, call: Callable[[Tensor], Tensor], original: Callable[[Tensor], Tensor]):
-        self.module, self.site, self._call, self._original = module, site, call, original
+    matrix: the module's weight, None where it has none (a norm, an MLP).
+    """
+
+    def __init__(
+        self, module: Any, matrix: Weight | None, site: int, call: Callable[[Tensor], Tensor], original: Callable[[Tensor], Tensor]
+    ):
+        self.module, self.matrix, self.site, self._call, self._original = module, matrix, site, call, original
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._call(x)
@@ -61,17 +67,8 @@ class Around:
         return own.__func__(alone, x)
 
     @property
-    def weight_OI(self) -> Tensor:
-        return weight_OI(self.module)
-
-    @property
     def bias_O(self) -> Tensor | None:
         return getattr(self.module, "bias", None)
-
-
-def weight_OI(module: Any) -> Tensor:
-    """A module's weight as (out, in): transformers' Conv1D keeps (in, out). Embeddings keep (V, H)."""
-    return module.weight.T if type(module).__name__ == "Conv1D" else module.weight
 
 
 class Host:
@@ -79,8 +76,9 @@ class Host:
 
     of_trimtab = True  # see `replica.altered`
 
-    def __init__(self, at_hand: AtHand, name: str, module: Any, index: int):
-        self.at_hand, self.name, self.module, self.index, self.original = at_hand, name, module, index, module.forward
+    def __init__(self, at_hand: AtHand, name: str, module: Any, matrix: Weight | None, index: int):
+        self.at_hand, self.name, self.module, self.matrix, self.index = at_hand, name, module, matrix, index
+        self.original = module.forward
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         batch = self.at_hand.batch
@@ -104,9 +102,10 @@ class Host:
 
     def edited(self, x_TI: Tensor, batch: Batch, original: Callable[[Tensor], Tensor]) -> Tensor:
         """The module on flat rows with the edits of the batch around it; original: how to run the module itself."""
-        around = Around(self.module, self.index, original, original)
+        around = Around(self.module, self.matrix, self.index, original, original)
         for group in batch.mix.groups[self.name]:
             rows = batch.rows(group.members)
             if rows is not None:
-                around = Around(self.module, self.index, partial(group.kernel, base=around, packs=group.packs, rows=rows), original)
+                call = partial(group.kernel, base=around, packs=group.packs, rows=rows)
+                around = Around(self.module, self.matrix, self.index, call, original)
         return around(x_TI)

@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from trimtab.bases.weights import claimed
 
 WINDOW = 8
 """The sliding window of stand-ins whose original has one: short enough to matter within a few rows."""
@@ -60,7 +63,7 @@ def stand_in(module: nn.Module, dtype: torch.dtype, config: Any = None, replaced
 
 
 def _stand_in(module: nn.Module, dtype: torch.dtype, config: Any, replaced: Mapping[int, nn.Module], serial: Iterator[int]) -> Any:
-    module = replaced.get(id(module), module)
+    module = _dense(replaced.get(id(module), module))
     made = copy.copy(module)
     fields = made.__dict__
     fields.pop("forward", None)
@@ -72,6 +75,17 @@ def _stand_in(module: nn.Module, dtype: torch.dtype, config: Any, replaced: Mapp
     if fields.get("sliding_window") is not None:
         fields["sliding_window"] = WINDOW
     return made
+
+
+def _dense(module: nn.Module) -> nn.Module:
+    """The module; where its matrix is stored in another format, a dense one of its shape, since the values are random anyway."""
+    weight = claimed(module)
+    if weight is None or weight.stored_dense:
+        return module
+    outputs, inputs = weight.shape
+    if isinstance(module, nn.Embedding):
+        return skip_init(nn.Embedding, outputs, inputs, device=weight.device)
+    return skip_init(nn.Linear, inputs, outputs, bias=module.bias is not None, device=weight.device)
 
 
 def _filled(like: Tensor, name: str, seed: int, dtype: torch.dtype) -> nn.Parameter:

@@ -19,6 +19,7 @@ from torch.nn.functional import silu
 
 from trimtab import ops
 from trimtab.bases.structure import window_of
+from trimtab.bases.weights import first_weight, norm_weight, weight_of
 from trimtab.errors import ConfigError
 from trimtab.forward.attention import Plan, Run, attend, refuse_changes
 from trimtab.forward.replica import altered, as_near, kind, ours, small_config, stand_in
@@ -76,7 +77,7 @@ def _fast_forward(module: Any, row_wise: RowWise) -> Forward | None:
 
 
 def _rms_norm(row_wise: RowWise) -> Forward:
-    return lambda norm, x: row_wise.rms_norm(x, norm.weight, norm.variance_epsilon)
+    return lambda norm, x: row_wise.rms_norm(x, norm_weight(norm), norm.variance_epsilon)
 
 
 def _is_silu(mlp: Any) -> bool:
@@ -120,7 +121,7 @@ def _attention(module: Any, row_wise: RowWise) -> Forward:
 
 def _agrees(module: Any) -> bool:
     """Whether the fast forward of modules of this kind gives what their own gives, and the same gradients, up to rounding."""
-    weight = next(module.parameters())
+    weight = first_weight(module)
     config = small_config(module.config) if hasattr(module, "config") else None
     with torch.inference_mode(False), torch.enable_grad():
         small, exact = (stand_in(module, dtype, config) for dtype in (weight.dtype, torch.float32))
@@ -135,7 +136,7 @@ def _inputs(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what our forward of attention is told, what transformers' own is told) of `CHECKED` sequences."""
     if not hasattr(module, "q_proj"):
         return {}, {}
-    weight, T = module.q_proj.weight, sum(CHECKED)
+    weight, T = weight_of(module.q_proj), sum(CHECKED)
     angle_TD = torch.rand(1, T, module.head_dim // 2, generator=torch.Generator().manual_seed(1)).repeat(1, 1, 2)
     turned = tuple(x.to(torch.bfloat16).to(weight.device, weight.dtype) for x in (angle_TD.cos(), angle_TD.sin()))
     starts = [sum(CHECKED[:i]) for i in range(len(CHECKED))]
@@ -153,7 +154,7 @@ def _inputs(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _with_gradients(module: Any, forward: Forward, inputs: dict[str, Any]) -> list[Tensor]:
     """A module's result on random rows, and the gradients of these rows and of its vectors. Norms read rows so small that epsilon shows."""
-    weight = next(module.parameters())
+    weight = first_weight(module)
     vectors = [p.requires_grad_() for p in module.parameters() if p.dim() == 1]
     size = getattr(module, "variance_epsilon", 1.0) ** 0.5
     shape = (1, sum(CHECKED) if inputs else CHECKED[0], weight.shape[-1])
@@ -164,20 +165,20 @@ def _with_gradients(module: Any, forward: Forward, inputs: dict[str, Any]) -> li
     return [y.detach(), *torch.autograd.grad(y, [leaf, *vectors], dy.to(y.device, y.dtype))]
 
 
-def compile_row_wise(weight: Tensor) -> tuple[RowWise, str]:
-    """(kernels for a model with weights like this, in words which they are): compiled ones where there are no native ones.
+def compile_row_wise(dtype: torch.dtype, device: torch.device) -> tuple[RowWise, str]:
+    """(kernels for a model of this dtype on this device, in words which they are): compiled ones where there are no native ones.
 
     ConfigError where torch.compile does not work here, or what it makes gives other results.
     """
     with torch.no_grad():
-        if native.available(weight):
+        if native.available(torch.empty(0, dtype=dtype, device=device)):
             return RowWise(), "nothing is compiled: the native kernels of this CPU do what would be"
     try:
-        off = _compare_row_wise(weight)
+        off = _compare_row_wise(dtype, device)
     except Exception as error:  # torch.compile calls compilers, and fails in as many ways
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(
-            f"compile = true: torch.compile does not work on {weight.device}",
+            f"compile = true: torch.compile does not work on {device}",
             problems=[f"{type(error).__name__}: {said[0] if said else ''}"],
             fix="remove `compile`, or install what it needs: a C++ compiler for a CPU, triton and a C compiler for a GPU",
         ) from error
@@ -186,12 +187,12 @@ def compile_row_wise(weight: Tensor) -> tuple[RowWise, str]:
     return COMPILED, "norms, gates and rotations are compiled"
 
 
-def _compare_row_wise(weight: Tensor) -> Sequence[str]:
+def _compare_row_wise(dtype: torch.dtype, device: torch.device) -> Sequence[str]:
     """The kernels whose compiled form differs from the other by more than rounding, on random rows, forwards or backwards."""
     generator, off = torch.Generator().manual_seed(0), []
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     wide, heads, angles = [random(1, 5, 48) for _ in range(3)], random(5, 2, 16), [random(5, 16) for _ in range(2)]
     cases: dict[str, tuple[list[Tensor], list[Any]]] = {
@@ -201,8 +202,8 @@ def _compare_row_wise(weight: Tensor) -> Sequence[str]:
     }
     for name, (inputs, rest) in cases.items():
         dy = wide[2].flatten()[: inputs[0].numel()].view_as(inputs[0])
-        ways = (COMPILED, weight.dtype), (RowWise(), weight.dtype), (RowWise(), torch.float32)
-        found = [_kernel_with_gradients(getattr(kernels, name), inputs, rest, dy, dtype) for kernels, dtype in ways]
+        ways = (COMPILED, dtype), (RowWise(), dtype), (RowWise(), torch.float32)
+        found = [_kernel_with_gradients(getattr(kernels, name), inputs, rest, dy, computed) for kernels, computed in ways]
         if not all(as_near(*three) for three in zip(*found, strict=True)):
             off.append(name)
     return off

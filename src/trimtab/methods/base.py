@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # run files and stores are read without torch, so methods imp
     import torch
     from torch import Tensor
 
+    from trimtab.bases.weights import Weight
+
 Params = Mapping[str, "Tensor"]
 """Tensors of one adapter at one site, keyed as in `Site.shapes`."""
 
@@ -120,10 +122,10 @@ class Packed:
 
 
 class Around(Protocol):
-    """The base's module as an edit sees it: call it for all rows, read its weight as (O, I) and its bias, call it with other parameters.
-    plain: calling it runs the frozen module alone, no other edit before it."""
+    """The base's module as an edit sees it: call it for all rows, multiply by its matrix, read its bias, call it with other parameters.
+    matrix: None where the module has none. plain: calling it runs the frozen module alone, no other edit before it."""
 
-    weight_OI: Tensor
+    matrix: Weight | None
     bias_O: Tensor | None
     row_scale: Tensor | float
     site: int
@@ -165,7 +167,7 @@ class BaseView(Protocol):
 
     @property
     def spec(self) -> Spec: ...
-    def weight_OI(self, name: str) -> Tensor: ...
+    def matrix(self, name: str) -> Weight: ...
     def parameters_of(self, name: str) -> dict[str, Tensor]: ...
     def encode(self, text: str) -> list[int]: ...
     def embed(self, ids: Sequence[int]) -> Tensor: ...
@@ -233,8 +235,9 @@ class Method:
         """One adapter's tensors at one site, fp32, on the CPU, in the shapes of `site.shapes`."""
         raise NotImplementedError
 
-    def pack(self, site: Site, params: Params, weight_OI: Tensor) -> Packed:
-        """Differentiable: fold scaling in, cast to the dtype of the base's weight at the site (which is passed, and never changed)."""
+    def pack(self, site: Site, params: Params, dtype: torch.dtype, matrix: Weight | None) -> Packed:
+        """Differentiable: fold scaling in, cast to the dtype that the site computes in. matrix: the base's there, None at a module without
+        one (a norm, an MLP)."""
         raise NotImplementedError
 
     def prefix(self, spec: Spec, params: Params, dtype: torch.dtype) -> Prefix | None:

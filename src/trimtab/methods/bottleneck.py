@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from trimtab.bases.weights import Weight
+
 VARIANTS = ("houlsby", "pfeiffer", "parallel")
 
 
@@ -96,9 +98,9 @@ class BottleneckConfig(Method):
         params["adapter_down.weight"].normal_(std=0.02, generator=generator)
         return params
 
-    def pack(self, site: Site, params: Params, weight_OI: Tensor) -> Packed:
+    def pack(self, site: Site, params: Params, dtype: torch.dtype, matrix: Weight | None) -> Packed:
         short = {"D": "adapter_down.weight", "d": "adapter_down.bias", "U": "adapter_up.weight", "u": "adapter_up.bias"}
-        tensors = {k: (params[name] * site.scaling if k in "Uu" else params[name]).to(weight_OI.dtype) for k, name in short.items()}
+        tensors = {k: (params[name] * site.scaling if k in "Uu" else params[name]).to(dtype) for k, name in short.items()}
         return Packed(ops.Bottleneck(self.non_linearity, self.variant == "parallel"), tensors, self.dropout)
 
     def merge(self, site: Site, weight_OI: Tensor, bias_O: Tensor | None, params: Params) -> tuple[Tensor, Tensor | None]:

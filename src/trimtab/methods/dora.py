@@ -19,13 +19,15 @@ from trimtab.methods.base import Packed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trimtab.bases.weights import Weight
 
-def norm(weight_OI: Tensor, A_RI: Tensor | None, B_OR: Tensor | None) -> Tensor:
+
+def norm(matrix: Weight, A_RI: Tensor | None, B_OR: Tensor | None) -> Tensor:
     """‖W + BA‖ for each output, [O] fp32, without forming BA: ‖W‖² + 2 (W Aᵀ)·B + B (A Aᵀ)·B. B carries the scaling."""
     import torch
 
     with torch.no_grad():
-        W_OI = weight_OI.float()
+        W_OI = matrix.dense().float()
         squares_O = W_OI.square().sum(-1)
         if A_RI is not None and B_OR is not None:
             A_RI, B_OR = A_RI.float(), B_OR.float()
@@ -33,10 +35,10 @@ def norm(weight_OI: Tensor, A_RI: Tensor | None, B_OR: Tensor | None) -> Tensor:
         return squares_O.clamp_min(0.0).sqrt()
 
 
-def pack(A_RI: Tensor, B_OR: Tensor, magnitude_O: Tensor, weight_OI: Tensor, dropout: float) -> Packed:
+def pack(A_RI: Tensor, B_OR: Tensor, magnitude_O: Tensor, matrix: Weight, dropout: float) -> Packed:
     """B carries LoRA's scaling; gradients reach A, B and the magnitude, not the norm."""
-    ratio_O = magnitude_O / norm(weight_OI, A_RI.detach(), B_OR.detach()).to(magnitude_O.device)
-    dtype = weight_OI.dtype
+    ratio_O = magnitude_O / norm(matrix, A_RI.detach(), B_OR.detach()).to(magnitude_O.device)
+    dtype = matrix.dtype
     return Packed(ops.dora, {"A": A_RI.to(dtype), "B": (ratio_O.unsqueeze(-1) * B_OR).to(dtype), "g": (ratio_O - 1.0).to(dtype)}, dropout)
 
 

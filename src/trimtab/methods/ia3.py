@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from trimtab.bases.weights import Weight
+
 
 @dataclass(frozen=True, kw_only=True)
 class IA3Config(TargetedMethod):
@@ -63,9 +65,9 @@ class IA3Config(TargetedMethod):
 
         return base.parameters_of(site.name) if site.saved else {"ia3_l": torch.ones(site.shapes["ia3_l"])}
 
-    def pack(self, site: Site, params: Params, weight_OI: Tensor) -> Packed:
+    def pack(self, site: Site, params: Params, dtype: torch.dtype, matrix: Weight | None) -> Packed:
         if site.saved:
-            return Packed(ops.replace, {k: v.to(weight_OI.dtype) for k, v in params.items()})
+            return Packed(ops.replace, {k: v.to(dtype) for k, v in params.items()})
         kernel = ops.scale_input if site.feedforward else ops.scale_output
         return Packed(kernel, {"g": params["ia3_l"].flatten() - 1.0})
 

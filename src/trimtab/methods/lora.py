@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from trimtab.bases.weights import Weight
+
 MAX_RANK = 4096
 
 
@@ -152,17 +154,18 @@ class LoraConfig(TargetedMethod):
         else:
             torch.nn.init.kaiming_uniform_(params["lora_A.weight"], a=math.sqrt(5), generator=generator)
         if self.use_dora:
-            params["lora_magnitude_vector"] = dora.norm(base.weight_OI(site.name), None, None)
+            params["lora_magnitude_vector"] = dora.norm(base.matrix(site.name), None, None)
         return params
 
-    def pack(self, site: Site, params: Params, weight_OI: Tensor) -> Packed:
+    def pack(self, site: Site, params: Params, dtype: torch.dtype, matrix: Weight | None) -> Packed:
         if site.saved:
-            return Packed(ops.replace, {k: v.to(weight_OI.dtype) for k, v in params.items()})
+            return Packed(ops.replace, {k: v.to(dtype) for k, v in params.items()})
         A, B = _factors(params)
         if self.use_dora:
-            return dora.pack(A, site.scaling * B, params["lora_magnitude_vector"], weight_OI, self.lora_dropout)
+            assert matrix is not None
+            return dora.pack(A, site.scaling * B, params["lora_magnitude_vector"], matrix, self.lora_dropout)
         kernel = ops.lora_embedding if "lora_embedding_A" in params else ops.lora
-        return Packed(kernel, {"A": A.to(weight_OI.dtype), "B": (site.scaling * B).to(weight_OI.dtype)}, self.lora_dropout)
+        return Packed(kernel, {"A": A.to(dtype), "B": (site.scaling * B).to(dtype)}, self.lora_dropout)
 
     def merge(self, site: Site, weight_OI: Tensor, bias_O: Tensor | None, params: Params) -> tuple[Tensor, Tensor | None]:
         if site.saved:

@@ -133,7 +133,7 @@ class _LoraSpans(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(factors)
         dx_TI = None
         if ctx.needs_input_grad[0]:
-            dx_TI = x_TI.new_zeros(x_TI.shape) if ctx.base is None else dy_TO @ ctx.base.weight_OI
+            dx_TI = x_TI.new_zeros(x_TI.shape) if ctx.base is None else ctx.base.matrix.matmul_t(dy_TO)
         for span, t_R in zip(ctx.rows.spans, shrunk, strict=True):
             a, p, part = 2 * span.slot, ctx.dropouts[span.slot], slice(span.start, span.stop)
             x, to = x_TI[part], None if dx_TI is None else dx_TI[part]
@@ -181,7 +181,7 @@ def dora(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
     def edit(span: Any, y: Tensor) -> Tensor:
         pack, x = packs.items[span.slot], x_TI[span.start : span.stop]
         x_drop = dropout(x, pack.dropout, span.seed, base.site)
-        plain = F.linear(x_drop, base.weight_OI) if x_drop is not x else y if base.bias_O is None else y - base.bias_O
+        plain = base.matrix.matmul(x_drop) if x_drop is not x else y if base.bias_O is None else y - base.bias_O
         return y + pack.tensors["g"] * plain + (x_drop @ pack.tensors["A"].T) @ pack.tensors["B"].T
 
     return by_span(y_TO, rows, edit)

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from trimtab.bases.copies import copied, copied_in_float32
 from trimtab.bases.progress import quiet_transformers
+from trimtab.bases.weights import claimed, norm_weight, weight_of
 from trimtab.errors import NotMergeable
-from trimtab.forward.hosts import weight_OI
 from trimtab.methods import Method
 from trimtab.methods.base import Site
 from trimtab.model import Base
@@ -60,7 +60,7 @@ def merge_into(adapter: AdapterInMemory, folder: str | Path) -> MergeReport:
     base = adapter.base
     method, params = adapter.method.export(adapter.params)
     sites = method.sites(base.spec)
-    _refuse_unmergeable(method, sites)
+    _refuse_unmergeable(base, method, sites)
     with staged(folder) as work, quiet_transformers():
         model = fresh_copy(base)
         untied = _untie(model, base, sites)
@@ -84,7 +84,7 @@ def merge_into(adapter: AdapterInMemory, folder: str | Path) -> MergeReport:
     return MergeReport(Path(folder), largest, relative, allowed, str(dtype).removeprefix("torch."), untied)
 
 
-def _refuse_unmergeable(method: Method, sites: list[Site]) -> None:
+def _refuse_unmergeable(base: Base, method: Method, sites: list[Site]) -> None:
     if any(not s.name for s in sites):
         reason = f"a {method.name} adapter puts keys and values before token 0, and no weight of the base can stand for those"
         raise NotMergeable(reason, fix="serve the adapter beside the base")
@@ -92,6 +92,12 @@ def _refuse_unmergeable(method: Method, sites: list[Site]) -> None:
         site = sites[0]
         method.merge(site, torch.empty(0), None, {})  # raises, with the method's own reason
         raise NotMergeable(f"{method.name} adapters cannot be merged into the base")
+    stored = {m.name for s in sites if (m := base.attached.weights.of.get(s.name)) is not None and not m.stored_dense}
+    if stored:
+        raise NotMergeable(
+            f"the base's weights are stored as {', '.join(sorted(stored))}: a merged matrix would have to be rounded to that anew",
+            fix="merge on the same base loaded unquantised; or serve the adapter beside this one",
+        )
 
 
 def fresh_copy(base: Base, dtype: torch.dtype | None = None) -> Any:
@@ -109,20 +115,24 @@ def _untie(model: Any, base: Base, sites: list[Site]) -> bool:
     spec = base.spec
     if not spec.tied_head or not {spec.embedding, spec.head} & {s.name for s in sites}:
         return False
-    head = model.get_submodule(spec.head)
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    weight_of(model.get_submodule(spec.head)).untie()
     model.config.tie_word_embeddings = False
     return True
 
 
 @torch.no_grad()
 def _merge_site(module: Any, method: Method, site: Site, params: dict[str, Tensor], model_type: str) -> None:
-    bias = getattr(module, "bias", None)
-    weight, bias_O = method.merge(site, weight_OI(module), bias, params)
-    _write(weight_OI(module), weight, site)
+    bias, matrix = getattr(module, "bias", None), claimed(module)
+    if matrix is None:
+        norm_H = norm_weight(module)
+        merged, bias_O = method.merge(site, norm_H, bias, params)
+        norm_H.copy_(_rounded(merged, norm_H.dtype, site))
+    else:
+        merged, bias_O = method.merge(site, matrix.dense(), bias, params)
+        matrix.write(_rounded(merged, matrix.dtype, site))
     if bias is not None:
         assert bias_O is not None, f"{type(method).__name__}.merge lost the bias of {site.name}"
-        _write(bias, bias_O, site)
+        bias.copy_(_rounded(bias_O, bias.dtype, site))
     elif bias_O is not None and bool(bias_O.any()):
         raise NotMergeable(
             f"{site.name} has no bias in this {model_type} base, and what the {method.name} adapter adds there is one",
@@ -130,11 +140,11 @@ def _merge_site(module: Any, method: Method, site: Site, params: dict[str, Tenso
         )
 
 
-def _write(target: Tensor, value: Tensor, site: Site) -> None:
-    rounded = value.to(target.dtype)
+def _rounded(merged: Tensor, dtype: torch.dtype, site: Site) -> Tensor:
+    rounded = merged.to(dtype)
     if not bool(torch.isfinite(rounded).all()):
-        raise NotMergeable(f"{site.name}: merged values do not fit {target.dtype}", fix="serve the adapter beside the base")
-    target.copy_(rounded)
+        raise NotMergeable(f"{site.name}: merged values do not fit {dtype}", fix="serve the adapter beside the base")
+    return rounded
 
 
 @torch.no_grad()

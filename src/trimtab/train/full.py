@@ -12,6 +12,7 @@ from torch import Tensor
 from trimtab.bases.copies import copied
 from trimtab.bases.progress import quiet_transformers
 from trimtab.data import Example
+from trimtab.errors import ConfigError
 from trimtab.forward.attached import Attached
 from trimtab.forward.packs import PackedAdapter
 from trimtab.model import Base
@@ -25,6 +26,11 @@ class FullVariant(Variant):
     step."""
 
     def __init__(self, config: VariantConfig, base: Base, examples: Sequence[Example], seed: int, max_tokens: int):
+        if stored := {m.name for m in base.attached.weights.of.values() if not m.stored_dense}:
+            raise ConfigError(
+                f"full fine-tuning cannot train weights that are stored as {', '.join(sorted(stored))}",
+                fix="train an adapter, or load the base unquantised",
+            )
         attached = Attached(copied(base.model))
         attached.activation_checkpointing = base.attached.activation_checkpointing
         attached.row_wise.become(base.attached.row_wise)

@@ -30,8 +30,9 @@ class Weight:
 
     name: ClassVar[str] = ""
     """The format's name, in messages."""
-    trainable: ClassVar[bool] = False
-    """Whether the matrix may be written to: trained in full, copied into an adapter (`modules_to_save`), merged into."""
+    stored_dense: ClassVar[bool] = False
+    """Whether what is stored is the matrix itself, as it is multiplied. Only then can it be trained in full, be copied into an adapter
+    (`modules_to_save`), take a merge, and be copied into the layout that a matmul wants."""
 
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__:
@@ -88,27 +89,40 @@ class Weight:
         raise NotImplementedError
 
     def write(self, weight_OI: Tensor) -> None:
-        """Put another matrix in place, rounded to `dtype`. Only where `trainable`."""
+        """Put another matrix in place, rounded to `dtype`. Only where `stored_dense`."""
         raise NotImplementedError
 
     def untie(self) -> None:
-        """Give the module a copy of its own of a matrix that it may share with others. Only where `trainable`."""
+        """Give the module a copy of its own of a matrix that it may share with others. Only where `stored_dense`."""
         raise NotImplementedError
+
+
+def claimed(module: Any) -> Weight | None:
+    """A module's matrix; None where no format claims the module."""
+    found = [kind for kind in FORMATS.values() if kind.claims(module)]
+    assert len(found) < 2, f"a {type(module).__name__} is claimed by {[kind.name for kind in found]}"
+    return found[0](module) if found else None
 
 
 def weight_of(module: Any, where: str = "") -> Weight:
     """A module's matrix. where: the module's name, for the message. BaseError where no format claims the module."""
-    found = [kind for kind in FORMATS.values() if kind.claims(module)]
-    assert len(found) < 2, f"{where or type(module).__name__} is claimed by {[kind.name for kind in found]}"
-    if not found:
+    found = claimed(module)
+    if found is None:
         raise BaseError(
             f"the weight of {where or 'a module'} ({type(module).__name__}) is in no format that trimtab reads",
             fix=f"load the base in one of: {', '.join(FORMATS)}",
         )
-    return found[0](module)
+    return found
 
 
 def norm_weight(module: Any) -> Tensor:
     """A norm's weight [H]. It is a vector, and no format packs it: it is read and trained as the tensor that it is."""
     weight: Tensor = module.weight
     return weight
+
+
+def first_weight(module: Any) -> Weight | Tensor:
+    """The first matrix or vector in a module and its parts: in what dtype it computes, where, and on how many features."""
+    parts = (claimed(part) or next(part.parameters(recurse=False), None) for part in module.modules())
+    found: Weight | Tensor = next(part for part in parts if part is not None)
+    return found

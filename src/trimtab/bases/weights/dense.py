@@ -21,7 +21,7 @@ class Dense(Weight):
     """Where the parameter requires gradients, `matmul` gives them to it."""
 
     name: ClassVar[str] = "dense"
-    trainable: ClassVar[bool] = True
+    stored_dense: ClassVar[bool] = True
 
     def __init__(self, module: Any):
         super().__init__(module)
