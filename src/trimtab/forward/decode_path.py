@@ -1,11 +1,12 @@
-"""The decode path: Llama and its kin at inference on a CPU, where a step has few rows and dispatch costs more than arithmetic.
+"""The decode path: inference on a CPU for Llama and similar families, where a step has few rows and dispatch takes longer than arithmetic.
 
-The same formulas as the model's own forward in a tenth of the operations: projections that share an input run as one matmul over weights in
-the layout that the matmul wants, and everything between them is one kernel each (`ops.native`), keys and values straight into the cache.
-Few rows whose edits are LoRA, IA³ and bottlenecks run all layers in one native call (`ops.stack`) of the same kernels.
-Edits of every method go through the same kernels of `ops` as everywhere. What is trusted is a comparison: before its first use it runs
-beside the model's own forward, and where the two differ the model keeps its own. Projections' weights are copied, where the machine is
-large enough.
+It computes the formulas of the model's own forward in a tenth of the operations. Projections that share an input are one matmul, over
+weights in the layout that the matmul wants. Everything between the matmuls is one kernel each (`ops.native`), and keys and values are
+written straight into the cache. A step with few rows, whose edits are LoRA, IA³ and bottlenecks, runs all layers in one native call
+(`ops.stack`) of the same kernels.
+
+Edits of every method run through the same kernels of `ops` as everywhere. Before its first use the decode path is compared with the model's
+own forward. If the two differ, the model keeps its own. The projections' weights are copied, if the machine has enough memory.
 """
 
 from __future__ import annotations

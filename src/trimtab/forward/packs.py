@@ -77,7 +77,7 @@ class PackList:
         self._addresses: dict[str, tuple[Tensor, Tensor, list[Tensor]]] = {}
 
     def stacked(self, name: str) -> Tensor:
-        """[slots, ...], padded with zeros at the end of each dimension to the largest; zeros do nothing."""
+        """[slots, ...], padded with zeros at the end of each dimension to the largest. Kernels compute the base's result for zeros."""
         if name not in self._stacked:
             tensors = [p.tensors[name] for p in self.items]
             shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]

@@ -1,9 +1,9 @@
-"""Small stand-ins for a model's modules, on which two ways of computing are compared before one is trusted in place of the other.
+"""Small stand-ins for a model's modules, on which two ways of computing are compared before one replaces the other.
 
-A stand-in has a module's class, its settings and its buffers, and random weights. So what is compared is formulas, and how sharply does not
-depend on what a model has learnt: attention attends clearly, no residual hides a layer, and inputs are so small that a norm's epsilon
-shows. The yardstick is the module's own forward in fp32. What computes in another dtype must be about as near to it as the module itself is
-in that dtype: rounding sets both off by as much, and a scale of attention that is a tenth too large sets one off by three times that.
+A stand-in has a module's class, its settings and its buffers, and random weights. So formulas are compared, and the comparison is equally
+sharp for every model: attention attends clearly, no residual hides a layer, and inputs are so small that a norm's epsilon matters. The
+reference is the module's own forward in fp32. In another dtype the new code must be about as close to it as the module itself is in that
+dtype. Rounding moves both equally far from the reference; a scale of attention that is a tenth too large moves one three times as far.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Faster forwards for modules whose formula is known: RMSNorm, gated MLPs and rotary attention, as Llama and its kin write them.
+"""Faster forwards for modules whose formula is known: RMSNorm, gated MLPs and rotary attention, as Llama and similar families have them.
 
-What is known is a class name of transformers; what is trusted is a comparison: before a forward is put in place of a class's own, both run
-on a stand-in of the module, forwards and backwards, and where they differ by more than rounding (another version of transformers, an option
-not thought of) the class keeps its own. Nothing here knows of adapters: projections are called as modules, so that their hosts see every
-row. The row-wise kernels that they run may be exchanged for compiled ones, after a comparison too.
+A module is chosen by its class in transformers. Its forward is replaced only after a comparison: both forwards run on a stand-in of the
+module, with their backwards. If they differ by more than rounding (another version of transformers, an option that is not handled), the
+class keeps its own. This file knows nothing of adapters: projections are called as modules, so that their hosts see every row. The row-wise
+kernels that the forwards run may be replaced by compiled ones, after a comparison too.
 """
 
 from __future__ import annotations

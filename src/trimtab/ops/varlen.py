@@ -1,9 +1,9 @@
 """Attention of flat rows by torch's kernel for sequences of varying length (Flash Attention, Dao 2023, arXiv:2307.08691), on a GPU.
 
-What is known is a signature (torch 2.10 and later); what is trusted is a comparison: before a device, dtype and shape of heads first use
-it, a few random sequences, some with keys before their queries, run through it and through `attend`'s formula, forwards and backwards, with
-and without a window. Where they differ, or anything is raised, it is not used there, and `verdict` says why. Its backward adds in no fixed
-order, so runs on a GPU repeat up to rounding. Nothing here knows of plans or prefixes.
+It is chosen by the signature of torch's function (torch 2.10 and later), and used only after a comparison. Before the first use with a
+device, dtype and shape of heads, a few random sequences run through it and through `attend`'s formula, forwards and backwards, with and
+without a window; some have keys before their queries. If the two differ, or anything is raised, it is not used there, and `verdict` says
+why. Its backward adds in no fixed order, so runs on a GPU are repeatable up to rounding only. Plans and prefixes are not known here.
 """
 
 from __future__ import annotations

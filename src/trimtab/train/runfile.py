@@ -1,4 +1,5 @@
-"""Reading what people write: YAML without its traps, and mistakes in words that name the key, the value and the nearest known spelling."""
+"""Reads run files. A key that occurs twice is an error, and 1e-3 is a number, unlike in plain YAML. Mistakes name the key, the value and
+the nearest known spelling."""
 
 from __future__ import annotations
 
