@@ -14,7 +14,7 @@ from trimtab.methods.prompt import PromptTuningConfig
 
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")
-BY_NAME[FullConfig.name] = BY_NAME.pop(FullConfig.name)  # the yardstick stands last in every table
+BY_NAME[FullConfig.name] = BY_NAME.pop(FullConfig.name)  # it is the last one in every table
 
 __all__ = [
     "BY_NAME",

@@ -1,14 +1,14 @@
 """The contract of a PEFT method: a frozen dataclass of hyperparameters and pure functions on dicts of tensors.
 
-Read this file first. A method says *where* it acts (`sites`), what tensors an adapter holds there (`Site.shapes`, in the names and
-shapes of `peft`'s files), how they start (`init`), and how they become what the mixed forward runs (`pack`). Two kinds only:
+Read this file first. A method says where it acts (`sites`), what tensors an adapter has there (`Site.shapes`, under the names of `peft`'s
+files), how they are initialised (`init`), and how the mixed forward uses them (`pack`). There are two kinds of methods:
 
-- an *edit* acts around one module of the base, row by row. `pack` returns a `Packed`: a kernel of `trimtab.ops` and its tensors. Edits
-  of many adapters that share a kernel run together on one flat batch; a kernel sees spans of rows, never a rank or an alpha.
-- a *prefix* puts keys and values before token 0. `prefix` returns them, or embeddings from which the base computes them.
+- An *edit* changes what one module of the base computes, row by row. `pack` returns a `Packed`: a kernel of `trimtab.ops` and its tensors.
+  Edits of several adapters that share a kernel run together on one flat batch. A kernel sees spans of rows, never a rank or an alpha.
+- A *prefix* puts keys and values before token 0. `prefix` returns them, or embeddings from which the base computes them.
 
-A class that sets `peft_type` registers itself, and with that trains, co-trains, saves, is served mixed, appears in the CLI and is run by
-the laws.
+A class that sets `peft_type` is registered. The method can then be trained, alone or with others, saved, served in mixed batches and used
+on the command line, and the laws run over it.
 
 Dimensions: T rows of a flat batch, I input features, O output features, r rank, N virtual tokens, L layers, V vocabulary.
 """
@@ -40,11 +40,11 @@ Params = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Site:
-    """One place in the base where a method acts.
+    """Where a method acts in the base: a module, or the input of the whole model.
 
-    name: the module's path in the base ("" for prefixes). shapes: the tensors that an adapter holds here, named as peft names them after
-    the module. rank and scaling: LoRA's, which patterns may set module by module. saved: a whole module trained in full
-    (`modules_to_save`), in the shapes in which the base keeps it; transposed where those are (in, out), as GPT-2's are.
+    name: the module's path in the base ("" for prefixes). shapes: the adapter's tensors here, named as peft names them after the module.
+    rank and scaling: LoRA's, which patterns may set for each module. saved: a whole module trained in full (`modules_to_save`), in the
+    shapes in which the base keeps it. transposed: whether those are (in, out), as GPT-2's are.
     """
 
     name: str
@@ -62,8 +62,8 @@ class Site:
 
 @dataclass(frozen=True)
 class Span:
-    """Rows start..stop of a flat batch that share an adapter: slot `slot` of the packs beside it. seed: set while training, drives
-    dropout."""
+    """Rows start..stop of a flat batch that use the same adapter. slot: the adapter's index in the packs beside it. seed: set in training,
+    for dropout."""
 
     start: int
     stop: int
@@ -112,7 +112,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Packed:
-    """An edit ready to run at one site. Tensors are in the dtype that the kernel wants; all-zero tensors mean "do nothing"."""
+    """An edit ready to run at one site. Tensors are in the dtype that the kernel wants. They may be padded with zeros to other adapters'
+    sizes: for tensors of zeros a kernel computes the base's result."""
 
     kernel: Kernel
     tensors: Mapping[str, Tensor]
@@ -147,14 +148,14 @@ class Packs(Protocol):
 
 
 class Kernel(Protocol):
-    """Runs the edits of one kind at one site: base an Around, packs a Packs, rows a Rows. It touches only its spans."""
+    """Runs the edits of one kind at one site. base: an Around; packs: a Packs; rows: a Rows. It changes the rows of its spans only."""
 
     def __call__(self, x: Tensor, /, base: Any, packs: Any, rows: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What stands before token 0. Either `kv_LNHD`: per-layer (keys, values) as stored, each [L, N, kv_heads, head_dim], keys not rotated;
+    """What is before token 0. Either `kv_LNHD`: (keys, values) of every layer as stored, each [L, N, kv_heads, head_dim], keys not rotated;
     or `embeds_NH`: N input embeddings from which the base computes keys and values at positions 0..N-1."""
 
     length: int
@@ -175,15 +176,15 @@ class BaseView(Protocol):
 
 
 METHODS: dict[str, type[Method]] = {}
-"""peft_type -> class, filled by definition of the classes: what runs in a mixed batch."""
+"""peft_type -> class, filled when the classes are defined: the methods that can be in a mixed batch."""
 BY_NAME: dict[str, type[Method]] = {}
-"""name in run files and on the command line -> class; `full` is here and not in METHODS, since it is no part of a mixed batch."""
+"""name in run files and on the command line -> class. `full` is here and not in METHODS, since it cannot be in a mixed batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Base of all methods. Fields are hyperparameters under peft's names; a wrong type, value or name raises ConfigError that lists
-    every finding."""
+    """Base of all methods. Fields are hyperparameters under peft's names. A wrong type, value or name raises a ConfigError that lists every
+    finding."""
 
     peft_type: ClassVar[str] = ""
     name: ClassVar[str] = ""
@@ -210,7 +211,7 @@ class Method:
             raise ConfigError(f"{type(self).__name__} cannot be used", problems=problems)
 
     def problems(self) -> list[str]:
-        """What is wrong with the hyperparameters, whatever the base; each names field and value."""
+        """What is wrong with the hyperparameters, whatever the base. Each finding names field and value."""
         return []
 
     @classmethod
@@ -224,11 +225,11 @@ class Method:
         return True
 
     def sites(self, spec: Spec) -> list[Site]:
-        """Where this method acts in a base. ConfigError where a target name matches nothing or cannot be targeted."""
+        """Where this method acts in a base. ConfigError if a target name matches nothing or cannot be targeted."""
         raise NotImplementedError
 
     def sites_to_train(self, spec: Spec) -> list[Site]:
-        """`sites`, for an adapter that is to begin here. ConfigError too for what only makes sense where it was trained already."""
+        """`sites`, for a new adapter. ConfigError too for settings that make sense only in an adapter that was trained elsewhere."""
         return self.sites(spec)
 
     def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:
@@ -241,15 +242,16 @@ class Method:
         raise NotImplementedError
 
     def prefix(self, spec: Spec, params: Params, dtype: torch.dtype) -> Prefix | None:
-        """Differentiable. Prefix methods return what stands before token 0; edits return None."""
+        """Differentiable. Prefix methods return what is before token 0; edits return None."""
         return None
 
     def export(self, params: Mapping[str, Tensor]) -> tuple[Method, dict[str, Tensor]]:
-        """The method and the tensors that are saved and served: training-time aids (a reparametrisation) are folded away."""
+        """The method and the tensors that are saved and served. What only helps training (a prefix's MLP) is computed away."""
         return self, dict(params)
 
     def merge(self, site: Site, weight_OI: Tensor, bias_O: Tensor | None, params: Params) -> tuple[Tensor, Tensor | None]:
-        """New weight and bias, fp32, that compute base and adapter in one matmul; the given ones are not changed. Or raise NotMergeable."""
+        """New weight and bias, fp32, that compute base and adapter in one matmul. The given ones are not changed. Raises NotMergeable if
+        there are none."""
         raise NotMergeable(f"{self.name} adapters cannot be merged into the base")
 
     @classmethod
@@ -279,7 +281,7 @@ NO_SWITCH = "a number belongs here, not true or false"
 
 
 def switch_for_number(value: Any, hint: Any) -> bool:
-    """Whether true or false stands where `hint` wants numbers: Python counts true as 1, and who writes `r: true` means something else."""
+    """Whether a boolean is given where `hint` wants numbers. Python counts true as 1, but `r: true` is a mistake."""
     wanted = _kinds(hint)
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
     return bool not in wanted and bool(wanted & {int, float}) and any(isinstance(item, bool) for item in items)

@@ -1,13 +1,12 @@
-"""Bottleneck adapters: Houlsby et al. 2019 (arXiv:1902.00751), Pfeiffer et al. 2020 (arXiv:2005.00247), and the parallel form of
-He et al. 2021 (arXiv:2110.04366).
+"""Bottleneck adapters: Houlsby et al. 2019 (arXiv:1902.00751), Pfeiffer et al. 2020 (arXiv:2005.00247), and the parallel form of He et al.
+2021 (arXiv:2110.04366).
 
     y = h' + s · (U f(D h + d) + u)       houlsby, pfeiffer: h = h' = the sub-layer's output, before the residual addition
                                           parallel: h = the MLP's input, h' = the MLP's output
 
-D [b, H] normal(0.02), d zero; U [H, b] zero and u zero, so that a fresh adapter is the base. b = max(1, H // reduction_factor), f a
-non-linearity.
-Houlsby acts after attention and after the MLP of each layer, Pfeiffer after the MLP, parallel beside the MLP.
-The non-linearity lies between the two matrices, so the adapter cannot be folded into a weight. Dimensions: H hidden, b bottleneck.
+D [b, H] normal(0.02), d zero; U [H, b] zero and u zero, so that a new adapter computes what the base computes. b = max(1, H //
+reduction_factor). f is a non-linearity. Houlsby acts after attention and after the MLP of each layer, Pfeiffer after the MLP, parallel
+beside the MLP. Because f is between the two matrices, the adapter cannot be merged into a weight. Dimensions: H hidden, b bottleneck.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     y = b + m / ‖W + sBA‖ ∘ (W x + s B A x)        norm over the inputs, one for each output; a constant in the backward (paper, §4.3)
 
-m [O] starts at ‖W‖. Written as an addition to the base, so that zero means "do nothing": with g = m / ‖W + sBA‖ - 1,
+m [O] starts at ‖W‖. The code writes it as an addition to the base, so that tensors of zeros give the base's result: with g = m / ‖W + sBA‖
+- 1,
 
     y = (W x + b) + g ∘ (W x) + s (1 + g) ∘ (B A x)
 

@@ -2,10 +2,11 @@
 
     in each layer: softmax(q [K_P; K]ᵀ) [V_P; V]        K_P, V_P [N, kv_heads, head_dim] learned
 
-Prefix keys are used as stored, not rotated; real tokens are at positions N, N+1, …. Saved as peft does: `prompt_embeddings`
-[N, 2·L·kv_heads·D], for each token layer by layer, key then value. The optional reparametrisation MLP (embedding → tanh → keys and
-values) is a training-time aid: only its output is saved. Starts from the keys and values of a text ("TEXT", which in peft's own
-comparison more than doubles the score of a random start), zero, or normal.
+Prefix keys are used as stored, not rotated. Real tokens are at positions N, N+1, …. The tensor is saved as in peft: `prompt_embeddings` [N,
+2·L·kv_heads·D], for each token layer by layer, key then value. The optional reparametrisation MLP (embedding → tanh → keys and values) is
+for training only, and its output is saved. The initial prefix is the keys and values of a text ("TEXT", which in peft's own comparison more
+than doubles the score of a random start), zero, or normal.
+
 Dimensions: N virtual tokens, L layers, D head_dim, H MLP's hidden size.
 """
 

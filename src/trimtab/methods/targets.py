@@ -120,7 +120,8 @@ def short_names(spec: Spec, kinds: Iterable[str] | None = None) -> list[str]:
 
 
 def saved_sites(spec: Spec, names: Sequence[str] | None) -> list[Site]:
-    """Sites of `modules_to_save`: whole modules, trained as the adapter's own copy."""
+    """Sites of `modules_to_save`: whole modules, trained as the adapter's own copy. ConfigError for norms of single attention heads
+    (`q_norm`, `k_norm`)."""
     if not names:
         return []
     chosen = select(spec, names, kinds=("linear", "conv1d", "embedding", "norm"), option="modules_to_save")
