@@ -9,8 +9,8 @@ import pytest
 from tests.http.common import BASE, CHAT, TEXT, Caller, Site, error_of, events, limited, post, site
 from trimtab.errors import AdapterError, TrimtabError
 from trimtab.http.answer import Mailbox, merged
-from trimtab.serve.engine import ServingError
 from trimtab.serve.request import Delta, Token, Usage
+from trimtab.serve.sequence import ServingError
 
 
 @pytest.fixture(scope="module")

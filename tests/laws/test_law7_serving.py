@@ -22,6 +22,7 @@ from trimtab.serve import engine as engine_module
 from trimtab.serve import scheduler as scheduler_module
 from trimtab.serve.engine import Engine
 from trimtab.serve.request import Request, SamplingParams
+from trimtab.serve.step import Step
 
 TENANTS, ADAPTERS, SPARE = 64, 128, 16
 CLOSE = 1e-4
@@ -111,13 +112,13 @@ class World:
             engine.evict(self.names[some].digest)
         elif what == "prefetch":
             engine.prefetch(self.names[some])
-        elif what == "cancel" and engine._live and rng.random() < 0.5:
-            engine.cancel(rng.choice(sorted(engine._live)))
+        elif what == "cancel" and engine.requests.by_id and rng.random() < 0.5:
+            engine.cancel(rng.choice(sorted(engine.requests.by_id)))
         self.happened[what] += 1
 
     def run(self, requests: int) -> None:
         rng = self.rng
-        while len(self.asked) < requests or self.engine._live:
+        while len(self.asked) < requests or self.engine.requests.by_id:
             for _ in range(rng.choice((0, 0, 2, 4, 8, 12)) if len(self.asked) < requests else 0):
                 self.ask()
             self.disturb()
@@ -253,7 +254,7 @@ def _one_token_too_few_at_a_chunks_end(monkeypatch):
         work.live.past -= more
 
     monkeypatch.setattr(scheduler_module.Scheduler, "computed", computed)
-    monkeypatch.setattr(Engine, "_run", _skipping_feed(Engine._run))
+    monkeypatch.setattr(Step, "_run", _skipping_feed(Step._run))
 
 
 def _skipping_feed(real):

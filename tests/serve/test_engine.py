@@ -11,8 +11,9 @@ from tests.laws.common import CASES, base_of, tokens
 from tests.serve.common import AtOnce, ByHand, Clock, Heard, Held, ask, engine_of, finish, held, solo, without_end
 from tests.tiny import FAMILIES
 from trimtab.errors import ConfigError, OverloadedError, TrimtabError
-from trimtab.serve.engine import Engine, EngineConfig, ServingError
+from trimtab.serve.engine import Engine, EngineConfig
 from trimtab.serve.request import Grammar, Request, SamplingParams
+from trimtab.serve.sequence import ServingError
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -169,7 +170,7 @@ def test_text_that_cannot_be_made_ends_one_request_alone(caplog):
     def broken(token):
         raise RuntimeError("no text")
 
-    engine._live["a"].text.push = broken
+    engine.requests.by_id["a"].text.push = broken
     finish(engine)
     assert a.finish == "error" and "no text" in str(a.error) and b.finish in ("stop", "length")
 
@@ -334,12 +335,12 @@ def test_grammars_hold_and_end_the_answer():
     slow = ask(engine, "s", 8, max_tokens=9, grammar=Grammar("regex", "[ab]{9}"), tenant="slow")
     while not slow.tokens:
         engine.step()
-    engine._live["s"].matcher.process.popen.send_signal(signal.SIGSTOP)  # its masks do not come any more
+    engine.requests.by_id["s"].matcher.process.popen.send_signal(signal.SIGSTOP)  # its masks do not come any more
     beside = ask(engine, "x", tokens(8, 1), max_tokens=6)
     while not beside.finish:
         engine.step()
     assert without_end(engine, beside.ids) == without_end(engine, c.ids) and not slow.finish
-    engine._live["s"].matcher.process.popen.send_signal(signal.SIGCONT)
+    engine.requests.by_id["s"].matcher.process.popen.send_signal(signal.SIGCONT)
     wrong = ask(engine, "d", 8, grammar=Grammar("regex", "a(b"))
     nope = ask(engine, "e", 8, grammar=Grammar("json_schema", '{"type": "nope"}'))
     gone = ask(engine, "g", 8, grammar=Grammar("regex", "[ab]{9}"), tenant="slow")

@@ -310,7 +310,7 @@ def test_who_keeps_places_without_using_them_makes_way_however_few_tokens_he_had
         for _ in range(6):
             engine.step()
         assert plain.finish == "length", i
-    for live in list(engine._live.values()):
+    for live in list(engine.requests.by_id.values()):
         live.unsaid = None
     finish(engine)
     assert all(len(h.ids) == 9 for h in stuck)
