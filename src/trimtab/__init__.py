@@ -1,6 +1,6 @@
-"""trimtab: train small parts that steer a large frozen language model, keep them as verifiable artifacts, serve many of them together.
+"""trimtab: train small adapters on a frozen language model, keep them as checked folders, serve many of them together.
 
-Everything named here is loaded on first use, so that `import trimtab` costs nothing.
+Every name is loaded on first use, so `import trimtab` takes almost no time.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Base: a loaded base model and everything one does with it: logits of mixed batches, generation, initial values for adapters.
+"""Base: a loaded base model and what one does with it: logits of mixed batches, generation, initial values for adapters.
 
 base.logits([ids_a, ids_b], adapters=[adapter, None])     one mixed forward
 base.generate(["…"], adapters=[adapter])                  one mixed batch, with a KV cache
@@ -77,8 +77,8 @@ class Base:
     def mix(
         self, adapters: Sequence[AdapterLike | None], *, packed: Callable[[AdapterLike], PackedAdapter] | None = None
     ) -> tuple[Mix, list[int]]:
-        """The distinct adapters among `adapters` as a mix, and each entry's member number (BASE for None). packed: how to pack; by
-        default once, kept."""
+        """The distinct adapters among `adapters` as a mix, and each entry's member number (BASE for None). packed: how to pack an adapter;
+        by default `Base.packed`."""
         distinct = list(dict.fromkeys(a for a in adapters if a is not None))
         number = {a: i for i, a in enumerate(distinct)}
         if packed is None and distinct:
@@ -86,8 +86,8 @@ class Base:
         return Mix([packed(a) for a in distinct] if packed else []), [BASE if a is None else number[a] for a in adapters]
 
     def packed(self, adapter: AdapterLike) -> PackedAdapter:
-        """The adapter packed for inference, kept as long as the adapter lives, and packed anew when its tensors or the base's have been
-        written to (as far as `derived` sees it). An embedded prefix gets its keys and values here, once."""
+        """The adapter packed for inference. The result is kept as long as the adapter lives. It is packed again after a write to its
+        tensors or to the base's (as far as `derived` sees it). For prompt tuning, keys and values are computed here, once."""
         return self._packed_for(self.attached.weights.look(), adapter)
 
     def _packed_for(self, generation: int, adapter: AdapterLike) -> PackedAdapter:
@@ -112,8 +112,8 @@ class Base:
     def logits(
         self, sequences: Sequence[Sequence[int]], adapters: Sequence[AdapterLike | None] | None = None, *, grad: bool = False
     ) -> list[Tensor]:
-        """Logits [t, V] of each sequence of token ids under its adapter (None: the base), in one mixed forward. grad: keep the graph to
-        the adapters."""
+        """Logits [t, V] of each sequence of token ids under its adapter (None: the base), in one mixed forward. grad: keep the graph to the
+        adapters' tensors."""
         adapters = list(adapters) if adapters is not None else [None] * len(sequences)
         self._check(sequences, adapters)
         with torch.set_grad_enabled(grad):
@@ -158,8 +158,8 @@ class Base:
         seed: int = 0,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Continue prompts, each under its adapter, in one mixed batch; returns the new texts. Strings are user turns, put through the
-        chat template where the base has one; lists of ids are taken as they are. temperature 0 is greedy. on_token(i, id): called as tokens
+        """Continue prompts, each under its adapter, in one mixed batch; returns the new texts. A string is a user turn, rendered with the
+        chat template if the base has one. A list of ids is taken as it is. temperature 0 is greedy. on_token(i, id) is called as tokens
         appear."""
         ids = [self.encode_prompt(p) if isinstance(p, str) else list(p) for p in prompts]
         new = self.generate_ids(ids, adapters, Sampling(max_new_tokens, temperature, top_p, top_k, seed, min_p), on_token)
@@ -185,8 +185,8 @@ class Base:
         return self.encode_messages(([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}])
 
     def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's turn: those that stood before the answer in training. DataError where
-        the base has no chat template, the template refuses the conversation, or a message holds a control token's text."""
+        """Token ids of a conversation up to the assistant's turn, as in training. DataError if the base has no chat template, the template
+        refuses the conversation, or a message has the text of a control token."""
         return encode_prompt([dict(m) for m in messages], self.tokenizer)
 
     @cached_property
@@ -246,8 +246,8 @@ class Base:
 def load_base(name_or_path: str, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None) -> Base:
     """Load a base and freeze it: a bundled name ("smollm2-135m-instruct"), a folder, a hub id, or a .gguf file.
 
-    dtype: bfloat16 by default where the hardware multiplies it natively, else float32. device: CUDA by default where there is one.
-    BaseError where it cannot be found, read or supported; the message says what there is instead.
+    dtype: by default bfloat16 if the hardware multiplies it natively, else float32. device: by default CUDA if there is one. BaseError if
+    the base cannot be found, read or supported; the message says what there is instead.
     """
     loaded = bases.load(name_or_path, dtype=dtype, device=device)
     return Base(loaded.model, loaded.tokenizer, name=loaded.name, path=loaded.path, fingerprint=loaded.fingerprint)

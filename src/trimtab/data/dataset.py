@@ -49,10 +49,10 @@ FIXES = {
 class Dataset:
     """The examples of one variant or one split.
 
-    examples: what one epoch draws; a row of a source with weight 2 stands in it twice (the same object). rows: those that became examples,
-    each once, where they are kept. dropped: rows that are not trained on. digest: "sha256:…" of rows, tokenizer, template, options and
-    weights, wherever the files lie. tokens, supervised_tokens: over `examples`. warnings: what about the base's template may spoil
-    training. notes: what the sources hold and no row uses.
+    examples: what one epoch draws; a row of a source with weight 2 occurs twice (the same object). rows: the rows that became examples,
+    each once, if they are kept. dropped: rows that are not trained on. digest: "sha256:…" of rows, tokenizer, template, options and
+    weights, wherever the files are. tokens, supervised_tokens: over `examples`. warnings: properties of the base's template that may spoil
+    training. notes: what the sources have and no row uses.
     """
 
     examples: list[Example]

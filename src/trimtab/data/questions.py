@@ -1,4 +1,4 @@
-"""Rows as questions for evaluation by generation: the prompt, the answer that it should get, and how the template writes that answer."""
+"""Rows as questions for evaluation by generation: the prompt, the reference answer, and how the template writes that answer."""
 
 from __future__ import annotations
 

@@ -39,10 +39,9 @@ RENDER_VERSION = 3
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A tokenised row. ids: int32 [T]. supervised: bool [T], True where the token is a target: the loss of predicting ids[t] from ids[:t].
+    """A tokenised row. ids: int32 [T]. supervised: bool [T], True for a target: the loss of predicting ids[t] from ids[:t] counts.
 
-    supervised[0] is always False. Inputs after the last supervised token matter to no loss. origin and row: the row's own, for people and
-    to find it by.
+    supervised[0] is always False. Tokens after the last supervised one affect no loss. origin: for messages. row: the row's identity.
     """
 
     ids: np.ndarray

@@ -69,7 +69,7 @@ class Row:
 
     @property
     def answers(self) -> list[int]:
-        """Indexes in `conversation` of the assistant turns to learn from; empty for plain text."""
+        """Indexes in `conversation` of the assistant turns to train on; empty for plain text."""
         turns = enumerate(self.conversation or ())
         return [i for i, m in turns if m["role"] == "assistant" and i >= self.first_supervised and i not in self.unsupervised]
 
@@ -88,7 +88,7 @@ def answer_of(row: Row) -> str | None:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row that is not trained on. reason: "kind: particulars"; the kind, up to the first colon, is what is counted."""
+    """A row that is not trained on. reason: "kind: particulars". Reports count the kinds, the part up to the first colon."""
 
     origin: str
     reason: str

@@ -27,10 +27,10 @@ HUB = "hf:"
 class Source:
     """One source of rows.
 
-    path: a file, a folder of Markdown/text, or "hf:org/name" ("hf:org/name:config"); relative paths start at the run file's folder.
-    weight: how often an epoch draws each of its rows (2: twice; 0.5: a fixed half of them). format: jsonl, json, csv, parquet or text,
-    where the suffix does not say. columns: our column name -> the file's. system: the system turn of rows that have none. split: of a hub
-    dataset ("train"). trusted: its plain text may spell out control tokens, which are then read as such.
+    path: a file, a folder of Markdown/text, or "hf:org/name" ("hf:org/name:config"); relative paths start at the run file's folder. weight:
+    how often an epoch draws each of its rows (2: twice; 0.5: a fixed half of them). format: jsonl, json, csv, parquet or text, if the
+    suffix does not say it. columns: our column name -> the file's. system: a system turn for rows that have none. split: of a hub dataset
+    ("train"). trusted: control tokens in its plain text are read as such.
     """
 
     path: str

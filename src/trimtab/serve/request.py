@@ -1,7 +1,7 @@
-"""The contract of serving: what is asked of the engine and what comes back. Whoever has prompts and the engine share this file alone.
+"""The contract of serving: what is asked of the engine, and what it returns. Callers of the engine need this file alone.
 
-A request is token ids, how to sample, an adapter (None: the base) and whom it is for. What comes back is a stream of `Delta`s through a
-sink that the asker gives; the last one says why it ended. The engine knows nothing of HTTP, keys, chat templates or names of adapters.
+A request has token ids, settings for sampling, an adapter (None: the base) and a tenant. The engine sends a stream of `Delta`s to a sink
+that the caller gives. The last one says why the answer ended. The engine knows nothing of HTTP, keys, chat templates or names of adapters.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ class Grammar:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. temperature 0 is greedy. A request's draws depend on its seed and its own tokens alone, never on neighbours.
+    """How tokens are chosen. temperature 0 is greedy. A request's random draws depend on its seed and its own tokens only, not on other
+    requests.
 
     max_tokens: new tokens at most. top_k 0 is off; min_p: least probability relative to the likeliest token. presence and frequency
     penalties are OpenAI's (over new tokens), repetition_penalty is Keskar et al. 2019's (arXiv:1909.05858, over prompt and new tokens).
     stop: texts that end the answer and are not part of it. logprobs: None, or how many of the likeliest alternatives come with each token.
-    ignore_eos: end tokens do not end the answer (for measurements). min_tokens: no end before so many.
+    ignore_eos: end tokens do not end the answer (for measurements). min_tokens: the answer has at least so many tokens.
     """
 
     max_tokens: int = 64
@@ -83,23 +84,22 @@ class SamplingParams:
 
 
 class Servable(Protocol):
-    """An adapter that can be loaded. digest: "sha256:…" of its content; the same digest means the same tensors for ever, so everything that
-    the engine keeps (packed parameters, KV blocks) is keyed by it and never by a name."""
+    """An adapter that can be loaded. digest: "sha256:…" of its content. The same digest always means the same tensors, so everything that
+    the engine keeps (packed parameters, KV blocks) has the digest as its key, never a name."""
 
     @property
     def digest(self) -> str: ...
     def load(self) -> Adapter:
-        """Read and check it (off the step loop). TrimtabError where it is refused: only the requests that wait for it fail."""
+        """Read and check it, outside of the step loop. If it is refused with a TrimtabError, only the requests that wait for it fail."""
         ...
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answer asked for.
+    """One answer.
 
-    id: unique among live requests. tenant, weight: whose share of the machine it counts against, and how large that share is. deadline:
-    time.monotonic() after which it ends with "deadline", wherever it is; None: never. cache_salt: parts prefix-cache entries further ("" =
-    by tenant).
+    id: unique among running requests. tenant, weight: the tenant to which it counts, and that tenant's weight. deadline: time.monotonic()
+    after which it ends with "deadline"; None: never. cache_salt: separates prefix-cache entries further ("": by tenant only).
     """
 
     id: str
@@ -112,7 +112,7 @@ class Request:
     cache_salt: str = ""
 
     def check(self, vocab_size: int, longest: int) -> None:
-        """TrimtabError where it can never run. longest: tokens of one sequence."""
+        """TrimtabError if it can never run. longest: the longest possible sequence, in tokens."""
         problems = []
         if not self.prompt:
             problems.append("the prompt is empty")
@@ -147,8 +147,8 @@ class Usage:
 
 @dataclass(frozen=True)
 class Delta:
-    """What is new of an answer. text: what the tokens so far add to it; text that may be the start of a stop text, or half a character, is
-    held back. tokens: the new tokens, end tokens included. finish: set on the last delta, with usage, and error where finish is "error"."""
+    """The new part of an answer. text: what the new tokens add; text that may be the start of a stop text, or half a character, is held
+    back. tokens: the new tokens, end tokens included. finish: set on the last delta, with usage, and with error if finish is "error"."""
 
     text: str = ""
     tokens: tuple[Token, ...] = ()

@@ -20,15 +20,15 @@ LOOKS = 10
 
 
 class Adapter(AdapterInMemory):
-    """One adapter on one base. What it holds is written at `AdapterInMemory`."""
+    """One adapter on one base. Its attributes are described at `AdapterInMemory`."""
 
     @classmethod
     def load(cls, source: str | Path, base: Base, *, store: str | Path | Store | None = None) -> Self:
-        """Load an adapter onto a base: from a folder, ours or peft's, or from a store, named as "acme/support@3".
+        """Load an adapter onto a base: from a folder of trimtab's or of peft's, or from a store, by a name such as "acme/support@3".
 
-        A folder that is there is taken before a name. store: the store or its folder, `default_root()` where None. What a folder of peft's
-        says and this base lacks is left out; it is logged, and in `warnings`. AdapterError with every finding where the adapter is not
-        there or is refused.
+        If there is a folder of that name, it is taken. store: the store or its folder; None: `default_root()`. What a peft folder names and
+        this base lacks is ignored, logged, and listed in `warnings`. AdapterError with every finding if the adapter does not exist or is
+        refused.
         """
         found = find_adapter(source, store)
         if isinstance(found, InStore):
@@ -44,5 +44,6 @@ class Adapter(AdapterInMemory):
         raise AdapterError(f"adapter {str(source)!r} is being replaced again and again", fix="load it when it stays")
 
     def merge_into(self, folder: str | Path) -> MergeReport:
-        """Write the base with this adapter folded into its weights as a model folder; NotMergeable, nothing left, where that cannot be."""
+        """Write a model folder of the base with this adapter merged into its weights. If that cannot be done, NotMergeable is raised and
+        nothing is left."""
         return merge_into(self, folder)

@@ -1,7 +1,8 @@
 """From an `adapter_config.json`, peft's or ours, to a method.
 
-What is not there gets peft's defaults, not trimtab's. Every option that changes the mathematics and that trimtab does not have is refused
-by name: an adapter that loads computes what it computed where it was trained. What changes nothing on this base is a warning.
+Fields that are missing get peft's defaults, not trimtab's. An option that changes the mathematics and that trimtab does not have is refused
+by name, so that an adapter that loads computes what it computed where it was trained. An option without effect on this base gives a
+warning.
 """
 
 from __future__ import annotations

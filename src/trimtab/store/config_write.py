@@ -1,4 +1,4 @@
-"""From a method to its `adapter_config.json`: whatever peft would otherwise look up or guess is spelled out."""
+"""From a method to its `adapter_config.json`. Everything that peft would otherwise look up or guess is written out."""
 
 from __future__ import annotations
 

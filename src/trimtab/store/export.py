@@ -111,7 +111,7 @@ def _refuse(adapter: Adapter, format: str) -> None:
 
 
 def _plain_lora_problems(method: Any, sites: Sequence[Site], base: Base) -> list[str]:
-    """What other programs do not have: anything but two matrices beside a linear layer."""
+    """What other programs do not support: anything but two matrices beside a linear layer."""
     if not isinstance(method, LoraConfig):
         return [f"it knows LoRA, and this is {method.name}"]
     problems = ["it has no DoRA"] if method.use_dora else []

@@ -1,6 +1,6 @@
-"""Reading files that strangers wrote: regular files, bounded sizes, JSON without second meanings; no symlinks but a hub cache's.
+"""Reads files from strangers: regular files only, bounded sizes, unambiguous JSON, and no symlinks except those of a hub cache.
 
-A folder is opened once and its files through it, so that a folder that is replaced while it is read never gives halves of two adapters.
+A folder is opened once, and its files through it. So a folder that is replaced while it is read never gives parts of two adapters.
 """
 
 from __future__ import annotations

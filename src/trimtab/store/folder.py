@@ -1,8 +1,8 @@
-"""Reading and writing an adapter folder: peft's two files and `trimtab.json`.
+"""Reads and writes an adapter folder: peft's two files and `trimtab.json`.
 
-Reading goes from cheap to dear: the JSON files, the base that they were made for, the config against the base, the header against the
-config, and only then the tensors' values. At each step everything that is wrong is reported at once. What means nothing on this base, or is
-not read, is a warning: in `Read.warnings`, and logged.
+Reading checks the cheap things first: the JSON files, the base that they were made for, the config against the base, the header against the
+config, and at the end the tensors' values. Each step reports everything that is wrong in it. What this base lacks or what is not read is a
+warning: it is logged, and in `Read.warnings`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""What an adapter_config.json names and this base lacks, or what only its training needed: left out, each with a warning.
+"""What an adapter_config.json names and this base lacks, and options that only training needed: ignored, each with a warning.
 
-People write one config for many bases (`target_modules: [q_proj, c_attn, query_key_value]`), and trainers leave their own options behind.
-peft passes over such names in silence. Leaving them out is safe here because the tensors decide: a name that meant something has left
-tensors in the file, which then belong to no module and are refused (`tensors.layout_problems`). Run files are read elsewhere and stay
-strict.
+People write one config for many bases (`target_modules: [q_proj, c_attn, query_key_value]`), and trainers leave their own options in it.
+peft ignores such names silently. Ignoring them is safe here because the tensors decide: if a name meant something, the file has tensors for
+it. These then belong to no module and are refused (`tensors.layout_problems`). Run files are read elsewhere and stay strict.
 """
 
 from __future__ import annotations
@@ -58,8 +57,8 @@ def without_strangers(fields: Mapping[str, Any], spec: Spec) -> tuple[dict[str, 
 def _saved_names(names: Sequence[str], spec: Spec) -> tuple[list[str] | None, list[str]]:
     """(`modules_to_save` as the methods here read it, those of its names that match no module).
 
-    peft takes every module whose name ends in the text, "input_layernorm" for "norm" too, and of a container ("mlp") all that is in it.
-    Such a name becomes the full names of what it means.
+    peft takes every module whose name ends in the text ("norm" also matches "input_layernorm", and "q_norm" in Qwen3), and everything
+    inside a container ("mlp"). Such a name is replaced by the full names of the modules that it means.
     """
     containers = {".".join(parts[:i]) for m in spec.modules for parts in (m.split("."),) for i in range(1, len(parts))}
     kept, stray = list[str](), list[str]()

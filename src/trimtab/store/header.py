@@ -1,7 +1,7 @@
 """The header of a safetensors file, checked before anything else reads the file.
 
 The library that reads the data accepts duplicate names, absurd shapes and any name. Here every entry must be one that an adapter can have,
-and the entries together must cover the file's data exactly: no gap, no overlap, nothing before or behind.
+and the entries together must cover the file's data exactly, without gap, overlap or extra bytes.
 """
 
 from __future__ import annotations

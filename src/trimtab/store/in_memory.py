@@ -1,6 +1,6 @@
-"""An adapter in memory: a method, its tensors at its sites, and what is known of where they came from.
+"""An adapter in memory: a method, its tensors at its sites, and where they came from.
 
-What merging and the store need of an adapter; `store.adapter.Adapter` is this with loading by name and merging.
+This is what merging and the store need of an adapter. `store.adapter.Adapter` adds loading by name, and merging.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 
 class AdapterInMemory:
-    """One adapter on one base. Two adapters are equal only if they are the same object, so that an adapter can key what is packed from it.
+    """One adapter on one base. Two adapters are equal only if they are the same object, so an adapter can be the key of what is packed from
+    it.
 
-    params: tensors by `Site.key`, fp32, on the base's device. info: what `trimtab.json` says beside them (empty for a fresh adapter).
-    verified: False where it was loaded from a folder whose trimtab.json is missing or names no base: only names and shapes are checked.
-    warnings: what its folder says and what means nothing on this base or is not read, one line each.
+    params: tensors by `Site.key`, fp32, on the base's device. info: the other content of `trimtab.json` (empty for a new adapter).
+    verified: False if it was loaded from a folder without trimtab.json, or with one that names no base; then only names and shapes were
+    checked. warnings: what its folder names and this base lacks, and what is not read, one line each.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class AdapterInMemory:
 
     @classmethod
     def create(cls, base: Base, method: Method, *, seed: int = 0) -> Self:
-        """A freshly initialised adapter; equal seeds give equal tensors. ConfigError where the method finds no place in this base."""
+        """A newly initialised adapter. Equal seeds give equal tensors. ConfigError if the method finds no module to act on in this base."""
         if method.peft_type not in METHODS:
             raise ConfigError(f"{type(method).__name__} is not an adapter", fix="full fine-tuning trains from a run file: method: full")
         generator = torch.Generator().manual_seed(seed)
@@ -63,11 +64,11 @@ class AdapterInMemory:
         return cls(base, method, params, info=info, verified=verified, warnings=warnings)
 
     def save(self, folder: str | Path, run: Mapping[str, Any] | None = None, *, dtype: str = "float32") -> Path:
-        """Write peft's two files, trimtab.json and a card; an adapter that is there already is replaced in one step. Returns the folder.
+        """Write peft's two files, trimtab.json and a model card. An existing adapter is replaced in one step. Returns the folder.
 
-        run: what to record of how it was trained (settings, metrics, the data's digest). dtype: what the tensors are stored in, float32,
-        bfloat16 or float16; loading gives fp32 tensors with the rounded values (`store.compress.rounding_error` says what that costs).
-        AdapterError where the folder holds other files, or values do not fit the dtype.
+        run: what to record about the training (settings, metrics, the data's digest). dtype: of the stored tensors: float32, bfloat16 or
+        float16. Loading gives fp32 tensors with the rounded values; `store.compress.rounding_error` computes the error. AdapterError if the
+        folder has other files, or if values do not fit the dtype.
         """
         return write_folder(folder, self.method, self.params, self.base, run, dtype)
 

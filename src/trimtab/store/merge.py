@@ -1,8 +1,8 @@
-"""Fold an adapter into the base's weights and write the result as a model folder that needs neither adapter nor trimtab.
+"""Merge an adapter into the base's weights, and write the result as a model folder that needs neither adapter nor trimtab.
 
-The base is never touched: its stored weights are read anew, merged in fp32, rounded once to the dtype that they are stored in, written
-beside the target, read back, and compared with base and adapter on token sequences, both computed in fp32. Only then does the folder get
-its name.
+The base in memory is not touched. Its stored weights are read again, merged in fp32, rounded once to the dtype that they are stored in,
+written beside the target, read back, and compared with base and adapter on token sequences, with both computed in fp32. Only then does the
+folder get its name.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def fresh_copy(base: Base, dtype: torch.dtype | None = None) -> Any:
 
 
 def _untie(model: Any, base: Base, sites: list[Site]) -> bool:
-    """Give a tied head its own weights where the adapter acts on the embedding or on the head: each was trained as a place of its own."""
+    """Give a tied head its own weights if the adapter acts on the embedding or on the head, since it changes one of them only."""
     spec = base.spec
     if not spec.tied_head or not {spec.embedding, spec.head} & {s.name for s in sites}:
         return False

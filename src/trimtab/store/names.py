@@ -127,7 +127,7 @@ def default_root() -> Path:
 
 
 def missing(ref: Ref, known: Iterable[str], where: str) -> NoSuchAdapter:
-    """The error for a name that is not among `known` paths, with the nearest of them; only names that share a part are looked at."""
+    """The error for a name that is not among the `known` paths. It names the nearest of them, of those that share a part with it."""
     near = [p for p in known if p.startswith(f"{ref.namespace}/") or p.endswith(f"/{ref.name}") or p[:1] == ref.path[:1]][:1000]
     return NoSuchAdapter(
         f"no such adapter {str(ref)!r} in the store {where}{nearest(ref.path, near)}", fix="`trimtab adapters list` shows what there is"
@@ -135,6 +135,6 @@ def missing(ref: Ref, known: Iterable[str], where: str) -> NoSuchAdapter:
 
 
 def short(text: str, most: int = 80) -> str:
-    """A stranger's text for a message: quoted where it is not plain, never long."""
+    """Text from a stranger for a message: quoted if it is not plain, and cut if it is long."""
     shown = text if text.isprintable() and text == text.strip() else repr(text)
     return shown if len(shown) <= most else shown[: most - 1] + "…"

@@ -1,15 +1,16 @@
 """The store of adapters: names whose versions never change, over content-addressed blobs.
 
-What makes it safe to kill, to share and to copy:
+Why it is safe to kill, to share and to copy:
 
-- `index.json` alone says what there is. A version is there as soon as it is in the index, and everything that it needs was on disk before.
-- Writers prepare all files under `tmp`, then take the lock, give the files their names, and replace the index. Garbage collection does all
-  its work under the same lock. So a blob on which a publish relies, its own or one that was there, is either in place when the index is
-  written or put there at that moment; there is no instant between looking and committing in which collection could take it away.
-- A writer locks its files in `tmp` as long as it lives, and collection leaves locked files alone, however short its grace is. So publishing
-  and pulling are safe beside any collection. Only who calls `put_blob` and then `adopt` depends on the grace: it spares blobs younger than
-  `grace_seconds`, and putting one that is there makes it young again. If one is gone after all, `adopt` says so and changes nothing.
-- Readers take no lock: index and blobs are replaced by rename, and every byte is compared with its digest before it is used.
+- `index.json` alone decides what the store contains. A version exists as soon as it is in the index, and everything that it needs was on
+  disk before.
+- Writers prepare all files under `tmp`, then take the lock, give the files their names, and replace the index. Garbage collection takes the
+  same lock. So between a writer's check for a blob and its commit, collection cannot remove that blob.
+- A writer locks its files in `tmp` while it lives, and collection leaves locked files alone, however short its grace is. So publishing and
+  pulling are safe beside any collection. The grace matters only for callers of `put_blob` and then `adopt`: blobs younger than
+  `grace_seconds` are kept, and putting a blob that is there makes it young again. If one is gone nevertheless, `adopt` says so and changes
+  nothing.
+- Readers take no lock. Index and blobs are replaced by rename, and every byte is compared with its digest before it is used.
 """
 
 from __future__ import annotations
@@ -60,25 +61,25 @@ log = logging.getLogger(__name__)
 
 
 class BlobsMissing(AdapterError):
-    """What a manifest needs is not in the store: it was collected, or never came."""
+    """A blob that a manifest needs is not in the store: it was collected, or was never there."""
 
 
 class Store(StoreReader):
-    """A store on this machine's disk. Any number of processes may read and write it at once; a Store may be used by several threads.
+    """A store on this machine's disk. Any number of processes may read and write it at once, and several threads may use one Store.
 
-    root: the store's folder, `default_root()` where None. create: make an empty one where there is none. AdapterError where there is none,
-    or where it is not one that can be trusted.
+    root: the store's folder; None: `default_root()`. create: make an empty store if there is none. AdapterError if there is none, or if it
+    cannot be trusted.
     """
 
     # ---- putting in ----
 
     def publish(self, source: str | Path | AdapterInMemory, name: str, *, base: Base | None = None, aliases: Sequence[str] = ()) -> Version:
-        """Make an adapter, or an adapter's folder, the newest version of a name; `aliases` move to it in the same instant.
+        """Make an adapter, or an adapter's folder, the newest version of a name. `aliases` move to it in the same step.
 
-        Names and sizes are checked before a byte is copied. The folder's files are copied, and the copies are checked: on `base` as if they
-        were loaded, without one as far as that goes. Files that are not an adapter's are refused. Files that the newest version holds
-        already give that version; an Adapter is saved first, the time in its trimtab.json, and is a new version each time. AdapterError,
-        nothing published, where anything is wrong.
+        Names and sizes are checked before a byte is copied. The folder's files are copied, and the copies are checked: with `base` as on
+        loading, without it as far as possible. Files that are no part of an adapter are refused. If the newest version has the same files,
+        that version is returned. An Adapter is saved first; since trimtab.json has the time, it is a new version each time. AdapterError if
+        anything is wrong; nothing is published then.
         """
         ref, wanted = parse_name(name), check_aliases(aliases)
         if not isinstance(source, (str, Path)):
@@ -188,7 +189,7 @@ class Store(StoreReader):
     # ---- changing ----
 
     def alias(self, ref: str | Ref, alias: str) -> None:
-        """Let an alias stand for a version, whatever it stood for before."""
+        """Let an alias name a version. If it named another one, it moves."""
         ref, alias = Ref.parse(ref), check_alias(alias)
         with self._changing(f"cannot set {ref.path}@{alias}"), self._layout.locked():
             index = self._index()
@@ -237,7 +238,7 @@ class Store(StoreReader):
             return collect(self._layout, needed, grace_seconds, dry_run)
 
     def lock(self) -> AbstractContextManager[None]:
-        """The writers' lock, to do several things as one; the thread that holds it can still call every method."""
+        """The writers' lock, to do several things in one step. The thread that holds it can call every method."""
         return self._layout.locked()
 
     # ---- beneath ----
