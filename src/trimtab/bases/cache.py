@@ -1,5 +1,5 @@
-"""The cache on disk: where it is, and how a folder gets into it whole or not at all. A lock file keeps two processes from doing the same
-work twice."""
+"""The cache on disk: where it is, and how a folder is put into it whole or not at all. A lock file keeps two processes from doing the same
+work."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Dialect:
         return self._render([self._shaped(m) for m in messages], generate, sum(len(m["content"]) for m in messages))
 
     def check(self, messages: Sequence[Message], text: str, *, generate: bool) -> None:
-        """BadRow that names the first message whose content `text`, its rendering, does not hold."""
+        """BadRow that names the first message whose content is missing in `text`, its rendering."""
         contents = [text_of(m["content"]).strip() for m in messages]
         lost = self._lost_by_role(messages, generate)
         if (missing := next((i for i, c in enumerate(contents) if c and i in lost), None)) is None:
@@ -118,7 +118,8 @@ class Dialect:
         return all(mark in text for mark in marks) and "Zp0pZ" not in text
 
     def _lost_by_role(self, messages: Sequence[Message], generate: bool) -> frozenset[int]:
-        """Which messages of such roles leave no trace, whatever they say: marks are looked for, since a short answer may stand anywhere."""
+        """Which messages of such roles are not written at all, whatever their content. Marker texts are searched for, since a short content
+        may occur by chance."""
         key = (generate, tuple(m["role"] for m in messages))
         if (known := self._lost.get(key)) is None:
             marks = [f"Zq{i}qZ" for i in range(len(messages))]

@@ -1,7 +1,7 @@
-"""Turn a .gguf file, once, into a folder that transformers reads fast: bf16 safetensors, config, tokenizer with its chat template.
+"""Turns a .gguf file, once, into a folder that transformers reads fast: bf16 safetensors, config, tokenizer with its chat template.
 
-transformers unpacks the blocks; what it leaves to be mended is done here: the quantization note in the config, digits in the tokenizer of
-the "smollm" kind, the tokenizer's length limit, end and padding tokens in the generation config.
+transformers unpacks the blocks. This file corrects the rest: the quantization note in the config, digits in tokenizers of the "smollm"
+kind, the tokenizer's length limit, and end and padding tokens in the generation config.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def _load_tokenizer(name: str, path: Path) -> Any:
 
 
 def _load_model(name: str, path: Path, dtype: torch.dtype | str) -> Any:
-    """The model with every weight from the files: transformers fills what is missing with random numbers, which is refused here."""
+    """The model with every weight from the files. transformers fills missing weights with random numbers; here they are an error."""
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True
@@ -152,7 +152,7 @@ def _load_model(name: str, path: Path, dtype: torch.dtype | str) -> Any:
 
 
 def _what_fits(path: Path, dtype: torch.dtype | str) -> str:
-    """What a base of this folder needs in each dtype, and what to do where that is not there."""
+    """The memory that a base of this folder needs in each dtype, and what to do if there is not enough."""
     tensors = [t for file in weight_files(path) for t in read_header(file)]
     numbers = sum(math.prod(t.shape) for t in tensors)
     sizes = {name: numbers * kept.itemsize for name, kept in DTYPES.items() if name != "float16"}

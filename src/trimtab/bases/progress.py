@@ -1,4 +1,4 @@
-"""Tell the user what takes so long: a spinner on a terminal, plain lines elsewhere, or the caller's own function."""
+"""Shows progress of slow work: a spinner on a terminal, plain lines elsewhere, or the caller's own function."""
 
 from __future__ import annotations
 

@@ -1,15 +1,17 @@
-"""A base's chat template and tokenizer, as training and serving need them: render, find the assistant's turns, let no content forge one.
+"""A base's chat template and tokenizer, as training and serving need them: render, find the assistant's turns, and make sure that no
+content is read as a turn.
 
-The spans are found by rendering, never by markers. For an assistant turn j of messages m:
+The spans are found by rendering, without markers. For an assistant turn j of messages m:
 
     prompt_j = render(m[:j], with the generation prompt)      what a server feeds the model
     upto_j   = render(m[:j+1])                                the same and the answer
     whole    = render(m)
 
-If prompt_j starts upto_j and upto_j starts whole (a closing token apart), the turn is exactly the characters between. If not, the template
-rewrites earlier turns, or opens answers with what it does not write once they are given (<think>). Then only the last turn can be
-learnt, as it will be served: prompt_j, followed by the answer and its end as upto_j has them. The turn ends with the first special token
-behind its content: what a template writes after that (a footer, the prompt for the next answer) is nobody's answer.
+If prompt_j begins upto_j and upto_j begins whole (except for a closing token), the turn is exactly the characters between. Otherwise the
+template rewrites earlier turns, or its generation prompt opens the answer with text that a finished answer does not have (<think>). Then
+only the last turn can be trained on, as it will be served: prompt_j, followed by the answer and its end as upto_j has them. The turn ends
+with the first special token after its content. What a template writes after that (a footer, the prompt for the next answer) belongs to no
+answer.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ _NO_TEMPLATE_FIX = "use an instruction-tuned base, or give prompt and completion
 @dataclass(frozen=True)
 class Turn:
     """A last turn as text. prompt: what is served. answer: what follows it, through the turn's end token. rest: what the template writes
-    behind that, never learnt. end: that token, if there is one."""
+    after that, never trained on. end: that token, if there is one."""
 
     prompt: str
     answer: str

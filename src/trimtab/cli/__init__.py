@@ -87,7 +87,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="trimtab")
 def main() -> None:
-    """Train small parts that steer a large frozen language model, keep them as verifiable artifacts, run many of them on one base.
+    """Train small adapters on a frozen language model, keep them as checked folders, run many of them on one base.
 
     Start with `trimtab demo`.
     """

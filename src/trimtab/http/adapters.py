@@ -20,7 +20,7 @@ ERRORS = documented(400, 401, 403, 404, 408, 413, 415, 500, 503)
 
 @router.post("/load_lora_adapter", response_class=Response, responses=ERRORS | TEXT, openapi_extra=takes(LoadBody))
 async def load_lora_adapter(request: Request, tenant: Caller, s: S) -> Response:
-    """Read and check an adapter's folder on the server, any method, and name it; the next request may ask for it."""
+    """Read and check an adapter's folder on the server, of any method, and give it a name. The next request may use it."""
     body = await read_body(request, LoadBody, s)
     await s.load_work.run(tenant.name, lambda: s.catalog.load(body.lora_name, body.lora_path, tenant))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -28,7 +28,7 @@ async def load_lora_adapter(request: Request, tenant: Caller, s: S) -> Response:
 
 @router.post("/unload_lora_adapter", response_class=Response, responses=ERRORS | TEXT, openapi_extra=takes(UnloadBody))
 async def unload_lora_adapter(request: Request, tenant: Caller, s: S) -> Response:
-    """Take the name away; requests that run go on to their end, then its memory is freed."""
+    """Remove the name. Running requests go on to their end; then the adapter's memory is freed."""
     body = await read_body(request, UnloadBody, s)
     await s.load_work.run(tenant.name, lambda: s.catalog.unload(body.lora_name, tenant))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -1,6 +1,6 @@
-"""Tenants, keys and usage over HTTP, for administrators: a router of its own, all of whose routes need an admin key.
+"""Tenants, keys and usage over HTTP, for administrators. All routes of this router need an admin key.
 
-Every change stands in the audit log before it is made. A new key's text is in the answer that made it and nowhere else.
+Every change is written to the audit log before it is made. A new key's text is in the answer that made it and nowhere else.
 """
 
 from __future__ import annotations

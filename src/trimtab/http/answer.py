@@ -30,7 +30,7 @@ def mailbox(app: FastAPI) -> Mailbox:
 
 
 class Mailbox:
-    """From the engine's thread to one event loop. Whoever posts does not wait."""
+    """From the engine's thread to one event loop. The thread that posts does not wait."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
@@ -59,8 +59,9 @@ class Mailbox:
 class Answer:
     """The engine's requests that stem from one HTTP request. All methods run on the event loop.
 
-    n: choices of each prompt; a prompt is counted once, as OpenAI does, whoever of them computes it. on_usage: hears prompt and new tokens.
-    The ticket is closed once the last of them is over at the engine, not when the client has read all: a slow reader holds up itself only.
+    n: choices of each prompt; as with OpenAI, a prompt counts once, whichever choice computed it. on_usage: called with prompt and new
+    tokens. The ticket is closed when the engine has finished the last choice, even if the client has not read everything, so a slow reader
+    delays only itself.
     """
 
     engine: Engine
@@ -78,7 +79,7 @@ class Answer:
     _watch: asyncio.Task[None] | None = None
 
     def watch(self, receive: Receive) -> None:
-        """From now on, a client that goes away cancels everything at once. To be called when its body has been read."""
+        """From now on, if the client disconnects, everything is cancelled at once. Call it when the body has been read."""
 
         async def watching() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -118,7 +119,7 @@ class Answer:
         self._ring.set()
 
     async def news(self) -> dict[int, Delta]:
-        """What has come of each choice since the last call, merged; waits until there is something. ClientGone where the client is."""
+        """The new part of each choice since the last call, merged; waits until there is something. ClientGone if the client has left."""
         while not self._news and not self._gone:
             self._ring.clear()
             await self._ring.wait()
@@ -129,11 +130,11 @@ class Answer:
 
     @property
     def over(self) -> bool:
-        """Whether the engine is done with all choices and all of it has been taken."""
+        """Whether the engine has finished all choices and everything has been taken."""
         return self._sealed and not self._live and not self._news
 
     def cancel(self) -> None:
-        """Free what the engine holds. Its last word still comes, and closes the ticket."""
+        """Free what the engine holds. Its last delta still comes, and closes the ticket."""
         for request_id in list(self._live.values()):
             self.engine.cancel(request_id)
 

@@ -1,6 +1,6 @@
-"""From a checked body to requests for the engine: prompts as ids, how to sample, a grammar, the adapter that `model` names.
+"""From a checked body to requests for the engine: prompts as ids, settings of sampling, a grammar, and the adapter that `model` names.
 
-The order is the one in which a refusal is cheapest: the name, then room, then the prompt's tokens.
+The cheapest reasons for a refusal are checked first: the name, then room, then the prompt's tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Who calls. Every route but the public ones depends on `caller` or `admin_caller`; a test walks the routes and asks each.
+"""Finds the caller. Every route but the public ones depends on `caller` or `admin_caller`; a test tries every route.
 
-Authentication stands on the routes, not on paths, so no spelling of a path goes around it.
+Authentication belongs to routes, not to paths, so no spelling of a path avoids it.
 """
 
 from __future__ import annotations

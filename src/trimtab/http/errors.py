@@ -1,7 +1,7 @@
 """Every answer that is not a success has OpenAI's shape: {"error": {"message", "type", "param", "code"}}.
 
-A `TrimtabError` becomes one by its class; what pydantic finds wrong with a body becomes one with the fields named; anything else is a bug
-of ours, and its answer says nothing but the request's id.
+A `TrimtabError` becomes such an answer by its class. What pydantic finds wrong with a body becomes one that names the fields. Anything else
+is a bug of ours, and its answer has only the request's id.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def fault_of(error: TrimtabError) -> Fault:
 
 
 def fault_of_engine(error: TrimtabError) -> Fault:
-    """The answer to a request that failed after it was taken in. A refused adapter is the server's trouble, not the asker's."""
+    """The answer to a request that failed after it was accepted. If an adapter is refused then, the server is at fault, not the client."""
     if isinstance(error, AdapterError):
         return Fault(f"the adapter cannot be served: {error.message}", status=500, code="adapter_refused", param="model")
     return fault_of(error)
@@ -163,7 +163,7 @@ def reply(fault: Fault) -> JSONResponse:
 
 
 def unexpected(request_id: str) -> Fault:
-    """What is said of a bug: nothing but where the log tells more."""
+    """The message for a bug: it says only where the log tells more."""
     return Fault(f"the server has failed; its log tells more under request {request_id}", status=500, code="internal_error")
 
 

@@ -87,8 +87,8 @@ class Gate:
         return None
 
     def _no_room(self, scope: Scope, authorization: str) -> Fault | None:
-        """The refusal of a request for which there is no room, before anything of it is read: under overload there are many. Whoever has
-        no valid key passes, to be told so by the route."""
+        """Refuses a request for which there is no room before reading anything of it, since there are many under overload. Requests without
+        a valid key pass, so that the route can say so."""
         try:
             scheme, key = get_authorization_scheme_param(authorization)
             tenant = tenant_of(self.s, key if scheme.lower() == "bearer" else None)

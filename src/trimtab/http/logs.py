@@ -1,6 +1,7 @@
 """One JSON line for each request: id, route, tenant, model, status, tokens, times. Never a prompt, an answer or a key.
 
-The outermost layer of the app: it gives each request its id, and turns what nobody caught into an answer that names that id.
+This is the outermost layer of the app. It gives each request its id, and turns an exception that nothing else handled into an answer with
+that id.
 """
 
 from __future__ import annotations

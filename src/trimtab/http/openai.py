@@ -1,6 +1,6 @@
-"""OpenAI's routes: chat, completions, models. A request's way is `_answer`: name, room, prompt, engine, answer.
+"""OpenAI's routes: chat, completions, models. `_answer` has the steps of a request: name, room, prompt, engine, answer.
 
-What belongs to a request is given back at every end: the client goes away, the engine refuses, the answer is written.
+What a request holds is given back however it ends: the client disconnects, the engine refuses, or the answer is written.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _failed(news: dict[int, Delta]) -> Fault | None:
 
 
 def _headers(what: AnswerPlan, s: Services) -> dict[str, str]:
-    """What really answers: the full name behind `model` at this moment, and its digest."""
+    """Headers that say what answers: the full name behind `model` at this moment, and its digest."""
     if what.adapter is None:
         return {"x-trimtab-base": _ascii(s.base_name)}
     return {"x-trimtab-adapter": f"{_ascii(what.adapter.ref)} {what.adapter.digest}"}

@@ -54,7 +54,7 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _few_fields(cls, value: Any) -> Any:
-        """Counted first: each unknown field is a finding, and half a million of them hold up everybody for seconds."""
+        """Fields are counted first: each unknown field is a finding, and half a million of them would block the server for seconds."""
         if isinstance(value, dict) and len(value) > MAX_FIELDS:
             raise PydanticCustomError(
                 "too_many_fields", "has {count} fields; at most {most} are read", {"count": len(value), "most": MAX_FIELDS}

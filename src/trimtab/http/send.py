@@ -21,12 +21,12 @@ class SlowReader(ClientGone):
 
 
 async def start_timed(send: Send, status: int, headers: list[tuple[bytes, bytes]], write_s: float) -> None:
-    """The answer's beginning; it waits too, for what the client has not read of the answer before."""
+    """The beginning of an answer. It also waits until the client has read the answer before."""
     await _timed(send, {"type": "http.response.start", "status": status, "headers": headers}, write_s)
 
 
 async def send_timed(send: Send, body: bytes, write_s: float, *, last: bool) -> None:
-    """A piece of the answer. SlowReader where the client has not read what came before within `write_s`."""
+    """A piece of the answer. SlowReader if the client has not read the previous one within `write_s`."""
     await _timed(send, {"type": "http.response.body", "body": body, "more_body": not last}, write_s)
 
 
@@ -39,7 +39,7 @@ async def _timed(send: Send, message: Message, write_s: float) -> None:
 
 
 class WholeAnswer(Response):
-    """An answer that is there as a whole. Until it is read it counts among what its tenant holds, as the bodies do."""
+    """An answer that is sent as a whole. Until the client has read it, it counts among the bytes that its tenant holds, as bodies do."""
 
     media_type = "application/json"
 

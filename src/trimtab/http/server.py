@@ -29,7 +29,7 @@ LAST_S = 5
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything slow is begun; port 0 takes a free one. ConfigError where it cannot be had."""
+    """A listening socket, made before anything slow begins; port 0 takes a free one. ConfigError if there is none to be had."""
     # asyncio sends small packets at once (TCP_NODELAY) only on sockets that name their protocol; else an answer's body waits 40 ms for the
     # client to acknowledge its head, and a stream's tokens for each other
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -46,7 +46,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def local_hosts(port: int) -> frozenset[str]:
-    """The Host headers of clients that really mean this machine. A page that has its own name point here sends that name."""
+    """The Host headers of clients that mean this machine. A web page whose name was pointed to this machine sends that name instead."""
     names = ("127.0.0.1", "localhost", "[::1]")
     return frozenset(f"{n}:{port}" for n in names) | (frozenset(names) if port == 80 else frozenset())
 
@@ -96,7 +96,7 @@ class Protocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, with a drain: it keeps listening while requests run, so that newcomers are told to go elsewhere."""
+    """uvicorn's, with a drain: it keeps listening while requests run, so that new clients are told to go elsewhere."""
 
     def __init__(self, config: uvicorn.Config, services: Services, drain_s: float, ready: Callable[[], None], stop: Callable[[], None]):
         super().__init__(config)
@@ -105,7 +105,7 @@ class Server(uvicorn.Server):
         self._stopping: asyncio.Future[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Not uvicorn's, which stops listening at once and then dies of the signal."""
+        """Replaces uvicorn's, which stops listening at once and then ends by the signal."""
         if self.life.draining:
             self.should_exit = self.force_exit = True
         self.life.draining = True

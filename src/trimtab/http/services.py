@@ -1,6 +1,6 @@
-"""What routes use: an engine, room for a request, what a model's name means, who calls, words for tokens, limits.
+"""What routes use: an engine, room for a request, adapters by name, callers, text to tokens, limits.
 
-`cli/serve.py` puts the real ones together.
+`http/assemble.py` makes the real ones.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Words:
-    """A base's tokenizer and template, as far as routes need them. encode_chat, encode_text: to token ids; TrimtabError where the template
-    refuses, TooLong where the base has no positions for so many. piece: the bytes of a token, which joined over tokens are the text's.
-    vocab_size, max_positions, max_chars: what ids and prompts are measured against; a text with more characters than max_chars has more
-    tokens than there are positions, whatever it says."""
+    """A base's tokenizer and template, as far as routes need them. encode_chat, encode_text: to token ids; TrimtabError if the template
+    refuses, TooLong if the base has too few positions. piece: the bytes of a token; joined over tokens they are the bytes of the text.
+    vocab_size, max_positions, max_chars: limits of ids and prompts. A text with more than max_chars characters always has more tokens than
+    there are positions."""
 
     encode_chat: Callable[[list[dict[str, Any]]], list[int]]
     encode_text: Callable[[str], list[int]]
@@ -49,12 +49,12 @@ class TooLong(TrimtabError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may be, whoever sends it. Times in seconds.
+    """Limits of any request. Times in seconds.
 
     body_bytes: of a request's body. held_bytes: of all bodies of a tenant whose requests are not answered yet, and of answers that it has
-    not read. json_depth: of lists and objects in each other. choices: n times the prompts of one request. logprobs: log-probabilities that
-    all its answers may bring, which are kept until it is answered. body_s: until the body is there. write_s: until a client has read what
-    was sent. request_s: from a request's arrival to its last token; None: no end.
+    not read. json_depth: of lists and objects inside each other. choices: n times the prompts of one request. logprobs: log-probabilities
+    in all its answers, which are kept until it is answered. body_s: until the body is there. write_s: until a client has read what was
+    sent. request_s: from a request's arrival to its last token; None: no limit.
     """
 
     body_bytes: int = 4 << 20
@@ -69,15 +69,15 @@ class Limits:
 
 @dataclass
 class Life:
-    """Whether the server takes requests (draining: no new ones), how many it is answering, and what their bodies hold and the answers
-    that are not read yet, by tenant's name."""
+    """The server's state: whether it takes requests (draining: no new ones), how many it is answering, and how many bytes of bodies and
+    unread answers each tenant holds."""
 
     draining: bool = False
     open: int = 0
     held: Counter[str] = field(default_factory=Counter)
 
     def hold(self, owner: str, more: int) -> None:
-        """Count bytes that are held for a tenant, or with a minus no more; who holds none is not kept."""
+        """Count bytes that are held for a tenant; a negative number releases them. Tenants that hold none are removed."""
         self.held[owner] += more
         if not self.held[owner]:
             del self.held[owner]
@@ -85,9 +85,9 @@ class Life:
 
 @dataclass(frozen=True)
 class Services:
-    """Everything that routes use. tenants, audit: None in local mode, where whoever reaches the server may do everything. alive: whether
-    the engine still runs. hosts: values of the Host header that are answered; None: all. fingerprint: the base's. words_work, load_work,
-    store_work: threads for bodies and prompts, for adapters that are read, and for names that are looked up: none waits for another."""
+    """Everything that routes use. tenants, audit: None in local mode, where every client may do everything. alive: whether the engine still
+    runs. hosts: values of the Host header that are answered; None: all. fingerprint: the base's. words_work, load_work, store_work: threads
+    for bodies and prompts, for adapters that are read, and for names that are looked up, so that none waits for another."""
 
     base_name: str
     fingerprint: str

@@ -1,6 +1,6 @@
-"""A stream of server-sent events: what has come of each choice, as soon as it is there, then the usage and [DONE].
+"""A stream of server-sent events: the new part of each choice as soon as it is there, then the usage and [DONE].
 
-A client that stops reading is cut off after `write_s`; one that goes away has been cancelled by then (answer.py watches).
+If a client stops reading, it is cut off after `write_s`. If it disconnects, its request is cancelled (answer.py watches).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class EventStream(Response):
-    """The answer as events. first: what has come already, so that a request that fails at once still gets a proper status."""
+    """The answer as events. first: the part that is there already, so that a request that fails at once still gets a proper status."""
 
     media_type = "text/event-stream"
 

@@ -21,7 +21,8 @@ BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def words_of(base: Base) -> Words:
-    """The words of a base. Prompts become what they were in training: conversations by the template, texts with the start token if any."""
+    """The words of a base. Prompts become what they were in training: conversations through the template, texts with the start token if
+    there is one."""
     template, positions = Template(base.tokenizer), base.spec.max_positions
     longest = max(map(len, base.tokenizer.get_vocab()), default=1)  # a vocabulary spells no token with fewer letters than it has characters
 
@@ -38,8 +39,8 @@ def words_of(base: Base) -> Words:
 
 
 def ids_within(text: str, most: int, ids_of: Callable[[str], list[int]]) -> list[int]:
-    """A text's ids. TooLong where there are clearly more than `most`, which its beginning shows: so a text costs about what the longest one
-    costs that fits, however long it is."""
+    """A text's ids. TooLong if there are clearly more than `most`. The beginning of a text is tokenized first to find that out, so no text
+    takes much longer than the longest one that fits."""
     part = max(1024, CHARS * most)
     while part < len(text):
         found = len(ids_of(text[:part]))

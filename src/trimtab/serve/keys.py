@@ -60,7 +60,7 @@ def make_key() -> tuple[str, str]:
 
 
 def split_key(text: str) -> tuple[str, bytes]:
-    """(id, the secret's hash) of whatever a client sent; never an error, so that every wrong key goes the same way."""
+    """(id, the secret's hash) of any text that a client sent. It never fails, so every wrong key is handled in the same way."""
     key_id, _, secret = text[:MAX_KEY_CHARS].partition(".")
     return key_id, hash_secret(secret)
 
@@ -78,7 +78,8 @@ def redacted(text: str) -> str:
 
 
 def redacted_in(value: Any) -> Any:
-    """`redacted` of each text in what is about to be JSON, where redacting the whole line could break it; what JSON lacks becomes text."""
+    """`redacted` for each text in a value that will become JSON; redacting the whole line could break it. Values that JSON lacks become
+    text."""
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, dict):
@@ -100,8 +101,8 @@ class Keyring:
         self._known: dict[str, tuple[bytes, float, Tenant]] = {}
 
     def authenticate(self, text: str | None) -> Tenant:
-        """The tenant whose key this is. AuthError, the same whatever is wrong with the key: unknown, secret wrong, expired, revoked.
-        DatabaseError (503), without details, where the database cannot be read: then nobody gets in."""
+        """The tenant whose key this is. AuthError, the same whatever is wrong with the key: unknown, wrong secret, expired, revoked.
+        DatabaseError (503), without details, if the database cannot be read; no key is accepted then."""
         if not text:
             raise AuthError("no API key was given", fix="send the header Authorization: Bearer <key>")
         key_id, given = split_key(text)

@@ -1,8 +1,9 @@
-"""What Prometheus reads at /metrics: vLLM's names behind our own prefix, and what only a server of many adapters has to tell.
+"""What Prometheus reads at /metrics: vLLM's names with a prefix of our own, and metrics that only a server of many adapters has.
 
-`trimtab:e2e_request_latency_seconds` means what `vllm:e2e_request_latency_seconds` means, so dashboards carry over by replacing the prefix;
-the prefix is ours because a scraper that finds `vllm:` may rely on all that vLLM has. Current values and totals are read from the engine
-when somebody asks; times are observed as requests end. Labels are bounded: the model's name, reasons off a list, and MAX_TENANTS tenants.
+`trimtab:e2e_request_latency_seconds` means the same as `vllm:e2e_request_latency_seconds`, so dashboards work after the prefix is replaced.
+The prefix is our own because a scraper that finds `vllm:` may rely on everything that vLLM has. Current values and totals are read from the
+engine on request; times are observed as requests end. Labels are bounded: the model's name, a fixed list of reasons, and MAX_TENANTS
+tenants.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A file of prompts through the engine: many adapters in mixed batches, answers written in the order of the prompts.
+"""A file of prompts through the engine: many adapters in mixed batches, with answers in the order of the prompts.
 
-A line is a JSON object: `prompt` (a user's turn), `messages` or `ids`, and what is special to it: `adapter`, `id`, `json_schema`, settings
-of sampling. Every line is checked before the first token is computed. The file of answers appears whole, or not at all.
+A line is a JSON object with `prompt` (a user's turn), `messages` or `ids`, and optionally `adapter`, `id`, `json_schema` and settings of
+sampling. Every line is checked before the first token is computed. The file of answers appears whole, or not at all.
 """
 
 from __future__ import annotations

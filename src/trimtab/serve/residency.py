@@ -1,7 +1,7 @@
-"""Which adapters are in memory: packed once at load, least recently used out, never more than a budget of bytes.
+"""Which adapters are in memory: packed once at load, within a budget of bytes, the least recently used one removed first.
 
-Everything is known by digest. A lease keeps an adapter while a request uses it. Reading and packing run on threads beside the step loop;
-everything else here is called by the loop's thread alone. Nothing is known of requests: the loop says which loads somebody waits for.
+Everything is identified by digest. A lease keeps an adapter while a request uses it. Reading and packing run on threads beside the step
+loop; the loop's thread calls everything else here. Requests are not known here: the loop says for which loads requests wait.
 """
 
 from __future__ import annotations
@@ -190,7 +190,8 @@ class Residency:
         )
 
     def _let_leave(self, missing: int) -> None:
-        """Adapters in use get no new leases until those that leave free `missing` bytes: who keeps one busy must not keep others out."""
+        """Adapters in use get no new leases until the ones that leave free `missing` bytes: an adapter that is always busy must not keep
+        others out."""
         missing -= sum(r.bytes for r in self._leaving)
         for resident in list(self._resident.values()):
             if missing <= 0:

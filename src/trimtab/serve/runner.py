@@ -1,6 +1,6 @@
-"""The runner: tokens of many sequences in, logits out, in one flat mixed forward over paged keys and values.
+"""The runner: tokens of many sequences in, logits out, in one flat mixed forward over a paged KV cache.
 
-It owns the memory of the KV blocks, not who has which: the engine says where each sequence lies. It knows adapters only as packed
+It owns the memory of the KV blocks. The engine decides which sequence has which blocks. The runner knows adapters only as packed
 parameters, and nothing of requests, tenants or time.
 """
 

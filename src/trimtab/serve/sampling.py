@@ -1,7 +1,8 @@
-"""What a request asks beside the draw itself. A row's token depends on its logits, its own settings, its own past and its own generator.
+"""What a request asks of sampling besides the draw itself. A row's token depends on its logits, its own settings, its own past and its own
+generator.
 
-In this order, as in vLLM: log-probabilities of the distribution as it is; no end tokens before min_tokens; grammar; penalties; then
-`decode.sampling`, as everywhere. A grammar decides where its answer may end: min_tokens does not count beside one.
+The order is as in vLLM: log-probabilities of the unchanged distribution; no end tokens before min_tokens; grammar; penalties; then
+`decode.sampling`, as everywhere. A grammar decides where its answer may end, and min_tokens has no effect beside one.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Draw:
 
 
 def make_draw(params: SamplingParams, prompt: Sequence[int], matcher: Matcher | None = None) -> Draw:
-    """Sampling state of a new sequence; without a seed its draws are nobody's to repeat."""
+    """Sampling state of a new sequence. Without a seed the draws cannot be repeated."""
     return Draw(params, prompt, random.Random(params.seed), matcher)
 
 

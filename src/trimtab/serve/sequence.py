@@ -1,4 +1,4 @@
-"""A live request: its tokens, where it stands, what it holds. Everything that one answer needs between `submit` and its last delta."""
+"""A running request: its tokens, its state, and what it holds. Everything that one answer needs between `submit` and its last delta."""
 
 from __future__ import annotations
 
