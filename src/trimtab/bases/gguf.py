@@ -50,7 +50,7 @@ def is_converted(folder: Path) -> bool:
 def folder_for_gguf(path: Path, progress: Progress) -> Path:
     """The cached folder for any .gguf file, converted at first use and keyed by its content.
 
-    Raises BaseError where the file is no GGUF, or of an architecture that transformers cannot unpack.
+    Raises BaseError if the file is no GGUF, or of an architecture that transformers cannot unpack.
     """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
@@ -64,7 +64,7 @@ def folder_for_gguf(path: Path, progress: Progress) -> Path:
 def convert(path: Path, folder: Path, *, sha256: str, progress: Progress) -> None:
     """Write `folder` from the .gguf file `path` unless it is there already; whole or not at all, one process at a time.
 
-    sha256: hex digest of `path`, written into the folder's note. Raises BaseError where the file cannot be unpacked.
+    sha256: hex digest of `path`, written into the folder's note. Raises BaseError if the file cannot be unpacked.
     """
     if is_converted(folder):
         return

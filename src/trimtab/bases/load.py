@@ -51,7 +51,7 @@ def load(
 
     dtype: "float32", "bfloat16", "float16", "auto" (as stored) or a torch dtype; None picks bfloat16 where the machine multiplies it
     natively, else float32. device: "cpu", "cuda", "cuda:1"; None picks cuda where there is one. progress: called with one line a slow step.
-    Raises BaseError where the base cannot be found or read, ConfigError on a dtype or device that is not to be had.
+    Raises BaseError if the base cannot be found or read, ConfigError on a dtype or device that is not to be had.
     """
     on = resolve_device(device)
     wanted = resolve_dtype(dtype, on)
@@ -79,7 +79,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device to load on: cuda where there is one, else cpu, unless one is named. Raises ConfigError where it is not to be had."""
+    """The device to load on: cuda where there is one, else cpu, unless one is named. Raises ConfigError if it is not to be had."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -37,7 +37,7 @@ def locate(name: str, progress: Progress) -> Path:
 
 
 def refuse_hopeless(name: str) -> None:
-    """BaseError where `name` cannot be a base, as far as this machine tells: neither network nor weights are looked at."""
+    """BaseError if `name` cannot be a base, as far as this machine tells: neither network nor weights are looked at."""
     path = user_path(name, BaseError, "base")
     if name in BUNDLED_NAMES:
         return

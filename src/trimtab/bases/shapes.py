@@ -65,7 +65,7 @@ class Architecture:
 def read_architecture(name: str) -> Architecture:
     """The shape of a base: a name in `PRESETS` (the bundled base's among them), a folder or its config.json, a .gguf file, or a hub id.
 
-    Only the config is read; the model is built on the meta device, without weights. BaseError where there is no such base, or its family is
+    Only the config is read; the model is built on the meta device, without weights. BaseError if there is no such base, or its family is
     not supported.
     """
     with quiet_transformers():
@@ -108,7 +108,7 @@ def _read_config(name: str) -> Any:
 
 
 def _check(config: Path, name: str) -> None:
-    """BaseError where a config is no JSON of the size that a config has."""
+    """BaseError if a config is no JSON of the size that a config has."""
     try:
         read_json(config)
     except ValueError as error:

@@ -94,7 +94,7 @@ class Template:
             return None
 
     def render(self, messages: Sequence[Message], *, generate: bool) -> str:
-        """The conversation as text; generate: with the prompt for an assistant turn. BadRow where the template refuses it."""
+        """The conversation as text; generate: with the prompt for an assistant turn. BadRow if the template refuses it."""
         return self._dialect.render(messages, generate=generate)
 
     def prompt(self, messages: Sequence[Message]) -> str:
@@ -110,7 +110,7 @@ class Template:
         return text
 
     def last_turn(self, messages: Sequence[Message]) -> Turn:
-        """Messages that end with an assistant turn: what is served, and what follows it. BadRow where the template does not write the
+        """Messages that end with an assistant turn: what is served, and what follows it. BadRow if the template does not write the
         answer whole, or what is to be answered is not certain."""
         prompt, text = self._asked_and_answered(messages)
         stop, end = self._end(messages, text)
@@ -121,7 +121,7 @@ class Template:
         """The characters of `whole` that are the answer of assistant turn `index`, its end-of-turn token included, blanks after it not; and
         that token.
 
-        BadRow where the template rewrites earlier turns, so that what is trained would not be what is served.
+        BadRow if the template rewrites earlier turns, so that what is trained would not be what is served.
         """
         if index == 0:
             raise BadRow("starts with an assistant turn: there is no prompt to answer")
@@ -147,7 +147,7 @@ class Template:
         return self._frame(messages) or ("", "")
 
     def _frame(self, messages: Sequence[Message]) -> tuple[str, str] | None:
-        """`frame`, found with marks for contents; None where the template refuses them or does not write them."""
+        """`frame`, found with marks for contents; None if the template refuses them or does not write them."""
         roles, known = tuple(m["role"] for m in messages), self._dialect.frames
         if roles not in known:
             marked = [{"role": role, "content": f"Zq{i}qZ"} for i, role in enumerate(roles)]
@@ -194,7 +194,7 @@ class Template:
         return after if prompt[-1:].isspace() else blank + after
 
     def _check_answer(self, content: str, text: str, index: int) -> None:
-        """BadRow where the supervised text is not the whole answer."""
+        """BadRow if the supervised text is not the whole answer."""
         if is_whole(content, text):
             return
         if REASONING.search(content):
@@ -221,7 +221,7 @@ class Template:
         return None if self.specials.sub("", upto[same:]).strip() else same
 
     def refuse_specials(self, text: str, where: str) -> None:
-        """BadRow where content holds the text of a special token: the tokenizer would read it as one, and a user could forge a turn."""
+        """BadRow if content holds the text of a special token: the tokenizer would read it as one, and a user could forge a turn."""
         if (found := self.specials.search(text)) is not None:
             raise BadRow(f"special token in the content: {where} holds {found[0]!r}, which this tokenizer reads as a control token")
 
@@ -262,7 +262,7 @@ class Template:
     def conversation(self, messages: Sequence[Message]) -> list[Message]:
         """The messages with their contents as text, answers without an end token of their own.
 
-        BadRow where the content of a message holds a special token's text, or is no text.
+        BadRow if the content of a message holds a special token's text, or is no text.
         """
         found = []
         for i, message in enumerate(messages):
@@ -273,7 +273,7 @@ class Template:
         return found
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The text that asks for the next assistant turn. BadRow where the template or `conversation` refuses the messages, or the template
+        """The text that asks for the next assistant turn. BadRow if the template or `conversation` refuses the messages, or the template
         leaves the content of one out."""
         return self.prompt(self.conversation(messages))
 
@@ -285,7 +285,7 @@ class Template:
 def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> Ids:
     """The ids that ask for the next assistant turn: what evaluation and serving feed the model, and what training saw before the answer.
 
-    Raises DataError where the template refuses the conversation, a message holds a special token's text, or there is no template.
+    Raises DataError if the template refuses the conversation, a message holds a special token's text, or there is no template.
     """
     try:
         return Template(tokenizer).prompt_ids(messages)

@@ -94,7 +94,7 @@ def as_dict(v: Version) -> dict[str, Any]:
 
 
 def _note(store: Store, version: Version) -> dict[str, Any] | None:
-    """trimtab.json, which a peft folder does not have. AdapterError where it is damaged."""
+    """trimtab.json, which a peft folder does not have. AdapterError if it is damaged."""
     from trimtab.errors import AdapterError
     from trimtab.store.files import Refusal
     from trimtab.store.folder import NOTE

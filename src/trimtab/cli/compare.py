@@ -73,7 +73,7 @@ def compare(runs: tuple[Path, ...], by: str | None, html: Path | None, as_json: 
 
 
 def _order(by: str | None, scores: Sequence[str]) -> str:
-    """What to sort by. ConfigError where no variant has it."""
+    """What to sort by. ConfigError if no variant has it."""
     known = [*scores, *COSTS]
     if by is None:
         return next((s for s in scores if s not in ("loss", "perplexity")), "train_loss")

@@ -112,7 +112,7 @@ def base_options(command: Command) -> Command:
 
 
 def _find_adapter(name: str, root: Path | None) -> None:
-    """AdapterError where there is no such folder, nor such a name in the store; what it holds is for loading to judge."""
+    """AdapterError if there is no such folder, nor such a name in the store; what it holds is for loading to judge."""
     from trimtab.store.find import find_adapter
 
     folder = find_adapter(name, root)

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 @contextmanager
 def serving(port: int, listener: Listener) -> Iterator[Beside]:
     """What `train` takes as `beside` to be served at this port of 127.0.0.1 (0: any free one). The socket is there before anything slow is
-    begun; ConfigError where it cannot be had. listener: hears what cannot be served, and of a server that has failed."""
+    begun; ConfigError if it cannot be had. listener: hears what cannot be served, and of a server that has failed."""
     with server.bind(HOST, port) as sock:
 
         @contextmanager

@@ -17,7 +17,7 @@ Begin = Callable[[str, int, int], Callable[[int], None]]
 
 @contextmanager
 def showing(quiet: bool) -> Iterator[Begin | None]:
-    """What is told of each file: its name, its bytes, those there already; what it returns is told of every piece. None where quiet."""
+    """What is told of each file: its name, its bytes, those there already; what it returns is told of every piece. None if quiet."""
     if quiet:
         yield None
     elif not sys.stderr.isatty():

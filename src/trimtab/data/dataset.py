@@ -81,7 +81,7 @@ class SourceRows:
     key: str
 
     def refusal(self, allowed: float = MAX_DROPPED_SHARE) -> DataError | None:
-        """Why the source cannot be trained on, where more than this share of its rows were dropped; None where it can."""
+        """Why the source cannot be trained on, where more than this share of its rows were dropped; None if it can."""
         good, lost = len(self.examples), len(self.dropped)
         total = good + lost
         if good and lost <= allowed * total:
@@ -109,7 +109,7 @@ class Reading:
         """Read and tokenise one source. index: its place among its split's. note: hears what it holds and no row uses. keep: look for the
         tokens in the cache, and keep them there.
 
-        Raises DataError where it cannot be read, or holds conversations and the base has no chat template.
+        Raises DataError if it cannot be read, or holds conversations and the base has no chat template.
         """
         rows, dropped = read_source(source, self.root, index, note)
         try:
@@ -217,7 +217,7 @@ def order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def summarise_dropped(dropped: Sequence[Dropped]) -> list[str]:
-    """Counts by kind of reason, most frequent first, then the first ten by name; empty where nothing was dropped."""
+    """Counts by kind of reason, most frequent first, then the first ten by name; empty if nothing was dropped."""
     counts = Counter(d.kind for d in dropped)
     lines = [f"{count} x {kind}" for kind, count in counts.most_common()]
     lines += [f"{d.origin}: {d.reason}" for d in dropped[:SHOWN]]

@@ -48,7 +48,7 @@ class _Record:
 
 
 def read_delimited(text: str, shown: str) -> Iterator[tuple[str, Any] | Dropped]:
-    """(origin, record) of each record of a file, or what was dropped. shown: the file's name in messages. DataError where no header is
+    """(origin, record) of each record of a file, or what was dropped. shown: the file's name in messages. DataError if no header is
     found, or where reading cannot go on."""
     table = _Table(text, shown)
     header = table.header
@@ -132,7 +132,7 @@ class _Table:
         yield from self._settle(waiting, sure=True)
 
     def _lost(self, start: int, end: int) -> str:
-        """Which lines a broken stretch takes along. DataError where they are too many to count as one bad row."""
+        """Which lines a broken stretch takes along. DataError if they are too many to count as one bad row."""
         first, last = self._line_of(start), self._line_of(min(end, len(self.text)) - 1)
         if last - first > max(MAX_LOST_LINES, MAX_LOST_SHARE * self.text.count(self.newline)):
             raise DataError(
@@ -181,7 +181,7 @@ class _Table:
         return at + (2 if self.text.startswith("\r\n", at) else 1)
 
     def _resume(self, broken: _Record) -> tuple[int, bool]:
-        """(where the next record begins, whether it is doubtful all the same). DataError where that cannot be known."""
+        """(where the next record begins, whether it is doubtful all the same). DataError if that cannot be known."""
         start = broken.start
         while True:
             if not broken.closed:

@@ -35,7 +35,7 @@ _EMPTY_FIX = "name a file that has rows."
 
 
 def read_jsonl(path: Path, shown: str) -> Records:
-    """One object a line; blank lines are skipped, lines that cannot be read are dropped by number. DataError where a line has no end."""
+    """One object a line; blank lines are skipped, lines that cannot be read are dropped by number. DataError if a line has no end."""
     for number, raw in _lines(path, shown):
         origin = f"{shown}:{number}"
         try:
@@ -52,7 +52,7 @@ def read_jsonl(path: Path, shown: str) -> Records:
 
 def read_json(path: Path, shown: str) -> Records:
     """Arrays of objects, or an object that holds one; one object is one row; a file that holds one object a line is read as JSONL. Raises
-    DataError where an array is broken."""
+    DataError if an array is broken."""
     text = _whole(path, shown).decode("utf-8", "surrogateescape")
     position = _skip_blank(text, 0)
     if text[position : position + 1] == "[":
@@ -134,7 +134,7 @@ def _is_talk(value: Any) -> bool:
 
 
 def _arrays(text: str, position: int, shown: str) -> Records:
-    """The rows of an array, and of the arrays and objects behind it: files that were put together. DataError where all else follows."""
+    """The rows of an array, and of the arrays and objects behind it: files that were put together. DataError if all else follows."""
     line, counted, inside = 1, 0, False
     while inside or position < len(text):
         line, counted = line + text.count("\n", counted, position), position
@@ -274,7 +274,7 @@ def _lines(path: Path, shown: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _whole(path: Path, shown: str, *, utf16: bool = False) -> bytes:
-    """The file without a byte order mark. Raises DataError where it is missing, unreadable, empty, too large to read at once, or UTF-16
+    """The file without a byte order mark. Raises DataError if it is missing, unreadable, empty, too large to read at once, or UTF-16
     where that is not expected (which keeps its mark)."""
     with _open(path, shown) as file:
         raw = file.read(MAX_WHOLE + 1) if os.fstat(file.fileno()).st_size <= MAX_WHOLE else None

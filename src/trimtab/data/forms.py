@@ -69,7 +69,7 @@ def unused(record: Mapping[str, Any], columns: Mapping[str, str], form: str) -> 
 
 
 def _kto(record: Mapping[str, Any], columns: Mapping[str, str], form: str | None) -> bool | None:
-    """What the row's `label` says as the mark of KTO: whether the answer is wanted; None where it is no such mark. A text has no answer.
+    """What the row's `label` says as the mark of KTO: whether the answer is wanted; None if it is no such mark. A text has no answer.
     Where `columns` names all that the row is made of and not the label, a number is the id of a class: only words and booleans count."""
     label = record.get(columns.get("label", "" if "label" in columns.values() else "label"))
     if form in (None, "text", "label"):
@@ -92,7 +92,7 @@ def _role(turn: Any) -> str | None:
 
 
 def check_columns(seen: Iterable[str], columns: Mapping[str, str], where: str, *, any_form: bool) -> None:
-    """Raise DataError where `columns` names what is not there, or no record had a known form. seen: the columns that exist."""
+    """Raise DataError if `columns` names what is not there, or no record had a known form. seen: the columns that exist."""
     seen = list(seen)
     problems = [f"columns: {name!r} is not one of ours{nearest(name, COLUMNS)}" for name in columns if name not in COLUMNS]
     problems += [
@@ -111,7 +111,7 @@ def check_columns(seen: Iterable[str], columns: Mapping[str, str], where: str, *
 
 
 def refuse_keys(record: Mapping[str, Any], columns: Mapping[str, str], form: str | None) -> None:
-    """BadRow where a key says something that cannot be honoured. A column that `columns` names is what the run file says it is."""
+    """BadRow if a key says something that cannot be honoured. A column that `columns` names is what the run file says it is."""
     mapped = set(columns.values())
     for key in record:
         if key not in ROW_KEYS or key in mapped or (key in PAIRS and not mapped.isdisjoint(PAIRS)):  # the other of a pair is unused

@@ -42,7 +42,7 @@ def is_empty(value: Any) -> bool:
 
 
 def flag(value: Any) -> bool | None:
-    """A mark as true or false, as a boolean, a number or text; None where it is neither 0 nor 1."""
+    """A mark as true or false, as a boolean, a number or text; None if it is neither 0 nor 1."""
     if isinstance(value, str):
         value = {"true": 1, "false": 0}.get(value.strip().lower(), value)
     try:
@@ -53,7 +53,7 @@ def flag(value: Any) -> bool | None:
 
 
 def wanted(label: Any) -> bool | None:
-    """What KTO's `label` says of an answer: True or False; None where it is no mark of KTO."""
+    """What KTO's `label` says of an answer: True or False; None if it is no mark of KTO."""
     if isinstance(label, str) and label.strip().lower() in ("desirable", "undesirable"):
         return label.strip().lower() == "desirable"
     return False if str(label).strip() in ("-1", "-1.0") else flag(label)

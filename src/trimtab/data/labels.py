@@ -16,7 +16,7 @@ UNLIMITED = 1 << 30
 
 
 def find_labels(rows: Iterable[Row], where: str) -> list[str]:
-    """The distinct answers of rows, sorted. DataError where they are more than MAX_LABELS, or fewer than two: then they are no labels."""
+    """The distinct answers of rows, sorted. DataError if they are more than MAX_LABELS, or fewer than two: then they are no labels."""
     labels = sorted({a.strip() for row in rows if (a := answer_of(row)) is not None})
     if 2 <= len(labels) <= MAX_LABELS:
         return labels

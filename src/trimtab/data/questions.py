@@ -45,7 +45,7 @@ class Written:
 def prompt_and_reference(row: Row, tokenizer: Any) -> tuple[Ids, str]:
     """(prompt ids, reference text) for evaluation by generation: the last turn to learn from is the reference, all before it the prompt.
 
-    The ids are those that stood before the answer in training. Raises DataError where the row has no answer to compare with, or cannot be
+    The ids are those that stood before the answer in training. Raises DataError if the row has no answer to compare with, or cannot be
     rendered.
     """
     return asked(row, tokenizer)[:2]

@@ -72,7 +72,7 @@ def encode_row(
 
     max_length: in tokens; a longer row is dropped. last_turn_only: supervise only the last assistant turn of a conversation. vocab_size:
     rows of the base's embedding, which may be fewer than the tokenizer's tokens; a row with an id beyond is dropped.
-    Raises DataError where the row is a conversation and the base has no chat template.
+    Raises DataError if the row is a conversation and the base has no chat template.
     """
     return encode_rows([row], tokenizer, max_length, last_turn_only=last_turn_only, vocab_size=vocab_size)[0]
 
@@ -196,7 +196,7 @@ def _join(r: _Rendered, whole: Ids, parts: list[Ids], template: Template) -> tup
 
 
 def _prefix_ends(r: _Rendered, whole: Ids, template: Template) -> list[int] | None:
-    """Where each piece ends within `whole`, if the tokens of the text so far start it; None where a token straddles a boundary."""
+    """Where each piece ends within `whole`, if the tokens of the text so far start it; None if a token straddles a boundary."""
     so_far = list(accumulate(text for text, _ in r.pieces))
     encoded = template.ids_of(so_far[:-1])
     if any(whole[: len(ids)] != ids for ids in encoded):
@@ -205,7 +205,7 @@ def _prefix_ends(r: _Rendered, whole: Ids, template: Template) -> list[int] | No
 
 
 def _check_ids(ids: Ids, vocab_size: int | None, template: Template) -> None:
-    """BadRow where a token has no row in the base's embedding: a tokenizer that was given tokens, for a base that was not resized."""
+    """BadRow if a token has no row in the base's embedding: a tokenizer that was given tokens, for a base that was not resized."""
     if vocab_size is not None and (large := max(ids, default=0)) >= vocab_size:
         token = template.tokenizer.convert_ids_to_tokens(large)
         raise BadRow(f"token outside the base: {token!r} has id {large}, and the base's embedding has {vocab_size} rows")

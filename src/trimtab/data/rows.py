@@ -82,7 +82,7 @@ class Row:
 
 
 def answer_of(row: Row) -> str | None:
-    """The text that a model should answer with: the last assistant turn to learn from, such as the completion; None where there is none."""
+    """The text that a model should answer with: the last assistant turn to learn from, such as the completion; None if there is none."""
     return row.conversation[row.answers[-1]]["content"] if row.conversation and row.answers else None
 
 

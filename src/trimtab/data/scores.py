@@ -1,7 +1,7 @@
 """Scores of generated answers against references. Each takes two lists of equal length and returns percent, 0 to 100: a mean over
 rows (BLEU: of the corpus as a whole).
 
-Raises DataError where the lists are empty or differ in length.
+Raises DataError if the lists are empty or differ in length.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def valid_json(predictions: Sequence[str], references: Sequence[str]) -> float:
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Corpus BLEU as `sacrebleu` computes it by default (Post 2018; 13a tokens, up to 4-grams, exponential smoothing), 0 to 100.
 
-    DataError where sacrebleu is not installed.
+    DataError if sacrebleu is not installed.
     """
     pairs = _pairs(predictions, references)
     if not has_bleu():
@@ -67,7 +67,7 @@ def has_bleu() -> bool:
 
 
 def perplexity(loss: float) -> float | None:
-    """exp(mean nats a target); None where that is no finite number."""
+    """exp(mean nats a target); None if that is no finite number."""
     return math.exp(loss) if loss < 700 else None
 
 

@@ -108,7 +108,7 @@ _AS_FILES = (
 
 
 def peek_source(source: Source, root: Path) -> None:
-    """DataError where `read_source` would refuse the whole source; reads only as far as it must to tell. Hub datasets are not looked up."""
+    """DataError if `read_source` would refuse the whole source; reads only as far as it must to tell. Hub datasets are not looked up."""
     if source.path.startswith(HUB):
         return
     seen: dict[str, None] = {}
@@ -139,7 +139,7 @@ def read_source(source: Source, root: Path, number: int = 0, note: Note = lambda
     """All rows of a source in file order, and the lines that could not be read or understood, each with "file:line" and the reason.
 
     root: where relative paths start. number: of the source among those that are read together; rows are found by it and by their place
-    here (`Row.id`). note: hears, once, what the source holds and no row uses. Raises DataError where the source is missing or empty, needs
+    here (`Row.id`). note: hears, once, what the source holds and no row uses. Raises DataError if the source is missing or empty, needs
     a package that is not installed, or has no column of a known form; the message lists the columns that exist.
     """
     rows: list[Row] = []
@@ -172,7 +172,7 @@ def read_source(source: Source, root: Path, number: int = 0, note: Note = lambda
 
 
 def _refuse_repeated(record: Mapping[str, Any], source: Source, form: str | None) -> None:
-    """DataError where a column that rows are made of stands several times in the header: which of them is meant is not known."""
+    """DataError if a column that rows are made of stands several times in the header: which of them is meant is not known."""
     twice = [c for c in used_columns(form, source.columns) if isinstance(record.get(c), Repeated)]
     if twice:
         raise DataError(f"{source.path} names a column twice: {', '.join(sorted(twice))}", fix="give each a name of its own.")

@@ -27,7 +27,7 @@ def token_file(digest: str) -> Path:
 
 
 def load_tokens(digest: str, rows: Sequence[Row]) -> list[Example | Dropped] | None:
-    """What `save_tokens` kept for these rows, or None where there is nothing or it does not verify (zip's CRC, counts, digest)."""
+    """What `save_tokens` kept for these rows, or None if there is nothing or it does not verify (zip's CRC, counts, digest)."""
     try:
         # opened here: np.load leaves its own file open where the zip is broken
         with token_file(digest).open("rb") as file, np.load(file, allow_pickle=False) as kept:

@@ -105,7 +105,7 @@ def _turn(turn: Any, where: str) -> Turn:
 
 
 def _refuse_keys(turn: Mapping[str, Any], where: str) -> None:
-    """BadRow where a key says something that cannot be honoured."""
+    """BadRow if a key says something that cannot be honoured."""
     for key in turn:
         if key in TURN_KEYS and not TURN_KEYS[key].neutral(turn[key]):
             raise BadRow(f"{'tool calls' if key in ('tool_calls', 'function_call') else key}: {where} has {key}: {TURN_KEYS[key].why}")

@@ -62,7 +62,7 @@ async def plan(body: ChatBody | CompletionBody, tenant: Tenant, s: Services) -> 
 
 
 async def requests(plan: AnswerPlan, tenant: Tenant, s: Services) -> list[Request]:
-    """The engine's requests, one for each choice, in order. Fault (400) where a prompt is too long or cannot be used."""
+    """The engine's requests, one for each choice, in order. Fault (400) if a prompt is too long or cannot be used."""
     sampling = sampling_of(plan.body)  # before the prompt's tokens, which cost more
     prompts = await _encoded(plan.body, tenant, s)
     end = None if s.limits.request_s is None else time.monotonic() + s.limits.request_s
@@ -84,7 +84,7 @@ async def requests(plan: AnswerPlan, tenant: Tenant, s: Services) -> list[Reques
 
 
 def sampling_of(body: ChatBody | CompletionBody) -> SamplingParams:
-    """How to sample; max_tokens is as large as the body leaves it. Fault (400) where fields contradict each other."""
+    """How to sample; max_tokens is as large as the body leaves it. Fault (400) if fields contradict each other."""
     most = body.max_tokens
     if isinstance(body, ChatBody):
         if body.max_completion_tokens is not None and most is not None and most != body.max_completion_tokens:
@@ -124,7 +124,7 @@ def top_of(body: ChatBody | CompletionBody) -> int:
 
 
 def grammar_of(body: Sampled) -> Grammar | None:
-    """The constraint on the answer, from OpenAI's response_format or vLLM's structured_outputs; Fault (400) where they contradict."""
+    """The constraint on the answer, from OpenAI's response_format or vLLM's structured_outputs; Fault (400) if they contradict."""
     form, own = body.response_format, body.structured_outputs
     found = [] if own is None else _own_grammars(own)
     if own is not None and len(found) != 1:
@@ -185,7 +185,7 @@ def _ids(prompt: str | list[int], where: str, words: Words) -> list[int]:
 
 
 def _within(where: str, words: Words, encode: Callable[[], list[int]]) -> list[int]:
-    """A prompt's ids. Fault where they do not fit, or are none."""
+    """A prompt's ids. Fault if they do not fit, or are none."""
     try:
         ids = encode()
     except TooLong as error:

@@ -47,7 +47,7 @@ def name_for_clients(base: str) -> str:
 
 
 def services_of(engine: Engine, asked: Asked) -> Services:
-    """The services of a server around this engine, which is observed from now on. AdapterError where a named adapter is refused."""
+    """The services of a server around this engine, which is observed from now on. AdapterError if a named adapter is refused."""
     base = engine.base
     catalog = Catalog(base, asked.store, folders=asked.folders, base_names=asked.base_names, evict=engine.evict)
     if asked.adapters and asked.tenants is not None:

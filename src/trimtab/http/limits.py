@@ -143,7 +143,7 @@ def _too_large(limit: int) -> Fault:
 
 async def read_body(request: Request, model: type[M], s: Services) -> M:
     """The request's body as a `model`. Fault: not JSON (415, 400), too slow (408), too large (413), too deep or with a wrong field (400).
-    ClientGone where the client goes away on the way."""
+    ClientGone if the client goes away on the way."""
     limits = s.limits
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a browser sends a page's form to any server, but JSON only to those that allow it
@@ -163,7 +163,7 @@ async def read_body(request: Request, model: type[M], s: Services) -> M:
 
 
 def parse(raw: bytes, model: type[M], max_depth: int) -> M:
-    """A body as a `model`; Fault (400) where it is not one."""
+    """A body as a `model`; Fault (400) if it is not one."""
     deep, values, containers, keys = shape_of(raw)
     if deep > max_depth:
         raise Fault(f"the body nests lists and objects {deep} deep; at most {max_depth} are read", code="too_deep")

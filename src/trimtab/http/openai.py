@@ -118,7 +118,7 @@ def _about_grammar(fault: Fault, what: AnswerPlan) -> Fault:
 
 
 async def _whole(answer: Answer, first: dict[int, Delta], choices: int) -> list[Delta]:
-    """Every choice to its end. Fault where one fails."""
+    """Every choice to its end. Fault if one fails."""
     found: dict[int, list[Delta]] = {i: [] for i in range(choices)}
     news = first
     while True:

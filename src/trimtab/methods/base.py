@@ -124,7 +124,7 @@ class Packed:
 
 class Around(Protocol):
     """The base's module as an edit sees it: call it for all rows, multiply by its matrix, read its bias, call it with other parameters.
-    matrix: None where the module has none. plain: calling it runs the frozen module alone, no other edit before it."""
+    matrix: None if the module has none. plain: calling it runs the frozen module alone, no other edit before it."""
 
     matrix: Weight | None
     bias_O: Tensor | None

@@ -91,7 +91,7 @@ class LoraConfig(TargetedMethod):
         return sites + saved
 
     def sites_to_train(self, spec: Spec) -> list[Site]:
-        """`sites`; ConfigError too where a rank is above a module's smaller side: it could learn no more than that side's rank. Adapters
+        """`sites`; ConfigError too if a rank is above a module's smaller side: it could learn no more than that side's rank. Adapters
         from elsewhere have such ranks (PiSSA's, converted to LoRA, have twice r) and are computed as they are."""
         sites, saved, problems = self._places(spec)
         sides = {s.name: min(spec.modules[s.name].in_features, spec.modules[s.name].out_features) for s in sites}

@@ -87,7 +87,7 @@ def fit(ids: list[int], length: int, option: str) -> list[int]:
 
 
 def room_for(virtual_tokens: int, spec: Spec) -> None:
-    """ConfigError where the virtual tokens leave no position for a real one."""
+    """ConfigError if the virtual tokens leave no position for a real one."""
     if virtual_tokens >= spec.max_positions:
         raise ConfigError(
             f"num_virtual_tokens = {virtual_tokens}: this base has {spec.max_positions} positions, and real tokens need some of them"

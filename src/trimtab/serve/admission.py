@@ -106,8 +106,8 @@ class Admission:
         """A ticket for n answers. estimate: prompt and completion tokens that they will use, charged now and corrected when the ticket is
         closed; by default n times what the tenant's answers have used of late.
 
-        LimitError where the tenant is over its own limits, OverloadedError where the server is full or drains, both with retry_after.
-        TrimtabError where n answers can never run at a time under these limits. A tenant with any tokens left may start a request, however
+        LimitError if the tenant is over its own limits, OverloadedError if the server is full or drains, both with retry_after.
+        TrimtabError if n answers can never run at a time under these limits. A tenant with any tokens left may start a request, however
         large: so its tokens are overdrawn by one request at most where no estimate is too low.
         """
         now = self._clock()
@@ -140,7 +140,7 @@ class Admission:
         self._draining = True
 
     def tokens_left(self, tenant: Tenant) -> float | None:
-        """What the tenant may use at this moment, below 0 where it is overdrawn; None where it has no limit."""
+        """What the tenant may use at this moment, below 0 where it is overdrawn; None if it has no limit."""
         if tenant.tokens_per_minute is None:
             return None
         with self._lock:

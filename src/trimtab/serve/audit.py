@@ -50,7 +50,7 @@ class Audit:
     """An audit log, open for appending. A context manager, or `close()`: what is pending is then written."""
 
     def __init__(self, path: str | Path, *, write_seconds: float = WRITE_SECONDS, clock: Callable[[], float] = time.time):
-        """AuditError where the file cannot be opened; it is made (mode 0600) where there is none."""
+        """AuditError if the file cannot be opened; it is made (mode 0600) where there is none."""
         self.path, self._write_seconds, self._clock = Path(path), write_seconds, clock
         self.problem = ""
         """Why the last line could not be written, "" while all is well."""

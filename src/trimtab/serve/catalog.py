@@ -58,7 +58,7 @@ class _Loaded:
 
 
 class Catalog:
-    """What can be asked for. store: None where there is none. folders: under which `load` may read, none: `load` is off.
+    """What can be asked for. store: None if there is none. folders: under which `load` may read, none: `load` is off.
 
     base_names: the base's names for clients, none: its own. evict: hears the digest of an adapter that no loaded name stands for any more,
     to free its memory once nobody uses it. Under one of the folders, a tenant may load what lies in a subfolder named after one of its
@@ -92,7 +92,7 @@ class Catalog:
         return model not in self.base_names and (tenant.id, model) not in self._loaded
 
     def find(self, model: str, tenant: Tenant) -> Served | None:
-        """The adapter that this tenant means by this name; None for the base. NotFoundError where it has none of that name.
+        """The adapter that this tenant means by this name; None for the base. NotFoundError if it has none of that name.
 
         A name is the base's, that of an adapter the tenant has loaded, "name[@selector]" in the first of its namespaces that has it, or
         "namespace/name[@selector]". The selector is a version, an alias or a digest; without one, the newest version is meant.
@@ -124,7 +124,7 @@ class Catalog:
     def load(self, name: str, path: str | Path, tenant: Tenant) -> None:
         """Read and check an adapter's folder and give it a name that this tenant alone sees. Reads all of it: call it off the event loop.
 
-        AdapterError where it is refused or the name is taken; NotFoundError, the same one, where there is no such folder, it is not under
+        AdapterError if it is refused or the name is taken; NotFoundError, the same one, where there is no such folder, it is not under
         an allowed one, or it is not this tenant's.
         """
         if not self.folders:
@@ -141,18 +141,18 @@ class Catalog:
         self.put(name, servable, tenant)
 
     def put(self, name: str, servable: Served, tenant: Tenant) -> None:
-        """Give an adapter a name that this tenant alone sees; AdapterError where the name is taken."""
+        """Give an adapter a name that this tenant alone sees; AdapterError if the name is taken."""
         self._check_free(name, tenant)
         with self._lock:
             if self._loaded.setdefault((tenant.id, name), entry := _Loaded(servable, int(time.time()))) is not entry:
                 raise _taken(name)
 
     def replace(self, name: str, servable: Served, tenant: Tenant) -> None:
-        """Let a name that was put or loaded stand for something newer, from the next request on. NotFoundError where there is none."""
+        """Let a name that was put or loaded stand for something newer, from the next request on. NotFoundError if there is none."""
         self._move(name, tenant, _Loaded(servable, int(time.time())))
 
     def unload(self, name: str, tenant: Tenant) -> None:
-        """The name is gone for the next request; running ones are not touched. NotFoundError where this tenant has loaded none of that
+        """The name is gone for the next request; running ones are not touched. NotFoundError if this tenant has loaded none of that
         name."""
         self._move(name, tenant, None)
 
@@ -200,7 +200,7 @@ class Catalog:
             return self._names.namespaces()
 
     def _lookup(self, namespace: str, name: str, selector: str, *, skip_damaged: bool = False) -> Version | None:
-        """The version of a name that is there; None without such a version. skip_damaged: None where its manifest cannot be read, too."""
+        """The version of a name that is there; None without such a version. skip_damaged: None if its manifest cannot be read, too."""
         assert self.store is not None
         try:
             ref = Ref(namespace, name, selector)

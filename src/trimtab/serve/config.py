@@ -48,7 +48,7 @@ class EngineConfig:
 
 
 def kv_blocks(config: EngineConfig, base: Base, block_bytes: int) -> int:
-    """How many KV blocks fit; never more than max_running sequences of full length can fill. ConfigError where not even one fits."""
+    """How many KV blocks fit; never more than max_running sequences of full length can fill. ConfigError if not even one fits."""
     longest = -(-base.spec.max_positions // config.block_size)
     most = config.max_running * longest
     if config.kv_bytes is None and base.device.type == "cpu":

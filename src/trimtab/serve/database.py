@@ -92,7 +92,7 @@ class Database:
     """All connections of a process to the file at a path. Any number of threads."""
 
     def __init__(self, path: str | Path, *, create: bool = False):
-        """DatabaseError where there is no file (unless create), or one that is not ours to use."""
+        """DatabaseError if there is no file (unless create), or one that is not ours to use."""
         self.path = Path(path)
         connect(self.path, create=create).close()
         self._handles: list[Handle] = []
@@ -141,7 +141,7 @@ class Database:
                     file.unlink()
 
     def follow(self) -> None:
-        """Open the file anew if it is another one; DatabaseError where that fails.
+        """Open the file anew if it is another one; DatabaseError if that fails.
 
         The old file's side files (-wal, -shm) still lie at the path, and SQLite would read the new file through them: what they hold is
         written into the old file first, then they go.
@@ -172,7 +172,7 @@ def connect(path: Path, *, create: bool = False, busy_seconds: float = BUSY_SECO
     """An open connection, for any thread but one at a time, the schema up to date. create: make the file (mode 0600) where there is none.
     busy_seconds: how long it waits for others, now and later.
 
-    DatabaseError where there is no file, or one that is not ours to use.
+    DatabaseError if there is no file, or one that is not ours to use.
     """
     if create:
         _create_file(path)

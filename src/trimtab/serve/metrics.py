@@ -78,7 +78,7 @@ class Metrics:
         total_s: float,
         gaps: Sequence[float],
     ) -> None:
-        """`Engine.on_finish`: a request has ended. Times in seconds, ttft_s None where no token came; gaps: between its tokens."""
+        """`Engine.on_finish`: a request has ended. Times in seconds, ttft_s None if no token came; gaps: between its tokens."""
         self._finished[_finish_label(finish)] += 1
         self._whole.observe(total_s)
         self._queue.observe(queue_s)

@@ -93,7 +93,7 @@ def answer_file(
 ) -> Summary:
     """Answer every line of `path` into `out`. defaults, adapter, system: of lines that name none; defaults' seed is counted up by lines.
 
-    DataError where lines cannot be used, all listed; AdapterError where an adapter is not there. A line that fails later has its error in
+    DataError if lines cannot be used, all listed; AdapterError if an adapter is not there. A line that fails later has its error in
     `out`.
     """
     lines = read_lines(path)

@@ -36,8 +36,8 @@ class OpenRequests:
         return iter(list(self.by_id.values()))
 
     def enter(self, live: Live, running: Sequence[Live], begin: Callable[[], None]) -> None:
-        """Have the next step call `begin`. running: those that wait no longer. OverloadedError where too many wait or it is closing,
-        ValueError where its id is in use."""
+        """Have the next step call `begin`. running: those that wait no longer. OverloadedError if too many wait or it is closing,
+        ValueError if its id is in use."""
         with self._changed:
             if self.closing:
                 raise OverloadedError("the server is shutting down", fix="ask another one, or again later", retry_after=10.0)

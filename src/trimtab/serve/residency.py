@@ -97,7 +97,7 @@ class Residency:
         return digest in self._resident
 
     def lease(self, digest: str) -> Resident | None:
-        """One more user of a resident adapter; None where it is not there."""
+        """One more user of a resident adapter; None if it is not there."""
         resident = self._resident.get(digest)
         if resident is not None:
             resident.leases += 1

@@ -54,7 +54,7 @@ class Sampler:
 
     @torch.inference_mode()
     def __call__(self, logits_NV: Tensor, draws: Sequence[Draw]) -> list[Token | None]:
-        """One token for each row; None where a row holds a number that is not finite, or a grammar leaves no token."""
+        """One token for each row; None if a row holds a number that is not finite, or a grammar leaves no token."""
         best_N, ids_N = ops.largest(logits_NV)
         best, ids = best_N.tolist(), ids_N.tolist()
         tokens: list[Token | None] = [Token(i) if math.isfinite(b) else None for i, b in zip(ids, best, strict=True)]

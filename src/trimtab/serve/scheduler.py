@@ -153,7 +153,7 @@ class Scheduler:
         return [Work(live, n) for live, n in rows.items()]
 
     def _rows_left(self, prefills: list[Live]) -> dict[str, int]:
-        """Rows of this step for each tenant; empty where none has to hold back for others."""
+        """Rows of this step for each tenant; empty if none has to hold back for others."""
         wanted: dict[str, int] = {}
         weights: dict[str, float] = {}
         next_ones = [queue[0] for queue in self._waiting.values() if not self._must_load(queue[0])]

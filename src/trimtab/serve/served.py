@@ -54,7 +54,7 @@ class StoredAdapter:
         return self.version.ref
 
     def load(self) -> Adapter:
-        """AdapterError where it was removed meanwhile, is damaged, or is for another base."""
+        """AdapterError if it was removed meanwhile, is damaged, or is for another base."""
         from trimtab.store import Adapter
 
         with self.store.open(self.version) as folder:
@@ -70,7 +70,7 @@ class Pinned(AdapterFolder):
 
     @contextmanager
     def open(self, name: str) -> Iterator[tuple[int, int]]:
-        """Refusal where the bytes are not those that were there at first."""
+        """Refusal if the bytes are not those that were there at first."""
         copy = os.memfd_create("adapter", os.MFD_CLOEXEC)
         try:
             with super().open(name) as (file, size):
@@ -98,7 +98,7 @@ class FolderAdapter:
 
     @classmethod
     def read(cls, root: Path, parts: tuple[str, ...], base: Base) -> FolderAdapter:
-        """AdapterError where a file is missing or is none that is read."""
+        """AdapterError if a file is missing or is none that is read."""
         where, digests = root.joinpath(*parts), {}
         try:
             with descend(root, parts) as descriptor:
@@ -113,7 +113,7 @@ class FolderAdapter:
         return cls(root, parts, f"sha256:{whole.hexdigest()}", digests, base)
 
     def load(self) -> Adapter:
-        """AdapterError where it is refused, or has changed since it was read."""
+        """AdapterError if it is refused, or has changed since it was read."""
         from trimtab.store import Adapter
 
         where = f"adapter {self.ref!r}"
@@ -126,7 +126,7 @@ class FolderAdapter:
 
 
 def served(source: str, base: Base, store: str | Path | Store | None = None) -> StoredAdapter | FolderAdapter:
-    """The adapter that a folder's path or a name in the store means. AdapterError where there is none."""
+    """The adapter that a folder's path or a name in the store means. AdapterError if there is none."""
     found = find_adapter(source, store)
     if isinstance(found, InStore):
         return StoredAdapter(found.version, found.store, base)
@@ -135,7 +135,7 @@ def served(source: str, base: Base, store: str | Path | Store | None = None) -> 
 
 
 def below(roots: Sequence[Path], path: str, first: Collection[str] | None) -> tuple[Path, tuple[str, ...]] | None:
-    """(root, parts below it) of a folder that is really below one of the roots, links followed; None where it is not, or is not there.
+    """(root, parts below it) of a folder that is really below one of the roots, links followed; None if it is not, or is not there.
     first: what the first part may be; None: anything."""
     if "\0" in path or len(path) > 4096 or not Path(path).is_absolute():
         return None
@@ -163,7 +163,7 @@ def descend(root: Path, parts: Sequence[str]) -> Iterator[int]:
 
 
 def _hash(file: int, size: int, name: str, copy: int | None = None) -> str:
-    """sha256 of the next `size` bytes, copied on the way. Refusal where the file ends before."""
+    """sha256 of the next `size` bytes, copied on the way. Refusal if the file ends before."""
     sha = hashlib.sha256()
     for start in range(0, size, CHUNK):
         chunk = read_exactly(file, min(CHUNK, size - start), name)

@@ -36,7 +36,7 @@ class Shares:
     def to_make_way(self, tenant: str, blocks: int, counters: Mapping[str, float]) -> Live | None:
         """Who goes so that this tenant gets a place, or (blocks above 0) so many blocks. counters: tokens served to each tenant, by weight.
 
-        None where it has its share already, or nobody has both more than his and as many tokens. Who waits for his grammar goes whatever
+        None if it has its share already, or nobody has both more than his and as many tokens. Who waits for his grammar goes whatever
         his tokens: he keeps a place without using it.
         """
         if not self.has_room(tenant) or self._blocks(tenant) + blocks > self.blocks * self.of(tenant):
@@ -50,7 +50,7 @@ class Shares:
         return gone
 
     def newest_of_the_greediest(self) -> Live | None:
-        """The newest sequence of the tenant that is over its share of the blocks by most; None where nobody else wants any."""
+        """The newest sequence of the tenant that is over its share of the blocks by most; None if nobody else wants any."""
         return self._most({t: self._blocks_part(t) for t in self._running}) if len(self._running) > 1 else None
 
     def _most(self, part: Mapping[str, float]) -> Live | None:

@@ -25,7 +25,7 @@ class StoreNames:
         self._namespaces: Mapping[str, tuple[str, ...]] = {}
 
     def namespaces(self) -> Mapping[str, tuple[str, ...]]:
-        """name -> the namespaces that have it, as of now. AdapterError or OSError where the store cannot be read."""
+        """name -> the namespaces that have it, as of now. AdapterError or OSError if the store cannot be read."""
         status = os.stat(self._file)
         mark = (status.st_ino, status.st_mtime_ns, status.st_size)  # taken first: what is read is then at least as new
         with self._lock:

@@ -40,7 +40,7 @@ class Tenants:
     """
 
     def __init__(self, path: str | Path, *, create: bool = False, clock: Callable[[], float] = time.time):
-        """DatabaseError where there is no file (unless create), or one that is damaged, another program's or from a later version."""
+        """DatabaseError if there is no file (unless create), or one that is damaged, another program's or from a later version."""
         self.path, self._clock = Path(path), clock
         self._database = Database(self.path, create=create)
         self._handle = self._database.handle()
@@ -54,7 +54,7 @@ class Tenants:
         self.close()
 
     def close(self) -> None:
-        """Writes the usage that is pending. DatabaseError where that fails."""
+        """Writes the usage that is pending. DatabaseError if that fails."""
         try:
             self.usage.close()
         finally:
@@ -73,7 +73,7 @@ class Tenants:
         weight: float = 1.0,
         admin: bool = False,
     ) -> Tenant:
-        """A new tenant; namespaces: by default the one of its own name. ConfigError where a value is wrong or the name is taken."""
+        """A new tenant; namespaces: by default the one of its own name. ConfigError if a value is wrong or the name is taken."""
         tenant = Tenant(name, name, tuple(namespaces) or (name,), max_concurrent, tokens_per_minute, weight, admin)
         check(tenant)
         with self._writing() as db:
@@ -111,7 +111,7 @@ class Tenants:
             return tuple(map(tenant_of, db.execute(f"SELECT {TENANT_COLUMNS} FROM tenants t WHERE removed IS NULL ORDER BY name")))
 
     def remove(self, name: str) -> Tenant:
-        """From now on none of its keys is valid. Its usage stays in the reports. NotFoundError where there is none."""
+        """From now on none of its keys is valid. Its usage stays in the reports. NotFoundError if there is none."""
         with self._writing() as db:
             tenant, now = _required(db, name), self._clock()
             db.execute("UPDATE keys SET revoked = ? WHERE tenant = ? AND revoked IS NULL", (now, tenant.id))
@@ -141,7 +141,7 @@ class Tenants:
             return self._new_key(db, old.tenant, lifetime)
 
     def revoke_key(self, key_id: str) -> Key:
-        """At once and for good. NotFoundError where there is no such key; revoking twice changes nothing."""
+        """At once and for good. NotFoundError if there is no such key; revoking twice changes nothing."""
         with self._writing() as db:
             db.execute("UPDATE keys SET revoked = ? WHERE id = ? AND revoked IS NULL", (self._clock(), key_id))
             return _key(db, key_id)

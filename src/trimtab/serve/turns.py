@@ -15,7 +15,7 @@ a single row."""
 
 
 def row_limits(wanted: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, int]:
-    """Rows of the next step for each tenant, at least one; empty where all may have what they want.
+    """Rows of the next step for each tenant, at least one; empty if all may have what they want.
 
     wanted: rows r_t that a tenant could use. A step of R rows takes READ_ROWS + R, in rows' time. Tenant t with a share s_t of the weights
     allows R so large that READ_ROWS + R <= (READ_ROWS + r_t) / s_t. The smallest R of all is divided by weight; what one does not want is

@@ -57,7 +57,7 @@ class UsageBook:
                 self._thread.start()
 
     def flush(self) -> None:
-        """Write what is pending. DatabaseError where that fails; the counts are kept for the next time."""
+        """Write what is pending. DatabaseError if that fails; the counts are kept for the next time."""
         with self._writing:
             with self._lock:
                 taken, self._pending = self._pending, {}

@@ -54,7 +54,7 @@ class Blobs:
         return stat.S_ISREG(status.st_mode) and size in (None, status.st_size)
 
     def problem(self, blob: Descriptor, path: Path | None = None) -> str | None:
-        """What is wrong with a blob, all its bytes having been hashed; None where it is there and whole. path: as in `open`."""
+        """What is wrong with a blob, all its bytes having been hashed; None if it is there and whole. path: as in `open`."""
         try:
             for _ in self._chunks(blob, path):
                 pass
@@ -63,7 +63,7 @@ class Blobs:
         return None
 
     def read(self, blob: Descriptor) -> bytes:
-        """A small blob's bytes, compared with its digest. Refusal where it is missing or differs."""
+        """A small blob's bytes, compared with its digest. Refusal if it is missing or differs."""
         return b"".join(self._chunks(blob))
 
     @contextmanager
@@ -90,7 +90,7 @@ class Blobs:
         return os.memfd_create("blob", os.MFD_CLOEXEC)
 
     def copy(self, blob: Descriptor, target: Path) -> None:
-        """Copy a blob's bytes to a new file. Refusal where they differ from the digest; the file is incomplete or wrong then."""
+        """Copy a blob's bytes to a new file. Refusal if they differ from the digest; the file is incomplete or wrong then."""
         file = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             for chunk in self._chunks(blob):
@@ -148,7 +148,7 @@ class Staging:
         self.blobs, self.ending = blobs, ending
 
     def copy(self, file: int, size: int, name: str) -> Staged:
-        """The next `size` bytes of an open file. Refusal where it ends before."""
+        """The next `size` bytes of an open file. Refusal if it ends before."""
 
         def chunks() -> Iterator[bytes]:
             left = size
@@ -198,7 +198,7 @@ class BlobFolder(AdapterFolder):
 
     @contextmanager
     def open(self, name: str) -> Iterator[tuple[int, int]]:
-        """(descriptor, size) of a file whose bytes have hashed to its digest. Refusal where they do not; FileNotFoundError without it."""
+        """(descriptor, size) of a file whose bytes have hashed to its digest. Refusal if they do not; FileNotFoundError without it."""
         if name not in self._files:
             raise FileNotFoundError(name)
         with self._blobs.open(*self._files[name]) as opened:
@@ -207,7 +207,7 @@ class BlobFolder(AdapterFolder):
 
 @contextmanager
 def open_regular(path: Path, what: str) -> Iterator[tuple[int, int]]:
-    """(descriptor, size) of a regular file. Refusal where it is missing, a link, or anything else."""
+    """(descriptor, size) of a regular file. Refusal if it is missing, a link, or anything else."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:

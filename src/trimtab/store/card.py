@@ -150,7 +150,7 @@ def _in_vllm(method: Method, sites: Sequence[Site], base: str) -> Iterator[str]:
 
 
 def vllm_problems(method: Method, sites: Sequence[Site]) -> list[str]:
-    """Why vLLM cannot load an adapter's folder as it is; empty where it can. It ignores patterns and knows LoRA's two matrices only."""
+    """Why vLLM cannot load an adapter's folder as it is; empty if it can. It ignores patterns and knows LoRA's two matrices only."""
     if not isinstance(method, LoraConfig):
         return [f"it knows LoRA, and this is {method.name}"]
     problems = ["it has no DoRA"] if method.use_dora else []

@@ -38,8 +38,8 @@ class CombineReport:
     """What a combination lost. Errors are Frobenius norms of the difference, relative to that of Σ wᵢ · adapterᵢ, rounding included.
 
     error: over all modules; errors: module by module. rank_error: the part that bringing a thinned sum (ties, dare) back to a rank lost,
-    relative to the thinned sum; what thinning itself changes is meant, and is the rest of `error`. None where nothing was thinned.
-    ranks: of each module; empty where the method has none.
+    relative to the thinned sum; what thinning itself changes is meant, and is the rest of `error`. None if nothing was thinned.
+    ranks: of each module; empty if the method has none.
     """
 
     how: str
@@ -106,7 +106,7 @@ def _check_arguments(adapters: Sequence[Adapter], weights: Sequence[float], how:
 
 
 def _check_together(adapters: Sequence[Adapter], how: str) -> None:
-    """AdapterError, with every finding, where the adapters have no weighted sum of this kind."""
+    """AdapterError, with every finding, if the adapters have no weighted sum of this kind."""
     first, problems = adapters[0], []
     kinds = list(dict.fromkeys(a.method.name for a in adapters))
     if len(kinds) > 1:

@@ -45,7 +45,7 @@ def compress(adapter: Adapter, *, rank: int | None = None, error: float | None =
 
     rank: of every module at most this. error: of every module the smallest rank whose relative error is at most this, which bounds the
     error over all modules too. Exactly one of them. Modules trained in full are carried along as they are.
-    ConfigError for wrong arguments; AdapterError where the adapter has no ranks to cut.
+    ConfigError for wrong arguments; AdapterError if the adapter has no ranks to cut.
     """
     _check(rank, error)
     if not isinstance(adapter.method, LoraConfig):

@@ -48,7 +48,7 @@ HARMLESS_INITS = ("gaussian", "orthogonal", "eva", "mica")
 def method_from_config(config: Mapping[str, Any], spec: Spec, where: str) -> tuple[Method, list[str]]:
     """(the method that an adapter_config.json asks for, a warning for all that it names and that means nothing on this base).
 
-    AdapterError, with every finding, where it asks for what trimtab does not have.
+    AdapterError, with every finding, if it asks for what trimtab does not have.
     """
     kind = config.get("peft_type")
     if kind is None and "config" in config:

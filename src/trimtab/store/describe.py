@@ -15,7 +15,7 @@ DERIVED = (*FACTS.values(), PARAMETERS, CREATED)
 
 
 def describe(folder: AdapterFolder, where: str) -> dict[str, str]:
-    """The manifest's annotations. AdapterError, with every finding, where the folder holds what no base would accept."""
+    """The manifest's annotations. AdapterError, with every finding, if the folder holds what no base would accept."""
     config, note, entries = survey(folder, where)
     noted: Mapping[str, Any] = note or {}
     base = noted["base"] if isinstance(noted.get("base"), dict) else {}

@@ -28,7 +28,7 @@ class Diff:
     """a, b: what was compared, as "acme/support@3". shared: names of files that are equal byte for byte.
 
     tensors: for those that both have in one shape, ‖b - a‖ / ‖a‖ in the Frobenius norm, 0 for equal ones, infinite where a is zero and b is
-    not; empty where weights were not asked for. reshaped: in both, of different shapes. removed, added: only in a, only in b.
+    not; empty if weights were not asked for. reshaped: in both, of different shapes. removed, added: only in a, only in b.
     """
 
     a: str
@@ -42,7 +42,7 @@ class Diff:
 
 
 def compare(a: str, b: str, folder_a: AdapterFolder, folder_b: AdapterFolder, shared: tuple[str, ...], *, weights: bool) -> Diff:
-    """Refusal where a file is not what its digest says."""
+    """Refusal if a file is not what its digest says."""
     before, after = folder_a.read_json(CONFIG)[0], folder_b.read_json(CONFIG)[0]
     keys = sorted({*before, *after})
     changes = tuple(Change(k, before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k))

@@ -68,7 +68,7 @@ def export(adapter: Adapter, folder: str | Path, format: str = "peft", *, base_n
 
     base_name: what adapter_config.json is to call the base: vLLM finds adapters by the name that it was given for its model. By default the
     base's hub id, else its folder.
-    ConfigError for an unknown format. AdapterError, with every reason, where the format cannot hold the adapter, what was written does not
+    ConfigError for an unknown format. AdapterError, with every reason, if the format cannot hold the adapter, what was written does not
     compute what base and adapter do, or the folder holds files; NotMergeable for `merged`. Nothing is left behind then.
     """
     check_format(format)
@@ -92,13 +92,13 @@ def export(adapter: Adapter, folder: str | Path, format: str = "peft", *, base_n
 
 
 def check_format(format: str) -> None:
-    """ConfigError where there is no such format."""
+    """ConfigError if there is no such format."""
     if format not in FORMATS:
         raise ConfigError(f"format = {format!r}{nearest(format, FORMATS)}", fix=f"one of {', '.join(FORMATS)}")
 
 
 def _refuse(adapter: Adapter, format: str) -> None:
-    """AdapterError, with every reason, where a format cannot hold an adapter."""
+    """AdapterError, with every reason, if a format cannot hold an adapter."""
     if format == "peft":
         problems = [] if adapter.method.in_peft else [f"peft has no {adapter.method.name} adapters"]
         fix = "trimtab loads it: save it as it is"
@@ -168,7 +168,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _check_folder(adapter: Adapter, work: Path) -> tuple[tuple[str, ...], float]:
-    """(who read the folder, the largest relative difference of logits). AdapterError where that is more than rounding explains."""
+    """(who read the folder, the largest relative difference of logits). AdapterError if that is more than rounding explains."""
     exact = in_float32(adapter)
     wanted = probed(exact)
     found = {"trimtab": probed(Adapter.load(work, exact.base))}

@@ -44,7 +44,7 @@ class AdapterFolder:
     def open(self, name: str) -> Iterator[tuple[int, int]]:
         """(descriptor, size in bytes) of a regular file, which may be a link into a hub cache's blobs (`links.open_link`).
 
-        Refusal where it is another link, a pipe or a folder; FileNotFoundError without it.
+        Refusal if it is another link, a pipe or a folder; FileNotFoundError without it.
         """
         file = self._open(name)
         try:
@@ -71,7 +71,7 @@ class AdapterFolder:
         return open_link(self._descriptor, self.path, name, text)
 
     def read(self, name: str, limit: int) -> bytes:
-        """A whole file of at most `limit` bytes. Refusal where it is larger."""
+        """A whole file of at most `limit` bytes. Refusal if it is larger."""
         with self.open(name) as (file, size):
             if size > limit:
                 raise Refusal(f"{name} has {size:,} bytes; at most {limit:,} are read")
@@ -85,7 +85,7 @@ class AdapterFolder:
 
 @contextmanager
 def open_folder(path: str | Path) -> Iterator[AdapterFolder]:
-    """Open an adapter folder. AdapterError where it is not there, a symlink, or a file (an archive, a bare weights file)."""
+    """Open an adapter folder. AdapterError if it is not there, a symlink, or a file (an archive, a bare weights file)."""
     path = Path(path)
     try:
         mode = path.lstat().st_mode
@@ -107,7 +107,7 @@ def open_folder(path: str | Path) -> Iterator[AdapterFolder]:
 
 
 def read_exactly(file: int, count: int, name: str) -> bytes:
-    """The next `count` bytes of an open file. Refusal where it ends before."""
+    """The next `count` bytes of an open file. Refusal if it ends before."""
     parts, left = [], count
     while left:
         part = os.read(file, min(left, 2**30))

@@ -21,7 +21,7 @@ class InStore(NamedTuple):
 def find_adapter(source: str | Path, store: str | Path | Store | None = None) -> Path | InStore:
     """A folder's path, or a version of the store that is named as "acme/support@3". A folder that is there is taken before a name.
 
-    store: the store or its folder, `default_root()` where None. AdapterError where a name means nothing there; whether there is a folder,
+    store: the store or its folder, `default_root()` where None. AdapterError if a name means nothing there; whether there is a folder,
     and what it holds, is not looked at.
     """
     if not is_reference(source):

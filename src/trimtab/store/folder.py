@@ -67,7 +67,7 @@ def write_folder(
 ) -> Path:
     """Write an adapter as peft's folder plus trimtab.json and a card, in one step: a whole folder is there, or what was there before.
 
-    Training-time aids are folded away first, and values rounded to dtype. AdapterError where values are not finite, do not fit the dtype,
+    Training-time aids are folded away first, and values rounded to dtype. AdapterError if values are not finite, do not fit the dtype,
     or the target holds other files, a README.md that trimtab did not write or that was edited among them.
     """
     import torch
@@ -111,7 +111,7 @@ def _rounded(tensors: Mapping[str, Tensor], dtype: str, where: str) -> dict[str,
 def read_opened(folder: AdapterFolder, base: Base, where: str) -> Read:
     """Read an adapter's folder that is open, or that a store keeps as blobs. where: what errors call the adapter.
 
-    AdapterError, with every finding, where anything is missing, left over, damaged, hostile, made for another base or not supported.
+    AdapterError, with every finding, if anything is missing, left over, damaged, hostile, made for another base or not supported.
     """
     said = _said(folder, base, where)
     tensors, copies, digest, renamed = _read_tensors(folder, said, base, where)
@@ -164,7 +164,7 @@ def _said(folder: AdapterFolder, base: Base, where: str) -> _Said:
 def survey(folder: AdapterFolder, where: str) -> tuple[dict[str, Any], dict[str, Any] | None, list[Entry]]:
     """(adapter_config.json, trimtab.json, the weights' entries) of an adapter whose base is not at hand, checked as far as that goes.
 
-    AdapterError, with every finding, where no base would accept it: damaged or hostile files, other methods, values that are not finite.
+    AdapterError, with every finding, if no base would accept it: damaged or hostile files, other methods, values that are not finite.
     """
     config, config_bytes, note, _ = _read_json(folder, where)
     kind = config.get("peft_type")

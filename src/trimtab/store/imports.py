@@ -34,7 +34,7 @@ class Imported:
 def import_folder(path: str | Path, base: Base) -> Imported:
     """Read a folder of peft's, of any age, or of AdapterHub's `adapters`. Save the adapter to keep it as trimtab's.
 
-    AdapterError, with every finding, where something in it cannot be carried over, or is refused as in any folder.
+    AdapterError, with every finding, if something in it cannot be carried over, or is refused as in any folder.
     """
     where = f"adapter {str(path)!r}"
     with open_folder(path) as folder:

@@ -57,7 +57,7 @@ class Name:
         return (*own, LATEST) if number == self.newest else own
 
     def number(self, ref: Ref) -> int:
-        """The version that a selector means. NoSuchAdapter where there is none."""
+        """The version that a selector means. NoSuchAdapter if there is none."""
         selector = ref.selector
         if selector in ("", LATEST):
             return self.newest

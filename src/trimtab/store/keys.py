@@ -28,7 +28,7 @@ _PROMPT = re.compile(r"(?:.*\.)?prompt_encoder\.([^.]+)\.embedding\.weight")
 def todays_names(names: Iterable[str], spec: Spec | None = None) -> dict[str, str]:
     """Every tensor's name in the file -> its name in peft's files of today. spec: of the base, so that its roots are known.
 
-    Refusal where the file holds several adapters, or two names are one.
+    Refusal if the file holds several adapters, or two names are one.
     """
     names, roots = list(names), _roots(spec) if spec is not None else {}
     adapters = sorted({match[match.lastindex or 0] for n in names for p in (_NAMED, _SAVED, _PROMPT) if (match := p.search(n))})

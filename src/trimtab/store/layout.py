@@ -87,7 +87,7 @@ class Layout:
         self.check_parts()
 
     def check_parts(self) -> None:
-        """AdapterError where a part of the layout is a link, or a file where a folder belongs."""
+        """AdapterError if a part of the layout is a link, or a file where a folder belongs."""
         problems = []
         for name in (*FOLDERS, "oci-layout", "index.json", ".lock"):
             try:
@@ -103,7 +103,7 @@ class Layout:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the writers' lock; a thread that holds it already goes on. AdapterError where another writer keeps it too long."""
+        """Hold the writers' lock; a thread that holds it already goes on. AdapterError if another writer keeps it too long."""
         try:
             self.lock.acquire()
         except Timeout:
@@ -135,7 +135,7 @@ class Layout:
             return Mark(0, 0, 0)
 
     def read_index(self, limit: int) -> tuple[bytes, Mark]:
-        """Refusal where it is not a plain file or too large."""
+        """Refusal if it is not a plain file or too large."""
         data, status = read_whole(self.index, limit, "index.json")
         return data, _mark(status)
 

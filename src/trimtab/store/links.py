@@ -29,7 +29,7 @@ class Refusal(ValueError):
 
 
 def open_link(folder: int, path: Path, name: str, text: str) -> int:
-    """A descriptor of what the link `name` in an open folder means. Refusal where it leads anywhere else, or to nothing that opens.
+    """A descriptor of what the link `name` in an open folder means. Refusal if it leads anywhere else, or to nothing that opens.
 
     folder: its descriptor. path: what it is called, used where the system does not say where the descriptor is.
     """

@@ -55,7 +55,7 @@ def merge_into(adapter: AdapterInMemory, folder: str | Path) -> MergeReport:
     """Write base + adapter as a model folder: config, generation config, tokenizer, safetensors.
 
     NotMergeable, and nothing left, where the method cannot be folded into weights or the written model does not compute what base and
-    adapter do. AdapterError where the folder holds files already.
+    adapter do. AdapterError if the folder holds files already.
     """
     base = adapter.base
     method, params = adapter.method.export(adapter.params)

@@ -47,7 +47,7 @@ class Ref:
 
     @classmethod
     def parse(cls, text: str | Ref) -> Ref:
-        """AdapterError where `text` has another form."""
+        """AdapterError if `text` has another form."""
         if isinstance(text, Ref):
             return text
         path, _, selector = text.partition("@")
@@ -76,7 +76,7 @@ class Ref:
 
 
 def parse_name(text: str | Ref) -> Ref:
-    """A name without a selector. AdapterError where it has one, or another form."""
+    """A name without a selector. AdapterError if it has one, or another form."""
     ref = Ref.parse(text)
     if ref.selector:
         raise AdapterError(f"{ref}: a name without a version is expected here", fix=f"write {ref.path}: the store counts versions itself")
@@ -84,7 +84,7 @@ def parse_name(text: str | Ref) -> Ref:
 
 
 def check_alias(alias: str) -> str:
-    """The alias. AdapterError where it is none, all digits, or "latest", which moves by itself."""
+    """The alias. AdapterError if it is none, all digits, or "latest", which moves by itself."""
     if alias == LATEST:
         raise AdapterError(
             f"the alias {LATEST!r} always stands for the newest version and cannot be set or removed",
@@ -96,7 +96,7 @@ def check_alias(alias: str) -> str:
 
 
 def check_aliases(aliases: Sequence[str]) -> list[str]:
-    """The aliases, each checked. AdapterError where they are one string, whose letters would be aliases of their own."""
+    """The aliases, each checked. AdapterError if they are one string, whose letters would be aliases of their own."""
     if isinstance(aliases, str):
         raise AdapterError(f"aliases = {aliases!r} is not a list", fix=f"write aliases=[{aliases!r}]")
     return [check_alias(a) for a in aliases]

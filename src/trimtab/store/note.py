@@ -62,7 +62,7 @@ def _plain(value: Any) -> Any:
 
 
 def method_of(note: Mapping[str, Any], where: str) -> Method:
-    """The method that a note describes. AdapterError where trimtab has none like it."""
+    """The method that a note describes. AdapterError if trimtab has none like it."""
     kind, fields = note.get("peft_type"), note.get("fields")
     if note.get("format") != FORMAT:
         raise AdapterError(f"{where}: trimtab.json has format {note.get('format')!r}; this version reads {FORMAT}", fix="update trimtab")

@@ -72,13 +72,13 @@ class StoreReader:
 
     @contextmanager
     def open(self, version: Version | str | Ref) -> Iterator[AdapterFolder]:
-        """A version's files as those of a folder. Every byte that it gives has hashed to its digest; AdapterError where one has not."""
+        """A version's files as those of a folder. Every byte that it gives has hashed to its digest; AdapterError if one has not."""
         found = version if isinstance(version, Version) else self.resolve(version)
         with refusing(found.ref):
             yield self._folder(found.ref, found)
 
     def export(self, ref: str | Ref, folder: str | Path) -> Path:
-        """Write a version as a plain peft folder, whole or not at all. AdapterError where the folder holds files that would be lost."""
+        """Write a version as a plain peft folder, whole or not at all. AdapterError if the folder holds files that would be lost."""
         version = self.resolve(ref)
         replaceable = (*REPLACEABLE, CARD) if is_untouched(Path(folder) / CARD) else REPLACEABLE
         with staged(folder, may_replace=replaceable) as work, refusing(version.ref):
@@ -94,7 +94,7 @@ class StoreReader:
             return compare(old.ref, new.ref, self._folder(old.ref, old), self._folder(new.ref, new), shared, weights=weights)
 
     def manifest(self, digest: str) -> bytes:
-        """A manifest's bytes. AdapterError where it is missing or damaged."""
+        """A manifest's bytes. AdapterError if it is missing or damaged."""
         path = self.blob_path(digest)
         with refusing(f"manifest {digest}"):
             size = path.lstat().st_size if self._blobs.has(digest) else 0
@@ -118,7 +118,7 @@ class StoreReader:
     # ---- beneath ----
 
     def _index(self) -> Index:
-        """The index as it is now, read anew only where it has changed. AdapterError where anything in it cannot be."""
+        """The index as it is now, read anew only where it has changed. AdapterError if anything in it cannot be."""
         with refusing(f"the store {self.root}"):
             cached = self._cached
             if cached is not None and self._layout.mark() == cached[0]:

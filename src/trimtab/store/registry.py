@@ -131,7 +131,7 @@ class Store(StoreReader):
             return self._commit(ref, manifest, stage.write([manifest_bytes]), files, stage, wanted)
 
     def put_blob(self, source: BinaryIO | bytes | str | Path, expected_digest: str | None = None) -> Descriptor:
-        """Put one blob in. AdapterError, nothing kept, where its bytes are not those of `expected_digest`.
+        """Put one blob in. AdapterError, nothing kept, if its bytes are not those of `expected_digest`.
 
         Nothing refers to it yet: garbage collection spares it for its grace, anew whenever it is put in.
         """
@@ -197,7 +197,7 @@ class Store(StoreReader):
             self._write(index, name.aliased(alias, name.number(ref)))
 
     def unalias(self, name: str | Ref, alias: str) -> None:
-        """Take an alias away. NoSuchAdapter where it is not there."""
+        """Take an alias away. NoSuchAdapter if it is not there."""
         ref, alias = parse_name(name), check_alias(alias)
         with self._changing(f"cannot remove {ref}@{alias}"), self._layout.locked():
             index = self._index()
@@ -228,7 +228,7 @@ class Store(StoreReader):
         return removed
 
     def gc(self, *, grace_seconds: float = 3600, dry_run: bool = False) -> GcReport:
-        """Remove blobs that no version needs and that are older than `grace_seconds`. AdapterError where what is needed cannot be read."""
+        """Remove blobs that no version needs and that are older than `grace_seconds`. AdapterError if what is needed cannot be read."""
         with self._changing("cannot collect garbage"), self._layout.locked():
             needed = {EMPTY_DESCRIPTOR.digest}
             for name in self._index().live:

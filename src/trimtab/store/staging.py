@@ -14,7 +14,7 @@ from trimtab.errors import AdapterError
 def staged(target: str | Path, *, may_replace: Collection[str] = ()) -> Iterator[Path]:
     """A new empty folder beside `target`; when the block ends well its files are fsynced and it takes the name `target`.
 
-    may_replace: names of files; an existing target is replaced only if it holds no other. AdapterError where it does, or cannot be written.
+    may_replace: names of files; an existing target is replaced only if it holds no other. AdapterError if it does, or cannot be written.
     """
     target = Path(target).absolute()
     check_target(target, may_replace)
@@ -29,7 +29,7 @@ def staged(target: str | Path, *, may_replace: Collection[str] = ()) -> Iterator
 
 
 def check_target(target: Path, may_replace: Collection[str] = (), content: Path | None = None) -> None:
-    """AdapterError where target must not be replaced. content: where what was in it is by now."""
+    """AdapterError if target must not be replaced. content: where what was in it is by now."""
     if target.is_symlink():
         raise AdapterError(f"{target} is a symbolic link, which is not replaced", fix="give the folder itself")
     if target.exists() and not target.is_dir():

@@ -47,6 +47,6 @@ class Version:
 
     @property
     def parameters(self) -> int | None:
-        """How many numbers its tensors hold; None where the manifest, another tool's, does not say."""
+        """How many numbers its tensors hold; None if the manifest, another tool's, does not say."""
         found = self.annotations.get(PARAMETERS, "")
         return int(found) if found.isdigit() else None

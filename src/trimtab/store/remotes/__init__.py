@@ -62,7 +62,7 @@ class Remote(Protocol):
 def push(store: Store, ref: str | Ref, url: str, *, begin: Begin | None = None) -> Report:
     """Send a version to `url`. Files that are there are not sent again; the names there are written last.
 
-    AdapterError where there is no such version, the URL is none or carries credentials, or the other side does not take it.
+    AdapterError if there is no such version, the URL is none or carries credentials, or the other side does not take it.
     """
     address = parse_address(url)
     version = store.resolve(ref)

@@ -32,7 +32,7 @@ class Deadline(Generic[T]):
         return max(0.0, self._end - time.monotonic())
 
     def check(self) -> None:
-        """AdapterError where the time is up."""
+        """AdapterError if the time is up."""
         if self.left <= 0:
             raise AdapterError(
                 f"{self.where}: not done within {self.seconds:g} seconds",
@@ -47,7 +47,7 @@ class Deadline(Generic[T]):
             yield
 
     def run(self, work: Callable[[], T]) -> T:
-        """work's result or error; AdapterError where it is not done in time."""
+        """work's result or error; AdapterError if it is not done in time."""
         done: list[T] = []
         failed: list[BaseException] = []
 

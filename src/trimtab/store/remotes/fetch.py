@@ -82,7 +82,7 @@ def download(
 ) -> None:
     """Fill an open, `held` file with one part, going on behind the bytes that are there. read(start): its bytes from there on.
 
-    AdapterError where the other side sends more than it promised, or other bytes than the digest says; the file is empty then. Where the
+    AdapterError if the other side sends more than it promised, or other bytes than the digest says; the file is empty then. Where the
     deadline has passed, what has come stays.
     """
     if os.fstat(file).st_size > part.size:

@@ -128,7 +128,7 @@ class FolderRemote:
     def finish(self, version: Version, manifest: bytes) -> list[str]:
         """Write the manifest, then the tags: the version's number and its aliases, or the one that the address names. Returns them.
 
-        AdapterError where the number is taken by other content: a version never changes.
+        AdapterError if the number is taken by other content: a version never changes.
         """
         ref, aliases = self._tag(version)
         blob, entry = Descriptor(MANIFEST_TYPE, version.digest, len(manifest)), Entry(version.digest, len(manifest))

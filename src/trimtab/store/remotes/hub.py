@@ -38,7 +38,7 @@ class Hub:
     # ---- reading ----
 
     def parts(self) -> list[Part]:
-        """The adapter's files at the commit that the revision means now. AdapterError where it is no adapter or makes no sense."""
+        """The adapter's files at the commit that the revision means now. AdapterError if it is no adapter or makes no sense."""
         info = patiently(self._info, self.where)
         if not COMMIT.fullmatch(info.sha or ""):
             raise AdapterError(f"{self.where}: the hub names no commit ({str(info.sha)[:60]!r})", fix="see whether HF_ENDPOINT is right")

@@ -109,7 +109,7 @@ class Registry:
     def finish(self, version: Version, manifest: bytes) -> list[str]:
         """Upload the manifest under its tags: the address's, or else the version's number and its aliases. Returns them.
 
-        AdapterError where a tag that is a number is taken by other content: a version never changes.
+        AdapterError if a tag that is a number is taken by other content: a version never changes.
         """
         if DIGEST.fullmatch(self.address.reference):
             raise AdapterError(f"{self.where}: a digest cannot be pushed to", fix="give a tag, or none")
@@ -202,7 +202,7 @@ def _bounded(answer: requests.Response, limit: int, what: str) -> bytes:
 
 
 def _json(answer: requests.Response) -> Any:
-    """A small answer's JSON; None where it is none."""
+    """A small answer's JSON; None if it is none."""
     try:
         return json.loads(_bounded(answer, MAX_JSON_BYTES, "an answer"))
     except (ValueError, RecursionError, AdapterError):
