@@ -51,6 +51,8 @@ def attacks(base: str, folder: Path) -> Iterator[tuple[str, list[Ask]]]:
     yield "six prompts of 0.6 MB", [(complete, {"model": base, "prompt": fits})] * 6
     regex = {"model": base, "prompt": "x", "max_tokens": 64, "structured_outputs": {"regex": "(a{1000}){1000}"}}
     yield "ten regular expressions", [(complete, regex)] * 10
+    slow = [regex | {"structured_outputs": {"regex": f"(a{{{1000 - i}}}){{1000}}"}} for i in range(100)]
+    yield "a hundred regular expressions", [(complete, body) for body in slow]
     schema = {"type": "object", "patternProperties": {f"^a{i}.*b{i}$": {"type": "string"} for i in range(300)}}
     yield "ten schemas", [(complete, {"model": base, "prompt": "x", "max_tokens": 64, "structured_outputs": {"json": schema}})] * 10
     load = {"lora_name": "vast", "lora_path": str(folder / "attacker" / "vast")}
@@ -159,7 +161,9 @@ async def measure(url: str, pid: int, keys: dict[str, str], base: str, folder: P
         idle = sorted(await victim(plain, base, never, 5))
         start = memory.now()
         print(f"idle: p50 {1e3 * idle[len(idle) // 2]:.0f} ms, max {1e3 * idle[-1]:.0f} ms, {start / MB:.0f} MB")
-        print("| attack | victim p50 | victim max | requests | memory above idle | left of it | CPU, s: server, processes | attacker was told |")
+        print(
+            "| attack | victim p50 | victim max | requests | memory above idle | left of it | CPU, s: server, processes | attacker was told |"
+        )
         print("|---|---|---|---|---|---|---|---|")
         for number, name in enumerate(names):
             if only not in name:

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from trimtab.http.work import Work
+from trimtab.http.work import Turns, Work
 
 
 def test_a_tenant_with_much_work_does_not_hold_up_another():
@@ -58,3 +58,36 @@ def test_errors_and_cancellations_leave_the_threads_free():
 
     asyncio.run(use())
     assert ran == []
+
+
+def test_many_requests_at_once_begin_one_at_a_time_beside_those_of_others():
+    turns, began = Turns(), []
+
+    async def one(tenant: str) -> None:
+        await turns.take(tenant)
+        began.append(tenant)
+
+    async def all_of_them() -> None:
+        many = [asyncio.create_task(one("a")) for _ in range(50)]
+        await asyncio.sleep(0)
+        for _ in range(3):
+            before = len(began)
+            await asyncio.create_task(one("b"))
+            assert began[before:].count("b") == 1 and began[before:].count("a") <= 2
+        many[30].cancel()
+        await asyncio.gather(*many, return_exceptions=True)
+        assert began.count("a") == 49
+
+    for _ in range(2):  # on another loop too, where those of the first are gone
+        began.clear()
+        asyncio.run(all_of_them())
+
+    async def left_behind() -> None:
+        for _ in range(5):
+            asyncio.create_task(one("a"))  # noqa: RUF006
+        await asyncio.sleep(0)
+
+    asyncio.run(left_behind())
+    began.clear()
+    asyncio.run(asyncio.wait_for(one("a"), 5))
+    assert began == ["a"]

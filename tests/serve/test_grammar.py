@@ -212,6 +212,18 @@ def test_a_grammar_that_takes_too_long_ends_alone(grammars):
     assert fine.mask == here.mask and len(grammars._processes) == 2
 
 
+def test_a_grammar_behind_slow_ones_is_not_blamed_for_them(grammars):
+    """Else one tenant could have another's grammar refused: what is too slow is known for all."""
+    slow = [grammars.matcher(Grammar("json_schema", SLOW.replace("^a", f"^{letter}")), "a") for letter in "xyz"]
+    behind = grammars.matcher(Grammar("regex", "xyx"), "a")
+    ready(grammars, *slow, behind)
+    assert all("processor time" in m.error and m.fault().http_status == 400 for m in slow)
+    assert "because of others" in behind.error and behind.fault().http_status == 503
+    again = grammars.matcher(Grammar("regex", "xyx"), "b")
+    ready(grammars, again)
+    assert not again.error
+
+
 def test_a_grammar_that_takes_too_much_memory_ends_alone(grammars, monkeypatch):
     monkeypatch.setattr("trimtab.serve.grammars.OPEN_S", 20.0)
     monkeypatch.setattr("trimtab.serve.grammars.ROOM_BYTES", 4 << 20)

@@ -30,6 +30,7 @@ async def caller(request: Request, given: Given) -> Tenant:
     s: Services = request.app.state.services
     tenant = tenant_of(s, given.credentials if given is not None else None)
     request.scope["trimtab.record"].tenant = tenant.name
+    await s.turns.take(tenant.name)
     return tenant
 
 

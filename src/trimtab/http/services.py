@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from trimtab.errors import TrimtabError
-from trimtab.http.work import Work
+from trimtab.http.work import Turns, Work
 from trimtab.serve.admission import Admission
 from trimtab.serve.audit import Audit
 from trimtab.serve.catalog import Catalog
@@ -86,8 +86,9 @@ class Life:
 @dataclass(frozen=True)
 class Services:
     """Everything that routes use. tenants, audit: None in local mode, where every client may do everything. alive: whether the engine still
-    runs. hosts: values of the Host header that are answered; None: all. fingerprint: the base's. words_work, load_work, store_work: threads
-    for bodies and prompts, for adapters that are read, and for names that are looked up, so that none waits for another."""
+    runs. hosts: values of the Host header that are answered; None: all. fingerprint: the base's. turns: when a tenant's requests begin.
+    words_work, load_work, store_work: threads for bodies and prompts, for adapters that are read, and for names that are looked up, so
+    that none waits for another."""
 
     base_name: str
     fingerprint: str
@@ -102,6 +103,7 @@ class Services:
     hosts: frozenset[str] | None = None
     limits: Limits = field(default_factory=Limits)
     life: Life = field(default_factory=Life)
+    turns: Turns = field(default_factory=Turns)
     words_work: Work = field(default_factory=lambda: Work("trimtab-words"))
     load_work: Work = field(default_factory=lambda: Work("trimtab-folders"))
     store_work: Work = field(default_factory=lambda: Work("trimtab-store"))

@@ -1,5 +1,5 @@
-"""Threads for work of requests that would block the event loop. Tenants take turns, and each has one job at a time, so a tenant that sends
-much delays only itself."""
+"""What keeps a tenant that sends much from delaying others before their answers begin: turns on the event loop, and threads for work that
+would block it. Tenants take turns, and each has one job at a time."""
 
 from __future__ import annotations
 
@@ -56,3 +56,34 @@ class Work:
         with self._lock:
             self._busy.discard(tenant)
             self._begin()
+
+
+class Turns:
+    """Lets the requests of a tenant begin one at a time: one in each round of the event loop. Hundreds that come at once would otherwise
+    all run before the loop looks at another tenant's. Used on event loops only."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # of tenants that have had their turn in this round
+
+    async def take(self, tenant: str) -> None:
+        """Return when it is this request's turn; at once where no other of the tenant has begun in this round."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop, self._waiting = loop, {}
+        if (queue := self._waiting.get(tenant)) is not None:
+            queue.append(turn := loop.create_future())
+            await turn
+        else:
+            self._waiting[tenant] = deque()
+            loop.call_soon(self._next, tenant, self._waiting[tenant])
+
+    def _next(self, tenant: str, queue: deque[asyncio.Future[None]]) -> None:
+        """A new round."""
+        while queue and queue[0].cancelled():
+            queue.popleft()
+        if queue:
+            queue.popleft().set_result(None)
+            asyncio.get_running_loop().call_soon(self._next, tenant, queue)
+        else:
+            self._waiting.pop(tenant, None)
