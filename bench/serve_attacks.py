@@ -161,9 +161,7 @@ async def measure(url: str, pid: int, keys: dict[str, str], base: str, folder: P
         idle = sorted(await victim(plain, base, never, 5))
         start = memory.now()
         print(f"idle: p50 {1e3 * idle[len(idle) // 2]:.0f} ms, max {1e3 * idle[-1]:.0f} ms, {start / MB:.0f} MB")
-        print(
-            "| attack | victim p50 | victim max | requests | memory above idle | left of it | CPU, s: server, processes | attacker was told |"
-        )
+        print("| attack | victim p50 | victim max | requests | memory above idle | left | CPU, s: server, processes | attacker was told |")
         print("|---|---|---|---|---|---|---|---|")
         for number, name in enumerate(names):
             if only not in name:
