@@ -26,6 +26,7 @@ from trimtab.errors import ConfigError, TrimtabError
 from trimtab.forward.attached import Attached
 from trimtab.forward.batch import BASE, Batch, Piece, make_batch
 from trimtab.forward.packs import Mix, PackedAdapter
+from trimtab.forward.proof import prove
 from trimtab.methods.base import Method, Site
 
 
@@ -49,10 +50,11 @@ class _Kept:
 
 class Base:
     """One frozen base model. name, path: as loaded; path is a folder that transformers can read. fingerprint: of the stored weights
-    ("sha256:…")."""
+    ("sha256:…"). BaseError where the model cannot be had exactly: see `forward/proof.py`."""
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str = "", path: Path | None = None, fingerprint: str = ""):
         self.tokenizer, self.name, self.path, self.fingerprint = tokenizer, name, path, fingerprint
+        prove(model)
         self.attached = Attached(model)
         self._packed: WeakKeyDictionary[AdapterLike, _Kept] = WeakKeyDictionary()
 

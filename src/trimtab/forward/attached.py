@@ -33,8 +33,8 @@ class _Looked(local):
 class Attached(Hosted):
     """A base model with hosts and what is derived from its weights."""
 
-    def __init__(self, model: Any):
-        super().__init__(model)
+    def __init__(self, model: Any, *, fast: bool = True):
+        super().__init__(model, fast=fast)
         self._decode_path = Derived(self.weights, DecodePathMaker(self))
         self._looked = _Looked()
 

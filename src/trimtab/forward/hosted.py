@@ -28,13 +28,14 @@ from trimtab.forward.replica import ours
 class Hosted:
     """A base model with hosts. Several threads may run forwards and backwards of one at a time.
 
+    fast: modules get faster forwards where these agree with their own (`rowwise.py`).
     activation_checkpointing: forwards with gradients keep each decoder layer's input only, and the backward runs the layer again (Chen et
     al. 2016, arXiv:1604.06174). It may be set between any two forwards.
     """
 
     activation_checkpointing = False
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, *, fast: bool = True):
         self.model, self.spec = model, read_spec(model)
         self.device, self.dtype = model.device, model.dtype
         self.body, self.head_module = model.get_submodule(self.spec.body), model.get_submodule(self.spec.head)
@@ -48,7 +49,7 @@ class Hosted:
         model.eval().requires_grad_(False)
         model.set_attn_implementation(attention.NAME)
         self.row_wise = rowwise.RowWise()
-        self.fast = rowwise.install(model, self.row_wise)
+        self.fast = rowwise.install(model, self.row_wise) if fast else []
         for layer in model.get_submodule(self.spec.layer_list):
             layer.forward = ours(self._layer(layer.forward))
 

@@ -111,9 +111,10 @@ def small_config(config: Any, layers: Sequence[int] = ()) -> Any:
 
 def as_near(ours: Tensor, theirs: Tensor, exact: Tensor) -> bool:
     """Whether what we compute in a dtype is about as near to what is exact as what the module itself computes in it."""
-    return _apart(ours, exact) <= max(ROUNDING[ours.dtype], FARTHER * min(_apart(theirs, exact), FAR[ours.dtype]))
+    return apart(ours, exact) <= max(ROUNDING[ours.dtype], FARTHER * min(apart(theirs, exact), FAR[ours.dtype]))
 
 
-def _apart(got: Tensor, exact: Tensor) -> float:
+def apart(got: Tensor, exact: Tensor) -> float:
+    """How far a result is from what is exact, relative to that."""
     distance = float((got.double() - exact.double()).norm() / exact.double().norm())
     return math.inf if math.isnan(distance) else distance
