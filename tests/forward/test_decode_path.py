@@ -47,8 +47,7 @@ def test_it_is_used_where_it_is_right(family: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("what", [w for w in DEVIATIONS if "gradient" not in w])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_a_class_that_deviates_is_not_run_so(family: str, what: str, dtype: torch.dtype) -> None:
-    base = Base(odd.deviate(tiny_model(family, dtype=dtype), *DEVIATIONS[what]), tiny_tokenizer())
-    assert base.attached.decode_path is None
+    assert Attached(odd.deviate(tiny_model(family, dtype=dtype), *DEVIATIONS[what])).decode_path is None
 
 
 def test_an_epsilon_of_one_layer() -> None:
