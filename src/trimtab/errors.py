@@ -7,7 +7,7 @@ exits with `exit_code`, the HTTP layer answers with `http_status`. `assert` and 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 MAX_LINE = 2000
@@ -23,6 +23,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in _HARMLESS else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def first_of(findings: Sequence[str], most: int) -> list[str]:
+    """The first findings, and how many more there are."""
+    return [*findings[:most], *([f"… and {len(findings) - most} more"] if len(findings) > most else [])]
 
 
 class TrimtabError(Exception):

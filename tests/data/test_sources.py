@@ -9,7 +9,7 @@ import types
 import pytest
 
 from tests.data.common import TALK, write_jsonl
-from trimtab.data import Source, formats, parse_sources, read_source
+from trimtab.data import Source, opened, parse_sources, read_source
 from trimtab.errors import ConfigError, DataError
 
 PAIR = {"prompt": "Q", "completion": "A"}
@@ -245,7 +245,7 @@ def test_only_regular_files_of_bounded_lines_and_sizes_are_read(tmp_path, monkey
             file.truncate(1 << 40)  # sparse: nothing may read it through
         with pytest.raises(DataError, match="has more than"):
             read(tmp_path / name)
-    monkeypatch.setattr(formats, "MAX_LINE", 100)
+    monkeypatch.setattr(opened, "MAX_LINE", 100)
     write_jsonl(tmp_path / "long.jsonl", [PAIR, {"prompt": "x" * 100, "completion": "A"}])
     with pytest.raises(DataError, match=r"long\.jsonl:2 has more than"):
         read(tmp_path / "long.jsonl")

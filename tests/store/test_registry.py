@@ -20,8 +20,9 @@ from tests.store.common import SEQUENCES, stirred, tiny_base, write_tensors
 from tests.store.stores import LAYER, adapter_folder, blobs_there, files_of, names_of, needed_blobs, snapshot, write_weights
 from trimtab.errors import AdapterError
 from trimtab.methods import IA3Config, LoraConfig, PromptTuningConfig
-from trimtab.store import Adapter, blobs, registry
+from trimtab.store import Adapter, blobs, publisher
 from trimtab.store import folder as folder_module
+from trimtab.store.collect import GcReport
 from trimtab.store.diff import Change
 from trimtab.store.manifest import Manifest
 from trimtab.store.names import NoSuchAdapter, Ref
@@ -239,13 +240,13 @@ def test_a_name_never_leaves_the_store(store, tmp_path, name):
 def test_what_is_validated_is_what_was_copied(store, tmp_path, monkeypatch):
     """Somebody swaps the folder's files between the copy and the check: what was checked is what is stored."""
     folder = adapter_folder(tmp_path / "f", 1)
-    good, original = (folder / "adapter_model.safetensors").read_bytes(), registry.describe
+    good, original = (folder / "adapter_model.safetensors").read_bytes(), publisher.describe
 
     def swapped(opened, where):
         (folder / "adapter_model.safetensors").write_bytes(b"\x80 a pickle")
         return original(opened, where)
 
-    monkeypatch.setattr(registry, "describe", swapped)
+    monkeypatch.setattr(publisher, "describe", swapped)
     store.publish(folder, "acme/support")
     assert files_of(store, "acme/support")["adapter_model.safetensors"] == good
 
@@ -353,10 +354,10 @@ def test_a_version_that_an_alias_needs_is_kept(store, tmp_path):
 def test_collection_removes_what_nothing_needs(store, tmp_path):
     store.publish(adapter_folder(tmp_path / "a", 1), "acme/x")
     store.publish(adapter_folder(tmp_path / "a", 1, {"revision": "b"}), "acme/y")
-    assert store.gc(grace_seconds=0) == registry.GcReport(0, 0, 0)
+    assert store.gc(grace_seconds=0) == GcReport(0, 0, 0)
     needed, gone = needed_blobs(store), store.remove("acme/y@1")[0]
     (store.root / "tmp" / "left-by-a-crash").write_bytes(b"x" * 100)
-    assert store.gc() == registry.GcReport(0, 0, 0), "all of it is young"
+    assert store.gc() == GcReport(0, 0, 0), "all of it is young"
     report = store.gc(grace_seconds=0, dry_run=True)
     assert (report.blobs, report.unfinished) == (2, 1) and blobs_there(store) == needed
     assert store.gc(grace_seconds=0) == report and blobs_there(store) == needed_blobs(store) < needed
@@ -369,7 +370,7 @@ def test_collection_keeps_every_version_with_and_without_an_alias(store, tmp_pat
     for n in range(3):
         store.publish(adapter_folder(tmp_path / f"{n}", n, {"revision": f"{n}"}), "acme/x", aliases=["prod"] if n == 1 else [])
     before = snapshot(store.root)
-    assert store.gc(grace_seconds=0) == registry.GcReport(0, 0, 0)
+    assert store.gc(grace_seconds=0) == GcReport(0, 0, 0)
     assert snapshot(store.root) == before and store.verify().problems == ()
 
 
@@ -390,13 +391,13 @@ def test_collection_between_copy_and_commit_takes_nothing_away(store, tmp_path, 
     store.remove("acme/old", all=True)
     for blob in (store.root / "blobs" / "sha256").iterdir():
         os.utime(blob, (0, 0))
-    original, collected = registry.Store._commit, []
+    original, collected = Store._commit, []
 
     def interrupted(self, *arguments):
         collected.append(Store(store.root).gc().blobs)
         return original(self, *arguments)
 
-    monkeypatch.setattr(registry.Store, "_commit", interrupted)
+    monkeypatch.setattr(Store, "_commit", interrupted)
     assert store.publish(tmp_path / "a", "acme/new").ref == "acme/new@1"
     assert collected == [3], "config, weights and manifest"
     assert store.verify().problems == () and files_of(store, "acme/new") == {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
@@ -404,7 +405,7 @@ def test_collection_between_copy_and_commit_takes_nothing_away(store, tmp_path, 
 
 def test_collection_leaves_a_living_writers_files_alone(store, tmp_path, monkeypatch):
     """However short the grace is; what a dead writer has left, a folder too, goes."""
-    original, found = registry.Store._commit, []
+    original, found = Store._commit, []
     (store.root / "tmp" / "left").write_bytes(b"xyz")
     (store.root / "tmp" / "pull-of-old").mkdir()
     (store.root / "tmp" / "pull-of-old" / "file").write_bytes(b"x")
@@ -413,7 +414,7 @@ def test_collection_leaves_a_living_writers_files_alone(store, tmp_path, monkeyp
         found.append((len(list((store.root / "tmp").iterdir())), Store(store.root).gc(grace_seconds=-60).unfinished))
         return original(self, *arguments)
 
-    monkeypatch.setattr(registry.Store, "_commit", interrupted)
+    monkeypatch.setattr(Store, "_commit", interrupted)
     store.publish(adapter_folder(tmp_path / "a", 1), "acme/new")
     assert found == [(5, 2)], "the copies of two files, the manifest, and what was left"
     assert store.verify().problems == () and list((store.root / "tmp").iterdir()) == []
@@ -434,7 +435,7 @@ def test_a_publish_that_cannot_clean_up_leaves_its_files_to_collection(store, tm
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", failing)
-        patch.setattr(registry.Store, "_commit", full)
+        patch.setattr(Store, "_commit", full)
         with pytest.raises(AdapterError, match="cannot publish"):
             store.publish(folder, "acme/new")
     left = list((store.root / "tmp").iterdir())

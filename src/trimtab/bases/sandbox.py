@@ -9,21 +9,22 @@ MAX_SECONDS, ends with `TooMuch`. Nothing is computed when a template is compile
 from __future__ import annotations
 
 import functools
-import json
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from typing import Any
 
 import jinja2
 import jinja2.ext
 from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
+
+from trimtab.bases.sandbox_names import Dict, Generation, Namespace, TooMuch, bounded_range, raise_exception, strftime_now, tojson
+
+__all__ = ["Program", "TooMuch"]
 
 MAX_TEMPLATE = 2**20
 """Characters of a template. The longest published ones have about 50,000."""
@@ -39,10 +40,6 @@ SPELLING = frozenset({"e", "escape", "forceescape", "format", "pprint", "safe", 
 """Filters that write out all that a value holds."""
 WIDE = re.compile(r"%[^%a-zA-Z]*(\d{5}|\*)|\{[^{}]*:[^{}]*(\d{5}|\{)")
 """A format with a width of five digits, or with one that is computed."""
-
-
-class TooMuch(Exception):
-    """A rendering went over its budget; the text says of what."""
 
 
 class Program:
@@ -94,15 +91,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=[_Generation, jinja2.ext.loopcontrols],
+            extensions=[Generation, jinja2.ext.loopcontrols],
             optimized=False,
             finalize=_finalize,
         )
         self._of_thread = threading.local()
-        self.filters["tojson"] = _tojson
+        self.filters["tojson"] = tojson
         self.filters = {name: self._priced(name, f) for name, f in self.filters.items()}
-        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": _Dict(), "namespace": _Namespace}
-        self.globals["range"] = _range
+        self.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now, "dict": Dict(), "namespace": Namespace}
+        self.globals["range"] = bounded_range
         del self.globals["lipsum"]
         self.tick = _Tick(self.spend)
 
@@ -267,70 +264,3 @@ def _finalize(context: Any, value: Any) -> Any:
     environment = context.environment
     environment.spend(len(value) if type(value) is str else environment._weight(value))
     return value
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format[:100])
-
-
-def _range(*args: int) -> range:
-    found = range(*args)
-    if len(found) > MAX_RANGE:
-        raise TooMuch(f"a range of {len(found):,}; at most {MAX_RANGE:,}")
-    return found
-
-
-class _Dict:
-    """`dict` without the type's own attributes."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Names with an underscore in front are refused, as transformers does."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=…)` works
-        attributes = dict(*args[1:], **kwargs)
-        for name in attributes:
-            _check_name(name)
-        jinja2.utils.Namespace.__init__(args[0], attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-    def __repr__(self) -> str:
-        return "<Namespace>"
-
-
-def _check_name(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"the namespace cannot hold {name!r}: names with an underscore in front are refused")
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} … {% endgeneration %}: marks of the assistant's text in some templates; what is inside is rendered as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2's own type
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("inside"), [], [], body).set_lineno(line)
-
-    def inside(self, caller: Callable[[], str]) -> str:
-        return caller()

@@ -16,12 +16,12 @@ answer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from trimtab.bases.control_tokens import ControlTokens, Ids
 from trimtab.bases.dialect import KNOWN_SHAPES, LOST, REASONING, BadRow, Dialect, Message, dialect_of, is_whole, text_of
 from trimtab.errors import DataError
 
@@ -33,13 +33,11 @@ __all__ = [
     "Turn",
     "encode_prompt",
     "end_of_turn_id",
-    "template_warnings",
     "text_of",
-    "writes_the_date",
 ]
 
-Ids = list[int]
-
+TALK: tuple[Message, Message] = ({"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"})
+"""A plain question and answer, from which it is seen how a template ends a turn."""
 _NO_TEMPLATE_FIX = "use an instruction-tuned base, or give prompt and completion (they are joined as they are)."
 
 
@@ -54,24 +52,12 @@ class Turn:
     end: str | None
 
 
-class Template:
-    """A tokenizer and its chat template. Built once for many rows; keeps nothing of them.
-
-    specials: matches the text of any special token. bos: ids that the tokenizer puts before plain text. eos: its end token, if any.
-    """
+class Template(ControlTokens):
+    """A tokenizer and its chat template. Built once for many rows; keeps nothing of them."""
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer)
         self.exists = bool(getattr(tokenizer, "chat_template", None))
-        self.eos: int | None = tokenizer.eos_token_id
-        empty = list(tokenizer("", add_special_tokens=True)["input_ids"])
-        self.bos: Ids = empty[:1] if empty and empty[0] == tokenizer.bos_token_id else []
-        self._special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        self._special |= {text: tokenizer.convert_tokens_to_ids(text) for text in tokenizer.all_special_tokens}
-        texts = sorted((text for text in self._special if text.strip()), key=lambda text: (-len(text), text))
-        self.specials = re.compile("|".join(map(re.escape, texts)) if texts else r"(?!)")
-        # An unknown character becomes the unknown token without any special text, so that one id says nothing about forgery.
-        self._control_ids = frozenset(self._special.values()) - {tokenizer.unk_token_id}
 
     @cached_property
     def _dialect(self) -> Dialect:
@@ -89,7 +75,7 @@ class Template:
     def turn_end(self) -> str | None:
         """The text of the token with which the template ends an assistant turn."""
         try:
-            return _probe(self)[1] if self.exists else None
+            return self.last_turn(TALK).end if self.exists else None
         except BadRow:
             return None
 
@@ -220,28 +206,6 @@ class Template:
         same = min([same, *(m.start() for m in self.specials.finditer(upto) if m.start() < same < m.end())])
         return None if self.specials.sub("", upto[same:]).strip() else same
 
-    def refuse_specials(self, text: str, where: str) -> None:
-        """BadRow if content holds the text of a special token: the tokenizer would read it as one, and a user could forge a turn."""
-        if (found := self.specials.search(text)) is not None:
-            raise BadRow(f"special token in the content: {where} holds {found[0]!r}, which this tokenizer reads as a control token")
-
-    def is_forged(self, text: str, ids: Ids) -> bool:
-        """Whether `ids` hold more or fewer control tokens than `text` spells out: a normaliser made one out of look-alike characters."""
-        spelt = sum(self._special[found[0]] in self._control_ids for found in self.specials.finditer(text))
-        return sum(i in self._control_ids for i in ids) != spelt
-
-    def ids_of(self, texts: Sequence[str]) -> list[Ids]:
-        """Each text's ids, with nothing added."""
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )
-        return [list(ids) for ids in encoded["input_ids"]]
-
-    def text_of(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
     def without_end(self, text: str) -> str:
         """An answer without the one end token that it may have been written with."""
         if self.specials.search(text) is None:
@@ -250,10 +214,6 @@ class Template:
         end = next((end for end in self.ends if bare.endswith(end)), "")
         without = bare.removesuffix(end)
         return without if end and without.strip() else text
-
-    def begins(self, text: str) -> bool:
-        """Whether a text spells out the start token that the tokenizer would put before it."""
-        return bool(self.bos) and text.startswith(str(self.tokenizer.bos_token))
 
     def ends_itself(self, text: str) -> bool:
         """Whether a text spells out a token that ends an answer, with nothing but blanks behind it."""
@@ -298,57 +258,3 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
     template = Template(tokenizer)
     end = template.turn_end
     return template.eos if end is None else int(tokenizer.convert_tokens_to_ids(end))
-
-
-def template_warnings(tokenizer: Any) -> list[str]:
-    """What about this tokenizer's template may spoil training, one sentence each; those that start with "note:" need no action."""
-    template = Template(tokenizer)
-    found = []
-    if template.eos is None:
-        found.append("the tokenizer has no end token: nothing teaches an adapter to stop")
-    elif template.eos == tokenizer.pad_token_id:
-        found.append("note: the padding token is the end token; rows are never padded here and the end token is always learnt")
-    if not template.exists:
-        return ["there is no chat template: prompt and completion are joined as they are, and conversations cannot be used", *found]
-    try:
-        prompted, end = _probe(template)
-    except BadRow as bad:
-        return [f"a plain question and answer cannot be rendered: {bad}", *found]
-    if not prompted:
-        found.append("the template has no generation prompt: the assistant's header is supervised as part of each answer")
-    if end is None:
-        found.append(
-            "the template writes no end-of-turn token after an assistant turn: the end token is added after the last turn of each row"
-        )
-    elif tokenizer.convert_tokens_to_ids(end) != template.eos:
-        found.append(
-            f"the template ends turns with {end!r}, which is not the end token {tokenizer.eos_token!r}: generation must stop on both"
-        )
-    twice = [*_TALK, *_TALK]
-    try:
-        whole = template.render(twice, generate=False)
-        for index in (1, 3):
-            template.turn(twice, index, whole)
-    except BadRow as bad:
-        found.append(f"conversations of several turns cannot be supervised turn by turn ({bad}): supervise the last turn only")
-    try:
-        template.prompt([{"role": "system", "content": "x"}, _TALK[0]])
-    except BadRow as bad:
-        found.append(f"system turns cannot be used: {bad}")
-    if writes_the_date(tokenizer):
-        found.append("the template writes the current date into the prompt: what is trained today differs from what is served tomorrow")
-    return found
-
-
-def writes_the_date(tokenizer: Any) -> bool:
-    """Whether the template reads the clock, so that the same row renders differently another day."""
-    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
-
-
-_TALK: tuple[Message, Message] = ({"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"})
-
-
-def _probe(template: Template) -> tuple[bool, str | None]:
-    """(whether a generation prompt is written, the end-of-turn token's text) of a plain question and answer."""
-    turn = template.last_turn(_TALK)
-    return turn.prompt != template.render(_TALK[:1], generate=False), turn.end

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from trimtab.cli.options import json_option
+from trimtab.cli.terminal import print_whole
 from trimtab.errors import printable
 
 if TYPE_CHECKING:
@@ -130,8 +131,7 @@ def _variants(out: Console, report: CheckReport) -> None:
         numbers = (f"{v.rows_per_epoch:,}", f"{v.steps:,}", f"≤ {v.tokens_per_step:,}", f"{v.tokens:,}", _span(v.seconds))
         table.add_row(v.name, v.method, v.data, f"{v.trainable:,}", size, *numbers)
     out.print()
-    out.width = max(out.width, out.measure(table, options=out.options.update(max_width=1000)).maximum)  # numbers are never cut
-    out.print(table)
+    print_whole(out, table)
 
 
 def _estimate(out: Console, e: Estimate) -> None:

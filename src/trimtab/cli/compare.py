@@ -14,6 +14,7 @@ from rich.table import Table
 
 from trimtab.cli import show
 from trimtab.cli.options import json_option
+from trimtab.cli.terminal import print_whole
 from trimtab.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -63,9 +64,7 @@ def compare(runs: tuple[Path, ...], by: str | None, html: Path | None, as_json: 
     console = show.console()
     for data in dict.fromkeys(r["data"] for r in rows):
         table = _table(data, [r for r in rows if r["data"] == data], scores, by)
-        whole = console.measure(table, options=console.options.update(max_width=1000)).maximum
-        console.width = max(console.width, whole)  # numbers are never cut, on a narrow terminal or in a pipe
-        console.print(table)
+        print_whole(console, table)
     for note in notes:
         console.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
     if html is not None:

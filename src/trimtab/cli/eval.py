@@ -13,7 +13,7 @@ from rich.table import Table
 
 from trimtab.cli import show
 from trimtab.cli.options import OnBase, base_option, device_option, dtype_option, json_option, on_base, store_option
-from trimtab.cli.terminal import say
+from trimtab.cli.terminal import print_whole, say
 from trimtab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def evaluate(
         click.echo(json.dumps(summary, indent=1))
         return
     console, table = show.console(), _table(summary)
-    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)  # cut no number
-    console.print(table)
+    print_whole(console, table)
     if out is not None:
         console.print(f"saved in {out}: scores.json, predictions/", highlight=False, soft_wrap=True)
 

@@ -111,7 +111,7 @@ def _parse(fields: tuple[str, ...]) -> dict[str, Any]:
 def _show(architecture: Architecture, plans: list[CostPlan]) -> None:
     from rich.table import Table
 
-    from trimtab.cli.terminal import Terminal
+    from trimtab.cli.terminal import Terminal, print_whole
     from trimtab.cost.plan import rows
 
     p = plans[0]
@@ -128,7 +128,4 @@ def _show(architecture: Architecture, plans: list[CostPlan]) -> None:
         mega = (f"{r['adapter_file_bytes'] / 1e6:,.2f}", f"{r['optimizer_bytes'] / 1e6:,.2f}")
         giga = (f"{r['train_peak_bytes'] / 1e9:,.2f}", f"{r['serve_peak_bytes'] / 1e9:,.2f}")
         table.add_row(r["method"], f"{r['trainable']:,}", f"{r['percent']:.3g}", *mega, *giga)
-    console = Terminal()
-    whole = console.measure(table, options=console.options.update(max_width=1000)).maximum
-    console.width = max(console.width, whole)  # numbers are never cut, on a narrow terminal or in a pipe
-    console.print(table)
+    print_whole(Terminal(), table)

@@ -15,6 +15,7 @@ from trimtab.cli.options import OnBase, base_option, device_option, dtype_option
 from trimtab.errors import ConfigError
 
 if TYPE_CHECKING:
+    from trimtab.serve.engine import Engine
     from trimtab.serve.tenants import Tenants
     from trimtab.store.registry import Store
 
@@ -112,7 +113,6 @@ def _run(on: OnBase, asked: ServeOptions, adapters: dict[str, str], open_parts: 
     from trimtab.http.assemble import Asked, name_for_clients, services_of
     from trimtab.http.services import Limits
     from trimtab.serve.audit import Audit, audit_path
-    from trimtab.serve.engine import Engine, EngineConfig
 
     with on.before_loading(adapters.values()) as mistakes:
         with mistakes.noted():
@@ -123,13 +123,7 @@ def _run(on: OnBase, asked: ServeOptions, adapters: dict[str, str], open_parts: 
     audit = None if tenants is None else open_parts.enter_context(Audit(audit_path(tenants.path)))
     store = _store(on.root)
     port = sock.getsockname()[1]
-    config = EngineConfig(
-        kv_bytes=_bytes(asked.kv_gb),
-        adapter_bytes=_bytes(asked.adapters_gb),
-        max_running=asked.max_running,
-        max_queued=asked.max_open,  # admission counts them all; the engine's bound is not to be met before
-    )
-    engine = Engine(on.open(), config)
+    engine = _engine(on, asked)
     open_parts.callback(engine.close)
     services = services_of(
         engine,
@@ -154,8 +148,16 @@ def _run(on: OnBase, asked: ServeOptions, adapters: dict[str, str], open_parts: 
     made.run([sock])
 
 
-def _bytes(gb: float | None) -> int | None:
-    return None if gb is None else int(gb * GB)
+def _engine(on: OnBase, asked: ServeOptions) -> Engine:
+    from trimtab.serve.engine import Engine, EngineConfig
+
+    config = EngineConfig(
+        kv_bytes=None if asked.kv_gb is None else int(asked.kv_gb * GB),
+        adapter_bytes=None if asked.adapters_gb is None else int(asked.adapters_gb * GB),
+        max_running=asked.max_running,
+        max_queued=asked.max_open,  # admission counts them all; the engine's bound is not to be met before
+    )
+    return Engine(on.open(), config)
 
 
 def _ready(asked: ServeOptions, base_name: str, port: int, adapters: list[str]) -> str:

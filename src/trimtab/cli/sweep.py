@@ -14,6 +14,7 @@ from rich.table import Table
 
 from trimtab.cli import show
 from trimtab.cli.options import json_option
+from trimtab.cli.terminal import print_whole
 from trimtab.cli.train import stopping, tell_how_to_resume
 
 
@@ -60,8 +61,7 @@ def sweep(ctx: click.Context, sweep_file: Path, out: Path | None, resume: bool, 
 def _show(board: Mapping[str, Any], out: Path) -> None:
     """The table, what to know of it, the best trial, and the run file that trains it alone."""
     console, table = show.console(), _table(board)
-    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)  # cut no number
-    console.print(table)
+    print_whole(console, table)
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)

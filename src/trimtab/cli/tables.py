@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trimtab.cli import show
+from trimtab.cli.terminal import print_whole
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
@@ -19,9 +20,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right
         table.add_column(escape(heading), justify="right" if heading in right else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
-    whole = console.measure(table, options=console.options.update(max_width=1000)).maximum
-    console.width = max(console.width, whole)
-    console.print(table, highlight=False)
+    print_whole(console, table, highlight=False)
 
 
 def shown(text: object, most: int = 60) -> str:

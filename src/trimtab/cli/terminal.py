@@ -8,6 +8,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.segment import Segment
+from rich.table import Table
 
 from trimtab.errors import printable
 
@@ -23,3 +24,10 @@ class Terminal(Console):
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+def print_whole(console: Console, table: Table, **options: Any) -> None:
+    """Print a table whose numbers are never cut, on a narrow terminal or in a pipe: it may be wider than that."""
+    whole = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.width = max(console.width, whole)
+    console.print(table, **options)

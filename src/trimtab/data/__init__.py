@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from trimtab.lazy import load_on_first_use
 
 if TYPE_CHECKING:
-    from trimtab.bases.template import encode_prompt, end_of_turn_id, template_warnings
+    from trimtab.bases.template import encode_prompt, end_of_turn_id
+    from trimtab.bases.template_report import template_warnings
     from trimtab.data.dataset import Dataset, load_examples, order, summarise_dropped
     from trimtab.data.labels import find_labels, label_examples
     from trimtab.data.questions import Written, asked, prompt_and_reference

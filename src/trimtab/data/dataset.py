@@ -15,7 +15,7 @@ import numpy as np
 
 from trimtab.bases import template_digest, tokenizer_digest
 from trimtab.bases.dialect import LOST
-from trimtab.bases.template import template_warnings, writes_the_date
+from trimtab.bases.template_report import template_warnings, writes_the_date
 from trimtab.data.keys import ROW_KEYS, TURN_KEYS
 from trimtab.data.render import RENDER_VERSION, Example, as_learnt, encode_rows
 from trimtab.data.rows import Dropped, Row

@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from trimtab.bases.template import BadRow, Message
 from trimtab.data.forms import COLUMNS, form_of, refuse_keys
@@ -96,6 +96,10 @@ class Dropped:
     @property
     def kind(self) -> str:
         return self.reason.partition(":")[0]
+
+
+Records: TypeAlias = Iterator[tuple[str, Any] | Dropped]
+"""What readers of files give: (origin, record), or what could not be read."""
 
 
 def to_row(record: Any, origin: str, columns: Mapping[str, str], system: str | None) -> Row | Dropped:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.data.documents import TEXT_SUFFIXES, text_files
-from trimtab.data.formats import READERS, SUFFIXES, Records, holds_something, read_hub
+from trimtab.data.formats import READERS, SUFFIXES, holds_something, read_hub
 from trimtab.data.forms import check_columns, form_of, unused, used_columns
 from trimtab.data.keys import Repeated
-from trimtab.data.rows import Dropped, Row, to_row
+from trimtab.data.rows import Dropped, Records, Row, to_row
 from trimtab.errors import ConfigError, DataError, nearest
 from trimtab.foreign import answer
 from trimtab.paths import user_path

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from trimtab import ops
 from trimtab.bases.spec import Module, Spec
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, first_of
 from trimtab.methods import dora
 from trimtab.methods.base import BaseView, Method, Packed, Params, Site, TargetedMethod
 from trimtab.methods.targets import merge_saved, pattern_value, regex_problem, saved_sites, select, stray_keys
@@ -110,7 +110,7 @@ class LoraConfig(TargetedMethod):
         stray = self._stray_keys(spec, names)
         if stray or problems:
             found, short = stray + problems, dict.fromkeys(n.rpartition(".")[2] for n in names)
-            shown = found[:8] + ([f"… and {len(found) - 8} more"] if len(found) > 8 else [])
+            shown = first_of(found, 8)
             fixes = [f"correct these keys, or take them away; targeted are: {', '.join(short)}"] if stray else []
             fixes += ["lower r or rank_pattern, or exclude these modules"] if problems else []
             raise ConfigError(f"LoRA cannot attach to this {spec.model_type} base", problems=shown, fix="; ".join(fixes))

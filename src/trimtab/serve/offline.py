@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from trimtab.atomic import atomic_write
-from trimtab.data.formats import read_jsonl
+from trimtab.data.json_files import read_jsonl
 from trimtab.data.rows import Dropped
 from trimtab.errors import DataError, TrimtabError, nearest
 from trimtab.model import Base

@@ -5,6 +5,7 @@ A folder is opened once, and its files through it. So a folder that is replaced 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -17,7 +18,7 @@ from typing import Any
 from trimtab.errors import AdapterError
 from trimtab.store.links import READ, Refusal, link_text, open_link
 
-__all__ = ["ARCHIVES", "MAX_JSON_BYTES", "AdapterFolder", "Refusal", "open_folder", "parse_json", "read_exactly"]
+__all__ = ["ARCHIVES", "MAX_JSON_BYTES", "AdapterFolder", "Refusal", "digest_of", "open_folder", "parse_json", "read_exactly"]
 
 MAX_JSON_BYTES = 2**20
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -140,3 +141,8 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refusal(f"{name} holds {type(value).__name__} where a JSON object belongs")
     return value
+
+
+def digest_of(data: bytes) -> str:
+    """ "sha256:…" of bytes, as manifests and notes write it."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()

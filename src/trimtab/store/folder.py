@@ -1,4 +1,4 @@
-"""Reads and writes an adapter folder: peft's two files and `trimtab.json`.
+"""Reads an adapter folder: peft's two files and `trimtab.json`. `save` writes one.
 
 Reading checks the cheap things first: the JSON files, the base that they were made for, the config against the base, the header against the
 config, and at the end the tensors' values. Each step reports everything that is wrong in it. What this base lacks or what is not read is a
@@ -8,26 +8,21 @@ warning: it is logged, and in `Read.warnings`.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from trimtab.errors import AdapterError, ConfigError, nearest
+from trimtab.errors import AdapterError, ConfigError, first_of
 from trimtab.methods import METHODS, Method
 from trimtab.methods.base import Site
-from trimtab.store.card import CARD, is_untouched, make_card
 from trimtab.store.config_read import method_from_config
-from trimtab.store.config_write import config_from_method
-from trimtab.store.files import AdapterFolder, Refusal, read_exactly
+from trimtab.store.files import AdapterFolder, Refusal, digest_of, read_exactly
 from trimtab.store.header import Entry, read_header
 from trimtab.store.keys import renaming, todays_names
-from trimtab.store.note import fit_problems, make_note, method_of, recorded_fingerprint
-from trimtab.store.staging import staged
-from trimtab.store.tensors import PREFIX, copies_of_base, expected, file_key, layout_problems, value_problems
+from trimtab.store.note import fit_problems, method_of, recorded_fingerprint
+from trimtab.store.tensors import PREFIX, copies_of_base, expected, layout_problems, value_problems
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,57 +52,6 @@ class Read(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def write_folder(
-    target: str | Path,
-    method: Method,
-    params: Mapping[str, Tensor],
-    base: Base,
-    run: Mapping[str, Any] | None = None,
-    dtype: str = "float32",
-) -> Path:
-    """Write an adapter as peft's folder plus trimtab.json and a card, in one step: a whole folder is there, or what was there before.
-
-    Training-time aids are folded away first, and values rounded to dtype. AdapterError if values are not finite, do not fit the dtype,
-    or the target holds other files, a README.md that trimtab did not write or that was edited among them.
-    """
-    import torch
-    from safetensors.torch import save as format_tensors
-
-    method, params = method.export(params)
-    sites = method.sites(base.spec)
-    tensors = {file_key(s, t): params[s.key(t)].detach().to("cpu", torch.float32).contiguous() for s in sites for t in s.shapes}
-    where = f"cannot save {target}"
-    _refuse(where, value_problems(tensors, {}, base, edits=False), fix="train again from the last good checkpoint")
-    tensors = _rounded(tensors, dtype, where)
-    config = config_from_method(method, sites, base.spec, base.name or (str(base.path) if base.path else None))
-    files = {
-        CONFIG: json.dumps(dict(sorted(config.items())), indent=2).encode() + b"\n",
-        WEIGHTS: format_tensors(tensors, metadata={"format": "pt"}),
-    }
-    note = make_note(method, base, {name: _digest(data) for name, data in files.items()}, run)
-    files[NOTE] = json.dumps(note, indent=2, allow_nan=False).encode() + b"\n"
-    files[CARD] = make_card(method, note, sites, len(files[WEIGHTS]))
-    replaceable = (*REPLACEABLE, CARD) if is_untouched(Path(target) / CARD) else REPLACEABLE
-    with staged(target, may_replace=replaceable) as work:
-        for name, data in files.items():
-            (work / name).write_bytes(data)
-    return Path(target)
-
-
-def _rounded(tensors: Mapping[str, Tensor], dtype: str, where: str) -> dict[str, Tensor]:
-    import torch
-
-    from trimtab.bases.load import DTYPES
-
-    if dtype not in DTYPES:
-        raise ConfigError(f"{where}: dtype = {dtype!r}{nearest(dtype, DTYPES)}", fix=f"one of {', '.join(DTYPES)}")
-    rounded = {name: t.to(DTYPES[dtype]) for name, t in tensors.items()}
-    problems = [f"{name} has values that do not fit {dtype}" for name, t in rounded.items() if not bool(torch.isfinite(t).all())]
-    problems += [f"{name} would be all zero in {dtype}" for name, t in rounded.items() if tensors[name].any() and not t.any()]
-    _refuse(where, problems, fix="store it as float32 or bfloat16")
-    return rounded
-
-
 def read_opened(folder: AdapterFolder, base: Base, where: str) -> Read:
     """Read an adapter's folder that is open, or that a store keeps as blobs. where: what errors call the adapter.
 
@@ -116,9 +60,9 @@ def read_opened(folder: AdapterFolder, base: Base, where: str) -> Read:
     said = _said(folder, base, where)
     tensors, copies, digest, renamed = _read_tensors(folder, said, base, where)
     if said.note is not None:
-        damage = _damage(said.note, {CONFIG: _digest(said.config_bytes), WEIGHTS: digest})
-        _refuse(f"{where} is not what was saved", damage, fix="fetch or copy it anew")
-    _refuse(f"{where} is refused", value_problems(tensors, copies, base, edits=bool(said.sites[0].name)))
+        damage = _damage(said.note, {CONFIG: digest_of(said.config_bytes), WEIGHTS: digest})
+        refuse(f"{where} is not what was saved", damage, fix="fetch or copy it anew")
+    refuse(f"{where} is refused", value_problems(tensors, copies, base, edits=bool(said.sites[0].name)))
     params = {key: tensors[name].float() for name, (key, _) in expected(said.sites).items()}
     warnings = (*said.warnings, *renamed)
     for warning in warnings:
@@ -156,7 +100,7 @@ def _said(folder: AdapterFolder, base: Base, where: str) -> _Said:
     config, config_bytes, note, warnings = _read_json(folder, where)
     if note is not None:
         fix = "load it on the base, tokenizer and template of its training"
-        _refuse(f"{where} does not fit this base", fit_problems(note, base), fix=fix)
+        refuse(f"{where} does not fit this base", fit_problems(note, base), fix=fix)
     method, strange = _method(config, note, base, where)
     return _Said(method, _sites(method, base, where), note, config_bytes, (*warnings, *strange))
 
@@ -176,14 +120,14 @@ def survey(folder: AdapterFolder, where: str) -> tuple[dict[str, Any], dict[str,
 
     entries, digest, odd, zero = _collected(lambda: _look_at_values(folder), where)
     if note is not None:
-        _refuse(
-            f"{where} is not what was saved", _damage(note, {CONFIG: _digest(config_bytes), WEIGHTS: digest}), fix="fetch or copy it anew"
+        refuse(
+            f"{where} is not what was saved", _damage(note, {CONFIG: digest_of(config_bytes), WEIGHTS: digest}), fix="fetch or copy it anew"
         )
     names = _collected(lambda: todays_names(e.name for e in entries), where).values()
     problems = [f"{n} has values that are not finite" for n in odd]
     if zero and any(name.startswith(PREFIX) for name in names):
         problems.append(f"all {len(entries)} tensors are zero: the adapter does nothing")
-    _refuse(f"{where} is refused", problems)
+    refuse(f"{where} is refused", problems)
     return config, note, entries
 
 
@@ -229,7 +173,7 @@ def _read_json(folder: AdapterFolder, where: str) -> tuple[dict[str, Any], bytes
         if pickles and WEIGHTS not in names
         else "a folder as peft's save_pretrained writes it is needed"
     )
-    _refuse(f"{where} is refused", problems, fix=fix)
+    refuse(f"{where} is refused", problems, fix=fix)
     return *found[CONFIG], found[NOTE][0] if NOTE in found else None, warnings
 
 
@@ -273,7 +217,7 @@ def _read_tensors(folder: AdapterFolder, said: _Said, base: Base, where: str) ->
             entries, head = read_header(file, size, WEIGHTS)
             names, copies = _layout(entries, said, base, where)
             data = head + read_exactly(file, _data_bytes(entries), WEIGHTS)
-        return {names[n]: t for n, t in parse_tensors(data).items()}, copies, _digest(data), renaming(names)
+        return {names[n]: t for n, t in parse_tensors(data).items()}, copies, digest_of(data), renaming(names)
 
     return _collected(read, where)
 
@@ -284,7 +228,7 @@ def _layout(entries: list[Entry], said: _Said, base: Base, where: str) -> tuple[
     entries = [replace(e, name=names[e.name]) for e in entries]
     copies = copies_of_base(entries, said.sites, base)
     problems = layout_problems(entries, said.sites, copies)
-    _refuse(f"{where} is refused", problems, fix="check that config, weights and base belong together")
+    refuse(f"{where} is refused", problems, fix="check that config, weights and base belong together")
     return names, copies
 
 
@@ -306,15 +250,10 @@ def _collected(read: Callable[[], T], where: str) -> T:
         problems = str(error).splitlines()
     except OSError as error:
         problems = [f"{WEIGHTS} cannot be read: {error.strerror}"]
-    _refuse(f"{where} is refused", problems)
+    refuse(f"{where} is refused", problems)
     raise AssertionError("not reached")
 
 
-def _refuse(message: str, problems: list[str], *, fix: str = "") -> None:
+def refuse(message: str, problems: list[str], *, fix: str = "") -> None:
     if problems:
-        shown = problems[:MAX_PROBLEMS] + ([f"… and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else [])
-        raise AdapterError(message, problems=shown, fix=fix)
-
-
-def _digest(data: bytes) -> str:
-    return "sha256:" + hashlib.sha256(data).hexdigest()
+        raise AdapterError(message, problems=first_of(problems, MAX_PROBLEMS), fix=fix)

@@ -16,7 +16,8 @@ from trimtab.errors import ConfigError
 from trimtab.methods import METHODS
 from trimtab.methods.base import Method, Site
 from trimtab.store.files import AdapterFolder
-from trimtab.store.folder import read_opened, write_folder
+from trimtab.store.folder import read_opened
+from trimtab.store.save import write_folder
 
 if TYPE_CHECKING:
     from trimtab.model import Base

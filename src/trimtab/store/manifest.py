@@ -9,14 +9,13 @@ So `oras pull` and the like give a plain peft folder. Its bytes depend on the fi
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from trimtab.store.card import CARD
-from trimtab.store.files import MAX_JSON_BYTES, Refusal, parse_json
+from trimtab.store.files import MAX_JSON_BYTES, Refusal, digest_of, parse_json
 from trimtab.store.folder import CONFIG, NOTE, WEIGHTS
 from trimtab.store.names import DIGEST, short
 
@@ -82,10 +81,6 @@ class Manifest:
             "annotations": dict(sorted(self.annotations.items())),
         }
         return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def digest_of(data: bytes) -> str:
-    return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 EMPTY_DESCRIPTOR = Descriptor(EMPTY_TYPE, digest_of(EMPTY), len(EMPTY))

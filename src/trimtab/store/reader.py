@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from trimtab.errors import AdapterError
+from trimtab.errors import AdapterError, first_of
 from trimtab.store.blobs import BlobFolder
 from trimtab.store.card import CARD, is_untouched
 from trimtab.store.diff import Diff, compare
@@ -157,6 +157,4 @@ def refusing(what: str, fix: str = "`trimtab store verify` lists all that is wro
     try:
         yield
     except Refusal as reason:
-        lines = str(reason).splitlines()
-        shown = lines[:MAX_SHOWN] + ([f"… and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else [])
-        raise AdapterError(f"{what} is refused", problems=shown, fix=fix) from reason
+        raise AdapterError(f"{what} is refused", problems=first_of(str(reason).splitlines(), MAX_SHOWN), fix=fix) from reason

@@ -21,7 +21,8 @@ from trimtab.store.blobs import open_regular
 from trimtab.store.files import AdapterFolder, Refusal
 from trimtab.store.manifest import EMPTY_DESCRIPTOR, MAX_ADAPTER_BYTES, Descriptor, Manifest, parse_manifest
 from trimtab.store.names import Ref, check_alias, parse_name
-from trimtab.store.registry import BlobsMissing, Store, Version
+from trimtab.store.publisher import BlobsMissing
+from trimtab.store.registry import Store, Version
 from trimtab.store.remotes.address import FolderAddress, HubAddress, RegistryAddress, parse_address
 from trimtab.store.remotes.deadline import PULL_SECONDS, Deadline
 from trimtab.store.remotes.fetch import ATTEMPTS, Moved, Part, download, held

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urljoin, urlsplit
 
 from trimtab.errors import AdapterError
-from trimtab.store.files import MAX_JSON_BYTES
-from trimtab.store.manifest import MANIFEST_TYPE, Descriptor, digest_of
+from trimtab.store.files import MAX_JSON_BYTES, digest_of
+from trimtab.store.manifest import MANIFEST_TYPE, Descriptor
 from trimtab.store.names import DIGEST
 from trimtab.store.remotes.address import CREDENTIALS, TAG, RegistryAddress, redacted
 from trimtab.store.remotes.fetch import Transient, patiently

@@ -1,0 +1,69 @@
+"""Files of rows as bytes: regular ones only, bounded in their lines and sizes, without byte order marks."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from trimtab.errors import DataError
+
+MAX_LINE, MAX_WHOLE = 64 << 20, 2 << 30
+"""Bytes of a line of JSONL, and of a file of another format, which is read at once: more is not what was meant."""
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def open_file(path: Path, shown: str) -> BinaryIO:
+    """A regular file, to read. DataError for all else: a pipe or a device may have no end."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{shown} is not a regular file", fix="name a file; write what a pipe gives into one.")
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{shown} cannot be read: {error.strerror or error}") from error
+
+
+def lines_of(path: Path, shown: str) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of lines that are not blank, each without a byte order mark: files that were put together have some in the middle."""
+    found = False
+    with open_file(path, shown) as file:
+        for number in itertools.count(1):
+            raw = file.readline(MAX_LINE + 1)
+            if not raw:
+                break
+            if number == 1:
+                _refuse_utf16(raw, shown)
+            if len(raw) > MAX_LINE:
+                raise DataError(
+                    f"{shown}:{number} has more than {MAX_LINE >> 20} MiB", fix="write one row a line, each ended by a line break."
+                )
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+            if raw.strip():
+                found = True
+                yield number, raw
+    if not found:
+        raise DataError(f"{shown} is empty", fix="name a file that has rows.")
+
+
+def whole(path: Path, shown: str, *, utf16: bool = False) -> bytes:
+    """The file without a byte order mark. Raises DataError if it is missing, unreadable, empty, too large to read at once, or UTF-16
+    where that is not expected (which keeps its mark)."""
+    with open_file(path, shown) as file:
+        raw = file.read(MAX_WHOLE + 1) if os.fstat(file.fileno()).st_size <= MAX_WHOLE else None
+    if raw is None or len(raw) > MAX_WHOLE:
+        raise DataError(f"{shown} has more than {MAX_WHOLE >> 30} GiB, and is read at once", fix="write JSONL, which is read line by line.")
+    if not utf16:
+        _refuse_utf16(raw, shown)
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    if not raw.strip():
+        raise DataError(f"{shown} is empty", fix="name a file that has rows.")
+    return raw
+
+
+def _refuse_utf16(raw: bytes, shown: str) -> None:
+    if raw.startswith(UTF16):
+        raise DataError(f"{shown} is UTF-16", fix="save it as UTF-8.")
