@@ -553,7 +553,7 @@ def test_a_huge_file_is_refused_before_a_byte_is_copied(store, base, tmp_path, m
     folder = adapter_folder(tmp_path / "a")
     sparse_weights(folder, size)
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40, 2**30))
-    monkeypatch.setattr(registry.Staging, "write", lambda *a, **k: pytest.fail("it copies"))
+    monkeypatch.setattr(blobs.Staging, "write", lambda *a, **k: pytest.fail("it copies"))
     said = r"at most 17,179,869,184" if not with_base else "at most 17,179,869,184|has shape"
     with pytest.raises(AdapterError, match=said):
         store.publish(folder, "acme/x", base=base if with_base else None)
