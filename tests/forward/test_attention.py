@@ -88,7 +88,7 @@ def test_a_filled_cache_is_refused_where_it_has_not_been_read_yet():
 def interface(keys=5, mask=None, **arguments):
     """The function that transformers calls, on five random rows."""
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 4, keys, 8)
-    plan = attention.Plan([attention.Run(0, 5, ((0, 5),))], torch.device("cpu"))
+    plan = attention.AttentionPlan([attention.Run(0, 5, ((0, 5),))], torch.device("cpu"))
     return q, k, attention.forward(SimpleNamespace(layer_idx=0), q, k, k, mask, trimtab_plan=plan, **arguments)[0]
 
 

@@ -13,7 +13,7 @@ from tests.laws.common import noisy, tokens
 from tests.tiny import tiny_tokenizer
 from trimtab import ops
 from trimtab.forward import attention
-from trimtab.forward.attention import KVCache, Plan, Run, attend, lay_out, over_buckets
+from trimtab.forward.attention import AttentionPlan, KVCache, Run, attend, lay_out, over_buckets
 from trimtab.methods import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from trimtab.model import Base
 from trimtab.ops import native, native_attention
@@ -183,7 +183,7 @@ def test_where_it_runs(monkeypatch):
     monkeypatch.setattr(attention, "over_buckets", lambda q, *rest: called.append("buckets") or q)
 
     def went(dtype=torch.bfloat16, D=64, softcap=None, cache=False):
-        plan = Plan([Run(0, 4, ((0, 4),))], torch.device("cpu"))
+        plan = AttentionPlan([Run(0, 4, ((0, 4),))], torch.device("cpu"))
         if cache:
             plan.cache, plan.write_T = KVCache(1, 1, 8, 1, D, dtype, plan.device), torch.arange(4)
         q, k = torch.zeros(4, 2, D, dtype=dtype), torch.zeros(4, 1, D, dtype=dtype)

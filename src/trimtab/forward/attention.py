@@ -1,9 +1,9 @@
 """Attention over the sequences of a flat batch: causal, with a prefix and cached keys before it, no padding of rows, no dense mask.
 
-Rows reach each layer flat, [1, heads, T, D]. A `Plan`, made once for each batch and used by all layers, says for each sequence which
-rows are its queries and which rows of a *pool* are its keys. The pool is the layer's own T rows followed by the stored prefixes, or, with a
-cache, the cache. Sequences of similar length share a bucket and run as one batched matmul; the padding inside a bucket never leaves this
-file.
+Rows reach each layer flat, [1, heads, T, D]. An `AttentionPlan`, made once for each batch and used by all layers, says for each sequence
+which rows are its queries and which rows of a *pool* are its keys. The pool is the layer's own T rows followed by the stored prefixes, or,
+with a cache, the cache. Sequences of similar length share a bucket and run as one batched matmul; the padding inside a bucket never leaves
+this file.
 
 One function, registered with `transformers`' attention interface, serves every family. What it does not compute exactly it refuses by name.
 """
@@ -112,7 +112,7 @@ class Bucket:
 
 
 @dataclass
-class Plan:
+class AttentionPlan:
     """Which rows attend to which, for all layers of one forward.
 
     prefixes: stored (keys, values) [L, N, kv_heads, D] that stand in the pool behind the layer's own rows. cache: keys and values are
@@ -208,7 +208,7 @@ def forward(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    trimtab_plan: Plan | None = None,
+    trimtab_plan: AttentionPlan | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in each layer: query [1, H, T, D], key and value [1, kv_heads, T, D]; returns [1, T, H, D]."""
@@ -272,7 +272,7 @@ def _in_words(value: object) -> str:
 
 
 def attend(
-    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: Plan, layer: int, scaling: float, softcap: float | None, window: int | None
+    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: AttentionPlan, layer: int, scaling: float, softcap: float | None, window: int | None
 ) -> Tensor:
     """Attention of a layer's flat rows over the plan's sequences; q [T, H, D], k and v [T, kv_heads, D]; returns [T, H, D]."""
     k_pool, v_pool = plan.pool(layer, k_THD, v_THD)

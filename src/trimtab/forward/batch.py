@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.forward.attention import KVCache, Place, Plan, Run
+from trimtab.forward.attention import AttentionPlan, KVCache, Place, Run
 from trimtab.forward.packs import Mix
 from trimtab.methods.base import Rows, Span
 
@@ -44,7 +44,7 @@ class Batch:
     mix: Mix
     ids_T: Tensor
     position_T: Tensor
-    plan: Plan
+    plan: AttentionPlan
     spans: list[Span]
     where: list[tuple[int, int]]
     embeds: list[tuple[int, int, Tensor]]
@@ -92,7 +92,7 @@ def make_batch(
     for i in sorted(range(len(pieces)), key=lambda i: pieces[i].member):
         build.add(i, pieces[i], max_positions)
     runs, writes = build.runs, build.writes
-    plan = Plan([Run(a, b, tuple(_place(k, build.total) for k in keys)) for a, b, keys in runs], device)
+    plan = AttentionPlan([Run(a, b, tuple(_place(k, build.total) for k in keys)) for a, b, keys in runs], device)
     plan.prefixes, plan.cache, plan.places = build.prefixes, cache, build.places
     plan.write_T = torch.tensor(writes, device=device) if cache is not None else None
     spans = [Span(a, b, member, (seeds or {}).get(member)) for member, (a, b) in build.spans.items() if member != BASE]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trimtab import ops
 from trimtab.bases.weights import Weight, norm_weight
-from trimtab.forward.attention import KVCache, PagedKV, Plan, Run, lay_out, over_buckets
+from trimtab.forward.attention import AttentionPlan, KVCache, PagedKV, Run, lay_out, over_buckets
 from trimtab.forward.batch import Batch
 from trimtab.forward.hosted import Hosted
 from trimtab.forward.packs import Group, Mix
@@ -120,7 +120,7 @@ def packs_weights(hosted: Hosted) -> bool:
     return hosted.dtype == torch.bfloat16 and size <= MEMORY_SHARE * machine_memory()[0]
 
 
-def _paging(plan: Plan, cache: KVCache) -> tuple[Paging, list[tuple[slice, Any]]]:
+def _paging(plan: AttentionPlan, cache: KVCache) -> tuple[Paging, list[tuple[slice, Any]]]:
     """The native attention's tables, and for each long sequence its rows and the layout of its own."""
     total = sum(r.queries for r in plan.runs)
     sequence, length, long = np.zeros(total, dtype=np.int32), np.zeros(total, dtype=np.int32), []

@@ -21,7 +21,7 @@ from trimtab import ops
 from trimtab.bases.structure import window_of
 from trimtab.bases.weights import first_weight, norm_weight, weight_of
 from trimtab.errors import ConfigError
-from trimtab.forward.attention import Plan, Run, attend, refuse_changes
+from trimtab.forward.attention import AttentionPlan, Run, attend, refuse_changes
 from trimtab.forward.replica import altered, as_near, kind, ours, small_config, stand_in
 from trimtab.ops import compiled, native
 
@@ -140,7 +140,7 @@ def _inputs(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     angle_TD = torch.rand(1, T, module.head_dim // 2, generator=torch.Generator().manual_seed(1)).repeat(1, 1, 2)
     turned = tuple(x.to(torch.bfloat16).to(weight.device, weight.dtype) for x in (angle_TD.cos(), angle_TD.sin()))
     starts = [sum(CHECKED[:i]) for i in range(len(CHECKED))]
-    plan = Plan([Run(a, a + n, ((a, a + n),)) for a, n in zip(starts, CHECKED, strict=True)], weight.device)
+    plan = AttentionPlan([Run(a, a + n, ((a, a + n),)) for a, n in zip(starts, CHECKED, strict=True)], weight.device)
     place_T, sequence_T = torch.arange(T), torch.tensor(CHECKED).cumsum(0)
     sequence_T = torch.bucketize(place_T, sequence_T, right=True)
     back_TT = place_T[:, None] - place_T[None]
