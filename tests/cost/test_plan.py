@@ -265,7 +265,7 @@ def test_config_is_enough(tmp_path):
     for source in (tmp_path / "whole", tmp_path / "bare", tmp_path / "bare" / "config.json"):
         architecture = read_architecture(str(source))
         assert architecture.spec == want
-        assert architecture.dtype_bytes == 4
+        assert architecture.dtype.itemsize == 4
 
 
 @pytest.mark.slow

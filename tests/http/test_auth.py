@@ -15,12 +15,15 @@ from fastapi.routing import iter_route_contexts
 from tests.http.common import TEXT, Caller, Site, base_of, call, error_of, post, site
 from tests.store.common import stirred
 from trimtab.http.assemble import Asked
-from trimtab.http.auth import PUBLIC, admin_caller, caller
+from trimtab.http.auth import admin_caller, caller
 from trimtab.http.logs import JsonLines
 from trimtab.methods import LoraConfig
 from trimtab.serve.audit import Audit, audit_path
 from trimtab.serve.tenants import Tenants
 from trimtab.store.registry import Store
+
+PUBLIC = {"/livez", "/readyz", "/openapi.json"}
+"""Paths that need no key. They tell nothing of tenants, models or load."""
 
 
 @dataclass

@@ -56,11 +56,6 @@ class Architecture:
     parameters: int
     dtype: torch.dtype
 
-    @property
-    def dtype_bytes(self) -> int:
-        """Bytes of one stored parameter."""
-        return self.dtype.itemsize
-
 
 def read_architecture(name: str) -> Architecture:
     """The shape of a base: a name in `PRESETS` (the bundled base's among them), a folder or its config.json, a .gguf file, or a hub id.

@@ -13,9 +13,6 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from trimtab.http.services import Services
 from trimtab.serve.tenants import LOCAL, Tenant
 
-PUBLIC = frozenset({"/livez", "/readyz", "/openapi.json"})
-"""Paths that need no key. They tell nothing of tenants, models or load."""
-
 bearer = HTTPBearer(auto_error=False, scheme_name="key", description="An API key: Authorization: Bearer <id>.<secret>.")
 Given = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
 

@@ -56,9 +56,6 @@ class Ahead:
         return total // every - done // every + bool(total % every)
 
 
-NOTHING = Ahead({}, {}, 0.0, 0.0)
-
-
 def validations(total: int, every: int) -> int:
     """How often a variant of `total` steps is validated."""
     return math.ceil(total / every)
