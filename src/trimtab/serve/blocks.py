@@ -38,8 +38,8 @@ def _hash(fields: Iterable[bytes]) -> bytes:
 
 
 class BlockPool:
-    """`total` blocks with reference counts. A block that nobody holds is free; if it has a key, it is also cached: it can be found again
-    until somebody needs the room (least recently freed first)."""
+    """`total` blocks with reference counts. A block without holders is free. If it has a key, it is also cached: it can be found again
+    until its room is needed (the least recently freed block goes first)."""
 
     def __init__(self, total: int):
         self.total = total
@@ -83,7 +83,7 @@ class BlockPool:
         return taken
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest run of known keys from the first on; nobody holds them more than before."""
+        """The blocks of the longest run of known keys from the first one on. Their reference counts do not change."""
         found = []
         for key in keys:
             block = self._by_key.get(key)

@@ -1,4 +1,4 @@
-"""How requests end, and adapters after their last request: what they hold is free again, and whoever asked is told."""
+"""How requests end, and adapters after their last request: what they hold is freed, and the caller gets the last delta."""
 
 from __future__ import annotations
 

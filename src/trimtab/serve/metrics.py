@@ -179,7 +179,7 @@ class Metrics:
 
 
 class _Reading(Collector):
-    """Asks for current values when somebody reads."""
+    """Asks for current values when the metrics are read."""
 
     def __init__(self, read: Callable[[], Iterable[Metric]]):
         self._read = read

@@ -31,7 +31,7 @@ class Places:
         self._waiting: deque[Answer] = deque()
 
     def wait(self, now: float, n: int = 1) -> float:
-        """Seconds until the last of n more answers would begin. Those that should have ended by now may do so at any moment."""
+        """Seconds until the last of n more answers would begin. Answers that should have ended by now are assumed to end at once."""
         before = len(self._computed) + len(self._waiting) + n - 1 - self.count
         if before < 0:
             return 0.0

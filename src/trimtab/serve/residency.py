@@ -156,7 +156,7 @@ class Residency:
     # ---- room ----
 
     def _place(self, ended: Loaded, wanted: bool) -> bool:
-        """Whether this one is dealt with: resident, failed, or dropped because nobody waits for it and there is no room."""
+        """Whether this load is settled: resident, failed, or dropped because no request waits for it and there is no room."""
         new = ended.resident
         if new is None or new.bytes > self.budget_bytes:
             self.failures += 1

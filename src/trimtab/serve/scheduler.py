@@ -202,8 +202,8 @@ class Scheduler:
         return min(chunk, len(live.blocks) * size - live.past)
 
     def _gives_way(self, live: Live) -> Live | None:
-        """Who gives up his blocks for this one: the newest of a tenant that holds more than its share of them, else the newest, if it is
-        newer."""
+        """Which sequence gives up its blocks for this one: the newest of a tenant that holds more than its share of them, else the newest
+        of all, if it is newer than this one."""
         shares = Shares(self.running, [], places=self.config.max_running, blocks=self.pool.total)
         gone = shares.newest_of_the_greediest()
         if gone is None:
@@ -286,7 +286,7 @@ class Scheduler:
                 stuck.add(live.request.tenant)
 
     def _get_in(self, live: Live, shares: Shares, rows: dict[Live, int], claimed: dict[Live, int]) -> bool:
-        """Whether it runs now, after others have made way if need be."""
+        """Whether it runs now, after others were preempted if needed."""
         tenant, size = live.request.tenant, self.config.block_size
         while (full := len(self.running) >= self.config.max_running) or not self._enter(live):
             gone = shares.to_make_way(tenant, 0 if full else -(-live.total // size), self.fairness.counters)

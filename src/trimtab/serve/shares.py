@@ -26,7 +26,7 @@ class Shares:
         self._share = {tenant: weight / total for tenant, weight in weights.items()}
 
     def of(self, tenant: str) -> float:
-        """0 to 1; 1 where nobody else wants anything."""
+        """0 to 1; 1 if no other tenant wants anything."""
         return self._share[tenant]
 
     def has_room(self, tenant: str) -> bool:
@@ -34,10 +34,11 @@ class Shares:
         return len(self._held(tenant)) + 1 <= max(1.0, self.places * self.of(tenant))
 
     def to_make_way(self, tenant: str, blocks: int, counters: Mapping[str, float]) -> Live | None:
-        """Who goes so that this tenant gets a place, or (blocks above 0) so many blocks. counters: tokens served to each tenant, by weight.
+        """The sequence that is preempted so that this tenant gets to run one, or (blocks above 0) gets so many blocks. counters: tokens
+        served to each tenant, by weight.
 
-        None if it has its share already, or nobody has both more than his and as many tokens. Who waits for his grammar goes whatever
-        his tokens: he keeps a place without using it.
+        None if the tenant has its share already, or if no other tenant has both more than its share and as many tokens. A sequence that
+        waits for its grammar is preempted whatever its tenant's tokens, since it holds a place without using it.
         """
         if not self.has_room(tenant) or self._blocks(tenant) + blocks > self.blocks * self.of(tenant):
             return None

@@ -45,7 +45,7 @@ def make_card(method: Method, note: Mapping[str, Any], sites: Sequence[Site], we
 
 
 def is_untouched(card: Path) -> bool:
-    """Whether this file is a card that trimtab wrote and nobody has edited since."""
+    """Whether this file is a card as trimtab wrote it, without later edits."""
     if card.is_symlink() or not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
         return False
     body, newline, last = card.read_bytes().rpartition(b"\n<!--")

@@ -1,4 +1,4 @@
-"""Folders that users name: written whole or not at all (`trimtab.atomic`), and never over somebody's files."""
+"""Folders that users name: written whole or not at all (`trimtab.atomic`), and never over files of other origin."""
 
 from __future__ import annotations
 

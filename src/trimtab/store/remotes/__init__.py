@@ -123,7 +123,7 @@ def _remote(address: FolderAddress | RegistryAddress, wanted: Ref) -> Remote:
 
 
 class Count:
-    """Adds up what moves, for the report, and passes it on to whoever shows it."""
+    """Adds up the bytes that move, for the report, and passes them on to the progress display."""
 
     def __init__(self, begin: Begin | None):
         self._begin, self.moved, self.skipped = begin, 0, 0
@@ -250,7 +250,7 @@ def _check_size(store: Store, where: str, total: int, wanted: int) -> None:
 
 
 def _is_here(store: Store, blob: Descriptor | Part) -> bool:
-    """Whether the store holds a blob, undamaged: a damaged one is fetched again, which mends it. The empty one nobody needs to send."""
+    """Whether the store has a blob, undamaged. A damaged one is fetched again, which repairs it. The empty blob is never sent."""
     if not store.has_blob(blob.digest):
         return blob == EMPTY_DESCRIPTOR
     with store.blob_path(blob.digest).open("rb") as file:
