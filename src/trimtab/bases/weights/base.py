@@ -19,7 +19,7 @@ from trimtab.errors import BaseError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 FORMATS: dict[str, type[Weight]] = {}
 """name -> class, filled by definition of the classes."""
@@ -44,6 +44,11 @@ class Weight:
     @classmethod
     def claims(cls, module: Any) -> bool:
         """Whether this module holds a matrix in this format. At most one format may claim a module."""
+        raise NotImplementedError
+
+    @classmethod
+    def of_linear(cls, linear: nn.Linear) -> nn.Module:
+        """A module that stands in a linear layer's place with its matrix in this format, and its bias. The laws run on such modules."""
         raise NotImplementedError
 
     @property

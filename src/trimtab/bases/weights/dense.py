@@ -34,6 +34,10 @@ class Dense(Weight):
         weight = module._parameters.get("weight")
         return weight is not None and weight.dtype in DTYPES
 
+    @classmethod
+    def of_linear(cls, linear: nn.Linear) -> nn.Module:
+        return linear
+
     @property
     def _weight_OI(self) -> Tensor:
         weight: Tensor = self._parameters["weight"]
