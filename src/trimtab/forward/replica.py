@@ -63,7 +63,7 @@ def stand_in(module: nn.Module, dtype: torch.dtype, config: Any = None, replaced
 
 
 def _stand_in(module: nn.Module, dtype: torch.dtype, config: Any, replaced: Mapping[int, nn.Module], serial: Iterator[int]) -> Any:
-    module = _dense(replaced.get(id(module), module))
+    module = dense_twin(replaced.get(id(module), module))
     made = copy.copy(module)
     fields = made.__dict__
     fields.pop("forward", None)
@@ -77,12 +77,13 @@ def _stand_in(module: nn.Module, dtype: torch.dtype, config: Any, replaced: Mapp
     return made
 
 
-def _dense(module: nn.Module) -> nn.Module:
-    """The module; where its matrix is stored in another format, a dense one of its shape, since the values are random anyway."""
+def dense_twin(module: nn.Module, most: int | None = None) -> nn.Module:
+    """The module; where its matrix is stored in another format, a dense one of its shape, since the values are random anyway. most: of so
+    many outputs at most."""
     weight = claimed(module)
     if weight is None or weight.stored_dense:
         return module
-    outputs, inputs = weight.shape
+    outputs, inputs = min(weight.shape[0], most or weight.shape[0]), weight.shape[1]
     if isinstance(module, nn.Embedding):
         return skip_init(nn.Embedding, outputs, inputs, device=weight.device)
     return skip_init(nn.Linear, inputs, outputs, bias=module.bias is not None, device=weight.device)

@@ -17,7 +17,7 @@ from trimtab.forward.attention import PagedKV
 from trimtab.forward.batch import BASE, Batch, Piece, make_batch
 from trimtab.forward.hosted import Hosted
 from trimtab.forward.packs import Mix
-from trimtab.forward.replica import kind, small_config, stand_in
+from trimtab.forward.replica import dense_twin, kind, small_config, stand_in
 
 TOKENS = 64
 BLOCK = 4
@@ -49,6 +49,7 @@ def _of_each_kind(layers: Sequence[nn.Module]) -> list[int]:
 
 def _of_few_tokens(module: nn.Module) -> nn.Module:
     """A token embedding or an output head, of the first tokens only."""
+    module = dense_twin(module, TOKENS)
     made = copy.copy(module)
     made.__dict__["_parameters"] = {n: None if p is None else nn.Parameter(p[:TOKENS], False) for n, p in module._parameters.items()}
     for size in ("num_embeddings", "out_features"):
