@@ -9,7 +9,7 @@ import trimtab
 from tests import tiny
 from trimtab.forward.attached import Attached
 from trimtab.forward.attention import PagedKV
-from trimtab.forward.batch import Piece, make_batch
+from trimtab.forward.batch import Piece, Way, make_batch
 from trimtab.forward.decode_path import DecodePath
 from trimtab.forward.packs import Mix
 from trimtab.ops import native
@@ -34,8 +34,9 @@ def adapter(base, seed, config):
 
 
 @torch.no_grad()
-def run(base, lean, mix):
-    """Hidden states, keys and values of a prompt for each member and for the base, then of one more token each."""
+def run(base, path, mix, monkeypatch):
+    """Hidden states, keys and values of a prompt for each member and for the base, then of one more token each, on this decode path."""
+    monkeypatch.setattr(Attached, "decode_path", path)
     spec, attached = base.spec, base.attached
     cache = PagedKV(spec.num_layers, 64, 4, spec.num_kv_heads, spec.head_dim, attached.dtype, attached.device)
     found = []
@@ -43,12 +44,12 @@ def run(base, lean, mix):
         ids = [torch.randint(250, (count,), generator=torch.Generator().manual_seed(10 * past + i)) for i in range(len(mix.adapters) + 1)]
         pieces = [Piece(t, i - 1, list(range(4 * i, 4 * i + 4)), past) for i, t in enumerate(ids)]
         batch = make_batch(pieces, mix, device=attached.device, max_positions=spec.max_positions, cache=cache)
-        found.append(lean.forward(batch))
+        found.append(attached.forward(batch))
     return [*found, cache.keys, cache.values]
 
 
 @pytest.mark.parametrize("base", ["llama", "qwen2", "qwen3", "mistral"], indirect=True)
-def test_one_call_equals_a_call_for_each_kernel(base):
+def test_one_call_equals_a_call_for_each_kernel(base, monkeypatch):
     assert isinstance(base.attached, Attached)
     some = trimtab.LoraConfig(r=5, target_modules=("q_proj", "v_proj", "down_proj"))
     every = trimtab.LoraConfig(r=16, target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
@@ -60,10 +61,10 @@ def test_one_call_equals_a_call_for_each_kernel(base):
     one, many = DecodePath(base.attached), DecodePath(base.attached)
     assert one.stack is not None
     many.stack = None
-    got, want, plain = run(base, one, mix), run(base, many, mix), run(base, one, Mix(list(mix.adapters[:0])))
+    got, want, plain = (run(base, path, m, monkeypatch) for path, m in ((one, mix), (many, mix), (one, Mix([]))))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert torch.equal(plain[0], got[0][:9]), "the base's rows do not depend on the adapters beside them"
-    assert mix.tables[one.stack] is not None
+    assert mix.tables[one.stack].unknown == frozenset()
     parts = [got[0][9 * i : 9 * i + 9] for i in range(len(configs))]  # a prefix that is not in the cache does nothing
     assert all(float((part - parts[0]).abs().max()) > 0.1 for part in parts[1:]), "every adapter does something"
 
@@ -74,11 +75,14 @@ def test_one_call_equals_a_call_for_each_kernel(base):
     ids=["dora", "one of two inputs"],
 )
 @pytest.mark.parametrize("base", ["llama"], indirect=True)
-def test_other_edits_are_not_left_out(base, other):
-    """A mix with an edit beside LoRA that the one call does not know runs kernel by kernel."""
-    mix = Mix([adapter(base, 1, trimtab.LoraConfig(r=4)), adapter(base, 2, other)])
+def test_other_edits_cost_their_own_rows(base, other, monkeypatch):
+    """An edit beside LoRA that the one call does not know goes kernel by kernel; LoRA's rows and the base's stay in the one call."""
+    lora, unknown = adapter(base, 1, trimtab.LoraConfig(r=4)), adapter(base, 2, other)
     one, many = DecodePath(base.attached), DecodePath(base.attached)
     many.stack = None
-    got, want = run(base, one, mix), run(base, many, mix)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert mix.tables == {one.stack: None}
+    got, rows = run(base, one, Mix([lora, unknown]), monkeypatch), dict(base.attached.cached_rows)
+    alone, want = run(base, one, Mix([lora]), monkeypatch), run(base, many, Mix([lora, unknown]), monkeypatch)
+    assert rows == {Way.ONE_CALL: 20, Way.LAYER_BY_LAYER: 10, Way.MODEL: 0}
+    for step in range(2):
+        assert torch.equal(got[step][: len(alone[step])], alone[step]), "the base and LoRA as they are without the other"
+        assert float((got[step] - want[step]).norm() / want[step].norm()) < 0.01

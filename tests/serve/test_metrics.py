@@ -43,6 +43,7 @@ STATS = EngineStats(
     steps=70,
     step_errors=0,
     tenant_tokens={"acme": (10, 1), "law": (20, 2)},
+    rows_by_path={"one_call": 900, "layer_by_layer": 80, "model": 7},
 )
 ASKED = Request("r", (1, 2), SamplingParams())
 
@@ -80,6 +81,9 @@ def test_current_values_are_the_engines_at_each_reading() -> None:
         "adapter_budget_bytes": 99999,
         "tenant_prompt_tokens_total,tenant=acme": 10,
         "tenant_generation_tokens_total,tenant=law": 2,
+        "forward_rows_total,path=one_call": 900,
+        "forward_rows_total,path=layer_by_layer": 80,
+        "forward_rows_total,path=model": 7,
     }
     assert {k: found[PREFIX + k] for k in expected} == expected
     now[0] = replace(STATS, running=0, kv_blocks_used=0)
@@ -188,3 +192,5 @@ def test_a_real_engine_tells_what_it_did() -> None:
         "tenant_generation_tokens_total,tenant=law": 5,
     }
     assert {k: found[PREFIX + k] for k in expected} == expected
+    rows = [found[f"{PREFIX}forward_rows_total,path={way}"] for way in ("one_call", "layer_by_layer", "model")]
+    assert sum(rows) == found[PREFIX + "iteration_tokens_total_sum"] == 5 + 2 * 4

@@ -5,8 +5,9 @@ What `hosted.py` runs through the model's own modules runs on the decode path wh
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from threading import local
+from threading import Lock, local
 from typing import Any
 from weakref import ref
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from trimtab.bases.weights.derived import Derived
 from trimtab.forward import rowwise
 from trimtab.forward.attention import KVCache
-from trimtab.forward.batch import Batch
+from trimtab.forward.batch import Batch, Way
 from trimtab.forward.decode_path import DecodePath
 from trimtab.forward.decode_path_check import DecodePathMaker
 from trimtab.forward.hosted import Hosted
@@ -31,12 +32,14 @@ class _Looked(local):
 
 
 class Attached(Hosted):
-    """A base model with hosts and what is derived from its weights."""
+    """A base model with hosts and what is derived from its weights. cached_rows: rows that have run each way, in forwards with a cache."""
 
     def __init__(self, model: Any, *, fast: bool = True):
         super().__init__(model, fast=fast)
         self._decode_path = Derived(self.weights, DecodePathMaker(self))
         self._looked = _Looked()
+        self.cached_rows: Counter[str] = Counter(dict.fromkeys(Way, 0))
+        self._counting = Lock()
 
     def compile(self, wanted: bool) -> str:
         """Compile the row-wise parts of the layers, or go back to those that are not; returns in words what runs. ConfigError where
@@ -71,27 +74,52 @@ class Attached(Hosted):
         self._decode_path.drop()
 
     def forward(self, batch: Batch) -> Tensor:
-        """Hidden states after the final norm, [T, H]. Gradients reach whatever the packs were made of."""
+        """Hidden states after the final norm, [T, H]. Gradients reach whatever the packs were made of.
+
+        With a cache, members run in different ways where their edits ask for it (`DecodePath.ways`): each way's rows are a forward of their
+        own, and results stand in the batch's order."""
         path = self._decode_path_for(batch)
-        batch.head = None if path is None else path.head
-        return self.forward_plain(batch) if path is None else path.forward(batch)
+        ways = {Way.MODEL: batch.members} if path is None else path.ways(batch)
+        if path is not None:
+            batch.head, batch.own_head = path.head, ways.get(Way.MODEL, frozenset())
+        if len(ways) == 1:
+            return self._run(path, next(iter(ways)), batch)
+        hidden_TH = torch.empty(batch.total, self.spec.hidden_size, dtype=self.dtype, device=self.device)
+        for way, members in ways.items():
+            index = batch.index(members)
+            hidden_TH[index] = self._run(path, way, batch.part(index))
+        return hidden_TH
+
+    def _run(self, path: DecodePath | None, way: Way, batch: Batch) -> Tensor:
+        if batch.plan.cache is not None:
+            with self._counting:
+                self.cached_rows[way] += batch.total
+        return self.forward_plain(batch) if path is None or way is Way.MODEL else path.forward(batch)
 
     def _decode_path_for(self, batch: Batch) -> DecodePath | None:
-        """The decode path, where it takes this batch."""
+        """The decode path, where there is one and the batch is one of inference with a cache."""
         cache = batch.plan.cache
         if cache is None or torch.is_grad_enabled():
             return None
         if self._looked.cache() is not cache:  # a new computation
             self.weights.look()
             self._looked.cache = ref(cache)
-        path = self.decode_path
-        return path if path is not None and path.takes(batch) else None
+        return self.decode_path
 
     def head(self, hidden_RH: Tensor, batch: Batch, index: Sequence[int]) -> Tensor:
         """Logits [R, V] of rows `index` (ascending) of a batch, given their hidden states; edits of the head included."""
-        edited = self.spec.head in batch.mix.groups
-        if not edited and batch.head is not None:
-            return batch.head(hidden_RH)
-        logits = self.head_plain(hidden_RH, batch.subset(index) if edited else batch)
-        cap = self.spec.final_softcap
+        own = batch.own_head | {m for group in batch.mix.groups.get(self.spec.head, ()) for m in group.members}
+        if batch.members.isdisjoint(own):
+            return self._own_head(hidden_RH, batch) if batch.head is None else batch.head(hidden_RH)
+        asked = batch.subset(index)
+        mine, others = asked.index(own), asked.index(batch.members - own)
+        if batch.head is None or not others:
+            return self._own_head(hidden_RH, asked)
+        logits_RV = batch.head(hidden_RH)
+        if mine:
+            logits_RV[mine] = self._own_head(hidden_RH[mine], asked.subset(mine))
+        return logits_RV
+
+    def _own_head(self, hidden_RH: Tensor, batch: Batch) -> Tensor:
+        logits, cap = self.head_plain(hidden_RH, batch), self.spec.final_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap

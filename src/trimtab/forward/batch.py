@@ -8,8 +8,10 @@ values).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,10 +38,18 @@ class Piece:
     past: int = 0
 
 
+class Way(StrEnum):
+    """How rows run: with all layers in one native call, layer by layer on the decode path, or through the model's own modules."""
+
+    ONE_CALL = "one_call"
+    LAYER_BY_LAYER = "layer_by_layer"
+    MODEL = "model"
+
+
 @dataclass
 class Batch:
     """Flat rows, ready to run. where[i]: (start, stop) of the i-th piece's rows. spans: the members' runs of rows. embeds: rows that are
-    not tokens. head: the output head of the forward that ran it, where that was not the model's own."""
+    not tokens. head: the output head of the forward that ran it, where that was not the model's own; it is not for rows of `own_head`."""
 
     mix: Mix
     ids_T: Tensor
@@ -49,6 +59,7 @@ class Batch:
     where: list[tuple[int, int]]
     embeds: list[tuple[int, int, Tensor]]
     head: Callable[[Tensor], Tensor] | None = None
+    own_head: frozenset[int] = frozenset()
     _rows: dict[tuple[int, ...], Rows | None] = field(default_factory=dict)
 
     @property
@@ -61,12 +72,44 @@ class Batch:
             self._rows[members] = make_rows(self.spans, members, self.total, self.ids_T.device)
         return self._rows[members]
 
+    @cached_property
+    def members(self) -> frozenset[int]:
+        """The members that have rows, BASE among them."""
+        base = sum(s.stop - s.start for s in self.spans) < self.total
+        return frozenset(s.slot for s in self.spans) | ({BASE} if base else set())
+
+    @cached_property
+    def member_T(self) -> list[int]:
+        """The member of each row."""
+        member_T = [BASE] * self.total
+        for s in self.spans:
+            member_T[s.start : s.stop] = [s.slot] * (s.stop - s.start)
+        return member_T
+
+    def index(self, members: Collection[int]) -> list[int]:
+        """The rows of these members, ascending."""
+        return [i for i, member in enumerate(self.member_T) if member in members]
+
     def subset(self, index: Sequence[int]) -> Batch:
         """The same members over a selection of rows, ascending: what the output head sees. Nothing but spans is carried over."""
         cut = [(bisect_left(index, s.start), bisect_left(index, s.stop), s) for s in self.spans]
         spans = [Span(a, b, s.slot, s.seed) for a, b, s in cut if b > a]
         ids = self.ids_T.new_zeros(len(index))
         return Batch(self.mix, ids, ids, self.plan, spans, [], [])
+
+    def part(self, index: Sequence[int]) -> Batch:
+        """Whole sequences of a batch with a cache, by their rows, as a batch of their own: they read nothing of the others."""
+        plan, chosen, at = self.plan, set(index), 0
+        assert plan.cache is not None and plan.write_T is not None and not self.embeds
+        kept = [(run, place) for run, place in zip(plan.runs, plan.places, strict=True) if run.start in chosen]
+        runs = []
+        for run, _ in kept:
+            runs.append(replace(run, start=at, stop=at + run.queries))
+            at += run.queries
+        assert at == len(index)
+        rows_T = torch.tensor(index, device=plan.device)
+        own = AttentionPlan(runs, plan.device, cache=plan.cache, places=[place for _, place in kept], write_T=plan.write_T[rows_T])
+        return replace(self.subset(index), ids_T=self.ids_T[rows_T], position_T=self.position_T[rows_T], plan=own)
 
 
 def make_rows(spans: Sequence[Span], members: tuple[int, ...], total: int, device: torch.device) -> Rows | None:

@@ -11,10 +11,10 @@ own forward. If the two differ, the model keeps its own. The projections' weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from torch import Tensor
 from trimtab import ops
 from trimtab.bases.weights import Weight, norm_weight
 from trimtab.forward.attention import AttentionPlan, KVCache, PagedKV, Run, lay_out, over_buckets
-from trimtab.forward.batch import Batch
+from trimtab.forward.batch import BASE, Batch, Way
 from trimtab.forward.hosted import Hosted
-from trimtab.forward.packs import Group, Mix
+from trimtab.forward.packs import Group, Mix, StackEdits
 from trimtab.memory import machine_memory
 from trimtab.ops import native, native_inference
 from trimtab.ops.stack import Edit, EditTable, LayerWeights, Stack
@@ -39,7 +39,6 @@ MEMORY_SHARE = 0.25
 """Weights are copied into the matmul's layout where that takes at most this share of all memory. Not of what is free: a copy's results
 differ from the original's by rounding, and the same run on the same machine must give the same numbers."""
 
-T = TypeVar("T")
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -56,7 +55,7 @@ class Paging:
 
 
 class DecodePath:
-    """The decode path of one model. `takes` says whether it computes a batch; `forward` does."""
+    """The decode path of one model. `ways` says which members of a batch it computes, and how; `forward` does."""
 
     def __init__(self, hosted: Hosted, packs: bool | None = None):
         """packs: whether weights are copied into the matmul's layout; None: where the machine is large enough."""
@@ -64,48 +63,74 @@ class DecodePath:
         self.heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
         packs = packs_weights(hosted) if packs is None else packs
         self.layers = [_Layer(hosted, i, layer, packs) for i, layer in enumerate(body.layers)]
-        self.sites = frozenset(name for layer in self.layers for name in layer.sites) | {spec.head}
+        self.norm_name = f"{spec.body}.norm"
+        inside = [name for layer in self.layers for name in (*layer.sites, *layer.norm_names)]
+        self.sites = frozenset([*inside, self.norm_name, spec.embedding, spec.head])
         self.norm, self.eps = norm_weight(body.norm), body.norm.variance_epsilon
         self.head = _linear([hosted.head_weight], [hosted.head_module.bias], packs)[0]
         self.stack = _stack(self.layers, self.heads, self.norm, self.eps)
 
-    def takes(self, batch: Batch) -> bool:
-        """Whether all that this batch asks for is computed here: a cache, no embedded prefix rows, edits at the layers' modules only."""
-        return batch.plan.cache is not None and not batch.embeds and not batch.plan.capture and batch.mix.groups.keys() <= self.sites
+    def ways(self, batch: Batch) -> dict[Way, frozenset[int]]:
+        """The members of a batch with a cache, by how their rows run. What an adapter asks for is no other one's matter: one with edits at
+        modules that are looked at nowhere here runs through the model's own, and one with edits that the one call does not know goes
+        layer by layer. Where many rows or a long prompt go layer by layer, the others go with them: a matmul of their own would read
+        all weights once more."""
+        sites = batch.mix.groups.keys() - self.sites
+        beyond = batch.members & {m for site in sites for group in batch.mix.groups[site] for m in group.members}
+        here = batch.members - beyond
+        slow = here
+        if self.stack is not None and not self._many(batch, here):
+            slow = here & self._edits(self.stack, batch.mix).unknown if here != {BASE} else frozenset()
+        found = {Way.ONE_CALL: here - slow, Way.LAYER_BY_LAYER: slow, Way.MODEL: beyond}
+        return {way: members for way, members in found.items() if members}
+
+    def _many(self, batch: Batch, members: frozenset[int]) -> bool:
+        """Whether these members bring too many rows for the one call, or one of them does, or one sequence."""
+        rows, runs = batch.rows(batch.mix.members), batch.plan.runs
+        long = {s.slot for s in rows.by_row[1]} if rows else set[int]()
+        long |= {batch.member_T[r.start] for r in runs if r.queries >= LONG}
+        total = batch.total if members == batch.members else len(batch.index(members))
+        return total > FEW_ROWS or not members.isdisjoint(long)
+
+    def _edits(self, stack: Stack, mix: Mix) -> StackEdits:
+        """What the one call can do of a mix."""
+        if stack not in mix.tables:
+            mix.tables[stack] = _stack_edits(self, mix)
+        return mix.tables[stack]
 
     def forward(self, batch: Batch) -> Tensor:
-        """Hidden states after the final norm, [T, H]; keys and values go into the batch's cache."""
+        """Hidden states after the final norm, [T, H], of a batch whose `ways` are one; keys and values go into the batch's cache."""
+        (way,) = self.ways(batch)
+        assert way is not Way.MODEL
         cache, plan = batch.plan.cache, batch.plan
         assert cache is not None and plan.write_T is not None
-        x_TH = self.hosted.embedding(batch.ids_T[None])[0].contiguous()
+        x_TH = self.hosted.embed(batch).contiguous()
         cos_TD, sin_TD = (p[0].contiguous() for p in self.hosted.body.rotary_emb(x_TH[None], position_ids=batch.position_T[None]))
         paging, long = _paging(plan, cache)
-        if self.stack is not None and len(x_TH) <= FEW_ROWS and not long:
-            edits = self._edits(self.stack, batch)
-            if edits is not None:
-                return self.stack(x_TH, (cos_TD, sin_TD), (cache.keys, cache.values), plan.write_T, paging, *edits)
+        if way is Way.ONE_CALL:
+            assert self.stack is not None
+            edited = batch.rows(batch.mix.members)
+            edits = (None, None) if edited is None else (edited.by_row[0], self._edits(self.stack, batch.mix).table)
+            return self.stack(x_TH, (cos_TD, sin_TD), (cache.keys, cache.values), plan.write_T, paging, *edits)
         y_TH: Tensor | None = None
         for layer in self.layers:
-            h_TH = native_inference.add_rms_norm(x_TH, y_TH, layer.input_norm, self.eps)
+            h_TH = self._normed(layer.norm_names[0], x_TH, y_TH, layer.input_norm, batch)
             qkv_T = layer.qkv(h_TH, batch)
             pools = cache.keys[layer.index], cache.values[layer.index]
             native_inference.rotate_and_write(qkv_T, self.heads, cos_TD, sin_TD, layer.head_norms, self.eps, pools, plan.write_T)
             a_TH = native_inference.attend(qkv_T, self.heads, pools, paging, layer.scaling, layer.window)
             for rows, layout in long:
                 self._attend_long(a_TH, qkv_T, pools, rows, layout, layer)
-            h_TH = native_inference.add_rms_norm(x_TH, layer.o(a_TH, batch), layer.mlp_norm, self.eps)
+            h_TH = self._normed(layer.norm_names[1], x_TH, layer.o(a_TH, batch), layer.mlp_norm, batch)
             y_TH = layer.mlp(h_TH, batch)
-        return native_inference.add_rms_norm(x_TH, y_TH, self.norm, self.eps)
+        return self._normed(self.norm_name, x_TH, y_TH, self.norm, batch)
 
-    def _edits(self, stack: Stack, batch: Batch) -> tuple[Tensor | None, EditTable | None] | None:
-        """Each row's adapter and what all of them do, where the one call knows all that edits this batch; else None."""
-        rows = batch.rows(batch.mix.members)
-        if rows is None:
-            return None, None
-        if stack not in batch.mix.tables:
-            batch.mix.tables[stack] = _edit_table(self.layers, batch.mix)
-        table, (slot_T, long) = batch.mix.tables[stack], rows.by_row
-        return None if table is None or long else (slot_T, table)
+    def _normed(self, name: str, x_TH: Tensor, y_TH: Tensor | None, weight_H: Tensor, batch: Batch) -> Tensor:
+        """x += y in place; the norm of x, with the batch's edits of this norm."""
+        h_TH = native_inference.add_rms_norm(x_TH, y_TH, weight_H, self.eps)
+        if name not in batch.mix.groups:
+            return h_TH
+        return self.hosted.edited(name, x_TH, batch, _known(x_TH, h_TH, partial(ops.rms_norm, weight_H=weight_H, eps=self.eps)))
 
     def _attend_long(self, a_TH: Tensor, qkv_T: Tensor, pools: tuple[Tensor, Tensor], rows: slice, layout: Any, layer: _Layer) -> None:
         H, _, D = self.heads
@@ -141,10 +166,16 @@ def _paging(plan: AttentionPlan, cache: KVCache) -> tuple[Paging, list[tuple[sli
     return Paging(sequence_T, length_T, table_SB, cache.capacity, max(1, int(length.max(initial=0)))), long
 
 
-def _edit_table(layers: Sequence[_Layer], mix: Mix) -> EditTable | None:
-    """The mix's edits at every place; None where one is of another kind."""
-    places = _all_of([place for layer in layers for place in layer.edits(mix)])
-    return None if places is None else EditTable(places)
+def _stack_edits(path: DecodePath, mix: Mix) -> StackEdits:
+    """The mix's edits at every place, and who has one of another kind, or at another place."""
+    places, known = list[list[Edit]](), set[tuple[str, int]]()
+    for layer in path.layers:
+        for edits, done in layer.edits(mix):
+            places.append(edits)
+            known |= done
+    known |= {(path.hosted.spec.head, m) for m in mix.members}  # which comes after the call
+    unknown = {m for site, groups in mix.groups.items() for group in groups for m in group.members if (site, m) not in known}
+    return StackEdits(EditTable(places), frozenset(unknown))
 
 
 def _edit(group: Group, first: int, width: int, slots: int, *, own_input: bool) -> Edit | None:
@@ -183,55 +214,59 @@ class _Projection:
         self.parts = list(zip([0, *stops[:-1]], stops, strict=True))
 
     def __call__(self, x_TI: Tensor, batch: Batch) -> Tensor:
-        groups: Mapping[str, Any] = batch.mix.groups
-        if not any(name in groups for name in self.names):
-            return self.plain(x_TI)
-        lora = self.lora_parts(batch.mix) if all(g.kernel is ops.lora for n in self.names for g in groups.get(n, ())) else None
-        if len(self.names) == 1 and not lora:
-            return self.hosted.edited(self.names[0], x_TI, batch, self.plain)
-        y_TO = self.plain(x_TI)
-        if not lora or not self._add_lora(x_TI, y_TO, batch, lora):
+        here = {n: [g for g in batch.mix.groups.get(n, ()) if batch.rows(g.members) is not None] for n in self.names}
+        lora = self._joined(x_TI, batch, [g for groups in here.values() for g in groups])
+        if lora is not None:  # it touches rows that nothing else touches here, and goes after what may compute these again
+            here = {n: [g for g in groups if g.kernel is not ops.lora] for n, groups in here.items()}
+        if len(self.names) == 1 and here[self.names[0]]:
+            y_TO = self.hosted.edited(self.names[0], x_TI, batch, self.plain, here[self.names[0]])
+        else:
+            y_TO = self.plain(x_TI)
             for name, weight, bias, (a, b) in zip(self.names, self.weights, self.biases, self.parts, strict=True):
-                if name in groups:
+                if here[name]:
                     part = y_TO[:, a:b]
-                    edited = self.hosted.edited(name, x_TI, batch, _known(x_TI, part, partial(weight.matmul, bias_O=bias)))
+                    edited = self.hosted.edited(name, x_TI, batch, _known(x_TI, part, partial(weight.matmul, bias_O=bias)), here[name])
                     if edited.data_ptr() != part.data_ptr():
                         part.copy_(edited)
+        if lora is not None:
+            lora(y_TO)
         return y_TO
 
     def lora_parts(self, mix: Mix) -> native_inference.LoraParts | None:
         """The mix's factors of LoRA at all of these modules."""
         return mix.lora_parts(self.names, [a for a, _ in self.parts], ops.lora)
 
-    def edits(self, mix: Mix) -> list[Edit] | None:
-        """What the mix does at these modules; None where the one call cannot."""
+    def edits(self, mix: Mix) -> tuple[list[Edit], set[tuple[str, int]]]:
+        """What the one call can do of the mix at these modules, and whose edits at which module these are."""
         lora, outputs = self.lora_parts(mix), self.parts[-1][1]
-        found: list[Edit | None] = [Edit("lora", 0, outputs, lora)] if lora else []
+        found, done = [Edit("lora", 0, outputs, lora)] if lora else [], set[tuple[str, int]]()
         for name, (a, b) in zip(self.names, self.parts, strict=True):
-            others = [g for g in mix.groups.get(name, ()) if g.kernel is not ops.lora]
-            found += [_edit(g, a, b - a, len(mix.adapters), own_input=len(self.names) == 1) for g in others]
-        return _all_of(found)
+            for group in mix.groups.get(name, ()):
+                edit = _edit(group, a, b - a, len(mix.adapters), own_input=len(self.names) == 1)
+                found += [edit] if edit else []
+                done |= {(name, m) for m in group.members if edit or group.kernel is ops.lora}
+        return found, done
 
-    def _add_lora(self, x_TI: Tensor, y_TO: Tensor, batch: Batch, parts: native_inference.LoraParts) -> bool:
-        """Add LoRA at all of these modules in one pass over the rows; False where some run of them is better off as matmuls."""
-        rows = batch.rows(batch.mix.members)
-        if rows is None:
-            return True
+    def _joined(self, x_TI: Tensor, batch: Batch, groups: Sequence[Group]) -> Callable[[Tensor], None] | None:
+        """Adds LoRA at all of these modules in one pass over the rows; None where there is none, or a run of rows is better off as
+        matmuls."""
+        members = {m for g in groups if g.kernel is ops.lora for m in g.members}
+        rows, parts = batch.rows(batch.mix.members), self.lora_parts(batch.mix) if members else None
+        if rows is None or parts is None:
+            return None
         slot_T, long = rows.by_row
+        long = tuple(span for span in long if span.slot in members)
         if long and not native_inference.runs_on_tiles(x_TI):
-            return False
-        if slot_T is not None:
-            native_inference.lora(x_TI, y_TO, slot_T, parts)
-        for span in long:
-            slots = torch.full((span.stop - span.start,), span.slot, dtype=torch.int32)
-            native_inference.lora(x_TI[span.start : span.stop], y_TO[span.start : span.stop], slots, parts)
-        return True
+            return None
 
+        def add(y_TO: Tensor) -> None:
+            if slot_T is not None:
+                native_inference.lora(x_TI, y_TO, slot_T, parts)
+            for span in long:
+                slots = torch.full((span.stop - span.start,), span.slot, dtype=torch.int32)
+                native_inference.lora(x_TI[span.start : span.stop], y_TO[span.start : span.stop], slots, parts)
 
-def _all_of(found: Sequence[T | None]) -> list[T] | None:
-    """All, or None where one is None."""
-    known = [f for f in found if f is not None]
-    return known if len(known) == len(found) else None
+        return add
 
 
 def _known(x_TI: Tensor, y_TO: Tensor, linear: Linear) -> Linear:
@@ -266,6 +301,7 @@ class _Layer:
         at = found.name
         self.hosted, self.index, self.scaling = hosted, index, attn.scaling
         self.window = found.window
+        self.norm_names = (f"{at}.input_layernorm", f"{at}.post_attention_layernorm")
         self.input_norm, self.mlp_norm = norm_weight(layer.input_layernorm), norm_weight(layer.post_attention_layernorm)
         self.head_norms = (norm_weight(attn.q_norm), norm_weight(attn.k_norm)) if hasattr(attn, "q_norm") else None
         self.mlp_name = f"{at}.mlp"
@@ -276,11 +312,13 @@ class _Layer:
         self.projections = (self.qkv, self.o, self.gate_up, self.down)
         self.sites = [n for p in self.projections for n in p.names] + [self.mlp_name]
 
-    def edits(self, mix: Mix) -> list[list[Edit] | None]:
-        """What the mix does at each place; None where the one call cannot."""
-        width = self.down.parts[-1][1]
-        around_mlp = [_edit(g, 0, width, len(mix.adapters), own_input=True) for g in mix.groups.get(self.mlp_name, ())]
-        return [*(p.edits(mix) for p in self.projections), _all_of(around_mlp)]
+    def edits(self, mix: Mix) -> Iterator[tuple[list[Edit], set[tuple[str, int]]]]:
+        """What the one call can do of the mix at each place, and whose edits at which module these are."""
+        for projection in self.projections:
+            yield projection.edits(mix)
+        width, around_mlp = self.down.parts[-1][1], mix.groups.get(self.mlp_name, ())
+        each = [(g, _edit(g, 0, width, len(mix.adapters), own_input=True)) for g in around_mlp]
+        yield [e for _, e in each if e], {(self.mlp_name, m) for g, e in each if e for m in g.members}
 
     def mlp(self, h_TH: Tensor, batch: Batch) -> Tensor:
         inside = lambda x: self.down(native_inference.swiglu(self.gate_up(x, batch)), batch)  # noqa: E731

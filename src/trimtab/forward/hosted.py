@@ -9,7 +9,7 @@ it elsewhere, with the thread that calls them (`AtHand`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
@@ -22,6 +22,7 @@ from trimtab.bases.weights.derived import Weights
 from trimtab.forward import attention, rowwise
 from trimtab.forward.batch import Batch
 from trimtab.forward.hosts import AtHand, Host
+from trimtab.forward.packs import Group
 from trimtab.forward.replica import ours
 
 
@@ -62,16 +63,24 @@ class Hosted:
                 module.forward = self._hosts[name]
             return self._hosts[name]
 
-    def edited(self, name: str, x_TI: Tensor, batch: Batch, original: Callable[[Tensor], Tensor]) -> Tensor:
-        """A module with the batch's edits around it, on flat rows; original: how to run the module itself."""
-        return self.host(name).edited(x_TI, batch, original)
+    def edited(
+        self, name: str, x_TI: Tensor, batch: Batch, original: Callable[[Tensor], Tensor], groups: Sequence[Group] | None = None
+    ) -> Tensor:
+        """A module with the batch's edits around it (see `Host.edited`)."""
+        return self.host(name).edited(x_TI, batch, original, groups)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """The embeddings of a batch's tokens, [T, H]."""
+        with self._at_hand.running(batch):
+            x_TH: Tensor = self.embedding(batch.ids_T[None])[0]
+        return x_TH
 
     def forward_plain(self, batch: Batch) -> Tensor:
         """Hidden states after the final norm, [T, H], through the model's own modules, whatever the batch."""
+        x_TH = self.embed(batch)
+        for start, stop, embeds_NH in batch.embeds:
+            x_TH = torch.cat([x_TH[:start], embeds_NH.to(x_TH.dtype), x_TH[stop:]])
         with self._at_hand.running(batch):
-            x_TH = self.embedding(batch.ids_T[None])[0]
-            for start, stop, embeds_NH in batch.embeds:
-                x_TH = torch.cat([x_TH[:start], embeds_NH.to(x_TH.dtype), x_TH[stop:]])
             out = self.body(inputs_embeds=x_TH[None], position_ids=batch.position_T[None], use_cache=False, trimtab_batch=batch)
         return out.last_hidden_state[0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -15,6 +15,7 @@ from torch import Tensor
 from trimtab.bases.weights import Weight
 from trimtab.errors import BaseError
 from trimtab.forward.batch import Batch
+from trimtab.forward.packs import Group
 
 
 class AtHand(local):
@@ -100,10 +101,11 @@ class Host:
             )
         return self.original
 
-    def edited(self, x_TI: Tensor, batch: Batch, original: Callable[[Tensor], Tensor]) -> Tensor:
-        """The module on flat rows with the edits of the batch around it; original: how to run the module itself."""
+    def edited(self, x_TI: Tensor, batch: Batch, original: Callable[[Tensor], Tensor], groups: Sequence[Group] | None = None) -> Tensor:
+        """The module on flat rows with the edits of the batch around it, or with those of some groups. original: how to run the module
+        itself."""
         around = Around(self.module, self.matrix, self.index, original, original)
-        for group in batch.mix.groups[self.name]:
+        for group in batch.mix.groups[self.name] if groups is None else groups:
             rows = batch.rows(group.members)
             if rows is not None:
                 call = partial(group.kernel, base=around, packs=group.packs, rows=rows)

@@ -120,6 +120,14 @@ class Group:
     members: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class StackEdits:
+    """What one native call of all layers can do of a mix, and the members that have edits which it does not know."""
+
+    table: EditTable
+    unknown: frozenset[int]
+
+
 @dataclass
 class Mix:
     """The adapters of a batch, as they were packed. Member i is `adapters[i]`; rows of the base belong to no member (-1)."""
@@ -127,7 +135,7 @@ class Mix:
     adapters: Sequence[PackedAdapter]
     groups: dict[str, list[Group]] = field(init=False)
     joined: dict[tuple[str, ...], native_inference.LoraParts | None] = field(init=False, default_factory=dict)
-    tables: WeakKeyDictionary[Stack, EditTable | None] = field(init=False, default_factory=WeakKeyDictionary)  # of layers that have run it
+    tables: WeakKeyDictionary[Stack, StackEdits] = field(init=False, default_factory=WeakKeyDictionary)  # of layers that have run it
 
     def __post_init__(self) -> None:
         found: dict[str, dict[Kernel, list[int]]] = {}

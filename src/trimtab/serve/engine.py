@@ -167,6 +167,7 @@ class Engine:
             steps=self._step.count,
             step_errors=self._step.errors,
             tenant_tokens=dict(self._tokens.by_tenant),
+            rows_by_path=dict(self.base.attached.cached_rows),
         )
 
     # ---- who drives it ----

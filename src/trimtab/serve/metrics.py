@@ -123,6 +123,7 @@ class Metrics:
         yield self._counter("generation_tokens", "New tokens.", s.generation_tokens)
         yield self._counter("engine_steps", "Forwards of the engine.", s.steps)
         yield self._counter("engine_step_errors", "Steps that failed.", s.step_errors)
+        yield self._labelled("forward_rows", "Token rows of forwards, by the path that they ran.", "path", s.rows_by_path)
         yield self._labelled("request_success", "Requests that ended, by how.", "finished_reason", self._finished)
         yield from self._read_adapters(s)
         yield from self._read_tenants(s.tenant_tokens)

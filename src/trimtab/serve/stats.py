@@ -22,7 +22,8 @@ class StepFacts:
 @dataclass(frozen=True)
 class EngineStats:
     """Where everything stands, and counts since the start. waiting: those that wait for a place or were preempted. tenant_tokens: tenant ->
-    (prompt tokens, new tokens) of the requests that have begun."""
+    (prompt tokens, new tokens) of the requests that have begun. rows_by_path: how many rows have run in each of the forward's ways
+    (`forward.batch.Way`)."""
 
     running: int
     waiting: int
@@ -47,6 +48,7 @@ class EngineStats:
     steps: int
     step_errors: int
     tenant_tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rows_by_path: dict[str, int] = field(default_factory=dict)
 
 
 class TokenCounts:
