@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 
@@ -16,6 +17,23 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_they_build_and_load_here():
     library, why = native.load()
     assert library is not None, why
+
+
+def test_what_is_built_under_an_open_umask_is_loaded(tmp_path, monkeypatch):
+    """Ubuntu gives its users umask 002, under which compilers write files that the user's group may change."""
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2"; shift; done\n')
+    compiler.chmod(0o755)
+    before = os.umask(0o002)
+    try:
+        built = native._built(str(compiler))
+    finally:
+        os.umask(before)
+    assert built.parent == tmp_path / "native" and not built.stat().st_mode & 0o022
+    built.chmod(0o775)
+    with pytest.raises(OSError, match="others may write it"):
+        native._built(str(compiler))
 
 
 @pytest.mark.slow

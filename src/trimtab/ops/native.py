@@ -125,6 +125,7 @@ def _built(compiler: str) -> Path:
             made = Path(work) / "native.so"
             command = [compiler, *FLAGS, "-o", str(made), *(str(f) for f in files if f.suffix == ".cpp")]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+            made.chmod(0o755)  # with a umask of 002 its group could write it, and it would not be loaded
             sync(made)
             take_name(made, target)
     status = target.stat()
