@@ -1,7 +1,7 @@
-"""Charts as inline SVG, drawn from numbers. Knows nothing of runs: curves and points go in, escaped markup comes out.
+"""Charts as inline SVG, drawn from numbers. Runs are not known here: curves and points go in, escaped markup comes out.
 
-Colours and fonts are CSS classes of the page (`c0` … `c7`), so that they follow light and dark. Series number n has colour n mod 8, dash
-n mod 4, marker n mod 7: two series are told apart without colour, and 56 series are all different.
+Colours and fonts are CSS classes of the page (`c0` … `c7`), so that they follow light and dark mode. Series number n has colour n mod 8,
+dash n mod 4 and marker n mod 7. So two series can be told apart without colour, and 56 series all differ.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Checkpoints: all that the rest of a run depends on, so that it goes on bit-exactly after a kill, a full disk or a power cut.
+"""Checkpoints: everything that the rest of a run depends on, so that it continues bit-exactly after a kill, a full disk or a power cut.
 
     out/checkpoints/step-00000123/
       <variant>.safetensors      adapter, optimizer and best tensors, by `Variant.state`'s names
-      state.json                 where the run stood, what run it is, each variant's progress and place in its rows
+      state.json                 where the run stood, what run it is, each variant's progress and position in its rows
       manifest.json              sha256 and size of each file above; written last
 
-A folder is written under another name, every file of it is fsynced, it takes its name, its parent is fsynced; only then do older ones go.
-So under a step's name there is a whole checkpoint, and whatever befalls it afterwards is found out by its manifest.
+A folder is written under another name, every file of it is fsynced, it gets its name, and its parent is fsynced. Only then are older ones
+removed. So a folder with a step's name is a complete checkpoint, and later damage is found by its manifest.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Moment:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that has verified. identity: what run it is of (`train.resume.identity`). rejected: newer ones, each with what is wrong with
-    it."""
+    """A checkpoint that has verified. identity: what run it is of (`train.resume.identity`). rejected: newer ones, each with what is wrong
+    with it."""
 
     path: Path
     moment: Moment
@@ -101,7 +101,7 @@ def newest_checkpoint(out: Path) -> Checkpoint | None:
 
 
 def restore_variants(checkpoint: Checkpoint, variants: Sequence[Variant]) -> None:
-    """Bring fresh variants to where the checkpoint's stood."""
+    """Bring newly made variants to the state of the checkpoint's."""
     for v in variants:
         facts = checkpoint.variants[v.name]
         v.restore(load_file(checkpoint.path / f"{v.name}.safetensors"))

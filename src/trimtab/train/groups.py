@@ -1,4 +1,4 @@
-"""Which trials of a sweep train together: as many as fit the memory, by an estimate from shapes."""
+"""Which trials of a sweep train together: as many as fit into memory, by an estimate from shapes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): of variants that train together, the worst end at every rung, so that
-the rest of the time goes to those that promise most.
+the remaining time goes to the better ones.
 
-A decision is a variant's `progress.finished_early`, which checkpoints hold; a run that resumes from one makes the rest of them again.
+A decision is stored in the variant's `progress.finished_early`, which checkpoints have. A resumed run makes the later ones again.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Halving(BaseModel):
 
 
 def end_worst(halving: Halving, validated: Iterable[Variant]) -> list[Variant]:
-    """End the worst of the variants that have just been validated, where the step is a rung; returns them, best first.
+    """End the worst of the variants that have just been validated, if the step is a rung; returns them, best first.
 
-    All live variants of a run stand at the same step. They are ranked by this validation, not by the best so far; where two are equal, the
-    one with the lower loss goes on, and of those the one that comes first in the run. What is not finite is the worst.
+    All remaining variants of a run are at the same step. They are ranked by this validation, not by the best so far. If two are equal, the
+    one with the lower loss goes on; if that is equal too, the one that comes first in the run. A value that is not finite is the worst.
     """
     live = sorted((v for v in validated if v.live and v.progress.step % halving.every == 0), key=_badness)
     stay = max(1, math.floor(halving.keep * len(live) + 1e-9))  # 0.29 · 100 is a little below 29

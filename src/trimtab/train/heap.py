@@ -1,13 +1,12 @@
-"""The process's memory between steps: kept for the next one, given back where it is only scattered.
+"""The process's memory between steps: kept for the next step, and returned to the system if it is only fragmented.
 
-A step frees what it allocated, and the next one asks for as much. glibc by itself hands a free end of its heap back to the system after
-every step, and each page of it costs a fault when it comes again: a sixth of the speed. But batches differ in shape, and what they free
-in pieces the next one cannot always use: six LoRAs in one run were seen to grow from 2 to 5 GB, of which 1.2 were in use. So the heap keeps
-what steps need, and gives all back where it has grown well beyond that.
+A step frees what it allocated, and the next one allocates as much again. By default glibc returns the free end of its heap to the system
+after every step, and each page then costs a fault when it is used again: a sixth of the speed. But batches differ in shape, and the next
+one cannot use every free piece. Six LoRAs in one run were seen to grow from 2 to 5 GB, of which 1.2 were in use. So the heap keeps what
+steps need, and returns everything when it has grown well beyond that.
 
-Where memory counts more than time (activation checkpointing) that is the wrong bargain: each layer leaves something among what it frees,
-and glibc fills such gaps badly, so that the heap grew by 2 GB for 0.25 in use. There, all that is large is mapped by itself, at the price
-of those faults.
+With activation checkpointing memory matters more than time. Each layer leaves something in between the pieces that it frees, and glibc
+fills such gaps badly: the heap grew by 2 GB for 0.25 in use. So there every large block is mapped by itself, which costs the faults.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ LARGEST_BLOCK, LARGEST_SPARED = 2**25, 2**20
 
 
 class Heap:
-    """Watches the process between joint steps. sparing: memory counts more than time. Does nothing where there is no glibc."""
+    """Watches the process between joint steps. sparing: memory matters more than time. It does nothing without glibc."""
 
     def __init__(self, sparing: bool = False) -> None:
         self.trim = _keep_what_is_freed(LARGEST_SPARED if sparing else LARGEST_BLOCK)

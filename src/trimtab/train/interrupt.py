@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 
 class Interrupted(BaseException):
-    """A run has ended before its end. signum: the signal that asked for it; the exit code is 128 more, as shells have it.
+    """A run has been ended early. signum: the signal that asked for it; the exit code is 128 more, as in shells.
 
-    No Exception, for the reason that KeyboardInterrupt is none: it is raised wherever the signal comes, inside a library too, and code that
-    expects a library's errors must not take it for one.
+    It is no subclass of Exception, for the same reason as KeyboardInterrupt: it is raised wherever the signal arrives, inside a library
+    too, and code that catches a library's errors must not catch it.
     """
 
     def __init__(self, signum: int, where: str = ""):
@@ -19,8 +19,8 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """A wish to end a run, handed to `train`. `ask` may be called from a signal handler: while steps run it is only noted, for the loop to
-    act on between two steps; at any other time it raises Interrupted there and then."""
+    """A request to end a run, handed to `train`. `ask` may be called from a signal handler. While steps run, the request is only noted, and
+    the loop acts on it between two steps. At any other time it raises Interrupted at once."""
 
     def __init__(self) -> None:
         self.signum = 0
@@ -33,12 +33,12 @@ class Stop:
 
     @property
     def stepping(self) -> bool:
-        """Whether a wish is acted on after the step."""
+        """Whether a request is acted on after the step."""
         return self._stepping
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While steps run. A wish that came too late for the last of them ends the run here."""
+        """While steps run. A request that came too late for the last of them ends the run here."""
         self._stepping = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""Who hears a run. Nothing in `train/` prints."""
+"""Listeners are told of a run's stages and steps. Nothing in `train/` prints."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 class Listener(Protocol):
-    """Hears a run. status: a stage begins. begin: the steps begin, of each variant so many, and what comes beside them. step: a variant has
-    stepped (the line of metrics.jsonl). valid: a variant has been validated (its line). stopped: a variant has given up, and why. warning:
-    the run goes on, but somebody should know."""
+    """Is told of a run. status: a stage begins. begin: training begins, with the steps of each variant, and what else the run will do.
+    step: a variant has made a step (the line of metrics.jsonl). valid: a variant has been validated (its line). stopped: a variant has
+    stopped, and why. warning: the run goes on, but the user should know."""
 
     def status(self, text: str) -> None: ...
     def begin(self, steps: Mapping[str, int], ahead: Ahead) -> None: ...

@@ -1,4 +1,4 @@
-"""Rows that stand twice: inside one split, or in train and in a held-out split, where scores would measure memory."""
+"""Repeated rows: inside one split, or in train and in a held-out split, where scores would measure what was memorised."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""report.html: one run, or several side by side, as one self-contained page. Made from what run folders say (`past.py`), nothing else.
+"""report.html: one run, or several side by side, as one self-contained page, made from run folders (`past.py`) alone.
 
-The page asks nothing of the network: styles, script and charts are in it, and its content security policy allows just those, by hash.
+The page loads nothing from the network. Styles, script and charts are in it, and its content security policy allows only those, by hash.
 Everything that comes from data is escaped by the template.
 """
 

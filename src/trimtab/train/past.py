@@ -1,6 +1,6 @@
-"""Runs that are over, or killed, or still going: what their folders say. Reads summary.json and metrics.jsonl, never weights.
+"""Past runs (finished, killed, or still running), as their folders describe them. Reads summary.json and metrics.jsonl, never weights.
 
-`report.html` and `trimtab compare` stand on this; neither knows a file name.
+`report.html` and `trimtab compare` use this; neither knows a file name.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Where a run can be watched beside metrics.jsonl: TensorBoard and Weights & Biases, fed the same lines.
+"""Where a run can be watched besides metrics.jsonl: TensorBoard and Weights & Biases, with the same lines.
 
-A sink is a convenience: one that fails is reported once and left out, and training goes on.
+If a sink fails, this is reported once, the sink is left out, and training goes on.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class _Fan:
 
     @contextmanager
     def spared(self, name: str) -> Iterator[None]:
-        """Any exception of other people's code, over a network or a full disk, costs its sink and nothing else."""
+        """An exception of other people's code (a network error, a full disk) removes its sink and has no other effect."""
         try:
             yield
         except Exception as error:
