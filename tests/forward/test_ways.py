@@ -16,7 +16,8 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from trimtab.forward.attached import Attached
 from trimtab.forward.attention import AttentionPlan, PagedKV, Run
 from trimtab.forward.batch import BASE, Batch, Piece, Way
-from trimtab.forward.decode_path import FEW_ROWS, LONG, DecodePath
+from trimtab.forward.decode_layer import FEW_ROWS
+from trimtab.forward.decode_path import LONG, DecodePath
 from trimtab.forward.packs import Mix
 from trimtab.methods import BottleneckConfig, IA3Config, LoraConfig
 from trimtab.methods.base import SHORT_SPAN, Span
