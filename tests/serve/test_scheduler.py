@@ -9,6 +9,7 @@ import pytest
 from tests.laws.common import tokens
 from tests.serve.common import ByHand, Held, ask, engine_of, finish, held, solo, without_end
 from trimtab.serve import scheduler as scheduler_module
+from trimtab.serve.residency import packed_bytes
 from trimtab.serve.runner import Feed, Runner
 
 
@@ -165,6 +166,10 @@ def test_a_tenant_with_many_adapters_does_not_take_all_loads(monkeypatch):
 def test_answers_of_a_tenant_that_wait_keep_nobody_elses_adapter_from_being_read(adapters):
     loader = ByHand()
     engine = engine_of(loader=loader, max_running=2, blocks=400)
+    ask(engine, "known", 4, Held("sha256:known", held("ia3-0").adapter), max_tokens=1, tenant="many")
+    engine.step()
+    loader.run()
+    finish(engine)  # so that it is known how little such adapters take
     for i in range(2):
         ask(engine, f"long{i}", 4, max_tokens=400, ignore_eos=True, tenant="many")
     engine.step()
@@ -175,7 +180,7 @@ def test_answers_of_a_tenant_that_wait_keep_nobody_elses_adapter_from_being_read
         engine.step()
         while loader.jobs:
             loader.run()
-    assert engine.stats().loads == adapters and engine.stats().adapter_leases == 16
+    assert engine.stats().loads == adapters + 1 and engine.stats().adapter_leases == 16
     loads = ask(engine, "loads", 4, held("lora-0"), max_tokens=2, ignore_eos=True, tenant="one")
     base = ask(engine, "base", 4, max_tokens=2, ignore_eos=True, tenant="one")
     for _ in range(4):
@@ -185,6 +190,37 @@ def test_answers_of_a_tenant_that_wait_keep_nobody_elses_adapter_from_being_read
     for _ in range(4):
         engine.step()
     assert loads.finish == "length" and running(engine)["many"]
+    engine.close()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_adapters_of_answers_that_wait_leave_room_for_those_of_other_tenants(first):
+    """A tenant whose answers wait for places holds adapters in memory; another's must not wait until these answers are over."""
+    loader = ByHand()
+    adapter = held("lora-0").adapter
+    size = packed_bytes(adapter.base.packed(adapter))
+    engine = engine_of(loader=loader, max_running=2, blocks=400, adapter_bytes=int(6.5 * size))
+    if first:
+        ask(engine, "known", 4, Held("sha256:known", adapter), max_tokens=1, tenant="many")
+        engine.step()
+        loader.run()
+        finish(engine)
+    for i in range(2):
+        ask(engine, f"long{i}", 4, max_tokens=400, ignore_eos=True, tenant="many")
+    engine.step()
+    for i in range(12):
+        ask(engine, f"wait{i}", 4, Held(f"sha256:{i}", adapter), max_tokens=4, tenant="many")
+    for _ in range(20):
+        engine.step()
+        while loader.jobs:
+            loader.run()
+    assert 1 < engine.stats().adapter_leases <= 5
+    one = ask(engine, "one", 4, Held("sha256:one", adapter), max_tokens=3, ignore_eos=True, tenant="one")
+    for _ in range(6):
+        engine.step()
+        while loader.jobs:
+            loader.run()
+    assert one.finish == "length" and running(engine) == {"many": 2}
     engine.close()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -22,6 +22,8 @@ from trimtab.store import Adapter
 
 LOADERS = 2
 """Loads at once. So many adapters at most stand beside the budget, read and waiting for room."""
+GUESS_PART = 0.125
+"""Of the budget: what an adapter is taken for before any has been loaded."""
 
 
 @dataclass(eq=False)
@@ -65,6 +67,7 @@ class Residency:
         self.base, self.budget_bytes, self.loader, self.wake, self.on_free = base, budget_bytes, loader, wake, on_free
         self.loads = self.failures = self.evictions = 0
         self.load_seconds = 0.0
+        self._largest: int | None = None  # bytes of the largest adapter that was loaded
         self._forward_lock, self._pack_lock = forward_lock, Lock()
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently leased first
         self._leaving: list[Resident] = []
@@ -83,6 +86,11 @@ class Residency:
     def bytes(self) -> int:
         """What the resident adapters take, those that leave included."""
         return sum(r.bytes for r in [*self._resident.values(), *self._leaving])
+
+    def bytes_of(self, digests: Iterable[str]) -> float:
+        """What these adapters take. One that is not resident counts as the largest so far; before the first load as a guess."""
+        unknown = self._largest if self._largest is not None else GUESS_PART * self.budget_bytes
+        return sum(r.bytes if (r := self._resident.get(d)) is not None else unknown for d in digests)
 
     @property
     def leases(self) -> int:
@@ -140,6 +148,8 @@ class Residency:
                 break
             self._loading.discard(ended.digest)
             self._parked.append(ended)
+            if ended.resident is not None:
+                self._largest = ended.resident.bytes if self._largest is None else max(self._largest, ended.resident.bytes)
         done = []
         while self._parked and self._place(self._parked[0], self._parked[0].digest in waited_for):
             done.append(self._failed_if_too_large(self._parked.popleft()))

@@ -28,6 +28,8 @@ MIN_CHUNK = 128
 """Prompts enter together while each gets so many rows of a step: fewer at once finish sooner."""
 LOOKAHEAD = 16
 """Adapters that are loading, or loaded for requests that wait: others are not read, but for one of each tenant that has none."""
+LOOKAHEAD_PART = 0.5
+"""Part of the adapters' budget that these may take, so that they leave room for those of other tenants."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +226,8 @@ class Scheduler:
     # ---- entering ----
 
     def _start_loads(self) -> None:
-        """Have the adapters read of those who are next, a tenant after the other. At most LOOKAHEAD adapters, so that a long queue does not
-        turn memory over; but each tenant always has one, whatever others have."""
+        """Have the adapters read of those who are next, a tenant after the other. At most LOOKAHEAD adapters, and at most a part of the
+        budget, so that a long queue does not turn memory over. But each tenant always has one, whatever others have."""
         tenants = self.fairness.order(t for t, queue in self._waiting.items() if self._must_load(queue[0]))
         if not tenants:
             return
@@ -242,7 +244,9 @@ class Scheduler:
             return False
         assert live.digest is not None and live.request.adapter is not None
         all_ahead = set[str]().union(*ahead.values())
-        if live.digest not in all_ahead and len(all_ahead) >= LOOKAHEAD and ahead.get(tenant):
+        room = LOOKAHEAD_PART * self.residency.budget_bytes
+        enough = len(all_ahead) >= LOOKAHEAD or self.residency.bytes_of(all_ahead) >= room
+        if live.digest not in all_ahead and enough and ahead.get(tenant):
             return False
         ahead.setdefault(tenant, set()).add(live.digest)
         self._leave_queue(live)
