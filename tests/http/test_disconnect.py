@@ -37,6 +37,38 @@ def test_leaving_while_decoding(stream: bool):
         assert s.ends == ["cancelled"] * 3
 
 
+def test_hundreds_that_leave_at_once_end_one_at_a_time():
+    """Each end takes about a millisecond of the event loop, in which the engine's step hardly gets on."""
+    with site() as s:
+
+        async def go() -> None:
+            taken, gate, done = s.services.turns.take, asyncio.Event(), []
+            gate.set()
+
+            async def take(tenant: str) -> None:
+                await gate.wait()
+                await taken(tenant)
+
+            s.services.turns.take = take  # type: ignore[method-assign]
+            callers = [Caller(s.app, "/v1/completions", LONG) for _ in range(20)]
+            tasks = [c.start() for c in callers]
+            await until(lambda: s.engine.stats().running == 20)
+            gate.clear()
+            for i, c in enumerate(callers):
+                tasks[i].add_done_callback(lambda t, i=i: done.append(i))
+                c.leave()
+            await until(lambda: len(s.ends) == 20)
+            await asyncio.sleep(0.05)
+            assert not done, "the engine has let go of all; the requests wait for their turns"
+            gate.set()
+            await asyncio.wait_for(asyncio.gather(*tasks), 5)
+            await s.settled()
+            assert {c.status for c in callers} == {499}
+
+        asyncio.run(go())
+        s.idle()
+
+
 def test_leaving_while_nothing_is_read():
     """The stream is stuck in sending: the engine is told nevertheless."""
     with site() as s:

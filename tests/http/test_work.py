@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from trimtab.http import work as work_module
 from trimtab.http.work import Turns, Work
 
 
@@ -81,6 +82,16 @@ def test_many_requests_at_once_begin_one_at_a_time_beside_those_of_others():
     for _ in range(2):  # on another loop too, where those of the first are gone
         began.clear()
         asyncio.run(all_of_them())
+
+    async def with_a_pause() -> None:
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        for t in "ba":
+            await one(t)
+        await asyncio.gather(one("a"), one("a"))
+        assert loop.time() - start >= 1.8 * work_module.PAUSE_S, "another tenant was there just now"
+
+    asyncio.run(with_a_pause())
 
     async def left_behind() -> None:
         for _ in range(5):

@@ -1,6 +1,7 @@
 """The engine end to end on tiny bases: answers equal solo generation, and every request ends, whatever happens to it."""
 
 import logging
+import sys
 import threading
 import time
 
@@ -355,6 +356,7 @@ def test_grammars_hold_and_end_the_answer():
 def test_the_engines_own_thread_serves_many_callers():
     engine = Engine(base_of("llama"), EngineConfig(kv_bytes=1 << 22, adapter_bytes=64 << 20))
     engine.start()
+    assert sys.getswitchinterval() < 0.001, "a step waits so long for the interpreter, some hundred times"
     try:
         done: dict[str, Heard] = {}
 

@@ -231,6 +231,9 @@ def test_a_grammar_that_takes_too_much_memory_ends_alone(grammars, monkeypatch):
     vast = grammars.matcher(Grammar("json_schema", SLOW), "a")
     ready(grammars, fine, vast)
     assert "too much memory" in vast.error and not fine.error and allowed(fine) == {TOKENIZER.encode("x")[0]}
+    again = grammars.matcher(Grammar("json_schema", SLOW), "a")
+    assert again.error == vast.error, "at once; it may have been too much because of the tenant's others, so only for this tenant"
+    assert not grammars.matcher(Grammar("json_schema", SLOW), "b").error
 
 
 def test_a_process_that_is_killed_is_made_anew_for_those_who_were_there(grammars):

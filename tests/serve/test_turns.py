@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from tests.laws.common import tokens
-from tests.serve.common import ask, engine_of, finish
+from tests.serve.common import Clock, ask, engine_of, finish
 from trimtab.serve import turns
 from trimtab.serve.runner import Runner
 from trimtab.serve.turns import row_limits
@@ -82,7 +82,8 @@ def test_many_answers_of_one_tenant_take_turns_beside_another(monkeypatch):
 
 
 def test_long_prompts_of_one_tenant_are_cut_small_beside_answers_of_another(monkeypatch):
-    engine, steps = engine_of(max_step_rows=256, max_running=16, blocks=600), fed(monkeypatch)
+    clock = Clock()
+    engine, steps = engine_of(max_step_rows=256, max_running=16, blocks=600, clock=clock), fed(monkeypatch)
     one = ask(engine, "one", 6, max_tokens=30, ignore_eos=True, tenant="one")
     engine.step()
     long = [ask(engine, f"l{i}", 300, max_tokens=2, ignore_eos=True, tenant="long") for i in range(4)]
@@ -90,6 +91,9 @@ def test_long_prompts_of_one_tenant_are_cut_small_beside_answers_of_another(monk
     while one.finish is None:
         engine.step()
     assert all(sum(rows) <= 6 for rows in steps[at:]) and sum(map(sum, steps[at:])) >= 29 * 6
+    engine.step()
+    assert sum(steps[-1]) == turns.PROMPT_ROWS, "the other may come back soon"
+    clock.now += turns.RECENT_S
     finish(engine)
     assert all(h.finish == "length" for h in long) and max(map(sum, steps)) > 200, "alone they have whole steps again"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -59,15 +59,16 @@ class Mailbox:
 class Answer:
     """The engine's requests that stem from one HTTP request. All methods run on the event loop.
 
-    n: choices of each prompt; as with OpenAI, a prompt counts once, whichever choice computed it. on_usage: called with prompt and new
-    tokens. The ticket is closed when the engine has finished the last choice, even if the client has not read everything, so a slow reader
-    delays only itself.
+    turn: returns when this request may go on, if hundreds end at once. n: choices of each prompt; as with OpenAI, a prompt counts once,
+    whichever choice computed it. on_usage: called with prompt and new tokens. The ticket is closed when the engine has finished the last
+    choice, even if the client has not read everything, so a slow reader delays only itself.
     """
 
     engine: Engine
     mailbox: Mailbox
     ticket: Ticket
     record: Record
+    turn: Callable[[], Awaitable[None]]
     n: int = 1
     on_usage: Callable[[int, int], None] | None = None
     usage: Usage = field(default_factory=Usage)
@@ -124,6 +125,7 @@ class Answer:
             self._ring.clear()
             await self._ring.wait()
         if self._gone:
+            await self.turn()
             raise ClientGone
         taken, self._news = self._news, {}
         return taken

@@ -80,7 +80,8 @@ async def _answer(request: Request, body: ChatBody | CompletionBody, tenant: Ten
     what = await plan(body, tenant, s)
     record.choices, record.adapter = what.choices, None if what.adapter is None else what.adapter.ref
     ticket = s.admission.admit(tenant, what.choices)
-    answer = Answer(s.engine, mailbox(request.app), ticket, record, what.n, _counted(what, tenant, s))
+    turn = partial(s.turns.take, tenant.name)
+    answer = Answer(s.engine, mailbox(request.app), ticket, record, turn, what.n, _counted(what, tenant, s))
     try:
         answer.watch(request.receive)
         await _submit(answer, what, tenant, s)

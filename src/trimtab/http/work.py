@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+PAUSE_S, RECENT_S = 0.003, 1.0
+"""Seconds between two requests of a tenant, each of which takes about 1 ms, if another tenant was there within the latter."""
 THREADS = 4
 """A tenant occupies one of them at a time, so another tenant finds a free one."""
 
@@ -59,31 +61,40 @@ class Work:
 
 
 class Turns:
-    """Lets the requests of a tenant begin one at a time: one in each round of the event loop. Hundreds that come at once would otherwise
-    all run before the loop looks at another tenant's. Used on event loops only."""
+    """Lets the requests of a tenant begin one at a time. Hundreds that come at once would otherwise all run before the event loop looks at
+    another tenant's. And while the loop's thread computes, the engine's step hardly gets on, so where other tenants were there of late, a
+    pause follows each. Used on event loops only."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # of tenants that have had their turn in this round
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # of tenants that have just had their turn
+        self._seen: OrderedDict[str, float] = OrderedDict()  # when a tenant was last there; the latest last
 
     async def take(self, tenant: str) -> None:
-        """Return when it is this request's turn; at once where no other of the tenant has begun in this round."""
+        """Return when it is this request's turn; at once if no other of the tenant has just had its own."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
-            self._loop, self._waiting = loop, {}
+            self._loop, self._waiting, self._seen = loop, {}, OrderedDict()
+        self._seen[tenant] = loop.time()
+        self._seen.move_to_end(tenant)
         if (queue := self._waiting.get(tenant)) is not None:
             queue.append(turn := loop.create_future())
             await turn
         else:
-            self._waiting[tenant] = deque()
-            loop.call_soon(self._next, tenant, self._waiting[tenant])
+            queue = self._waiting[tenant] = deque()
+            self._call_next(loop, tenant, queue)
 
-    def _next(self, tenant: str, queue: deque[asyncio.Future[None]]) -> None:
-        """A new round."""
+    def _call_next(self, loop: asyncio.AbstractEventLoop, tenant: str, queue: deque[asyncio.Future[None]]) -> None:
+        while self._seen and loop.time() - next(iter(self._seen.values())) > RECENT_S:
+            self._seen.popitem(last=False)
+        others = len(self._seen) - (tenant in self._seen)
+        loop.call_later(PAUSE_S if others else 0.0, self._next, loop, tenant, queue)
+
+    def _next(self, loop: asyncio.AbstractEventLoop, tenant: str, queue: deque[asyncio.Future[None]]) -> None:
         while queue and queue[0].cancelled():
             queue.popleft()
         if queue:
             queue.popleft().set_result(None)
-            asyncio.get_running_loop().call_soon(self._next, tenant, queue)
+            self._call_next(loop, tenant, queue)
         else:
             self._waiting.pop(tenant, None)

@@ -9,6 +9,7 @@ runs, a step computes logits, tokens and text (`step.py`), and it ends (`ending.
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -35,6 +36,9 @@ from trimtab.serve.step import Step
 
 __all__ = ["Engine", "EngineConfig"]
 
+SWITCH_S = 0.0002
+"""Python's switch interval while the engine has a thread of its own. A step lets go of the interpreter some hundred times. It waits so long
+for it each time while another thread computes: with Python's 5 ms, eight tokens took 21 s beside one busy thread, now 2 s."""
 _log = logging.getLogger(__name__)
 
 
@@ -181,6 +185,7 @@ class Engine:
         assert self._thread is None, "the engine runs already"
         self._stop.clear()
         native.let_threads_go()
+        sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
         self._thread = Thread(target=self._loop, name="trimtab-engine", daemon=True)
         self._thread.start()
 

@@ -37,8 +37,8 @@ OPEN_S, MASK_S = 2.0, 0.5
 """Processor seconds of compiling a grammar, and of following a token."""
 ROOM_BYTES = 64 << 20
 """Address space of a process beyond what it has after its start."""
-MAX_TOO_SLOW = 256
-"""Grammars that are known to take too long: they are refused at once the next time."""
+MAX_REFUSED = 256
+"""Grammars that are known to take too much: they are refused at once the next time."""
 MAX_LOST, MAX_KILLED = 2, 1
 """How often a matcher is opened again whose process has ended for a reason that is not its own, and whose process was killed from outside
 while it worked for it."""
@@ -94,7 +94,8 @@ class Grammars:
         self._tokenizer, self._vocab_size, self._stop_ids, self._changed = tokenizer, vocab_size, sorted(stop_ids), changed
         self._news = threading.Condition()  # guards everything; notified when a matcher has become ready
         self._processes: list[Process[Matcher]] = []
-        self._too_slow: OrderedDict[bytes, str] = OrderedDict()  # digests of grammars, and what is said of them
+        # What is said of grammars, by digest. One that takes too much memory may do so because of the tenant's others: (tenant, digest).
+        self._refused: OrderedDict[bytes | tuple[str, bytes], str] = OrderedDict()
         self._number = 0
         self._thread: threading.Thread | None = None
         self._bell: tuple[int, int] | None = None  # a pipe that wakes the thread
@@ -160,7 +161,8 @@ class Grammars:
     # ---- under the lock ----
 
     def _open(self, matcher: Matcher, process: Process[Matcher]) -> None:
-        if (known := self._too_slow.get(sha256(matcher.opening).digest())) is not None:
+        digest = sha256(matcher.opening).digest()
+        if (known := self._refused.get(digest) or self._refused.get((matcher.tenant, digest))) is not None:
             matcher.error = known
             return
         matcher.process = process
@@ -326,14 +328,18 @@ class Grammars:
         """What is said of a matcher whose process ended with this code, once too often."""
         if code == -signal.SIGKILL:  # not by its own limits
             return f"its process was killed {matcher.lost} times: it may take too much memory"
-        if code != -signal.SIGPROF:
-            return "it takes too much memory"
-        late = f"it takes more than {MASK_S if matcher.tokens else OPEN_S:g} s of processor time"
+        digest = sha256(matcher.opening).digest()
+        if code == -signal.SIGPROF:
+            key: bytes | tuple[str, bytes] = digest
+            why = f"it takes more than {MASK_S if matcher.tokens else OPEN_S:g} s of processor time"
+        else:
+            key = (matcher.tenant, digest)
+            why = "it takes too much memory"
         if not matcher.tokens:
-            self._too_slow[sha256(matcher.opening).digest()] = late
-            if len(self._too_slow) > MAX_TOO_SLOW:
-                self._too_slow.popitem(last=False)
-        return late
+            self._refused[key] = why
+            if len(self._refused) > MAX_REFUSED:
+                self._refused.popitem(last=False)
+        return why
 
 
 def _take(matcher: Matcher, status: bytes, answer: bytes) -> None:

@@ -22,7 +22,7 @@ from trimtab.serve.fairness import Fairness
 from trimtab.serve.residency import Residency
 from trimtab.serve.sequence import Live
 from trimtab.serve.shares import Shares
-from trimtab.serve.turns import row_limits
+from trimtab.serve.turns import PROMPT_ROWS, RECENT_S, row_limits
 
 MIN_CHUNK = 128
 """Prompts enter together while each gets so many rows of a step: fewer at once finish sooner."""
@@ -52,6 +52,7 @@ class Scheduler:
         self._waiting: dict[str, deque[Live]] = {}
         self._returning: list[Live] = []  # oldest arrival first
         self._leased: set[Live] = set()  # those that wait and hold a lease
+        self._seen: dict[str, float] = {}  # when a tenant was last there
         self.refused: dict[Live, TrimtabError] = {}  # those that can never run, until they are removed
 
     @property
@@ -146,7 +147,7 @@ class Scheduler:
         left = self._rows_left(prefills)
         with_prompts = {live.request.tenant for live in [*prefills, *self._returning]} | self._waiting.keys()
         self._decode(rows, left, {tenant: n // 2 for tenant, n in left.items() if tenant in with_prompts})
-        budget = self.config.max_step_rows - len(rows)
+        budget = self._prompt_rows(self.config.max_step_rows - len(rows), now)
         self._admit(prefills, budget, rows, left, now)
         self._share(prefills, budget, rows, left)
         if left:
@@ -165,6 +166,12 @@ class Scheduler:
             wanted[tenant] = min(most, wanted.get(tenant, 0) + live.remaining)
             weights[tenant] = live.request.weight
         return row_limits(wanted, weights)
+
+    def _prompt_rows(self, room: int, now: float) -> int:
+        """Rows for prompts in this step, of so many that are left."""
+        there = {live.request.tenant for live in [*self.running, *self._returning]} | self._waiting.keys()
+        self._seen = {t: at for t, at in self._seen.items() if now - at < RECENT_S} | dict.fromkeys(there, now)
+        return min(room, PROMPT_ROWS) if len(self._seen) > 1 else room
 
     def _decode(self, rows: dict[Live, int], left: dict[str, int], kept: dict[str, int]) -> None:
         """A row for each sequence that decodes, as far as its tenant has more left than are kept (for its prompts); who has waited longest

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-READ_ROWS = 12
-"""Rows that take as long to compute as the weights take to be read: on a CPU, where a step of 64 rows takes five times as long as one of
-a single row."""
+READ_ROWS = 8
+"""Rows that count as long to compute as the weights take to be read. On two cores these are 13. The bound takes fewer, because a tenant
+that comes also waits for the step under way."""
+PROMPT_ROWS, RECENT_S = 64, 1.0
+"""Rows of prompts in a step if several tenants were there within these seconds. A step with 1024 rows takes over a second on two cores, and
+whoever comes meanwhile waits for its end."""
 
 
 def row_limits(wanted: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, int]:
