@@ -200,7 +200,9 @@ def test_bodies_under_way_are_bounded_for_each_tenant():
             raw = json.dumps(TEXT | {"prompt": "x" * 1500}).encode()
             open_ones = [Pieces(s.app, [raw], end=False) for _ in range(2)]
             tasks = [c.start() for c in open_ones]
-            await asyncio.sleep(0.05)
+            async with asyncio.timeout(5):
+                while open_ones[1].status is None:
+                    await asyncio.sleep(0.005)
             assert open_ones[1].status == 429 and open_ones[0].status is None
             assert json.loads(open_ones[1].body)["error"]["code"] == "rate_limit_exceeded"
             open_ones[0].leave()
