@@ -1,6 +1,7 @@
 """A base is refused where trimtab does not compute what its class computes. Each fault here was planted in one of the two."""
 
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -17,6 +18,7 @@ from trimtab.forward import attention, proof
 from trimtab.forward.hosts import Host
 from trimtab.forward.small import small_model
 from trimtab.methods import LoraConfig
+from trimtab.methods.base import Span
 from trimtab.model import Base
 
 __all__ = ["one_thread"]
@@ -84,13 +86,10 @@ def _deaf_hosts(monkeypatch):
 
 def _hosts_for_everyone(monkeypatch):
     right = Host.edited
-    wide = lambda batch: type(batch.spans[0])(0, batch.total, 0)  # noqa: E731
 
     def edited(self, x, batch, original):
-        spans, batch.spans, batch._rows = batch.spans, [wide(batch)], {}
-        y = right(self, x, batch, original)
-        batch.spans, batch._rows = spans, {}
-        return y
+        whole = dataclasses.replace(batch, spans=[Span(0, batch.total, 0)], _rows={})
+        return right(self, x, whole, original)
 
     monkeypatch.setattr(Host, "edited", edited)
 
@@ -101,7 +100,11 @@ BOTH = [
     for what in ("of the base beside one with its modules edited", "with its modules edited")
 ]
 UP = [f"a sequence with model.layers.{i}.mlp.up_proj edited, {way}" for i in (0, 1) for way in ("at once", "in chunks")]
-LEAK = "a sequence of the base beside one with model.embed_tokens edited, at once"
+LEAK = [
+    f"a sequence of the base beside one with {m} edited, {w}"
+    for m in ("model.embed_tokens", "model.layers.0.self_attn.q_proj")
+    for w in ("at once", "in chunks")
+]
 
 
 @pytest.mark.parametrize(
@@ -111,15 +114,15 @@ LEAK = "a sequence of the base beside one with model.embed_tokens edited, at onc
         (_without_windows, "mistral", BOTH),
         (_cache_one_off, "llama", BOTH[2:]),
         (_deaf_hosts, "llama", UP),
-        (_hosts_for_everyone, "llama", [LEAK]),
+        (_hosts_for_everyone, "llama", LEAK),
     ],
 )
 def test_a_fault_of_ours_is_seen_and_named(fault, family, words, monkeypatch):
     fault(monkeypatch)
     found = refusal(tiny_model(family))
-    assert len(found) == len(words) or words == [LEAK]
-    for problem, part in zip(found, words, strict=words != [LEAK]):
+    for problem, part in zip(found[: len(words)], words, strict=True):
         assert problem.startswith(part), found
+    assert len(found) == len(words) or len(found) == proof.SHOWN
 
 
 # ---- models that are not what they seem

@@ -9,7 +9,7 @@ It does not see what begins only after more tokens than run here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -55,12 +55,12 @@ def prove(model: Any) -> None:
 
 @torch.no_grad()
 def _problems(model: Any, spec: Spec) -> list[str]:
-    """What differs. Where edits alone do, each module is tried by itself."""
+    """What differs. Where edits alone make a difference, each module is tried by itself."""
     small = partial(small_model, model, spec, torch.float32)
     try:
         one = small()
         sites = _sites(read_spec(one))
-        problems = _misread(one) or _differences(one, sites)
+        problems = _differences(one, sites)
         if problems and not _differences(small(), {}):
             problems = [p for site, width in sites.items() for p in _differences(small(), {site: width})] or problems
     except TrimtabError:
@@ -78,42 +78,51 @@ def _sites(spec: Spec) -> dict[str, int]:
     return rows | dict.fromkeys(spec.mlps, spec.hidden_size)
 
 
-def _misread(small: Any) -> list[str]:
-    """Whether modules do in a forward what the spec says of them: each is called once, for every token's row, and what an attention's last
-    projection gives is the attention's result."""
-    spec = read_spec(small)
-    vectors = {m.name: m.vectors for m in spec.modules.values() if m.kind != "experts"} | dict.fromkeys(spec.mlps, 1)
-    results: dict[str, list[Any]] = {name: [] for name in [*vectors, *(layer.attention for layer in spec.layers)]}
-    ids = random_ids([sum(CHUNKS[0])])[0]
+def _differences(small: Any, sites: Mapping[str, int]) -> list[str]:
+    """Where a small model is not what its spec says; else where its mixed forward, edited at these sites, is apart from transformers' own.
+    The model is attached."""
+    spec, ids = read_spec(small), [row.to(small.device) for row in random_ids([sum(chunk) for chunk in CHUNKS])]
+    gains = {s: 0.3 * torch.randn(n, generator=torch.Generator().manual_seed(i)).to(small.device) for i, (s, n) in enumerate(sites.items())}
+    modules = [m.name for m in spec.modules.values() if m.kind != "experts"]
+    results: dict[str, list[Any]] = {name: [] for name in [*modules, *spec.mlps, *(layer.attention for layer in spec.layers)]}
+    with _through(small, {name: partial(_kept, kept) for name, kept in results.items()}):
+        wanted = [small(input_ids=ids[0][None], use_cache=False).logits[0]]
+    if misread := _misread(spec, results, len(ids[0])):
+        return misread
+    with _through(small, {site: partial(_scaled, gain) for site, gain in gains.items()}):
+        wanted.append(small(input_ids=ids[1][None], use_cache=False).logits[0])
+    found = _mixed(Attached(small, fast=False), ids, gains)
+    edited = f"with {next(iter(sites)) if len(sites) == 1 else 'its modules'} edited"
+    return [
+        f"a sequence {what}, {way}: logits are off by {off:.2g} of their size"
+        for way, rows in found.items()
+        for what, got, want in zip((f"of the base beside one {edited}", edited), rows, wanted, strict=True)
+        if not (off := apart(got, want)) <= FAR[torch.float32]
+    ]
 
-    def keep(name: str, result: Any) -> Any:
-        results[name].append(result)
-        return result
 
-    with _through(small, {name: partial(keep, name) for name in results}):
-        small(input_ids=ids[None].to(small.device), use_cache=False)
+def _misread(spec: Spec, results: Mapping[str, list[Any]], tokens: int) -> list[str]:
+    """What modules did otherwise than the spec says: each is called once, for every token's row, and what an attention's output projection
+    gives is the attention's result."""
     problems = []
-    for name, count in vectors.items():
-        found = [r.shape[:-1].numel() if isinstance(r, Tensor) else 0 for r in results[name]]
-        if found != [count * len(ids)]:
-            problems.append(f"{name} gives {found} rows of {len(ids)} tokens, where [{count * len(ids)}] were expected")
-    for layer in spec.layers:
-        (result,) = results[layer.attention]
-        if not problems and not torch.equal(result[0], results[layer.attention_output][0]):
+    for name in [*spec.modules, *spec.mlps]:
+        if name in results:
+            rows = [r.shape[:-1].numel() if isinstance(r, Tensor) else 0 for r in results[name]]
+            expected = tokens * (spec.modules[name].vectors if name in spec.modules else 1)
+            if rows != [expected]:
+                problems.append(f"{name} gives {rows} rows of {tokens} tokens, where [{expected}] were expected")
+    for layer in spec.layers if not problems else ():
+        result = results[layer.attention][0]
+        if not torch.equal(result if isinstance(result, Tensor) else result[0], results[layer.attention_output][0]):
             problems.append(f"{layer.attention} changes what {layer.attention_output} gives")
     return problems
 
 
-def _differences(small: Any, sites: Mapping[str, int]) -> list[str]:
-    """Where the mixed forward of a small model, with edits at these sites, is apart from transformers' own. The model is attached."""
-    ids = [row.to(small.device) for row in random_ids([sum(chunk) for chunk in CHUNKS])]
-    gains = {s: 0.3 * torch.randn(n, generator=torch.Generator().manual_seed(i)).to(small.device) for i, (s, n) in enumerate(sites.items())}
-    wanted = [small(input_ids=ids[0][None], use_cache=False).logits[0]]
-    with _through(small, {site: partial(_scaled, gain) for site, gain in gains.items()}):
-        wanted.append(small(input_ids=ids[1][None], use_cache=False).logits[0])
-    attached = Attached(small, fast=False)
+def _mixed(attached: Attached, ids: Sequence[Tensor], gains: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Logits of both sequences in one batch, each module of the second scaled by 1 + its gain: in words how -> for each sequence."""
     scales = {f"{site}.ia3_l": (1 + gain)[:, None] for site, gain in gains.items()}
-    mix = Mix([attached.pack(IA3Config(), scales, [Site(site, {"ia3_l": (n, 1)}) for site, n in sites.items()])])
+    sites = [Site(site, {"ia3_l": (len(gain), 1)}) for site, gain in gains.items()]
+    mix = Mix([attached.pack(IA3Config(), scales, sites)])
 
     def logits(batch: Batch) -> Tensor:
         return attached.head(attached.forward_plain(batch), batch, range(batch.total))
@@ -121,17 +130,15 @@ def _differences(small: Any, sites: Mapping[str, int]) -> list[str]:
     pieces = [Piece(row, member) for row, member in zip(ids, MEMBERS, strict=True)]
     batch = make_batch(pieces, mix, device=attached.device, max_positions=attached.spec.max_positions)
     at_once = logits(batch)
-    ways = {
+    return {
         "at once": [at_once[a:b] for a, b in batch.where],
         "in chunks through a KV cache": in_chunks(attached, logits, ids, CHUNKS, mix, MEMBERS),
     }
-    edited = f"with {next(iter(sites)) if len(sites) == 1 else 'its modules'} edited"
-    return [
-        f"a sequence {what}, {way}: logits are off by {off:.2g} of their size"
-        for way, found in ways.items()
-        for what, got, want in zip((f"of the base beside one {edited}", edited), found, wanted, strict=True)
-        if not (off := apart(got, want)) <= FAR[torch.float32]
-    ]
+
+
+def _kept(results: list[Any], result: Any) -> Any:
+    results.append(result)
+    return result
 
 
 def _scaled(gain: Tensor, result: Tensor) -> Tensor:
