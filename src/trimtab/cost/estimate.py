@@ -40,19 +40,8 @@ def estimate_run(
 ) -> None:
     """Fill in `variants` and `estimate`; a variant that does not fit the base becomes a finding. data: the splits of each data set, train
     first."""
-    plans: list[tuple[VariantEstimate, CostPlan]] = []
-    variants: list[VariantConfig] = []
     dtype = resolve_dtype(run.dtype, device)
-    name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
-    for v in run.variants:
-        split = data[v.data][0]
-        try:
-            v.method.sites_to_train(base.spec)
-            if split.epoch:
-                plans.append(_variant(run, v, split, base, name))
-                variants.append(v)
-        except ConfigError as e:
-            report.findings.append(Finding("error", f"variants.{v.name}", e.message, e.problems, len(e.problems), e.fix))
+    variants, plans = _variants(run, base, data, dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch."), report)
     if not plans:
         return
     joint = [e.tokens_per_step for e, p in plans if p.full is not None]
@@ -81,12 +70,34 @@ def estimate_run(
         answers=_answers(run, report),
     )
     report.estimate = estimate
-    if memory[1] > estimate.available_bytes:
-        more = "" if run.activation_checkpointing else ", or set activation_checkpointing: true"
-        message = f"up to {memory[1] / 1e9:.1f} GB are needed and {estimate.available_bytes / 1e9:.1f} GB are free on {device}"
-        report.findings.append(
-            Finding("warning", "memory", message, fix=f"lower max_tokens or batch_size, train fewer variants together{more}.")
-        )
+    report.findings += _memory_findings(run, estimate)
+
+
+def _variants(
+    run: RunConfig, base: Architecture, data: Mapping[str, Sequence[Split]], dtype: str, report: CheckReport
+) -> tuple[list[VariantConfig], list[tuple[VariantEstimate, CostPlan]]]:
+    """The variants that fit the base and have rows, and what each of them takes; the others become findings."""
+    variants: list[VariantConfig] = []
+    plans: list[tuple[VariantEstimate, CostPlan]] = []
+    for v in run.variants:
+        split = data[v.data][0]
+        try:
+            v.method.sites_to_train(base.spec)
+            if split.epoch:
+                plans.append(_variant(run, v, split, base, dtype))
+                variants.append(v)
+        except ConfigError as e:
+            report.findings.append(Finding("error", f"variants.{v.name}", e.message, e.problems, len(e.problems), e.fix))
+    return variants, plans
+
+
+def _memory_findings(run: RunConfig, estimate: Estimate) -> list[Finding]:
+    most, free = estimate.memory_bytes[1], estimate.available_bytes
+    if most <= free:
+        return []
+    more = "" if run.activation_checkpointing else ", or set activation_checkpointing: true"
+    message = f"up to {most / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free on {estimate.device}"
+    return [Finding("warning", "memory", message, fix=f"lower max_tokens or batch_size, train fewer variants together{more}.")]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from trimtab.train.ahead import Ahead
 from trimtab.train.before import note_mistakes
 from trimtab.train.beside import Beside, alone
 from trimtab.train.config import RunConfig
+from trimtab.train.evaluate import HeldOut
 from trimtab.train.finish import adapter_of, evaluate, note_scores, save, summarise, test_rows
 from trimtab.train.full import FullVariant
 from trimtab.train.halving import Halving
@@ -100,22 +101,31 @@ def train(
         keeper = Keeper(prepared, what, start, listener)
         with keeper.metrics:
             _steps(keeper, validator, ahead(validator, tests), listener, stop, beside)
-        adapters = {v.name: adapter_of(prepared, v) for v in prepared.variants if not isinstance(v, FullVariant)}
-        with keeper.explained():
-            sizes = save(prepared, adapters)
-        after = bases.fingerprint_model(base.model)
-        if after != before:
-            raise _changed(run, before, after)
-        with keeper.explained():
-            listener.status("scoring on held-out rows")
-            with keeper.within_memory("scoring on held-out rows"):
-                scored = evaluate(prepared, adapters, tests, listener)
-            note_scores(prepared, adapters, scored)
-            fingerprints = {"before": before, "after": after}
-            summary = summarise(prepared, scored, sizes, keeper.seconds, fingerprints) | what
-            write_json(run.out / "summary.json", summary)
-            write_page([run.out], run.out / "report.html")
-            _publish(run, target, base, summary, listener)
+        return _conclude(keeper, what, before, tests, target, listener)
+
+
+def _conclude(
+    keeper: Keeper, what: dict[str, Any], before: str, tests: dict[str, HeldOut], target: Store | None, listener: Listener
+) -> Report:
+    """Save what was trained, score it, publish it. before: the base's fingerprint before the first step."""
+    prepared = keeper.prepared
+    run, base = prepared.run, prepared.base
+    adapters = {v.name: adapter_of(prepared, v) for v in prepared.variants if not isinstance(v, FullVariant)}
+    with keeper.explained():
+        sizes = save(prepared, adapters)
+    after = bases.fingerprint_model(base.model)
+    if after != before:
+        raise _changed(run, before, after)
+    with keeper.explained():
+        listener.status("scoring on held-out rows")
+        with keeper.within_memory("scoring on held-out rows"):
+            scored = evaluate(prepared, adapters, tests, listener)
+        note_scores(prepared, adapters, scored)
+        fingerprints = {"before": before, "after": after}
+        summary = summarise(prepared, scored, sizes, keeper.seconds, fingerprints) | what
+        write_json(run.out / "summary.json", summary)
+        write_page([run.out], run.out / "report.html")
+        _publish(run, target, base, summary, listener)
     return Report(run.out, summary, adapters, base)
 
 

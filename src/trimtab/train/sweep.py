@@ -83,14 +83,7 @@ def sweep(
     if len(groups) > 1 and what.options.halving:
         notes.append("trials are halved among those of their group, which need not be the worst of all")
     _agree(what, base, data, groups)
-    trained, costs = dict[str, tuple[str, dict[str, Any]]](), list[dict[str, Any]]()
-    for n, group in enumerate(groups, 1):
-        listener.status(f"group {n} of {len(groups)}, {len(group.trials)} trials, about {group.estimated_bytes / 1e9:.1f} GB")
-        part = _part(run, group)
-        going_on = resume and part.out.exists()
-        summary = train(part, base=base, listener=listener, resume=going_on, stop=stop, halving=what.options.halving).summary
-        trained |= {n: (group.folder, v) for n, v in summary["variants"].items()}
-        costs.append(_group(group, summary))
+    trained, costs = _train(what, groups, base, listener, resume, stop)
     board = {"base": run.base, "notes": notes, "groups": costs} | rank(what, trained)
     with _explained():
         if board["best"] is not None:
@@ -99,6 +92,21 @@ def sweep(
         write_page([run.out / g.folder for g in groups], run.out / "report.html")
         write_json(run.out / BOARD, board)
     return SweepReport(run.out, board)
+
+
+def _train(
+    what: Sweep, groups: Sequence[Group], base: Base, listener: Listener, resume: bool, stop: Stop
+) -> tuple[dict[str, tuple[str, dict[str, Any]]], list[dict[str, Any]]]:
+    """Train group after group: (trial -> its group's folder and its entry in that one's summary.json, what each group cost)."""
+    trained, costs = dict[str, tuple[str, dict[str, Any]]](), list[dict[str, Any]]()
+    for n, group in enumerate(groups, 1):
+        listener.status(f"group {n} of {len(groups)}, {len(group.trials)} trials, about {group.estimated_bytes / 1e9:.1f} GB")
+        part = _part(what.run, group)
+        going_on = resume and part.out.exists()
+        summary = train(part, base=base, listener=listener, resume=going_on, stop=stop, halving=what.options.halving).summary
+        trained |= {n: (group.folder, v) for n, v in summary["variants"].items()}
+        costs.append(_group(group, summary))
+    return trained, costs
 
 
 # ---- before training ------------------------------------------------------------
