@@ -24,6 +24,7 @@ from tests.train.common import run_file
 from trimtab import ops
 from trimtab.bases.weights import FORMATS, Weight, weight_of
 from trimtab.errors import BaseError, ConfigError
+from trimtab.forward import decode_path
 from trimtab.forward.hosts import Around
 from trimtab.forward.packs import PackList
 from trimtab.methods import IA3Config, LoraConfig
@@ -42,8 +43,8 @@ def stored() -> Iterator[type[Weight]]:
         yield kind
 
 
-def base_of(stored: type[Weight], *, head: bool = True) -> Base:
-    model = tiny_model("llama")
+def base_of(stored: type[Weight], *, head: bool = True, dtype: torch.dtype = torch.float32) -> Base:
+    model = tiny_model("llama", dtype=dtype)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and (head or name != "lm_head"):
             model.set_submodule(name, stored.of_linear(module))
@@ -102,6 +103,21 @@ def test_copies_of_it_do_not_outlive_a_write(stored: type[Weight]) -> None:
     other = Base(base.model, tiny_tokenizer())
     assert torch.equal(after, other.logits([[1, 2, 3]], [Adapter(other, adapter.method, adapter.params)])[0])
     assert not torch.equal(after, before)
+
+
+def test_no_dense_copy_of_it_is_made_for_the_decode_path(stored: type[Weight], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decode path copies dense weights into its layout; of these that would be what the format saves."""
+    copied: list[tuple[int, ...]] = []
+    kept = decode_path._packed
+    monkeypatch.setattr(decode_path, "_packed", lambda w, b: (copied.append(tuple(w.shape)), kept(w, b))[1])
+    base = base_of(stored, dtype=torch.bfloat16)
+    base.generate([[1, 2, 3]], max_new_tokens=2)
+    if base.attached.decode_path is None:
+        pytest.skip("no decode path on this machine")
+    copied.clear()
+    base.attached.drop_copies()
+    base.generate([[1, 2, 3]], max_new_tokens=2)
+    assert copied == []
 
 
 def test_what_would_write_it_is_refused_by_name(stored: type[Weight], tmp_path: Path) -> None:

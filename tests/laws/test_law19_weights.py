@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,7 +19,7 @@ from tests.bases import new_weight
 from tests.laws.common import EXAMPLES, difference, gradient_difference, noisy, tokens
 from tests.laws.plain import plain_logits
 from tests.tiny import tiny_model, tiny_tokenizer
-from trimtab.bases import fingerprint_model
+from trimtab.bases import fingerprint_folder, fingerprint_model
 from trimtab.bases.weights import FORMATS, Weight, weight_of
 from trimtab.decode.generate import Sampling
 from trimtab.errors import NotMergeable
@@ -159,3 +160,19 @@ def test_fingerprints_differ_and_see_every_stored_byte(stored: type[Weight]) -> 
             flat[-1] = -flat[-1] if flat[-1] else 1
         seen.append(fingerprint_model(base.model))
     assert len(set(seen)) == len(seen)
+
+
+def test_a_model_has_the_fingerprint_of_its_files(stored: type[Weight], tmp_path, monkeypatch) -> None:
+    """A format may keep its tensors otherwise than the file has them. Here the file has transposes, under another name."""
+    base, _ = pair("qwen2", stored)
+    in_memory = stored.stored
+    monkeypatch.setattr(stored, "stored", lambda self: {f"{part}_t": t.t().contiguous() for part, t in in_memory(self).items()})
+    files = dict(base.model.state_dict())
+    for name, weight in base.attached.weights.of.items():
+        if isinstance(weight, stored):
+            for part in in_memory(weight):
+                del files[f"{name}.{part}"]
+            files |= {f"{name}.{part}": t for part, t in weight.stored().items()}
+    save_file({k: t.clone() for k, t in files.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(base.model.config.to_json_string(), encoding="utf-8")
+    assert fingerprint_model(base.model) == fingerprint_folder(tmp_path)

@@ -77,7 +77,10 @@ def fingerprint_model(model: Any) -> str:
     """
     tensors = model.state_dict()
     for name, module in model.named_modules():
-        if (weight := claimed(module)) is not None:
+        if (weight := claimed(module)) is not None:  # as the file has it, which need not be how it is in memory
+            for part in module.state_dict():
+                if part != "bias":
+                    tensors.pop(f"{name}.{part}", None)
             tensors |= {f"{name}.{part}": tensor for part, tensor in weight.stored().items()}
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     head = tensors.get(OUTPUT_HEAD)

@@ -89,7 +89,7 @@ class Weight:
         raise NotImplementedError
 
     def stored(self) -> dict[str, Tensor]:
-        """The tensors that hold the matrix, under their names in the module, as the file has them. The fingerprint hashes name, dtype,
+        """The tensors that hold the matrix, as the file has them: name after the module's -> tensor. The fingerprint hashes name, dtype,
         shape and bytes of each, in the order of names, so two formats of one matrix differ in it."""
         raise NotImplementedError
 
