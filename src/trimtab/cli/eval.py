@@ -97,14 +97,18 @@ def evaluate(
         (out / "scores.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if as_json:
         click.echo(json.dumps(summary, indent=1))
-        return
-    console, table = show.console(), _table(summary)
-    print_whole(console, table)
-    if out is not None:
-        console.print(f"saved in {out}: scores.json, predictions/", highlight=False, soft_wrap=True)
+    else:
+        _show(summary, out)
 
 
 eval = evaluate  # the command's name, by which it is found
+
+
+def _show(summary: Mapping[str, Any], out: Path | None) -> None:
+    console = show.console()
+    print_whole(console, _table(summary))
+    if out is not None:
+        console.print(f"saved in {out}: scores.json, predictions/", highlight=False, soft_wrap=True)
 
 
 def _refuse_occupied(out: Path | None) -> None:

@@ -22,6 +22,7 @@ from trimtab.errors import AdapterError, ConfigError, nearest
 from trimtab.methods import METHODS, IA3Config, LoraConfig, Method, PrefixTuningConfig, PromptTuningConfig
 from trimtab.methods.targets import matches, saved_sites, select
 from trimtab.store.foreign import TRAINING_ONLY, high_ranks, training_leftovers, without_strangers, without_stray_keys
+from trimtab.store.names import short_repr
 
 MAX_ENTRIES, MAX_TEXT = 4096, 4096
 """Entries of a list or a pattern table, characters of a name or regular expression, that a config may hold."""
@@ -67,15 +68,15 @@ def method_from_config(config: Mapping[str, Any], spec: Spec, where: str) -> tup
         fields -= {"prefix_projection", "encoder_hidden_size"}  # what is saved is the projection's output
     known_keys = COMMON | IGNORED.get(kind, frozenset()) | CHECKED.get(kind, frozenset()) | fields
     problems = [
-        f"{key} = {_short(value)} is not supported" for key, value in config.items() if key not in known_keys and not _neutral(value)
+        f"{key} = {short_repr(value)} is not supported" for key, value in config.items() if key not in known_keys and not _neutral(value)
     ]
     problems += _text_problems(config, fields) or type_problems(cls, {k: config[k] for k in config if k in fields})
     warnings = training_leftovers(config) if kind == "LORA" else []
     task = config.get("task_type")
     if not isinstance(task, str | None):
-        problems.append(f"task_type = {_short(task)} is no name of a task")
+        problems.append(f"task_type = {short_repr(task)} is no name of a task")
     elif task not in (None, "CAUSAL_LM"):
-        warnings.append(f"task_type = {_short(task)}: it is read as CAUSAL_LM, since its tensors fit this base")
+        warnings.append(f"task_type = {short_repr(task)}: it is read as CAUSAL_LM, since its tensors fit this base")
     problems += _CHECKS.get(kind, lambda config, spec, warnings: [])(config, spec, warnings)
     if not problems:
         try:
@@ -95,7 +96,7 @@ def type_problems(cls: type[Method], fields: Mapping[str, Any]) -> list[str]:
                 types.validate_json(json.dumps(fields[name]), strict=True)
             except ValidationError as error:
                 reasons = "; ".join(dict.fromkeys(e["msg"] for e in error.errors()[:3]))
-                problems.append(f"{name} = {_short(fields[name])}: {reasons}")
+                problems.append(f"{name} = {short_repr(fields[name])}: {reasons}")
     return problems
 
 
@@ -110,11 +111,6 @@ def _neutral(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
-
-
 def _text_problems(config: Mapping[str, Any], fields: set[str]) -> list[str]:
     """Names and regular expressions from a file are matched against every module: bound their number, length and time."""
     problems = []
@@ -127,7 +123,7 @@ def _text_problems(config: Mapping[str, Any], fields: set[str]) -> list[str]:
             )
         elif isinstance(value, str) or key.endswith("_pattern"):
             problems += [
-                f"{key}: {_short(t)} could take for ever to match: a repeated group, or more than {MAX_REPEATS} repeats"
+                f"{key}: {short_repr(t)} could take for ever to match: a repeated group, or more than {MAX_REPEATS} repeats"
                 for t in texts
                 if _slow(t)
             ]
@@ -146,7 +142,7 @@ def _lora_problems(config: Mapping[str, Any], spec: Spec, warnings: list[str]) -
     if bias in ("all", "lora_only") and not any("bias" in m.parameters for m in spec.modules.values()):
         warnings.append(f"bias = {bias!r}: this base has no biases")
     elif bias != "none":
-        problems.append(f"bias = {_short(bias)}: trained biases are not supported, only 'none'")
+        problems.append(f"bias = {short_repr(bias)}: trained biases are not supported, only 'none'")
     init = config.get("init_lora_weights", True)
     if not isinstance(init, bool) and init is not None and str(init).lower() not in HARMLESS_INITS:
         problems.append(
@@ -157,7 +153,7 @@ def _lora_problems(config: Mapping[str, Any], spec: Spec, warnings: list[str]) -
     pattern = config.get("layers_pattern")
     if pattern not in (None, [], "", layer_name, [layer_name]):
         found = warnings if config.get("layers_to_transform") in (None, []) else problems
-        found.append(f"layers_pattern = {_short(pattern)}: this base's layers are {layer_name!r}")
+        found.append(f"layers_pattern = {short_repr(pattern)}: this base's layers are {layer_name!r}")
     if config.get("ensure_weight_tying") and spec.tied_head:
         problems.append("ensure_weight_tying = True is not supported on a base whose head is tied to its embedding")
     return problems
@@ -169,7 +165,7 @@ def _virtual_problems(config: Mapping[str, Any], spec: Spec, warnings: list[str]
     if prefix:
         wanted["num_attention_heads"] = spec.num_kv_heads
     problems = [
-        f"{k} = {_short(config[k])}: this base needs {v}" for k, v in wanted.items() if config.get(k) is not None and config[k] != v
+        f"{k} = {short_repr(config[k])}: this base needs {v}" for k, v in wanted.items() if config.get(k) is not None and config[k] != v
     ]
     if config.get("num_virtual_tokens") is None:
         problems.append("num_virtual_tokens is missing")

@@ -13,6 +13,7 @@ from typing import Any
 from trimtab.bases.spec import Spec
 from trimtab.methods.base import Site
 from trimtab.methods.targets import matches, regex_problem, stray_keys
+from trimtab.store.names import short_repr
 
 TRAINING_ONLY = frozenset(
     {"runtime_config", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"}
@@ -22,7 +23,7 @@ SHOWN = 8
 
 
 def training_leftovers(config: Mapping[str, Any]) -> list[str]:
-    return [f"{key} = {_short(config[key])} mattered in training only" for key in sorted(TRAINING_ONLY & set(config)) if config[key]]
+    return [f"{key} = {short_repr(config[key])} mattered in training only" for key in sorted(TRAINING_ONLY & set(config)) if config[key]]
 
 
 def without_strangers(fields: Mapping[str, Any], spec: Spec) -> tuple[dict[str, Any], list[str]]:
@@ -97,10 +98,5 @@ def high_ranks(sites: Sequence[Site], spec: Spec) -> list[str]:
 
 def _listed(names: Iterable[str]) -> str:
     found = list(dict.fromkeys(names))
-    shown = ", ".join(_short(n) for n in found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+    shown = ", ".join(short_repr(n) for n in found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
     return f"{shown} {'matches' if len(found) == 1 else 'match'} no module"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from trimtab.errors import AdapterError, nearest
 
@@ -138,3 +139,9 @@ def short(text: str, most: int = 80) -> str:
     """Text from a stranger for a message: quoted if it is not plain, and cut if it is long."""
     shown = text if text.isprintable() and text == text.strip() else repr(text)
     return shown if len(shown) <= most else shown[: most - 1] + "…"
+
+
+def short_repr(value: Any) -> str:
+    """A value from a file for a message, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
