@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -374,3 +375,18 @@ def test_command_help_names_every_method_and_an_example():
     output = run("--help").output
     assert all(name in output for name in BY_NAME)
     assert "trimtab plan llama-2-7b" in output
+
+
+def test_layers_that_differ_are_counted_each() -> None:
+    """Of a model with a layer of either kind, half of what two models keep that have two layers of one kind each."""
+
+    def spec_of(*inner: int):
+        model = tiny_model("llama")
+        for i, width in enumerate(inner):
+            config = copy.deepcopy(model.config)
+            config.intermediate_size, config.num_attention_heads, config.head_dim = width, width // 12, 12
+            model.model.layers[i] = type(model.model.layers[i])(config, i)
+        return read_spec(model)
+
+    narrow, wide, mixed = (kept_bytes(spec_of(*inner), [], torch.float32, 40, 20) for inner in ((48, 48), (96, 96), (48, 96)))
+    assert narrow < wide and 2 * mixed == narrow + wide
