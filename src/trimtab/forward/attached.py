@@ -94,7 +94,7 @@ class Attached(Hosted):
         if batch.plan.cache is not None:
             with self._counting:
                 self.cached_rows[way] += batch.total
-        return self.forward_plain(batch) if path is None or way is Way.MODEL else path.forward(batch)
+        return self.forward_plain(batch) if path is None or way is Way.MODEL else path.forward(batch, way)
 
     def _decode_path_for(self, batch: Batch) -> DecodePath | None:
         """The decode path, where there is one and the batch is one of inference with a cache."""

@@ -19,6 +19,7 @@ from trimtab.bases.weights import Weight, norm_weight
 from trimtab.forward.batch import Batch
 from trimtab.forward.hosted import Hosted
 from trimtab.forward.packs import Group, Mix
+from trimtab.methods.base import Rows
 from trimtab.ops import native, native_inference
 from trimtab.ops.stack import Edit
 
@@ -72,22 +73,25 @@ class _Projection:
         self.parts = list(zip([0, *stops[:-1]], stops, strict=True))
 
     def __call__(self, x_TI: Tensor, batch: Batch) -> Tensor:
-        here = {n: [g for g in batch.mix.groups.get(n, ()) if batch.rows(g.members) is not None] for n in self.names}
-        lora = self._joined(x_TI, batch, [g for groups in here.values() for g in groups])
+        groups, rows = batch.mix.groups, batch.rows(batch.mix.members)
+        if rows is None or not any(name in groups for name in self.names):
+            return self.plain(x_TI)
+        here = [[g for g in groups.get(name, ()) if batch.rows(g.members) is not None] for name in self.names]
+        lora = self._joined(x_TI, rows, here, batch.mix)
         if lora is not None:  # it touches rows that nothing else touches here, and goes after what may compute these again
-            here = {n: [g for g in groups if g.kernel is not ops.lora] for n, groups in here.items()}
-        if len(self.names) == 1 and here[self.names[0]]:
-            y_TO = self.hosted.edited(self.names[0], x_TI, batch, self.plain, here[self.names[0]])
+            here = [[g for g in found if g.kernel is not ops.lora] for found in here]
+        if len(self.names) == 1 and here[0]:
+            y_TO = self.hosted.edited(self.names[0], x_TI, batch, self.plain, here[0])
         else:
             y_TO = self.plain(x_TI)
-            for name, weight, bias, (a, b) in zip(self.names, self.weights, self.biases, self.parts, strict=True):
-                if here[name]:
+            for name, found, weight, bias, (a, b) in zip(self.names, here, self.weights, self.biases, self.parts, strict=True):
+                if found:
                     part = y_TO[:, a:b]
-                    edited = self.hosted.edited(name, x_TI, batch, known(x_TI, part, partial(weight.matmul, bias_O=bias)), here[name])
+                    edited = self.hosted.edited(name, x_TI, batch, known(x_TI, part, partial(weight.matmul, bias_O=bias)), found)
                     if edited.data_ptr() != part.data_ptr():
                         part.copy_(edited)
         if lora is not None:
-            lora(y_TO)
+            _add_lora(x_TI, y_TO, rows, lora)
         return y_TO
 
     def lora_parts(self, mix: Mix) -> native_inference.LoraParts | None:
@@ -105,26 +109,23 @@ class _Projection:
                 done |= {(name, m) for m in group.members if edit or group.kernel is ops.lora}
         return found, done
 
-    def _joined(self, x_TI: Tensor, batch: Batch, groups: Sequence[Group]) -> Callable[[Tensor], None] | None:
-        """Adds LoRA at all of these modules in one pass over the rows; None where there is none, or a run of rows is better off as
-        matmuls."""
-        members = {m for g in groups if g.kernel is ops.lora for m in g.members}
-        rows, parts = batch.rows(batch.mix.members), self.lora_parts(batch.mix) if members else None
-        if rows is None or parts is None:
+    def _joined(self, x_TI: Tensor, rows: Rows, here: list[list[Group]], mix: Mix) -> native_inference.LoraParts | None:
+        """The factors of LoRA at all of these modules, for one pass over the rows; None where there is none, or where a run of its rows is
+        better off as matmuls."""
+        if not any(g.kernel is ops.lora for found in here for g in found):
             return None
-        slot_T, long = rows.by_row
-        long = tuple(span for span in long if span.slot in members)
-        if long and not native_inference.runs_on_tiles(x_TI):
-            return None
+        long = {span.slot for span in rows.by_row[1]}
+        matmuls = long and any(g.kernel is ops.lora and not long.isdisjoint(g.members) for found in here for g in found)
+        return None if matmuls and not native_inference.runs_on_tiles(x_TI) else self.lora_parts(mix)
 
-        def add(y_TO: Tensor) -> None:
-            if slot_T is not None:
-                native_inference.lora(x_TI, y_TO, slot_T, parts)
-            for span in long:
-                slots = torch.full((span.stop - span.start,), span.slot, dtype=torch.int32)
-                native_inference.lora(x_TI[span.start : span.stop], y_TO[span.start : span.stop], slots, parts)
 
-        return add
+def _add_lora(x_TI: Tensor, y_TO: Tensor, rows: Rows, parts: native_inference.LoraParts) -> None:
+    slot_T, long = rows.by_row
+    if slot_T is not None:
+        native_inference.lora(x_TI, y_TO, slot_T, parts)
+    for span in long if native_inference.runs_on_tiles(x_TI) else ():  # else they are of members without LoRA here
+        slots = torch.full((span.stop - span.start,), span.slot, dtype=torch.int32)
+        native_inference.lora(x_TI[span.start : span.stop], y_TO[span.start : span.stop], slots, parts)
 
 
 def _edit(group: Group, first: int, width: int, slots: int, *, own_input: bool) -> Edit | None:

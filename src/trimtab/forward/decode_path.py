@@ -72,8 +72,9 @@ class DecodePath:
         modules that are looked at nowhere here runs through the model's own, and one with edits that the one call does not know goes
         layer by layer. Where many rows or a long prompt go layer by layer, the others go with them: a matmul of their own would read
         all weights once more."""
-        sites = batch.mix.groups.keys() - self.sites
-        beyond = batch.members & {m for site in sites for group in batch.mix.groups[site] for m in group.members}
+        groups, beyond = batch.mix.groups, frozenset[int]()
+        if not groups.keys() <= self.sites:
+            beyond = batch.members & {m for site in groups.keys() - self.sites for group in groups[site] for m in group.members}
         here = batch.members - beyond
         slow = here
         if self.stack is not None and not self._many(batch, here):
@@ -95,9 +96,8 @@ class DecodePath:
             mix.tables[stack] = _stack_edits(self, mix)
         return mix.tables[stack]
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Hidden states after the final norm, [T, H], of a batch whose `ways` are one; keys and values go into the batch's cache."""
-        (way,) = self.ways(batch)
+    def forward(self, batch: Batch, way: Way) -> Tensor:
+        """Hidden states after the final norm, [T, H], of a batch that `ways` sends this way; keys and values go into the batch's cache."""
         assert way is not Way.MODEL
         cache, plan = batch.plan.cache, batch.plan
         assert cache is not None and plan.write_T is not None

@@ -55,7 +55,8 @@ def _agrees(hosted: Hosted, make: Callable[[Hosted], DecodePath]) -> bool:
     small = Hosted(model)
     path, ids = make(small), random_ids([sum(chunk) for chunk in CHUNKS])
     body, head = exact.get_submodule(hosted.spec.body), exact.get_submodule(hosted.spec.head)
-    ours, theirs = (in_chunks(small, forward, ids, CHUNKS) for forward in (path.forward, small.forward_plain))
+    on_path = lambda batch: path.forward(batch, *path.ways(batch))  # noqa: E731
+    ours, theirs = (in_chunks(small, forward, ids, CHUNKS) for forward in (on_path, small.forward_plain))
     wanted = [body(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in ids]
     x = theirs[1]
     logits = path.head(x), small.head_module(x), head(x.float())
