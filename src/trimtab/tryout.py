@@ -103,7 +103,7 @@ def _training() -> Check:
     variants = [_variant(base, cls.examples()[0], examples) for cls in METHODS.values()]
     before = {v: {k: p.clone() for k, p in v.trained().items()} for v in variants}
     batches = {v: v.next_batch() for v in variants}
-    losses = run_step(batches, max_tokens=4096)
+    losses = {v: outcome.loss for v, outcome in run_step(batches, max_tokens=4096).items()}
     want = _loss(twin, examples)
     problems = []
     for v in variants:

@@ -14,7 +14,8 @@ from tests.laws.common import adapter_of, base_of, difference, gradient_differen
 from tests.laws.plain import plain_logits
 from tests.tiny import FAMILIES
 from trimtab.data import Example
-from trimtab.train.step import Part, forward_loss
+from trimtab.objectives import Counts, Sft
+from trimtab.train.losses import Part, forward_loss
 
 
 @pytest.mark.parametrize("case", [None, "lora-0", "lora-head"])
@@ -36,11 +37,11 @@ def test_loss_and_gradients(family: str, case: str | None) -> None:
             want = want + F.cross_entropy(plain_logits(model, adapter, e.ids.tolist())[at - 1], ids[at], reduction="sum") / 7
         theirs = torch.autograd.grad(want, leaves) if leaves else ()
         mix, (member,) = base.mix([adapter], packed=base._pack_with_grad)
-        total, (loss,) = forward_loss(base.attached, mix, [Part(member, examples, 1 / 7)])
+        total, (outcome,) = forward_loss(base.attached, mix, [Part(member, examples, Sft(), Counts(2, 7))])
         ours = torch.autograd.grad(total, leaves) if leaves else ()
     finally:
         for leaf in leaves:
             leaf.requires_grad_(False)
-    assert difference(torch.tensor(loss), want.detach()) < 1e-5
+    assert difference(torch.tensor(outcome.loss), want.detach()) < 1e-5
     for got, expected in zip(ours, theirs, strict=True):
         assert gradient_difference(got, expected) < 1e-3

@@ -26,6 +26,7 @@ from trimtab.store import Adapter
 from trimtab.train import RunConfig, train
 from trimtab.train.evaluate import Contestant, HeldOut, Judge, Result, ask, read_held_out, write_predictions
 from trimtab.train.labels import Ballot, label_likelihoods
+from trimtab.train.losses import Outcome
 
 LABELS = ["red", "redder", "a much longer colour"]
 """One begins another, and the lengths differ."""
@@ -129,7 +130,7 @@ def test_a_model_that_knows_the_answers_by_heart_matches_exactly(style: str, mon
     learnt = [e.ids[e.supervised].tolist() for e in examples]
     heart = [ids[: next(i for i, token in enumerate(ids) if token in stops)] for ids in learnt]
     monkeypatch.setattr("trimtab.train.evaluate.generate", lambda *_: heart)
-    monkeypatch.setattr("trimtab.train.evaluate.mean_losses", lambda *_: [1.0])
+    monkeypatch.setattr("trimtab.train.evaluate.mean_losses", lambda *_: [Outcome(1.0)])
     held = ask(examples, rows, (), tokenizer, "r")
     field = [Contestant("base", BASE, chooses=False)]
     found = Judge(tokenizer, stops, 64, 64).judge(None, None, {"d": field}, {"d": held})["d"]["base"]  # type: ignore[arg-type]

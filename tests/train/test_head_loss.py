@@ -13,14 +13,16 @@ from torch.profiler import ProfilerActivity, profile
 from tests.laws.common import base_of, gradient_difference, noisy, plain_of, tokens
 from trimtab import ops
 from trimtab.bases.structure import read_spec
+from trimtab.bases.weights import weight_of
 from trimtab.cost import activations
 from trimtab.cost.activations import activation_bytes
 from trimtab.data import Example
 from trimtab.forward.batch import BASE
 from trimtab.forward.packs import Mix
 from trimtab.methods import LoraConfig
+from trimtab.objectives import Counts, Sft
 from trimtab.store import Adapter
-from trimtab.train.step import Part, forward_loss
+from trimtab.train.losses import Part, forward_loss
 
 LENGTHS = {BASE: (7, 12), 0: (9, 4), 1: (11, 3)}
 """Tokens of each member's rows: with chunks of 5 targets, most chunks hold rows of two members and begin amid a sequence."""
@@ -62,13 +64,14 @@ def by_hand(family: str, adapters: list[Adapter], scales: dict[int, float]) -> t
 def test_an_edited_head_in_chunks(family: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each chunk's rows meet their own adapters and their own targets."""
     monkeypatch.setattr(ops.loss, "LOSS_ROWS", rows)
-    base, scales = base_of(family), {BASE: 0.5, 0: 0.25, 1: 0.125}
+    base, counts = base_of(family), {BASE: 2, 0: 4, 1: 8}
     adapters = [noisy(base, LoraConfig(r=r, lora_alpha=5, lora_dropout=0.0, target_modules=("lm_head",)), seed=r) for r in (2, 3)]
     params = [{k: t.clone().requires_grad_() for k, t in a.params.items()} for a in adapters]
     mix = Mix([base.attached.pack(a.method, p, a.sites) for a, p in zip(adapters, params, strict=True)])
-    total, losses = forward_loss(base.attached, mix, [Part(m, examples(m), scales[m]) for m in LENGTHS])
+    total, outcomes = forward_loss(base.attached, mix, [Part(m, examples(m), Sft(), Counts(1, counts[m])) for m in LENGTHS])
     total.backward()
-    want, gradients = by_hand(family, adapters, scales)
+    want, gradients = by_hand(family, adapters, {m: 1 / n for m, n in counts.items()})
+    losses = [o.loss for o in outcomes]
     assert losses == pytest.approx([float(w.detach()) for w in want], rel=1e-4)
     assert float(total.detach()) == pytest.approx(sum(losses), rel=1e-5)
     got = [p[k].grad for p in params for k in sorted(p)]
@@ -100,10 +103,8 @@ def _head_bytes(family: str, dtype: torch.dtype, vocabulary: int, rows: int) -> 
     config = type(config).from_dict(config.to_dict() | {"vocab_size": vocabulary})
     with torch.device("meta"):
         spec = read_spec(type(plain_of(family))(config))
-    hidden_RH, weight_VH = (
-        torch.randn(rows, spec.hidden_size, dtype=dtype).requires_grad_(),
-        torch.randn(vocabulary, spec.hidden_size, dtype=dtype),
-    )
+    hidden_RH = torch.randn(rows, spec.hidden_size, dtype=dtype).requires_grad_()
+    head = weight_of(torch.nn.Linear(spec.hidden_size, vocabulary, bias=False, dtype=dtype).requires_grad_(False))
     others = None, torch.arange(rows), torch.ones(rows), spec.final_softcap
-    measured = peak_bytes(lambda: ops.supervised_loss(hidden_RH, weight_VH, *others)[0].backward())
+    measured = peak_bytes(lambda: ops.supervised_loss(hidden_RH, head, *others)[0].backward())
     return measured, activation_bytes(spec, [], dtype, rows, rows)

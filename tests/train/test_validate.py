@@ -161,7 +161,7 @@ def test_the_best_step_is_what_is_saved(tmp_path: Path, name: str, options: dict
 def test_all_that_are_due_share_a_pass_and_the_base_is_judged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[list[int]] = []
     original = evaluate.mean_losses
-    monkeypatch.setattr(evaluate, "mean_losses", lambda *a: passes.append([m for m, _ in a[2]]) or original(*a))
+    monkeypatch.setattr(evaluate, "mean_losses", lambda *a: passes.append([p.member for p in a[2]]) or original(*a))
     run(
         tmp_path,
         {n: METHODS[n] | {"data": d, "max_steps": 4, "eval_every": e} for n, d, e in (("lora", "a", 2), ("ia3", "b", 2), ("dora", "a", 1))},

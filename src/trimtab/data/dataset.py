@@ -17,8 +17,8 @@ from trimtab.bases import template_digest, tokenizer_digest
 from trimtab.bases.dialect import LOST
 from trimtab.bases.template_report import template_warnings, writes_the_date
 from trimtab.data.keys import ROW_KEYS, TURN_KEYS
-from trimtab.data.render import RENDER_VERSION, Example, as_learnt, encode_rows
-from trimtab.data.rows import Dropped, Row
+from trimtab.data.render import RENDER_VERSION, Example, as_learnt, encode_rows, joined
+from trimtab.data.rows import Dropped, Parts, Row, whole
 from trimtab.data.sources import Source, read_source
 from trimtab.data.token_cache import load_tokens, save_tokens
 from trimtab.errors import DataError
@@ -104,6 +104,7 @@ class Reading:
     last_turn_only: bool = False
     seed: int = 0
     vocab_size: int | None = None
+    parts: Parts = whole
 
     def read(self, source: Source, index: int, note: Callable[[str], None], *, keep: bool) -> SourceRows:
         """Read and tokenise one source. index: its place among its split's. note: hears what it holds and no row uses. keep: look for the
@@ -111,11 +112,13 @@ class Reading:
 
         Raises DataError if it cannot be read, or holds conversations and the base has no chat template.
         """
-        rows, dropped = read_source(source, self.root, index, note)
+        rows, dropped = read_source(source, self.root, index, note, self.parts)
+        segments = [s for row in rows for s in row.segments]
         try:
-            key, results = self._cached(rows) if keep else ("", self._encoded(rows))
+            key, encoded = self._cached(segments) if keep else ("", self._encoded(segments))
         except DataError as error:
             raise DataError(f"{source.path}: {error.message}", problems=error.problems, fix=error.fix) from error
+        results = joined(rows, encoded)
         kept = [(row, r) for row, r in zip(rows, results, strict=True) if isinstance(r, Example)]
         dropped += [r for r in results if isinstance(r, Dropped)]
         examples = [e for _, e in kept]
@@ -169,15 +172,16 @@ def load_examples(
     seed: int = 0,
     keep_rows: bool = False,
     vocab_size: int | None = None,
+    parts: Parts = whole,
 ) -> Dataset:
     """Read and tokenise all sources. root: where relative paths start. max_length: in tokens. seed: chooses the rows of sources with a
     fractional weight. keep_rows: keep the rows beside their tokens. vocab_size: rows of the base's embedding; rows with a token id beyond
-    it are dropped.
+    it are dropped. parts: how a record becomes segments.
 
     Raises DataError if a source cannot be read, if more than `max_dropped_share` of a source's rows were dropped (the message counts the
     reasons and names the first ten), or if nothing is left to train on.
     """
-    reading = Reading(tokenizer, root, max_length, last_turn_only, seed, vocab_size)
+    reading = Reading(tokenizer, root, max_length, last_turn_only, seed, vocab_size, parts)
     examples: list[Example] = []
     dropped: list[Dropped] = []
     kept: list[Row] = []
@@ -198,8 +202,8 @@ def load_examples(
         examples=examples,
         dropped=dropped,
         digest="sha256:" + digest.hexdigest(),
-        tokens=sum(len(e.ids) for e in examples),
-        supervised_tokens=sum(int(e.supervised.sum()) for e in examples),
+        tokens=sum(e.tokens for e in examples),
+        supervised_tokens=sum(e.targets for e in examples),
         warnings=template_warnings(tokenizer),
         rows=kept,
         notes=notes,

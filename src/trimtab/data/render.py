@@ -42,12 +42,36 @@ class Example:
     """A tokenised row. ids: int32 [T]. supervised: bool [T], True for a target: the loss of predicting ids[t] from ids[:t] counts.
 
     supervised[0] is always False. Tokens after the last supervised one affect no loss. origin: for messages. row: the row's identity.
+    role: which of its row's segments this is, to an objective that reads several. others: the other segments of the row, which enter every
+    forward and every loss with this one.
     """
 
     ids: np.ndarray
     supervised: np.ndarray
     origin: str
     row: RowId
+    role: str = ""
+    others: tuple[Example, ...] = ()
+
+    @property
+    def segments(self) -> tuple[Example, ...]:
+        """The row's segments, this one first."""
+        return (self, *self.others)
+
+    @property
+    def tokens(self) -> int:
+        """Of all segments."""
+        return sum(len(s.ids) for s in self.segments)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest segment."""
+        return max(len(s.ids) for s in self.segments)
+
+    @property
+    def targets(self) -> int:
+        """Supervised tokens of all segments."""
+        return sum(int(s.supervised.sum()) for s in self.segments)
 
 
 @dataclass(frozen=True)
@@ -81,6 +105,27 @@ def encode_rows(
     rows: Sequence[Row], tokenizer: Any, max_length: int, *, last_turn_only: bool = False, vocab_size: int | None = None
 ) -> list[Example | Dropped]:
     """As `encode_row`, for many rows at once: result i belongs to row i. The tokenizer's own threads share the work."""
+    segments = [s for row in rows for s in row.segments]
+    return joined(rows, _encode(segments, tokenizer, max_length, last_turn_only, vocab_size))
+
+
+def joined(rows: Sequence[Row], results: Sequence[Example | Dropped]) -> list[Example | Dropped]:
+    """What became of each row, from what became of each of their segments, in order: a row is dropped with any of its segments."""
+    rest = iter(results)
+    return [_joined(row, [next(rest) for _ in row.segments]) for row in rows]
+
+
+def _joined(row: Row, results: Sequence[Example | Dropped]) -> Example | Dropped:
+    kept = [e for e in results if isinstance(e, Example)]
+    if len(kept) < len(results):
+        return next(r for r in results if isinstance(r, Dropped))
+    if not row.role and not row.others:
+        return kept[0]
+    segments = [replace(e, role=r.role) for e, r in zip(kept, row.segments, strict=True)]
+    return replace(segments[0], others=tuple(segments[1:]))
+
+
+def _encode(rows: Sequence[Row], tokenizer: Any, max_length: int, last_turn_only: bool, vocab_size: int | None) -> list[Example | Dropped]:
     template = Template(tokenizer)
     rendered: list[_Rendered | str] = []
     for row in rows:

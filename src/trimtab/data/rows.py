@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -32,6 +32,14 @@ from trimtab.data.turns import Turn, filled, kind_of, pairs, read_turns, talk_in
 RowId = tuple[int, int]
 """Which row it is: the number of its source among those that are read together, and its own number among the source's rows."""
 _unread = itertools.count()
+Record = Mapping[str, Any]
+Parts = Callable[[Record], Mapping[str, Record]]
+"""How a record becomes the segments of a row: role -> a record of one of the forms. BadRow or KeyError where it lacks a column."""
+
+
+def whole(record: Record) -> dict[str, Record]:
+    """One segment: the record as it is."""
+    return {"": record}
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,8 @@ class Row:
     system: a system turn that goes before prompt. separator: stands between prompt and completion where there is no chat template (alpaca
     and label rows; prompt/completion rows are joined as they are). first_supervised: index of the first message that may be supervised.
     unsupervised: indexes of later assistant messages that may not, because their author marked them so. trusted: control tokens in its
-    plain text are read as such.
+    plain text are read as such. role: what the row is to its objective, where that reads several segments from a record; the first of
+    them is the row, and holds the others.
     """
 
     origin: str
@@ -56,6 +65,13 @@ class Row:
     unsupervised: tuple[int, ...] = ()
     trusted: bool = False
     id: RowId = field(default_factory=lambda: (-1, next(_unread)), compare=False)
+    role: str = ""
+    others: tuple[Row, ...] = ()
+
+    @property
+    def segments(self) -> tuple[Row, ...]:
+        """The row and the others of its record, each alone."""
+        return (replace(self, others=()), *self.others) if self.others else (self,)
 
     @property
     def conversation(self) -> list[Message] | None:
@@ -77,7 +93,8 @@ class Row:
         """All that decides the row's tokens, as canonical JSON: two rows with the same key tokenise alike. Origin and id are left out."""
         parts: list[Any] = [self.messages, self.prompt, self.completion, self.text, self.system, self.separator, self.first_supervised]
         parts += [self.unsupervised] if self.unsupervised else []
-        parts += [{"trusted": True}] if self.trusted else []  # rows without either keep the digests that they had
+        parts += [{"trusted": True}] if self.trusted else []
+        parts += [{"role": self.role}] if self.role else []  # rows without any of these keep the digests that they had
         return json.dumps(parts, sort_keys=True).encode()
 
 
@@ -116,6 +133,21 @@ def to_row(record: Any, origin: str, columns: Mapping[str, str], system: str | N
         return _with_system(_MAKERS[form](fields, origin), own_system or system)
     except BadRow as bad:
         return Dropped(origin, str(bad))
+
+
+def to_segments(record: Any, origin: str, columns: Mapping[str, str], system: str | None, parts: Parts) -> Row | Dropped:
+    """A record as the row of an objective that reads several segments from it; if one cannot be read, the record is dropped."""
+    try:
+        named = parts(record) if isinstance(record, dict) else whole(record)
+    except (BadRow, KeyError) as bad:
+        return Dropped(origin, f"no column {bad}: the objective reads it" if isinstance(bad, KeyError) else str(bad))
+    rows: list[Row] = []
+    for role, part in named.items():
+        row = to_row(part, origin, columns, system)
+        if isinstance(row, Dropped):
+            return Dropped(origin, f"{row.reason} ({role})") if role else row
+        rows.append(replace(row, role=role))
+    return replace(rows[0], others=tuple(rows[1:]))
 
 
 def _from_messages(fields: Mapping[str, Any], origin: str) -> Row:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trimtab.bases.template import BadRow
 from trimtab.data.documents import TEXT_SUFFIXES, text_files
 from trimtab.data.formats import READERS, SUFFIXES, holds_something, read_hub
 from trimtab.data.forms import check_columns, form_of, unused, used_columns
 from trimtab.data.keys import Repeated
-from trimtab.data.rows import Dropped, Records, Row, to_row
+from trimtab.data.rows import Dropped, Parts, Record, Records, Row, RowId, to_segments, whole
 from trimtab.errors import ConfigError, DataError, nearest
 from trimtab.foreign import answer
 from trimtab.paths import user_path
@@ -107,7 +108,7 @@ _AS_FILES = (
 )
 
 
-def peek_source(source: Source, root: Path) -> None:
+def peek_source(source: Source, root: Path, parts: Parts = whole) -> None:
     """DataError if `read_source` would refuse the whole source; reads only as far as it must to tell. Hub datasets are not looked up."""
     if source.path.startswith(HUB):
         return
@@ -118,8 +119,7 @@ def peek_source(source: Source, root: Path) -> None:
         record = None if isinstance(found, Dropped) else found[1]
         if isinstance(record, dict):
             seen.update(dict.fromkeys(map(str, record)))
-            _refuse_repeated(record, source, form := form_of(record, source.columns))
-            any_form = any_form or form is not None
+            any_form = bool(_forms(record, source, parts)) or any_form
         if any_form and seen.keys() >= set(source.columns.values()):
             break
     _refuse_whole(source, found_any, seen, any_form)
@@ -135,40 +135,59 @@ def _refuse_whole(source: Source, found_any: bool, seen: Mapping[str, None], any
 Note = Callable[[str], None]
 
 
-def read_source(source: Source, root: Path, number: int = 0, note: Note = lambda text: None) -> tuple[list[Row], list[Dropped]]:
+def read_source(
+    source: Source, root: Path, number: int = 0, note: Note = lambda text: None, parts: Parts = whole
+) -> tuple[list[Row], list[Dropped]]:
     """All rows of a source in file order, and the lines that could not be read or understood, each with "file:line" and the reason.
 
     root: where relative paths start. number: of the source among those that are read together; rows are found by it and by their place
-    here (`Row.id`). note: hears, once, what the source holds and no row uses. Raises DataError if the source is missing or empty, needs
-    a package that is not installed, or has no column of a known form; the message lists the columns that exist.
+    here (`Row.id`). note: hears, once, what the source holds and no row uses. parts: how a record becomes segments. Raises DataError if
+    the source is missing or empty, needs a package that is not installed, or has no column of a known form; the message lists the columns
+    that exist.
     """
     rows: list[Row] = []
     dropped: list[Dropped] = []
     columns_seen: dict[str, None] = {}
     left_over: Counter[str] = Counter()
-    any_form, records, form = False, 0, None
+    any_form, records = False, 0
     for found in _records(source, root):
         if isinstance(found, Dropped):
             dropped.append(found)
             continue
         origin, record = found
         records += 1
+        forms: list[tuple[Record, str]] = []
         if isinstance(record, dict):
-            _refuse_repeated(record, source, form := form_of(record, source.columns))
+            forms = _forms(record, source, parts)
             columns_seen.update(dict.fromkeys(map(str, record)))
-            any_form = any_form or form is not None
-        row = to_row(record, origin, source.columns, source.system)
+            any_form = any_form or bool(forms)
+        row = to_segments(record, origin, source.columns, source.system, parts)
         if isinstance(row, Dropped):
             dropped.append(row)
         else:
-            rows.append(dataclasses.replace(row, id=(number, len(rows)), trusted=source.trusted))
-            assert form is not None
-            left_over.update(unused(record, source.columns, form))
+            rows.append(_found(row, (number, len(rows)), source.trusted))
+            left_over.update({what for part, form in forms for what in unused(part, source.columns, form)})
     _refuse_whole(source, bool(records or dropped), columns_seen, any_form)
     if left_over:
         said = (f"{what} ({n} row{'s' * (n > 1)})" for what, n in sorted(left_over.items()))
         note(f"{source.path}: not used: {', '.join(said)}")
     return rows, dropped
+
+
+def _found(row: Row, id: RowId, trusted: bool) -> Row:
+    others = tuple(_found(other, id, trusted) for other in row.others)
+    return dataclasses.replace(row, id=id, trusted=trusted, others=others)
+
+
+def _forms(record: Record, source: Source, parts: Parts) -> list[tuple[Record, str]]:
+    """(segment, its form) of each segment that a record holds; none where one of them is missing or has no form."""
+    _refuse_repeated(record, source, form_of(record, source.columns))
+    try:
+        found = [(part, form_of(part, source.columns)) for part in parts(record).values()]
+    except (BadRow, KeyError):
+        return []
+    known = [(part, form) for part, form in found if form is not None]
+    return known if len(known) == len(found) else []
 
 
 def _refuse_repeated(record: Mapping[str, Any], source: Source, form: str | None) -> None:

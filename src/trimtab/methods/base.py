@@ -15,18 +15,14 @@ Dimensions: T rows of a flat batch, I input features, O output features, r rank,
 
 from __future__ import annotations
 
-import dataclasses
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, get_args, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from trimtab.bases.spec import Spec
-from trimtab.errors import ConfigError, NotMergeable
-from trimtab.foreign import answer
+from trimtab.errors import NotMergeable
+from trimtab.hyperparameters import Hyperparameters
 
 if TYPE_CHECKING:  # run files and stores are read without torch, so methods import it where they compute
     import torch
@@ -182,13 +178,11 @@ BY_NAME: dict[str, type[Method]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Hyperparameters):
     """Base of all methods. Fields are hyperparameters under peft's names. A wrong type, value or name raises a ConfigError that lists every
     finding."""
 
     peft_type: ClassVar[str] = ""
-    name: ClassVar[str] = ""
-    """The name in run files and on the command line."""
     preset_lr: ClassVar[float] = 1e-3
     """The learning rate where a variant names none: one that reaches good results on small models."""
     mergeable: ClassVar[bool] = True
@@ -200,19 +194,6 @@ class Method:
             METHODS[cls.peft_type] = cls
         if "name" in cls.__dict__:
             BY_NAME[cls.name] = cls
-
-    def __post_init__(self) -> None:
-        wrong = _type_problems(self)
-        for f in dataclasses.fields(self) if wrong else ():  # so that `problems` can judge the others
-            if f.name in wrong:
-                fresh = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-                object.__setattr__(self, f.name, fresh)
-        if problems := [*wrong.values(), *self.problems()]:
-            raise ConfigError(f"{type(self).__name__} cannot be used", problems=problems)
-
-    def problems(self) -> list[str]:
-        """What is wrong with the hyperparameters, whatever the base. Each finding names field and value."""
-        return []
 
     @classmethod
     def examples(cls) -> list[Method]:
@@ -253,58 +234,6 @@ class Method:
         """New weight and bias, fp32, that compute base and adapter in one matmul. The given ones are not changed. Raises NotMergeable if
         there are none."""
         raise NotMergeable(f"{self.name} adapters cannot be merged into the base")
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any], *, where: str = "") -> Self:
-        """Build from a mapping. Unknown names are refused with the nearest known one. where: what the mapping is, for the message."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        problems = [f"unknown key {k!r}{answer(k, known)}" for k in fields if k not in known]
-        if problems:
-            raise ConfigError(f"{where or cls.__name__} cannot be used", problems=problems, fix=f"{cls.name} takes: {', '.join(known)}")
-        try:
-            return cls(**fields)
-        except ConfigError as e:
-            raise ConfigError(f"{where}: {e.message}" if where else e.message, problems=e.problems, fix=e.fix) from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, as plain JSON values."""
-        return dataclasses.asdict(self)
-
-
-@lru_cache
-def _field_types(cls: type[Method]) -> dict[str, TypeAdapter]:
-    hints = get_type_hints(cls)
-    return {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(cls)}
-
-
-NO_SWITCH = "a number belongs here, not true or false"
-
-
-def switch_for_number(value: Any, hint: Any) -> bool:
-    """Whether a boolean is given where `hint` wants numbers. Python counts true as 1, but `r: true` is a mistake."""
-    wanted = _kinds(hint)
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
-    return bool not in wanted and bool(wanted & {int, float}) and any(isinstance(item, bool) for item in items)
-
-
-def _kinds(hint: Any) -> set[Any]:
-    return {hint}.union(*map(_kinds, get_args(hint)))
-
-
-def _type_problems(method: Method) -> dict[str, str]:
-    """Field -> what is wrong with it by its annotation; lossless conversions that YAML needs (1 -> 1.0, list -> tuple) are applied."""
-    problems = {}
-    cls: Any = type(method)
-    for name, adapter in _field_types(cls).items():
-        value = getattr(method, name)
-        if switch_for_number(value, get_type_hints(cls)[name]):
-            problems[name] = f"{name} = {reprlib.repr(value)}: {NO_SWITCH}"
-            continue
-        try:
-            object.__setattr__(method, name, adapter.validate_python(value))
-        except ValidationError as e:
-            problems[name] = f"{name} = {reprlib.repr(value)}: {'; '.join(dict.fromkeys(err['msg'] for err in e.errors()))}"
-    return problems
 
 
 @dataclass(frozen=True, kw_only=True)

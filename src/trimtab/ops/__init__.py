@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         scale_output,
     )
     from trimtab.ops.layer import Matrix, largest, linear_into, linears, rms_norm, rotate, swiglu
-    from trimtab.ops.loss import LOSS_ROWS, supervised_loss
+    from trimtab.ops.loss import LOSS_ROWS, log_probabilities, supervised_loss
     from trimtab.ops.native_attention import FlatIndex, flat_attention, flat_index, takes_flat
     from trimtab.ops.varlen import VarlenIndex, varlen_attention, varlen_index, varlen_kernel
 else:
@@ -44,6 +44,7 @@ __all__ = [
     "largest",
     "linear_into",
     "linears",
+    "log_probabilities",
     "lora",
     "lora_embedding",
     "replace",

@@ -23,11 +23,11 @@ class Held:
 
     @property
     def longest(self) -> int:
-        return max((len(e.ids) for e in self.examples), default=0)
+        return max((e.longest for e in self.examples), default=0)
 
     @property
     def tokens(self) -> int:
-        return sum(len(e.ids) for e in self.examples)
+        return sum(e.tokens for e in self.examples)
 
     def work(self, generates: bool, chooses: bool) -> float:
         """Of judging one contestant: a pass for the loss; prompts and answers, of their references' lengths; prompts and labels."""

@@ -23,7 +23,7 @@ def note_mistakes(run: RunConfig, spec: Spec | None, mistakes: Mistakes, called:
         with mistakes.noted():
             spec = _spec_here(run.base)
     used = dict.fromkeys(v.data for v in run.variants)
-    mistakes.errors += [error for name in used for error in unreadable(name, run.data[name], run.root)]
+    mistakes.errors += [error for name in used for error in unreadable(name, run.data[name], run.root, run.variants)]
     if spec is None:
         return
     for v in run.variants:

@@ -66,7 +66,7 @@ def check(run: RunConfig | Mapping[str, Any] | str | Path, *, rows: int = 2, sta
     for name, config in run.data.items():
         splits = _read_data(run, name, config, tokenizer, architecture.spec.vocab_size, report, status)
         data[name] = splits
-        report.rendered += [_render(e, tokenizer) for e in _first(splits[0], rows)]
+        report.rendered += [_render(s, tokenizer) for e in _first(splits[0], rows) for s in e.segments]
         report.findings += duplicates(splits[0].where, splits[0].rows)
         for held in splits[1:]:
             report.findings += contamination(splits[0].where, splits[0].rows, held.where, held.rows)
@@ -94,7 +94,7 @@ def _base_of(run: RunConfig, status: Status) -> tuple[torch.device, Any, Archite
     if mistakes.errors:
         with mistakes.noted():
             refuse_no_folder(run.out)
-        mistakes.errors += [error for name, data in run.data.items() for error in unreadable(name, data, run.root)]
+        mistakes.errors += [error for name, data in run.data.items() for error in unreadable(name, data, run.root, run.variants)]
         mistakes.refuse("this run cannot be checked, because its base or its device cannot be had")
     return device, tokenizer, architecture
 
@@ -147,14 +147,14 @@ def _read_data(
     run: RunConfig, name: str, config: DataConfig, tokenizer: Any, vocab_size: int, report: CheckReport, status: Status
 ) -> list[Split]:
     """The splits of a data set, train first; counts and findings go into the report."""
-    max_length, last_turn_only, differ = row_options(run, name)
+    max_length, last_turn_only, parts, differ = row_options(run, name)
     if differ is not None:
         report.findings.append(Finding("error", f"data.{name}", differ.message, fix=differ.fix))
     splits = []
     for split, sources in config.splits.items():
         status(f"reading data.{name}.{split}")
         turn = last_turn_only or split != "train"  # held-out rows ask for their last answer
-        reading = Reading(tokenizer, run.root, max_length, turn, run.seed, vocab_size)
+        reading = Reading(tokenizer, run.root, max_length, turn, run.seed, vocab_size, parts)
         splits.append(_read_split(Split(name, split), sources, reading, report))
     return splits
 
@@ -173,7 +173,7 @@ def _read_split(split: Split, sources: Sequence[Source], reading: Reading, repor
         split.epoch += found.epoch
         lost += found.dropped
         rows, dropped = len(found.examples) + len(found.dropped), len(found.dropped)
-        tokens, supervised = sum(len(e.ids) for e in found.epoch), sum(int(e.supervised.sum()) for e in found.epoch)
+        tokens, supervised = sum(e.tokens for e in found.epoch), sum(e.targets for e in found.epoch)
         counts.append(SourceCounts(source.path, source.weight, rows, dropped, len(found.epoch), tokens, supervised))
         if (stop := found.refusal()) is not None:
             report.findings.append(Finding("error", split.where, stop.message, fix=stop.fix))
@@ -182,7 +182,7 @@ def _read_split(split: Split, sources: Sequence[Source], reading: Reading, repor
     if not split.examples and split.starts:  # what could not be read has its own finding
         fix = "mend the rows that were dropped, or name a file that has rows."
         report.findings.append(Finding("error", split.where, "no row is left", fix=fix))
-    lengths = np.array([len(e.ids) for e in split.examples], dtype=np.int64)
+    lengths = np.array([e.tokens for e in split.examples], dtype=np.int64)
     report.splits.append(SplitCounts(split.data, split.name, tuple(counts), _quantiles(lengths), _histogram(lengths)))
     return split
 
@@ -238,7 +238,7 @@ def _fit(run: RunConfig, name: str, splits: Sequence[Split], tokenizer: Any, spe
     beside = f" with the {most} virtual tokens of {max(virtual, key=lambda n: virtual[n])}" if most else ""
     found = []
     for split in splits:
-        long = [f"{e.origin}: {len(e.ids)} tokens" for e in split.examples if len(e.ids) + most > spec.max_positions]
+        long = [f"{e.origin}: {e.longest} tokens" for e in split.examples if e.longest + most > spec.max_positions]
         if long:
             message = f"{len(long)} rows are longer than the base's {spec.max_positions} positions{beside}"
             found.append(Finding.of("error", split.where, message, long, f"set max_length to {spec.max_positions - most} or less."))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from trimtab.errors import ConfigError, DataError, TrimtabError, nearest
 from trimtab.foreign import method_answer
 from trimtab.methods import BY_NAME, Method
 from trimtab.methods.targets import as_list, listed
+from trimtab.objectives import OBJECTIVES, Objective, Sft
 from trimtab.paths import user_path
 from trimtab.train.options import VALIDATION, DataConfig, EvalOptions, RunOptions, TrainOptions, VariantConfig
 from trimtab.train.runfile import explain, read_yaml, shown, unknown_keys
@@ -75,17 +76,20 @@ class RunConfig(RunOptions):
                 return run
         except ValidationError as e:
             problems += explain(e, "")
-        errors = [error for name, config in whole.items() for error in unreadable(name, config, root)]
+        made = [v for v in variants if v is not None]
+        errors = [error for name, config in whole.items() for error in unreadable(name, config, root, made)]
         raise ConfigError(f"{where} cannot be run", problems=[*problems, *(line for e in errors for line in e.among_others())])
 
 
-def unreadable(name: str, data: DataConfig, root: Path) -> list[TrimtabError]:
-    """What is wrong with the files of a data set: missing, empty, of an unknown kind, or without the columns that rows need."""
+def unreadable(name: str, data: DataConfig, root: Path, variants: Sequence[VariantConfig]) -> list[TrimtabError]:
+    """What is wrong with the files of a data set: missing, empty, of an unknown kind, or without the columns that rows need. variants: the
+    run's, whose objectives say which columns those are."""
     found: list[TrimtabError] = []
+    parts = next((v.objective.parts for v in variants if v.data == name), Objective.parts)
     for split, sources in data.splits.items():
         for source in sources:
             try:
-                peek_source(source, root)
+                peek_source(source, root, parts)
             except DataError as e:
                 found.append(DataError(f"data.{name}.{split}: {e.message}", problems=e.problems, fix=e.fix))
     return found
@@ -94,7 +98,7 @@ def unreadable(name: str, data: DataConfig, root: Path) -> list[TrimtabError]:
 _VARIANT = "in a variant, or under `defaults`"
 HOMES = {
     **{name: "in a variant" for cls in BY_NAME.values() for name in (f.name for f in dataclasses.fields(cls))},
-    **dict.fromkeys(("method", "data"), "in a variant"),
+    **dict.fromkeys(("method", "objective", "data"), "in a variant"),
     **dict.fromkeys(TrainOptions.model_fields, _VARIANT),
     **dict.fromkeys(EvalOptions.model_fields, "under `evaluate`"),
     **dict.fromkeys(DataConfig.model_fields, "in a data set, under `data`"),
@@ -169,16 +173,35 @@ def _variant(name: str, value: Any, defaults: Mapping[str, Any], data: Mapping[s
     if not isinstance(source, str) or source not in data:
         problems.append(f"{where}.data = {shown(source)}{nearest(str(source), data)}: one of {', '.join(data)}")
         source = ""
-    method = _method(where, fields, problems)
+    objective = _objective(where, fields, problems)
+    method = _method(where, fields, [type(objective)] if objective else OBJECTIVES.values(), problems)
     own = _options(fields, where, problems)
     options = TrainOptions(**{**defaults, **own})
     problems += [f"{where}.{p}" for p in _misfits(options, fields, method, data.get(source), source)]
-    return None if method is None else VariantConfig(name=name, data=source, method=method, options=options)
+    if method is None or objective is None:
+        return None
+    return VariantConfig(name=name, data=source, method=method, options=options, objective=objective)
 
 
-def _method(where: str, fields: Mapping[str, Any], problems: list[str]) -> Method | None:
-    """The method of a variant; what is wrong with its name and fields, and the variant's keys that are neither these nor options."""
-    name, keys = fields.get("method"), [*TrainOptions.model_fields, "data", "method"]
+def _objective(where: str, fields: Mapping[str, Any], problems: list[str]) -> Objective | None:
+    """The objective of a variant; what is wrong with its name and the values of its fields."""
+    name = fields.get("objective", Sft.name)
+    if not isinstance(name, str) or name not in OBJECTIVES:
+        problems.append(f"{where}.objective = {shown(name)}{nearest(str(name), OBJECTIVES)}: one of {', '.join(OBJECTIVES)}")
+        return None
+    cls = OBJECTIVES[name]
+    try:
+        return cls(**{k: v for k, v in fields.items() if k in (f.name for f in dataclasses.fields(cls))})
+    except ConfigError as e:
+        problems += [f"{where}.{p}" for p in e.problems]
+        return cls()
+
+
+def _method(where: str, fields: Mapping[str, Any], objectives: Iterable[type[Objective]], problems: list[str]) -> Method | None:
+    """The method of a variant; what is wrong with its name and fields, and the variant's keys that are neither these, nor options, nor
+    fields of the objectives."""
+    aims = [f.name for o in objectives for f in dataclasses.fields(o)]
+    name, keys = fields.get("method"), [*TrainOptions.model_fields, "data", "method", "objective", *aims]
     every = {f.name: cls.name for cls in BY_NAME.values() for f in dataclasses.fields(cls)}
     if not isinstance(name, str) or name not in BY_NAME:
         problems.append(f"{where}.method = {shown(name)}{method_answer(name, BY_NAME)}: one of {', '.join(BY_NAME)}")

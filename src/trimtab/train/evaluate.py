@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from trimtab.data import (
     SCORES,
     Example,
@@ -27,7 +25,6 @@ from trimtab.data import (
     has_bleu,
     label_examples,
     load_examples,
-    perplexity,
     summarise_dropped,
     valid_json,
 )
@@ -36,20 +33,23 @@ from trimtab.errors import DataError
 from trimtab.forward.attached import Attached
 from trimtab.forward.packs import Mix
 from trimtab.model import Base
+from trimtab.objectives import Counts, Objective, Sft
 from trimtab.train.labels import Ballot, label_likelihoods
-from trimtab.train.step import Part, forward_loss
+from trimtab.train.losses import Part, Reference, mean_losses
 
 SAMPLES = 5
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who answers: the base (member BASE) or an adapter of the mix. generates, chooses: whether it answers questions, and picks labels."""
+    """Who answers: the base (member BASE) or an adapter of the mix. generates, chooses: whether it answers questions, and picks labels.
+    objective: by whose loss it is judged; None: by none."""
 
     name: str
     member: int
     generates: bool = True
     chooses: bool = True
+    objective: Objective | None = field(default_factory=Sft)
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,13 @@ class Question:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A data set's held-out rows: examples to measure the loss on, questions for those of them that have an answer, and its labels."""
+    """A data set's held-out rows: examples to measure the loss on, questions for those of them that have an answer, and its labels.
+    reference: the base's log-probabilities of the examples, where an objective needs them."""
 
     examples: Sequence[Example]
     questions: Sequence[Question] = ()
     labels: Sequence[str] = ()
+    reference: Reference = field(default_factory=dict)
 
 
 @dataclass
@@ -139,17 +141,20 @@ class Judge:
     def judge(self, attached: Attached, mix: Mix, fields: Mapping[str, Sequence[Contestant]], held: Mapping[str, HeldOut]) -> Results:
         """Loss, answers, labels and scores. fields: who is judged on each data set of `held`."""
         who = [(d, c) for d in fields for c in fields[d]]
-        losses = mean_losses(attached, mix, [(c.member, held[d].examples) for d, c in who], self.max_tokens)
+        judged = [(d, c, c.objective) for d, c in who if c.objective is not None]
+        parts = [Part(c.member, held[d].examples, o, Counts.of(held[d].examples), held[d].reference) for d, c, o in judged]
+        found = zip(judged, mean_losses(attached, mix, parts, self.max_tokens), strict=True)
+        reported = {(d, c.name): o.report(outcome.loss, outcome.metrics) for (d, c, o), outcome in found}
         asking = [(c.member, q) for d, c in who if c.generates for q in held[d].questions]
         said = iter(self._answers(attached, mix, asking))
         polled = [(d, c, q) for d, c in who if c.chooses and held[d].labels for q in held[d].questions]
         chosen = iter(label_likelihoods(attached, mix, [Ballot(c.member, q.choices) for _, c, q in polled], self.max_tokens))
         results: Results = {d: {} for d in fields}
-        for (d, c), loss in zip(who, losses, strict=True):
+        for d, c in who:
             h = held[d]
             answers = [next(said) for _ in h.questions] if c.generates else []
             labels = [_likeliest(next(chosen), h.labels) for _ in h.questions] if c.chooses and h.labels else []
-            scores = {"loss": loss, "perplexity": perplexity(loss), "rows": len(h.examples)}
+            scores = {**reported.get((d, c.name), {}), "rows": len(h.examples)}
             results[d][c.name] = self._result(scores, h.questions, answers, labels)
         return results
 
@@ -187,24 +192,6 @@ class Judge:
             given = contents[i] if answers else labels[i]
             predictions.append(row | {"answer": answer, "correct": given.strip() == q.reference.strip()})
         return Result(scores, predictions)
-
-
-@torch.no_grad()
-def mean_losses(attached: Attached, mix: Mix, asked: Sequence[tuple[int, Sequence[Example]]], max_tokens: int) -> list[float]:
-    """Mean nats a target of each (member, examples), all packed together into forwards of at most max_tokens tokens."""
-    targets = [max(1, int(sum(e.supervised.sum() for e in examples))) for _, examples in asked]
-    todo = [(n, e) for n, (_, examples) in enumerate(asked) for e in examples]
-    todo.sort(key=lambda x: len(x[1].ids))
-    total = [0.0] * len(asked)
-    while todo:
-        chunk = [todo.pop()]
-        tokens = len(chunk[0][1].ids)
-        while todo and (tokens := tokens + len(todo[-1][1].ids)) <= max_tokens:
-            chunk.append(todo.pop())
-        _, losses = forward_loss(attached, mix, [Part(asked[n][0], [e], 1.0 / targets[n]) for n, e in chunk])
-        for (n, _), loss in zip(chunk, losses, strict=True):
-            total[n] += loss
-    return total
 
 
 def score(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

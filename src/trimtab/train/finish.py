@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from trimtab.data import find_labels
 from trimtab.forward.batch import BASE
 from trimtab.forward.packs import Mix
+from trimtab.objectives import Objective
 from trimtab.store import Adapter
 from trimtab.train.evaluate import Contestant, HeldOut, Judge, Results, ask, samples, write_predictions
 from trimtab.train.full import FullVariant
 from trimtab.train.listen import Listener
-from trimtab.train.prepare import Prepared
+from trimtab.train.prepare import Prepared, reference_of
 from trimtab.train.report import peak_memory_gb, variant_summary
 from trimtab.train.variant import Variant
 
@@ -36,10 +38,10 @@ def evaluate(prepared: Prepared, adapters: dict[str, Adapter], held: dict[str, H
     mix, numbers = base.mix(list(adapters.values()))
     member = dict(zip(adapters, numbers, strict=True))
     generates = run.evaluate.generate
-    fields = {name: [Contestant("base", BASE, generates)] for name in held}
+    fields = {name: [Contestant("base", BASE, generates, objective=_shared(prepared, name))] for name in held}
     for v in prepared.variants:
         if v.name in member and v.config.data in held:
-            fields[v.config.data].append(Contestant(v.name, member[v.name], generates))
+            fields[v.config.data].append(Contestant(v.name, member[v.name], generates, objective=v.config.objective))
 
     def on_answer(n: int) -> None:
         listener.status(f"scoring on held-out rows: {n} tokens")
@@ -48,8 +50,15 @@ def evaluate(prepared: Prepared, adapters: dict[str, Adapter], held: dict[str, H
     results = judge.judge(base.attached, mix, fields, held)
     for v in prepared.variants:
         if isinstance(v, FullVariant) and (data := v.config.data) in held:
-            results[data] |= judge.judge(v.attached, Mix([]), {data: [Contestant(v.name, BASE, generates)]}, held)[data]
+            alone = Contestant(v.name, BASE, generates, objective=v.config.objective)
+            results[data] |= judge.judge(v.attached, Mix([]), {data: [alone]}, held)[data]
     return _scores(prepared, results)
+
+
+def _shared(prepared: Prepared, data: str) -> Objective | None:
+    """The objective of a data set's variants, by which the base is scored too; None where they differ: such losses do not compare."""
+    first, *others = [v.config.objective for v in prepared.variants if v.config.data == data]
+    return first if all(o == first for o in others) else None
 
 
 def _scores(prepared: Prepared, results: Results) -> Scores:
@@ -71,8 +80,9 @@ def held_out(prepared: Prepared, name: str, split: Literal["valid", "test"]) -> 
     labels = config.labels or []
     if labels == "auto":
         labels = find_labels(prepared.data[name].train.rows, f"data.{name}")
-    base, where = prepared.base, f"data.{name}.{split}"
-    return ask(dataset.examples[: run.evaluate.max_rows], dataset.rows, labels, base.tokenizer, where, base.spec.vocab_size)
+    base, where, examples = prepared.base, f"data.{name}.{split}", dataset.examples[: run.evaluate.max_rows]
+    held = ask(examples, dataset.rows, labels, base.tokenizer, where, base.spec.vocab_size)
+    return replace(held, reference=reference_of(run, name, examples, base))
 
 
 def save(prepared: Prepared, adapters: dict[str, Adapter]) -> dict[str, int]:
@@ -99,7 +109,7 @@ def _provenance(prepared: Prepared, v: Variant, scored: Scores) -> dict[str, Any
     """What trimtab.json says of how an adapter came to be."""
     scores = scored.get(v.config.data, {})
     metrics, before = ({k: x for k, x in scores.get(n, {}).items() if k not in ("samples", "predictions")} for n in (v.name, "base"))
-    options = v.config.options.model_dump() | {"lr": v.config.lr, "seed": v.seed}
+    options = v.config.options.model_dump() | {"lr": v.config.lr, "seed": v.seed} | v.config.aim
     digest = prepared.data[v.config.data].train.digest
     told = {"metrics": metrics, "base_metrics": before}
     return {"variant": v.name, "options": options, "steps": v.progress.step, "data_digest": digest} | told

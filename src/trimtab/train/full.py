@@ -17,6 +17,7 @@ from trimtab.forward.attached import Attached
 from trimtab.forward.packs import PackedAdapter
 from trimtab.model import Base
 from trimtab.store.staging import staged
+from trimtab.train.losses import Reference
 from trimtab.train.options import VariantConfig
 from trimtab.train.variant import StepBatch, Variant
 
@@ -25,7 +26,7 @@ class FullVariant(Variant):
     """Every weight trains. The model computes in the base's dtype; the optimizer steps fp32 masters, which are copied back after each
     step."""
 
-    def __init__(self, config: VariantConfig, base: Base, examples: Sequence[Example], seed: int, max_tokens: int):
+    def __init__(self, config: VariantConfig, base: Base, examples: Sequence[Example], seed: int, max_tokens: int, reference: Reference):
         if stored := {m.name for m in base.attached.weights.of.values() if not m.stored_dense}:
             raise ConfigError(
                 f"full fine-tuning cannot train weights that are stored as {', '.join(sorted(stored))}",
@@ -35,7 +36,7 @@ class FullVariant(Variant):
         attached.activation_checkpointing = base.attached.activation_checkpointing
         attached.row_wise.become(base.attached.row_wise)
         self.weights = dict(attached.model.named_parameters())  # tied weights appear once
-        super().__init__(config, attached, [], {k: w.float() for k, w in self.weights.items()}, examples, seed, max_tokens)
+        super().__init__(config, attached, [], {k: w.float() for k, w in self.weights.items()}, examples, seed, max_tokens, reference)
         for w in self.weights.values():
             w.requires_grad_()
 

@@ -19,7 +19,7 @@ from trimtab.data import Example
 from trimtab.decode.cached import Fed, continue_prompts
 from trimtab.forward.attached import Attached
 from trimtab.forward.packs import Mix
-from trimtab.train.step import Targets, supervised_loss
+from trimtab.train.losses import Targets, log_probabilities
 
 MAX_SLOTS = 64
 """Prompts in the cache together at most."""
@@ -78,16 +78,15 @@ def _together(attached: Attached, mix: Mix, ballots: Sequence[Ballot]) -> list[l
     forwards = continue_prompts(attached, mix, [b.member for b in ballots], prompts, ids)
     found: list[list[float]] = [[] for _ in ballots]
     for asked, fed in zip(rounds, forwards, strict=True):
-        for (i, _), nll in zip(asked, _nlls(fed, [e for _, e in asked]), strict=True):
-            found[i].append(-nll)
+        for (i, _), logp in zip(asked, _log_probabilities(fed, [e for _, e in asked]), strict=True):
+            found[i].append(logp)
     return found
 
 
-def _nlls(fed: Fed, tails: Sequence[Example]) -> list[float]:
-    """Each piece's sum of nll over its targets, nats. The pieces' rows lie in the order of `tails`."""
-    targets = Targets.of([(start, e, 1.0) for (start, _), e in zip(fed.batch.where, tails, strict=True)], fed.attached.device)
-    _, nll_R = supervised_loss(fed.attached, fed.hidden_TH, fed.batch, targets)
-    values = nll_R.tolist()
+def _log_probabilities(fed: Fed, tails: Sequence[Example]) -> list[float]:
+    """Each piece's sum of log p over its targets, nats. The pieces' rows lie in the order of `tails`."""
+    targets = Targets.of([(start, e) for (start, _), e in zip(fed.batch.where, tails, strict=True)], fed.attached.device)
+    values = log_probabilities(fed.attached, fed.hidden_TH, fed.batch, targets).tolist()
     return [sum(values[a:b]) for a, b in targets.runs]
 
 

@@ -175,9 +175,9 @@ def _steps(keeper: Keeper, validator: Validator, before: Ahead, listener: Listen
             start = time.perf_counter()
             batches = {v: v.next_batch() for v in live}
             with keeper.within_memory("training"):
-                losses = run_step(batches, run.max_tokens)
+                outcomes = run_step(batches, run.max_tokens)
                 tokens, elapsed = sum(b.tokens for b in batches.values()), time.perf_counter() - start
-                logged = {v: v.step(losses[v], b, elapsed * b.tokens / tokens) for v, b in batches.items()}
+                logged = {v: v.step(outcomes[v].loss, b, elapsed * b.tokens / tokens) | outcomes[v].metrics for v, b in batches.items()}
             heap.after_step()
             seconds = time.perf_counter() - start
             for v, b in batches.items():
@@ -195,5 +195,5 @@ def _steps(keeper: Keeper, validator: Validator, before: Ahead, listener: Listen
 
 def _line(v: Variant, b: StepBatch, logged: dict[str, float]) -> dict[str, Any]:
     """A variant's line in metrics.jsonl; seconds and tokens_per_s of the joint step are added to it."""
-    counts = {"tokens": b.tokens, "supervised_tokens": b.supervised}
+    counts = {"tokens": b.tokens, "supervised_tokens": b.counts.targets}
     return {"variant": v.name, "step": v.progress.step, "epoch": v.rows.epoch, **logged, **counts}

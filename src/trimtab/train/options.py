@@ -12,8 +12,9 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from trimtab.data import Source
+from trimtab.hyperparameters import NO_SWITCH, switch_for_number
 from trimtab.methods import Method
-from trimtab.methods.base import NO_SWITCH, switch_for_number
+from trimtab.objectives import Objective, Sft
 from trimtab.store.names import RULE, is_word
 from trimtab.train.sinks import missing
 
@@ -109,18 +110,24 @@ class EvalOptions(Strict):
 
 
 class VariantConfig(Strict):
-    """One variant: which data, which method, how it trains."""
+    """One variant: which data, which method, towards what, how it trains."""
 
     name: str
     data: str
     method: Method
     options: TrainOptions
+    objective: Objective = Sft()
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     @property
     def lr(self) -> float:
         return self.options.lr if self.options.lr is not None else self.method.preset_lr
+
+    @property
+    def aim(self) -> dict[str, Any]:
+        """The objective and its fields, as settings and notes write them; nothing for plain `sft`, as before there was a choice."""
+        return {} if self.objective == Sft() else {"objective": self.objective.name, **self.objective.to_dict()}
 
 
 class RunOptions(Strict):

@@ -32,7 +32,7 @@ def settings(run: RunConfig) -> dict[str, Any]:
     """Every setting that decides what a run computes and writes: dotted key -> plain JSON value."""
     content: dict[str, Any] = run.model_dump(mode="json", exclude=FREE)
     content["variants"] = {
-        v.name: {"data": v.data, "method": v.method.name, **v.method.to_dict(), **v.options.model_dump(mode="json"), "lr": v.lr}
+        v.name: {"data": v.data, "method": v.method.name, **v.method.to_dict(), **v.aim, **v.options.model_dump(mode="json"), "lr": v.lr}
         for v in run.variants
     }
     # of several variants the order counts too: it is the order of rows in the joint batch, and sums of floats depend on it

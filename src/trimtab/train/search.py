@@ -19,7 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trimtab.errors import ConfigError, nearest
 from trimtab.foreign import method_answer
+from trimtab.hyperparameters import Hyperparameters
 from trimtab.methods import BY_NAME, Method
+from trimtab.objectives import OBJECTIVES, Objective, Sft
 from trimtab.train.config import HOMES
 from trimtab.train.halving import Halving
 from trimtab.train.options import Metric, TrainOptions
@@ -31,6 +33,7 @@ FIXED = {
     "max_length": "it decides which rows are held out, and trials are compared on the same ones",
     "last_turn_only": "it decides how a data set is read, which a run does once",
     "valid_metric": "trials are compared by one metric: name it in sweep.metric",
+    "objective": "losses of different objectives do not compare",
 }
 """Keys of a variant that cannot be searched, and why."""
 
@@ -70,7 +73,8 @@ def _template(options: SweepOptions, content: Mapping[str, Any]) -> Iterator[str
     """What is wrong with the fields that trials share and that are searched, whatever their values."""
     methods, unknown = methods_of(options), [m for m in _asked(options) if not isinstance(m, str) or m not in BY_NAME]
     yield from (f"sweep: there is no method {shown(m)}{method_answer(m, BY_NAME)}: one of {', '.join(BY_NAME)}" for m in unknown)
-    known = ["data", "method", *TrainOptions.model_fields, *(f for m in methods for f in hyperparameters(m))]
+    known = ["data", "method", "objective", *TrainOptions.model_fields]
+    known += [f for owner in [*methods, *objectives_of(options)] for f in hyperparameters(owner)]
     if not unknown:
         yield from unknown_keys(options.variant, known, "sweep.variant", HOMES)
         yield from unknown_keys(options.search, known, "sweep.search", HOMES)
@@ -137,6 +141,12 @@ def methods_of(options: SweepOptions) -> list[type[Method]]:
     return [BY_NAME[m] for m in _asked(options) if isinstance(m, str) and m in BY_NAME]
 
 
-def hyperparameters(method: type[Method]) -> list[str]:
-    """The names of a method's fields."""
-    return [f.name for f in dataclasses.fields(method)]
+def objectives_of(options: SweepOptions) -> list[type[Objective]]:
+    """The objective of the trials; all where they name one that there is not."""
+    name = str(options.variant.get("objective", Sft.name))
+    return [OBJECTIVES[name]] if name in OBJECTIVES else list(OBJECTIVES.values())
+
+
+def hyperparameters(owner: type[Hyperparameters]) -> list[str]:
+    """The names of a method's or an objective's fields."""
+    return [f.name for f in dataclasses.fields(owner)]

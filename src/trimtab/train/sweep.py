@@ -77,7 +77,7 @@ def sweep(
     base = base or load_base(run.base, dtype=run.dtype, device=run.device)
     data = {run.variants[0].data: read_splits(run, run.variants[0].data, run.data[run.variants[0].data], base)}
     refuse_long(run, base, data)
-    longest = max(len(e.ids) for s in data.values() for e in s.train.examples)
+    longest = max(e.longest for s in data.values() for e in s.train.examples)
     notes = [*_rungs(what, data), *_doubts(what)]
     groups = plan_groups(run, base, longest, what.options.memory_gb)
     if len(groups) > 1 and what.options.halving:
@@ -209,13 +209,14 @@ def _test(run: RunConfig, base: Base, data: dict[str, Splits], name: str, folder
         return None
     held = {winner.data: held_out(Prepared(run, base, data, []), winner.data, "test")}
     judge = Judge(base.tokenizer, base.stop_ids, run.evaluate.max_new_tokens, run.max_tokens)
-    field, full = [Contestant("base", BASE, run.evaluate.generate)], isinstance(winner.method, FullConfig)
+    generates, objective, full = run.evaluate.generate, winner.objective, isinstance(winner.method, FullConfig)
+    field = [Contestant("base", BASE, generates, objective=objective)]
     mix, members = base.mix([] if full else [Adapter.load(folder, base)])
-    field += [Contestant(name, m, run.evaluate.generate) for m in members]
+    field += [Contestant(name, m, generates, objective=objective) for m in members]
     results = judge.judge(base.attached, mix, {winner.data: field}, held)
     if full:
         own = load_base(str(folder), dtype=base.dtype, device=base.device)
-        alone = {winner.data: [Contestant(name, BASE, run.evaluate.generate)]}
+        alone = {winner.data: [Contestant(name, BASE, generates, objective=objective)]}
         results[winner.data] |= judge.judge(own.attached, Mix([]), alone, held)[winner.data]
     write_predictions(run.out / "predictions", results)
     return {who: result.scores for who, result in results[winner.data].items()}

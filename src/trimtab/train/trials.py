@@ -20,7 +20,7 @@ from trimtab.methods import BY_NAME
 from trimtab.train.config import RunConfig, unreadable
 from trimtab.train.options import TrainOptions, VariantConfig
 from trimtab.train.runfile import read_yaml
-from trimtab.train.search import SweepOptions, hyperparameters, methods_of, read_options
+from trimtab.train.search import SweepOptions, hyperparameters, methods_of, objectives_of, read_options
 
 DRAWS = 50
 """Times that a random search draws for each trial before it takes what it has found for all that there is."""
@@ -135,7 +135,8 @@ def _whole(field: str, options: SweepOptions) -> bool:
     """Whether a field takes whole numbers only."""
     if field in TrainOptions.model_fields:
         return "float" not in str(TrainOptions.model_fields[field].annotation)
-    return not any(f.name == field and "float" in str(f.type) for m in methods_of(options) for f in dataclasses.fields(m))
+    owners = [*methods_of(options), *objectives_of(options)]
+    return not any(f.name == field and "float" in str(f.type) for owner in owners for f in dataclasses.fields(owner))
 
 
 def _name(values: Mapping[str, Any], taken: set[str]) -> str:
@@ -174,7 +175,7 @@ def _beside(content: Mapping[str, Any], root: Path) -> list[str]:
         run = RunConfig.from_dict(rest | {"variants": {"x": stand_in}}, root=root)
     except ConfigError as e:
         return [p for p in e.problems if not p.startswith("variants.x")]
-    return [line for n, d in run.data.items() for error in unreadable(n, d, root) for line in error.among_others()]
+    return [line for n, d in run.data.items() for error in unreadable(n, d, root, run.variants) for line in error.among_others()]
 
 
 def by_trial(problems: Iterable[str], names: Sequence[str]) -> list[str]:
@@ -192,4 +193,4 @@ def by_trial(problems: Iterable[str], names: Sequence[str]) -> list[str]:
 
 def _meaning(v: VariantConfig) -> str:
     """Equal for trials that would train the same."""
-    return json.dumps([v.method.name, v.method.to_dict(), v.options.model_dump() | {"lr": v.lr}], sort_keys=True, default=str)
+    return json.dumps([v.method.name, v.method.to_dict(), v.aim, v.options.model_dump() | {"lr": v.lr}], sort_keys=True, default=str)

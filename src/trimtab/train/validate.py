@@ -81,25 +81,30 @@ class Validator:
         for v in due:
             if v.name in member:
                 fields[v.config.data].append(_contestant(v.name, member[v.name], [v]))
-        fresh = [d for d in fields if not self._base_of(d)]
-        for d in fresh:
-            fields[d].append(_contestant("", BASE, self._on(d)))  # no variant has this name
+        base_of: dict[Variant, str] = {}
+        for v in due:
+            if not self._base_valid(v) and v not in base_of:
+                alike = self._alike(v)
+                base_of |= dict.fromkeys(alike, name := f"base of {v.name}")  # no variant has such a name
+                fields[v.config.data].append(_contestant(name, BASE, alike))
         results = self._pass(self.prepared.base.attached, mix, fields)
         for v in due:
             if isinstance(v, FullVariant):
                 results[v.config.data] |= self._pass(v.attached, Mix([]), {v.config.data: [_contestant(v.name, BASE, [v])]})[v.config.data]
-            known = _numbers(results[v.config.data][""].scores) if v.config.data in fresh else self._base_of(v.config.data)
+            known = _numbers(results[v.config.data][base_of[v]].scores) if v in base_of else self._base_valid(v)
             v.progress.base_valid = dict(known)
         return results
 
     def _pass(self, attached: Attached, mix: Mix, fields: dict[str, list[Contestant]]) -> Results:
         return self.judge.judge(attached, mix, fields, self.held)
 
-    def _on(self, data: str) -> list[Variant]:
-        return [v for v in self.prepared.variants if v.config.data == data]
+    def _alike(self, v: Variant) -> list[Variant]:
+        """The variants for which the base is judged as for this one: by the same rows and the same objective."""
+        of = (v.config.data, v.config.objective)
+        return [other for other in self.prepared.variants if (other.config.data, other.config.objective) == of]
 
-    def _base_of(self, data: str) -> dict[str, Any]:
-        return next((v.progress.base_valid for v in self._on(data) if v.progress.base_valid), {})
+    def _base_valid(self, v: Variant) -> dict[str, Any]:
+        return next((other.progress.base_valid for other in self._alike(v) if other.progress.base_valid), {})
 
 
 def is_due(v: Variant) -> bool:
@@ -175,9 +180,10 @@ def _finite(loss: float | None) -> float:
 
 
 def _contestant(name: str, member: int, judged_by: Sequence[Variant]) -> Contestant:
-    """Answers and labels are asked for only where a variant's metric needs them."""
+    """Answers and labels are asked for only where a variant's metric needs them. judged_by: variants of one objective."""
     metrics = {v.config.options.valid_metric for v in judged_by}
-    return Contestant(name, member, generates=bool(metrics - {"loss", CHOICE}), chooses=CHOICE in metrics)
+    objective = judged_by[0].config.objective
+    return Contestant(name, member, generates=bool(metrics - {"loss", CHOICE}), chooses=CHOICE in metrics, objective=objective)
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, Any]:

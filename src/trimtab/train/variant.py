@@ -19,6 +19,8 @@ from trimtab.data import Example, order
 from trimtab.forward.attached import Attached
 from trimtab.forward.packs import PackedAdapter
 from trimtab.methods.base import Method, Site
+from trimtab.objectives import Counts
+from trimtab.train.losses import Reference
 from trimtab.train.options import VariantConfig
 
 LORA_B = "lora_B.weight"
@@ -34,15 +36,15 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
-        return sum(len(e.ids) for e in self.examples)
+        return sum(e.tokens for e in self.examples)
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """All rows of one optimizer step, cut into micro-batches. supervised: their supervised tokens, over which the loss is the mean."""
+    """All rows of one optimizer step, cut into micro-batches. counts: what the loss is a mean over."""
 
     micro_batches: Sequence[MicroBatch]
-    supervised: int
+    counts: Counts
 
     @property
     def tokens(self) -> int:
@@ -102,7 +104,8 @@ class Variant:
     """One adapter under training.
 
     attached: the model that it runs on: the shared base, or (full fine-tuning) its own. params: fp32 leaves, by `Site.key`. best: the
-    tensors of the best validation, on the CPU; None where there is none or where params are these.
+    tensors of the best validation, on the CPU; None where there is none or where params are these. reference: the base's log-probabilities
+    of the rows, where the objective needs them.
     """
 
     def __init__(
@@ -114,7 +117,9 @@ class Variant:
         examples: Sequence[Example],
         seed: int,
         max_tokens: int,
+        reference: Reference | None = None,
     ):
+        self.reference: Reference = reference or {}
         self.config, self.attached, self.sites, self.max_tokens = config, attached, sites, max_tokens
         self.seed = config.options.seed if config.options.seed is not None else seed
         self.params = {k: p.detach().clone().requires_grad_() for k, p in params.items()}
@@ -164,7 +169,7 @@ class Variant:
         examples = [e for _ in range(self.config.options.gradient_accumulation_steps) for e in self.rows.take()]
         cut = enumerate(_cut(examples, self.max_tokens))
         micro_batches = [MicroBatch(rows, _dropout_seed(self.seed, self.progress.step, i)) for i, rows in cut]
-        return StepBatch(micro_batches, int(sum(e.supervised.sum() for e in examples)))
+        return StepBatch(micro_batches, Counts.of(examples))
 
     def learning_rate(self) -> float:
         """The rate of the next step: linear warm-up from 0, then the schedule down to 0 at the last step."""
@@ -194,7 +199,7 @@ class Variant:
         self.optimizer.step()
         self.clear()
         p.step, p.tokens, p.seconds = p.step + 1, p.tokens + batch.tokens, p.seconds + seconds
-        p.supervised_tokens += batch.supervised
+        p.supervised_tokens += batch.counts.targets
         p.losses.append(loss)
         return {"loss": loss, "grad_norm": norm, "lr": lr}
 
@@ -249,15 +254,16 @@ class Variant:
 
 
 def _cut(examples: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-    """Micro-batches of at most max_tokens tokens (a longer row stands alone); rows of similar length together, so attention pads little."""
+    """Micro-batches of at most max_tokens tokens; rows of similar length together, so attention pads little. A row is never cut: its
+    segments stay together, and a longer one stands alone."""
     part: list[Example] = []
     tokens = 0
-    for e in sorted(examples, key=lambda e: len(e.ids)):
-        if part and tokens + len(e.ids) > max_tokens:
+    for e in sorted(examples, key=lambda e: e.tokens):
+        if part and tokens + e.tokens > max_tokens:
             yield part
             part, tokens = [], 0
         part.append(e)
-        tokens += len(e.ids)
+        tokens += e.tokens
     if part:
         yield part
 
