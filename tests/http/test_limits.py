@@ -1,6 +1,7 @@
 """Sizes, times and hosts, checked while bytes arrive; with a real socket where it is about connections."""
 
 import asyncio
+import gc
 import json
 import socket
 import threading
@@ -141,6 +142,14 @@ def listening(services: Services, app, *, drain_s: float = 5.0) -> Iterator[tupl
         made.handle_exit(15, None)
         thread.join(10)
     assert not thread.is_alive()
+
+
+def test_what_is_there_at_the_start_is_not_looked_at_by_collections():
+    """Some 400,000 objects of torch and transformers: a full collection would stop everything for 0.2 s."""
+    with site() as s:
+        with listening(s.services, s.app):
+            assert gc.get_freeze_count() > 100_000
+        assert gc.get_freeze_count() == 0
 
 
 def answer(sock: socket.socket) -> bytes:

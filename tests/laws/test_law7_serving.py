@@ -74,9 +74,8 @@ class World:
             return entered
 
         def watched_computed(work):
-            first = (
-                work.live.past // size if work.live.past > work.live.virtual else 0
-            )  # blocks of virtual tokens alone are written with them
+            entered = work.live.past == work.live.virtual  # then its blocks of virtual tokens alone are written with it
+            first = 0 if entered else work.live.past // size
             computed(work)
             for i in range(first, -(-work.live.past // size)):
                 self.written[work.live.blocks[i]] = ((work.live.request.tenant, work.live.digest), content(work.live, i))
