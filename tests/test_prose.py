@@ -37,7 +37,7 @@ def broken_lines(source: str) -> list[int]:
             a, b = (line.replace(mark, " " * len(mark), 1) if mark else line for line in lines[n : n + 2])
             if not a.strip() or not b.strip() or LAID_OUT.match(a) or LAID_OUT.match(b) or BEGINS.match(b):
                 continue
-            ends = re.search(r'[.:;?!]$|"""$', a.rstrip()) or b.strip() == '"""'
+            ends = re.search(r'[.:?!]$|"""$', a.rstrip()) or b.strip() == '"""'
             if not ends and len(a.rstrip()) + 1 + len(b.split()[0]) <= ROOM:
                 found.append(n + 1)
     return found

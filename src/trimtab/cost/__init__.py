@@ -1,1 +1,1 @@
-"""What a run costs before it runs: parameters, bytes, memory, time."""
+"""What a run will cost: parameters, bytes, memory, time."""

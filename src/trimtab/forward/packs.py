@@ -1,8 +1,8 @@
-"""Packed adapters, and mixes of them: the parameters of a batch, stacked where kernels gather.
+"""Packed adapters, and mixes of them: the parameters of a batch, stacked for kernels that gather.
 
-A `PackedAdapter` is what the mixed forward runs of one adapter; packing is differentiable, so training packs anew in each step and
-inference once.
-A `Mix` is the adapters of a batch, grouped for each site by kernel; its stacks are made on first use and live as long as the mix does.
+A `PackedAdapter` is what the mixed forward uses of one adapter. Packing is differentiable, so training packs again in each step; inference
+packs once. A `Mix` has the adapters of a batch, grouped for each site by kernel. Its stacks are made on first use and live as long as the
+mix does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kernels: the only place where they live. In the order of a forward: `layer`, `edit`, `attend`, `loss`."""
+"""Kernels; no other package has any. In the order of a forward: `layer`, `edit`, `attend`, `loss`."""
 
 from typing import TYPE_CHECKING
 

@@ -1,11 +1,11 @@
 """Kernels of edits: what LoRA, DoRA, IA³, bottleneck adapters and modules trained in full do to the rows of their spans.
 
 A kernel gets all T rows of a flat batch, the base's module, the packed edits of the adapters present, and the spans of rows that each
-touches.
-It knows no rank, no alpha, no method's name. Two ways of running the same formula:
+changes. It knows no rank, no alpha and no method's name. There are two ways of running the same formula:
 
-- by span: one pair of matmuls for each adapter's run of rows; differentiable; what training and prefill use;
-- gathered: each row picks its adapter's stacked tensors and all rows run in one `bmm`; what decoding many short spans uses (no gradients).
+- by span: one pair of matmuls for each adapter's rows. This is differentiable; training and prefill use it.
+- gathered: each row gathers its adapter's stacked tensors, and all rows run in one `bmm`. Decoding of many short spans uses it (no
+  gradients).
 
 Dimensions: T rows, I in, O out, R rank or bottleneck, S adapters ("slots") of this batch.
 """
@@ -99,11 +99,10 @@ def _slot_of(span: Any) -> Tensor:
 
 
 class _LoraSpans(torch.autograd.Function):
-    """LoRA on a frozen linear layer. Where y is None the layer itself runs in here, so that the backward forms dX = dY W + (dY B) A in
-    one buffer;
-    where other edits stand between, y is their result and is added to in place.
+    """LoRA on a frozen linear layer. If y is None the layer itself runs in here, so that the backward forms dX = dY W + (dY B) A in one
+    buffer. If there are other edits in between, y is their result and is added to in place.
 
-    Saved: x, A, B and the R-wide x Aᵀ; dropout masks are drawn again in the backward. W's gradient is never formed.
+    Saved: x, A, B and the R-wide x Aᵀ. Dropout masks are drawn again in the backward. W's gradient is never formed.
     """
 
     @staticmethod
