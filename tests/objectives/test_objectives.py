@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trimtab import ops
 from trimtab.bases.weights import weight_of
 from trimtab.methods import BY_NAME
 from trimtab.objectives import OBJECTIVES, Counts, Segments, Sft
+from trimtab.ops import loss as kernels
 from trimtab.train.options import TrainOptions
 
 
@@ -59,20 +59,20 @@ def test_sums_and_roles() -> None:
 @pytest.mark.parametrize("rows", [4, 1024])
 def test_log_probabilities_and_their_backward(rows: int, softcap: float | None, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against torch's own, for any gradient of the vector; in chunks as in one."""
-    monkeypatch.setattr(ops.loss, "LOSS_ROWS", rows)
+    monkeypatch.setattr(kernels, "LOSS_ROWS", rows)
     torch.manual_seed(0)
     head, target_R, weight_R = nn.Linear(6, 11, bias=bias).requires_grad_(False), torch.arange(10) % 11, torch.randn(10)
     hidden_RH = (3 * torch.randn(10, 6)).requires_grad_()
     logits = head(hidden_RH)
     logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
     want_R = torch.log_softmax(logits, -1).gather(1, target_R[:, None]).squeeze(1)
-    got_R = ops.log_probabilities(hidden_RH, weight_of(head), head.bias, target_R, softcap)
+    got_R = kernels.log_probabilities(hidden_RH, weight_of(head), head.bias, target_R, softcap)
     torch.testing.assert_close(got_R, want_R)
 
     def gradient(logp_R: Tensor) -> Tensor:
         return torch.autograd.grad((weight_R * logp_R).sum() + (logp_R[3] * logp_R[7]), hidden_RH, retain_graph=True)[0]
 
     torch.testing.assert_close(gradient(got_R), gradient(want_R))
-    total, nll_R = ops.supervised_loss(hidden_RH, weight_of(head), head.bias, target_R, weight_R, softcap)
+    total, nll_R = kernels.supervised_loss(hidden_RH, weight_of(head), head.bias, target_R, weight_R, softcap)
     assert torch.equal(nll_R, -got_R), "both ways form the same numbers"
     torch.testing.assert_close(torch.autograd.grad(total, hidden_RH)[0], -torch.autograd.grad((weight_R * want_R).sum(), hidden_RH)[0])

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab import ops
 from trimtab.data import Example
 from trimtab.forward.attached import Attached
 from trimtab.forward.batch import BASE, Batch, Piece, make_batch
 from trimtab.forward.packs import Mix
 from trimtab.objectives import Counts, Objective, Segments
+from trimtab.ops import loss as kernels
 from trimtab.ops.layer import Matrix
 
 Reference = Mapping[Example, Tensor]
@@ -135,14 +135,14 @@ def supervised_loss(attached: Attached, hidden_TH: Tensor, batch: Batch, targets
     if _trains(attached, batch):
         nll_R = -_log_probabilities_by_autograd(attached, hidden_TH, batch, targets)
         return (nll_R * scale_R).sum(), nll_R.detach()
-    return ops.supervised_loss(*_at_head(attached, hidden_TH, targets), scale_R, attached.spec.final_softcap)
+    return kernels.supervised_loss(*_at_head(attached, hidden_TH, targets), scale_R, attached.spec.final_softcap)
 
 
 def log_probabilities(attached: Attached, hidden_TH: Tensor, batch: Batch, targets: Targets) -> Tensor:
     """log p [R] of the targets, nats, fp32, with the graph."""
     if _trains(attached, batch):
         return _log_probabilities_by_autograd(attached, hidden_TH, batch, targets)
-    return ops.log_probabilities(*_at_head(attached, hidden_TH, targets), attached.spec.final_softcap)
+    return kernels.log_probabilities(*_at_head(attached, hidden_TH, targets), attached.spec.final_softcap)
 
 
 def _at_head(attached: Attached, hidden_TH: Tensor, targets: Targets) -> tuple[Tensor, Matrix, Tensor | None, Tensor]:
@@ -163,8 +163,8 @@ def _trains(attached: Attached, batch: Batch) -> bool:
 def _log_probabilities_by_autograd(attached: Attached, hidden_TH: Tensor, batch: Batch, targets: Targets) -> Tensor:
     """Chunk by chunk, with gradients to whatever the head computes with."""
     hidden_RH, found = hidden_TH[torch.tensor(targets.row_R, device=hidden_TH.device)], []
-    for a in range(0, len(hidden_RH), ops.loss.LOSS_ROWS):
-        b = min(a + ops.loss.LOSS_ROWS, len(hidden_RH))
+    for a in range(0, len(hidden_RH), kernels.LOSS_ROWS):
+        b = min(a + kernels.LOSS_ROWS, len(hidden_RH))
         logits = attached.head(hidden_RH[a:b], batch, targets.row_R[a:b]).float()
         found.append(-torch.nn.functional.cross_entropy(logits, targets.target_R[a:b], reduction="none"))
     return torch.cat(found)
