@@ -1,1 +1,2 @@
-"""The mixed forward, in the order of a token's way: packs, batch, hosts, attention, attached; then what runs faster where it agrees."""
+"""The mixed forward, in the order in which a token passes it: packs, batch, hosts, attention, attached. The other files run faster, where
+they agree."""

@@ -1,6 +1,6 @@
-"""Attach: the one mixed forward that training, evaluation and serving share.
+"""The one mixed forward that training, evaluation and serving share.
 
-What `hosted.py` runs through the model's own modules runs on the decode path where that takes the batch and agrees with the model.
+It runs through the model's own modules (`hosted.py`), or on the decode path, if that can run the batch and agrees with the model.
 """
 
 from __future__ import annotations

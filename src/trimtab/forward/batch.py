@@ -1,8 +1,7 @@
-"""The batch: flat rows of many sequences, grouped by adapter. The contract between whoever has sequences and the forward.
+"""The batch: flat rows of many sequences, grouped by adapter. Callers of the forward make it; the forward reads it.
 
-Members of the mix are laid out one after the other, so that each adapter's rows are one span; the base's rows come first. A member whose
-prefix is given as embeddings gets them as rows of their own, once, before its sequences (unless a cache already holds their keys and
-values).
+Adapters of the mix are laid out one after the other, so that each adapter's rows are one span; the base's rows come first. If an adapter's
+prefix is given as embeddings, these are rows of their own, once, before its sequences (unless a cache already has their keys and values).
 """
 
 from __future__ import annotations

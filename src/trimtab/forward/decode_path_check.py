@@ -1,5 +1,5 @@
-"""Does the decode path compute what the model's class does? Both run on a stand-in of a few layers, against transformers' own forward in
-fp32: long and short prompts, chunks over a paged cache, windows shorter than the prompts."""
+"""Whether the decode path computes what the model's class does. Both run on a stand-in of a few layers and are compared with transformers'
+own forward in fp32: long and short prompts, chunks over a paged cache, windows shorter than the prompts."""
 
 from __future__ import annotations
 

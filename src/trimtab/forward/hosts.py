@@ -1,4 +1,4 @@
-"""Hosts: what stands in for a module's forward and asks the batch at hand which edits touch it."""
+"""Hosts: objects that replace a module's forward, and ask which edits of the thread's batch act on the module."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A run from its run file to its run folder: prepare, train all variants together, score them beside the base, save.
 
-File order is the run's order. Nothing here prints; a `Listener` hears what happens.
+The order of this file is the order of a run. Nothing here prints; a `Listener` is told what happens.
 """
 
 from __future__ import annotations

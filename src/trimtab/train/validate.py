@@ -1,8 +1,7 @@
-"""Validation while a run trains: judge variants on their valid rows, remember the best tensors, end a variant that improves no more.
+"""Validation while a run trains: measure variants on their valid rows, remember the best tensors, end a variant that no longer improves.
 
-Whatever decides is in `variant.progress` and `variant.best`, so that a checkpoint holds it, and belongs to one variant alone, so that a
-variant which trains among others ends where it would end by itself; only a sweep's halving compares them. Adapters are judged as they would
-be saved.
+Everything that decides is in `variant.progress` and `variant.best`, so a checkpoint has it. It belongs to one variant alone, so a variant
+ends at the same step alone and among others. Only a sweep's halving compares variants. Adapters are measured as they would be saved.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A variant: one adapter under training, with its own order of rows, dropout, optimizer, schedule and clipping.
 
-Nothing in here knows whether other variants train beside it; that is what makes a joint run equal to a solo one.
+Nothing in here depends on whether other variants train as well. So a joint run gives each the result that it would get alone.
 """
 
 from __future__ import annotations
