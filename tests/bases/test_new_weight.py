@@ -22,15 +22,17 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tests.train.common import METHODS as VARIANTS
 from tests.train.common import run_file
 from trimtab import ops
+from trimtab.bases.copies import copied_in_float32
 from trimtab.bases.weights import FORMATS, Weight, weight_of
 from trimtab.errors import BaseError, ConfigError
-from trimtab.forward import decode_path
+from trimtab.forward import decode_layer
 from trimtab.forward.hosts import Around
 from trimtab.forward.packs import PackList
 from trimtab.methods import IA3Config, LoraConfig
 from trimtab.methods.base import Packed, Rows, Span
 from trimtab.model import Base
 from trimtab.store import Adapter
+from trimtab.store.export import export
 from trimtab.train import RunConfig, train
 
 W = [[127.0, -50.0], [0.0, 254.0]]
@@ -93,6 +95,16 @@ def test_adapters_train_on_it_are_saved_and_served_mixed(stored: type[Weight], t
     assert mixed == [base.generate([p], adapters=[a], max_new_tokens=5)[0] for p, a in zip(prompts, adapters, strict=True)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_copy_in_float32_is_dense_and_an_export_is_compared_on_it(stored: type[Weight], dtype: torch.dtype, tmp_path: Path) -> None:
+    base = base_of(stored, dtype=dtype)
+    copy = copied_in_float32(base.model)
+    for name, weight in base.attached.weights.of.items():
+        assert torch.equal(copy.get_submodule(name).weight, weight.dense().float()), name
+    report = export(noisy(base, LoraConfig(r=2, use_dora=True)), tmp_path / "exported", "peft")
+    assert "peft" in report.checked
+
+
 def test_copies_of_it_do_not_outlive_a_write(stored: type[Weight]) -> None:
     base = base_of(stored)
     adapter = noisy(base, LoraConfig(r=2, use_dora=True))
@@ -108,8 +120,8 @@ def test_copies_of_it_do_not_outlive_a_write(stored: type[Weight]) -> None:
 def test_no_dense_copy_of_it_is_made_for_the_decode_path(stored: type[Weight], monkeypatch: pytest.MonkeyPatch) -> None:
     """The decode path copies dense weights into its layout; of these that would be what the format saves."""
     copied: list[tuple[int, ...]] = []
-    kept = decode_path._packed
-    monkeypatch.setattr(decode_path, "_packed", lambda w, b: (copied.append(tuple(w.shape)), kept(w, b))[1])
+    kept = decode_layer._packed
+    monkeypatch.setattr(decode_layer, "_packed", lambda w, b: (copied.append(tuple(w.shape)), kept(w, b))[1])
     base = base_of(stored, dtype=torch.bfloat16)
     base.generate([[1, 2, 3]], max_new_tokens=2)
     if base.attached.decode_path is None:

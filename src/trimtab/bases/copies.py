@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.bases.weights import state_with
+
 
 def copied(model: Any) -> Any:
     """The same class and config with a copy of every parameter and buffer, each in its dtype and on its device, stored in a file or not.
@@ -39,11 +41,11 @@ def copied(model: Any) -> Any:
 
 
 def copied_in_float32(model: Any) -> Any:
-    """The same on the CPU in float32: stored values are cast, which loses nothing; what no file stores is computed in float32, not cast
-    from what the model has."""
+    """The same on the CPU in float32: matrices of every format are dense ones, stored values are cast, which loses nothing, and what no
+    file stores is computed in float32, not cast from what the model has."""
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights, which are then overwritten
         made = type(model)(_config(model))
-    made.load_state_dict(model.state_dict())
+    made.load_state_dict(state_with(model, lambda w: w.stored() if w.stored_dense else {"weight": w.dense()}))
     made.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     return made.train(model.training)
 

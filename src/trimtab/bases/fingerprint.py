@@ -22,7 +22,7 @@ import torch
 from trimtab.atomic import atomic_write
 from trimtab.bases.cache import cache_dir
 from trimtab.bases.folder import StoredTensor, read_header, read_json, weight_files
-from trimtab.bases.weights import claimed
+from trimtab.bases.weights import state_with
 from trimtab.errors import BaseError
 
 OUTPUT_HEAD = "lm_head.weight"
@@ -75,13 +75,7 @@ def fingerprint_model(model: Any) -> str:
     Equal to its folder's fingerprint where the model was loaded in its stored dtype. Tensors on a GPU are copied one at a time.
     Raises ValueError on a dtype that safetensors cannot name.
     """
-    tensors = model.state_dict()
-    for name, module in model.named_modules():
-        if (weight := claimed(module)) is not None:  # as the file has it, which need not be how it is in memory
-            for part in module.state_dict():
-                if part != "bias":
-                    tensors.pop(f"{name}.{part}", None)
-            tensors |= {f"{name}.{part}": tensor for part, tensor in weight.stored().items()}
+    tensors = state_with(model, lambda weight: weight.stored())
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     head = tensors.get(OUTPUT_HEAD)
     if tied and head is not None and any(n != OUTPUT_HEAD and _is_same_memory(t, head) for n, t in tensors.items()):

@@ -13,6 +13,7 @@ Dimensions: T rows, I inputs, O outputs. An embedding is the matrix of the outpu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trimtab.errors import BaseError
@@ -118,6 +119,19 @@ def weight_of(module: Any, where: str = "") -> Weight:
             fix=f"load the base in one of: {', '.join(FORMATS)}",
         )
     return found
+
+
+def state_with(model: Any, told: Callable[[Weight], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A model's `state_dict()` in which each matrix is what `told` gives for it (name after the module's -> tensor), however it is kept in
+    memory."""
+    state: dict[str, Tensor] = model.state_dict()
+    for name, module in model.named_modules():
+        if (weight := claimed(module)) is not None:
+            for part in module.state_dict():
+                if part != "bias":
+                    state.pop(f"{name}.{part}", None)
+            state |= {f"{name}.{part}": tensor for part, tensor in told(weight).items()}
+    return state
 
 
 def norm_weight(module: Any) -> Tensor:
