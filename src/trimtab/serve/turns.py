@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-READ_ROWS = 8
+READ_ROWS = 4
 """Rows that count as long to compute as the weights take to be read. On two cores these are 13. The bound takes fewer, because a tenant
-that comes also waits for the step under way."""
+that comes also waits for the step under way. So one row beside many of another tenant takes 1.4 times as long as alone."""
 PROMPT_ROWS, RECENT_S = 64, 1.0
 """Rows of prompts in a step if several tenants were there within these seconds. A step with 1024 rows takes over a second on two cores, and
 whoever comes meanwhile waits for its end."""
