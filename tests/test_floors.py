@@ -44,7 +44,6 @@ SHARES = {
     "cli": {"tenant", "wanted", "s"},
     "data": {"source", "self"},
     "train.check": {"source"},
-    "train.step": {"head"},  # until its loss takes the head as a Weight
 }
 """Where `weight` is another word, and whose it is there: a tenant's share of the server, a source's share of the rows."""
 
@@ -206,7 +205,7 @@ IMPORTED = ("trimtab.methods.base", "trimtab.serve.engine", "trimtab.train.step"
         ("trimtab.train.full", "w = head._parameters['weight']", "head._parameters['weight'] is read"),
         ("trimtab.train.full", "w = dict(head.named_parameters())['weight']", "['weight'] is read"),
         ("trimtab.serve.engine", "w = base.head.weight", "base.head.weight is read"),
-        ("trimtab.train.loop", "w = source.weight", "source.weight is read"),
+        ("trimtab.train.step", "w = source.weight", "source.weight is read"),
         ("trimtab.data.utils", "", "no utils"),
         ("trimtab.extras", "", "give 'extras' a floor"),
     ],

@@ -45,10 +45,10 @@ def stored() -> Iterator[type[Weight]]:
         yield kind
 
 
-def base_of(stored: type[Weight], *, head: bool = True, dtype: torch.dtype = torch.float32) -> Base:
+def base_of(stored: type[Weight], dtype: torch.dtype = torch.float32) -> Base:
     model = tiny_model("llama", dtype=dtype)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and (head or name != "lm_head"):
+        if isinstance(module, nn.Linear):
             model.set_submodule(name, stored.of_linear(module))
     return Base(model, tiny_tokenizer(), name="tiny-llama")
 
@@ -83,7 +83,7 @@ def test_loras_backward_by_hand(stored: type[Weight]) -> None:
 
 
 def test_adapters_train_on_it_are_saved_and_served_mixed(stored: type[Weight], tmp_path: Path) -> None:
-    base = base_of(stored, head=False)  # until the loss takes the head as a Weight
+    base = base_of(stored)
     variants = {name: VARIANTS[name] | {"data": "ab"[i % 2], "max_steps": 12} for i, name in enumerate(("lora", "dora", "prefix"))}
     report = train(RunConfig.from_dict(run_file(tmp_path, variants), root=tmp_path), base=base)
     loaded: list[Adapter | None] = [Adapter.load(tmp_path / "out" / "adapters" / name, base) for name in variants]
@@ -97,7 +97,7 @@ def test_adapters_train_on_it_are_saved_and_served_mixed(stored: type[Weight], t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_copy_in_float32_is_dense_and_an_export_is_compared_on_it(stored: type[Weight], dtype: torch.dtype, tmp_path: Path) -> None:
-    base = base_of(stored, dtype=dtype)
+    base = base_of(stored, dtype)
     copy = copied_in_float32(base.model)
     for name, weight in base.attached.weights.of.items():
         assert torch.equal(copy.get_submodule(name).weight, weight.dense().float()), name
@@ -122,7 +122,7 @@ def test_no_dense_copy_of_it_is_made_for_the_decode_path(stored: type[Weight], m
     copied: list[tuple[int, ...]] = []
     kept = decode_layer._packed
     monkeypatch.setattr(decode_layer, "_packed", lambda w, b: (copied.append(tuple(w.shape)), kept(w, b))[1])
-    base = base_of(stored, dtype=torch.bfloat16)
+    base = base_of(stored, torch.bfloat16)
     base.generate([[1, 2, 3]], max_new_tokens=2)
     if base.attached.decode_path is None:
         pytest.skip("no decode path on this machine")
