@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import bases
+from trimtab.atomic import clear_unfinished
 from trimtab.errors import BaseError, Mistakes
 from trimtab.memory import explained
 from trimtab.methods import FullConfig
@@ -147,6 +148,7 @@ def finished(run: RunConfig, base: Base | None, listener: Listener, store: str |
     if "content" in summary:
         what = f"the run in {run.out} is finished, and its base or its data have changed since"
         refuse_other_content(run, base, summary["content"], what, listener)
+    clear_unfinished(run.out)
     if not (run.out / "report.html").exists():  # killed, or out of disk, after the summary
         write_page([run.out], run.out / "report.html")
     listener.status(f"the run in {run.out} is finished, there is nothing left to do")

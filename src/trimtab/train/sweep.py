@@ -155,6 +155,7 @@ def _agree(what: Sweep, base: Base, data: dict[str, Splits], groups: Sequence[Gr
     run = what.run
     said = identity(Prepared(run, base, data, []), bases.fingerprint_model(base.model))
     now = {"settings": _settings(what), "content": said["content"], "groups": {g.folder: g.trials for g in groups}}
+    clear_unfinished(run.out)
     path = run.out / WHAT
     if path.exists():
         then = json.loads(path.read_text(encoding="utf-8"))
@@ -164,7 +165,6 @@ def _agree(what: Sweep, base: Base, data: dict[str, Splits], groups: Sequence[Gr
         return
     with _explained():
         run.out.mkdir(parents=True, exist_ok=True)
-        clear_unfinished(run.out)
         write_json(path, now)
 
 
