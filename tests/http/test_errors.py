@@ -190,11 +190,11 @@ def counted_one_by_one(text: str) -> tuple[int, int, int, int]:
     depth = deepest = commas = opened = fields = 0
     inside = escaped = False
     for c in text:
-        if escaped:
+        if escaped and c in '\\"':
             escaped = False
-        elif c == "\\":
-            escaped = True
-        elif c == '"':
+            continue
+        escaped = c == "\\"
+        if c == '"':
             inside = not inside
         elif not inside:
             depth += (c in "[{") - (c in "]}")
