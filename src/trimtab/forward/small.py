@@ -48,10 +48,12 @@ def _of_each_kind(layers: Sequence[nn.Module]) -> list[int]:
 
 
 def _of_few_tokens(module: nn.Module) -> nn.Module:
-    """A token embedding or an output head, of the first tokens only."""
+    """A token embedding or an output head of `TOKENS` tokens, whose values the stand-in gives anew."""
     module = dense_twin(module, TOKENS)
     made = copy.copy(module)
-    made.__dict__["_parameters"] = {n: None if p is None else nn.Parameter(p[:TOKENS], False) for n, p in module._parameters.items()}
+    made.__dict__["_parameters"] = {
+        n: None if p is None else nn.Parameter(p.new_empty(TOKENS, *p.shape[1:]), False) for n, p in module._parameters.items()
+    }
     for size in ("num_embeddings", "out_features"):
         if hasattr(made, size):
             setattr(made, size, TOKENS)
