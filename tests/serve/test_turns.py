@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-import pytest
-
 from tests.laws.common import tokens
 from tests.serve.common import Clock, ask, engine_of, finish
 from trimtab.serve import turns
@@ -14,21 +12,16 @@ from trimtab.serve.runner import Runner
 from trimtab.serve.turns import row_limits
 
 
-@pytest.fixture(autouse=True)
-def cheap_rows(monkeypatch):
-    monkeypatch.setattr(turns, "READ_ROWS", 4)
-
-
 def test_limits_by_hand():
-    assert row_limits({}, {}) == {} == row_limits({"a": 1000}, {"a": 1.0})
+    assert row_limits({}, {}, 4) == {} == row_limits({"a": 1000}, {"a": 1.0}, 4)
     equal = {"a": 1.0, "b": 1.0}
     # alone b takes 4 + 1, so both may take 10: six rows
-    assert row_limits({"a": 60, "b": 1}, equal) == {"b": 1, "a": 5}
-    assert row_limits({"a": 5, "b": 1}, equal) == {}
+    assert row_limits({"a": 60, "b": 1}, equal, 4) == {"b": 1, "a": 5}
+    assert row_limits({"a": 5, "b": 1}, equal, 4) == {}
     # 4 + 30 alone, 68 for both
-    assert row_limits({"a": 34, "b": 30}, equal) == {} and row_limits({"a": 35, "b": 30}, equal) == {"b": 30, "a": 34}
+    assert row_limits({"a": 34, "b": 30}, equal, 4) == {} and row_limits({"a": 35, "b": 30}, equal, 4) == {"b": 30, "a": 34}
     # b has a quarter: (4 + 1) * 4 - 4 = 16 rows; a has three: (4 + 60) * 4/3 - 4 is more
-    assert row_limits({"a": 60, "b": 1}, {"a": 3.0, "b": 1.0}) == {"b": 1, "a": 15}
+    assert row_limits({"a": 60, "b": 1}, {"a": 3.0, "b": 1.0}, 4) == {"b": 1, "a": 15}
 
 
 def test_limits_keep_their_promise_and_waste_nothing():
@@ -36,7 +29,7 @@ def test_limits_keep_their_promise_and_waste_nothing():
     for _ in range(500):
         wanted = {t: rng.randrange(1, 80) for t in "abcdef"[: rng.randrange(2, 7)]}
         weights = {t: rng.choice([0.5, 1.0, 2.0]) for t in wanted}
-        limits = row_limits(wanted, weights)
+        limits = row_limits(wanted, weights, 4)
         total = sum(weights.values())
         most = min((4 + wanted[t]) * total / weights[t] for t in wanted) - 4
         if not limits:
@@ -92,7 +85,7 @@ def test_long_prompts_of_one_tenant_are_cut_small_beside_answers_of_another(monk
         engine.step()
     assert all(sum(rows) <= 6 for rows in steps[at:]) and sum(map(sum, steps[at:])) >= 29 * 6
     engine.step()
-    assert sum(steps[-1]) == turns.PROMPT_ROWS, "the other may come back soon"
+    assert sum(steps[-1]) == turns.ON_CPU.prompt_rows, "the other may come back soon"
     clock.now += turns.RECENT_S
     finish(engine)
     assert all(h.finish == "length" for h in long) and max(map(sum, steps)) > 200, "alone they have whole steps again"
@@ -110,3 +103,8 @@ def test_prompts_of_a_tenant_that_holds_back_get_half_of_its_rows():
         engine.step()
     assert late.ids, "its prompt did not wait until an answer has ended"
     engine.close()
+
+
+def test_rows_are_cheap_on_a_gpu():
+    """One row beside 200 of another tenant: a step of all of them costs little more than a step of one."""
+    assert row_limits({"a": 200, "b": 1}, {"a": 1.0, "b": 1.0}, turns.ELSEWHERE.read_rows) == {}

@@ -22,7 +22,7 @@ from trimtab.serve.fairness import Fairness
 from trimtab.serve.residency import Residency
 from trimtab.serve.sequence import Live
 from trimtab.serve.shares import Shares
-from trimtab.serve.turns import PROMPT_ROWS, RECENT_S, row_limits
+from trimtab.serve.turns import ELSEWHERE, ON_CPU, RECENT_S, row_limits
 
 MIN_CHUNK = 128
 """Prompts enter together while each gets so many rows of a step: fewer at once finish sooner."""
@@ -45,6 +45,7 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, pool: BlockPool, residency: Residency, max_length: int):
         self.config, self.pool, self.residency, self.max_length = config, pool, residency, max_length
+        self.bounds = ON_CPU if residency.base.device.type == "cpu" else ELSEWHERE
         self.fairness = Fairness()
         self.running: list[Live] = []  # oldest arrival first
         self.loading: dict[str, list[Live]] = {}
@@ -165,13 +166,13 @@ class Scheduler:
             tenant, most = live.request.tenant, self.config.max_step_rows
             wanted[tenant] = min(most, wanted.get(tenant, 0) + live.remaining)
             weights[tenant] = live.request.weight
-        return row_limits(wanted, weights)
+        return row_limits(wanted, weights, self.bounds.read_rows)
 
     def _prompt_rows(self, room: int, now: float) -> int:
         """Rows for prompts in this step, of so many that are left."""
         there = {live.request.tenant for live in [*self.running, *self._returning]} | self._waiting.keys()
         self._seen = {t: at for t, at in self._seen.items() if now - at < RECENT_S} | dict.fromkeys(there, now)
-        return min(room, PROMPT_ROWS) if len(self._seen) > 1 else room
+        return min(room, self.bounds.prompt_rows) if len(self._seen) > 1 else room
 
     def _decode(self, rows: dict[Live, int], left: dict[str, int], kept: dict[str, int]) -> None:
         """A row for each sequence that decodes, as far as its tenant has more left than are kept (for its prompts); who has waited longest
