@@ -40,7 +40,7 @@ class PrefixTuningConfig(Method):
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     name: ClassVar[str] = "prefix"
-    preset_lr: ClassVar[float] = 5e-3
+    preset_lr: ClassVar[float] = 3e-2
     mergeable: ClassVar[bool] = False
     in_peft: ClassVar[bool] = True
 

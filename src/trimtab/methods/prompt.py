@@ -31,11 +31,11 @@ class PromptTuningConfig(Method):
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     name: ClassVar[str] = "prompt"
-    preset_lr: ClassVar[float] = 3e-2
+    preset_lr: ClassVar[float] = 0.5
     mergeable: ClassVar[bool] = False
     in_peft: ClassVar[bool] = True
 
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: int = 50
     prompt_tuning_init: str = "SAMPLE_VOCAB"
     prompt_tuning_init_text: str | None = None
 
