@@ -60,6 +60,16 @@ def test_sorted_best_first(two: list[Path], by: str, expected: list[str]) -> Non
     assert order(call(*two, "--by", by, "--json")) == expected
 
 
+def test_metrics_of_an_objective_are_not_what_is_sorted_by(tmp_path: Path) -> None:
+    """Nobody says which way is better, and data sets of other objectives have none."""
+    scores = {"loss": 0.5, "reward": 3.1416}
+    entries = {"x": variant(scores=scores, losses={"first": 4.0, "last": 0.9}), "y": variant("b", scores={"loss": 0.5, "perplexity": 1.6})}
+    result = call(run_folder(tmp_path / "r", entries))
+    assert "a, by train loss" in result.output and "b, by train loss" in result.output and "3.142" in result.output
+    entries["y"]["scores"] = {"loss": 0.5, "exact_match": 50.0}
+    assert "a, by exact match" in call(run_folder(tmp_path / "s", entries)).output
+
+
 def test_an_unknown_score_lists_what_there_is(two: list[Path]) -> None:
     result = call(*two, "--by", "exact_mach")
     assert result.exit_code == 2

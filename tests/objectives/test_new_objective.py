@@ -186,6 +186,8 @@ def test_held_out_rows_get_what_the_objective_reports(tmp_path: Path) -> None:
     base_scores = report.summary["base_scores"]
     assert "loss" not in base_scores["pairs"], "its variants have different objectives"
     assert {"loss", "perplexity"} <= base_scores["a"].keys()
+    fields = {n: report.summary["variants"][n]["fields"] for n in "vws"}
+    assert [(f.get("objective"), f.get("beta")) for f in fields.values()] == [("pairwise", 0.3), ("against-base", 0.5), (None, None)]
     told = json.loads((report.out / "adapters" / "v" / "trimtab.json").read_text())
     assert "pairwise" in json.dumps(told) and "objective" not in (report.out / "adapters" / "s" / "trimtab.json").read_text()
 

@@ -136,6 +136,15 @@ def test_the_best_of_each_column_is_marked(tmp_path: Path) -> None:
     assert best == ["70.0+60.0", "60.0+40.0", "0.300-2.70", "60.0+40.0"]  # F1 is a tie; the lower loss is the better
 
 
+def test_metrics_of_an_objective_have_no_best_and_are_no_percentages(tmp_path: Path) -> None:
+    entries = {n: variant(scores=variant()["scores"] | {"loss": x, "accuracy": x}) for n, x in (("x", 0.251), ("y", 0.752))}
+    found = page(tmp_path, run_folder(tmp_path / "r", entries))
+    text = (tmp_path / "page.html").read_text()
+    assert '<td class="best"><span class="star" role="img" aria-label="best">★</span> 0.251' in text
+    assert "0.752" in found.text and '<td class="best"><span class="star" role="img" aria-label="best">★</span> 0.752' not in text
+    assert "exact match, %" in found.text and "accuracy, %" not in found.text
+
+
 def test_every_chart_has_a_title_and_a_description(tmp_path: Path) -> None:
     found = page(tmp_path, run_folder(tmp_path / "r", {"x": variant(), "y": variant("b")}))
     labelled = [v.split() for v in found.all("aria-labelledby") if " " in v]

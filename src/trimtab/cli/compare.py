@@ -34,7 +34,9 @@ SMALLER_FIRST = {*COSTS} - {"tokens_per_s"}
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--by", metavar="SCORE", help="Sort by this score or cost, best first; by default the first score that there is.")
+@click.option(
+    "--by", metavar="SCORE", help="Sort by this score or cost, best first; by default the first score of answers, else the training loss."
+)
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the page of all runs (as report.html) to this file.")
 @json_option("Print one object a variant, and what to know before comparing.")
 def compare(runs: tuple[Path, ...], by: str | None, html: Path | None, as_json: bool) -> None:
@@ -73,9 +75,11 @@ def compare(runs: tuple[Path, ...], by: str | None, html: Path | None, as_json: 
 
 def _order(by: str | None, scores: Sequence[str]) -> str:
     """What to sort by. ConfigError if no variant has it."""
+    from trimtab.train.past import PERCENT
+
     known = [*scores, *COSTS]
     if by is None:
-        return next((s for s in scores if s not in ("loss", "perplexity")), "train_loss")
+        return next((s for s in scores if s in PERCENT), "train_loss")
     if by not in known:
         raise ConfigError(f"--by {by}: no variant has that score{nearest(by, known)}", fix=f"use one of {', '.join(known)}")
     return by
@@ -129,9 +133,9 @@ def _table(data: str, rows: Sequence[Mapping[str, Any]], scores: Sequence[str], 
 
 
 def _score(name: str, value: float | None, chosen: bool) -> str:
-    from trimtab.train.past import LOWER_IS_BETTER
+    from trimtab.train.past import PERCENT
 
-    text = "–" if value is None else f"{value:.3f}" if name in LOWER_IS_BETTER else f"{value:.1f}"
+    text = "–" if value is None else f"{value:.1f}" if name in PERCENT else f"{value:.3f}"
     return f"[bold]{text}[/]" if chosen else text
 
 

@@ -84,7 +84,7 @@ def forward_loss(attached: Attached, mix: Mix, parts: Sequence[Part]) -> tuple[T
         for n, own_R in zip(owners, logp_R.split([sum(described[n].targets) for n in owners]), strict=True):
             loss, metrics = parts[n].objective.loss(own_R, _reference_of(parts[n], attached.device), described[n])
             totals.append(loss)
-            outcomes[n] = Outcome(float(loss.detach()), {k: float(m) for k, m in metrics.items()})
+            outcomes[n] = Outcome(float(loss.detach()), {k: float(torch.as_tensor(m).detach()) for k, m in metrics.items()})
     return sum(totals[1:], totals[0]), outcomes
 
 

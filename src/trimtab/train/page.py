@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from trimtab.atomic import atomic_write
 from trimtab.train.charts import COLOURS, Curve, Point, line_chart, scatter_chart, short, smooth, swatch
-from trimtab.train.past import LOWER_IS_BETTER, PastRun, PastVariant, doubts, numbers, read_runs, title
+from trimtab.train.past import LOWER_IS_BETTER, PERCENT, PastRun, PastVariant, doubts, numbers, read_runs, title
 
 COSTS = {
     "trainable": ("trainable parameters", 1.0, True),
@@ -107,12 +107,15 @@ def score_table(who: Sequence[Shown], runs: Sequence[PastRun]) -> dict[str, Any]
     columns = list(dict.fromkeys(c for _, _, scores in entries for c in scores))
     best = {c: _best(c, [scores[c] for _, _, scores in entries if c in scores]) for c in columns}
     rows = [Row(label, s, scores, frozenset(c for c in scores if scores[c] == best[c])) for label, s, scores in entries]
-    return {"columns": columns, "rows": rows, "lower": [c for c in columns if c in LOWER_IS_BETTER]}
+    lower, percent = ([c for c in columns if c in those] for those in (LOWER_IS_BETTER, PERCENT))
+    return {"columns": columns, "rows": rows, "lower": lower, "percent": percent}
 
 
 def _best(column: str, values: Sequence[float]) -> float | None:
-    """The best value; None where there is nothing to choose between."""
-    return (min if column in LOWER_IS_BETTER else max)(values) if len(set(values)) > 1 else None
+    """The best value; None where there is nothing to choose between, or nobody says which way is better."""
+    if len(set(values)) < 2 or column not in LOWER_IS_BETTER | PERCENT:
+        return None
+    return (min if column in LOWER_IS_BETTER else max)(values)
 
 
 def _loss_charts(data: str, who: Sequence[Shown], n: int, sets: int) -> list[tuple[str, Markup]]:
@@ -149,7 +152,7 @@ def trade_offs(sets: dict[str, list[Shown]], runs: Sequence[PastRun]) -> dict[st
     groups = list(sets.items()) if any(len(who) > 1 for who in sets.values()) else [("", [s for who in sets.values() for s in who])]
     scores = dict.fromkeys(c for who in sets.values() for s in who for c in s.past.scores)
     found: dict[str, list[dict[str, Any]]] = {}
-    for i, score in enumerate(sorted(scores, key=lambda c: c in LOWER_IS_BETTER)):
+    for i, score in enumerate(sorted(scores, key=lambda c: c not in PERCENT)):
         for j, (data, who) in enumerate(groups):
             charts = [_trade_off(score, cost, who, f"trade{i}-{j}-{cost}", data) for cost in COSTS]
             if any(charts):
@@ -164,7 +167,7 @@ def _trade_off(score: str, cost: str, who: Sequence[Shown], key: str, data: str)
         x, scores = s.past.facts.get(cost), s.past.scores
         if x and score in scores:
             points.append(Point(s.number, s.label, x * unit, scores[score], s.past.run.base_scores(s.past.data).get(score)))
-    y_title = title(score) + ("" if score in LOWER_IS_BETTER else ", %")
+    y_title = title(score) + (", %" if score in PERCENT else "")
     name = f"{title(score)} against {x_title}{' on ' * bool(data)}{data}"
     heading = x_title + (" (log)" if log else "")
     return scatter_chart(points, title=name, x_title=heading, y_title=y_title, size=(420, 320), log=log, key=key) if points else None

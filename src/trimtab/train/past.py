@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trimtab.data import SCORES
 from trimtab.errors import ConfigError
 
 Line = dict[str, Any]
 
 TITLES = {"token_f1": "F1", "rouge_l": "ROUGE-L", "bleu": "BLEU", "valid_json": "valid JSON"}
 LOWER_IS_BETTER = {"loss", "perplexity"}
+PERCENT = {*SCORES, "label_accuracy"}
+"""The scores of answers: the higher, the better. Of an objective's own metrics nobody says which way is better, or that they are shares."""
 _NOT_SCORES = {"rows", "samples"}
 
 

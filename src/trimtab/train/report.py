@@ -97,7 +97,7 @@ def variant_summary(variant: Variant, scores: dict[str, Any], adapter_bytes: int
     tenth = max(1, len(p.losses) // 10)
     return {
         "method": variant.method.name,
-        "fields": variant.method.to_dict(),
+        "fields": variant.method.to_dict() | variant.config.aim,
         "data": variant.config.data,
         "lr": variant.config.lr,
         "steps": p.step,
