@@ -30,6 +30,7 @@ from trimtab.train import Report, RunConfig, train
 from trimtab.train.check import check
 from trimtab.train.interrupt import Interrupted, Stop
 from trimtab.train.listen import Silent
+from trimtab.train.prepare import prepare
 from trimtab.train.trials import Sweep
 
 ROOT = Path(__file__).parent.parent.parent
@@ -270,6 +271,19 @@ def test_rows_without_its_columns_are_named(tmp_path: Path) -> None:
     assert found["1 rows dropped: no column 'rejected'"] and found["1 rows dropped: over-long"]
     (counts,) = [s for s in report.splits if (s.data, s.split) == ("pairs", "train")]
     assert (counts.sources[0].read, counts.sources[0].dropped) == (42, 2)
+
+
+def test_a_row_of_no_segments_is_dropped_by_name(tmp_path: Path, pairwise: type[Objective], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An objective that reads as many segments as a row has answers may find none."""
+    read = pairwise.parts
+    monkeypatch.setattr(pairwise, "parts", staticmethod(lambda record: read(record) if record["chosen"] else {}))
+    run = config(tmp_path, {"v": LORA})
+    rows = write_pairs(tmp_path / "pairs-train.jsonl", 20)
+    text = "".join(json.dumps(row) + "\n" for row in [rows[0] | {"chosen": ""}, *rows])
+    (tmp_path / "pairs-train.jsonl").write_text(text, encoding="utf-8")
+    found = prepare(run, tiny_base()).data["pairs"].train
+    assert len(found.examples) == 20
+    assert [(d.origin, d.kind) for d in found.dropped] == [("pairs-train.jsonl:1", "nothing supervised")]
 
 
 def test_variants_of_one_data_set_read_its_rows_alike(tmp_path: Path) -> None:

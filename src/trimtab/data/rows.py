@@ -147,6 +147,8 @@ def to_segments(record: Any, origin: str, columns: Mapping[str, str], system: st
         if isinstance(row, Dropped):
             return Dropped(origin, f"{row.reason} ({role})") if role else row
         rows.append(replace(row, role=role))
+    if not rows:
+        return Dropped(origin, "nothing supervised: the objective reads no segment from this row")
     return replace(rows[0], others=tuple(rows[1:]))
 
 
