@@ -49,7 +49,7 @@ def test_full_disk_at_every_call(tmp_path: Path, tiny_llama_folder: Path) -> Non
     with server(tmp_path, tiny_llama_folder, short=True) as trainings:
         tally, codes = fill_disk_at_calls(trainings, tmp_path)
     clean(tally, kills=0)
-    assert codes.count(0) > codes.count(2) > 0  # most strike a checkpoint, and the run goes on; some the results
+    assert {0, 2} == set(codes) and min(map(codes.count, (0, 2))) > 20  # some strike a checkpoint, and the run goes on; some the results
 
 
 @pytest.mark.slow
