@@ -16,6 +16,7 @@ from torch import Tensor
 from trimtab import ops
 from trimtab.decode.cached import cache_of, feed, virtual_tokens, write_prefix
 from trimtab.decode.sampling import choose, greedy
+from trimtab.decode.settings import cut_problems
 from trimtab.errors import TrimtabError
 from trimtab.forward.attached import Attached
 from trimtab.forward.batch import BASE, Piece
@@ -44,12 +45,7 @@ class Sampling:
             problems.append(f"max_new_tokens = {self.max_new_tokens}: must be at least 1")
         if not 0.0 <= self.temperature < float("inf"):
             problems.append(f"temperature = {self.temperature}: must be a finite number, 0 or above")
-        if not 0.0 < self.top_p <= 1.0:
-            problems.append(f"top_p = {self.top_p}: must be in (0, 1]")
-        if self.top_k < 0:
-            problems.append(f"top_k = {self.top_k}: must be 0 (off) or above")
-        if not 0.0 <= self.min_p < 1.0:
-            problems.append(f"min_p = {self.min_p}: must be in [0, 1)")
+        problems += cut_problems(self)
         if problems:
             raise TrimtabError("cannot sample like this", problems=problems)
 

@@ -9,31 +9,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from trimtab import ops
+from trimtab.decode.settings import Settings
 
 COLD = 1e-5
 """A temperature below this is greedy, as in vLLM: logits divided by it would not be finite."""
 
 Cut = Callable[[Tensor, Sequence[float]], Tensor]
 """Takes tokens out of rows, in place; each row has a number of its own."""
-
-
-class Settings(Protocol):
-    """How one row is drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def min_p(self) -> float: ...
 
 
 def greedy(settings: Settings) -> bool:

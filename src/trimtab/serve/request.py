@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from trimtab.decode.settings import cut_problems
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
@@ -66,9 +67,6 @@ class SamplingParams:
                 ("max_tokens", "must be at least 1", self.max_tokens >= 1),
                 ("min_tokens", "must be between 0 and max_tokens", 0 <= self.min_tokens <= self.max_tokens),
                 ("temperature", "must be in [0, 100]", 0.0 <= self.temperature <= 100.0),
-                ("top_p", "must be in (0, 1]", 0.0 < self.top_p <= 1.0),
-                ("top_k", "must be 0 (off) or above", self.top_k >= 0),
-                ("min_p", "must be in [0, 1)", 0.0 <= self.min_p < 1.0),
                 ("presence_penalty", "must be in [-2, 2]", -2.0 <= self.presence_penalty <= 2.0),
                 ("frequency_penalty", "must be in [-2, 2]", -2.0 <= self.frequency_penalty <= 2.0),
                 ("repetition_penalty", "must be a finite number above 0", 0.0 < self.repetition_penalty < math.inf),
@@ -79,6 +77,7 @@ class SamplingParams:
             )
             if not good
         ]
+        problems += cut_problems(self)
         if problems:
             raise TrimtabError("cannot sample like this", problems=problems)
 
