@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -12,6 +14,7 @@ from tests.http.common import BASE, CHAT, TEXT, Site, adapter_folders, base_of, 
 from tests.tiny import EOS_ID
 from trimtab.http.assemble import Asked
 from trimtab.http.schema import MAX_N
+from trimtab.serve.grammars import Grammars
 from trimtab.serve.request import Request, SamplingParams
 
 
@@ -213,8 +216,22 @@ def test_answers_keep_to_a_grammar(served: Site, constraint, good):
 
 
 def test_a_grammar_that_takes_too_long_is_its_askers_trouble(monkeypatch: pytest.MonkeyPatch):
-    """Ten of them, and another tenant's plain request beside them: the engine's step never waits for a grammar."""
+    """Several of them, and another tenant's plain request beside them: the engine's step never waits for a grammar. Between the end of a
+    grammar's process and what is said of it lies some time, in which no token may be asked of it."""
     monkeypatch.setattr("trimtab.serve.grammars.OPEN_S", 0.2)
+    blame, wait = Grammars._blame, Grammars.wait
+
+    def blame_slowly(*args: Any) -> str:
+        time.sleep(0.3)
+        return blame(*args)
+
+    def wait_and_rest(*args: Any) -> Any:
+        found = wait(*args)
+        time.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(Grammars, "_blame", blame_slowly)
+    monkeypatch.setattr(Grammars, "wait", wait_and_rest)
     slow = {"type": "object", "patternProperties": {f"^a{i}.*b{i}$": {"type": "string"} for i in range(300)}}
     with site() as s:
         for body, param in (

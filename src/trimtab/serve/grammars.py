@@ -139,10 +139,11 @@ class Grammars:
                 process.leave(matcher)
                 self._send(process, message(b"c", matcher.number, array("I")))
 
-    def wait(self, matchers: Sequence[Matcher], seconds: float) -> None:
-        """Until all are ready, so long at most."""
+    def wait(self, matchers: Sequence[Matcher], seconds: float) -> set[Matcher]:
+        """Those that are ready once all are, or after so long. Asked of a matcher itself, `ready` may see a change half made."""
         with self._news:
             self._news.wait_for(lambda: all(m.ready for m in matchers), seconds)
+            return {m for m in matchers if m.ready}
 
     def shutdown(self) -> None:
         """End the processes. Matchers never become ready any more."""

@@ -111,7 +111,8 @@ class Step:
     def _take_token(self, live: Live, token: Token | None, now: float) -> None:
         """A new token of a sequence."""
         if token is None:
-            broken = ServingError(f"{live.digest or 'the base'} gives numbers that are not finite")
+            what = "numbers that are not finite" if live.matcher is None else "no finite number to a token that its grammar allows"
+            broken = ServingError(f"{live.digest or 'the base'} gives {what}")
             self.ending.finish(live, "error", broken)
             return
         live.take(token.id, now)
@@ -127,11 +128,11 @@ class Step:
     def _hear_grammars(self, seconds: float) -> bool:
         """Go on with those whose grammar has said what may follow, after at most so many seconds; whether there are any at all."""
         held = [live for live in self.held if live.where != "ended"]
-        self.grammars.wait([live.matcher for live in held if live.matcher is not None], seconds if held else 0.0)
+        ready = self.grammars.wait([live.matcher for live in held if live.matcher is not None], seconds if held else 0.0)
         self.held = []
         for live in held:
             assert live.matcher is not None
-            if not live.matcher.ready:
+            if live.matcher not in ready:
                 self.held.append(live)
             elif live.unsaid is not None:
                 token, live.unsaid = live.unsaid, None
