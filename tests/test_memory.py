@@ -20,7 +20,7 @@ from tests.train.common import METHODS, run_file, tiny_base
 from trimtab import model
 from trimtab.cli import main
 from trimtab.errors import ConfigError, TrimtabError
-from trimtab.memory import OutOfMemory, asked_bytes, explained, free_bytes, ran_out
+from trimtab.memory import OutOfMemory, asked_bytes, explained, free_bytes, ran_out, release_mapped
 from trimtab.train import RunConfig, train
 
 HUGE = 2**50
@@ -175,3 +175,26 @@ def test_the_memory_of_a_real_run_is_within_the_estimate(tmp_path: Path, method:
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run.yaml")], capture_output=True, text=True, timeout=900)
     least, most, process, peak = json.loads(done.stdout.splitlines()[-1])
     assert 0.7 * (least + process) <= peak <= 1.1 * (most + process), (least, most, process, peak)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which pages are a file's")
+def test_pages_of_a_mapped_file_are_released_unless_they_were_written_to(tmp_path: Path) -> None:
+    numbers = 64 * resource.getpagesize() // 4
+    (tmp_path / "numbers").write_bytes(np.arange(numbers, dtype=np.int32).tobytes())
+    mapped = torch.from_file(str(tmp_path / "numbers"), shared=False, size=numbers, dtype=torch.int32)
+    own = mapped.clone()
+    assert release_mapped(mapped.data_ptr(), mapped.nbytes) > mapped.nbytes // 2
+    assert resident(mapped) == 0
+    assert torch.equal(mapped, own)  # read from the file again
+    assert release_mapped(own.data_ptr(), own.nbytes) == 0
+    mapped[5] = -1
+    assert release_mapped(mapped.data_ptr(), mapped.nbytes) == 0
+    own[5] = -1
+    assert torch.equal(mapped, own)
+
+
+def resident(tensor: torch.Tensor) -> int:
+    """Bytes of a mapped tensor that are in this process's memory, as the system tells it."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(f"{tensor.data_ptr():x}-"))
+    return 1024 * int(next(line.split()[1] for line in lines[at:] if line.startswith("Rss:")))

@@ -19,6 +19,7 @@ from trimtab.bases.weights import Weight, norm_weight
 from trimtab.forward.batch import Batch
 from trimtab.forward.hosted import Hosted
 from trimtab.forward.packs import Group, Mix
+from trimtab.memory import release_mapped
 from trimtab.methods.base import Rows
 from trimtab.ops import native, native_inference
 from trimtab.ops.stack import Edit
@@ -147,18 +148,26 @@ def known(x_TI: Tensor, y_TO: Tensor, otherwise: Linear) -> Linear:
 
 
 def linear(weights: Sequence[Weight], biases: Sequence[Tensor | None], packs: bool) -> tuple[Linear, native_inference.PackedWeight | None]:
-    """Linear layers of one input side by side, and their weights on tiles where they are packed so."""
+    """Linear layers of one input side by side, and their weights on tiles where they are packed so. What was packed leaves the process's
+    memory where it is mapped from a file; whatever reads it still finds it there."""
     many: Linear = partial(ops.linears, weights=weights, biases=biases)
     if len(weights) == 1:
         many = partial(weights[0].matmul, bias_O=biases[0])
-    if packs and all(w.stored_dense for w in weights):
-        given = [w.dense().new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-        few = _packed(torch.cat([w.dense() for w in weights]), None if all(b is None for b in biases) else torch.cat(given))
-        return lambda x: few(x) if len(x) <= FEW_ROWS else many(x), few if isinstance(few, native_inference.PackedWeight) else None
-    return many, None
+    if not packs or not all(w.stored_dense for w in weights):
+        return many, None
+    dense = [w.dense() for w in weights]
+    given = [w.new_zeros(len(w)) if b is None else b for w, b in zip(dense, biases, strict=True)]
+    bias_O = None if all(b is None for b in biases) else torch.cat(given)
+    packed = _packed(torch.cat(dense) if len(dense) > 1 else dense[0], bias_O)
+    for w in dense:
+        release_mapped(w.data_ptr(), w.nbytes)
+    if isinstance(packed, native_inference.PackedWeight):
+        return lambda x: packed(x) if len(x) <= FEW_ROWS else many(x), packed
+    return packed, None
 
 
 def _packed(weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
+    """oneDNN's layout is as fast as the original for many rows too, and gives the same bits."""
     if native.has_tiles() and weight_OI.shape[1] % 32 == 0:
         return native_inference.PackedWeight(weight_OI, bias_O)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, 32)
