@@ -1,20 +1,6 @@
-"""What a file of this folder holds: a `CURVE`.
+"""What a file of this folder holds: a `CURVE`, whose `ours` and `peers` get a point's value and return a number (or text) a column.
 
-    def ours(length: int) -> list[float]: ...
-    def transformers(length: int) -> list[float]: ...
-
-    CURVE = Curve(
-        what="prefill of one prompt, LoRA of rank 16, a random Llama of 135M parameters in bf16",
-        grows="tokens",
-        points=[Point("64", 64), Point("8,192", 8192, long=True)],
-        columns=["tokens a CPU s"],
-        ours=ours,
-        peers={"transformers": transformers},
-        limit=lambda point: "≥ 0.7 of the speed at 1,024",
-    )
-
-A function gets a point's value and returns a number (or text) for each column. It imports what it measures inside, and warms up what is not
-to be measured. `cpu_seconds` and `peak_bytes` measure.
+These functions import what they measure inside, and warm up what is not to be measured. `cpu_seconds` and `peak_bytes` measure.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ A few run in the fast suite, those in which families differ most; all of them in
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
+from tests import tiny
 from tests.laws.common import EXAMPLES, cached_logits, difference, noisy, one_thread, tokens
 from tests.laws.plain import plain_logits
 from tests.tiny import FAMILIES, MORE_FAMILIES, VOCAB, tiny_model, tiny_tokenizer
@@ -147,3 +149,13 @@ def test_what_keeps_another_state_is_refused_by_name(family: str, settings: dict
 def test_rotary_embeddings_that_change_with_the_length_are_used_up_to_there() -> None:
     model = tiny_model("phi3-longrope")
     assert model.config.max_position_embeddings == 512 and Base(model, tiny_tokenizer()).spec.max_positions == 256
+
+
+def test_the_table_and_the_example_of_the_docs_are_what_is_tested() -> None:
+    root = Path(__file__).parent.parent.parent
+    table = (root / "docs/families.md").read_text(encoding="utf-8").split("## Refused")[0]
+    listed = set(re.findall(r"^\|[^|]+\| `(\w+)` \| yes ", table, re.MULTILINE))
+    assert listed == {tiny_model(f).config.model_type for f in [*FAMILIES, *MORE_FAMILIES]}
+    section = (root / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Add a model family\n")[1].split("\n## ")[0]
+    (model,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert eval(f"{{{model}}}", vars(tiny)) == {"olmo2": MORE_FAMILIES["olmo2"]}
