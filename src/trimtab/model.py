@@ -54,7 +54,8 @@ class Base:
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str = "", path: Path | None = None, fingerprint: str = ""):
         self.tokenizer, self.name, self.path, self.fingerprint = tokenizer, name, path, fingerprint
-        self.attached = Attached(model, spec=prove(model))
+        prove(model)
+        self.attached = Attached(model)
         self._packed: WeakKeyDictionary[AdapterLike, _Kept] = WeakKeyDictionary()
 
     @property
