@@ -49,7 +49,7 @@ def load(name: str) -> Curve:
 
 
 def table(curve: Curve, name: str, before: Path | None, quick: bool) -> str:
-    """The curve as a Markdown table: a row a point, trimtab's numbers, then the peers' and the old tree's."""
+    """The curve as a Markdown table: a row a point; this tree's numbers, the old one's, the peers', the limit."""
     trees = {"trimtab": HERE.parent, **({"before": before.resolve()} if before else {})}
     head = [curve.grows, *(f"{side}: {c}" for side in (*trees, *curve.peers) for c in curve.columns), "limit"]
     lines = [f"## {name}: {curve.what}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -65,13 +65,8 @@ def table(curve: Curve, name: str, before: Path | None, quick: bool) -> str:
 
 def run(curve: Curve, name: str, side: str, index: int, tree: Path) -> list[str]:
     """One point in a process of its own; what failed stands in the first cell."""
-    threads = str(curve.threads)
-    env = os.environ | {
-        "PYTHONPATH": str(tree / "src"),
-        "OMP_NUM_THREADS": threads,
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    env = os.environ | {"PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": str(curve.threads)}
+    env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, str(HERE / "growth.py"), "--point", name, side, str(index)]
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=curve.timeout_s)

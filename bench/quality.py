@@ -5,8 +5,9 @@
     python bench/quality.py --data ../shared/data/tenants --sweep --steps 60              # each method's learning rates, by valid rows
 
 DATA has a folder for each set with train.jsonl, valid.jsonl and test.jsonl. All methods of a set train together on one frozen base: 16 rows
-a step, cosine after 10 steps of warm-up, the last turn supervised, the last step kept. Scores are of all test rows, greedy. A run folder is
-left for each set under --out; a run that was interrupted goes on from its last checkpoint when the same command is given again.
+a step, cosine after 10 steps of warm-up, every answer of a conversation supervised, the last step kept. Held-out rows ask for their last
+answer; scores are of all test rows, greedy. A run folder is left for each set under --out; a run that was interrupted goes on from its last
+checkpoint when the same command is given again.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def common(args: argparse.Namespace, name: str, defaults: dict[str, Any]) -> dic
     return {
         "base": "smollm2-135m-instruct",
         "data": {name: {split: str(folder / f"{split}.jsonl") for split in ("train", "valid", "test")}},
-        "defaults": {"batch_size": 16, "schedule": "cosine", "max_length": 1024, "last_turn_only": True} | defaults,
+        "defaults": {"batch_size": 16, "schedule": "cosine", "max_length": 1024} | defaults,
     }
 
 

@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Iterable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from threading import Lock
 
@@ -41,11 +41,12 @@ class Resident:
 
 @dataclass(frozen=True)
 class Loaded:
-    """How a load ended: an adapter that is resident now, or an error."""
+    """How a load ended, after so many seconds: an adapter that is resident now, or an error."""
 
     digest: str
     resident: Resident | None = None
     error: TrimtabError | None = None
+    seconds: float = 0.0
 
 
 class Residency:
@@ -146,6 +147,8 @@ class Residency:
                 ended = self._ended.get_nowait()
             except Empty:
                 break
+            self.loads += 1  # here, and not where they run: several threads would lose some
+            self.load_seconds += ended.seconds
             self._loading.discard(ended.digest)
             self._parked.append(ended)
             if ended.resident is not None:
@@ -238,9 +241,7 @@ class Residency:
             ended = Loaded(digest, error=error)
         except Exception as error:  # whatever a file or a store does: it fails this adapter alone
             ended = Loaded(digest, error=AdapterError(f"the adapter {digest} could not be loaded: {type(error).__name__}: {error}"))
-        self.loads += 1
-        self.load_seconds += time.perf_counter() - began
-        self._ended.put(ended)
+        self._ended.put(replace(ended, seconds=time.perf_counter() - began))
         self.wake()
 
     def _pack(self, adapter: Adapter) -> PackedAdapter:
