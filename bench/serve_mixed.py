@@ -89,8 +89,8 @@ def measure(
     streams = [Stream(done) for _ in prompts]
     start = time.perf_counter()
     for i, (prompt, a, stream) in enumerate(zip(prompts, adapters, streams, strict=True)):
-        # one tenant a run: no prompt is found in the prefix cache
-        engine.submit(Request(f"{run}-{i}", prompt, SamplingParams(max_tokens=new, ignore_eos=True), a, tenant=f"run{run}"), stream)
+        # a salt a run: no prompt is found in the prefix cache. One tenant: prompts are cut where several were there lately
+        engine.submit(Request(f"{run}-{i}", prompt, SamplingParams(max_tokens=new, ignore_eos=True), a, cache_salt=f"run{run}"), stream)
     assert finished.wait(600), "the engine stands still"
     seconds = time.perf_counter() - start
     assert all(s.error is None and len(s.times) == new for s in streams), [s.error for s in streams if s.error]
