@@ -1,4 +1,4 @@
-"""What every test stands on: no hub, two threads, one tiny base folder a session."""
+"""What every test stands on: no hub, two threads unless OMP_NUM_THREADS says otherwise, one tiny base folder a session."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from tests.tiny import tiny_folder
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))  # `make test` gives each of its two workers one core
 
 
 @pytest.fixture(scope="session")
