@@ -99,10 +99,8 @@ class Axis:
 
 def tag(name: str, *inside: object, **attributes: object) -> Markup:
     """An element; everything in it is escaped unless it is markup already. `class_` is class, `data_v` is data-v."""
-    given = Markup("").join(
-        Markup(' {}="{}"').format(Markup(k.rstrip("_").replace("_", "-")), v) for k, v in attributes.items() if v not in (None, "")
-    )
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), given, Markup("").join(escape(i) for i in inside))
+    given = "".join(f' {k.rstrip("_").replace("_", "-")}="{escape(v)}"' for k, v in attributes.items() if v not in (None, ""))
+    return Markup(f"<{name}{given}>{''.join(map(escape, inside))}</{name}>")
 
 
 def short(value: float) -> str:

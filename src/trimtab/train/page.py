@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,7 @@ def write_page(folders: Sequence[Path], target: Path) -> None:
 
 def render(runs: Sequence[PastRun]) -> str:
     """The page's HTML."""
-    environment = Environment(
-        loader=PackageLoader("trimtab", "web"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"short": short, "title": title}
+    environment = _environment()
     style, script = (Markup(_source(environment, f"report.{kind}")) for kind in ("css", "js"))
     every = [v for r in runs for v in r.variants]
     shown = [Shown(n, v.name if len(runs) == 1 else f"{v.run.name}/{v.name}", v) for n, v in enumerate(every)]
@@ -91,6 +89,16 @@ def render(runs: Sequence[PastRun]) -> str:
         script=script,
         policy=f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'",
     )
+
+
+@cache
+def _environment() -> Environment:
+    """The templates, which a process compiles once."""
+    found = Environment(
+        loader=PackageLoader("trimtab", "web"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    found.filters |= {"short": short, "title": title}
+    return found
 
 
 def score_table(who: Sequence[Shown], runs: Sequence[PastRun]) -> dict[str, Any]:
