@@ -236,7 +236,7 @@ def test_a_prompt_that_cannot_fit_is_refused_by_its_characters():
             ("/v1/chat/completions", chat, "messages"),
         ):
             error = error_of(post(s.app, path, body), 400)
-            assert (error["code"], error["param"]) == ("context_length_exceeded", where) and "512 positions" in error["message"]
+            assert (error["code"], error["param"]) == ("context_length_exceeded", where) and "512 tokens" in error["message"]
         s.idle()
 
 

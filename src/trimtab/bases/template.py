@@ -228,7 +228,8 @@ class Template(ControlTokens):
         for i, message in enumerate(messages):
             content = text_of(message["content"])
             content = self.without_end(content) if message["role"] == "assistant" else content
-            self.refuse_specials(content, f"messages[{i}] ({message['role']})")
+            for name, text in {**message, "content": content}.items():
+                self.refuse_specials(text, f"messages[{i}] ({message['role']})" + (f".{name}" if name != "content" else ""))
             found.append({**message, "content": content})
         return found
 

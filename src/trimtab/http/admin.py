@@ -16,9 +16,10 @@ from starlette.concurrency import run_in_threadpool
 
 from trimtab.http.auth import Admin, admin_caller
 from trimtab.http.errors import documented
+from trimtab.http.fields import Strict
 from trimtab.http.limits import read_body
 from trimtab.http.openai import S
-from trimtab.http.schema import Body, takes
+from trimtab.http.schema import takes
 from trimtab.http.services import Services
 from trimtab.serve.keys import Key
 from trimtab.serve.tenants import DEFAULT_CONCURRENT, DEFAULT_GRACE_SECONDS, Tenant, Tenants
@@ -30,7 +31,7 @@ Count = Annotated[int, Field(ge=1, le=2**53)] | None
 Name = Annotated[str, Field(min_length=1, max_length=63)]
 
 
-class TenantBody(Body):
+class TenantBody(Strict):
     """POST /admin/tenants. namespaces: by default the one of the tenant's name. null for a limit: none."""
 
     name: Name
@@ -41,7 +42,7 @@ class TenantBody(Body):
     admin: bool = False
 
 
-class TenantChange(Body):
+class TenantChange(Strict):
     """PATCH /admin/tenants/{name}: what is not given stays."""
 
     namespaces: list[Name] | None = Field(None, min_length=1, max_length=256)
@@ -51,13 +52,13 @@ class TenantChange(Body):
     admin: bool | None = None
 
 
-class KeyBody(Body):
+class KeyBody(Strict):
     """POST /admin/tenants/{name}/keys. lifetime: seconds; null: no end."""
 
     lifetime: float | None = Field(None, gt=0, le=1e10)
 
 
-class RotateBody(Body):
+class RotateBody(Strict):
     """POST /admin/keys/{key_id}/rotate. grace: seconds for which the old key is still valid."""
 
     grace: float = Field(DEFAULT_GRACE_SECONDS, ge=0, le=1e10)

@@ -86,23 +86,22 @@ async def requests(plan: AnswerPlan, tenant: Tenant, s: Services) -> list[Reques
 def sampling_of(body: ChatBody | CompletionBody) -> SamplingParams:
     """How to sample; max_tokens is as large as the body leaves it. Fault (400) if fields contradict each other."""
     most = body.max_tokens
-    if isinstance(body, ChatBody):
-        if body.max_completion_tokens is not None and most is not None and most != body.max_completion_tokens:
-            raise Fault("max_tokens and max_completion_tokens differ; give one", param="max_tokens", code="invalid_value")
-        most = body.max_completion_tokens if most is None else most
-        if body.top_logprobs is not None and not body.logprobs:
-            raise Fault("top_logprobs: needs logprobs: true", param="top_logprobs", code="invalid_value")
-        most, logprobs = _or(most, 1 << 30), top_of(body) if body.logprobs else None
-    else:
-        most, logprobs = _or(most, 16), body.logprobs
+    if body.max_completion_tokens is not None and most is not None and most != body.max_completion_tokens:
+        raise Fault("max_tokens and max_completion_tokens differ; give one", param="max_tokens", code="invalid_value")
+    most = _or(body.max_completion_tokens if most is None else most, 1 << 30 if isinstance(body, ChatBody) else 16)
+    if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
+        raise Fault("top_logprobs: needs logprobs: true", param="top_logprobs", code="invalid_value")
+    temperature, top_p = _or(body.temperature, 1.0), _or(body.top_p, 1.0)
+    if top_p == 0 and temperature > 0:
+        raise Fault("top_p: must be greater than 0, unless temperature is 0", param="top_p", code="invalid_value")
     least = _or(body.min_tokens, 0)
     if least > most:
         raise Fault(f"min_tokens: {least} is more than max_tokens", param="min_tokens", code="invalid_value")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return SamplingParams(
         max_tokens=most,
-        temperature=_or(body.temperature, 1.0),
-        top_p=_or(body.top_p, 1.0),
+        temperature=temperature,
+        top_p=top_p or 1.0,
         top_k=max(0, _or(body.top_k, 0)),
         min_p=_or(body.min_p, 0.0),
         presence_penalty=_or(body.presence_penalty, 0.0),
@@ -113,19 +112,24 @@ def sampling_of(body: ChatBody | CompletionBody) -> SamplingParams:
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         min_tokens=least,
-        logprobs=logprobs,
+        logprobs=top_of(body) if wants_logprobs(body) else None,
         grammar=grammar_of(body),
     )
 
 
+def wants_logprobs(body: ChatBody | CompletionBody) -> bool:
+    """Whether log-probabilities come with the tokens: completions ask for a number of alternatives, which may be 0."""
+    return bool(body.logprobs) if isinstance(body, ChatBody) else body.logprobs is not None
+
+
 def top_of(body: ChatBody | CompletionBody) -> int:
     """Alternatives that come with each token."""
-    return _or(body.top_logprobs if isinstance(body, ChatBody) else body.logprobs, 0)
+    return (body.top_logprobs if isinstance(body, ChatBody) else body.logprobs) or 0
 
 
 def grammar_of(body: Sampled) -> Grammar | None:
     """The constraint on the answer, from OpenAI's response_format or vLLM's structured_outputs; Fault (400) if they contradict."""
-    form, own = body.response_format, body.structured_outputs
+    form, own = body.response_format, _structured(body)
     found = [] if own is None else _own_grammars(own)
     if own is not None and len(found) != 1:
         text = "structured_outputs: give exactly one of json, json_object, regex and choice"
@@ -141,6 +145,16 @@ def grammar_of(body: Sampled) -> Grammar | None:
     if len(found) > 1:
         raise Fault("response_format and structured_outputs: give one of them", param="structured_outputs", code="invalid_value")
     return found[0] if found else None
+
+
+def _structured(body: Sampled) -> StructuredOutputs | None:
+    """vLLM's constraint, by its newer or its older names."""
+    older = StructuredOutputs.model_construct(json_=body.guided_json, regex=body.guided_regex, choice=body.guided_choice)
+    if not _own_grammars(older):
+        return body.structured_outputs
+    if body.structured_outputs is not None:
+        raise Fault("structured_outputs and guided_*: give one of them", param="structured_outputs", code="invalid_value")
+    return older
 
 
 def _own_grammars(own: StructuredOutputs) -> list[Grammar]:
@@ -164,8 +178,8 @@ async def _encoded(body: ChatBody | CompletionBody, tenant: Tenant, s: Services)
     words = s.words
     encode: Callable[[], list[list[int]]]
     if isinstance(body, ChatBody):
-        messages = [m.model_dump(include={"role", "content"}) for m in body.messages]
-        param, sizes = "messages", [sum(map(_length, body.messages))]
+        messages = [_message(m) for m in body.messages]
+        param, sizes = "messages", [sum(len(text) for m in messages for text in m.values())]
         encode = lambda: [_within("messages", words, lambda: words.encode_chat(messages))]  # noqa: E731
     else:
         prompts: list[str | list[int]] = [*_prompts(body)]
@@ -200,7 +214,7 @@ def _where(param: str, index: int, count: int) -> str:
 
 def _over(where: str, what: str, words: Words) -> Fault:
     return Fault(
-        f"{where}: {what}, and the base has {words.max_positions} positions for prompt and answer together",
+        f"{where}: {what}. This model's maximum context length is {words.max_positions} tokens, prompt and answer together",
         param=where,
         code="context_length_exceeded",
     )
@@ -222,10 +236,11 @@ def _prompts(body: CompletionBody) -> list[str] | list[list[int]]:
     return [p] if isinstance(p[0], int) else p  # type: ignore[list-item,return-value]
 
 
-def _length(message: Message) -> int:
-    """Characters of a content; parts are joined with line breaks."""
-    c = message.content
-    return len(c) if isinstance(c, str) else sum(len(part.text) + 1 for part in c) - 1
+def _message(message: Message) -> dict[str, str]:
+    """As the template gets it: what was given, and content as text."""
+    content = message.content if isinstance(message.content, str) else "\n".join(part.text or "" for part in message.content or ())
+    more = {"name": message.name, "reasoning_content": message.reasoning_content}
+    return {"role": message.role, "content": content} | {k: v for k, v in more.items() if v is not None}
 
 
 def _or(value: T | None, default: T) -> T:

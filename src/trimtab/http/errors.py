@@ -127,11 +127,8 @@ def fault_of_body(error: ValidationError, body: Any, model: type[BaseModel]) -> 
     findings: dict[str, list[str]] = {}
     for found in error.errors(include_url=False, include_context=False, include_input=False)[:MAX_ERRORS]:
         where = _path(found, body)
-        field = model.model_fields.get(where)
         if found["type"] == "extra_forbidden":  # a hint only among the fields of the body itself, where many are known
             text = f"is unknown or not supported{nearest(where, model.model_fields) if len(found['loc']) == 1 else ''}"
-        elif found["type"] == "none_required" or (field is not None and "not supported" in (field.description or "").lower()):
-            text = "is not supported by this server; leave it out"
         else:
             text = found["msg"][:1].lower() + found["msg"][1:]
         texts = findings.setdefault(where, [])

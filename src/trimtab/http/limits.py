@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 from fastapi.security.utils import get_authorization_scheme_param
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from trimtab.errors import LimitError, TrimtabError
 from trimtab.http.auth import tenant_of
 from trimtab.http.errors import RETRY_S, ClientGone, Fault, fault_of, fault_of_body, reply
+from trimtab.http.fields import Strict, ignored_of
 from trimtab.http.services import Services
 from trimtab.memory import release_freed
 
@@ -34,7 +35,7 @@ ALWAYS = frozenset({"/livez", "/readyz", "/metrics"})
 """Answered while the server shuts down."""
 ANSWERS = frozenset({"/v1/chat/completions", "/v1/completions"})
 """Routes that need room in the engine."""
-M = TypeVar("M", bound=BaseModel)
+M = TypeVar("M", bound=Strict)
 
 
 class Gate:
@@ -156,14 +157,19 @@ async def read_body(request: Request, model: type[M], s: Services) -> M:
         raise Fault(text, status=408, code="body_timeout", headers={"Connection": "close"}) from None
     except ClientDisconnect:
         raise ClientGone from None
+    record = request.scope["trimtab.record"]
     if len(raw) <= SMALL:
-        return parse(raw, model, limits.json_depth)
-    record = request.scope.get("trimtab.record")
-    return await s.words_work.run((record and record.tenant) or "", lambda: parse(raw, model, limits.json_depth))
+        body, ignored = parse(raw, model, limits.json_depth)
+    else:
+        body, ignored = await s.words_work.run(record.tenant or "", lambda: parse(raw, model, limits.json_depth))
+    if ignored:
+        record.ignored = ignored
+        s.metrics.ignored += 1
+    return body
 
 
-def parse(raw: bytes, model: type[M], max_depth: int) -> M:
-    """A body as a `model`; Fault (400) if it is not one."""
+def parse(raw: bytes, model: type[M], max_depth: int) -> tuple[M, tuple[str, ...]]:
+    """(a body as a `model`, the names of fields that nobody reads); Fault (400) if it is not one."""
     deep, values, containers, keys = shape_of(raw)
     if deep > max_depth:
         raise Fault(f"the body nests lists and objects {deep} deep; at most {max_depth} are read", code="too_deep")
@@ -177,7 +183,8 @@ def parse(raw: bytes, model: type[M], max_depth: int) -> M:
     if not isinstance(body, dict):
         raise Fault("the body must be a JSON object", code="invalid_json")
     try:
-        return model.model_validate(body)
+        read = model.model_validate(body)
+        return read, ignored_of(read)
     except ValidationError as error:
         raise fault_of_body(error, body, model) from None
 

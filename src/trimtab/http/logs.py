@@ -1,7 +1,7 @@
 """One JSON line for each request: id, route, tenant, model, status, tokens, times. Never a prompt, an answer or a key.
 
 This is the outermost layer of the app. It gives each request its id, and turns an exception that nothing else handled into an answer with
-that id.
+that id. Fields of a body that nobody read are named in the answer's header x-trimtab-ignored.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from trimtab.serve.keys import redacted, redacted_in
 
 log = logging.getLogger("trimtab.http")
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+UNFIT = re.compile(r"[^ -~]|,")
+"""What is no part of a name in a header."""
 QUIET = frozenset({"/livez", "/readyz", "/metrics"})
 """Asked every few seconds by machines: logged only where the answer is an error."""
 
@@ -49,6 +51,7 @@ class Record:
     completion_tokens: int | None = None
     cached_tokens: int | None = None
     first_token_s: float | None = None
+    ignored: tuple[str, ...] | None = None
 
     def line(self) -> dict[str, object]:
         told = {k: v for k, v in vars(self).items() if v is not None and k != "started"}
@@ -78,7 +81,7 @@ class RequestLog:
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                message["headers"] = [*message.get("headers", []), header]
+                message["headers"] = [*message.get("headers", []), header, *_ignored(record)]
             await send(message)
 
         try:
@@ -94,6 +97,12 @@ class RequestLog:
             if scope["path"] not in QUIET or (record.status or 500) >= 500:
                 log.info("request", extra={"told": record.line()})
         return None
+
+
+def _ignored(record: Record) -> list[tuple[bytes, bytes]]:
+    """The header that names the body's fields that nobody read."""
+    told = ", ".join(UNFIT.sub("?", name) for name in record.ignored or ())
+    return [(b"x-trimtab-ignored", told.encode())] if told else []
 
 
 class JsonLines(logging.Formatter):

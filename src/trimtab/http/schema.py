@@ -1,68 +1,24 @@
-"""The bodies that clients send, as OpenAPI documents them. What is not listed here is refused by name.
+"""The bodies that clients send, as OpenAPI documents them.
 
-A field that would change the answer and is not supported is an error, unless it has the value that changes nothing (`echo: false`,
-`tools: []`). Fields that never change an answer are accepted and ignored. `null` means the default, as in OpenAI's API; vLLM's extra
-fields have vLLM's names.
+A field that would change the answer and is not supported is an error that names it, unless it has a value that changes nothing (`off` of
+`fields.py`: `echo: false`, `tools: []`). Fields that never change an answer are accepted. So are fields that are not listed here: the
+answer's header x-trimtab-ignored names them. `null` means the default, as in OpenAI's API; vLLM's extra fields have vLLM's names.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from trimtab.serve.grammar import MAX_CHARS
-from trimtab.serve.request import MAX_STOP_CHARS, MAX_STOPS, MAX_TOP_LOGPROBS
+from trimtab.http.fields import INTEGRAL, NONE_IF_FALSE, Body, Ids, NotSupported, Schema, StopText, Strict, Text, TokenId, Tokens, off, only
+from trimtab.serve.request import MAX_STOPS, MAX_TOP_LOGPROBS
 
 MAX_N, MAX_PROMPTS = 16, 64
-MAX_FIELDS = 100
-"""Of an object with fields of its own: more than there are, and few enough to say of each one what is wrong with it."""
-MAX_IDS = 1 << 20
-"""Ids of one prompt: what no base has positions for. It bounds what a check of the list costs."""
 
 
-def _exact(value: Any) -> Any:
-    """Literal[False] compares, so it would take 0 too."""
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
-
-
-def _small(schema: dict[str, Any]) -> dict[str, Any]:
-    """Measured where the body is checked, off the event loop."""
-    if (size := len(json.dumps(schema))) > MAX_CHARS:
-        raise ValueError(f"has {size} characters; at most {MAX_CHARS} are taken")
-    return schema
-
-
-Exact = BeforeValidator(_exact)
-Schema = Annotated[dict[str, Any], AfterValidator(_small)]
-NoList = Annotated[list[Any], Field(max_length=0)] | None
-NoDict = Annotated[dict[str, Any], Field(max_length=0)] | None
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True, min_length=1, max_length=MAX_IDS)]
-Text = Annotated[str, Field(min_length=1)]
-StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-
-
-class Body(BaseModel):
-    """Any object of a body, at any depth, whose fields are known."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _few_fields(cls, value: Any) -> Any:
-        """Fields are counted first: each unknown field is a finding, and half a million of them would block the server for seconds."""
-        if isinstance(value, dict) and len(value) > MAX_FIELDS:
-            raise PydanticCustomError(
-                "too_many_fields", "has {count} fields; at most {most} are read", {"count": len(value), "most": MAX_FIELDS}
-            )
-        return value
-
-
-def takes(model: type[Body]) -> dict[str, Any]:
+def takes(model: type[Strict]) -> dict[str, Any]:
     """What OpenAPI says of a route whose body is read by itself (limits.py), after the key has been checked. `app.py` adds the schema."""
     schema = {"$ref": f"#/components/schemas/{model.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
@@ -89,22 +45,25 @@ class StructuredOutputs(Body):
     """vLLM's constraints on the whole answer; exactly one."""
 
     json_: Schema | None = Field(None, alias="json", description="A JSON Schema.")
-    json_object: Annotated[Literal[True], Exact] | None = None
+    json_object: Literal[True] | None = None
     regex: str | None = Field(None, min_length=1, max_length=4096)
     choice: Annotated[list[StopText], Field(fail_fast=True, min_length=1, max_length=256)] | None = None
+    grammar: NotSupported = None
+    structural_tag: NotSupported = None
 
 
 class Sampled(Body):
     """How tokens are chosen, for both routes."""
 
     model: str = Field(min_length=1, max_length=256, description="An adapter (support, acme/support@3) or the base's own name.")
-    max_tokens: int | None = Field(None, ge=1, lt=1 << 31, description="New tokens at most.")
+    max_tokens: Tokens | None = Field(None, description="New tokens at most.")
+    max_completion_tokens: Tokens | None = Field(None, description="OpenAI's newer name of max_tokens.")
     temperature: float | None = Field(1.0, ge=0, le=100, description="0 takes the likeliest token each time.")
-    top_p: float | None = Field(1.0, gt=0, le=1)
-    n: int | None = Field(1, ge=1, le=MAX_N, description="Answers to each prompt.")
+    top_p: float | None = Field(1.0, ge=0, le=1, description="0 only at temperature 0, where it changes nothing.")
+    n: Annotated[int, Field(ge=1, le=MAX_N), INTEGRAL] | None = Field(1, description="Answers to each prompt.")
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
-    seed: int | None = Field(
-        None, ge=-(1 << 63), lt=1 << 63, description="Same seed, same request: same answer. The i-th answer has seed + i."
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), INTEGRAL] | None = Field(
+        None, description="Same seed, same request: same answer. The i-th answer has seed + i."
     )
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
@@ -112,65 +71,134 @@ class Sampled(Body):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
 
-    top_k: int | None = Field(0, ge=-1, lt=1 << 31, description="vLLM's. Draw from the k likeliest tokens; 0 or -1: from all.")
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31), INTEGRAL] | None = Field(
+        0, description="vLLM's. Draw from the k likeliest tokens; 0 or -1: from all."
+    )
     min_p: float | None = Field(0.0, ge=0, lt=1, description="vLLM's. Least probability relative to the likeliest token.")
     repetition_penalty: float | None = Field(1.0, ge=0.01, le=100, description="vLLM's.")
-    min_tokens: int | None = Field(0, ge=0, lt=1 << 31, description="vLLM's. No end before so many.")
+    min_tokens: Annotated[int, Field(ge=0, lt=1 << 31), INTEGRAL] | None = Field(0, description="vLLM's. No end before so many.")
     ignore_eos: bool | None = Field(False, description="vLLM's. End tokens do not end the answer.")
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True, max_length=64)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=64)] | None = None
     structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = Field(None, description="vLLM's older name of structured_outputs.json.")
+    guided_regex: str | None = Field(None, min_length=1, max_length=4096, description="The same of structured_outputs.regex.")
+    guided_choice: Annotated[list[StopText], Field(fail_fast=True, min_length=1, max_length=256)] | None = Field(
+        None, description="The same of structured_outputs.choice."
+    )
 
-    user: Any = Field(None, description="Ignored.")
-    metadata: Any = Field(None, description="Ignored.")
-    store: Any = Field(None, description="Ignored.")
-    service_tier: Any = Field(None, description="Ignored.")
-    safety_identifier: Any = Field(None, description="Ignored.")
-    prompt_cache_key: Any = Field(None, description="Ignored: prompts of a tenant share what they have in common anyway.")
-    logit_bias: NoDict = Field(None, description="Not supported.")
+    user: Any = Field(None, description="Changes nothing.")
+    metadata: Any = Field(None, description="Changes nothing.")
+    store: Any = Field(None, description="Changes nothing.")
+    service_tier: Any = Field(None, description="Changes nothing.")
+    safety_identifier: Any = Field(None, description="Changes nothing.")
+    prompt_cache_key: Any = Field(None, description="Changes nothing: prompts of a tenant share what they have in common anyway.")
+    prompt_cache_retention: Any = Field(None, description="Changes nothing.")
+    priority: Any = Field(None, description="vLLM's. Changes nothing: tenants share fairly.")
+    request_id: Any = Field(None, description="vLLM's. Changes nothing: the header x-request-id names a request.")
+    spaces_between_special_tokens: Any = Field(None, description="vLLM's. Changes nothing.")
+
+    logit_bias: NotSupported = None
+    best_of: Annotated[Any, off(1)] = None
+    prompt_logprobs: NotSupported = None
+    truncate_prompt_tokens: NotSupported = None
+    bad_words: NotSupported = None
+    allowed_token_ids: NotSupported = None
+    logits_processors: NotSupported = None
+    guided_grammar: NotSupported = None
+    use_beam_search: NotSupported = None
+    length_penalty: Annotated[Any, off(1)] = None
+    include_stop_str_in_output: NotSupported = None
+    skip_special_tokens: Annotated[Any, only(True)] = None
+    no_repeat_ngram_size: Annotated[Any, off(0)] = None
+    repeat_penalty: Annotated[Any, off(1)] = None
+    typical_p: Annotated[Any, off(1)] = None
+    top_a: Annotated[Any, off(0)] = None
+    tfs: Annotated[Any, off(1)] = None
+    mirostat: Annotated[Any, off(0)] = None
+    dry_multiplier: Annotated[Any, off(0)] = None
+    xtc_probability: Annotated[Any, off(0)] = None
 
 
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
+def _kind(content: Any) -> str:
+    return "parts" if isinstance(content, list) else "text"
+
+
+class Part(Body):
+    """A piece of a message's content. cache_control is Anthropic's, and changes nothing here."""
+
+    type: str = Field(max_length=64, description="text, or as the Responses API names it: input_text, output_text.")
+    text: str | None = None
+    cache_control: Any = None
+
+    @model_validator(mode="after")
+    def _is_text(self) -> Part:
+        kind = self.type.removeprefix("input_").removeprefix("output_")
+        if kind == "text" and self.text is not None:
+            return self
+        if kind == "text":
+            raise PydanticCustomError("missing", "has type text and no text")
+        what = {"image_url": "images", "image": "images", "audio": "audio", "file": "files", "video_url": "videos"}.get(kind)
+        raise PydanticCustomError("not_text", "{what} are not supported", {"what": what or "parts of other types than text"})
 
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"] = Field(
         description="developer is taken as system, unless the base's chat template knows it."
     )
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=1024)] = Field(
-        description="Text; parts of type text are joined with line breaks."
+    content: (
+        Annotated[
+            Annotated[str, Tag("text")] | Annotated[list[Part], Field(fail_fast=True, min_length=1, max_length=1024), Tag("parts")],
+            Discriminator(_kind),
+        ]
+        | None
+    ) = Field(
+        None, validate_default=True, description="Text; parts of type text are joined with line breaks. Assistant turns may have none."
     )
-    name: None = Field(None, description="Not supported.")
-    refusal: None = Field(None, description="Not supported.")
-    audio: None = Field(None, description="Not supported.")
-    function_call: None = Field(None, description="Not supported.")
-    tool_calls: NoList = Field(None, description="Not supported.")
-    annotations: NoList = Field(None, description="Not supported.")
+    name: str | None = Field(None, max_length=64, description="The template may write it.")
+    reasoning_content: str | None = Field(None, description="An assistant turn's reasoning; the template writes it, or leaves it out.")
+    annotations: Any = Field(None, description="Changes nothing.")
+    cache_control: Any = Field(None, description="Changes nothing.")
+    refusal: NotSupported = None
+    audio: NotSupported = None
+    function_call: NotSupported = None
+    tool_calls: NotSupported = None
+    tool_call_id: NotSupported = None
+    prefix: NotSupported = None
+
+    @field_validator("content")
+    @classmethod
+    def _has_content(cls, content: Any, info: ValidationInfo) -> Any:
+        if content is None and info.data.get("role", "assistant") != "assistant":
+            raise PydanticCustomError("missing", "is required: only an assistant turn may have none")
+        return "" if content is None else content
 
 
 class ChatBody(Sampled):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
-    max_tokens: int | None = Field(
-        None, ge=1, lt=1 << 31, description="New tokens at most; by default as many as the base has positions for."
-    )
-    max_completion_tokens: int | None = Field(None, ge=1, lt=1 << 31, description="OpenAI's newer name of max_tokens.")
+    max_tokens: Tokens | None = Field(None, description="New tokens at most; by default as many as the base has positions for.")
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Needs logprobs: true.")
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), INTEGRAL] | None = Field(None, description="Needs logprobs: true.")
 
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = Field(None, description="Text only.")
-    parallel_tool_calls: Any = Field(None, description="Ignored.")
-    tool_choice: Literal["none", "auto"] | None = Field(None, description="Tools are not supported.")
-    tools: NoList = Field(None, description="Not supported.")
-    functions: NoList = Field(None, description="Not supported.")
-    function_call: Literal["none", "auto"] | None = Field(None, description="Functions are not supported.")
-    audio: None = Field(None, description="Not supported.")
-    prediction: None = Field(None, description="Not supported.")
-    reasoning_effort: None = Field(None, description="Not supported.")
-    verbosity: None = Field(None, description="Not supported.")
-    web_search_options: None = Field(None, description="Not supported.")
+    parallel_tool_calls: Any = Field(None, description="Changes nothing: there are no tools.")
+    prediction: Any = Field(None, description="Changes nothing.")
+    modalities: Annotated[Any, off(["text"])] = None
+    tools: NotSupported = None
+    tool_choice: Annotated[Any, off("none", "auto")] = None
+    functions: NotSupported = None
+    function_call: Annotated[Any, off("none", "auto")] = None
+    audio: NotSupported = None
+    web_search_options: NotSupported = None
+    prompt: NotSupported = None
+    echo: NotSupported = None
+    add_generation_prompt: Annotated[Any, only(True)] = None
+    continue_final_message: NotSupported = None
+    add_special_tokens: NotSupported = None
+    chat_template: NotSupported = None
+    chat_template_kwargs: NotSupported = None
+    documents: NotSupported = None
+    reasoning_effort: Annotated[Any, off("none")] = None
 
 
 class CompletionBody(Sampled):
@@ -182,14 +210,16 @@ class CompletionBody(Sampled):
         | Ids
         | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="A text, texts, token ids, or lists of token ids.")
-    max_tokens: int | None = Field(16, ge=1, lt=1 << 31, description="New tokens at most.")
-    logprobs: int | None = Field(
-        None, ge=0, le=MAX_TOP_LOGPROBS, description="How many of the likeliest alternatives come with each token."
+    max_tokens: Tokens | None = Field(None, description="New tokens at most; by default 16.")
+    logprobs: Annotated[Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), INTEGRAL] | None, NONE_IF_FALSE] = Field(
+        None, description="How many of the likeliest alternatives come with each token."
     )
 
-    echo: Annotated[Literal[False], Exact] | None = Field(None, description="Not supported.")
-    best_of: int | None = Field(None, ge=1, le=1, description="Not supported.")
-    suffix: Literal[""] | None = Field(None, description="Not supported.")
+    messages: NotSupported = None
+    echo: NotSupported = None
+    suffix: NotSupported = None
+    add_special_tokens: Annotated[Any, only(True)] = None
+    return_tokens_as_token_ids: NotSupported = None
 
 
 class LoadBody(Body):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from trimtab.http.ask import AnswerPlan, top_of
+from trimtab.http.ask import AnswerPlan, top_of, wants_logprobs
 from trimtab.http.services import Words
 from trimtab.serve.request import Delta, Token, Usage
 
@@ -92,7 +92,7 @@ class Writer:
 
     def __init__(self, plan: AnswerPlan, words: Words, fingerprint: str, aside: Callable[[Callable[[], bytes]], Awaitable[bytes]]):
         self._aside, self._each = aside, 1 + top_of(plan.body)
-        self.plan, self.chat, self.wants = plan, plan.chat, bool(plan.body.logprobs) or (plan.body.logprobs == 0 and not plan.chat)
+        self.plan, self.chat, self.wants = plan, plan.chat, wants_logprobs(plan.body)
         self.head = {
             "id": plan.id,
             "object": "chat.completion" if plan.chat else "text_completion",

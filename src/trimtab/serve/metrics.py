@@ -43,7 +43,7 @@ class Metrics:
     """The metrics of one server, in a registry of its own. model: the base's name. stats: the engine's, asked at each reading.
 
     Give `finished` and `stepped` to the engine as its on_finish and on_step, and call `rejected` for what is refused by others than
-    `admission`.
+    `admission`. ignored: requests with fields that nobody read; count them there.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Metrics:
         self.registry, self._model = CollectorRegistry(), model
         self._stats, self._admission, self._audit, self._usage = stats, admission, audit, usage
         self._rejects, self._finished = Counter[str](), Counter[str](dict.fromkeys(map(_finish_label, get_args(FinishReason)), 0))
+        self.ignored = 0
         self._first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN)
         self._gap = self._histogram("inter_token_latency_seconds", "Between two tokens of an answer.", PER_TOKEN)
         self._per_token = self._histogram("request_time_per_output_token_seconds", "Mean of an answer's later tokens.", PER_TOKEN)
@@ -155,6 +156,7 @@ class Metrics:
         if self._admission is not None:
             rejects.update({str(reason): count for reason, count in self._admission.rejects.items()})
             yield self._gauge("open_answers", "Answers that have been admitted and not ended.", self._admission.open)
+        yield self._counter("requests_with_ignored_fields", "Requests with fields that the server does not know.", self.ignored)
         yield self._labelled("requests_rejected", "Requests refused before they reached the engine, by reason.", "reason", rejects)
         if self._audit is not None:
             yield self._gauge("audit_failing", "1 while the audit log cannot be written.", bool(self._audit.problem))

@@ -1,0 +1,103 @@
+"""Fields that change nothing are taken, and what nobody read is named. Each answer is compared with that of the plain request."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.http.common import CHAT, TEXT, Site, call, post, site
+from trimtab.serve.keys import make_key
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Site]:
+    with site() as s:
+        yield s
+        s.idle()
+
+
+CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
+NEUTRAL = [
+    {"max_tokens": None, "max_completion_tokens": 6},
+    {"max_tokens": 6.0, "n": 1.0, "seed": 3.0},
+    {"top_p": 0},
+    {"echo": False, "logit_bias": {}, "user": {"any": [1]}, "prompt_logprobs": None, "best_of": 1, "nobody_knows_it": None},
+    {"skip_special_tokens": True, "spaces_between_special_tokens": True, "length_penalty": 1.0, "use_beam_search": False, "bad_words": []},
+    {"priority": 3, "request_id": "r", "service_tier": "auto", "store": True, "metadata": {"a": "b"}, "include_stop_str_in_output": False},
+    {"stop": None, "stream_options": None, "response_format": {"type": "text"}, "structured_outputs": None, "guided_json": None},
+    {"typical_p": 1, "top_a": 0, "mirostat": 0, "xtc_probability": 0.0, "repeat_penalty": 1.0, "no_repeat_ngram_size": 0},
+]  # fmt: skip
+IN_CHAT = [
+    {"tools": [], "tool_choice": "none", "parallel_tool_calls": False, "functions": [], "function_call": "auto"},
+    {"modalities": ["text"], "audio": None, "prediction": {"type": "content", "content": "x"}, "reasoning_effort": None, "logprobs": False},
+    {"add_generation_prompt": True, "continue_final_message": False, "chat_template_kwargs": {}, "chat_template": None, "top_logprobs": 0},
+    {"messages": [{"role": "user", "content": "hi", "refusal": None, "tool_calls": [], "audio": None, "annotations": [1]}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}], "cache_control": {}}]},
+]  # fmt: skip
+IN_TEXT = [{"logprobs": False, "echo": False, "best_of": 1, "suffix": "", "add_special_tokens": True}]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [(CHAT_PATH, f) for f in NEUTRAL + IN_CHAT] + [(TEXT_PATH, f) for f in NEUTRAL + IN_TEXT],
+)
+def test_what_changes_nothing_is_taken(served: Site, path: str, fields: dict):
+    body = CHAT if path == CHAT_PATH else TEXT
+    plain, told = post(served.app, path, body), post(served.app, path, body | fields)
+    assert told.status_code == 200, told.text
+    assert told.json()["choices"] == plain.json()["choices"] and told.json()["usage"]["completion_tokens"] == 6
+    assert "x-trimtab-ignored" not in told.headers
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "named"),
+    [
+        (TEXT_PATH, {"temprature": 1}, "temprature"),
+        (CHAT_PATH, {"return_token_ids": True, "a": {"b": 1}}, "return_token_ids, a"),
+        (CHAT_PATH, {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi", "z": 1}], "weight": 1}]},
+         "messages.weight, messages.content.z"),
+        (CHAT_PATH, {"stream_options": {"x": 1}, "response_format": {"type": "text", "y": 1}}, "stream_options.x, response_format.y"),
+        (TEXT_PATH, {"x\r\ny: é": 1, "a,b": 2}, "x??y: ?, a?b"),
+        (TEXT_PATH, {f"f{i}": i for i in range(30)}, ", ".join(f"f{i}" for i in range(16)) + ", and 14 more"),
+        (TEXT_PATH, {"n" * 100: 1}, "n" * 64),
+    ],
+)  # fmt: skip
+def test_what_nobody_read_is_named_and_counted(served: Site, path: str, fields: dict, named: str):
+    body, before = CHAT if path == CHAT_PATH else TEXT, _count(served)
+    plain, told = post(served.app, path, body), post(served.app, path, body | fields)
+    assert told.status_code == 200 and told.headers["x-trimtab-ignored"] == named
+    assert told.json()["choices"] == plain.json()["choices"]
+    assert _count(served) == before + 1
+
+
+def _count(served: Site) -> float:
+    lines = call(served.app, "GET", "/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith("trimtab:requests_with_ignored_fields_total")).rpartition(" ")[2])
+
+
+def test_a_stream_and_an_error_name_them_too(served: Site):
+    assert post(served.app, TEXT_PATH, TEXT | {"stream": True, "zz": 1}).headers["x-trimtab-ignored"] == "zz"
+    refused = post(served.app, TEXT_PATH, TEXT | {"model": "nothing", "zz": 1})
+    assert refused.status_code == 404 and refused.headers["x-trimtab-ignored"] == "zz"
+
+
+def test_a_key_that_is_sent_as_a_name_is_not_repeated(served: Site):
+    secret = ".".join(make_key())
+    told = post(served.app, TEXT_PATH, TEXT | {secret: 1, "metadata": {}}).headers["x-trimtab-ignored"]
+    assert secret not in told and secret[:20] not in told
+
+
+def test_a_guided_choice_is_structured_outputs(served: Site):
+    for path, body in ((CHAT_PATH, CHAT), (TEXT_PATH, TEXT)):
+        newer, older = (
+            post(served.app, path, body | f).json()["choices"]
+            for f in ({"structured_outputs": {"choice": ["yes", "no"]}}, {"guided_choice": ["yes", "no"]})
+        )
+        assert newer == older
+
+
+def test_an_assistant_turn_without_content_is_an_empty_one(served: Site):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "yo"}]
+    empty = post(served.app, CHAT_PATH, CHAT | {"messages": turns}).json()
+    for none in ({"role": "assistant", "content": None}, {"role": "assistant"}):
+        assert post(served.app, CHAT_PATH, CHAT | {"messages": [turns[0], none, turns[2]]}).json()["choices"] == empty["choices"]
