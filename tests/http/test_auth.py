@@ -22,7 +22,7 @@ from trimtab.serve.audit import Audit, audit_path
 from trimtab.serve.tenants import Tenants
 from trimtab.store.registry import Store
 
-PUBLIC = {"/livez", "/readyz", "/openapi.json"}
+PUBLIC = {"/livez", "/readyz", "/health", "/ping", "/version", "/openapi.json"}
 """Paths that need no key. They tell nothing of tenants, models or load."""
 
 

@@ -292,7 +292,7 @@ def test_schemas_and_ignored_objects_may_have_many_fields(served: Site):
         ("GET", "/v1/chat/completions", 405, "unknown_route"),
         ("DELETE", "/v1/models", 405, "unknown_route"),
         ("POST", "/v1/embeddings", 404, "unknown_route"),
-        ("GET", "/v1/models/", 404, "model_not_found"),
+        ("GET", "/v1/models//x", 404, "model_not_found"),
         ("GET", "/docs", 404, "unknown_route"),
         ("GET", "/admin/tenants", 404, "unknown_route"),
         ("POST", "//v1/completions", 404, "unknown_route"),
@@ -304,6 +304,8 @@ def test_routes_that_are_not_there(served: Site, method: str, path: str, status:
 
 def test_a_405_says_what_is_allowed(served: Site):
     assert call(served.app, "PUT", "/v1/models").headers["allow"] == "GET"
+    options = call(served.app, "OPTIONS", "/v1/completions")
+    assert (options.status_code, options.headers["allow"]) == (204, "POST") and "access-control-allow-origin" not in options.headers
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""])

@@ -40,6 +40,7 @@ GB = 1e9
 @click.option("--local", is_flag=True, help="For this machine only: 127.0.0.1, no keys, no tenants, no limits.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 for all.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
+@click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help="Web pages of this origin (https://example.com) may call; *: all.")
 @click.option("--tenants", "database", type=click.Path(path_type=Path), help="Their database, as `trimtab tenants add --db` has it.")
 @click.option("--kv-gb", type=click.FloatRange(0, min_open=True), help="Memory for keys and values; by default a share of what is free.")
 @click.option("--adapters-gb", type=click.FloatRange(0, min_open=True), help="Memory for adapters; by default a share of what is free.")
@@ -90,6 +91,7 @@ class ServeOptions:
     local: bool
     host: str
     port: int
+    origins: tuple[str, ...]
     database: Path | None
     kv_gb: float | None
     adapters_gb: float | None
@@ -144,7 +146,8 @@ def _run(on: OnBase, asked: ServeOptions, adapters: dict[str, str], open_parts: 
     logs.configure()
     engine.start()
     text = _ready(asked, services.base_name, port, sorted(adapters))
-    made = server.make(create_app(services), services, drain_s=asked.drain_seconds, ready=lambda: click.echo(text), stop=engine.close)
+    app = create_app(services, asked.origins)
+    made = server.make(app, services, drain_s=asked.drain_seconds, ready=lambda: click.echo(text), stop=engine.close)
     made.run([sock])
 
 

@@ -1,35 +1,43 @@
-"""The app: routes, limits, errors and the log put together. Order from outside in: log, gate, routes."""
+"""The app: routes, limits, errors and the log put together. Order from outside in: CORS where it is asked for, log, gate, routes: what
+is added last is outermost."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
+from starlette.middleware.cors import CORSMiddleware
 
-from trimtab.http import adapters, admin, health, openai
+from trimtab.http import adapters, admin, health, openai, tokens
 from trimtab.http.errors import install
 from trimtab.http.limits import Gate
 from trimtab.http.logs import Record, RequestLog
-from trimtab.http.schema import ChatBody, CompletionBody, LoadBody, UnloadBody
+from trimtab.http.schema import ChatBody, CompletionBody, DetokenizeBody, LoadBody, TokenizeBody, UnloadBody
 from trimtab.http.services import Services
 from trimtab.version import __version__
 
-BODIES = (ChatBody, CompletionBody, LoadBody, UnloadBody, *admin.BODIES)
+BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, LoadBody, UnloadBody, *admin.BODIES)
 REFUSED = {401: "auth", 403: "forbidden", 404: "not_found", 413: "too_large", 429: "limit", 503: "full"}
 """A refusal's reason in metrics and audit log, by its status; all other 4xx are "invalid"."""
 
 
-def create_app(services: Services) -> FastAPI:
-    """The server's ASGI app. Admin routes are there where there are tenants; local mode has none."""
+def create_app(services: Services, origins: Sequence[str] = ()) -> FastAPI:
+    """The server's ASGI app. Admin routes are there where there are tenants; local mode has none. origins: of web pages that may call it,
+    or "*"."""
     app = FastAPI(title="trimtab", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = services
-    for router in (health.public, health.router, openai.router, adapters.router, *([admin.router] if services.tenants is not None else [])):
+    always = (health.public, health.router, openai.router, tokens.router, adapters.router)
+    for router in (*always, *([admin.router] if services.tenants is not None else [])):
         app.include_router(router)
     install(app)
     app.add_middleware(Gate, services=services)
-    app.add_middleware(RequestLog, on_end=lambda record: _tell(record, services))  # added last: outermost
+    app.add_middleware(RequestLog, on_end=lambda record: _tell(record, services))
+    if origins:
+        told = ["x-request-id", "retry-after", "x-trimtab-adapter", "x-trimtab-base", "x-trimtab-ignored"]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=told)
     app.openapi = lambda: _openapi(app, services.tenants is None)  # type: ignore[method-assign]
     return app
 

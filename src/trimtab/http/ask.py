@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -64,7 +64,10 @@ async def plan(body: ChatBody | CompletionBody, tenant: Tenant, s: Services) -> 
 async def requests(plan: AnswerPlan, tenant: Tenant, s: Services) -> list[Request]:
     """The engine's requests, one for each choice, in order. Fault (400) if a prompt is too long or cannot be used."""
     sampling = sampling_of(plan.body)  # before the prompt's tokens, which cost more
-    prompts = await _encoded(plan.body, tenant, s)
+    if isinstance(plan.body, ChatBody):
+        prompts = await ids_of(plan.body.messages, (), tenant, s)
+    else:
+        prompts = await ids_of((), _prompts(plan.body), tenant, s)
     end = None if s.limits.request_s is None else time.monotonic() + s.limits.request_s
     found: list[Request] = []
     kept = 0
@@ -173,16 +176,16 @@ def _schema_text(schema: dict[str, object], param: str) -> str:
         raise Fault(f"{param}: the schema holds a number that is too large", param=param, code="invalid_value") from None
 
 
-async def _encoded(body: ChatBody | CompletionBody, tenant: Tenant, s: Services) -> list[list[int]]:
-    """Each prompt's ids, off the event loop where they are long. What cannot fit is refused by its characters, before it is tokenized."""
+async def ids_of(messages: Sequence[Message], prompts: Sequence[str | list[int]], tenant: Tenant, s: Services) -> list[list[int]]:
+    """The ids of a conversation, or else of each prompt, off the event loop where they are long. What cannot fit is refused by its
+    characters, before it is tokenized."""
     words = s.words
     encode: Callable[[], list[list[int]]]
-    if isinstance(body, ChatBody):
-        messages = [_message(m) for m in body.messages]
-        param, sizes = "messages", [sum(len(text) for m in messages for text in m.values())]
-        encode = lambda: [_within("messages", words, lambda: words.encode_chat(messages))]  # noqa: E731
+    if messages:
+        told = [_message(m) for m in messages]
+        param, sizes = "messages", [sum(len(text) for m in told for text in m.values())]
+        encode = lambda: [_within("messages", words, lambda: words.encode_chat(told))]  # noqa: E731
     else:
-        prompts: list[str | list[int]] = [*_prompts(body)]
         param, sizes = "prompt", [len(p) if isinstance(p, str) else 0 for p in prompts]
         encode = lambda: [_ids(p, _where("prompt", i, len(prompts)), words) for i, p in enumerate(prompts)]  # noqa: E731
     for i, size in enumerate(sizes):

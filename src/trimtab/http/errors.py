@@ -173,6 +173,8 @@ def install(app: FastAPI) -> None:
 
     async def of_routing(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        if error.status_code == 405 and request.method == "OPTIONS":  # what a path takes; that of a web page is answered before (app.py)
+            return Response(status_code=204, headers=error.headers)
         text = {
             404: f"there is no route {request.method} {request.url.path[:200]}",
             405: f"{request.url.path[:200]} does not take {request.method}",

@@ -1,4 +1,4 @@
-"""/livez, /readyz, /metrics: for monitoring."""
+"""/livez, /readyz, /metrics for monitoring; /health, /ping and /version, as clients of vLLM and of SageMaker ask for them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from trimtab.http.auth import admin_caller
 from trimtab.http.errors import documented
 from trimtab.http.services import Services
 from trimtab.serve.metrics import CONTENT_TYPE
+from trimtab.version import __version__
 
 public = APIRouter()
 router = APIRouter(dependencies=[Depends(admin_caller)])
@@ -35,6 +36,19 @@ async def readyz(request: Request) -> Response:
     if s.life.draining:
         return _status("draining", False)
     return _status("ready" if s.alive() else "the engine has stopped", s.alive())
+
+
+@public.get("/health", responses=NOT)
+@public.get("/ping", responses=NOT)
+async def health(request: Request) -> Response:
+    """As /readyz."""
+    return await readyz(request)
+
+
+@public.get("/version")
+async def version() -> dict[str, str]:
+    """trimtab's."""
+    return {"version": __version__}
 
 
 @router.get(

@@ -31,7 +31,7 @@ LARGE, RELEASE_S = 1 << 20, 1.0
 """A body of so many bytes has the memory given back that was freed since, so many seconds after its request."""
 SMALL = 16 << 10
 """Bytes of a body that is parsed on the event loop; a larger one would hold up other requests' tokens."""
-ALWAYS = frozenset({"/livez", "/readyz", "/metrics"})
+ALWAYS = frozenset({"/livez", "/readyz", "/health", "/ping", "/metrics"})
 """Answered while the server shuts down."""
 ANSWERS = frozenset({"/v1/chat/completions", "/v1/completions"})
 """Routes that need room in the engine."""
@@ -48,6 +48,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        scope = _usual(scope)
         if (fault := self._refusal(scope)) is not None:
             if (record := scope.get("trimtab.record")) is not None:
                 record.error = fault.code
@@ -105,6 +106,12 @@ class Gate:
 
     def _is_us(self, named: list[bytes]) -> bool:
         return len(named) == 1 and self.s.hosts is not None and named[0].decode("latin-1").lower() in self.s.hosts
+
+
+def _usual(scope: Scope) -> Scope:
+    """A request as routes know it: HEAD is a GET whose body the server leaves out, and a slash at a path's end says nothing."""
+    path = scope["path"].rstrip("/") or "/"
+    return {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
 
 
 class _Incoming:

@@ -26,7 +26,7 @@ log = logging.getLogger("trimtab.http")
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 UNFIT = re.compile(r"[^ -~]|,")
 """What is no part of a name in a header."""
-QUIET = frozenset({"/livez", "/readyz", "/metrics"})
+QUIET = frozenset({"/livez", "/readyz", "/health", "/ping", "/metrics"})
 """Asked every few seconds by machines: logged only where the answer is an error."""
 
 

@@ -12,7 +12,22 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from trimtab.http.fields import INTEGRAL, NONE_IF_FALSE, Body, Ids, NotSupported, Schema, StopText, Strict, Text, TokenId, Tokens, off, only
+from trimtab.http.fields import (
+    INTEGRAL,
+    MAX_IDS,
+    NONE_IF_FALSE,
+    Body,
+    Ids,
+    NotSupported,
+    Schema,
+    StopText,
+    Strict,
+    Text,
+    TokenId,
+    Tokens,
+    off,
+    only,
+)
 from trimtab.serve.request import MAX_STOPS, MAX_TOP_LOGPROBS
 
 MAX_N, MAX_PROMPTS = 16, 64
@@ -220,6 +235,30 @@ class CompletionBody(Sampled):
     suffix: NotSupported = None
     add_special_tokens: Annotated[Any, only(True)] = None
     return_tokens_as_token_ids: NotSupported = None
+
+
+class TokenizeBody(Body):
+    """POST /tokenize, vLLM's: a prompt or messages."""
+
+    model: str | None = Field(None, max_length=256, description="Changes nothing: all models of a server have one tokenizer.")
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, max_length=4096)] = Field(default_factory=list)
+    return_token_strs: bool | None = False
+    add_special_tokens: Annotated[Any, only(True)] = None
+    add_generation_prompt: Annotated[Any, only(True)] = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> TokenizeBody:
+        if (self.prompt is None) == (not self.messages):
+            raise PydanticCustomError("one_of", "must have a prompt or messages, and not both")
+        return self
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize, vLLM's."""
+
+    model: str | None = Field(None, max_length=256, description="Changes nothing.")
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_IDS)]
 
 
 class LoadBody(Body):

@@ -1,0 +1,48 @@
+"""vLLM's /tokenize and /detokenize: the ids that a prompt would have, and the text of ids."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel
+
+from trimtab.http.ask import ids_of
+from trimtab.http.auth import Caller, caller
+from trimtab.http.errors import Fault, documented
+from trimtab.http.limits import read_body
+from trimtab.http.openai import S
+from trimtab.http.schema import DetokenizeBody, TokenizeBody, takes
+
+router = APIRouter(dependencies=[Depends(caller)])
+ERRORS = documented(400, 401, 403, 408, 413, 415, 429, 500, 503)
+
+
+class TokenizeReply(BaseModel):
+    """token_strs: each token's text, where it was asked for; halves of characters are replaced."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeReply(BaseModel):
+    prompt: str
+
+
+@router.post("/tokenize", responses=ERRORS, openapi_extra=takes(TokenizeBody))
+async def tokenize(request: Request, tenant: Caller, s: S) -> TokenizeReply:
+    """The ids of a text or of a conversation, as the same request to the other routes would have them."""
+    body = await read_body(request, TokenizeBody, s)
+    ids = (await ids_of(body.messages, [] if body.prompt is None else [body.prompt], tenant, s))[0]
+    spelt = [s.words.piece(i).decode("utf-8", "replace") for i in ids] if body.return_token_strs else None
+    return TokenizeReply(count=len(ids), max_model_len=s.words.max_positions, tokens=ids, token_strs=spelt)
+
+
+@router.post("/detokenize", responses=ERRORS, openapi_extra=takes(DetokenizeBody))
+async def detokenize(request: Request, tenant: Caller, s: S) -> DetokenizeReply:
+    """The text of ids, control tokens spelt out."""
+    body = await read_body(request, DetokenizeBody, s)
+    if (large := max(body.tokens, default=0)) >= s.words.vocab_size:
+        raise Fault(f"tokens: token id {large} is not in 0..{s.words.vocab_size - 1}", param="tokens", code="invalid_value")
+    joined = await s.words_work.run(tenant.name, lambda: b"".join(map(s.words.piece, body.tokens)))
+    return DetokenizeReply(prompt=joined.decode("utf-8", "replace"))

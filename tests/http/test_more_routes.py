@@ -1,0 +1,91 @@
+"""Routes that clients of vLLM ask for, and the forms in which requests come: HEAD, OPTIONS, slashes, other origins."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.http.common import CHAT, TEXT, Site, call, error_of, post, site
+from trimtab import __version__
+from trimtab.http.app import create_app
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Site]:
+    with site() as s:
+        yield s
+        s.idle()
+
+
+def test_tokenize_gives_the_ids_that_the_other_routes_use(served: Site):
+    tokenizer = served.engine.base.tokenizer
+    text = post(served.app, "/tokenize", {"model": "tiny", "prompt": "hello wörld"}).json()
+    assert text["tokens"] == tokenizer("hello wörld")["input_ids"] and text["max_model_len"] == 512 and text["token_strs"] is None
+    talk = post(served.app, "/tokenize", {"messages": CHAT["messages"], "return_token_strs": True}).json()
+    expected = tokenizer.apply_chat_template(CHAT["messages"], add_generation_prompt=True, return_dict=False)
+    assert talk["tokens"] == list(expected) and talk["count"] == len(expected) == len(talk["token_strs"])
+    answer = post(served.app, "/v1/chat/completions", CHAT).json()
+    assert answer["usage"]["prompt_tokens"] == talk["count"]
+
+
+def test_detokenize_gives_the_text_back(served: Site):
+    for text in ("hello wörld", "a\n\tb 😀", ""):
+        ids = served.engine.base.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert post(served.app, "/detokenize", {"model": "tiny", "tokens": ids}).json() == {"prompt": text}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("/tokenize", {}, "prompt or messages"),
+        ("/tokenize", {"prompt": "a", "messages": CHAT["messages"]}, "not both"),
+        ("/tokenize", {"prompt": "x" * 600}, "maximum context length is 512"),
+        ("/tokenize", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "images are not supported"),
+        ("/tokenize", {"prompt": "a", "add_special_tokens": False}, "add_special_tokens: is not supported"),
+        ("/detokenize", {"tokens": [300]}, "not in 0..299"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {}, "tokens"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_tokenized_is_told(served: Site, path: str, body: dict, words: str):
+    assert words in error_of(post(served.app, path, body), 400)["message"]
+
+
+def test_health_and_version(served: Site):
+    assert call(served.app, "GET", "/version").json() == {"version": __version__}
+    for path in ("/health", "/ping"):
+        assert call(served.app, "GET", path).status_code == 200
+    served.services.life.draining = True
+    try:
+        assert [call(served.app, "GET", path).status_code for path in ("/health", "/ping", "/readyz", "/livez")] == [503, 503, 503, 200]
+    finally:
+        served.services.life.draining = False
+
+
+def test_a_slash_at_the_end_says_nothing(served: Site):
+    assert call(served.app, "GET", "/v1/models/").json() == call(served.app, "GET", "/v1/models").json()
+    whole, slash = (post(served.app, path, TEXT).json() for path in ("/v1/completions", "/v1/completions/"))
+    assert whole["choices"] == slash["choices"]
+
+
+def test_head_is_a_get(served: Site):
+    for path in ("/v1/models", "/readyz", "/v1/models/tiny"):
+        head, get = call(served.app, "HEAD", path), call(served.app, "GET", path)
+        assert (head.status_code, head.headers["content-length"]) == (200, get.headers["content-length"])
+    assert call(served.app, "HEAD", "/v1/completions").status_code == 405
+
+
+def test_a_web_page_may_call_only_where_its_origin_is_named(served: Site):
+    ask = {"origin": "https://a.example", "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    closed, named, every = (create_app(served.services, origins) for origins in ((), ("https://a.example",), ("*",)))
+    assert "access-control-allow-origin" not in call(closed, "OPTIONS", "/v1/completions", headers=ask).headers
+    for app, origin in ((named, "https://a.example"), (every, "*")):
+        preflight = call(app, "OPTIONS", "/v1/completions", headers=ask)
+        assert preflight.status_code == 200 and preflight.headers["access-control-allow-origin"] == origin
+        assert "authorization" in preflight.headers["access-control-allow-headers"].lower()
+        answer = post(app, "/v1/completions", TEXT | {"zz": 1}, origin="https://a.example")
+        assert (
+            answer.headers["access-control-allow-origin"] == origin
+            and "x-trimtab-ignored" in answer.headers["access-control-expose-headers"]
+        )
+    other = post(named, "/v1/completions", TEXT, origin="https://b.example")
+    assert "access-control-allow-origin" not in other.headers
