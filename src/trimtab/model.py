@@ -96,12 +96,17 @@ class Base:
         kept, tensors = self._packed.get(adapter), list(adapter.params.values())
         if kept is None or (kept.generation, kept.method) != (generation, adapter.method) or not kept.params.holds(tensors):
             self.forget(adapter)
-            with torch.no_grad():
-                packed = self.attached.pack(adapter.method, dict(adapter.params), adapter.sites).for_inference()
-                if packed.prefix is not None and packed.prefix.embeds_NH is not None:
-                    packed.kv = self._prefix_kv(packed)
-                kept = self._packed[adapter] = _Kept(packed, adapter.method, Stamp(tensors), generation)
+            kept = self._packed[adapter] = _Kept(self.pack(adapter), adapter.method, Stamp(tensors), generation)
         return kept.packed
+
+    @torch.no_grad()
+    def pack(self, adapter: AdapterLike) -> PackedAdapter:
+        """The adapter packed for inference, for whoever keeps the result while neither its tensors nor the base's are written to. `packed`
+        keeps it, and sees writes."""
+        packed = self.attached.pack(adapter.method, dict(adapter.params), adapter.sites).for_inference()
+        if packed.prefix is not None and packed.prefix.embeds_NH is not None:
+            packed.kv = self._prefix_kv(packed)
+        return packed
 
     def forget(self, adapter: AdapterLike) -> None:
         """Free the packed copy; the next use makes it again."""

@@ -8,7 +8,7 @@ mix does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -49,22 +49,34 @@ class PackedAdapter:
     def for_inference(self) -> PackedAdapter:
         """The same with all tensors in one piece of memory, in the order in which a forward reads them, so that reading it is one stream.
         Output factors [O, R] are laid out as their transpose, along which kernels that run row by row read them."""
-        laid = [(site, name, _laid(name, t)) for site, p in self.edits.items() for name, t in p.tensors.items()]
-        sizes = [-(-t.numel() * t.element_size() // ALIGNED) * ALIGNED for _, _, t in laid]
-        arena = torch.empty(sum(sizes), dtype=torch.uint8, device=laid[0][2].device) if laid else torch.empty(0)
+        each = [(site, name, t) for site, p in self.edits.items() for name, t in p.tensors.items()]
+        sizes = [-(-t.numel() * t.element_size() // ALIGNED) * ALIGNED for _, _, t in each]
+        arena = torch.empty(sum(sizes), dtype=torch.uint8, device=each[0][2].device) if each else torch.empty(0)
         native.advise_huge(arena)
-        edits = {site: replace(p, tensors=dict(p.tensors), addresses={}) for site, p in self.edits.items()}
-        at = 0
-        for (site, name, t), size in zip(laid, sizes, strict=True):
-            place = arena[at : at + t.numel() * t.element_size()].view(t.dtype).view(t.shape).copy_(t)
-            edits[site].tensors[name] = place.T if name in TRANSPOSED else place  # type: ignore[index]
-            edits[site].addresses[name] = place.data_ptr(), t.shape[0]  # type: ignore[index]
+        typed = {dtype: arena.view(dtype) for dtype in {t.dtype for _, _, t in each}}
+        edits = {site: Packed(p.kernel, {}, p.dropout, {}) for site, p in self.edits.items()}
+        at, begin = 0, arena.data_ptr()
+        for (site, name, t), size in zip(each, sizes, strict=True):
+            shape, strides = t.shape, _strides(t.shape, name in TRANSPOSED)
+            place = typed[t.dtype].as_strided(shape, strides, at // t.element_size()).copy_(t)
+            edits[site].tensors[name] = place  # type: ignore[index]
+            edits[site].addresses[name] = begin + at, shape[-1 if name in TRANSPOSED else 0]  # type: ignore[index]
             at += size
         return PackedAdapter(edits, self.prefix, self.kv)
 
 
 def _laid(name: str, tensor: Tensor) -> Tensor:
     return tensor.T if name in TRANSPOSED else tensor
+
+
+def _strides(shape: Sequence[int], transposed: bool) -> list[int]:
+    """Of a tensor that is contiguous, or whose transpose is."""
+    if transposed:
+        return [1, shape[0]]
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return strides
 
 
 class PackList:

@@ -245,8 +245,8 @@ class Residency:
         self.wake()
 
     def _pack(self, adapter: Adapter) -> PackedAdapter:
-        """Packed, and no longer known to the base: from here on residency alone keeps it. One at a time, since the first adapter at a
-        module puts a host there; a prefix under the forward's lock, since the base may compute its keys and values."""
+        """Packed; residency alone keeps it. One at a time, since the first adapter at a module puts a host there; a prefix under the
+        forward's lock, since the base may compute its keys and values."""
         if adapter.base is not self.base and adapter.base.fingerprint != self.base.fingerprint:
             raise AdapterError(
                 f"this adapter was loaded for the base {adapter.base.name or adapter.base.fingerprint}, not for {self.base.name}"
@@ -254,11 +254,8 @@ class Residency:
         with self._pack_lock:
             if any(not site.name for site in adapter.sites):
                 with self._forward_lock:
-                    packed = self.base.packed(adapter)
-            else:
-                packed = self.base.packed(adapter)
-            self.base.forget(adapter)
-        return packed
+                    return self.base.pack(adapter)
+            return self.base.pack(adapter)
 
 
 def packed_bytes(packed: PackedAdapter) -> int:

@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load as parse_tensors
 from torch import Tensor
 
 from trimtab.bases.spec import Spec
 from trimtab.errors import AdapterError
 from trimtab.methods import Method
 from trimtab.store.adapterhub_tensors import ACTIVATIONS, Tensors, carry_bottleneck, carry_ia3, carry_lora, layers_of
-from trimtab.store.files import AdapterFolder, Refusal, read_exactly
+from trimtab.store.contents import read_contents
+from trimtab.store.files import AdapterFolder, Refusal
 from trimtab.store.header import read_header
 
 if TYPE_CHECKING:
@@ -98,11 +98,11 @@ def read_adapterhub(
 def _read(folder: AdapterFolder, name: str, spec: Spec) -> dict[str, Tensor]:
     """A file's tensors. Refusal, before they are read, where they are more than an adapter on this base can have."""
     most = max(SMALL_BYTES, 8 * spec.num_parameters)
-    with folder.open(name) as (file, size):
+    with folder.open_unhashed(name) as (file, size):
         if size > most:
             raise Refusal(f"{name} has {size:,} bytes; at most {most:,} are read for this base of {spec.num_parameters:,} parameters")
         entries, head = read_header(file, size, name)
-        return parse_tensors(head + read_exactly(file, max((e.stop for e in entries), default=0), name))
+        return read_contents(folder, name, file, entries, head).tensors
 
 
 def _head_problems(folder: AdapterFolder, base: Base) -> list[str]:

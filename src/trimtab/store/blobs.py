@@ -101,16 +101,21 @@ class Blobs:
     def _chunks(self, blob: Descriptor, path: Path | None = None) -> Iterator[bytes]:
         """A blob's bytes. Refusal, at the latest behind the last chunk, where they are not those of its digest and size."""
         sha, left = hashlib.sha256(), blob.size
-        with open_regular(path or self.path(blob.digest), f"blob {blob.digest}") as (file, size):
-            if size != blob.size:
-                raise Refusal(f"blob {blob.digest} has {size:,} bytes; its descriptor says {blob.size:,}")
+        with self.open_unhashed(blob, path) as (file, _):
             while left:
                 chunk = read_exactly(file, min(CHUNK, left), f"blob {blob.digest}")
                 sha.update(chunk)
                 left -= len(chunk)
                 yield chunk
-        if f"sha256:{sha.hexdigest()}" != blob.digest:
-            raise Refusal(f"blob {blob.digest} is damaged: its bytes hash to sha256:{sha.hexdigest()}")
+        _compare(blob, f"sha256:{sha.hexdigest()}")
+
+    @contextmanager
+    def open_unhashed(self, blob: Descriptor, path: Path | None = None) -> Iterator[tuple[int, int]]:
+        """(descriptor, size) of the blob's own file, whose bytes have not been looked at. Refusal if it is missing or has another size."""
+        with open_regular(path or self.path(blob.digest), f"blob {blob.digest}") as (file, size):
+            if size != blob.size:
+                raise Refusal(f"blob {blob.digest} has {size:,} bytes; its descriptor says {blob.size:,}")
+            yield file, size
 
     @contextmanager
     def staging(self) -> Iterator[Staging]:
@@ -203,6 +208,21 @@ class BlobFolder(AdapterFolder):
             raise FileNotFoundError(name)
         with self._blobs.open(*self._files[name]) as opened:
             yield opened
+
+    @contextmanager
+    def open_unhashed(self, name: str) -> Iterator[tuple[int, int]]:
+        if name not in self._files:
+            raise FileNotFoundError(name)
+        with self._blobs.open_unhashed(*self._files[name]) as opened:
+            yield opened
+
+    def check(self, name: str, digest: str) -> None:
+        _compare(self._files[name][0], digest)
+
+
+def _compare(blob: Descriptor, digest: str) -> None:
+    if digest != blob.digest:
+        raise Refusal(f"blob {blob.digest} is damaged: its bytes hash to {digest}")
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trimtab.store.files import AdapterFolder, read_exactly
+from trimtab.store.contents import read_contents
+from trimtab.store.files import AdapterFolder
 from trimtab.store.folder import CONFIG, WEIGHTS
 from trimtab.store.header import read_header
 
@@ -65,11 +66,9 @@ def compare(a: str, b: str, folder_a: AdapterFolder, folder_b: AdapterFolder, sh
 
 
 def _tensors(folder: AdapterFolder) -> dict[str, Tensor]:
-    from safetensors.torch import load as parse_tensors
-
-    with folder.open(WEIGHTS) as (file, size):
-        _, head = read_header(file, size, WEIGHTS)
-        return parse_tensors(head + read_exactly(file, size - len(head), WEIGHTS))
+    with folder.open_unhashed(WEIGHTS) as (file, size):
+        entries, head = read_header(file, size, WEIGHTS)
+        return read_contents(folder, WEIGHTS, file, entries, head).tensors
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

@@ -18,6 +18,7 @@ from trimtab.errors import AdapterError, ConfigError, first_of
 from trimtab.methods import METHODS, Method
 from trimtab.methods.base import Site
 from trimtab.store.config_read import method_from_config
+from trimtab.store.contents import TYPES, Contents, read_contents
 from trimtab.store.files import AdapterFolder, Refusal, digest_of, read_exactly
 from trimtab.store.header import Entry, read_header
 from trimtab.store.keys import renaming, todays_names
@@ -35,8 +36,6 @@ SHARD = re.compile(r"adapter_model-\d+-of-\d+\.(safetensors|bin)|adapter_model\.
 REPLACEABLE = (CONFIG, WEIGHTS, NOTE)
 MAX_PROBLEMS = 12
 PIECE_BYTES = 2**24
-TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""What torch calls them."""
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -58,12 +57,12 @@ def read_opened(folder: AdapterFolder, base: Base, where: str) -> Read:
     AdapterError, with every finding, if anything is missing, left over, damaged, hostile, made for another base or not supported.
     """
     said = _said(folder, base, where)
-    tensors, copies, digest, renamed = _read_tensors(folder, said, base, where)
+    contents, copies, renamed = _read_tensors(folder, said, base, where)
     if said.note is not None:
-        damage = _damage(said.note, {CONFIG: digest_of(said.config_bytes), WEIGHTS: digest})
+        damage = _damage(said.note, {CONFIG: digest_of(said.config_bytes), WEIGHTS: contents.digest})
         refuse(f"{where} is not what was saved", damage, fix="fetch or copy it anew")
-    refuse(f"{where} is refused", value_problems(tensors, copies, base, edits=bool(said.sites[0].name)))
-    params = {key: tensors[name].float() for name, (key, _) in expected(said.sites).items()}
+    refuse(f"{where} is refused", value_problems(contents.tensors, copies, base, edits=bool(said.sites[0].name), runs=contents.runs))
+    params = {key: contents.tensors[name].float() for name, (key, _) in expected(said.sites).items()}
     warnings = (*said.warnings, *renamed)
     for warning in warnings:
         log.warning("%s: %s", where, warning)
@@ -184,9 +183,11 @@ def _method(config: Mapping[str, Any], note: Mapping[str, Any] | None, base: Bas
     if note is None:
         return described, warnings
     method = _noted_method(note, where)
+    if described == method:
+        return method, warnings
     same = described.peft_type == method.peft_type and _sites(described, base, where) == _sites(method, base, where)
     # where peft has the method, its other spellings of one thing are seen at the sites; else the config holds the very fields
-    if not same or not (method.in_peft or described == method):
+    if not same or not method.in_peft:
         raise AdapterError(f"{where}: adapter_config.json and trimtab.json describe different adapters", fix="fetch or copy it anew")
     return method, warnings
 
@@ -208,16 +209,15 @@ def _sites(method: Method, base: Base, where: str) -> list[Site]:
     return sites
 
 
-def _read_tensors(folder: AdapterFolder, said: _Said, base: Base, where: str) -> tuple[dict[str, Tensor], dict[str, str], str, list[str]]:
-    """(tensors by today's names, those that are the base's own, the file's digest, a warning where names were others)."""
-    from safetensors.torch import load as parse_tensors
+def _read_tensors(folder: AdapterFolder, said: _Said, base: Base, where: str) -> tuple[Contents, dict[str, str], list[str]]:
+    """(tensors by today's names, those that are the base's own, a warning where names were others)."""
 
-    def read() -> tuple[dict[str, Tensor], dict[str, str], str, list[str]]:
-        with folder.open(WEIGHTS) as (file, size):
+    def read() -> tuple[Contents, dict[str, str], list[str]]:
+        with folder.open_unhashed(WEIGHTS) as (file, size):
             entries, head = read_header(file, size, WEIGHTS)
             names, copies = _layout(entries, said, base, where)
-            data = head + read_exactly(file, _data_bytes(entries), WEIGHTS)
-        return {names[n]: t for n, t in parse_tensors(data).items()}, copies, digest_of(data), renaming(names)
+            found = read_contents(folder, WEIGHTS, file, entries, head)
+        return found._replace(tensors={names[n]: t for n, t in found.tensors.items()}), copies, renaming(names)
 
     return _collected(read, where)
 
@@ -225,15 +225,11 @@ def _read_tensors(folder: AdapterFolder, said: _Said, base: Base, where: str) ->
 def _layout(entries: list[Entry], said: _Said, base: Base, where: str) -> tuple[dict[str, str], dict[str, str]]:
     """(names in the file -> today's, those that are the base's own). In a folder of ours no name is other than today's."""
     names = todays_names((e.name for e in entries), base.spec) if said.note is None else {e.name: e.name for e in entries}
-    entries = [replace(e, name=names[e.name]) for e in entries]
+    entries = [e if names[e.name] == e.name else replace(e, name=names[e.name]) for e in entries]
     copies = copies_of_base(entries, said.sites, base)
     problems = layout_problems(entries, said.sites, copies)
     refuse(f"{where} is refused", problems, fix="check that config, weights and base belong together")
     return names, copies
-
-
-def _data_bytes(entries: list[Entry]) -> int:
-    return max((e.stop for e in entries), default=0)
 
 
 def _damage(note: Mapping[str, Any], files: Mapping[str, str]) -> list[str]:
