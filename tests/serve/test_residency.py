@@ -213,15 +213,14 @@ def test_a_prompt_is_packed_while_no_forward_runs():
     """Its keys and values take a forward, and the base runs one at a time."""
     base, lock, seen = base_of("llama"), Lock(), []
     r = Residency(base, 1 << 20, AtOnce(), lock)
-    real = base.packed
 
     class Spy:
-        spec, fingerprint, name, forget = base.spec, base.fingerprint, base.name, staticmethod(base.forget)
+        spec, fingerprint, name = base.spec, base.fingerprint, base.name
 
         @staticmethod
-        def packed(adapter):
+        def pack(adapter):
             seen.append((adapter.method.name, lock.locked()))
-            return real(adapter)
+            return base.pack(adapter)
 
     r.base = Spy()
     for case in ("prompt-0", "prefix-0", "lora-0"):

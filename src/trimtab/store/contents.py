@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trimtab.store.files import AdapterFolder, Refusal
 from trimtab.store.header import ITEM_BYTES, Entry
@@ -53,7 +53,7 @@ def _views(data: bytearray, entries: Sequence[Entry]) -> tuple[dict[str, Tensor]
     """The tensors of entries that cover the data without a gap, as a checked header's do."""
     import torch
 
-    tensors, runs = {}, []
+    tensors, runs = dict[str, Any](), []
     for dtype, group in groupby(sorted(entries, key=lambda e: e.start), key=lambda e: e.dtype):
         run = list(group)
         count = (run[-1].stop - run[0].start) // ITEM_BYTES[dtype]
