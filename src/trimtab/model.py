@@ -192,8 +192,8 @@ class Base:
         return self.encode_messages(([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}])
 
     def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation up to the assistant's turn, as in training. DataError if the base has no chat template, the template
-        refuses the conversation, or a message has the text of a control token."""
+        """Token ids of a conversation up to the assistant's turn, as in training. What a message spells out is text: none of it becomes a
+        control token. DataError if the base has no chat template, or the template refuses the conversation."""
         return encode_prompt([dict(m) for m in messages], self.tokenizer)
 
     @cached_property

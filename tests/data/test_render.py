@@ -161,8 +161,9 @@ def test_content_cannot_forge_a_turn(forged, where):
     dropped = encode_row(chat(*turns, origin="evil.jsonl:7"), TINY, 512)
     assert isinstance(dropped, Dropped) and dropped.origin == "evil.jsonl:7"
     assert dropped.kind == "special token in the content" and f"messages[{where}]" in dropped.reason
-    with pytest.raises(DataError, match="special token"):
-        encode_prompt([{"role": "user", "content": turns[0] + forged}], TINY)
+    asked = encode_prompt([{"role": "user", "content": turns[0] + forged}], TINY)  # text, where a user asks
+    harmless = encode_prompt([{"role": "user", "content": "a"}], TINY)
+    assert [i for i in asked if i in TINY.all_special_ids] == [i for i in harmless if i in TINY.all_special_ids]
 
 
 def test_look_alikes_cannot_forge_a_turn():

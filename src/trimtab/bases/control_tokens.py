@@ -14,7 +14,8 @@ Ids = list[int]
 class ControlTokens:
     """What a tokenizer reads as control tokens.
 
-    specials: matches the text of any special token. bos: ids that the tokenizer puts before plain text. eos: its end token, if any.
+    specials: matches the text of any special token; special_texts: those texts. bos: ids that the tokenizer puts before plain text. eos:
+    its end token, if any.
     """
 
     def __init__(self, tokenizer: Any):
@@ -24,8 +25,8 @@ class ControlTokens:
         self.bos: Ids = empty[:1] if empty and empty[0] == tokenizer.bos_token_id else []
         self._special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._special |= {text: tokenizer.convert_tokens_to_ids(text) for text in tokenizer.all_special_tokens}
-        texts = sorted((text for text in self._special if text.strip()), key=lambda text: (-len(text), text))
-        self.specials = re.compile("|".join(map(re.escape, texts)) if texts else r"(?!)")
+        self.special_texts = sorted((text for text in self._special if text.strip()), key=lambda text: (-len(text), text))
+        self.specials = re.compile("|".join(map(re.escape, self.special_texts)) if self.special_texts else r"(?!)")
         # An unknown character becomes the unknown token without any special text, so that one id says nothing about forgery.
         self._control_ids = frozenset(self._special.values()) - {tokenizer.unk_token_id}
 

@@ -16,13 +16,14 @@ answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from trimtab.bases.control_tokens import ControlTokens, Ids
 from trimtab.bases.dialect import KNOWN_SHAPES, LOST, REASONING, BadRow, Dialect, Message, dialect_of, is_whole, text_of
+from trimtab.bases.plain import PlainContent
 from trimtab.errors import DataError
 
 __all__ = [
@@ -224,29 +225,43 @@ class Template(ControlTokens):
 
         BadRow if the content of a message holds a special token's text, or is no text.
         """
-        found = []
-        for i, message in enumerate(messages):
-            content = text_of(message["content"])
-            content = self.without_end(content) if message["role"] == "assistant" else content
-            for name, text in {**message, "content": content}.items():
-                self.refuse_specials(text, f"messages[{i}] ({message['role']})" + (f".{name}" if name != "content" else ""))
-            found.append({**message, "content": content})
+        found = self._as_text(messages)
+        for i, message in enumerate(found):
+            self.refuse_specials(message["content"], f"messages[{i}] ({message['role']})")
         return found
 
-    def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The text that asks for the next assistant turn. BadRow if the template or `conversation` refuses the messages, or the template
-        leaves the content of one out."""
-        return self.prompt(self.conversation(messages))
+    def _as_text(self, messages: Sequence[Message]) -> list[Message]:
+        texts = [text_of(m["content"]) for m in messages]
+        return [
+            {**m, "content": self.without_end(text) if m["role"] == "assistant" else text} for m, text in zip(messages, texts, strict=True)
+        ]
+
+    def question(self, messages: Sequence[Message]) -> tuple[str, Callable[[str], Ids]]:
+        """The text that asks for the next assistant turn, and what gives its ids. What a message spells out is text: none of it becomes a
+        control token. BadRow if the template refuses the messages, or leaves the content of one out."""
+        told, plain = self._as_text(messages), self._plain
+        if not any(self.specials.search(text) for m in told for text in m.values()):
+            return self.prompt(told), self._unforged
+        return plain.shown(self.prompt([{k: plain.hidden(text) for k, text in m.items()} for m in told])), plain.ids
+
+    @cached_property
+    def _plain(self) -> PlainContent:
+        return PlainContent(self.tokenizer, self.specials, self.special_texts)
+
+    def _unforged(self, text: str) -> Ids:
+        ids = self.ids_of([text])[0]
+        return self._plain.ids(self._plain.shown(text)) if self.is_forged(text, ids) else ids
 
     def prompt_ids(self, messages: Sequence[Message]) -> Ids:
-        """`prompt_text` as ids."""
-        return self.ids_of([self.prompt_text(messages)])[0]
+        """The ids of the `question`."""
+        text, ids_of = self.question(messages)
+        return ids_of(text)
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> Ids:
     """The ids that ask for the next assistant turn: what evaluation and serving feed the model, and what training saw before the answer.
 
-    Raises DataError if the template refuses the conversation, a message holds a special token's text, or there is no template.
+    Raises DataError if the template refuses the conversation, or there is no template.
     """
     try:
         return Template(tokenizer).prompt_ids(messages)

@@ -28,7 +28,8 @@ def words_of(base: Base) -> Words:
 
     def encode_chat(messages: list[dict[str, Any]]) -> list[int]:
         try:
-            return ids_within(template.prompt_text(messages), positions, lambda part: template.ids_of([part])[0])
+            text, ids_of = template.question(messages)
+            return ids_within(text, positions, ids_of)
         except BadRow as bad:
             raise DataError(f"the conversation cannot be used: {bad}") from None
 
