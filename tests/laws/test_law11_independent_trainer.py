@@ -40,14 +40,14 @@ DOCUMENTED = {  # docs/run-file.md, "Training options"
     "seed": None,
 }  # fmt: skip
 EVERYTHING = {
-    "lr": 1e-2, "max_steps": 7, "batch_size": 3, "gradient_accumulation_steps": 2, "schedule": "cosine", "warmup_steps": 2,
+    "lr": 1e-2, "max_steps": 5, "batch_size": 3, "gradient_accumulation_steps": 2, "schedule": "cosine", "warmup_steps": 2,
     "weight_decay": 0.2, "max_grad_norm": 0.5, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-3,
 }  # fmt: skip
-PLAIN = {"lr": 1e-2, "max_steps": 7, "batch_size": 3}
+PLAIN = {"lr": 1e-2, "max_steps": 5, "batch_size": 3}
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("lora-0", PLAIN),
     "linear": ("lora-0", PLAIN | {"schedule": "linear"}),
-    "constant": ("ia3-0", PLAIN | {"schedule": "constant", "warmup_steps": 5}),
+    "constant": ("ia3-0", PLAIN | {"schedule": "constant", "warmup_steps": 3}),
     "one-epoch": ("bottleneck-0", {"lr": 1e-2, "epochs": 2.5, "batch_size": 2, "gradient_accumulation_steps": 3, "schedule": "linear"}),
     "decay": ("lora-0", PLAIN | {"weight_decay": 0.5}),
     "adam": ("lora-0", PLAIN | {"adam_beta1": 0.5, "adam_beta2": 0.7, "adam_epsilon": 1e-2}),

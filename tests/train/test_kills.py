@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.train.kill_harness import Tally, fill_disk_at_calls, kill_at_calls, kill_at_random, server, trace
+from tests.train.kill_harness import Server, Tally, fill_disk_at_calls, kill_at_calls, kill_at_random, server, trace
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> Iterator[Server]:
+    with server(tmp_path_factory.mktemp("server"), tiny_llama_folder) as found:
+        yield found
+
+
+@pytest.fixture
+def trainings(process: Server, tmp_path: Path) -> Server:
+    """Of the long run."""
+    process.take(tmp_path / "run", short=False)
+    return process
+
+
+@pytest.fixture
+def short_ones(process: Server, tmp_path: Path) -> Server:
+    process.take(tmp_path / "run", short=True)
+    return process
 
 
 def clean(tally: Tally, kills: int) -> None:
@@ -16,38 +36,33 @@ def clean(tally: Tally, kills: int) -> None:
     assert tally.clean, tally
 
 
-def test_killed_at_five_random_moments(tmp_path: Path, tiny_llama_folder: Path) -> None:
-    with server(tmp_path, tiny_llama_folder) as trainings:
-        clean(kill_at_random(trainings, tmp_path, kills=5), kills=5)
+def test_killed_at_three_random_moments(trainings: Server, tmp_path: Path) -> None:
+    clean(kill_at_random(trainings, tmp_path, kills=3), kills=3)
 
 
-def test_killed_at_some_calls(tmp_path: Path, tiny_llama_folder: Path) -> None:
-    with server(tmp_path, tiny_llama_folder, short=True) as trainings:
-        tally, calls = kill_at_calls(trainings, tmp_path, every=7)
-        clean(tally, kills=calls // 7)
+def test_killed_at_some_calls(short_ones: Server, tmp_path: Path) -> None:
+    tally, calls = kill_at_calls(short_ones, tmp_path, every=11)
+    clean(tally, kills=calls // 11)
 
 
 @pytest.mark.slow
-def test_killed_at_fifty_random_moments(tmp_path: Path, tiny_llama_folder: Path) -> None:
-    with server(tmp_path, tiny_llama_folder) as trainings:
-        tally = kill_at_random(trainings, tmp_path, kills=50, seed=1)
+def test_killed_at_fifty_random_moments(trainings: Server, tmp_path: Path) -> None:
+    tally = kill_at_random(trainings, tmp_path, kills=50, seed=1)
     print(f"\n{tally.report}")
     clean(tally, kills=50)
     assert tally.resumable > 15 and tally.finished > 5
 
 
 @pytest.mark.slow
-def test_killed_at_every_call(tmp_path: Path, tiny_llama_folder: Path) -> None:
-    with server(tmp_path, tiny_llama_folder, short=True) as trainings:
-        tally, calls = kill_at_calls(trainings, tmp_path)
+def test_killed_at_every_call(short_ones: Server, tmp_path: Path) -> None:
+    tally, calls = kill_at_calls(short_ones, tmp_path)
     clean(tally, kills=calls)
     assert calls > 50
 
 
 @pytest.mark.slow
-def test_full_disk_at_every_call(tmp_path: Path, tiny_llama_folder: Path) -> None:
-    with server(tmp_path, tiny_llama_folder, short=True) as trainings:
-        tally, codes = fill_disk_at_calls(trainings, tmp_path)
+def test_full_disk_at_every_call(short_ones: Server, tmp_path: Path) -> None:
+    tally, codes = fill_disk_at_calls(short_ones, tmp_path)
     clean(tally, kills=0)
     assert {0, 2} == set(codes) and min(map(codes.count, (0, 2))) > 20  # some strike a checkpoint, and the run goes on; some the results
 
@@ -65,7 +80,6 @@ def test_full_disk_at_every_call(tmp_path: Path, tiny_llama_folder: Path) -> Non
         ("mkdir", "error=ENOSPC", 30),
     ],
 )
-def test_faults_in_the_system(tmp_path: Path, tiny_llama_folder: Path, call: str, fault: str, most: int) -> None:
-    with server(tmp_path, tiny_llama_folder, short=True) as trainings:
-        tally = trace(trainings, tmp_path, call, fault, most)
+def test_faults_in_the_system(short_ones: Server, tmp_path: Path, call: str, fault: str, most: int) -> None:
+    tally = trace(short_ones, tmp_path, call, fault, most)
     clean(tally, kills=tally.finished if fault == "signal=KILL" else 0)
