@@ -17,9 +17,12 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from trimtab.bases.sandbox import Program, TooMuch
+from trimtab.bases.beginnings import Beginnings
+from trimtab.bases.sandbox import COPIES, MAX_WORK, Program, TooMuch
+from trimtab.bases.watched import Beginning, Wanted
 from trimtab.errors import DataError
 
 Message = dict[str, str]
@@ -48,14 +51,23 @@ def _kept(text: str, specials: str, name: str) -> Dialect:
     return Dialect(text, json.loads(specials), name)
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A rendered conversation m. beginnings: (j, generate) -> render(m[:j], generate), as far as they were found."""
+
+    text: str
+    beginnings: Mapping[tuple[int, bool], Beginning]
+
+
 class Dialect:
-    """One compiled template. variables: what it sees beside the messages. name: of its base, for errors. frames: `Template.frame`s."""
+    """One compiled template. variables: what it sees beside the messages. name: of its base, for errors. frames, openings: `Template`'s."""
 
     def __init__(self, text: str, variables: Mapping[str, Any], name: str = ""):
-        self._variables, self._name = variables, name
+        self._text, self._variables, self._name = text, variables, name
         self._lost: dict[tuple[bool, tuple[str, ...]], frozenset[int]] = {}
         self._parts: dict[str, bool] = {}
         self.frames: dict[tuple[str, ...], tuple[str, str] | None] = {}
+        self.openings: dict[tuple[str, ...], dict[int, str]] = {}
         try:
             self._program = Program(text)
         except TooMuch as error:
@@ -69,6 +81,30 @@ class Dialect:
         BadRow if the template refuses it; DataError that names the template where it loops or grows without end.
         """
         return self._render([self._shaped(m) for m in messages], generate, sum(len(m["content"]) for m in messages))
+
+    def finished(self, messages: Sequence[Message], wanted: Wanted) -> Finished | None:
+        """The conversation as text, and the beginnings of it; None if the template refuses it, or cannot be followed."""
+        if self._beginnings is None:
+            return None
+        shaped, size = [self._shaped(m) for m in messages], sum(len(m["content"]) for m in messages)
+        budget = MAX_WORK + 3 * COPIES * size
+        try:
+            if not self._beginnings.flagged:
+                return Finished(*self._beginnings.run(self._given(shaped, False), wanted, budget))
+            text, found = self._beginnings.run(self._given(shaped, False), _of(wanted, False), budget)
+            if asked := _of(wanted, True):
+                other, more = self._beginnings.run(self._given(shaped, True), asked, budget)
+                found |= _moved(more, other, text)
+            return Finished(text, found)
+        except Exception:  # what is wrong is said by those who render it plainly
+            return None
+
+    @functools.cached_property
+    def _beginnings(self) -> Beginnings | None:
+        try:
+            return Beginnings(self._text)
+        except Exception:
+            return None
 
     def check(self, messages: Sequence[Message], text: str, *, generate: bool) -> None:
         """BadRow that names the first message whose content is missing in `text`, its rendering."""
@@ -139,16 +175,40 @@ class Dialect:
 
     def _render(self, messages: list[dict[str, Any]], generate: bool, size: int = 0) -> str:
         try:
-            given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generate}
-            return self._program.render({**given, **self._variables}, size)
+            return self._program.render(self._given(messages, generate), size)
         except TooMuch as error:
             raise self._stopped(error) from None
         except Exception as error:  # what a template does to a conversation can go wrong in any way
             raise BadRow(f"the chat template refuses it: {error}") from None
 
+    def _given(self, messages: list[dict[str, Any]], generate: bool) -> dict[str, Any]:
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generate}
+        return {**given, **self._variables}
+
     def _stopped(self, error: TooMuch) -> DataError:
         of = f" of {self._name!r}" if self._name else ""
         return DataError(f"the chat template{of} was stopped: {error}", fix="use another base, or mend its chat template.")
+
+
+def _of(wanted: Wanted, generate: bool) -> Wanted:
+    return {j: (generate,) for j, flags in wanted.items() if generate in flags}
+
+
+def _moved(found: Mapping[tuple[int, bool], Beginning], of: str, text: str) -> dict[tuple[int, bool], Beginning]:
+    """Beginnings of one text as those of another."""
+    same = common_start(of, text)
+    return {key: (min(n, same), of[same:n] + tail) for key, (n, tail) in found.items()}
+
+
+def common_start(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    if a == b or a.startswith(b) or b.startswith(a):
+        return min(len(a), len(b))
+    low, high = 0, min(len(a), len(b))  # alike up to low, not up to high + 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
 
 
 def text_of(content: Any) -> str:

@@ -48,9 +48,9 @@ class Program:
     def __init__(self, text: str):
         if len(text) > MAX_TEMPLATE:
             raise TooMuch(f"it has {len(text):,} characters; at most {MAX_TEMPLATE:,} are read")
-        self._environment = environment = _Environment()
+        self._environment = environment = Environment()
         try:
-            tree = _Bounds().visit(environment.parse(text))
+            tree = Bounds().visit(environment.parse(text))
             code = environment.compile(tree)
         except (RecursionError, SyntaxError, MemoryError) as error:
             raise TooMuch(f"it is nested too deeply to be compiled ({type(error).__name__})") from error
@@ -82,7 +82,7 @@ class _Budget:
             raise TooMuch(f"it computes for more than {MAX_SECONDS:g} s")
 
 
-class _Environment(ImmutableSandboxedEnvironment):
+class Environment(ImmutableSandboxedEnvironment):
     """transformers' environment, with a price on what it does."""
 
     intercepted_binops = frozenset({"+", "*", "%", "**"})
@@ -95,7 +95,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             optimized=False,
             finalize=_finalize,
         )
-        self._of_thread = threading.local()
+        self.of_thread = threading.local()
         self.filters["tojson"] = tojson
         self.filters = {name: self._priced(name, f) for name, f in self.filters.items()}
         self.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now, "dict": Dict(), "namespace": Namespace}
@@ -106,14 +106,14 @@ class _Environment(ImmutableSandboxedEnvironment):
     @contextmanager
     def budget(self, amount: int) -> Iterator[None]:
         """For what this thread renders inside."""
-        self._of_thread.budget = _Budget(amount)
+        self.of_thread.budget = _Budget(amount)
         try:
             yield
         finally:
-            del self._of_thread.budget
+            del self.of_thread.budget
 
     def spend(self, amount: int) -> None:
-        self._of_thread.budget.spend(amount)
+        self.of_thread.budget.spend(amount)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # a template's keyword may be `self`
         if type(__obj) is _Tick:
@@ -126,7 +126,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "+":
             if type(left) is str and type(right) is str:  # most of what templates do
-                self._of_thread.budget.spend(len(left) + len(right))
+                self.of_thread.budget.spend(len(left) + len(right))
                 return left + right
             self.spend(_size(left) + _size(right))
         elif operator == "%" and isinstance(left, str):
@@ -213,7 +213,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Tick:
-    """Called by what `_Bounds` puts into loops and macros."""
+    """Called by what `Bounds` puts into loops and macros."""
 
     def __init__(self, spend: Callable[[int], None]):
         self.spend = spend
@@ -223,27 +223,27 @@ class _Tick:
         return ""
 
 
-class _Bounds(NodeTransformer):
+class Bounds(NodeTransformer):
     """Puts a payment into the body of every loop, macro and call block, and around what makes texts without calling anything."""
 
     def _body(self, node: Any) -> Any:
         literal = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_asked("tick", [nodes.Const(literal)], node.lineno), lineno=node.lineno))
+        node.body.insert(0, nodes.ExprStmt(asked("tick", [nodes.Const(literal)], node.lineno), lineno=node.lineno))
         return node
 
     visit_For = visit_Macro = visit_CallBlock = _body
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _asked("joined", node.nodes, node.lineno)
+        return asked("joined", node.nodes, node.lineno)
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        return _asked("sliced", [node], node.lineno) if isinstance(node.arg, nodes.Slice) else node
+        return asked("sliced", [node], node.lineno) if isinstance(node.arg, nodes.Slice) else node
 
 
-def _asked(method: str, args: list[nodes.Expr], line: int) -> nodes.Call:
+def asked(method: str, args: list[nodes.Expr], line: int) -> nodes.Call:
     return nodes.Call(nodes.EnvironmentAttribute(method, lineno=line), args, [], None, None, lineno=line)
 
 

@@ -22,8 +22,21 @@ from functools import cached_property
 from typing import Any
 
 from trimtab.bases.control_tokens import ControlTokens, Ids
-from trimtab.bases.dialect import KNOWN_SHAPES, LOST, REASONING, BadRow, Dialect, Message, dialect_of, is_whole, text_of
+from trimtab.bases.dialect import (
+    KNOWN_SHAPES,
+    LOST,
+    REASONING,
+    BadRow,
+    Dialect,
+    Finished,
+    Message,
+    common_start,
+    dialect_of,
+    is_whole,
+    text_of,
+)
 from trimtab.bases.plain import PlainContent
+from trimtab.bases.whole import Whole, ends_of, marked
 from trimtab.errors import DataError
 
 __all__ = [
@@ -90,43 +103,86 @@ class Template(ControlTokens):
         self._dialect.check(messages, text, generate=True)
         return text
 
-    def whole(self, messages: Sequence[Message]) -> str:
-        """A finished conversation, with every message's content in it; else BadRow."""
-        text = self.render(messages, generate=False)
-        self._dialect.check(messages, text, generate=False)
-        return text
+    def whole(self, messages: Sequence[Message], answers: Sequence[int]) -> Whole:
+        """A finished conversation, with every message's content in it; else BadRow. answers: the assistant turns that will be asked for."""
+        whole = self.finished(messages, answers)
+        self._dialect.check(messages, whole.text, generate=False)
+        return whole
+
+    def finished(self, messages: Sequence[Message], answers: Sequence[int]) -> Whole:
+        """`whole`, whether or not its contents are all there."""
+        wanted: dict[int, list[bool]] = {}
+        for index in filter(None, answers):
+            wanted.setdefault(index, []).append(True)
+            if index + 1 < len(messages):
+                wanted.setdefault(index + 1, []).append(False)
+        finished = self._dialect.finished(messages, wanted)
+        return Whole(self._dialect, messages, finished or Finished(self.render(messages, generate=False), {}))
 
     def last_turn(self, messages: Sequence[Message]) -> Turn:
         """Messages that end with an assistant turn: what is served, and what follows it. BadRow if the template does not write the
         answer whole, or what is to be answered is not certain."""
         prompt, text = self._asked_and_answered(messages)
-        stop, end = self._end(messages, text)
+        stop, end = self._end(messages[-1]["content"], text, lambda: self.frame(messages)[0])
         self._check_answer(messages[-1]["content"], text[:stop], len(messages) - 1)
         return Turn(prompt, text[:stop], text[stop:], end)
 
-    def turn(self, messages: Sequence[Message], index: int, whole: str) -> tuple[int, int, str | None]:
-        """The characters of `whole` that are the answer of assistant turn `index`, its end-of-turn token included, blanks after it not; and
-        that token.
+    def turn(self, whole: Whole, index: int) -> tuple[int, int, str | None]:
+        """The characters of the text that are the answer of assistant turn `index`, with its end-of-turn token and without blanks after it;
+        and that token.
 
         BadRow if the template rewrites earlier turns, so that what is trained would not be what is served.
         """
         if index == 0:
             raise BadRow("starts with an assistant turn: there is no prompt to answer")
-        upto_here = messages[: index + 1]
-        prompt = self.render(messages[:index], generate=True)
-        upto = whole if index == len(messages) - 1 else self.render(upto_here, generate=False)
-        start = len(prompt)
-        if not upto.startswith(prompt) or not whole.startswith(prompt):
+        text, content = whole.text, whole.messages[index]["content"]
+        begin, prompt, upto = whole.around(index)
+        start = begin + len(prompt)
+        if not upto.startswith(prompt) or not text.startswith(prompt, begin):
             raise BadRow(f"the chat template rewrites earlier turns: what stands before messages[{index}] changes once it is answered")
-        stop, end = self._end(upto_here, upto[start:])
-        if end is None or not whole.startswith(upto[: start + stop]):
-            if (shared := self._shared(upto, whole)) is None:
+
+        def opening() -> str:
+            if whole.openings is None:
+                whole.openings = self._openings(whole.messages)
+            return whole.openings[index]
+
+        stop, end = self._end(content, upto[len(prompt) :], opening)
+        if end is None or not text.startswith(upto[: len(prompt) + stop], begin):
+            if (shared := self._shared(upto, text, begin)) is None:
                 raise BadRow(f"the chat template rewrites earlier turns: messages[{index}] changes once more turns follow")
-            ends_alone, (stop, end) = end is not None, self._end(upto_here, whole[start:shared])
+            ends_alone, (stop, end) = end is not None, self._end(content, text[start : begin + shared], opening)
             if end is None and ends_alone:
                 raise BadRow(f"the chat template rewrites earlier turns: messages[{index}] ends otherwise once more turns follow")
-        self._check_answer(messages[index]["content"], whole[start : start + stop], index)
+        self._check_answer(content, text[start : start + stop], index)
         return start, start + stop, end
+
+    def _openings(self, messages: Sequence[Message]) -> dict[int, str]:
+        """`frame(messages[: i + 1])[0]` of every assistant turn i. It depends on the roles alone."""
+        roles, known = tuple(m["role"] for m in messages), self._dialect.openings
+        if roles not in known:
+            if len(known) >= KNOWN_SHAPES:
+                known.clear()
+            known[roles] = self._openings_of(roles)
+        return known[roles]
+
+    def _openings_of(self, roles: tuple[str, ...]) -> dict[int, str]:
+        """Found on marks, as `_frame` does it for one turn, in one run of the template."""
+        talk, answers = marked(roles), [i for i, role in enumerate(roles) if role == "assistant" and i]
+        try:
+            whole = self.finished(talk, answers)
+        except BadRow:
+            return {i: self.frame(talk[: i + 1])[0] for i in answers}
+        ends = ends_of([m["content"] for m in talk], whole.text)
+        found: dict[int, str] = {}
+        for index in answers:
+            try:
+                begin, prompt, upto = whole.around(index)
+                opening, mark, _ = upto[len(prompt) :].partition(talk[index]["content"])
+                plain = ends[index - 1] <= begin and upto.startswith(prompt) and mark  # the prompt has all contents
+            except BadRow:
+                plain = ""
+            found[index] = opening if plain else self.frame(talk[: index + 1])[0]
+        return found
 
     def frame(self, messages: Sequence[Message]) -> tuple[str, str]:
         """What the template writes between the prompt and the content of a last turn, and between the content and the turn's end: both by
@@ -137,9 +193,9 @@ class Template(ControlTokens):
         """`frame`, found with marks for contents; None if the template refuses them or does not write them."""
         roles, known = tuple(m["role"] for m in messages), self._dialect.frames
         if roles not in known:
-            marked = [{"role": role, "content": f"Zq{i}qZ"} for i, role in enumerate(roles)]
+            talk = marked(roles)
             try:
-                opening, mark, rest = self._asked_and_answered(marked)[1].partition(marked[-1]["content"])
+                opening, mark, rest = self._asked_and_answered(talk)[1].partition(talk[-1]["content"])
             except BadRow:
                 opening, mark, rest = "", "", ""
             if len(known) >= KNOWN_SHAPES:
@@ -152,7 +208,13 @@ class Template(ControlTokens):
         """(prompt, all that follows it) of messages that end with an assistant turn."""
         if len(messages) == 1:
             raise BadRow("starts with an assistant turn: there is no prompt to answer")
-        prompt, upto = self.prompt(messages[:-1]), self.render(messages, generate=False)
+        last = len(messages) - 1
+        if (finished := self._dialect.finished(messages, {last: (True,)})) is not None and (last, True) in finished.beginnings:
+            upto, (begin, rest) = finished.text, finished.beginnings[last, True]
+            prompt = upto[:begin] + rest
+            self._dialect.check(messages[:-1], prompt, generate=True)
+        else:
+            prompt, upto = self.prompt(messages[:-1]), self.render(messages, generate=False)
         return prompt, upto[len(prompt) :] if upto.startswith(prompt) else self._after_opening(messages, prompt, upto)
 
     def _after_opening(self, messages: Sequence[Message], prompt: str, upto: str) -> str:
@@ -161,7 +223,7 @@ class Template(ControlTokens):
         Where the two part in blanks alone, the answer is what follows there: "<think>\\n" is asked, "<think></think>Yes." is finished. Else
         it is the content, if it stands where the prompt opens the answer.
         """
-        parted = next((i for i, (a, b) in enumerate(zip(prompt, upto, strict=False)) if a != b), min(len(prompt), len(upto)))
+        parted = common_start(prompt, upto)
         if not prompt[parted:].strip():
             return upto[parted:]
         content = next((c for c in (messages[-1]["content"], messages[-1]["content"].strip()) if c.strip() and c in upto), None)
@@ -188,22 +250,23 @@ class Template(ControlTokens):
             raise BadRow(f"the chat template takes the reasoning out of the answer: messages[{index}] is not rendered whole")
         raise BadRow(f"{LOST}: messages[{index}] (assistant)")
 
-    def _end(self, messages: Sequence[Message], text: str) -> tuple[int, str | None]:
-        """(where the last turn ends in `text`, all that follows its prompt; its end-of-turn token): after the first special token behind
-        its content, else where the text ends. Text behind that token is the template's, not the answer's."""
-        content, specials = messages[-1]["content"], list(self.specials.finditer(text))
-        opening = self.frame(messages)[0]
-        behind = specials[len(self.specials.findall(opening)) :] if specials else []
+    def _end(self, content: str, text: str, opening: Callable[[], str]) -> tuple[int, str | None]:
+        """(where a last turn of this content ends in `text`, all that follows its prompt; its end-of-turn token): after the first special
+        token behind its content, else where the text ends. Text behind that token is the template's, not the answer's. opening: gives
+        what the template writes before the content."""
+        specials = list(self.specials.finditer(text))
+        behind = specials[len(self.specials.findall(opening())) :] if specials else []
         end = next((found for found in behind if is_whole(content, text[: found.start()])), None)
         if end is None and specials and not content.strip():
             end = specials[-1]  # the template writes an empty answer otherwise; the last token ends it for sure
         return (len(text.rstrip()), None) if end is None else (end.end(), end[0])
 
-    def _shared(self, upto: str, whole: str) -> int | None:
-        """How much of `upto` starts `whole`, if all but a closing token does (Phi-3 ends conversations with one, not turns); else None."""
-        if whole.startswith(upto):
+    def _shared(self, upto: str, whole: str, begin: int) -> int | None:
+        """How much of `upto` stands in `whole` from `begin` on, if all but a closing token does (Phi-3 ends conversations with one, not
+        turns); else None."""
+        if whole.startswith(upto, begin):
             return len(upto)
-        same = next((i for i, (a, b) in enumerate(zip(upto, whole, strict=False)) if a != b), min(len(upto), len(whole)))
+        same = common_start(upto, whole[begin : begin + len(upto)])
         same = min([same, *(m.start() for m in self.specials.finditer(upto) if m.start() < same < m.end())])
         return None if self.specials.sub("", upto[same:]).strip() else same
 

@@ -34,9 +34,9 @@ def template_warnings(tokenizer: Any) -> list[str]:
         )
     twice = [*TALK, *TALK]
     try:
-        whole = template.render(twice, generate=False)
+        whole = template.finished(twice, (1, 3))
         for index in (1, 3):
-            template.turn(twice, index, whole)
+            template.turn(whole, index)
     except BadRow as bad:
         found.append(f"conversations of several turns cannot be supervised turn by turn ({bad}): supervise the last turn only")
     try:

@@ -196,16 +196,17 @@ def _render_text(text: str, pieces: tuple[tuple[str, bool], ...], trusted: bool,
 
 def _render_conversation(row: Row, template: Template, last_turn_only: bool) -> _Rendered:
     """Messages after the last turn that is learnt are left out, which changes no loss."""
-    last = max(row.answers, default=None)
+    answers = row.answers
+    last = answers[-1] if answers else None
     messages = (row.conversation or [])[: 0 if last is None else last + 1]
     if last is None:
         raise BadRow("nothing supervised: the row has no assistant turn to learn from")
     messages = template.conversation(messages)
-    if last_turn_only or len(row.answers) == 1:
+    if last_turn_only or len(answers) == 1:
         turn = template.last_turn(messages)
         pieces, rest, end = [(turn.prompt, False), (turn.answer, True)], turn.rest, turn.end
     else:
-        pieces, rest, end = _all_turns(messages, row.answers, template)
+        pieces, rest, end = _all_turns(messages, answers, template)
     if end is not None:
         return _Rendered(tuple(p for p in [*pieces, (rest, False)] if p[0]), [], [], chat=True)
     # No end-of-turn token of the template's own: without one the adapter would never learn to stop.
@@ -214,14 +215,15 @@ def _render_conversation(row: Row, template: Template, last_turn_only: bool) -> 
 
 def _all_turns(messages: list[Message], turns: Sequence[int], template: Template) -> tuple[list[tuple[str, bool]], str, str | None]:
     """The finished conversation in pieces, each of `turns` supervised; what stands after the last of them; and its end token."""
-    whole = template.whole(messages)
+    whole = template.whole(messages, turns)
+    text = whole.text
     pieces: list[tuple[str, bool]] = []
     done, end = 0, None
     for index in turns:
-        start, stop, end = template.turn(messages, index, whole)
-        pieces += [(whole[done:start], False), (whole[start:stop], True)]
+        start, stop, end = template.turn(whole, index)
+        pieces += [(text[done:start], False), (text[start:stop], True)]
         done = stop
-    return pieces, whole[done:], end
+    return pieces, text[done:], end
 
 
 def _join(r: _Rendered, whole: Ids, parts: list[Ids], template: Template) -> tuple[Ids, list[bool]]:

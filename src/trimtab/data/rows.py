@@ -86,8 +86,8 @@ class Row:
     @property
     def answers(self) -> list[int]:
         """Indexes in `conversation` of the assistant turns to train on; empty for plain text."""
-        turns = enumerate(self.conversation or ())
-        return [i for i, m in turns if m["role"] == "assistant" and i >= self.first_supervised and i not in self.unsupervised]
+        turns, left_out = enumerate(self.conversation or ()), frozenset(self.unsupervised)
+        return [i for i, m in turns if m["role"] == "assistant" and i >= self.first_supervised and i not in left_out]
 
     def content_key(self) -> bytes:
         """All that decides the row's tokens, as canonical JSON: two rows with the same key tokenise alike. Origin and id are left out."""
