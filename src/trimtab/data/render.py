@@ -12,7 +12,8 @@ it is read as the tokenizer reads it, and bos and eos are added only if the text
 A tokenizer may merge the text on both sides of a boundary of supervision into one token. Three ways are tried, in this order:
 
 - The whole text is tokenised. If that gives the tokens of each part (prompt, answer, …) one after the other, the mask is exact. This holds
-  for nearly every row of nearly every base.
+  for nearly every row of nearly every base. Where a template's added tokens show that it holds, the parts are not tokenised
+  (`ControlTokens.ends_in`).
 - If the tokens of each text up to a boundary begin the tokens of the whole, the boundary is after them. This is for tokenizers that add or
   remove blanks.
 - If a token crosses a boundary, the parts' own tokens are used, provided that together they spell the same text. A server does the same: it
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any
 
@@ -84,7 +86,7 @@ class _Rendered:
     chat: bool
     trusted: bool = False
 
-    @property
+    @cached_property
     def whole(self) -> str:
         return "".join(text for text, _ in self.pieces)
 
@@ -134,21 +136,32 @@ def _encode(rows: Sequence[Row], tokenizer: Any, max_length: int, last_turn_only
         except BadRow as bad:
             rendered.append(str(bad))
     good = [r for r in rendered if isinstance(r, _Rendered)]
-    wholes = iter(template.ids_of([r.whole for r in good]))
-    pieces = iter(template.ids_of([text for r in good for text, _ in r.pieces]))
+    wholes = template.ids_of([r.whole for r in good])
+    ends = [_ends(r, whole, template) for r, whole in zip(good, wholes, strict=True)]
+    pieces = iter(template.ids_of([text for r, known in zip(good, ends, strict=True) if known is None for text, _ in r.pieces]))
+    parts = [[next(pieces) for _ in r.pieces] if known is None else None for r, known in zip(good, ends, strict=True)]
+    found = iter(zip(wholes, ends, parts, strict=True))
     results: list[Example | Dropped] = []
     for row, r in zip(rows, rendered, strict=True):
         if isinstance(r, str):
             results.append(Dropped(row.origin, r))
             continue
-        whole, parts = next(wholes), [next(pieces) for _ in r.pieces]
         try:
-            ids, mask = _join(r, whole, parts, template)
+            ids, mask = _join(r, *next(found), template)
             _check_ids(ids, vocab_size, template)
             results.append(_example(row, ids, mask, r.chat, max_length))
         except BadRow as bad:
             results.append(Dropped(row.origin, str(bad)))
     return results
+
+
+def _ends(r: _Rendered, whole: Ids, template: Template) -> list[int] | None:
+    """Where each piece ends within `whole`, if that is seen without tokenising the pieces."""
+    if len(r.pieces) == 1:
+        return [len(whole)]
+    cuts = list(accumulate(len(text) for text, _ in r.pieces))[:-1]
+    found = template.ends_in(r.whole, cuts, whole)
+    return None if found is None else [*found, len(whole)]
 
 
 def as_learnt(rows: Sequence[Row], tokenizer: Any) -> list[Row]:
@@ -226,14 +239,17 @@ def _all_turns(messages: list[Message], turns: Sequence[int], template: Template
     return pieces, text[done:], end
 
 
-def _join(r: _Rendered, whole: Ids, parts: list[Ids], template: Template) -> tuple[Ids, list[bool]]:
-    """The row's ids and mask by the first of the three ways that holds."""
-    ids, ends = list(chain.from_iterable(parts)), list(accumulate(map(len, parts)))
-    if ids != whole:
-        if (found := _prefix_ends(r, whole, template)) is not None:
-            ids, ends = whole, found
-        elif template.text_of(ids) != template.text_of(whole):
-            raise BadRow("the tokenizer merges prompt and answer: the pieces alone spell another text")
+def _join(r: _Rendered, whole: Ids, ends: list[int] | None, parts: list[Ids] | None, template: Template) -> tuple[Ids, list[bool]]:
+    """The row's ids and mask by the first of the three ways that holds. ends: of the pieces within `whole`; else parts: their ids."""
+    ids = whole
+    if ends is None:
+        assert parts is not None
+        ids, ends = list(chain.from_iterable(parts)), list(accumulate(map(len, parts)))
+        if ids != whole:
+            if (found := _prefix_ends(r, whole, template)) is not None:
+                ids, ends = whole, found
+            elif template.text_of(ids) != template.text_of(whole):
+                raise BadRow("the tokenizer merges prompt and answer: the pieces alone spell another text")
     if not r.trusted and template.is_forged(r.whole, ids):
         raise BadRow("special token in the content: look-alike characters turn into a control token when tokenised")
     mask: list[bool] = []
