@@ -22,7 +22,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tests.train.common import METHODS as VARIANTS
 from tests.train.common import run_file
 from trimtab import ops
-from trimtab.bases.copies import copied_in_float32
+from trimtab.bases.by_layer import held, in_float32_by_layer
 from trimtab.bases.weights import FORMATS, Weight, weight_of
 from trimtab.errors import BaseError, ConfigError
 from trimtab.forward import decode_layer
@@ -98,9 +98,10 @@ def test_adapters_train_on_it_are_saved_and_served_mixed(stored: type[Weight], t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_copy_in_float32_is_dense_and_an_export_is_compared_on_it(stored: type[Weight], dtype: torch.dtype, tmp_path: Path) -> None:
     base = base_of(stored, dtype)
-    copy = copied_in_float32(base.model)
-    for name, weight in base.attached.weights.of.items():
-        assert torch.equal(copy.get_submodule(name).weight, weight.dense().float()), name
+    copy = in_float32_by_layer(base.model)
+    with held(copy):
+        for name, weight in base.attached.weights.of.items():
+            assert torch.equal(copy.get_submodule(name).weight, weight.dense().float()), name
     report = export(noisy(base, LoraConfig(r=2, use_dora=True)), tmp_path / "exported", "peft")
     assert "peft" in report.checked
 

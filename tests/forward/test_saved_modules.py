@@ -7,7 +7,7 @@ import torch
 
 from tests.laws.common import cached_logits, difference, noisy, one_thread, tokens
 from tests.tiny import tiny_model, tiny_tokenizer
-from trimtab.bases.copies import copied_in_float32
+from trimtab.bases.copies import copied
 from trimtab.errors import BaseError
 from trimtab.methods import LoraConfig
 from trimtab.model import Base
@@ -22,7 +22,7 @@ def test_decoding_runs_the_copy(name: str, dtype: torch.dtype) -> None:
     base = Base(tiny_model("llama", dtype=dtype), tiny_tokenizer())
     adapter, sequence = noisy(base, LoraConfig(r=2, target_modules=("v_proj",), modules_to_save=(name,))), tokens(9, 1)
     adapter.params = {k: torch.zeros_like(t) if "lora_" in k else t for k, t in adapter.params.items()}
-    plain, copies = copied_in_float32(base.model), 0
+    plain, copies = copied(base.model).float(), 0
     for site in adapter.sites:
         if site.saved:
             plain.get_submodule(site.name).weight.data = adapter.params[site.key("weight")].to(dtype).float()

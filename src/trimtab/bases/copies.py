@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.bases.weights import state_with
-
 
 def copied(model: Any) -> Any:
     """The same class and config with a copy of every parameter and buffer, each in its dtype and on its device, stored in a file or not.
     What was tied is tied. It attends as transformers does ("eager")."""
     with torch.device("meta"):
-        made = type(model)(_config(model))
+        made = type(model)(bare_config(model))
     copies: dict[int, Tensor] = {}  # one for each tensor of the original, so that tied ones stay tied
 
     def copy_of(tensor: Tensor | None) -> Tensor | None:
@@ -40,17 +38,8 @@ def copied(model: Any) -> Any:
     return made
 
 
-def copied_in_float32(model: Any) -> Any:
-    """The same on the CPU in float32: matrices of every format are dense ones, stored values are cast, which loses nothing, and what no
-    file stores is computed in float32, not cast from what the model has."""
-    with torch.random.fork_rng(devices=[]):  # the constructor draws weights, which are then overwritten
-        made = type(model)(_config(model))
-    made.load_state_dict(state_with(model, lambda w: w.stored() if w.stored_dense else {"weight": w.dense()}))
-    made.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
-    return made.train(model.training)
-
-
-def _config(model: Any) -> Any:
+def bare_config(model: Any) -> Any:
+    """A copy of a model's config, with an attention of transformers' own."""
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"  # ours is not its own to be saved with; every family has this one
     return config

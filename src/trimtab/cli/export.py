@@ -49,7 +49,7 @@ def export(
             check_format(kind)
         with mistakes.noted():
             check_target(folder)
-    loaded = on.adapter(adapter, on.open())
+    loaded = on.adapter(adapter, on.as_stored().open())
     report = write(loaded, folder, kind, base_name=called)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report) | {"folder": str(report.folder)}))

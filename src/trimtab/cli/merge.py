@@ -32,7 +32,7 @@ def merge(adapter: str, folder: Path, on: OnBase, as_json: bool) -> None:
 
     with on.before_loading([adapter]) as mistakes, mistakes.noted():
         check_target(folder)
-    loaded = on.adapter(adapter, on.open())
+    loaded = on.adapter(adapter, on.as_stored().open())
     report = loaded.merge_into(folder)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report) | {"folder": str(report.folder)}))

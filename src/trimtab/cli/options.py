@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -82,6 +82,11 @@ class OnBase:
                 _find_adapter(name, self.root)
         yield mistakes
         mistakes.refuse("this cannot be done")
+
+    def as_stored(self) -> OnBase:
+        """The same for a command that reads the base's weights and does not compute with them: in the dtype that they are stored in, mapped
+        from their files, unless another one was asked for."""
+        return replace(self, dtype=self.dtype or "auto", device=self.device or "cpu")
 
     def open(self) -> Base:
         """Load the base, with a line on standard error while it takes long."""

@@ -44,5 +44,5 @@ def pack(A_RI: Tensor, B_OR: Tensor, magnitude_O: Tensor, matrix: Weight, dropou
 
 
 def merge(updated_OI: Tensor, magnitude_O: Tensor) -> Tensor:
-    """m / ‖W + sBA‖ ∘ (W + sBA), fp32; `updated_OI` is W + sBA."""
-    return (magnitude_O.float() / updated_OI.norm(dim=-1)).unsqueeze(-1) * updated_OI
+    """m / ‖W + sBA‖ ∘ (W + sBA), fp32; `updated_OI` is W + sBA, and is written to."""
+    return updated_OI.mul_((magnitude_O.float() / updated_OI.norm(dim=-1)).unsqueeze(-1))

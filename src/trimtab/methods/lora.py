@@ -171,10 +171,10 @@ class LoraConfig(TargetedMethod):
         if site.saved:
             return merge_saved(site, params)
         A, B = _factors(params)
-        delta_OI = site.scaling * (B.float() @ A.float())
+        merged = (B.float() @ A.float()).mul_(site.scaling)
         if "lora_embedding_A" in params:
-            delta_OI = delta_OI.T  # an embedding's weight is (V, H)
-        merged = weight_OI.float() + delta_OI
+            merged = merged.T  # an embedding's weight is (V, H)
+        merged += weight_OI  # in place: of a large vocabulary's matrix there should be one in fp32
         if self.use_dora:
             merged = dora.merge(merged, params["lora_magnitude_vector"])
         return merged, None if bias_O is None else bias_O.float().clone()

@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save as format_tensors
 from torch import Tensor
 
+from trimtab.bases.by_layer import held
 from trimtab.bases.locate import HUB_ID
 from trimtab.bases.progress import quiet_transformers
 from trimtab.errors import AdapterError, ConfigError, nearest
@@ -37,7 +38,7 @@ from trimtab.store.config_write import config_from_method
 from trimtab.store.factors import Factors, factors_of, lora_from_factors
 from trimtab.store.folder import CONFIG, WEIGHTS
 from trimtab.store.gguf_lora import GGUF, gguf_problems, read_gguf, write_gguf
-from trimtab.store.merge import TOLERANCE, apart, fresh_copy, in_float32, merge_into, probed, probes
+from trimtab.store.merge import TOLERANCE, apart, fresh_in_float32, in_float32, merge_into, probed, probes
 from trimtab.store.staging import staged
 from trimtab.store.tensors import file_key
 
@@ -202,8 +203,8 @@ def _by_peft(base: Base, folder: Path) -> list[Tensor]:
 
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft explains itself at length
-        model = fresh_copy(base, base.dtype)
-        model.set_attn_implementation("eager")  # the one that has Gemma 2's soft cap
+        model = fresh_in_float32(base)
+        outside = [model.get_input_embeddings(), model.get_output_embeddings()]  # peft's DoRA reads their weights where they do not run
         model = PeftModel.from_pretrained(model, str(folder)).eval()
-        ids = [torch.tensor([sequence], device=base.device) for sequence in probes(base)]
-        return [model(input_ids=i).logits[0, -i.shape[1] :] for i in ids]
+        with held(*outside):
+            return [model(input_ids=torch.tensor([i])).logits[0, -len(i) :] for i in probes(base)]

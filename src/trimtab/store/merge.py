@@ -3,11 +3,15 @@
 The base in memory is not touched. Its stored weights are read again, merged in fp32, rounded once to the dtype that they are stored in,
 written beside the target, read back, and compared with base and adapter on token sequences, with both computed in fp32. Only then does the
 folder get its name.
+
+Weights are mapped from the base's files, and a merged matrix takes the place of its pages. The comparison makes fp32 weights layer by layer.
+So about one copy of the stored weights is in memory at a time.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from trimtab.bases.copies import copied, copied_in_float32
+from trimtab.bases.by_layer import in_float32_by_layer
+from trimtab.bases.copies import copied
 from trimtab.bases.progress import quiet_transformers
 from trimtab.bases.weights import claimed, norm_weight, weight_of
 from trimtab.errors import NotMergeable
@@ -64,7 +69,8 @@ def merge_into(adapter: AdapterInMemory, folder: str | Path) -> MergeReport:
     with staged(folder) as work, quiet_transformers():
         model = fresh_copy(base)
         untied = _untie(model, base, sites)
-        for site in sites:
+        sizes = {m.name: max(math.prod(shape) for shape in m.parameters.values()) for m in base.spec.modules.values()}
+        for site in sorted(sites, key=lambda s: -sizes[s.name]):  # a large matrix gets its fp32 copy while the others are still in files
             tensors = {t: params[site.key(t)].detach().cpu() for t in site.shapes}
             _merge_site(model.get_submodule(site.name), method, site, tensors, base.spec.model_type)
         dtype = model.dtype
@@ -100,14 +106,19 @@ def _refuse_unmergeable(base: Base, method: Method, sites: list[Site]) -> None:
         )
 
 
-def fresh_copy(base: Base, dtype: torch.dtype | None = None) -> Any:
-    """The base's weights once more, on the CPU, without hosts: as they are stored, or in float32. A base that has no folder is copied as it
-    is loaded."""
-    if base.path is not None:
-        return AutoModelForCausalLM.from_pretrained(
-            base.path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
-        )
-    return copied_in_float32(base.model) if dtype == torch.float32 else copied(base.model).cpu()
+def fresh_copy(base: Base) -> Any:
+    """The base's weights once more, as they are stored, on the CPU, without hosts. They are mapped from the base's files, which are read as
+    the weights are. A base that has no folder is copied as it is loaded."""
+    return copied(base.model).cpu() if base.path is None else _read(base.path)
+
+
+def fresh_in_float32(base: Base) -> Any:
+    """The base's model once more in fp32 on the CPU, without hosts, holding the weights of one layer at a time (`bases.by_layer`)."""
+    return in_float32_by_layer(base.model if base.path is None else _read(base.path)).eval()
+
+
+def _read(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False)
 
 
 def _untie(model: Any, base: Base, sites: list[Site]) -> bool:
@@ -151,23 +162,20 @@ def _rounded(merged: Tensor, dtype: torch.dtype, site: Site) -> Tensor:
 def _difference(adapter: AdapterInMemory, folder: Path) -> tuple[float, float]:
     """(largest, RMS relative to the logits' spread) difference of logits between the model in `folder` and the adapter on its base."""
     wanted = probed(in_float32(adapter))
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
-    )
-    merged = Base(model.eval().requires_grad_(False), adapter.base.tokenizer)
+    merged = Base(in_float32_by_layer(_read(folder)).eval(), adapter.base.tokenizer)
     return apart(merged.logits(probes(merged)), wanted)
 
 
 def in_float32(adapter: AdapterInMemory) -> AdapterInMemory:
-    """The same adapter on a base that computes in fp32 on the CPU: its own, or a copy. In bf16 two right ways of computing a trained
+    """The same adapter on a base that computes in fp32 on the CPU: its own, or `fresh_in_float32`. In bf16 two right ways of computing a trained
     adapter may differ by a fifth of the logits' spread, which would hide a wrong weight and refuse right ones."""
     base = adapter.base
     if base.dtype == torch.float32 and base.device.type == "cpu":
         return adapter
     with quiet_transformers():
-        model = fresh_copy(base, torch.float32).eval().requires_grad_(False)
-    copied = Base(model, base.tokenizer, name=base.name, path=base.path, fingerprint=base.fingerprint)
-    return type(adapter)(copied, adapter.method, {k: t.detach().cpu() for k, t in adapter.params.items()}, verified=adapter.verified)
+        model = fresh_in_float32(base)
+    exact = Base(model, base.tokenizer, name=base.name, path=base.path, fingerprint=base.fingerprint)
+    return type(adapter)(exact, adapter.method, {k: t.detach().cpu() for k, t in adapter.params.items()}, verified=adapter.verified)
 
 
 def probes(base: Base) -> list[list[int]]:

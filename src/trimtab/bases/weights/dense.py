@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trimtab import ops
 from trimtab.bases.weights.base import Weight
+from trimtab.bases.weights.passing import Passing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -70,7 +71,10 @@ class Dense(Weight):
         return dy_TO @ self._weight_OI
 
     def dense(self, rows: Any = None) -> Tensor:
-        return self._weight_OI if rows is None else self._weight_OI[rows]
+        weight_OI, own = self._weight_OI, self._parameters["weight"]
+        if isinstance(own, Passing):  # what packs an adapter may ask for it while its layer does not run
+            weight_OI = own.values().T if self._transposed else own.values()
+        return weight_OI if rows is None else weight_OI[rows]
 
     def stored(self) -> dict[str, Tensor]:
         return {"weight": self._parameters["weight"]}
