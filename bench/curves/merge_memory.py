@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from curves.curve import Curve, Point
 
@@ -17,12 +17,13 @@ SHAPES = {
 }
 MAKE = """
 import sys, json, torch, transformers
-config = transformers.Qwen2Config(**json.loads(sys.argv[1]), num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
+sizes = json.loads(sys.argv[1]) | {"num_key_value_heads": 2, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}
+config = transformers.Qwen2Config(**sizes)
 torch.set_default_dtype(torch.bfloat16)
 transformers.Qwen2ForCausalLM(config).save_pretrained(sys.argv[2])
-words = transformers.PreTrainedTokenizerFast
 from tokenizers import Tokenizer, models
-words(tokenizer_object=Tokenizer(models.BPE(vocab={chr(i): i for i in range(256)}, merges=[]))).save_pretrained(sys.argv[2])
+letters = Tokenizer(models.BPE(vocab={chr(i): i for i in range(256)}, merges=[]))
+transformers.PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(sys.argv[2])
 """
 MERGE = """
 import sys, resource, time, torch
@@ -40,8 +41,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, time.process_ti
 
 def merge(name: str) -> tuple[int, float, int]:
     """(peak bytes, seconds of CPU, bytes of the weights) of a process that loads a base and merges an adapter."""
-    import json
-
     with tempfile.TemporaryDirectory() as folder:
         base = str(Path(folder, "base"))
         sizes = SHAPES[name] | {"num_attention_heads": SHAPES[name]["hidden_size"] // 32}

@@ -19,11 +19,13 @@ from trimtab.errors import TrimtabError
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "cannot allocate memory", "unable to allocate")
 _UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "pib": 2**50}
 _ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) (bytes|[kmgtp]ib)", re.IGNORECASE)
-CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-"""A container's limit, and what it has in use."""
+CGROUP_FILES = {
+    "": ("memory.max", "memory.current", ("active_file", "inactive_file")),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
+}
+"""By the controller's name in /proc/self/cgroup ("": version 2): a group's limit, what it has in use, and which lines of memory.stat count
+files' pages among that, which the system takes back when memory is wanted."""
+CGROUP_ROOT, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class OutOfMemory(TrimtabError):
@@ -52,19 +54,50 @@ def asked_bytes(error: BaseException) -> int | None:
 
 
 def machine_memory() -> tuple[int, int]:
-    """(bytes in all, of these free at the moment): the machine's, or those of the container, which sees the machine's but may use less."""
+    """(bytes in all, of these free at the moment): the machine's, or those of the container or control group, which sees the machine's but
+    may use less."""
     machine = psutil.virtual_memory()
     total, free = machine.total, machine.available
-    for limit, used in CGROUPS:
-        if Path(limit).exists() and (text := Path(limit).read_text().strip()).isdigit():
-            taken = Path(used).read_text().strip() if Path(used).exists() else ""
-            total, free = min(total, int(text)), min(free, int(text) - (int(taken) if taken.isdigit() else 0))
+    for limit, left in _group_limits():
+        total, free = min(total, limit), min(free, left)
     return total, max(0, free)
 
 
-def free_bytes() -> int:
-    """Memory that this process can still get, within the container's limit and its own."""
-    free = machine_memory()[1]
+def _group_limits() -> Iterator[tuple[int, int]]:
+    """(limit, bytes that can still be had) of every control group that this process is in, inner ones first."""
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in CGROUP_FILES:
+            continue
+        top = CGROUP_ROOT / controllers
+        folder = top / path.lstrip("/")
+        for group in [folder, *folder.parents]:  # in a container the path may be one outside of it; then the top is the container's
+            if group.is_relative_to(top) and (found := _group_limit(group, *CGROUP_FILES[controllers])) is not None:
+                yield found
+
+
+def _group_limit(group: Path, limit_name: str, used_name: str, files: tuple[str, str]) -> tuple[int, int] | None:
+    """One group's; None where it has no limit."""
+    try:
+        limit, used = (int((group / name).read_text()) for name in (limit_name, used_name))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return limit, limit - used + sum(int(counts.get(name, 0)) for name in files)
+    except (OSError, ValueError):  # no such group here, or "max"
+        return None
+
+
+def obtainable_bytes() -> int:
+    """The most memory that this process could come to have: what is free, and the swap."""
+    return free_bytes(psutil.swap_memory().free)
+
+
+def free_bytes(swap: int = 0) -> int:
+    """Memory that this process can still get, within the container's limit and its own. swap: so much of it is counted as well."""
+    free = machine_memory()[1] + swap
     for what, size in ((resource.RLIMIT_AS, "vms"), (resource.RLIMIT_DATA, "data")):
         limit, taken = resource.getrlimit(what)[0], getattr(psutil.Process().memory_info(), size, 0)
         if limit != resource.RLIM_INFINITY:

@@ -14,8 +14,9 @@ import torch
 from tests.data.common import NO_END, REWRITING
 from tests.tiny import CHATML, tiny_folder
 from tests.train.common import METHODS, run_file, tiny_base
+from trimtab.bases.fits import available_bytes
 from trimtab.bases.shapes import read_architecture
-from trimtab.cost.estimate import HEAP, available_bytes, probe_flops
+from trimtab.cost.estimate import HEAP, probe_flops
 from trimtab.cost.plan import plan
 from trimtab.data import Row
 from trimtab.errors import BaseError, ConfigError, TrimtabError

@@ -30,9 +30,12 @@ def in_float32_by_layer(model: Any) -> Any:
     for at, module in made.named_modules():
         own, matrix = theirs[at], claimed(theirs[at])
         for name in [n for n, p in module._parameters.items() if p is not None]:
-            packed = matrix is not None and not matrix.stored_dense and name == "weight"
-            source = matrix if packed else own._parameters[name]
-            module._parameters[name] = passing.setdefault(id(own if packed else source), Passing.of(source))
+            if matrix is not None and not matrix.stored_dense and name == "weight":
+                module._parameters[name] = passing.setdefault(id(own), Passing.of(matrix))
+                continue
+            parameter = own._parameters[name]
+            source = parameter.source if isinstance(parameter, Passing) else parameter  # `model` may itself be one that holds a layer
+            module._parameters[name] = passing.setdefault(id(parameter), Passing.of(source))
         for name in module._buffers:
             if (buffer := kept.get(f"{at}.{name}")) is not None:
                 module._buffers[name] = buffer.to("cpu", torch.float32 if buffer.is_floating_point() else buffer.dtype)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.bases.fingerprint import fingerprint_folder
+from trimtab.bases.fits import refuse_too_large
 from trimtab.bases.folder import read_header, weight_files
 from trimtab.bases.locate import locate
 from trimtab.bases.progress import Progress, quiet_transformers, reporting
@@ -51,12 +52,14 @@ def load(
 
     dtype: "float32", "bfloat16", "float16", "auto" (as stored) or a torch dtype; None picks bfloat16 where the machine multiplies it
     natively, else float32. device: "cpu", "cuda", "cuda:1"; None picks cuda where there is one. progress: called with one line a slow step.
-    Raises BaseError if the base cannot be found or read, ConfigError on a dtype or device that is not to be had.
+    Raises BaseError if the base cannot be found or read, ConfigError on a dtype or device that is not to be had, OutOfMemory, before a
+    weight is read, if they do not fit.
     """
     on = resolve_device(device)
     wanted = resolve_dtype(dtype, on)
     with reporting(progress) as report:
         path = locate(name_or_path, report)
+    refuse_too_large(name_or_path, path, wanted, on)
     with quiet_transformers(), explained(f"loading the base {name_or_path!r}", lambda: _what_fits(path, wanted)):
         tokenizer = _load_tokenizer(name_or_path, path)
         model = _load_model(name_or_path, path, wanted).to(on).eval().requires_grad_(False)

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from trimtab.bases import resolve_dtype
+from trimtab.bases.fits import available_bytes
 from trimtab.bases.shapes import Architecture
 from trimtab.bases.spec import Spec
 from trimtab.cost.activations import judging_bytes, packed_bytes
@@ -21,7 +22,6 @@ from trimtab.cost.plan import CostPlan, plan
 from trimtab.data import answer_of, order
 from trimtab.decode.generate import MAX_LIVE
 from trimtab.errors import ConfigError
-from trimtab.memory import free_bytes
 from trimtab.methods import FullConfig
 from trimtab.train.ahead import Held, validations
 from trimtab.train.config import RunConfig
@@ -251,11 +251,6 @@ def probe_flops(spec: Spec, dtype: torch.dtype, device: torch.device) -> float:
             torch.cuda.synchronize(device)
         took.append(time.perf_counter() - start)
     return 4 * PROBE_ROWS * 3 * up.numel() / float(np.median(took))
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that can still be had on the device; on a CPU within the container's and the process's limits."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_bytes()
 
 
 def _answers(run: RunConfig, report: CheckReport) -> int:

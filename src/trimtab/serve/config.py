@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
-import torch
-
+from trimtab.bases.fits import available_bytes, most_bytes
 from trimtab.errors import ConfigError
+from trimtab.memory import OutOfMemory
 from trimtab.model import Base
 
 KV_SHARE, ADAPTER_SHARE = 0.3, 0.1
@@ -47,26 +46,44 @@ class EngineConfig:
             raise ConfigError("cannot serve like this", problems=problems)
 
 
-def kv_blocks(config: EngineConfig, base: Base, block_bytes: int) -> int:
-    """How many KV blocks fit; never more than max_running sequences of full length can fill. ConfigError if not even one fits."""
+@dataclass(frozen=True)
+class Budgets:
+    """What an engine's memory is divided into: KV blocks, and bytes of packed adapters."""
+
+    kv_blocks: int
+    adapter_bytes: int
+
+
+def make_budgets(config: EngineConfig, base: Base, block_bytes: int) -> Budgets:
+    """Divide the memory that is free once the weights are in the layout that decoding reads, which is made here: what a size is not named
+    for gets its share. There are never more KV blocks than max_running sequences of full length can fill. ConfigError if not even one
+    block fits; OutOfMemory, with what would fit, where the named sizes are more than can be had."""
+    _ = base.attached.decode_path
+    free = available_bytes(base.device)
     longest = -(-base.spec.max_positions // config.block_size)
     most = config.max_running * longest
     if config.kv_bytes is None and base.device.type == "cpu":
         most = min(most, max(longest, config.max_running * -(-TYPICAL_TOKENS // config.block_size)))
-    budget = config.kv_bytes if config.kv_bytes is not None else int(KV_SHARE * _free_bytes(base.device))
+    budget = config.kv_bytes if config.kv_bytes is not None else int(KV_SHARE * free)
     blocks = min(most, budget // block_bytes)
     if blocks < 1:
         raise ConfigError(
             f"kv_bytes = {budget}: one block of {config.block_size} tokens takes {block_bytes} bytes",
             fix="give more memory to the KV cache",
         )
-    return blocks
+    adapters = config.adapter_bytes if config.adapter_bytes is not None else int(ADAPTER_SHARE * free)
+    _refuse_too_much(config, base, blocks, block_bytes, adapters)
+    return Budgets(blocks, adapters)
 
 
-def adapter_budget(config: EngineConfig, base: Base) -> int:
-    """Bytes that packed adapters may take."""
-    return config.adapter_bytes if config.adapter_bytes is not None else int(ADAPTER_SHARE * _free_bytes(base.device))
-
-
-def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+def _refuse_too_much(config: EngineConfig, base: Base, blocks: int, block_bytes: int, adapters: int) -> None:
+    free = most_bytes(base.device)
+    if blocks * block_bytes + adapters <= free:
+        return
+    fits = max(0, free - min(adapters, free // 4)) // block_bytes * config.block_size
+    raise OutOfMemory(
+        f"serving needs {blocks * block_bytes / 1e9:.3g} GB for keys and values and {adapters / 1e9:.3g} GB for adapters beside the base, "
+        f"and {free / 1e9:.3g} GB are free on {base.device}",
+        fix=f"keys and values of {fits:,} tokens fit, which is {fits // base.spec.max_positions} sequences of full length: give a smaller "
+        "kv_bytes (--kv-gb) or adapter_bytes (--adapters-gb), serve fewer sequences at once, or make memory free.",
+    )

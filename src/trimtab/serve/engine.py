@@ -20,7 +20,7 @@ from trimtab.errors import TrimtabError
 from trimtab.model import Base
 from trimtab.ops import native
 from trimtab.serve.blocks import BlockPool, chain_start
-from trimtab.serve.config import EngineConfig, adapter_budget, kv_blocks
+from trimtab.serve.config import EngineConfig, make_budgets
 from trimtab.serve.ending import Ending, OnFinish
 from trimtab.serve.grammars import Grammars
 from trimtab.serve.open_requests import OpenRequests
@@ -55,14 +55,15 @@ class Engine:
     ):
         self.base, self.config, self.clock = base, config or EngineConfig(), clock
         size = self.config.block_size
-        self.pool = BlockPool(kv_blocks(self.config, base, Runner.bytes_per_block(base, size)))
+        budgets = make_budgets(self.config, base, Runner.bytes_per_block(base, size))
+        self.pool = BlockPool(budgets.kv_blocks)
         self.runner = Runner(base, blocks=self.pool.total, block_size=size)
         self.forward_lock = Lock()
         self.requests = OpenRequests(self.config.max_queued)
         wake = self.requests.wake.set
         self._own_loader = loader is None
         self._loader = loader or ThreadPoolExecutor(LOADERS, thread_name_prefix="trimtab-load", initializer=native.compute_alone)
-        self.residency = Residency(base, adapter_budget(self.config, base), self._loader, self.forward_lock, wake, self._freed)
+        self.residency = Residency(base, budgets.adapter_bytes, self._loader, self.forward_lock, wake, self._freed)
         self.scheduler = Scheduler(self.config, self.pool, self.residency, min(base.spec.max_positions, self.pool.total * size))
         self.sampler = Sampler(base.spec.vocab_size, base.stop_ids, base.device)
         self.decoder = Decoder(base.tokenizer)

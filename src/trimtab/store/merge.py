@@ -1,10 +1,10 @@
 """Merge an adapter into the base's weights, and write the result as a model folder that needs neither adapter nor trimtab.
 
 The base in memory is not touched. Its stored weights are read again, merged in fp32, rounded once to the dtype that they are stored in,
-written beside the target, read back, and compared with base and adapter on token sequences, with both computed in fp32. Only then does the
-folder get its name.
+written beside the target, read back, and compared with base and adapter on token sequences, with both computed in fp32. Only then does
+the folder get its name.
 
-Weights are mapped from the base's files, and a merged matrix takes the place of its pages. The comparison makes fp32 weights layer by layer.
+Weights are mapped from files, and a merged matrix takes the place of its pages. The comparison makes fp32 weights layer by layer.
 So about one copy of the stored weights is in memory at a time.
 """
 
@@ -167,8 +167,8 @@ def _difference(adapter: AdapterInMemory, folder: Path) -> tuple[float, float]:
 
 
 def in_float32(adapter: AdapterInMemory) -> AdapterInMemory:
-    """The same adapter on a base that computes in fp32 on the CPU: its own, or `fresh_in_float32`. In bf16 two right ways of computing a trained
-    adapter may differ by a fifth of the logits' spread, which would hide a wrong weight and refuse right ones."""
+    """The same adapter on a base that computes in fp32 on the CPU: its own, or `fresh_in_float32`. In bf16 two right ways of computing a
+    trained adapter may differ by a fifth of the logits' spread, which would hide a wrong weight and refuse right ones."""
     base = adapter.base
     if base.dtype == torch.float32 and base.device.type == "cpu":
         return adapter

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from trimtab.bases.weights.base import Weight
 from trimtab.memory import release_mapped
 
-
 _NOTHING = torch.zeros(())
 
 
