@@ -15,10 +15,13 @@ import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from trimtab.bases import Check, default_dtype, guarded, resolve_device
+from trimtab.bases import BUNDLED_NAMES, Check, default_dtype, guarded, resolve_device
+from trimtab.bases.fits import available_bytes
+from trimtab.bases.shapes import read_architecture
+from trimtab.cost.plan import plan
 from trimtab.data import Example
 from trimtab.decode.generate import Sampling
-from trimtab.methods import METHODS, Method
+from trimtab.methods import METHODS, LoraConfig, Method
 from trimtab.model import Base
 from trimtab.store import Adapter
 from trimtab.train.options import TrainOptions, VariantConfig
@@ -37,9 +40,22 @@ ADVICE = "these versions of torch, transformers and trimtab do not fit together:
 
 
 def try_out() -> list[Check]:
-    """The two findings, "forward" and "training". Never raises."""
+    """The findings "forward", "training" and "needs". Never raises."""
     checks = [guarded("forward", _forward), guarded("training", _training)]
-    return [c if c.ok else Check(c.name, c.value, False, ADVICE) for c in checks]
+    return [*(c if c.ok else Check(c.name, c.value, False, ADVICE) for c in checks), guarded("needs", _needs)]
+
+
+def _needs() -> Check:
+    """What `trimtab plan` says of a LoRA on the bundled base, beside what is free."""
+    device = resolve_device(None)
+    costs = plan(read_architecture(BUNDLED_NAMES[0]), LoraConfig(), dtype=_name(default_dtype(device)))
+    free = available_bytes(device)
+    value = (
+        f"a LoRA on the bundled base: {costs.train_peak_bytes / 1e9:.2f} GB to train, {costs.serve_peak_bytes / 1e9:.2f} GB to serve, "
+        f"{free / 1e9:.1f} GB are free on {device}"
+    )
+    ok = max(costs.train_peak_bytes, costs.serve_peak_bytes) <= free
+    return Check("needs", value, ok, "" if ok else "make memory free, or train with a smaller max_tokens.")
 
 
 def _tiny(family: str, dtype: torch.dtype, device: torch.device) -> tuple[Base, Any]:

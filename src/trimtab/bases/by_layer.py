@@ -67,13 +67,13 @@ def _hold_while_running(model: Any) -> None:
 def _take(parameters: Iterable[Any]) -> None:
     for p in parameters:
         if isinstance(p, Passing):
-            p.take()
+            p.hold()
 
 
 def _leave(parameters: Iterable[Any]) -> None:
     for p in parameters:
         if isinstance(p, Passing):
-            p.leave()
+            p.let_go()
     release_freed()  # small things lie between what was freed, so that the next layer's weights would not fit there
 
 

@@ -130,7 +130,7 @@ def _attention() -> Check:
 def _memory() -> Check:
     total, free = machine_memory()
     ok = free >= MIN_FREE_RAM_BYTES
-    advice = "" if ok else "close other programs; training the bundled base takes about 3 GB."
+    advice = "" if ok else "close other programs."
     return Check("memory", f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB available", ok, advice)
 
 

@@ -110,6 +110,7 @@ class ServeOptions:
 
 def _run(on: OnBase, asked: ServeOptions, adapters: dict[str, str], open_parts: ExitStack) -> None:
     """Check what can be checked before the base is loaded, load it, serve until a signal ends it."""
+    from trimtab.bases.fits import available_bytes
     from trimtab.http import logs, server
     from trimtab.http.app import create_app
     from trimtab.http.assemble import Asked, name_for_clients, services_of
@@ -144,6 +145,10 @@ def _run(on: OnBase, asked: ServeOptions, adapters: dict[str, str], open_parts: 
         ),
     )
     logs.configure()
+    memory = engine.memory()
+    logs.log.info(
+        "memory", extra={"told": vars(memory) | {"total_bytes": memory.total_bytes, "free_bytes": available_bytes(engine.base.device)}}
+    )
     engine.start()
     text = _ready(asked, services.base_name, port, sorted(adapters))
     app = create_app(services, asked.origins)

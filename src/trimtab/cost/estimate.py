@@ -103,12 +103,13 @@ def _memory_findings(run: RunConfig, estimate: Estimate) -> list[Finding]:
 @dataclass(frozen=True)
 class Pass:
     """Judging on one data set, as far as it takes memory: tokens of its rows for all contestants, its longest row, how many answers or
-    labels are asked for, and the length of an answer."""
+    labels are asked for, the length of an answer, and whether training goes on afterwards."""
 
     tokens: int
     longest: int
     asked: int
     answer: int
+    midway: bool
 
 
 def _judging(
@@ -138,7 +139,7 @@ def _judging(
             said = [*asks.values(), base]
             generating, choosing = sum(g for g, _ in said), sum(c for _, c in said) if chosen else 0
             answer = run.evaluate.max_new_tokens if generating else 0
-            passes.append(Pass(held.tokens * len(said), held.longest, asked * max(generating, choosing), answer))
+            passes.append(Pass(held.tokens * len(said), held.longest, asked * max(generating, choosing), answer, split.name != "test"))
     return [p for p in passes if p.tokens], work
 
 
@@ -189,7 +190,8 @@ def memory_bytes(
 
         base       once, and once more for each fully fine-tuned variant
         variants   tensors, gradients, moments, the best tensors where they are kept; packed for inference where they are judged
-        inference  where answers or labels are asked for, the copy of the weights that decoding makes, of each model
+        inference  where answers or labels are asked for, the weights in the layout that decoding reads, of each model; for the base's these
+                   take the place of what is mapped from its file, unless training reads that again
         the rest   activations of the dearest method; the fp32 gradients of a fully fine-tuned variant, which are made when those are gone;
                    or what judging takes (`judging_bytes`): whichever is most
 
@@ -212,7 +214,8 @@ def memory_bytes(
         capacity = min(spec.max_positions, one.longest + virtual + one.answer)
         slots, rows = min(MAX_LIVE, one.asked), max(one.longest, min(run.max_tokens, one.tokens))
         judged = max(judged, judging_bytes(spec, dtype, rows, one.longest, slots, capacity))
-    held += (1 + len(full)) * packed_bytes(spec, dtype) if any(one.asked for one in passes) else 0
+    twice = any(one.asked for one in passes) and (dtype != base.dtype or any(one.asked and one.midway for one in passes))
+    held += (twice + len(full) * any(one.asked for one in passes)) * packed_bytes(spec, dtype)
     activations, masters = max(p.activation_bytes for p in plans), max((4 * p.trainable for p in full), default=0)
     return held + max(activations, judged, masters), held + int(HEAP * (activations + max(judged, masters)))
 

@@ -21,6 +21,7 @@ from trimtab.bases import resolve_dtype
 from trimtab.bases.shapes import Architecture
 from trimtab.bases.spec import Spec
 from trimtab.cost.activations import activation_bytes, forward_bytes
+from trimtab.cost.serving import resident_bytes, serving_memory
 from trimtab.errors import ConfigError
 from trimtab.methods import FullConfig, Method
 from trimtab.methods.base import Site
@@ -103,8 +104,9 @@ def plan(
         full:     base N·b,  gradients N·b,  optimizer N·8, and N·4 more for an fp32 master copy where b < 4; n train one after another
 
     Serving: base + n adapters as they lie in memory (b for each number; a prefix or prompt as keys and values) + keys and values of
-    batch_tokens tokens + work space of a forward of batch_tokens rows; n fully fine-tuned models share no base. ConfigError where the
-    method does not fit the base, or a number is out of range.
+    batch_tokens tokens + work space of a forward of batch_tokens rows; n fully fine-tuned models share no base. A base that is stored in
+    another dtype than it computes in lies in memory twice where decoding packs it (`cost.serving`). ConfigError where the method does not
+    fit the base, or a number is out of range.
     """
     _check(architecture.spec, batch_tokens=batch_tokens, sequence_length=sequence_length, variants=variants)
     resolved = resolve_dtype(dtype, torch.device("cpu"))
@@ -113,7 +115,8 @@ def plan(
     options: dict[str, Any] = {"dtype": dtype, "batch_tokens": batch_tokens, "sequence_length": sequence_length, "variants": variants}
     options["activation_checkpointing"] = activation_checkpointing
     full = None if isinstance(method, FullConfig) else plan(architecture, FullConfig(), **options)
-    costs = compute(architecture.spec, method, kept, batch_tokens, sequence_length, variants, activation_checkpointing)
+    converted = kept != architecture.dtype
+    costs = compute(architecture.spec, method, kept, converted, batch_tokens, sequence_length, variants, activation_checkpointing)
     training = ("base_bytes", "weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
     return CostPlan(
         base=architecture.name,
@@ -140,7 +143,7 @@ def _check(spec: Spec, **numbers: int) -> None:
 
 
 def _plan_adapter(
-    spec: Spec, method: Method, dtype: torch.dtype, tokens: int, length: int, variants: int, checkpointing: bool
+    spec: Spec, method: Method, dtype: torch.dtype, converted: bool, tokens: int, length: int, variants: int, checkpointing: bool
 ) -> dict[str, int]:
     sites = method.sites_to_train(spec)
     params = {site.key(name): torch.empty(shape, device="meta") for site in sites for name, shape in site.shapes.items()}
@@ -155,6 +158,7 @@ def _plan_adapter(
     virtual = prefix.length if prefix else 0
     computed = variants * virtual if prefix and prefix.embeds_NH is not None else 0  # a prompt's embeddings are rows of the batch
     rows = tokens + computed
+    serving = serving_memory(spec, dtype, converted=converted, kv_bytes=tokens * kv, adapter_bytes=resident, rows=tokens, length=length)
     return {
         "trainable": trainable,
         "adapter_file_bytes": file_bytes(shapes, torch.float32),
@@ -164,14 +168,14 @@ def _plan_adapter(
         "gradient_bytes": variants * trainable * 4,
         "optimizer_bytes": variants * trainable * MOMENT_BYTES,
         "activation_bytes": activation_bytes(spec, sites, dtype, rows, length, virtual=virtual, activation_checkpointing=checkpointing),
-        "serve_adapter_bytes": resident,
-        "serve_kv_bytes": tokens * kv,
-        "serve_peak_bytes": base + resident + tokens * kv + forward_bytes(spec, b, tokens, length),
+        "serve_adapter_bytes": serving.adapter_bytes,
+        "serve_kv_bytes": serving.kv_bytes,
+        "serve_peak_bytes": serving.total_bytes,
     }
 
 
 def _plan_full(
-    spec: Spec, method: Method, dtype: torch.dtype, tokens: int, length: int, variants: int, checkpointing: bool
+    spec: Spec, method: Method, dtype: torch.dtype, converted: bool, tokens: int, length: int, variants: int, checkpointing: bool
 ) -> dict[str, int]:
     sites = [Site(m.name, m.parameters, saved=True) for m in spec.modules.values()]
     shapes = {s.key(name): shape for s in sites for name, shape in s.shapes.items() if not (spec.tied_head and s.name == spec.head)}
@@ -188,7 +192,7 @@ def _plan_full(
         "activation_bytes": activation_bytes(spec, sites, dtype, tokens, length, activation_checkpointing=checkpointing),
         "serve_adapter_bytes": variants * n * b,
         "serve_kv_bytes": kv,
-        "serve_peak_bytes": variants * n * b + kv + forward_bytes(spec, b, tokens, length),
+        "serve_peak_bytes": variants * resident_bytes(spec, dtype, converted=converted) + kv + forward_bytes(spec, b, tokens, length),
     }
 
 

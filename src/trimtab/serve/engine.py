@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from threading import Event, Lock, Thread
 
+from trimtab.cost.serving import ServingMemory, memory_of_server
 from trimtab.decode.text import Decoder
 from trimtab.errors import TrimtabError
 from trimtab.model import Base
@@ -174,6 +175,11 @@ class Engine:
             tenant_tokens=dict(self._tokens.by_tenant),
             rows_by_path=dict(self.base.attached.cached_rows),
         )
+
+    def memory(self) -> ServingMemory:
+        """What serving takes at most, beside the process itself."""
+        blocks = self.pool.total * Runner.bytes_per_block(self.base, self.config.block_size)
+        return memory_of_server(self.base, blocks, self.residency.budget_bytes, self.config.max_step_rows)
 
     # ---- who drives it ----
 

@@ -26,13 +26,13 @@ class Passing(nn.Parameter):
         made.source, made._holders = source, 0
         return made
 
-    def take(self) -> None:
+    def hold(self) -> None:
         """Make the values, if nobody holds them yet."""
         if self._holders == 0:
             self.data = self.values()
         self._holders += 1
 
-    def leave(self) -> None:
+    def let_go(self) -> None:
         """Let the values go, if nobody else holds them."""
         self._holders -= 1
         if self._holders == 0:

@@ -1,0 +1,50 @@
+"""How much memory serving takes: the one number of `trimtab plan`, `trimtab doctor` and the server's log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from trimtab.bases.fits import weight_bytes
+from trimtab.bases.spec import Spec
+from trimtab.cost.activations import forward_bytes, packed_bytes
+
+if TYPE_CHECKING:
+    from trimtab.model import Base
+
+
+@dataclass(frozen=True)
+class ServingMemory:
+    """Bytes beside what the process itself takes: the base's weights, KV cache, packed adapters, work space of the largest forward."""
+
+    weight_bytes: int
+    kv_bytes: int
+    adapter_bytes: int
+    work_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.adapter_bytes + self.work_bytes
+
+
+def serving_memory(
+    spec: Spec, dtype: torch.dtype, *, converted: bool, kv_bytes: int, adapter_bytes: int, rows: int, length: int
+) -> ServingMemory:
+    """Of a base in `dtype`. converted: whether it is stored in another dtype. rows, length: of the largest forward and its sequences."""
+    weights = resident_bytes(spec, dtype, converted=converted)
+    return ServingMemory(weights, kv_bytes, adapter_bytes, forward_bytes(spec, dtype.itemsize, rows, length))
+
+
+def resident_bytes(spec: Spec, dtype: torch.dtype, *, converted: bool) -> int:
+    """Bytes that a base's weights take while it answers. Where inference packs them, the packed ones take the place of those that are
+    mapped from a file; weights that were converted stay beside the packed ones."""
+    return spec.num_parameters * dtype.itemsize + (packed_bytes(spec, dtype) if converted else 0)
+
+
+def memory_of_server(base: Base, kv_bytes: int, adapter_bytes: int, rows: int) -> ServingMemory:
+    """Of a base that is loaded."""
+    converted = base.path is None or weight_bytes(base.path, base.dtype)[1] > 0
+    sizes = {"kv_bytes": kv_bytes, "adapter_bytes": adapter_bytes, "rows": rows, "length": min(rows, base.spec.max_positions)}
+    return serving_memory(base.spec, base.dtype, converted=converted, **sizes)
