@@ -221,6 +221,15 @@ def test_training_terms_add_up_and_scale_with_variants():
     assert one.full.train_peak_bytes > 2 * one.train_peak_bytes
 
 
+def test_a_base_is_served_from_packed_weights_beside_what_was_converted():
+    architecture = dataclasses.replace(read_architecture("llama-3.2-1b"), dtype=torch.bfloat16)
+    model = 16 * (2048 * (2 * 2048 + 2 * 512) + 3 * 2048 * 8192) + 128_256 * 2048  # projections of the layers, and the head
+    mapped, converted = (plan(dataclasses.replace(architecture, dtype=d), QV) for d in (torch.bfloat16, torch.float32))
+    assert converted.serve_peak_bytes - mapped.serve_peak_bytes == 2 * model
+    assert mapped.serve_peak_bytes > mapped.base_bytes + mapped.serve_kv_bytes
+    assert plan(architecture, QV, dtype="float32").serve_peak_bytes < 2 * mapped.serve_peak_bytes, "only bf16 is packed"
+
+
 def test_full_models_share_no_base_when_served():
     one, four = (plan(read_architecture("gpt2"), FullConfig(), variants=n) for n in (1, 4))
     assert four.serve_peak_bytes - one.serve_peak_bytes == 3 * one.base_bytes

@@ -10,8 +10,11 @@ import torch
 
 from tests.laws.common import CASES, base_of, tokens
 from tests.serve.common import AtOnce, ByHand, Clock, Heard, Held, ask, engine_of, finish, held, solo, without_end
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from trimtab.errors import ConfigError, OverloadedError, TrimtabError
+from trimtab.forward.attached import Attached
+from trimtab.memory import OutOfMemory
+from trimtab.model import Base
 from trimtab.serve.engine import Engine, EngineConfig
 from trimtab.serve.request import Grammar, Request, SamplingParams
 from trimtab.serve.sequence import ServingError
@@ -410,7 +413,24 @@ def test_running_a_list_gives_results_in_order_and_errors_in_place():
             assert without_end(engine, r.token_ids) == solo("llama", tokens(4 + i, i), None, 5) and len(r.logprobs) == len(r.token_ids)
 
 
-def test_configs_that_cannot_be():
+def test_memory_is_divided_when_the_weights_are_packed(monkeypatch):
+    base, asked = Base(tiny_model("llama"), tiny_tokenizer()), list[bool]()
+    monkeypatch.setattr("trimtab.serve.config.available_bytes", lambda device: asked.append(packed) or 10**9)
+    packed = False
+
+    def path(self):
+        nonlocal packed
+        packed = True
+
+    monkeypatch.setattr(Attached, "decode_path", property(path))
+    engine = Engine(base, loader=AtOnce())
+    assert asked == [True] and engine.stats().adapter_budget_bytes == 10**8
+    told, spec = engine.memory(), base.spec
+    assert told.kv_bytes == engine.stats().kv_blocks_total * 16 * 2 * spec.num_layers * spec.kv_width * 4
+    assert told.weight_bytes == 4 * spec.num_parameters and told.total_bytes > told.weight_bytes + told.kv_bytes + told.adapter_bytes
+
+
+def test_configs_that_cannot_be(monkeypatch):
     with pytest.raises(ConfigError, match="max_running = 0") as caught:
         EngineConfig(max_running=0, block_size=0)
     assert len(caught.value.problems) == 2
@@ -418,6 +438,13 @@ def test_configs_that_cannot_be():
         EngineConfig(max_running=8, max_step_rows=4)
     with pytest.raises(ConfigError, match="one block of 16 tokens takes"):
         Engine(base_of("llama"), EngineConfig(kv_bytes=10), loader=AtOnce())
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OutOfMemory, match=r"0\.004 GB for keys and values and 6 GB for adapters") as refused,
+    ):
+        patch.setattr("trimtab.serve.config.most_bytes", lambda device: 5 * 10**9)
+        Engine(base_of("llama"), EngineConfig(kv_bytes=4 * 10**6, adapter_bytes=6 * 10**9), loader=AtOnce())
+    assert "keys and values of" in refused.value.fix and "--adapters-gb" in refused.value.fix
     torch.manual_seed(0)
     engine = Engine(base_of("llama"), loader=AtOnce())  # a share of what is free
     assert engine.stats().kv_blocks_total == 64 * 32 and engine.stats().adapter_budget_bytes > 1 << 20
