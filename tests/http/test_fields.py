@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.http.common import CHAT, TEXT, Site, call, post, site
+from tests.http.common import CHAT, TEXT, Site, base_of, call, post, site
+from tests.tiny import CHATML
 from trimtab.serve.keys import make_key
 
 
@@ -60,6 +61,10 @@ def test_what_changes_nothing_is_taken(served: Site, path: str, fields: dict):
         (TEXT_PATH, {"x\r\ny: é": 1, "a,b": 2}, "x??y: ?, a?b"),
         (TEXT_PATH, {f"f{i}": i for i in range(30)}, ", ".join(f"f{i}" for i in range(16)) + ", and 14 more"),
         (TEXT_PATH, {"n" * 100: 1}, "n" * 64),
+        (CHAT_PATH, {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}},
+         "reasoning_effort, chat_template_kwargs.enable_thinking"),
+        (CHAT_PATH, {"chat_template_kwargs": {"messages": [], "add_generation_prompt": False, "eos_token": "x"}},
+         "chat_template_kwargs.messages, chat_template_kwargs.add_generation_prompt, chat_template_kwargs.eos_token"),
     ],
 )  # fmt: skip
 def test_what_nobody_read_is_named_and_counted(served: Site, path: str, fields: dict, named: str):
@@ -101,3 +106,32 @@ def test_an_assistant_turn_without_content_is_an_empty_one(served: Site):
     empty = post(served.app, CHAT_PATH, CHAT | {"messages": turns}).json()
     for none in ({"role": "assistant", "content": None}, {"role": "assistant"}):
         assert post(served.app, CHAT_PATH, CHAT | {"messages": [turns[0], none, turns[2]]}).json()["choices"] == empty["choices"]
+
+
+def test_variables_reach_a_template_that_reads_them():
+    """As `apply_chat_template` takes them; a text in them is text, and no control token."""
+    base = base_of()
+    thinks = "'<|im_start|>assistant\n' + (reasoning_effort or '') + ('' if enable_thinking is defined and enable_thinking else '<think>')"
+    base.tokenizer.chat_template = CHATML.replace("'<|im_start|>assistant\n'", thinks)
+    with site(base=base) as s:
+        for fields in (
+            {},
+            {"chat_template_kwargs": {"enable_thinking": True}},
+            {"reasoning_effort": "low"},
+            {"chat_template_kwargs": {"enable_thinking": False, "reasoning_effort": "high"}},
+        ):
+            told = post(s.app, "/tokenize", {"messages": CHAT["messages"]} | fields)
+            given = {"reasoning_effort": fields.get("reasoning_effort")} | fields.get("chat_template_kwargs", {})
+            expected = base.tokenizer.apply_chat_template(CHAT["messages"], add_generation_prompt=True, return_dict=False, **given)
+            assert told.json()["tokens"] == expected and "x-trimtab-ignored" not in told.headers
+            answer = post(s.app, CHAT_PATH, CHAT | fields).json()
+            assert answer["usage"]["prompt_tokens"] == len(expected)
+        plain, forged = (
+            post(s.app, "/tokenize", {"messages": CHAT["messages"], "reasoning_effort": effort}).json()["tokens"]
+            for effort in ("x", "<|im_end|>")
+        )
+        ends = [ids.count(base.tokenizer.convert_tokens_to_ids("<|im_end|>")) for ids in (plain, forged)]
+        assert ends[0] == ends[1]
+        wrong = post(s.app, CHAT_PATH, CHAT | {"reasoning_effort": "x", "chat_template_kwargs": {"reasoning_effort": {"a": 1}}})
+        assert wrong.status_code == 400 and "the chat template refuses it" in wrong.json()["error"]["message"]
+        s.idle()

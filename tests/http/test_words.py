@@ -35,9 +35,9 @@ def test_bytes_and_blanks_of_vocabularies_that_are_not_byte_level():
 def test_prompts_are_what_they_were_in_training():
     base, words = base_of(), words_of(base_of())
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
-    assert words.encode_chat(messages) == base.encode_messages(messages)
+    assert words.encode_chat(messages, {}) == base.encode_messages(messages)
     assert words.encode_text("hi <|im_end|>") == base.tokenizer("hi <|im_end|>", add_special_tokens=False)["input_ids"]
-    spelt = words.encode_chat([{"role": "user", "content": "a<|im_start|>system"}])
+    spelt = words.encode_chat([{"role": "user", "content": "a<|im_start|>system"}], {})
     assert base.tokenizer.decode(spelt) == "<|im_start|>user\na<|im_start|>system<|im_end|>\n<|im_start|>assistant\n"
     assert spelt.count(base.tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2, "the template's own"
     assert (words.vocab_size, words.max_positions) == (300, 512)

@@ -29,6 +29,9 @@ Message = dict[str, str]
 
 LOST = "the chat template does not render it"
 REASONING = re.compile(r"(</?(?:seed:)?(?:think|thinking|thought|reasoning)>|\[/?THINK\]|◁/?think▷)")
+NONE: Mapping[str, Any] = {}
+OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""Those that a rendering sets itself."""
 KNOWN_SHAPES = 4096
 """Sequences of roles of which a dialect remembers what is lost."""
 
@@ -75,12 +78,18 @@ class Dialect:
         except Exception as error:  # not jinja, or blocks that transformers has not
             raise BadRow(f"the chat template cannot be read: {error}") from None
 
-    def render(self, messages: Sequence[Message], *, generate: bool) -> str:
-        """The conversation as text; generate: with the prompt for an assistant turn.
+    @property
+    def reads(self) -> frozenset[str]:
+        """The variables that a caller may set and the template looks at (enable_thinking)."""
+        return self._program.names - OWN_VARIABLES - set(self._variables)
+
+    def render(self, messages: Sequence[Message], *, generate: bool, variables: Mapping[str, Any] = NONE) -> str:
+        """The conversation as text; generate: with the prompt for an assistant turn. variables: those of `reads` that are set.
 
         BadRow if the template refuses it; DataError that names the template where it loops or grows without end.
         """
-        return self._render([self._shaped(m) for m in messages], generate, sum(len(m["content"]) for m in messages))
+        size = sum(len(m["content"]) for m in messages)
+        return self._render([self._shaped(m) for m in messages], generate, size, variables)
 
     def finished(self, messages: Sequence[Message], wanted: Wanted) -> Finished | None:
         """The conversation as text, and the beginnings of it; None if the template refuses it, or cannot be followed."""
@@ -173,17 +182,16 @@ class Dialect:
         role = "system" if message["role"] == "developer" and not self.knows_developer else message["role"]
         return {**message, "role": role, "content": _content(text_of(message["content"]), self.takes_parts(role))}
 
-    def _render(self, messages: list[dict[str, Any]], generate: bool, size: int = 0) -> str:
+    def _render(self, messages: list[dict[str, Any]], generate: bool, size: int = 0, variables: Mapping[str, Any] = NONE) -> str:
         try:
-            return self._program.render(self._given(messages, generate), size)
+            return self._program.render({**self._given(messages, generate), **variables}, size)
         except TooMuch as error:
             raise self._stopped(error) from None
         except Exception as error:  # what a template does to a conversation can go wrong in any way
             raise BadRow(f"the chat template refuses it: {error}") from None
 
     def _given(self, messages: list[dict[str, Any]], generate: bool) -> dict[str, Any]:
-        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generate}
-        return {**given, **self._variables}
+        return {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generate, **self._variables}
 
     def _stopped(self, error: TooMuch) -> DataError:
         of = f" of {self._name!r}" if self._name else ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -30,6 +30,14 @@ class PlainContent:
     def hidden(self, content: str) -> str:
         """A content without control tokens' texts: what the template is to see."""
         return self._replaced(content, self._hidden)
+
+    def hidden_in(self, value: Any) -> Any:
+        """The same for all texts in a value of JSON."""
+        if isinstance(value, str):
+            return self.hidden(value)
+        if isinstance(value, Mapping):
+            return {self.hidden(k): self.hidden_in(v) for k, v in value.items()}
+        return [self.hidden_in(v) for v in value] if isinstance(value, (list, tuple)) else value
 
     def shown(self, text: str) -> str:
         """A rendered text as `ids` takes it."""

@@ -19,6 +19,7 @@ from typing import Any
 import jinja2
 import jinja2.ext
 from jinja2 import nodes
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
@@ -43,7 +44,9 @@ WIDE = re.compile(r"%[^%a-zA-Z]*(\d{5}|\*)|\{[^{}]*:[^{}]*(\d{5}|\{)")
 
 
 class Program:
-    """A compiled template. Threads may render at the same time. Raises jinja2.TemplateError or TooMuch where it cannot be compiled."""
+    """A compiled template. Threads may render at the same time. names: of the variables that it reads.
+
+    Raises jinja2.TemplateError or TooMuch where it cannot be compiled."""
 
     def __init__(self, text: str):
         if len(text) > MAX_TEMPLATE:
@@ -54,6 +57,7 @@ class Program:
             code = environment.compile(tree)
         except (RecursionError, SyntaxError, MemoryError) as error:
             raise TooMuch(f"it is nested too deeply to be compiled ({type(error).__name__})") from error
+        self.names = frozenset(find_undeclared_variables(tree))
         self._template = environment.template_class.from_code(environment, code, environment.make_globals(None))
 
     def render(self, variables: Mapping[str, Any], size: int = 0) -> str:

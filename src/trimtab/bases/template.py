@@ -16,7 +16,7 @@ answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from trimtab.bases.control_tokens import ControlTokens, Ids
 from trimtab.bases.dialect import (
     KNOWN_SHAPES,
     LOST,
+    NONE,
     REASONING,
     BadRow,
     Dialect,
@@ -93,13 +94,18 @@ class Template(ControlTokens):
         except BadRow:
             return None
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The variables that a caller of `question` may set and the template looks at (enable_thinking); none without a template."""
+        return self._dialect.reads if self.exists else frozenset()
+
     def render(self, messages: Sequence[Message], *, generate: bool) -> str:
         """The conversation as text; generate: with the prompt for an assistant turn. BadRow if the template refuses it."""
         return self._dialect.render(messages, generate=generate)
 
-    def prompt(self, messages: Sequence[Message]) -> str:
+    def prompt(self, messages: Sequence[Message], variables: Mapping[str, Any] = NONE) -> str:
         """The text that asks for the next assistant turn, with every message's content in it; else BadRow."""
-        text = self.render(messages, generate=True)
+        text = self._dialect.render(messages, generate=True, variables=variables)
         self._dialect.check(messages, text, generate=True)
         return text
 
@@ -299,13 +305,15 @@ class Template(ControlTokens):
             {**m, "content": self.without_end(text) if m["role"] == "assistant" else text} for m, text in zip(messages, texts, strict=True)
         ]
 
-    def question(self, messages: Sequence[Message]) -> tuple[str, Callable[[str], Ids]]:
-        """The text that asks for the next assistant turn, and what gives its ids. What a message spells out is text: none of it becomes a
-        control token. BadRow if the template refuses the messages, or leaves the content of one out."""
+    def question(self, messages: Sequence[Message], variables: Mapping[str, Any] = NONE) -> tuple[str, Callable[[str], Ids]]:
+        """The text that asks for the next assistant turn, and what gives its ids. variables: those of `reads` that are set. What a message
+        or a variable spells out is text: none of it becomes a control token. BadRow if the template refuses the messages, or leaves the
+        content of one out."""
         told, plain = self._as_text(messages), self._plain
-        if not any(self.specials.search(text) for m in told for text in m.values()):
+        if not any(self.specials.search(text) for m in told for text in m.values()) and not variables:
             return self.prompt(told), self._unforged
-        return plain.shown(self.prompt([{k: plain.hidden(text) for k, text in m.items()} for m in told])), plain.ids
+        told, variables = plain.hidden_in(told), plain.hidden_in(variables)
+        return plain.shown(self.prompt(told, variables)), plain.ids
 
     @cached_property
     def _plain(self) -> PlainContent:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from trimtab.errors import DataError, TrimtabError
 from trimtab.http.errors import Fault, fault_of
-from trimtab.http.schema import ChatBody, CompletionBody, Message, Sampled, StructuredOutputs
+from trimtab.http.schema import ChatBody, CompletionBody, Conversation, Message, Sampled, StructuredOutputs
 from trimtab.http.services import Services, TooLong, Words
 from trimtab.serve.request import Grammar, Request, SamplingParams
 from trimtab.serve.served import Served
@@ -65,9 +65,9 @@ async def requests(plan: AnswerPlan, tenant: Tenant, s: Services) -> list[Reques
     """The engine's requests, one for each choice, in order. Fault (400) if a prompt is too long or cannot be used."""
     sampling = sampling_of(plan.body)  # before the prompt's tokens, which cost more
     if isinstance(plan.body, ChatBody):
-        prompts = await ids_of(plan.body.messages, (), tenant, s)
+        prompts = [await chat_ids(plan.body, tenant, s)]
     else:
-        prompts = await ids_of((), _prompts(plan.body), tenant, s)
+        prompts = await text_ids(_prompts(plan.body), tenant, s)
     end = None if s.limits.request_s is None else time.monotonic() + s.limits.request_s
     found: list[Request] = []
     kept = 0
@@ -176,21 +176,29 @@ def _schema_text(schema: dict[str, object], param: str) -> str:
         raise Fault(f"{param}: the schema holds a number that is too large", param=param, code="invalid_value") from None
 
 
-async def ids_of(messages: Sequence[Message], prompts: Sequence[str | list[int]], tenant: Tenant, s: Services) -> list[list[int]]:
-    """The ids of a conversation, or else of each prompt, off the event loop where they are long. What cannot fit is refused by its
-    characters, before it is tokenized."""
+async def chat_ids(body: Conversation, tenant: Tenant, s: Services) -> list[int]:
+    """The ids of a conversation."""
     words = s.words
-    encode: Callable[[], list[list[int]]]
-    if messages:
-        told = [_message(m) for m in messages]
-        param, sizes = "messages", [sum(len(text) for m in told for text in m.values())]
-        encode = lambda: [_within("messages", words, lambda: words.encode_chat(told))]  # noqa: E731
-    else:
-        param, sizes = "prompt", [len(p) if isinstance(p, str) else 0 for p in prompts]
-        encode = lambda: [_ids(p, _where("prompt", i, len(prompts)), words) for i, p in enumerate(prompts)]  # noqa: E731
+    messages = [_message(m) for m in body.messages]
+    variables = {name: value for name, value in body.variables.items() if name in words.variables}
+    size = sum(len(text) for m in messages for text in m.values())
+    encode = lambda: [_within("messages", words, lambda: words.encode_chat(messages, variables))]  # noqa: E731
+    return (await _encoded("messages", [size], encode, tenant, s))[0]
+
+
+async def text_ids(prompts: Sequence[str | list[int]], tenant: Tenant, s: Services) -> list[list[int]]:
+    """The ids of each prompt, a text or ids."""
+    sizes = [len(p) if isinstance(p, str) else 0 for p in prompts]
+    encode = lambda: [_ids(p, _where("prompt", i, len(prompts)), s.words) for i, p in enumerate(prompts)]  # noqa: E731
+    return await _encoded("prompt", sizes, encode, tenant, s)
+
+
+async def _encoded(param: str, sizes: Sequence[int], encode: Callable[[], list[list[int]]], tenant: Tenant, s: Services) -> list[list[int]]:
+    """What `encode` gives, off the event loop where there is much to do. sizes: characters of each prompt; what cannot fit is refused by
+    them, before it is tokenized."""
     for i, size in enumerate(sizes):
-        if size > words.max_chars:
-            raise _over(_where(param, i, len(sizes)), f"{size} characters, and no text of more than {words.max_chars} fits", words)
+        if size > s.words.max_chars:
+            raise _over(_where(param, i, len(sizes)), f"{size} characters, and no text of more than {s.words.max_chars} fits", s.words)
     try:
         return encode() if sum(sizes) <= SMALL else await s.words_work.run(tenant.name, encode)
     except DataError as error:

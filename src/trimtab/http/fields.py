@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -28,8 +28,16 @@ MAX_FIELDS = 100
 """Of an object with fields of its own: more than there are, and few enough to say of each one what is wrong with it."""
 MAX_IDS = 1 << 20
 """Ids of one prompt: what no base has positions for. It bounds what a check of the list costs."""
+MAX_VARIABLES = 4096
+"""Characters of a template's variables, as JSON."""
 TOLD, MAX_NAME = 16, 64
 """Unknown fields that are named to the client, and characters of a name."""
+
+
+def _short(variables: dict[str, Any]) -> dict[str, Any]:
+    if (size := len(json.dumps(variables))) > MAX_VARIABLES:
+        raise ValueError(f"has {size} characters; at most {MAX_VARIABLES} are taken")
+    return variables
 
 
 @dataclass(frozen=True, eq=False)  # typing keeps one of equal annotations, and 1 equals true
@@ -77,6 +85,7 @@ NONE_IF_FALSE = BeforeValidator(lambda value: None if value is False else value)
 NotSupported = Annotated[Any, off()]
 Tokens = Annotated[int, Field(ge=1, lt=1 << 31), INTEGRAL]
 Schema = Annotated[dict[str, Any], AfterValidator(_small)]
+Variables = Annotated[dict[str, Any], AfterValidator(_short)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Ids = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_IDS)]
 Text = Annotated[str, Field(min_length=1)]
@@ -104,10 +113,15 @@ class Body(Strict):
 
     model_config = ConfigDict(extra="allow")
 
+    def unread(self, names: Collection[str]) -> list[str]:
+        """Fields that this body knows and, for this base, nobody reads."""
+        return []
 
-def ignored_of(body: Strict) -> tuple[str, ...]:
-    """Names of the fields that nobody reads ("messages.weight"), each once, the first few, none of them a key."""
-    names = dict.fromkeys(_unknown(body, ""))
+
+def ignored_of(body: Strict, variables: Collection[str]) -> tuple[str, ...]:
+    """Names of the fields that nobody reads ("messages.weight"), each once, the first few, none of them a key. variables: those that the
+    chat template reads."""
+    names = dict.fromkeys([*_unknown(body, ""), *(body.unread(variables) if isinstance(body, Body) else ())])
     told = tuple(redacted(name)[:MAX_NAME] for name in list(names)[:TOLD])
     return (*told, f"and {len(names) - TOLD} more") if len(names) > TOLD else told
 

@@ -165,18 +165,17 @@ async def read_body(request: Request, model: type[M], s: Services) -> M:
     except ClientDisconnect:
         raise ClientGone from None
     record = request.scope["trimtab.record"]
-    if len(raw) <= SMALL:
-        body, ignored = parse(raw, model, limits.json_depth)
-    else:
-        body, ignored = await s.words_work.run(record.tenant or "", lambda: parse(raw, model, limits.json_depth))
+    read = lambda: parse(raw, model, limits.json_depth, s.words.variables)  # noqa: E731
+    body, ignored = read() if len(raw) <= SMALL else await s.words_work.run(record.tenant or "", read)
     if ignored:
         record.ignored = ignored
         s.metrics.ignored += 1
     return body
 
 
-def parse(raw: bytes, model: type[M], max_depth: int) -> tuple[M, tuple[str, ...]]:
-    """(a body as a `model`, the names of fields that nobody reads); Fault (400) if it is not one."""
+def parse(raw: bytes, model: type[M], max_depth: int, variables: frozenset[str]) -> tuple[M, tuple[str, ...]]:
+    """(a body as a `model`, the names of fields that nobody reads); Fault (400) if it is not one. variables: those that the template
+    reads."""
     deep, values, containers, keys = shape_of(raw)
     if deep > max_depth:
         raise Fault(f"the body nests lists and objects {deep} deep; at most {max_depth} are read", code="too_deep")
@@ -191,7 +190,7 @@ def parse(raw: bytes, model: type[M], max_depth: int) -> tuple[M, tuple[str, ...
         raise Fault("the body must be a JSON object", code="invalid_json")
     try:
         read = model.model_validate(body)
-        return read, ignored_of(read)
+        return read, ignored_of(read, variables)
     except ValidationError as error:
         raise fault_of_body(error, body, model) from None
 

@@ -7,6 +7,7 @@ answer's header x-trimtab-ignored names them. `null` means the default, as in Op
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
@@ -25,6 +26,7 @@ from trimtab.http.fields import (
     Text,
     TokenId,
     Tokens,
+    Variables,
     off,
     only,
 )
@@ -188,10 +190,28 @@ class Message(Body):
         return "" if content is None else content
 
 
-class ChatBody(Sampled):
-    """POST /v1/chat/completions"""
+class Conversation(Body):
+    """Messages, and what the chat template is told beside them."""
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
+    reasoning_effort: str | None = Field(None, max_length=64, description="A variable of the chat template, where that reads it.")
+    chat_template_kwargs: Variables | None = Field(None, description="vLLM's. Variables of the chat template (enable_thinking).")
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Those of the template that the body sets, by the name of its field."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return effort | (self.chat_template_kwargs or {})
+
+    def unread(self, names: Collection[str]) -> list[str]:
+        """Fields that set a variable which the template does not read. names: those that it reads."""
+        given = self.chat_template_kwargs or {}
+        return [f"chat_template_kwargs.{name}" if name in given else name for name in self.variables if name not in names]
+
+
+class ChatBody(Conversation, Sampled):
+    """POST /v1/chat/completions"""
+
     max_tokens: Tokens | None = Field(None, description="New tokens at most; by default as many as the base has positions for.")
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), INTEGRAL] | None = Field(None, description="Needs logprobs: true.")
@@ -211,9 +231,7 @@ class ChatBody(Sampled):
     continue_final_message: NotSupported = None
     add_special_tokens: NotSupported = None
     chat_template: NotSupported = None
-    chat_template_kwargs: NotSupported = None
     documents: NotSupported = None
-    reasoning_effort: Annotated[Any, off("none")] = None
 
 
 class CompletionBody(Sampled):
@@ -237,7 +255,7 @@ class CompletionBody(Sampled):
     return_tokens_as_token_ids: NotSupported = None
 
 
-class TokenizeBody(Body):
+class TokenizeBody(Conversation):
     """POST /tokenize, vLLM's: a prompt or messages."""
 
     model: str | None = Field(None, max_length=256, description="Changes nothing: all models of a server have one tokenizer.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,14 +30,15 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Words:
-    """A base's tokenizer and template, as far as routes need them. encode_chat, encode_text: to token ids; TrimtabError if the template
-    refuses, TooLong if the base has too few positions. piece: the bytes of a token; joined over tokens they are the bytes of the text.
-    vocab_size, max_positions, max_chars: limits of ids and prompts. A text with more than max_chars characters always has more tokens than
-    there are positions."""
+    """A base's tokenizer and template, as far as routes need them. encode_chat (messages, the template's variables), encode_text: to token
+    ids; TrimtabError if the template refuses, TooLong if the base has too few positions. piece: the bytes of a token; joined over tokens
+    they are the bytes of the text. variables: names of those that the template reads and a request may set. vocab_size, max_positions,
+    max_chars: limits of ids and prompts. A text with more than max_chars characters always has more tokens than there are positions."""
 
-    encode_chat: Callable[[list[dict[str, Any]]], list[int]]
+    encode_chat: Callable[[list[dict[str, Any]], Mapping[str, Any]], list[int]]
     encode_text: Callable[[str], list[int]]
     piece: Callable[[int], bytes]
+    variables: frozenset[str]
     vocab_size: int
     max_positions: int
     max_chars: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 
-from trimtab.http.ask import ids_of
+from trimtab.http.ask import chat_ids, text_ids
 from trimtab.http.auth import Caller, caller
 from trimtab.http.errors import Fault, documented
 from trimtab.http.limits import read_body
@@ -33,7 +33,7 @@ class DetokenizeReply(BaseModel):
 async def tokenize(request: Request, tenant: Caller, s: S) -> TokenizeReply:
     """The ids of a text or of a conversation, as the same request to the other routes would have them."""
     body = await read_body(request, TokenizeBody, s)
-    ids = (await ids_of(body.messages, [] if body.prompt is None else [body.prompt], tenant, s))[0]
+    ids = await chat_ids(body, tenant, s) if body.prompt is None else (await text_ids([body.prompt], tenant, s))[0]
     spelt = [s.words.piece(i).decode("utf-8", "replace") for i in ids] if body.return_token_strs else None
     return TokenizeReply(count=len(ids), max_model_len=s.words.max_positions, tokens=ids, token_strs=spelt)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trimtab.bases.template import BadRow, Template
@@ -26,9 +26,9 @@ def words_of(base: Base) -> Words:
     template, positions = Template(base.tokenizer), base.spec.max_positions
     longest = max(map(len, base.tokenizer.get_vocab()), default=1)  # a vocabulary spells no token with fewer letters than it has characters
 
-    def encode_chat(messages: list[dict[str, Any]]) -> list[int]:
+    def encode_chat(messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> list[int]:
         try:
-            text, ids_of = template.question(messages)
+            text, ids_of = template.question(messages, variables)
             return ids_within(text, positions, ids_of)
         except BadRow as bad:
             raise DataError(f"the conversation cannot be used: {bad}") from None
@@ -36,7 +36,7 @@ def words_of(base: Base) -> Words:
     def encode_text(text: str) -> list[int]:
         return [*template.bos, *ids_within(text, positions, lambda part: template.ids_of([part])[0])]
 
-    return Words(encode_chat, encode_text, pieces(base.tokenizer), base.spec.vocab_size, positions, positions * longest)
+    return Words(encode_chat, encode_text, pieces(base.tokenizer), template.reads, base.spec.vocab_size, positions, positions * longest)
 
 
 def ids_within(text: str, most: int, ids_of: Callable[[str], list[int]]) -> list[int]:
