@@ -17,7 +17,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "trimtab"
 
 FLOORS = {
-    **dict.fromkeys(["atomic", "errors", "foreign", "hyperparameters", "lazy", "memory", "ops", "paths", "version"], 0),
+    **dict.fromkeys(["atomic", "errors", "foreign", "hyperparameters", "lazy", "memory", "ops", "paths", "startup", "version"], 0),
     **dict.fromkeys(["methods", "bases"], 1),
     "forward": 2,
     "decode": 3,

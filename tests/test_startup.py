@@ -1,0 +1,75 @@
+"""A command's process imports no compiler, and whoever needs the compiler gets it whole. Fresh processes: what is imported stays."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCE = Path(__file__).parent.parent / "src"
+FORKING = """
+import os, sys, trimtab.startup
+trimtab.startup.quick()
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.integrations import deepgemm  # which decorates with the compiler's decorators
+from transformers.models.llama import modeling_llama
+from tests.tiny import tiny_model
+
+def loaded():
+    return "torch._dynamo.eval_frame" in sys.modules
+
+def nothing_compiled():
+    model = tiny_model("llama")
+    logits = model(torch.tensor([[1, 2, 3]])).logits
+    logits.sum().backward()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer.step()
+    optimizer.zero_grad()  # one of torch's own functions that are not compiled
+
+def a_compiled_function():
+    x = torch.arange(3.0)
+    @torch.compiler.disable
+    def alone(x):
+        return x + 1 if not torch.compiler.is_compiling() else x + 100
+    @torch.compiler.allow_in_graph
+    def inside(x):
+        return x * 2
+    @torch._dynamo.assume_constant_result
+    def constant():
+        return 3
+    assert torch.equal(alone(x), x + 1) and not loaded()
+    graphs = []
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+    found = torch.compile(lambda x: inside(alone(x.cos())) + constant(), backend=backend)(x)
+    assert torch.equal(found, (x.cos() + 1) * 2 + 3) and loaded(), found
+    assert len(graphs) == 2 and "inside" in graphs[1][0], graphs  # `alone` parts them, `inside` is one call
+    assert torch._dynamo is sys.modules["torch._dynamo"] and torch._dynamo.allow_in_graph is not None
+
+def a_file_of_the_compiler():
+    import torch._dynamo.utils as utils
+    from torch._dynamo import config, _trace_wrapped_higher_order_op as file
+    assert loaded() and utils.counters is torch._dynamo.utils.counters and torch._dynamo._trace_wrapped_higher_order_op is file
+    assert not [f for f in sys.meta_path if type(f).__module__ == "trimtab.startup"]
+
+assert not loaded()
+for case in (nothing_compiled, a_compiled_function, a_file_of_the_compiler):
+    if (pid := os.fork()) == 0:
+        case()
+        print(case.__name__, loaded(), flush=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+
+
+def test_the_compiler_is_loaded_by_those_who_use_it() -> None:
+    paths = f"{SOURCE}:{SOURCE.parent}"
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=240
+    )
+    assert done.stdout.split() == ["nothing_compiled", "False", "a_compiled_function", "True", "a_file_of_the_compiler", "True"], (
+        done.stderr
+    )
