@@ -27,7 +27,7 @@ from trimtab.forward.batch import BASE, Batch, Way
 from trimtab.forward.decode_layer import FEW_ROWS, Layer, known, linear
 from trimtab.forward.hosted import Hosted
 from trimtab.forward.packs import Mix, StackEdits
-from trimtab.memory import machine_memory
+from trimtab.memory import machine_memory, release_freed
 from trimtab.ops import native_inference
 from trimtab.ops.stack import Edit, EditTable, LayerWeights, Stack
 
@@ -60,6 +60,8 @@ class DecodePath:
         self.heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
         packs = packs_weights(hosted) if packs is None else packs
         self.layers = [Layer(hosted, i, layer, packs) for i, layer in enumerate(body.layers)]
+        if packs:
+            release_freed()  # packed weights lie between what packing them freed, a quarter of their size; the head's are the largest
         self.norm_name = f"{spec.body}.norm"
         inside = [name for layer in self.layers for name in (*layer.sites, *layer.norm_names)]
         self.sites = frozenset([*inside, self.norm_name, spec.embedding, spec.head])

@@ -14,6 +14,7 @@ from trimtab.forward.decode_path import FAMILIES, DecodePath, packs_weights
 from trimtab.forward.hosted import Hosted
 from trimtab.forward.replica import altered, as_near
 from trimtab.forward.small import in_chunks, random_ids, small_model
+from trimtab.memory import release_freed
 from trimtab.ops import native
 
 CHUNKS = ((5, 3, 1), (131, 1, 1), (0, 70, 1), (2, 1, 1))
@@ -31,12 +32,10 @@ class DecodePathMaker:
 
     @torch.no_grad()
     def __call__(self) -> DecodePath | None:
-        if self.agrees is None and not self._can_run():
-            self.agrees = False
-        path = None if self.agrees is False else DecodePath(self.hosted)
-        if path is not None and self.agrees is None:
-            self.agrees = _agrees(self.hosted, partial(DecodePath, packs=packs_weights(self.hosted)))
-        return path if self.agrees else None
+        if self.agrees is None:  # before the weights are packed, so that the stand-ins are not in memory beside them
+            self.agrees = self._can_run() and _agrees(self.hosted, partial(DecodePath, packs=packs_weights(self.hosted)))
+            release_freed()
+        return DecodePath(self.hosted) if self.agrees else None
 
     def _can_run(self) -> bool:
         hosted, spec, body = self.hosted, self.hosted.spec, self.hosted.body
