@@ -73,7 +73,7 @@ def test_attend(dtype, window, D):
     k, v, q = (randn(64 * block, G, D, dtype=dtype, seed=i) for i in range(2)), None, randn(T, (H + 2 * G) * D, dtype=dtype, seed=2)
     k, v = k
     table = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(i))[:6] for i in range(T)]).int()
-    paging = Paging(torch.arange(T, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32), table, block, max(lengths))
+    paging = Paging(torch.arange(T, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32), table, block)
     out = kernels.attend(q, (H, G, D), (k, v), paging, D**-0.5, window)
     for t, n in enumerate(lengths):
         rows = [int(table[t, j // block]) * block + j % block for j in range(n)][-window if window else 0 :]

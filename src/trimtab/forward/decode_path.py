@@ -48,7 +48,6 @@ class Paging:
     length_T: Tensor
     table_SB: Tensor
     block: int
-    longest: int
 
 
 class DecodePath:
@@ -162,7 +161,7 @@ def _paging(plan: AttentionPlan, cache: KVCache) -> tuple[Paging, list[tuple[sli
     else:
         table = np.asarray(plan.places, dtype=np.int32)[:, None]
     sequence_T, length_T, table_SB = (torch.from_numpy(a) for a in (sequence, length, table))
-    return Paging(sequence_T, length_T, table_SB, cache.capacity, max(1, int(length.max(initial=0)))), long
+    return Paging(sequence_T, length_T, table_SB, cache.capacity), long
 
 
 def _stack_edits(path: DecodePath, mix: Mix) -> StackEdits:

@@ -72,10 +72,10 @@ def attend(
     H, G, D = heads
     T = q_T.shape[0]
     out = torch.empty(T, H * D, dtype=q_T.dtype)
-    function("attend", q_T.dtype, "pippppppiiiiiifii")(
+    function("attend", q_T.dtype, "pippppppiiiiiifi")(
         q_T.data_ptr(), q_T.stride(0), pools[0].data_ptr(), pools[1].data_ptr(), out.data_ptr(), paging.sequence_T.data_ptr(),
         paging.length_T.data_ptr(), paging.table_SB.data_ptr(), paging.table_SB.shape[1], paging.block, T, H, G, D, scaling,
-        window or 0, paging.longest,
+        window or 0,
     )  # fmt: skip
     return out
 

@@ -34,7 +34,7 @@ class _Step(ctypes.Structure):
         *((name, Addresses) for name in ("x", "norm", "cos", "sin", "out", "keys", "values")),
         ("pool", ctypes.c_int64),
         *((name, Addresses) for name in ("write", "sequence", "length", "table")),
-        *((name, ctypes.c_int64) for name in ("table_stride", "block", "longest")),
+        *((name, ctypes.c_int64) for name in ("table_stride", "block")),
         *((name, Addresses) for name in ("slot", "edits")),
         ("rows", ctypes.c_int64),
     ]
@@ -112,7 +112,7 @@ class Stack:
             x_TH.data_ptr(), self._norm_H.data_ptr(), rotary[0].data_ptr(), rotary[1].data_ptr(), out.data_ptr(),
             pools[0].data_ptr(), pools[1].data_ptr(), pools[0].stride(0), write_T.data_ptr(),
             paging.sequence_T.data_ptr(), paging.length_T.data_ptr(), paging.table_SB.data_ptr(),
-            paging.table_SB.shape[1], paging.block, paging.longest,
+            paging.table_SB.shape[1], paging.block,
             *edits, len(x_TH),
         )  # fmt: skip
         self._run(ctypes.addressof(self._layers), ctypes.addressof(self._shape), ctypes.addressof(step))

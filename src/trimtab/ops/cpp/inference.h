@@ -2,6 +2,10 @@
 
 #pragma once
 
+#include <omp.h>
+
+#include <vector>
+
 #include "common.h"
 
 #ifdef __AVX512BF16__
@@ -51,7 +55,25 @@ struct Bottleneck {
 // Where the attention finds each row's keys; see `Paging` in forward/decode_path.py.
 struct Paging {
     const int32_t *sequence, *length, *table;
-    int64_t table_stride, block, longest;
+    int64_t table_stride, block;
+};
+
+// The attention of T rows as the threads of a team share it, made before the team starts; see decode_attention.cpp.
+struct AttentionWork {
+    AttentionWork(const Paging& paging, int64_t T, int64_t H, int64_t G, int64_t D, int64_t window);
+
+    // `rows` rows of one sequence, from `row` on, read tokens of one chunk, at `heads` key heads.
+    struct Item {
+        int32_t row, rows, chunk, head, heads;
+    };
+    const Paging paging;
+    const int64_t T, H, G, D, window;
+    std::vector<Item> items;
+    std::vector<int64_t> first_part;  // a row's part of chunk c is parts[first_part + c], where it has several chunks
+    std::vector<int32_t> count;       // a row's chunks
+    int64_t share;                    // items that a thread takes at a time
+    std::unique_ptr<float[]> parts;
+    bool cut;  // whether any row has several chunks
 };
 
 // Run f on every thread of a team. The kernels below are loops that the team which calls them shares, with a barrier at the end: so a kernel
@@ -66,8 +88,7 @@ template <class V>
 void rotate_and_write(V* qkv, int64_t stride, const V* cos, const V* sin, const V* q_norm, const V* k_norm, float eps, V* k_pool, V* v_pool,
                       const int64_t* write, int64_t T, int64_t H, int64_t G, int64_t D);
 template <class V>
-void attend(const V* q, int64_t q_stride, const V* k_pool, const V* v_pool, V* out, const Paging& paging, int64_t T, int64_t H, int64_t G,
-            int64_t D, float scaling, int64_t window);
+void attend(const V* q, int64_t q_stride, const V* k_pool, const V* v_pool, V* out, float scaling, const AttentionWork& work);
 template <class V>
 void lora(const V* x, int64_t x_stride, V* y, int64_t y_stride, const int32_t* slot, const Lora& f, int64_t T, int64_t I);
 template <class V> void scale(V* x, int64_t stride, const int32_t* slot, const int64_t* g, int64_t T, int64_t width);

@@ -1,7 +1,7 @@
 // All layers of a forward in one call: Llama and its kin, bfloat16 on matrix tiles, few rows, LoRA, IA3 and bottleneck adapters beside the base.
 // A step of few rows otherwise spends as long between kernels as in the small ones. H hidden, I inside the MLP.
 
-#include <vector>
+#include <map>
 
 #include "inference.h"
 
@@ -67,7 +67,9 @@ static void run(const Layer* layers, const Shape& f, const Step& s) {
     static thread_local std::vector<bf16> scratch;
     scratch.resize(T * (2 * H + qkv_width + attended + 3 * I));
     bf16 *h = scratch.data(), *y = h + T * H, *qkv = y + T * H, *a = qkv + T * qkv_width, *gate_up = a + T * attended, *inner = gate_up + 2 * T * I;
-    as_team(true, [=] {
+    std::map<int64_t, AttentionWork> works;  // by window
+    for (int64_t i = 0; i < f.layers; i++) works.try_emplace(layers[i].window, s.paging, T, f.heads, f.kv_heads, f.head_dim, layers[i].window);
+    as_team(true, [=, &works] {
         for (int64_t i = 0; i < f.layers; i++) {
             const Layer& l = layers[i];
             bf16 *keys = s.keys + i * s.pool, *values = s.values + i * s.pool;
@@ -76,7 +78,7 @@ static void run(const Layer* layers, const Shape& f, const Step& s) {
             edit(s, PLACES * i, h, qkv, H, qkv_width);
             rotate_and_write(qkv, qkv_width, s.cos, s.sin, l.q_norm, l.k_norm, float(f.eps), keys, values, s.write, T, f.heads, f.kv_heads,
                              f.head_dim);
-            attend(qkv, qkv_width, keys, values, a, s.paging, T, f.heads, f.kv_heads, f.head_dim, float(l.scaling), l.window);
+            attend(qkv, qkv_width, keys, values, a, float(l.scaling), works.at(l.window));
             edit_input(s, PLACES * i + 1, a, attended);
             matmul(a, attended, l.o, l.o_bias, y, H, T, attended, H);
             edit(s, PLACES * i + 1, a, y, attended, H);
