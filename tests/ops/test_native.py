@@ -85,6 +85,31 @@ def test_attend(dtype, window, D):
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("heads", [(3, 3, 64), (6, 2, 32), (7, 1, 96), (4, 2, 40)])
+@pytest.mark.parametrize("window", [None, 700])
+def test_attend_over_long_sequences(dtype, heads, window):
+    """Rows whose tokens are cut into chunks, beside others and rows of one sequence together; alone they give the same bits."""
+    (H, G, D), block = heads, 16
+    pieces = [(1300, 1), (5, 3), (1024, 1), (0, 0), (513, 12), (512, 1)]  # the last row's length, rows
+    blocks = 6 * 82
+    k, v = (randn(blocks * block, G, D, dtype=dtype, seed=i) for i in range(2))
+    table = torch.randperm(blocks, generator=torch.Generator().manual_seed(0)).view(6, 82).int()
+    rows = [(s, last - n + 1 + i) for s, (last, n) in enumerate(pieces) for i in range(n)]
+    q = randn(len(rows), H * D, dtype=dtype, seed=2)
+
+    def attend(which):
+        sequence, length = (torch.tensor(x, dtype=torch.int32) for x in zip(*(rows[t] for t in which), strict=True))
+        return kernels.attend(q[which], heads, (k, v), Paging(sequence, length, table, block), D**-0.5, window)
+
+    together = attend(list(range(len(rows))))
+    for t, (s, n) in enumerate(rows):
+        seen = [int(table[s, j // block]) * block + j % block for j in range(n)][-window if window else 0 :]
+        p = torch.softmax(torch.einsum("grd,jgd->grj", q[t].view(G, H // G, D).float(), k[seen].float()) * D**-0.5, -1)
+        assert close(together[t], torch.einsum("grj,jgd->grd", p, v[seen].float()).flatten(), dtype), (s, n)
+        assert torch.equal(attend([t])[0], together[t]), (s, n)
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
 def test_swiglu(dtype):
     x = 4 * randn(3, 2 * 50, dtype=dtype)
     x[0, :4] = torch.tensor([-200.0, 200.0, -90.0, 0.0])

@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 
 from trimtab import ops
 from trimtab.errors import BaseError
+from trimtab.ops import native
 
 NAME = "trimtab"
 MAX_PADDING = 1.3
@@ -58,6 +59,8 @@ class KVCache:
         self.capacity = capacity
         shape = (layers, slots * capacity, kv_heads, head_dim)
         self.keys, self.values = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        native.advise_huge(self.keys)
+        native.advise_huge(self.values)
 
     def runs(self, place: Place, first: int, end: int) -> list[tuple[int, int]]:
         """The pool's rows that hold tokens first..end of a sequence, as (first, end) runs in order. place: the sequence's slot."""
