@@ -75,9 +75,9 @@ def _window(made: DecodePath) -> None:
 def _no_window_in_long_prompts(made: DecodePath) -> None:
     real = made._attend_long
 
-    def attend(a, qkv, pools, rows, layout, layer):
+    def attend(a, qkv, pools, long, layer):
         window, layer.window = layer.window, None
-        real(a, qkv, pools, rows, layout, layer)
+        real(a, qkv, pools, long, layer)
         layer.window = window
 
     made._attend_long = attend

@@ -18,7 +18,9 @@ from trimtab.methods import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from trimtab.model import Base
 from trimtab.ops import native, native_attention
 
-tiles = pytest.mark.skipif(not native.has_tiles(), reason="this processor has no matrix tiles, or there are no native kernels")
+flat_runs = pytest.mark.skipif(
+    not native.attends_flat(), reason="this processor does not multiply bfloat16, or there are no native kernels"
+)
 LENGTHS = [1, 15, 33, 16, 17, 31, 300, 32, 94]
 CASES = [  # H, G, D, tokens of a stored prefix (two of them, shared in turn), window
     (3, 3, 64, 0, None),
@@ -80,7 +82,7 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm().clamp_min(1e-9))
 
 
-@tiles
+@flat_runs
 @pytest.mark.parametrize("H, G, D, prefix, window", CASES)
 def test_no_less_exact_than_the_buckets(H, G, D, prefix, window):
     runs = batch(LENGTHS, prefix)
@@ -91,7 +93,7 @@ def test_no_less_exact_than_the_buckets(H, G, D, prefix, window):
         assert error(a, want) <= 1.1 * error(b, want) and error(a, want) < 0.005
 
 
-@tiles
+@flat_runs
 def test_random_batches():
     """Lengths around the sizes of tiles and blocks, each row of each gradient by itself."""
     generator = torch.Generator().manual_seed(1)
@@ -111,7 +113,7 @@ def test_random_batches():
             assert bad.max() <= 0, (seed, H, G, D, prefix, window, [r.queries for r in runs])
 
 
-@tiles
+@flat_runs
 def test_rows_that_are_read_twice_or_never():
     """A prompt's rows are queries of their own and keys of several sequences; some rows of the pool belong to nobody."""
     runs = [Run(0, 20, ((0, 20),)), *(Run(a, b, ((0, 20), (a, b))) for a, b in ((20, 60), (60, 61), (61, 150)))]
@@ -124,7 +126,7 @@ def test_rows_that_are_read_twice_or_never():
         assert error(a[:20], c[:20]) < 0.005
 
 
-@tiles
+@flat_runs
 @pytest.mark.parametrize("window", [None, 20])
 def test_a_sequence_knows_nothing_of_its_neighbours(window):
     """Bit for bit what it is alone, though the rows beside it, and its own later ones, hold NaN."""
@@ -145,7 +147,7 @@ def test_a_sequence_knows_nothing_of_its_neighbours(window):
     assert torch.equal(later[33:82], together[0][33:82]) and later[82].isnan().all()
 
 
-@tiles
+@flat_runs
 def test_the_same_at_every_run_and_number_of_threads():
     runs = batch([*LENGTHS, 5, 70], 9)
     tensors, threads = values(runs, 9, 3, 64), torch.get_num_threads()
@@ -159,7 +161,7 @@ def test_the_same_at_every_run_and_number_of_threads():
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-@tiles
+@flat_runs
 def test_rows_may_lie_apart_and_scores_may_be_large():
     """Views of fused projections, a transposed gradient; scores of thousands neither overflow nor lose their largest."""
     runs = batch([40, 30])
@@ -176,7 +178,7 @@ def test_rows_may_lie_apart_and_scores_may_be_large():
     assert error(large, formula(runs, 100.0, None)(q.double(), k.double(), v.double())) < 0.02
 
 
-@tiles
+@flat_runs
 def test_where_it_runs(monkeypatch):
     called: list[str] = []
     monkeypatch.setattr(attention.ops, "flat_attention", lambda q, *rest: called.append("flat") or q)
@@ -192,11 +194,11 @@ def test_where_it_runs(monkeypatch):
 
     assert [went(D=D) for D in (32, 64, 96, 128)] == ["flat"] * 4
     assert [went(D=16), went(D=48), went(D=160), went(torch.float32), went(softcap=2.0), went(cache=True)] == ["buckets"] * 6
-    monkeypatch.setattr(native, "has_tiles", lambda: False)
+    monkeypatch.setattr(native, "attends_flat", lambda: False)
     assert went() == "buckets"
 
 
-@tiles
+@flat_runs
 def test_a_model_of_every_kind_of_prefix(monkeypatch):
     """A mixed batch of a LoRA, a stored prefix, a prompt and the base: logits and gradients as with buckets, up to rounding."""
     config = LlamaConfig(

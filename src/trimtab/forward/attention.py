@@ -31,12 +31,12 @@ MAX_PADDING = 1.3
 
 @dataclass(frozen=True)
 class Run:
-    """A run of rows start..stop that attend to each other, at positions `past`.. of their sequence. keys: (first, end) runs of the pool,
-    in order of position; they end with the sequence's own rows."""
+    """A run of rows start..stop that attend to each other. own: (first, end) runs of the pool, in order of position, that end with the
+    sequence's own rows; or where a cache keeps these."""
 
     start: int
     stop: int
-    keys: tuple[tuple[int, int], ...]
+    own: tuple[tuple[int, int], ...] | Cached
 
     @property
     def queries(self) -> int:
@@ -44,7 +44,24 @@ class Run:
 
     @property
     def length(self) -> int:
-        return sum(b - a for a, b in self.keys)
+        return self.own.length if isinstance(self.own, Cached) else sum(b - a for a, b in self.own)
+
+    @property
+    def keys(self) -> tuple[tuple[int, int], ...]:
+        """The runs of the pool. In a cache they are many for a long sequence, and a decode step does not ask for them."""
+        return self.own.runs() if isinstance(self.own, Cached) else self.own
+
+
+@dataclass(frozen=True)
+class Cached:
+    """The first `length` tokens of a sequence in a cache."""
+
+    cache: KVCache
+    place: Place
+    length: int
+
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        return tuple(self.cache.runs(self.place, 0, self.length))
 
 
 Place = int | Sequence[int]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.forward.attention import AttentionPlan, KVCache, Place, Run
+from trimtab.forward.attention import AttentionPlan, Cached, KVCache, Place, Run
 from trimtab.forward.packs import Mix
 from trimtab.methods.base import Rows, Span
 
@@ -134,7 +134,7 @@ def make_batch(
     for i in sorted(range(len(pieces)), key=lambda i: pieces[i].member):
         build.add(i, pieces[i], max_positions)
     runs, writes = build.runs, build.writes
-    plan = AttentionPlan([Run(a, b, tuple(_place(k, build.total) for k in keys)) for a, b, keys in runs], device)
+    plan = AttentionPlan([Run(a, b, _placed(keys, build.total)) for a, b, keys in runs], device)
     plan.prefixes, plan.cache, plan.places = build.prefixes, cache, build.places
     plan.write_T = torch.tensor(writes, device=device) if cache is not None else None
     spans = [Span(a, b, member, (seeds or {}).get(member)) for member, (a, b) in build.spans.items() if member != BASE]
@@ -149,10 +149,15 @@ def make_batch(
     )
 
 
-def _place(key: tuple[str, int, int], total: int) -> tuple[int, int]:
-    """A run of keys as rows of the pool: stored prefixes lie behind the batch's own rows."""
-    kind, a, b = key
-    return (a + total, b + total) if kind == "prefix" else (a, b)
+_Key = tuple[str, int, int]
+"""A run of keys: "own" or "prefix", first, end."""
+
+
+def _placed(keys: list[_Key] | Cached, total: int) -> tuple[tuple[int, int], ...] | Cached:
+    """Keys as rows of the pool: stored prefixes lie behind the batch's own rows."""
+    if isinstance(keys, Cached):
+        return keys
+    return tuple((a + total, b + total) if kind == "prefix" else (a, b) for kind, a, b in keys)
 
 
 class _Layout:
@@ -162,19 +167,20 @@ class _Layout:
         self.mix, self.cache, self.total, self.prefix_rows = mix, cache, 0, 0
         self.ids: list[Tensor] = []
         self.positions: list[Tensor] = []
-        self.runs: list[tuple[int, int, list[tuple[str, int, int]]]] = []
+        self.runs: list[tuple[int, int, list[_Key] | Cached]] = []
         self.writes: list[int] = []
         self.places: list[Place] = []
         self.where: dict[int, tuple[int, int]] = {}
         self.spans: dict[int, tuple[int, int]] = {}
         self.embeds: list[tuple[int, int, Tensor]] = []
         self.prefixes: list[tuple[Tensor, Tensor]] = []
-        self.before: dict[int, list[tuple[str, int, int]]] = {BASE: []}
+        self.before: dict[int, list[_Key]] = {BASE: []}
 
     def add(self, i: int, piece: Piece, max_positions: int) -> None:
         member, n = piece.member, len(piece.ids)
+        keys: list[_Key] | Cached
         if self.cache is not None:
-            past, keys = piece.past, [("cache", a, b) for a, b in self.cache.runs(piece.slot, 0, piece.past + n)]
+            past, keys = piece.past, Cached(self.cache, piece.slot, piece.past + n)
             self.places.append(piece.slot)
             for a, b in self.cache.runs(piece.slot, past, past + n):
                 self.writes.extend(range(a, b))
@@ -190,7 +196,7 @@ class _Layout:
             )
         self.where[i] = self._append(piece.ids, past, keys, member)
 
-    def _append(self, ids: Tensor, past: int, keys: list[tuple[str, int, int]], member: int) -> tuple[int, int]:
+    def _append(self, ids: Tensor, past: int, keys: list[_Key] | Cached, member: int) -> tuple[int, int]:
         start, stop = self.total, self.total + len(ids)
         self.ids.append(ids)
         self.positions.append(torch.arange(past, past + len(ids)))

@@ -50,6 +50,10 @@ class Paging:
     block: int
 
 
+Long = ops.QueryIndex | list[tuple[slice, Any]]
+"""Sequences of many rows as `ops.attend_rows` reads them, or where that cannot run, each one's rows and the layout of its own."""
+
+
 class DecodePath:
     """The decode path of one model. `ways` says which members of a batch it computes, and how; `forward` does."""
 
@@ -117,8 +121,7 @@ class DecodePath:
             pools = cache.keys[layer.index], cache.values[layer.index]
             native_inference.rotate_and_write(qkv_T, self.heads, cos_TD, sin_TD, layer.head_norms, self.eps, pools, plan.write_T)
             a_TH = native_inference.attend(qkv_T, self.heads, pools, paging, layer.scaling, layer.window)
-            for rows, layout in long:
-                self._attend_long(a_TH, qkv_T, pools, rows, layout, layer)
+            self._attend_long(a_TH, qkv_T, pools, long, layer)
             h_TH = self._normed(layer.norm_names[1], x_TH, layer.o(a_TH, batch), layer.mlp_norm, batch)
             y_TH = layer.mlp(h_TH, batch)
         return self._normed(self.norm_name, x_TH, y_TH, self.norm, batch)
@@ -130,10 +133,14 @@ class DecodePath:
             return h_TH
         return self.hosted.edited(name, x_TH, batch, known(x_TH, h_TH, partial(ops.rms_norm, weight_H=weight_H, eps=self.eps)))
 
-    def _attend_long(self, a_TH: Tensor, qkv_T: Tensor, pools: tuple[Tensor, Tensor], rows: slice, layout: Any, layer: Layer) -> None:
+    def _attend_long(self, a_TH: Tensor, qkv_T: Tensor, pools: tuple[Tensor, Tensor], long: Long, layer: Layer) -> None:
         H, _, D = self.heads
-        q_THD = qkv_T[rows, : H * D].reshape(-1, H, D)
-        a_TH[rows] = over_buckets(q_THD, *pools, layout, layer.scaling, None, layer.window).flatten(1)
+        q_THD = qkv_T[:, : H * D].unflatten(1, (H, D))
+        if isinstance(long, ops.QueryIndex):
+            ops.attend_rows(q_THD, *pools, a_TH.view(-1, H, D), long, layer.scaling, layer.window)
+            return
+        for rows, layout in long:
+            a_TH[rows] = over_buckets(q_THD[rows], *pools, layout, layer.scaling, None, layer.window).flatten(1)
 
 
 def packs_weights(hosted: Hosted) -> bool:
@@ -143,14 +150,13 @@ def packs_weights(hosted: Hosted) -> bool:
     return hosted.dtype == torch.bfloat16 and size <= MEMORY_SHARE * machine_memory()[0]
 
 
-def _paging(plan: AttentionPlan, cache: KVCache) -> tuple[Paging, list[tuple[slice, Any]]]:
-    """The native attention's tables, and for each long sequence its rows and the layout of its own."""
+def _paging(plan: AttentionPlan, cache: KVCache) -> tuple[Paging, Long]:
+    """The native attention's tables, and the long sequences."""
     total = sum(r.queries for r in plan.runs)
-    sequence, length, long = np.zeros(total, dtype=np.int32), np.zeros(total, dtype=np.int32), []
+    sequence, length, long = np.zeros(total, dtype=np.int32), np.zeros(total, dtype=np.int32), list[Run]()
     for i, run in enumerate(plan.runs):
         if run.queries >= LONG:
-            layout = lay_out([Run(0, run.queries, run.keys)], plan.device)
-            long.append((slice(run.start, run.stop), layout))
+            long.append(run)
         else:
             sequence[run.start : run.stop] = i
             length[run.start : run.stop] = np.arange(run.length - run.queries + 1, run.length + 1)
@@ -161,7 +167,13 @@ def _paging(plan: AttentionPlan, cache: KVCache) -> tuple[Paging, list[tuple[sli
     else:
         table = np.asarray(plan.places, dtype=np.int32)[:, None]
     sequence_T, length_T, table_SB = (torch.from_numpy(a) for a in (sequence, length, table))
-    return Paging(sequence_T, length_T, table_SB, cache.capacity), long
+    return Paging(sequence_T, length_T, table_SB, cache.capacity), _long(long, cache)
+
+
+def _long(runs: Sequence[Run], cache: KVCache) -> Long:
+    if runs and ops.takes_flat(cache.keys[0]):
+        return ops.query_index([(r.start, r.stop, r.keys) for r in runs])
+    return [(slice(r.start, r.stop), lay_out([Run(0, r.queries, r.keys)], cache.keys.device)) for r in runs]
 
 
 def _stack_edits(path: DecodePath, mix: Mix) -> StackEdits:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from trimtab.ops.layer import Matrix, largest, linear_into, linears, rms_norm, rotate, swiglu
     from trimtab.ops.loss import LOSS_ROWS, log_probabilities, supervised_loss
-    from trimtab.ops.native_attention import FlatIndex, flat_attention, flat_index, takes_flat
+    from trimtab.ops.native_attention import FlatIndex, QueryIndex, attend_rows, flat_attention, flat_index, query_index, takes_flat
     from trimtab.ops.varlen import VarlenIndex, varlen_attention, varlen_index, varlen_kernel
 else:
     load_on_first_use(__name__)
@@ -33,7 +33,9 @@ __all__ = [
     "LOSS_ROWS",
     "Matrix",
     "QUERY_BLOCK",
+    "QueryIndex",
     "VarlenIndex",
+    "attend_rows",
     "attention",
     "by_span",
     "dora",
@@ -47,6 +49,7 @@ __all__ = [
     "log_probabilities",
     "lora",
     "lora_embedding",
+    "query_index",
     "replace",
     "rms_norm",
     "rotate",

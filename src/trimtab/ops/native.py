@@ -81,6 +81,13 @@ def has_tiles() -> bool:
     return library is not None and bool(library.trimtab_tiles())
 
 
+@cache
+def attends_flat() -> bool:
+    """Whether `native_attention` runs here: on matrix tiles, or where the processor has none in registers that multiply bfloat16."""
+    library = load()[0]
+    return library is not None and bool(library.trimtab_attends())
+
+
 def advise_huge(memory: Tensor) -> None:
     """Ask for huge pages under a large tensor on the CPU: weights that are read once a step otherwise cost a page walk every 4 KB."""
     if memory.device.type != "cpu" or memory.nbytes < 2 * HUGE or sys.platform != "linux":

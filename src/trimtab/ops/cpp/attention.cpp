@@ -1,4 +1,4 @@
-// Attention of training on a CPU: rows of many sequences as they lie, no padding between them, forward and backward on matrix tiles.
+// Attention of training on a CPU: rows of many sequences as they lie, no padding between them, forward and backward on matrix tiles, or in wide registers.
 // T rows, H query heads, G key heads, D head size (a multiple of 32). A sequence's queries are rows that follow each other; its keys are
 // rows of the pools [rows, G, D], in order, and end at the place of its last query.
 //
@@ -8,7 +8,7 @@
 
 #include "attention_tiles.h"
 
-#ifdef TILES
+#ifdef __AVX512BF16__
 namespace {
 
 const int64_t SEQUENCE = 4;  // numbers of a sequence: its first row, its queries, where its keys start in `keys`, how many
@@ -264,11 +264,10 @@ void attend_rows_bf16(void* q, int64_t q_stride, void* k, int64_t k_stride, void
     const Call x{q_rows, k_rows, v_rows, kept, kept + H * T, keys, T, H / G, D, window, float(scale)};
 #pragma omp parallel
     {
-        TileConfig().load();
+        const Multiplying on;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < count * G; item++)
             forward(x, sequences + item / G * SEQUENCE, item % G, longest, {(bf16*)out, H * D});
-        _tile_release();
     }
 }
 
@@ -283,10 +282,11 @@ void attend_rows_backward_bf16(void* q, int64_t q_stride, void* k, int64_t k_str
     const Gradients to{{(bf16*)d_out, d_stride}, {(bf16*)dq, H * D}, {(bf16*)dk, G * D}, {(bf16*)dv, G * D}, slots, shares, v_shares, G};
 #pragma omp parallel
     {
-        TileConfig().load();
+        {
+            const Multiplying on;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < count * G; item++) backward(x, sequences + item / G * SEQUENCE, item % G, longest, to);
-        _tile_release();
+            for (int64_t item = 0; item < count * G; item++) backward(x, sequences + item / G * SEQUENCE, item % G, longest, to);
+        }
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < shared_count; r++) {
             add_shares(r, shared, first_share, to.k_shares, G * D, to.k);

@@ -1,4 +1,5 @@
-// What the attention of attention.cpp is made of: products of 32 x 32 on matrix tiles, and the layouts that they read.
+// What the attention of attention.cpp is made of: products of 32 x 32 on matrix tiles, or where the processor has none in its wide registers,
+// and the layouts that both read.
 //
 // A tile holds 16 rows of 64 bytes. A product adds a left side, 16 rows of 32 bfloat16, times a right side, 32 rows of 16 that lie in pairs
 // (two rows' values of a column side by side), to 16 x 16 floats. Nothing here knows of queries or keys.
@@ -7,7 +8,7 @@
 
 #include "common.h"
 
-#ifdef TILES
+#ifdef __AVX512BF16__
 namespace {
 
 constexpr int64_t BLOCK = 32, TILE = 16, WHOLE = TILE * BLOCK;  // a tile holds 16 x 16 floats, or 16 rows of 32 bfloat16
@@ -105,6 +106,13 @@ template <bool turned> inline void paired(const bf16* rows, int64_t D, bf16* to)
         }
 }
 
+#ifdef TILES
+// Products run while one of these lives, on its thread.
+struct Multiplying {
+    Multiplying() { TileConfig().load(); }
+    ~Multiplying() { _tile_release(); }
+};
+
 // c [32 x 32 floats] = (c +) the sum over `steps` of (a0 over a1) (b0 | b1).
 template <bool adds>
 inline void multiply(const bf16* a0, const bf16* a1, int64_t a_row, int64_t a_step, const bf16* b0, const bf16* b1, int64_t b_step,
@@ -137,6 +145,46 @@ inline void multiply(const bf16* a0, const bf16* a1, int64_t a_row, int64_t a_st
     _tile_stored(2, lower, c_row * 4);
     _tile_stored(3, lower + TILE, c_row * 4);
 }
+#else
+struct Multiplying {
+    ~Multiplying() {}
+};
+
+// Eight of the rows: 16 sums stay in registers, which hides how long one of their additions takes.
+template <bool adds>
+inline void multiply_rows(const bf16* a, int64_t a_row, int64_t a_step, const bf16* b0, const bf16* b1, int64_t b_step, int64_t steps, float* c,
+                          int64_t c_row) {
+    __m512 sums[8][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) sums[i][j] = adds ? _mm512_loadu_ps(c + i * c_row + j * TILE) : _mm512_setzero_ps();
+    for (int64_t k = 0; k < steps; k++, a += a_step, b0 += b_step, b1 += b_step)
+#pragma GCC unroll 16
+        for (int p = 0; p < 16; p++) {
+            const __m512bh low = (__m512bh)load(b0 + p * BLOCK), high = (__m512bh)load(b1 + p * BLOCK);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+                int32_t two;
+                std::memcpy(&two, a + i * a_row + 2 * p, 4);
+                const __m512bh left = (__m512bh)_mm512_set1_epi32(two);
+                sums[i][0] = _mm512_dpbf16_ps(sums[i][0], left, low);
+                sums[i][1] = _mm512_dpbf16_ps(sums[i][1], left, high);
+            }
+        }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) _mm512_storeu_ps(c + i * c_row + j * TILE, sums[i][j]);
+}
+
+template <bool adds>
+inline void multiply(const bf16* a0, const bf16* a1, int64_t a_row, int64_t a_step, const bf16* b0, const bf16* b1, int64_t b_step,
+                     int64_t steps, float* c, int64_t c_row) {
+    for (int i = 0; i < 32; i += 8)
+        multiply_rows<adds>((i < 16 ? a0 : a1) + i % 16 * a_row, a_row, a_step, b0, b1, b_step, steps, c + i * c_row, c_row);
+}
+#endif
 
 }  // namespace
 #endif
