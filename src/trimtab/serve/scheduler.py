@@ -10,6 +10,7 @@ known here.
 
 from __future__ import annotations
 
+from array import array
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable
@@ -208,7 +209,7 @@ class Scheduler:
             rows.pop(gone, None)
             self._preempt(gone)
         taken = min(max(missing, 0), self.pool.available)
-        live.blocks += self.pool.take(taken)
+        live.blocks.extend(self.pool.take(taken))
         return min(chunk, len(live.blocks) * size - live.past)
 
     def _gives_way(self, live: Live) -> Live | None:
@@ -229,7 +230,7 @@ class Scheduler:
 
     def _give_back(self, live: Live) -> None:
         self.pool.release(live.blocks)
-        live.blocks, live.past, live.published, live.unwritten = [], 0, 0, False
+        live.blocks, live.past, live.published, live.unwritten = array("i"), 0, 0, False
 
     # ---- entering ----
 
@@ -339,10 +340,10 @@ class Scheduler:
         live.where = "running"
         insort(self.running, live, key=lambda r: r.serial)
         pool.share(known)
-        live.blocks, live.past, live.published = list(known), len(known) * size, len(known)
+        live.blocks, live.past, live.published = array("i", known), len(known) * size, len(known)
         if live.past < live.virtual:
             live.past, live.unwritten = live.virtual, True
-            live.blocks += pool.take(-(-live.virtual // size) - len(known))
+            live.blocks.extend(pool.take(-(-live.virtual // size) - len(known)))
         if live.admitted is None:
             live.cached = max(0, len(known) * size - live.virtual)
             self.query_tokens += len(live.tokens)

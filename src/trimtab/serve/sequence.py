@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Literal
@@ -46,7 +47,7 @@ class Live:
     resident: Resident | None = None
     virtual: int = 0
     past: int = 0
-    blocks: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("i"))
     keys: list[bytes] = field(default_factory=list)
     published: int = 0
     unwritten: bool = False

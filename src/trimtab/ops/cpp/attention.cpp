@@ -76,7 +76,7 @@ void softmax(const Block& b, const float* s, float c, bf16* p, float* top, float
         for (int64_t j = b.first; j < b.end; j += 2) {
             __m512 e[2];
             for (int i = 0; i < 2; i++) {
-                e[i] = power(_mm512_fmsub_ps(_mm512_loadu_ps(scores + (j + i) * BLOCK), by, most));
+                e[i] = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(scores + (j + i) * BLOCK), by, most));
                 e[i] = _mm512_maskz_mov_ps(__mmask16(b.seeing(j + i) >> half * TILE), e[i]);
                 sum = _mm512_add_ps(sum, e[i]);
             }
@@ -99,7 +99,7 @@ void softmax_backward(const Block& b, float* s, const float* dp, float c, const 
         __m512 e[2];
         for (int half = 0; half < 2; half++) {
             float* at = s + j * BLOCK + half * TILE;
-            e[half] = power(_mm512_fmsub_ps(_mm512_loadu_ps(at), by, most[half]));
+            e[half] = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(at), by, most[half]));
             e[half] = _mm512_maskz_mul_ps(__mmask16(seeing >> half * TILE), e[half], share[half]);
             delta[half] = _mm512_fmadd_ps(e[half], _mm512_loadu_ps(dp + j * BLOCK + half * TILE), delta[half]);
             _mm512_storeu_ps(at, e[half]);

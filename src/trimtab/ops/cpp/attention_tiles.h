@@ -31,18 +31,6 @@ thread_local Scratch scratch;
 
 inline int64_t whole_blocks(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
 
-// 2^x to 1e-7; 0 far below.
-inline __m512 power(__m512 x) {
-    const __m512 k = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, k);
-    __m512 p = _mm512_set1_ps(1.3266970e-3f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.6754597e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5507426e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022122e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314695e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, k);
-}
-
 inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 inline void save(void* p, __m512i v) { _mm512_storeu_si512(p, v); }
 inline __m512i narrow(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }

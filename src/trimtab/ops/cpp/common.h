@@ -62,6 +62,20 @@ static inline float fast_exp(float x) {
     return x < -87.0f ? 0.0f : exp_rest(clipped, k) * scale;
 }
 
+#ifdef __AVX512BF16__
+// 2^x to 1e-7; 0 far below.
+static inline __m512 power_of_two(__m512 x) {
+    const __m512 k = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, k);
+    __m512 p = _mm512_set1_ps(1.3266970e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.6754597e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5507426e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022122e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314695e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, k);
+}
+#endif
+
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define TILES 1
 // Loads of tiles and of their shapes do not tell the compiler what they read: what was written must be in memory before.
