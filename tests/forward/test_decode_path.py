@@ -7,15 +7,21 @@ from collections import namedtuple
 import psutil
 import pytest
 import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import odd
 from tests.forward.test_rowwise import DEVIATIONS
 from tests.laws.common import cached_logits, difference, tokens
 from tests.tiny import tiny_model, tiny_tokenizer
+from trimtab import ops
 from trimtab.bases.copies import copied
 from trimtab.forward import decode_path
 from trimtab.forward.attached import Attached
+from trimtab.forward.attention import PagedKV
+from trimtab.forward.batch import BASE, Piece
 from trimtab.forward.decode_path import FAMILIES, DecodePath
+from trimtab.forward.packs import Mix
 from trimtab.model import Base
 from trimtab.ops import native
 
@@ -124,3 +130,34 @@ def test_a_kernel_that_is_wrong_is_not_run(wrong: str, monkeypatch) -> None:
         attend = decode_path.native_inference.attend
         monkeypatch.setattr(decode_path.native_inference, "attend", lambda *args: attend(*args[:4], args[4] * 1.1, args[5]))
     assert Base(tiny_model("llama", dtype=torch.bfloat16), tiny_tokenizer()).attached.decode_path is None
+
+
+@pytest.mark.skipif(not native.attends_flat(), reason="this processor does not multiply bfloat16, or there are no native kernels")
+def test_long_prompts_on_flat_rows(monkeypatch) -> None:
+    """Heads that fill blocks: two sequences that bring many rows onto cached ones, each as it is alone in transformers in fp32. A scale
+    that is off by a tenth is seen before."""
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, head_dim=32
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    calls, real = list[int](), ops.attend_rows
+    monkeypatch.setattr(ops, "attend_rows", lambda q, *rest: calls.append(len(q)) or real(q, *rest))
+    base = Base(copied(model).to(torch.bfloat16), None)
+    ids = [torch.tensor(tokens(n, i)) for i, n in enumerate((300, 190))]
+    cache = PagedKV(2, 40, 16, 1, 32, base.dtype, base.device)
+    places, got = [list(range(0, 40, 2)), list(range(1, 40, 2))], [list[Tensor](), list[Tensor]()]
+    with torch.inference_mode():
+        for cuts in ((100, 1), (70, 100), (130, 89)):
+            past = [sum(map(len, g)) for g in got]
+            pieces = [Piece(x[p : p + n], BASE, place, p) for x, p, n, place in zip(ids, past, cuts, places, strict=True)]
+            batch = base.batch(pieces, Mix([]), cache=cache)
+            hidden = base.attached.forward(batch)
+            for g, (a, b) in zip(got, batch.where, strict=True):
+                g.append(hidden[a:b])
+        assert base.attached.decode_path is not None and calls.count(101) == 2 and calls.count(170) == calls.count(219) == 2
+        for g, x in zip(got, ids, strict=True):
+            want = model.model(x[None]).last_hidden_state[0]
+            assert difference(torch.cat(g).float(), want) < 0.03
+    monkeypatch.setattr(ops, "attend_rows", lambda *args: real(*args[:5], args[5] * 1.1, args[6]))
+    assert Base(copied(model).to(torch.bfloat16), None).attached.decode_path is None

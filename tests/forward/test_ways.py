@@ -14,10 +14,10 @@ import torch
 from tests.laws.common import cached_logits, difference, noisy, one_thread, solo, tokens
 from tests.tiny import tiny_model, tiny_tokenizer
 from trimtab.forward.attached import Attached
-from trimtab.forward.attention import AttentionPlan, PagedKV
+from trimtab.forward.attention import LONG, AttentionPlan, PagedKV
 from trimtab.forward.batch import BASE, Batch, Piece, Way
 from trimtab.forward.decode_layer import FEW_ROWS
-from trimtab.forward.decode_path import LONG, DecodePath
+from trimtab.forward.decode_path import DecodePath
 from trimtab.forward.packs import Mix
 from trimtab.methods import BottleneckConfig, IA3Config, LoraConfig
 from trimtab.methods.base import SHORT_SPAN, Span

@@ -13,7 +13,7 @@ from tests.laws.common import noisy, tokens
 from tests.tiny import tiny_tokenizer
 from trimtab import ops
 from trimtab.forward import attention
-from trimtab.forward.attention import AttentionPlan, KVCache, Run, attend, lay_out, over_buckets
+from trimtab.forward.attention import LONG, AttentionPlan, KVCache, Run, attend, lay_out, over_buckets
 from trimtab.methods import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from trimtab.model import Base
 from trimtab.ops import native, native_attention
@@ -184,15 +184,15 @@ def test_where_it_runs(monkeypatch):
     monkeypatch.setattr(attention.ops, "flat_attention", lambda q, *rest: called.append("flat") or q)
     monkeypatch.setattr(attention, "over_buckets", lambda q, *rest: called.append("buckets") or q)
 
-    def went(dtype=torch.bfloat16, D=64, softcap=None, cache=False):
-        plan = AttentionPlan([Run(0, 4, ((0, 4),))], torch.device("cpu"))
+    def went(dtype=torch.bfloat16, D=64, softcap=None, cache=False, rows=4):
+        plan = AttentionPlan([Run(0, rows, ((0, rows),))], torch.device("cpu"))
         if cache:
-            plan.cache, plan.write_T = KVCache(1, 1, 8, 1, D, dtype, plan.device), torch.arange(4)
-        q, k = torch.zeros(4, 2, D, dtype=dtype), torch.zeros(4, 1, D, dtype=dtype)
+            plan.cache, plan.write_T = KVCache(1, 1, rows, 1, D, dtype, plan.device), torch.arange(rows)
+        q, k = torch.zeros(rows, 2, D, dtype=dtype), torch.zeros(rows, 1, D, dtype=dtype)
         attend(q, k, k, plan, 0, 0.1, softcap, None)
         return called.pop()
 
-    assert [went(D=D) for D in (32, 64, 96, 128)] == ["flat"] * 4
+    assert [went(D=D) for D in (32, 64, 96, 128)] == ["flat"] * 4 and went(cache=True, rows=LONG) == "flat"
     assert [went(D=16), went(D=48), went(D=160), went(torch.float32), went(softcap=2.0), went(cache=True)] == ["buckets"] * 6
     monkeypatch.setattr(native, "attends_flat", lambda: False)
     assert went() == "buckets"

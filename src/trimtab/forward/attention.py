@@ -25,6 +25,8 @@ from trimtab.errors import BaseError
 from trimtab.ops import native
 
 NAME = "trimtab"
+LONG = 64
+"""Sequences that bring this many rows run their attention over a cache in blocks of queries, or as batched matmuls; others row by row."""
 MAX_PADDING = 1.3
 """A bucket takes the next longer sequence while its padded area stays below this multiple of its real area."""
 
@@ -296,7 +298,8 @@ def attend(
 ) -> Tensor:
     """Attention of a layer's flat rows over the plan's sequences; q [T, H, D], k and v [T, kv_heads, D]; returns [T, H, D]."""
     k_pool, v_pool = plan.pool(layer, k_THD, v_THD)
-    if plan.cache is None and softcap is None and scaling > 0 and ops.takes_flat(q_THD, k_pool, v_pool):
+    flat = plan.cache is None or any(run.queries >= LONG for run in plan.runs)
+    if flat and softcap is None and scaling > 0 and ops.takes_flat(q_THD, k_pool, v_pool):
         return ops.flat_attention(q_THD, k_pool, v_pool, plan.index, scaling, window)
     if plan.cache is None and softcap is None and (kernel := ops.varlen_kernel(q_THD, k_pool)) is not None:
         return ops.varlen_attention(q_THD, k_pool, v_pool, plan.varlen, scaling, window, kernel)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trimtab import ops
 from trimtab.bases.weights import norm_weight
-from trimtab.forward.attention import AttentionPlan, KVCache, PagedKV, Run, lay_out, over_buckets
+from trimtab.forward.attention import LONG, AttentionPlan, KVCache, PagedKV, Run, lay_out, over_buckets
 from trimtab.forward.batch import BASE, Batch, Way
 from trimtab.forward.decode_layer import FEW_ROWS, Layer, known, linear
 from trimtab.forward.hosted import Hosted
@@ -32,8 +32,6 @@ from trimtab.ops import native_inference
 from trimtab.ops.stack import Edit, EditTable, LayerWeights, Stack
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-LONG = 64
-"""Sequences that bring this many rows run their attention as batched matmuls, which a long prompt is worth."""
 MEMORY_SHARE = 0.25
 """Weights are copied into the matmul's layout where that takes at most this share of all memory. Not of what is free: a copy's results
 differ from the original's by rounding, and the same run on the same machine must give the same numbers."""
