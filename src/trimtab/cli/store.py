@@ -40,7 +40,7 @@ def init(root: Path | None, as_json: bool) -> None:
     from trimtab.store.registry import Store
 
     made = Store(root, create=True)
-    click.echo(json.dumps({"root": str(made.root)}) if as_json else f"{made.root} is a store of {len(made.list())} adapters")
+    click.echo(json.dumps({"root": str(made.root)}) if as_json else f"{made.root} is a store of {sum(1 for _ in made.names())} adapters")
 
 
 @store.command("where")

@@ -1,19 +1,22 @@
 """`index.json`: which names a store has, their versions and aliases. Text to tables and back; knows no disk and no blobs.
 
 It is a flat OCI image index: one descriptor for each version, with org.opencontainers.image.ref.name "acme/support@3", and one for each
-alias, "acme/support@prod", so that `skopeo copy oci:STORE:acme/support@prod …` finds both. Annotations of our own say three things more:
-which version an alias stands for (two versions may hold the same files); the highest number that a name has had, where that version is
-gone, since numbers are never used again; and a check of each entry, so that a flipped bit does not make one name another. Entries that
-other tools have written have no check.
+alias, "acme/support@prod", so that `skopeo copy oci:STORE:acme/support@prod …` finds both. Annotations of our own say more: which version
+an alias stands for (two versions may hold the same files); the highest number that a name has had, where that version is gone, since
+numbers are never used again; which namespaces have a name; and a check of each entry, so that a flipped bit does not make one name another.
+Entries that other tools have written have no check.
+
+Each annotation and each entry is a line, and the lines are sorted, so that `sorted_index` finds a name without reading the others. The
+first line says how long the file is: where that is wrong, somebody else has changed the file, and it is read whole.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -25,10 +28,17 @@ from trimtab.store.names import LATEST, NUMBER, WORD, NoSuchAdapter, Ref, missin
 REF_NAME = "org.opencontainers.image.ref.name"
 ALIAS_OF = "io.trimtab.version"
 CHECK = "io.trimtab.check"
+SIZE = "io.trimtab.size"
 LAST = "io.trimtab.last/"
 """Before a name's path: an annotation of the index, the highest number that the name has had and a check."""
-MAX_INDEX_BYTES = 2**28
+NAME = "io.trimtab.name/"
+"""Before "support/acme": an annotation of the index, there is acme/support. Its value is a check."""
+MAX_INDEX_BYTES = 2**30
 REF = re.compile(rf"({WORD.pattern}/{WORD.pattern})@({WORD.pattern})")
+HEAD = f'{{"schemaVersion":2,"mediaType":"{INDEX_TYPE}","annotations":{{"{SIZE}":"'
+DIGITS, LINE = 15, 2**11
+"""Of the size, which stands behind HEAD. No line but the first, which has other tools' annotations, is longer than LINE bytes."""
+MIDDLE, END = '},"manifests":[\n', "]}\n"
 
 
 class Entry(NamedTuple):
@@ -92,21 +102,38 @@ class Name:
     def _shown_aliases(self) -> str:
         return ", ".join([*sorted(self.aliases), LATEST])
 
-    @cached_property
-    def lines(self) -> str:
-        """Its entries as they stand in index.json. Names, digests and numbers hold nothing that JSON would escape."""
+    @property
+    def entries(self) -> str:
+        """Its lines among the entries of index.json. Names, digests and numbers hold nothing that JSON would escape."""
         found = [_line(e, f"{self.path}@{n}", "") for n, e in sorted(self.versions.items())]
-        found += [_line(self.versions[n], f"{self.path}@{a}", str(n)) for a, n in sorted(self.aliases.items())]
-        return ",\n".join(found)
+        return "".join(found + [_line(self.versions[n], f"{self.path}@{a}", str(n)) for a, n in sorted(self.aliases.items())])
+
+    @property
+    def last_line(self) -> str:
+        """Its line among the highest numbers, which it has if that version is gone."""
+        gone = self.last > max(self.versions, default=0)
+        return f',"{LAST}{self.path}":"{self.last} {check(self.path, self.last)}"\n' if gone else ""
+
+    @property
+    def name_line(self) -> str:
+        """Its line among the names, by which namespaces are found."""
+        return f',"{NAME}{turned(self.path)}":"{check(turned(self.path))}"\n' if self.versions else ""
+
+
+def turned(path: str) -> str:
+    """`support/acme` of `acme/support`, and back."""
+    one, _, other = path.partition("/")
+    return f"{other}/{one}"
 
 
 def _line(entry: Entry, ref: str, alias_of: str) -> str:
+    """With the comma before it."""
     annotations = f'"{REF_NAME}":"{ref}",' + (f'"{ALIAS_OF}":"{alias_of}",' if alias_of else "")
-    annotations += f'"{CHECK}":"{_check(ref, *entry, alias_of)}"'
-    return f'{{"mediaType":"{MANIFEST_TYPE}","digest":"{entry.digest}","size":{entry.size},"annotations":{{{annotations}}}}}'
+    annotations += f'"{CHECK}":"{check(ref, *entry, alias_of)}"'
+    return f',{{"mediaType":"{MANIFEST_TYPE}","digest":"{entry.digest}","size":{entry.size},"annotations":{{{annotations}}}}}\n'
 
 
-def _check(*facts: str | int) -> str:
+def check(*facts: str | int) -> str:
     """Against accidents only: whoever can write the index can compute it."""
     return f"{crc32(' '.join(map(str, facts)).encode()):08x}"
 
@@ -134,15 +161,29 @@ class Index:
         return [self.names[path] for path in sorted(self.names) if self.names[path].versions]
 
     def to_bytes(self) -> bytes:
-        live = self.live
-        gone = {f"{LAST}{n.path}": f"{n.last} {_check(n.path, n.last)}" for n in self.names.values() if n.last > max(n.versions, default=0)}
-        annotations = json.dumps({**self.annotations, **dict(sorted(gone.items()))}, separators=(",", ":"))
-        entries = ",\n".join(name.lines for name in live)
-        return f'{{"schemaVersion":2,"mediaType":"{INDEX_TYPE}","annotations":{annotations},"manifests":[\n{entries}\n]}}\n'.encode()
+        names = [self.names[path] for path in sorted(self.names)]
+        own = "".join(f",{json.dumps(k)}:{json.dumps(v)}" for k, v in self.annotations.items())
+        by_name = sorted(names, key=lambda n: turned(n.path))
+        annotations = "".join([*(n.last_line for n in names), *(n.name_line for n in by_name)])
+        entries = "".join(n.entries for n in names)
+        text = f'"{own}\n{annotations}{MIDDLE}{f" {entries[1:]}" if entries else ""}{END}'
+        return f"{HEAD}{len(HEAD) + DIGITS + len(text):0{DIGITS}}{text}".encode()
 
 
-def parse_index(data: bytes) -> tuple[Index, list[str]]:
+def is_sorted(head: bytes, size: int) -> bool:
+    """Whether a file of that size, which begins like this, is as it was written here: its lines are sorted."""
+    return head.startswith(f'{HEAD}{size:0{DIGITS}}"'.encode())
+
+
+def parse_index(data: bytes, what: str = "index.json") -> tuple[Index, list[str]]:
     """The index, and everything in it that cannot be. Where there is any, the index must not be trusted, and never be written back."""
+    index, problems = _parse(data)
+    if not problems and is_sorted(data[:LINE], len(data)) and index.to_bytes() != data:
+        problems.append("index.json is damaged: its lines are not as they were written")
+    return index, [p.replace("index.json", what, 1) for p in problems]
+
+
+def _parse(data: bytes) -> tuple[Index, list[str]]:
     try:
         document = parse_json(data, "index.json")
     except Refusal as reason:
@@ -200,19 +241,23 @@ def _read_entry(value: Any) -> tuple[str, str, Entry, str | None] | str:
     if found.media_type != MANIFEST_TYPE or value.get("artifactType", ARTIFACT_TYPE) != ARTIFACT_TYPE:
         return f"{ref} is not a manifest of an adapter"
     entry, alias_of = Entry(found.digest, found.size), found.annotations.get(ALIAS_OF)
-    if found.annotations.get(CHECK) not in (None, _check(ref, *entry, alias_of or "")):
+    if found.annotations.get(CHECK) not in (None, check(ref, *entry, alias_of or "")):
         return f"the entry {ref} is damaged: it does not agree with its own check"
     return match[1], match[2], entry, alias_of
 
 
 def _read_last(annotations: Mapping[str, str], problems: list[str]) -> tuple[dict[str, int], dict[str, str]]:
     """(the highest number by path, annotations that are not ours)."""
-    last, own = {}, {}
+    last: dict[str, int] = {}
+    own: dict[str, str] = {}
     for key, value in annotations.items():
         path = key.removeprefix(LAST)
-        if path == key:
-            own[key] = value
-        elif NUMBER.fullmatch(number := value.partition(" ")[0]) is None or value != f"{number} {_check(path, number)}":
+        if key.startswith(NAME):
+            if value != check(key.removeprefix(NAME)):
+                problems.append(f"index.json: the annotation {short(repr(key))} = {short(repr(value))} is damaged")
+        elif path == key:
+            own |= {} if key == SIZE else {key: value}
+        elif NUMBER.fullmatch(number := value.partition(" ")[0]) is None or value != f"{number} {check(path, number)}":
             problems.append(f"index.json: the annotation {short(repr(key))} = {short(repr(value))} is damaged")
         else:
             last[path] = int(number)
@@ -228,3 +273,15 @@ def _alias(path: str, alias: str, entry: Entry, said: str | None, versions: Mapp
         return int(said)
     problems.append(f"index.json: {path}@{alias} stands for {said or ''} {entry.digest}, which is no version of {path}".replace("  ", " "))
     return None
+
+
+def main() -> None:
+    """index.json from standard input, with its lines sorted to standard output; what is wrong with it to standard error."""
+    index, problems = parse_index(sys.stdin.buffer.read())
+    if problems:
+        sys.exit("\n".join(problems))
+    sys.stdout.buffer.write(index.to_bytes())
+
+
+if __name__ == "__main__":
+    main()

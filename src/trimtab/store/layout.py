@@ -1,7 +1,8 @@
 """An OCI image layout on disk: `oci-layout`, `index.json`, `blobs/sha256/<hex>`. Knows bytes and digests, nothing of adapters or names.
 
     root/oci-layout            {"imageLayoutVersion": "1.0.0"}
-    root/index.json            the single commit point; replaced by rename, never written in place
+    root/index.json            the names; replaced by rename, never written in place
+    root/changes/<name>.json   names that have changed since, in a large store (`refs.py`); put there by rename
     root/blobs/sha256/<hex>    read-only files; put there by rename, never changed
     root/tmp/<uuid>            what is being written; whatever a killed writer has left there counts for nothing
     root/.lock                 the writers' lock; readers take none
@@ -14,7 +15,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -25,13 +26,13 @@ from trimtab.atomic import take_name
 from trimtab.errors import AdapterError
 from trimtab.store.blobs import Blobs, Staging, read_whole
 from trimtab.store.files import Refusal, parse_json
-from trimtab.store.names import NoSuchAdapter
+from trimtab.store.names import NoSuchAdapter, is_word
 
 VERSION = {"imageLayoutVersion": "1.0.0"}
 LOCK_SECONDS = 120.0
 """How long a writer waits for another; the longest anyone holds the lock is a garbage collection."""
-PARTS = ("oci-layout", "index.json", "blobs", "tmp", ".lock")
-FOLDERS = ("blobs", "blobs/sha256", "tmp")
+PARTS = ("oci-layout", "index.json", "blobs", "changes", "tmp", ".lock")
+FOLDERS = ("blobs", "blobs/sha256", "changes", "tmp")
 
 
 class Mark(NamedTuple):
@@ -41,6 +42,20 @@ class Mark(NamedTuple):
     mtime_ns: int
     size: int
 
+    @classmethod
+    def of(cls, status: os.stat_result) -> Mark:
+        return cls(status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def change_file(path: str) -> str:
+    """Where the change of a name waits, beneath the root; `changed_path` gives its path by the file's name."""
+    return f"changes/{path.replace('/', '@')}.json"
+
+
+def changed_path(file: str) -> str | None:
+    namespace, _, name = file.removesuffix(".json").partition("@")
+    return f"{namespace}/{name}" if file.endswith(".json") and is_word(namespace) and is_word(name) else None
+
 
 class Layout:
     """root: as the user names it; a link to the folder itself is the user's own and is followed once, here."""
@@ -48,7 +63,7 @@ class Layout:
     def __init__(self, root: Path, *, create: bool, first_index: bytes):
         self.root = Path(os.path.realpath(root))
         self.blobs = Blobs(self.root / "blobs" / "sha256", self.root / "tmp")
-        self.tmp, self.index = self.blobs.tmp, self.root / "index.json"
+        self.tmp, self.index, self.changes = self.blobs.tmp, self.root / "index.json", self.root / "changes"
         self.lock = FileLock(self.root / ".lock", timeout=LOCK_SECONDS)
         if create:
             self._create(first_index)
@@ -68,7 +83,8 @@ class Layout:
                     fix="name a new or empty folder",
                 )
             for name in FOLDERS:
-                (self.root / name).mkdir(exist_ok=True)
+                if name != "changes":  # is there as long as a change waits
+                    (self.root / name).mkdir(exist_ok=True)
             for path, data in ((self.root / "oci-layout", b'{"imageLayoutVersion":"1.0.0"}'), (self.index, first_index)):
                 if not path.exists():
                     with self.locked(), self.blobs.staging() as stage:
@@ -130,23 +146,23 @@ class Layout:
     def mark(self) -> Mark:
         """Nothing but zeros where there is no index any more."""
         try:
-            return _mark(os.lstat(self.index))
+            return Mark.of(os.lstat(self.index))
         except FileNotFoundError:
             return Mark(0, 0, 0)
+
+    def marks(self) -> tuple[Mark, int]:
+        """As `mark`, of all that says which names there are."""
+        try:
+            return self.mark(), os.lstat(self.changes).st_mtime_ns
+        except FileNotFoundError:
+            return self.mark(), 0
 
     def read_index(self, limit: int) -> tuple[bytes, Mark]:
         """Refusal if it is not a plain file or too large."""
         data, status = read_whole(self.index, limit, "index.json")
-        return data, _mark(status)
+        return data, Mark.of(status)
 
-    def write_index(self, data: bytes, stage: Staging) -> Mark:
+    def write_index(self, data: Iterable[bytes], stage: Staging) -> None:
         """Commit: from here on, whatever happens, readers see this state or the one before. Call it under the lock."""
         time_ns = max(time.time_ns(), self.mark().mtime_ns + 1)
-        staged = stage.write([data], time_ns=time_ns)
-        mark = _mark(os.lstat(staged.path))
-        take_name(staged.path, self.index)
-        return mark
-
-
-def _mark(status: os.stat_result) -> Mark:
-    return Mark(status.st_ino, status.st_mtime_ns, status.st_size)
+        take_name(stage.write(data, time_ns=time_ns).path, self.index)

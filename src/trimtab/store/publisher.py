@@ -17,7 +17,7 @@ from trimtab.store.describe import contradictions, describe
 from trimtab.store.files import MAX_JSON_BYTES, AdapterFolder, Refusal, digest_of, open_folder
 from trimtab.store.folder import PICKLES, WEIGHTS, check_layout, read_opened
 from trimtab.store.header import read_header
-from trimtab.store.index import Entry, Index, Name
+from trimtab.store.index import Entry, Name
 from trimtab.store.manifest import (
     EMPTY,
     EMPTY_DESCRIPTOR,
@@ -129,14 +129,14 @@ class StorePublisher(StoreReader):
         """Give staged files their names, then the version its number."""
         empty = [] if self._blobs.problem(EMPTY_DESCRIPTOR) is None else [stage.write([EMPTY])]
         with self._layout.locked():
-            index = self._index()
+            there = self.get(ref) or Name(ref.path)
             self._blobs.keep([*files, *empty, written])
             self._check_there(manifest.blobs, ref)
-            name = index.names.get(ref.path, Name(ref.path)).published(Entry(written.digest, written.size))
+            name = there.published(Entry(written.digest, written.size))
             for alias in aliases:
                 name = name.aliased(alias, name.newest)
-            self._write(index, name)
-        return self._version(name, name.newest)
+            self._write(name)
+        return self.version(name, name.newest)
 
     def _check_there(self, blobs: Sequence[Descriptor], ref: Ref) -> None:
         gone = [f"blob {b.digest} is missing" for b in blobs if not self._blobs.has(b.digest, b.size)]
@@ -169,14 +169,10 @@ class StorePublisher(StoreReader):
         with self._layout.writing(what):
             yield
 
-    def _write(self, index: Index, name: Name) -> None:
+    def _write(self, name: Name) -> None:
         """Commit a changed name. Call it under the lock."""
-        if name == index.names.get(name.path):
-            return
-        changed = index.with_name(name)
-        with self._blobs.staging() as stage:
-            mark = self._layout.write_index(changed.to_bytes(), stage)
-        self._cached = mark, changed
+        with self._trusting():
+            self._refs.write(name)
 
 
 def _sizes(folder: AdapterFolder) -> dict[str, int]:

@@ -6,7 +6,7 @@ Index and blobs are replaced by rename, never written in place, and every byte i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,10 +16,11 @@ from trimtab.store.card import CARD, is_untouched
 from trimtab.store.diff import Diff, compare
 from trimtab.store.files import AdapterFolder, Refusal
 from trimtab.store.folder import REPLACEABLE
-from trimtab.store.index import MAX_INDEX_BYTES, Entry, Index, Name, parse_index
-from trimtab.store.layout import Layout, Mark
+from trimtab.store.index import Entry, Index, Name
+from trimtab.store.layout import Layout
 from trimtab.store.manifest import CREATED, MANIFEST_TYPE, Descriptor, Manifest, parse_manifest
 from trimtab.store.names import DIGEST, Ref, default_root, parse_name, short
+from trimtab.store.refs import END_OF_PATHS, Refs
 from trimtab.store.staging import staged
 from trimtab.store.verify import VerifyReport, verify
 from trimtab.store.version import Version
@@ -38,7 +39,7 @@ class StoreReader:
     def __init__(self, root: str | Path | None = None, create: bool = False):
         self._layout = Layout(default_root() if root is None else Path(root), create=create, first_index=Index().to_bytes())
         self._blobs = self._layout.blobs
-        self._cached: tuple[Mark, Index] | None = None
+        self._refs = Refs(self._layout)
         self._manifests: dict[str, Manifest] = {}
 
     @property
@@ -53,20 +54,40 @@ class StoreReader:
     def resolve(self, ref: str | Ref) -> Version:
         """The version that a reference means. NoSuchAdapter, with the nearest name, where there is none."""
         ref = Ref.parse(ref)
-        name = self._index().find(ref, str(self.root))
-        return self._version(name, name.number(ref))
+        name = self._find(ref)
+        return self.version(name, name.number(ref))
+
+    def get(self, ref: str | Ref) -> Name | None:
+        """What the store has of a name; None without one. Unlike `resolve` it takes no longer where other names are like this one."""
+        with self._trusting():
+            return self._refs.get(Ref.parse(ref).path)
+
+    def version(self, name: Name, number: int) -> Version:
+        """A version of a name that was found."""
+        entry = name.versions[number]
+        manifest = self._manifest(entry, f"{name.path}@{number}")
+        created = manifest.annotations.get(CREATED, "")
+        return Version(name.path, number, entry.digest, name.aliases_of(number), created, manifest.files, manifest.annotations)
+
+    def names(self, namespace: str | None = None, after: str = "") -> Iterator[Name]:
+        """Names that have a version, in the order of their paths, read as they are asked for; those behind the path `after`."""
+        first, before = (after, END_OF_PATHS) if namespace is None else (max(after, f"{namespace}/"), f"{namespace}0")
+        with self._trusting():
+            yield from self._refs.names(first, before)
 
     def list(self, namespace: str | None = None) -> Versions:
-        """The newest version of each name, in the order of the names."""
-        return [self._version(n, n.newest) for n in self._index().live if namespace in (None, n.path.partition("/")[0])]
+        """The newest version of each name, in the order of their paths."""
+        return [self.version(n, n.newest) for n in self.names(namespace)]
 
     def versions(self, name: str | Ref) -> Versions:
         """All versions of a name, oldest first."""
-        found = self._index().find(parse_name(name), str(self.root))
-        return [self._version(found, number) for number in sorted(found.versions)]
+        found = self._find(parse_name(name))
+        return [self.version(found, number) for number in sorted(found.versions)]
 
-    def namespaces(self) -> Names:
-        return sorted({name.path.partition("/")[0] for name in self._index().live})
+    def namespaces(self, name: str | None = None) -> Names:
+        """All, or those that have a name."""
+        with self._trusting():
+            return self._refs.namespaces() if name is None else self._refs.namespaces_of(name)
 
     # ---- reading ----
 
@@ -108,34 +129,22 @@ class StoreReader:
 
     def verify(self) -> VerifyReport:
         """Hash every blob and compare all that refers to another; everything that is wrong is in the report."""
-        before = self._layout.mark()
+        before = self._layout.marks()
         report = verify(self._layout)
-        if report.problems and self._layout.mark() != before:  # a version was removed, and collected, under our eyes
+        if report.problems and self._layout.marks() != before:  # a version was removed, and collected, under our eyes
             with self._layout.locked():
                 report = verify(self._layout)
         return report
 
     # ---- beneath ----
 
-    def _index(self) -> Index:
-        """The index as it is now, read anew only where it has changed. AdapterError if anything in it cannot be."""
-        with refusing(f"the store {self.root}"):
-            cached = self._cached
-            if cached is not None and self._layout.mark() == cached[0]:
-                return cached[1]
-            self._layout.check_parts()
-            data, mark = self._layout.read_index(MAX_INDEX_BYTES)
-            index, problems = parse_index(data)
-            if problems:
-                raise Refusal("\n".join(problems))
-        self._cached = mark, index
-        return index
+    def _find(self, ref: Ref) -> Name:
+        with self._trusting():
+            return self._refs.find(ref, str(self.root))
 
-    def _version(self, name: Name, number: int) -> Version:
-        entry = name.versions[number]
-        manifest = self._manifest(entry, f"{name.path}@{number}")
-        created = manifest.annotations.get(CREATED, "")
-        return Version(name.path, number, entry.digest, name.aliases_of(number), created, manifest.files, manifest.annotations)
+    def _trusting(self) -> AbstractContextManager[None]:
+        """AdapterError if what is read of the names cannot be."""
+        return refusing(f"the store {self.root}")
 
     def _manifest(self, entry: Entry, where: str) -> Manifest:
         found = self._manifests.get(entry.digest)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from trimtab.errors import AdapterError
 from trimtab.store.files import Refusal
-from trimtab.store.index import MAX_INDEX_BYTES, Entry, Index, parse_index
-from trimtab.store.layout import PARTS, Layout
+from trimtab.store.index import MAX_INDEX_BYTES, Entry, Index, Name, parse_index
+from trimtab.store.layout import PARTS, Layout, changed_path
 from trimtab.store.manifest import MANIFEST_TYPE, Descriptor, Manifest, parse_manifest
 from trimtab.store.names import DIGEST
+from trimtab.store.refs import Refs
 
 
 @dataclass(frozen=True)
@@ -31,26 +32,33 @@ def verify(layout: Layout) -> VerifyReport:
         layout.check_parts()
     except AdapterError as error:
         problems += error.problems
-    index = _index(layout, problems)
+    names = _names(layout, problems)
     problems += _strangers(layout)
     sizes = _hash_all(layout, problems)
     versions = 0
-    for name in index.live:
+    for _, name in sorted(names.items()):
         for number, entry in sorted(name.versions.items()):
             versions += 1
             problems += [f"{name.path}@{number}: {p}" for p in _version_problems(layout, entry, sizes)]
     return VerifyReport(versions, len(sizes), sum(sizes.values()), tuple(problems))
 
 
-def _index(layout: Layout, problems: list[str]) -> Index:
+def _names(layout: Layout, problems: list[str]) -> dict[str, Name]:
+    """Changes are read before the index: what is folded meanwhile is in both."""
+    refs, changes = Refs(layout), {}
+    for path in refs.waiting():
+        try:
+            changes[path] = refs.change(path)
+        except Refusal as reason:
+            problems += str(reason).splitlines()
     try:
         data, _ = layout.read_index(MAX_INDEX_BYTES)
     except Refusal as reason:
         problems.append(str(reason))
-        return Index()
+        data = Index().to_bytes()
     index, found = parse_index(data)
     problems += found
-    return index
+    return {**index.names, **{path: name for path, name in changes.items() if name is not None}}
 
 
 def _strangers(layout: Layout) -> list[str]:
@@ -58,6 +66,8 @@ def _strangers(layout: Layout) -> list[str]:
     found = [f"{name} does not belong in a store" for name in sorted(os.listdir(layout.root)) if name not in PARTS]  # noqa: PTH208 - names
     blobs = layout.blobs.folder
     found += [f"blobs/{name} does not belong in a store" for name in sorted(os.listdir(blobs.parent)) if name != blobs.name]  # noqa: PTH208
+    if layout.changes.is_dir():
+        found += [f"changes/{f} does not belong in a store" for f in sorted(os.listdir(layout.changes)) if not changed_path(f)]  # noqa: PTH208
     return found
 
 

@@ -3,6 +3,7 @@
     <root>/oci-layout                what it is
     <root>/blobs/sha256/<hex>        files and manifests, by their digest; one that is there is not moved again
     <root>/index.json                every version and alias as a descriptor of its manifest; written last, so that its blobs are there
+    <root>/changes/<name>.json       the same of one name, where it is there; it counts instead (a large store's folder: `store/refs`)
 
 It is what a store has on disk: one folder holds many adapters, equal files of all of them once, and one can pull from a store's folder.
 """
@@ -22,6 +23,7 @@ from trimtab.atomic import atomic_write
 from trimtab.errors import AdapterError, nearest
 from trimtab.store.files import MAX_JSON_BYTES, digest_of
 from trimtab.store.index import Entry, Index, Name, parse_index
+from trimtab.store.layout import change_file
 from trimtab.store.manifest import MANIFEST_TYPE, Descriptor
 from trimtab.store.names import LATEST, NoSuchAdapter, Ref
 from trimtab.store.remotes.address import CREDENTIALS, OTHER_CREDENTIALS, FolderAddress, redacted
@@ -55,7 +57,7 @@ class FolderRemote:
 
     def manifest(self) -> bytes:
         """The manifest that the wanted adapter's tag names, or the newest of its numbers."""
-        found = self._find(self._index())
+        found = self._find(self._index(self.wanted.path)[0])
         entry = Descriptor(MANIFEST_TYPE, found.digest, found.size)
         if entry.size > MAX_JSON_BYTES:
             raise AdapterError(f"{self.where}: its manifest has {entry.size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
@@ -93,18 +95,24 @@ class FolderRemote:
                 piece = self._fs.cat_file(path, start=at, end=min(at + RANGE_BYTES, blob.size))
             yield piece
 
-    def _index(self) -> Index:
-        """Every tag; none where there is no index yet."""
-        path = f"{self._root}/{INDEX}"
+    def _index(self, path: str) -> tuple[Index, str]:
+        """Every tag, those of the name `path` as they are now; and the file that says so of that name."""
+        change = self._tags(change_file(path))
+        index = self._tags(INDEX) or Index()
+        return (index, INDEX) if change is None else (index.with_name(change.names[path]), change_file(path))
+
+    def _tags(self, file: str) -> Index | None:
+        """What a file says; None where there is no such file."""
+        path = f"{self._root}/{file}"
         size = patiently(lambda: self._size(path), self.where)
         if size is None:
-            return Index()
+            return None
         if size > MAX_INDEX_BYTES:
-            raise AdapterError(f"{self.where}: {INDEX} has {size:,} bytes; at most {MAX_INDEX_BYTES:,} are read")
-        index, problems = parse_index(patiently(lambda: self._cat(path), self.where))
+            raise AdapterError(f"{self.where}: {file} has {size:,} bytes; at most {MAX_INDEX_BYTES:,} are read")
+        index, problems = parse_index(patiently(lambda: self._cat(path), self.where), file)
         if problems:
             fix = "see whether the URL names a folder that adapters were pushed to"
-            raise AdapterError(f"{self.where}: its {INDEX} is refused", problems=problems[:12], fix=fix)
+            raise AdapterError(f"{self.where}: its {file} is refused", problems=problems[:12], fix=fix)
         return index
 
     def _cat(self, path: str) -> bytes:
@@ -137,7 +145,7 @@ class FolderRemote:
         assert ref.number is not None
         with FileLock(f"{self._root}/{LOCK}") if self._local else nullcontext():
             for _ in range(LOOKS):
-                index = self._index()
+                index, file = self._index(ref.path)
                 name = index.names.get(ref.path, Name(ref.path))
                 there = name.versions.get(ref.number, entry)
                 if there != entry:
@@ -151,7 +159,8 @@ class FolderRemote:
                 )
                 if wanted == name:
                     return [str(ref), *(f"{ref.path}@{a}" for a in aliases)]
-                self._put_small(f"{self._root}/{INDEX}", index.with_name(wanted).to_bytes())
+                said = index.with_name(wanted) if file == INDEX else Index({ref.path: wanted})
+                self._put_small(f"{self._root}/{file}", said.to_bytes())
         raise AdapterError(f"{self.where}: others keep overwriting its {INDEX}", fix="push again")
 
     def _tag(self, version: Version) -> tuple[Ref, list[str]]:
