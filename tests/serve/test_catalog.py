@@ -250,7 +250,7 @@ def test_a_damaged_adapter_is_left_out_and_hides_no_other(catalog: Catalog, stor
 def test_a_broken_store_is_our_trouble_not_an_unknown_name(catalog: Catalog, store: Store, adapters: list[Path]) -> None:
     store.publish(adapters[0], "acme/support")
     (store.root / "index.json").write_text("{")
-    for ask in (lambda: catalog.find("support", ACME), lambda: catalog.models(ACME), lambda: catalog.find("support", LOCAL)):
+    for ask in (lambda: catalog.find("support", ACME), lambda: list(catalog.models(ACME)), lambda: catalog.find("support", LOCAL)):
         with pytest.raises(StoreTrouble) as caught:
             ask()
         assert caught.value.http_status == 503 and str(store.root) not in str(caught.value)

@@ -51,7 +51,10 @@ class Tally:
 
 
 class Server:
-    def __init__(self) -> None:
+    """most: every store counts as large, and so many changes wait beside its index; None: a store is as large as it is."""
+
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
         command = [sys.executable, "-m", "tests.store.kill_harness"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=environment, text=True)
@@ -59,14 +62,15 @@ class Server:
     def run(self, root: Path, change: Change, kind: str = "", at: int = 0) -> Outcome:
         """Make a change in a fork, with a fault at the `at`-th call of CHANGES ("kill") or ROOM ("enospc")."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"root": str(root), "change": change, "kind": kind, "at": at}) + "\n")
+        order = {"root": str(root), "change": change, "kind": kind, "at": at, "most": self.most}
+        self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         return Outcome(**json.loads(self.process.stdout.readline()))
 
 
 @contextmanager
-def server() -> Iterator[Server]:
-    found = Server()
+def server(most: int | None = None) -> Iterator[Server]:
+    found = Server(most)
     try:
         yield found
     finally:
@@ -74,6 +78,14 @@ def server() -> Iterator[Server]:
         found.process.stdin.close()
         found.process.stdout.close()
         found.process.wait()
+
+
+def count_as_large(most: int | None) -> None:
+    from trimtab.store import refs
+
+    if most is not None:
+        refs.WHOLE_BYTES = refs.SMALL_BYTES = 0
+        refs.MOST = most
 
 
 def template(folder: Path) -> dict[str, Change]:
@@ -182,6 +194,7 @@ def _change(order: dict[str, Any], writer: int) -> int:
     from trimtab.errors import TrimtabError
     from trimtab.store.registry import Store
 
+    count_as_large(order["most"])
     real_write, count, code, output = os.write, _plant(order["kind"], order["at"]), 0, ""
     name, *arguments = order["change"]
     try:

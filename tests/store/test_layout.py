@@ -15,8 +15,9 @@ from tests.store.stores import adapter_folder, files_of, names_of, snapshot
 from trimtab.errors import AdapterError
 from trimtab.store import layout as layout_module
 from trimtab.store.files import digest_of
-from trimtab.store.index import Entry, Index, Name, parse_index
+from trimtab.store.index import Index, parse_index
 from trimtab.store.manifest import EMPTY
+from trimtab.store.name import Entry, Name
 from trimtab.store.names import NoSuchAdapter
 from trimtab.store.registry import Store
 

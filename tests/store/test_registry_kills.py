@@ -6,20 +6,26 @@ import signal
 
 import pytest
 
-from tests.store.kill_harness import Tally, server, strike, template
+from tests.store.kill_harness import Tally, count_as_large, server, strike, template
 from tests.store.stores import adapter_folder
+from trimtab.store import refs
 from trimtab.store.names import NoSuchAdapter
 from trimtab.store.registry import Store
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def workers():
-    with server() as found:
+@pytest.fixture
+def workers(request, monkeypatch):
+    most = getattr(request, "param", None)
+    for name in ("WHOLE_BYTES", "SMALL_BYTES", "MOST"):
+        monkeypatch.setattr(refs, name, getattr(refs, name))  # what is set here is taken back
+    count_as_large(most)
+    with server(most) as found:
         yield found
 
 
+@pytest.mark.parametrize("workers", [None, 0, 99], ids=["small", "large, folded each time", "large"], indirect=True)
 @pytest.mark.parametrize("kind", ["kill", "enospc"])
 def test_a_fault_at_every_call_of_every_change(workers, tmp_path, kind, capsys):
     tallies = {what: strike(workers, tmp_path, change, kind) for what, change in template(tmp_path).items()}

@@ -19,8 +19,9 @@ import pytest
 from tests.store.remote_servers import Wire, assert_nothing_arrived, contents, filled
 from trimtab.errors import AdapterError
 from trimtab.store.files import digest_of
-from trimtab.store.index import Entry, Index, Name, parse_index
+from trimtab.store.index import Index, parse_index
 from trimtab.store.manifest import EMPTY_DESCRIPTOR
+from trimtab.store.name import Entry, Name
 from trimtab.store.registry import Store, Version
 from trimtab.store.remotes import fetch, fs, pull, push
 from trimtab.store.remotes.source import Source

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +18,10 @@ from trimtab.cli.transfer import megabytes
 
 if TYPE_CHECKING:
     from trimtab.store.registry import Store, Version
+
+
+BLOCK = 1000
+"""Rows that are printed at once, with columns as wide as these need."""
 
 
 @click.command("list")
@@ -32,13 +38,25 @@ def list_names(namespace: str | None, root: Path | None, as_json: bool) -> None:
     from trimtab.store.registry import Store
 
     store = Store(root)
-    found = store.list(namespace)
+    found = (store.version(n, n.newest) for n in store.names(namespace))
     if as_json:
-        click.echo(json.dumps([as_dict(v) for v in found], indent=1))
-    elif found:
-        print_table(("adapter", *HEADINGS, "base"), [(v.ref, *_cells(v), shown(v.base or "–", 40)) for v in found], right=NUMBERS)
-    else:
+        _print_json(found)
+        return
+    rows, first = ((v.ref, *_cells(v), shown(v.base or "–", 40)) for v in found), True
+    while some := list(islice(rows, BLOCK)):
+        print_table(("adapter", *HEADINGS, "base"), some, right=NUMBERS, headed=first)
+        first = False
+    if first:
         click.echo(f"no adapters {f'in namespace {namespace} ' if namespace else ''}in {store.root}")
+
+
+def _print_json(versions: Iterable[Version]) -> None:
+    """One array, an object at a time."""
+    before = "[\n"
+    for v in versions:
+        click.echo(before + indent(json.dumps(as_dict(v), indent=1), " "), nl=False)
+        before = ",\n"
+    click.echo("[]" if before == "[\n" else "\n]")
 
 
 @click.command("show")

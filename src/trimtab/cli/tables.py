@@ -12,10 +12,11 @@ from trimtab.cli import show
 from trimtab.cli.terminal import print_whole
 
 
-def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """Print rows under their headings; `right` are those of numbers. With lines on a terminal, plain text elsewhere."""
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), headed: bool = True) -> None:
+    """Print rows under their headings; `right` are those of numbers. With lines on a terminal, plain text elsewhere. headed: False where
+    a table goes on."""
     console = show.console()
-    table = Table(box=SIMPLE_HEAD if console.is_terminal else None, padding=(0, 1), pad_edge=False)
+    table = Table(box=SIMPLE_HEAD if console.is_terminal else None, padding=(0, 1), pad_edge=False, show_header=headed)
     for heading in headings:
         table.add_column(escape(heading), justify="right" if heading in right else "left", no_wrap=True)
     for row in rows:

@@ -6,9 +6,10 @@ What a request holds is given back however it ends: the client disconnects, the 
 from __future__ import annotations
 
 from functools import partial
+from itertools import islice
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
 from trimtab.errors import TrimtabError
@@ -23,11 +24,13 @@ from trimtab.http.send import WholeAnswer
 from trimtab.http.services import Services
 from trimtab.http.sse import EventStream
 from trimtab.http.write import Writer
-from trimtab.serve.catalog import ModelInfo
+from trimtab.serve.catalog import MAX_NAME, ModelInfo
 from trimtab.serve.request import Delta
 from trimtab.serve.tenants import Tenant
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(caller)])
+MAX_PAGE = 1000
+"""Models in a list, unless the request says fewer."""
 ERRORS = documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
@@ -51,10 +54,18 @@ async def completions(request: Request, tenant: Caller, s: S) -> Response:
     return await _answer(request, await read_body(request, CompletionBody, s), tenant, s)
 
 
-@router.get("/models", responses=documented(401, 403, 500, 503))
-async def models(tenant: Caller, s: S) -> ModelList:
-    """The base, and the adapters that this key may use."""
-    return ModelList(data=[_model(m, s) for m in await s.store_work.run(tenant.name, lambda: s.catalog.models(tenant))])
+@router.get("/models", responses=documented(400, 401, 403, 500, 503))
+async def models(
+    tenant: Caller,
+    s: S,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
+    after: Annotated[str, Query(max_length=MAX_NAME)] = "",
+) -> ModelList:
+    """The base, and the adapters that this key may use: at most `limit` of them, those behind the id `after`."""
+    found = await s.store_work.run(tenant.name, lambda: list(islice(s.catalog.models(tenant, after), limit + 1)))
+    page = [_model(m, s) for m in found[:limit]]
+    first, last = (page[0].id, page[-1].id) if page else (None, None)
+    return ModelList(data=page, first_id=first, last_id=last, has_more=len(found) > limit)
 
 
 @router.get("/models/{model:path}", responses=documented(401, 403, 404, 500, 503))

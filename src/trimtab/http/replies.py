@@ -98,8 +98,13 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
+    """One page. has_more: there are others behind last_id."""
+
     object: Literal["list"] = "list"
     data: list[Model]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 STREAM: dict[str, Any] = {"text/event-stream": {}}

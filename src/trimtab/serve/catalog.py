@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 from trimtab.errors import AdapterError, NotFoundError, TrimtabError
 from trimtab.serve.served import FolderAdapter, Served, StoredAdapter, below
-from trimtab.serve.store_names import StoreNames
 from trimtab.serve.tenant import EVERYTHING, NAME, Tenant
 from trimtab.store.names import NoSuchAdapter, Ref
 from trimtab.store.registry import Store
@@ -75,7 +74,6 @@ class Catalog:
         evict: Callable[[str], None] = lambda digest: None,
     ):
         self.base, self.store, self._evict = base, store, evict
-        self._names = None if store is None else StoreNames(store)
         self.base_names = tuple(dict.fromkeys(base_names)) or ((base.name,) if base.name else ())
         if not self.base_names:
             raise TrimtabError("the base has no name by which it could be asked for", fix="give it one")
@@ -108,18 +106,32 @@ class Catalog:
             raise _unknown(model)
         return StoredAdapter(version, self.store, self.base)
 
-    def models(self, tenant: Tenant) -> list[ModelInfo]:
+    def models(self, tenant: Tenant, after: str = "") -> Iterator[ModelInfo]:
         """What this tenant may ask for: the base's names, what it has loaded, the newest version of each adapter in its namespaces
-        that was not made for another base."""
-        found = [ModelInfo(n, self._started, self.base_names[0]) for n in self.base_names]
+        that was not made for another base. Read as they are asked for. after: the id of one of them, to go on behind it."""
+        base = self.base_names[0]
+        began = self.base_names.index(after) + 1 if after in self.base_names else 0 if not after else len(self.base_names)
+        yield from (ModelInfo(n, self._started, base) for n in self.base_names[began:])
+        stored = after if "/" in after and after not in self.base_names else ""
         with self._lock:
-            mine = [(name, x) for (owner, name), x in sorted(self._loaded.items()) if owner == tenant.id]
-        found += [ModelInfo(name, x.created, x.servable.ref, self.base_names[0], x.servable.digest) for name, x in mine]
-        there = sorted((ns, name) for name, those in self._there().items() for ns in those if tenant.sees(ns))
-        for v in filter(None, (self._lookup(ns, name, "", skip_damaged=True) for ns, name in there)):
+            mine = [(name, x) for (owner, name), x in sorted(self._loaded.items()) if owner == tenant.id and not stored]
+        behind = "" if after in self.base_names else after
+        yield from (ModelInfo(name, x.created, x.servable.ref, base, x.servable.digest) for name, x in mine if name > behind)
+        for v in self._stored(tenant, stored):
             if not (v.fingerprint and self.base.fingerprint) or v.fingerprint == self.base.fingerprint:
-                found.append(ModelInfo(v.name, _seconds(v.created), v.ref, self.base_names[0], v.digest))
-        return found
+                yield ModelInfo(v.name, _seconds(v.created), v.ref, base, v.digest)
+
+    def _stored(self, tenant: Tenant, after: str) -> Iterator[Version]:
+        """The newest versions that can be read of the names that a tenant sees, those behind the path `after`."""
+        if self.store is None:
+            return
+        spaces = [None] if EVERYTHING in tenant.namespaces else sorted(tenant.namespaces, key=lambda n: f"{n}/")
+        with _readable():
+            for name in (n for space in spaces for n in self.store.names(space, after)):
+                try:
+                    yield self.store.version(name, name.newest)
+                except AdapterError as error:
+                    log.error("an adapter of the store cannot be read", extra={"told": {"adapter": name.path, "error": error.message}})
 
     def load(self, name: str, path: str | Path, tenant: Tenant) -> None:
         """Read and check an adapter's folder and give it a name that this tenant alone sees. Reads all of it: call it off the event loop.
@@ -183,38 +195,29 @@ class Catalog:
         namespace, slash, name = path.rpartition("/")
         if len(model) > MAX_NAME or (at and not selector) or (slash and not tenant.sees(namespace)):
             return None
-        there = self._there().get(name, ())
-        if slash:
-            return self._lookup(namespace, name, selector) if namespace in there else None
-        if EVERYTHING not in tenant.namespaces:
-            return next((v for ns in tenant.namespaces if ns in there and (v := self._lookup(ns, name, selector))), None)
+        if self.store is None:
+            return None
+        if slash or EVERYTHING not in tenant.namespaces:
+            return next((v for ns in ([namespace] if slash else tenant.namespaces) if (v := self._lookup(ns, name, selector))), None)
+        with _readable():
+            there = self.store.namespaces(name)
         everywhere = [v for ns in there if (v := self._lookup(ns, name, selector))]
         if len(everywhere) > 1:  # no order says which comes first, and a guess would serve the wrong one
             raise AdapterError(f"several namespaces have {model!r}", problems=[v.ref for v in everywhere], fix="give the whole name")
         return everywhere[0] if everywhere else None
 
-    def _there(self) -> Mapping[str, tuple[str, ...]]:
-        if self._names is None:
-            return {}
-        with _readable():
-            return self._names.namespaces()
-
-    def _lookup(self, namespace: str, name: str, selector: str, *, skip_damaged: bool = False) -> Version | None:
-        """The version of a name that is there; None without such a version. skip_damaged: None if its manifest cannot be read, too."""
+    def _lookup(self, namespace: str, name: str, selector: str) -> Version | None:
+        """The version of a name that is there; None without such a version."""
         assert self.store is not None
         try:
             ref = Ref(namespace, name, selector)
-        except AdapterError:  # no version can have such a selector
+        except AdapterError:  # no version can have such a name or selector
             return None
         with _readable():
+            found = self.store.get(ref)
             try:
-                return self.store.resolve(ref)
+                return self.store.version(found, found.number(ref)) if found is not None and found.versions else None
             except NoSuchAdapter:
-                return None
-            except AdapterError as error:
-                if not skip_damaged:
-                    raise
-                log.error("an adapter of the store cannot be read", extra={"told": {"adapter": str(ref), "error": error.message}})
                 return None
 
 

@@ -17,7 +17,6 @@ from trimtab.store.describe import contradictions, describe
 from trimtab.store.files import MAX_JSON_BYTES, AdapterFolder, Refusal, digest_of, open_folder
 from trimtab.store.folder import PICKLES, WEIGHTS, check_layout, read_opened
 from trimtab.store.header import read_header
-from trimtab.store.index import Entry, Name
 from trimtab.store.manifest import (
     EMPTY,
     EMPTY_DESCRIPTOR,
@@ -29,6 +28,7 @@ from trimtab.store.manifest import (
     file_descriptor,
     parse_manifest,
 )
+from trimtab.store.name import Entry, Name
 from trimtab.store.names import Ref, check_aliases, parse_name
 from trimtab.store.reader import StoreReader, refusing
 from trimtab.store.version import Version

@@ -16,9 +16,10 @@ from trimtab.store.card import CARD, is_untouched
 from trimtab.store.diff import Diff, compare
 from trimtab.store.files import AdapterFolder, Refusal
 from trimtab.store.folder import REPLACEABLE
-from trimtab.store.index import Entry, Index, Name
+from trimtab.store.index import Index
 from trimtab.store.layout import Layout
 from trimtab.store.manifest import CREATED, MANIFEST_TYPE, Descriptor, Manifest, parse_manifest
+from trimtab.store.name import Entry, Name
 from trimtab.store.names import DIGEST, Ref, default_root, parse_name, short
 from trimtab.store.refs import END_OF_PATHS, Refs
 from trimtab.store.staging import staged

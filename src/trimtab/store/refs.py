@@ -24,8 +24,9 @@ from trimtab.atomic import sync, take_name
 from trimtab.store import index as index_module
 from trimtab.store.blobs import open_regular, read_whole
 from trimtab.store.files import Refusal, read_exactly
-from trimtab.store.index import MAX_INDEX_BYTES, Index, Name, is_sorted, parse_index
+from trimtab.store.index import LINE, MAX_INDEX_BYTES, Index, is_sorted, parse_index
 from trimtab.store.layout import Layout, Mark, change_file, changed_path
+from trimtab.store.name import Name
 from trimtab.store.names import Ref, missing
 from trimtab.store.sorted_index import SortedIndex
 
@@ -122,7 +123,7 @@ class Refs:
             sync(self._layout.root)
         with self._layout.blobs.staging() as stage:
             take_name(stage.write([Index({name.path: name}).to_bytes()]).path, self._layout.root / change_file(name.path))
-        if small or not ours or len(waiting) >= MOST:
+        if small or not ours or len({*waiting, name.path}) > MOST:
             try:
                 self.fold()
             except (OSError, Refusal) as error:  # the change is made all the same
@@ -164,17 +165,16 @@ class Refs:
         with open_regular(self._layout.index, "index.json") as (file, size):
             if size > MAX_INDEX_BYTES:
                 raise Refusal(f"index.json has {size:,} bytes; at most {MAX_INDEX_BYTES:,} are read")
-            mark, head = Mark.of(os.fstat(file)), os.pread(file, WHOLE_BYTES, 0)
-            ours = is_sorted(head, size) and b"\n" in head
+            mark, ours = Mark.of(os.fstat(file)), is_sorted(os.pread(file, LINE, 0), size)
             if size > WHOLE_BYTES and ours:
-                return mark, SortedIndex(_File(file, size).read, size, head.index(b"\n") + 1), ours
+                return mark, SortedIndex.of(_File(file, size).read, size), ours
             if size > SMALL_BYTES:
                 return mark, _sorted_elsewhere(file), ours
             index, problems = parse_index(read_exactly(file, size, "index.json"))
         if problems:
             raise Refusal("\n".join(problems))
         data = index.to_bytes()
-        return mark, SortedIndex(lambda at, count: data[at : at + count], len(data), data.index(b"\n") + 1), ours
+        return mark, SortedIndex.of(lambda at, count: data[at : at + count], len(data)), ours
 
     def _near(self, ref: Ref) -> Iterator[str]:
         """Paths among which the nearest to one that is missing is looked for."""
@@ -211,6 +211,6 @@ def _sorted_elsewhere(file: int) -> SortedIndex:
         if done.returncode:
             raise Refusal(done.stderr.strip() or "index.json cannot be read")
         size = os.fstat(target).st_size
-        return SortedIndex(_File(target, size).read, size, os.pread(target, WHOLE_BYTES, 0).index(b"\n") + 1)
+        return SortedIndex.of(_File(target, size).read, size)
     finally:
         os.close(target)

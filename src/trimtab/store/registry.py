@@ -20,8 +20,8 @@ from dataclasses import replace
 
 from trimtab.errors import AdapterError
 from trimtab.store.collect import GcReport, collect
-from trimtab.store.index import Name
 from trimtab.store.manifest import EMPTY_DESCRIPTOR
+from trimtab.store.name import Name
 from trimtab.store.names import Ref, check_alias, parse_name
 from trimtab.store.publisher import StorePublisher
 from trimtab.store.reader import Versions

@@ -12,8 +12,9 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from trimtab.store.files import Refusal
-from trimtab.store.index import ALIAS_OF, CHECK, DIGITS, END, HEAD, LAST, LINE, MIDDLE, NAME, REF_NAME, Entry, Name, check, turned
+from trimtab.store.index import DIGITS, END, HEAD, LINE, MIDDLE
 from trimtab.store.manifest import MANIFEST_TYPE
+from trimtab.store.name import ALIAS_OF, CHECK, LAST, NAME, REF_NAME, Entry, Name, check, turned
 
 BLOCK, COPY = 2**16, 2**20
 """At most so much is read at once where lines are read one after the other, and where they are copied."""
@@ -43,6 +44,11 @@ class SortedIndex(NamedTuple):
     read: Callable[[int, int], bytes]
     size: int
     begin: int
+
+    @classmethod
+    def of(cls, read: Callable[[int, int], bytes], size: int) -> SortedIndex:
+        begin = next((i for n in range(10, 31) if (i := read(0, min(2**n, size)).find(b"\n") + 1)), size)
+        return cls(read, size, begin)
 
     def get(self, path: str) -> Name | None:
         """A name, or what is left of one that has no version: its highest number."""

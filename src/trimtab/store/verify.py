@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from trimtab.errors import AdapterError
 from trimtab.store.files import Refusal
-from trimtab.store.index import MAX_INDEX_BYTES, Entry, Index, Name, parse_index
+from trimtab.store.index import MAX_INDEX_BYTES, Index, parse_index
 from trimtab.store.layout import PARTS, Layout, changed_path
 from trimtab.store.manifest import MANIFEST_TYPE, Descriptor, Manifest, parse_manifest
+from trimtab.store.name import Entry, Name
 from trimtab.store.names import DIGEST
 from trimtab.store.refs import Refs
 

@@ -22,9 +22,10 @@ from filelock import FileLock
 from trimtab.atomic import atomic_write
 from trimtab.errors import AdapterError, nearest
 from trimtab.store.files import MAX_JSON_BYTES, digest_of
-from trimtab.store.index import Entry, Index, Name, parse_index
+from trimtab.store.index import Index, parse_index
 from trimtab.store.layout import change_file
 from trimtab.store.manifest import MANIFEST_TYPE, Descriptor
+from trimtab.store.name import Entry, Name
 from trimtab.store.names import LATEST, NoSuchAdapter, Ref
 from trimtab.store.remotes.address import CREDENTIALS, OTHER_CREDENTIALS, FolderAddress, redacted
 from trimtab.store.remotes.fetch import Transient, patiently
