@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from tests.store.common import stirred
 from tests.train.common import write_rows
-from trimtab.cli import main
+from trimtab.cli import adapters_list, main
 from trimtab.cli.adapters import SUBCOMMANDS
 from trimtab.methods import IA3Config, LoraConfig
 from trimtab.model import load_base
@@ -79,6 +79,12 @@ def test_list(filled: Any) -> None:
     assert found[1]["parameters"] == 3072 and found[1]["bytes"] > 4 * 3072 and found[1]["fingerprint"].startswith("sha256:")
     assert json.loads(filled("adapters", "list", "beta", "--json").stdout) == []
     assert "no adapters in namespace beta" in filled("adapters", "list", "beta").output
+
+
+def test_a_long_list_is_printed_in_blocks(filled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = filled("adapters", "list").output.split()
+    monkeypatch.setattr(adapters_list, "BLOCK", 1)
+    assert filled("adapters", "list").output.split() == whole
 
 
 def test_show(filled: Any, folders: Path) -> None:

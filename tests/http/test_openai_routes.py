@@ -294,6 +294,20 @@ def test_models_are_listed_and_found(served: Site):
     assert error["code"] == "model_not_found" and error["param"] == "model"
 
 
+def test_models_are_listed_in_pages(served: Site):
+    whole = call(served.app, "GET", "/v1/models").json()
+    assert (whole["first_id"], whole["last_id"], whole["has_more"]) == ("tiny", "lora", False)
+    pages, after = [], ""
+    while not pages or pages[-1]["has_more"]:
+        pages.append(call(served.app, "GET", f"/v1/models?limit=3&after={after}").json())
+        after = pages[-1]["last_id"]
+    assert [m for page in pages for m in page["data"]] == whole["data"] and [len(p["data"]) for p in pages] == [3, 1]
+    behind = call(served.app, "GET", "/v1/models?after=lora").json()
+    assert behind == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+    for wrong in ("limit=0", "limit=1001", "limit=x"):
+        assert error_of(call(served.app, "GET", f"/v1/models?{wrong}"), 400)["param"] == "limit"
+
+
 def test_vllms_routes_load_and_unload(served: Site, tmp_path: Path):
     path = served.services.catalog.folders[0] / "lora"
     assert error_of(post(served.app, "/v1/completions", TEXT | {"model": "extra"}), 404)["code"] == "model_not_found"

@@ -19,6 +19,7 @@ from trimtab.model import Base
 from trimtab.serve import served
 from trimtab.serve.catalog import Catalog, StoreTrouble
 from trimtab.serve.live import snapshot
+from trimtab.serve.served import FolderAdapter
 from trimtab.serve.tenant import LOCAL, Tenant
 from trimtab.store import Adapter
 from trimtab.store.folder import WEIGHTS
@@ -233,6 +234,26 @@ def test_models_lists_what_can_be_asked_for_and_no_more(
     assert found is not None
     with pytest.raises(AdapterError, match="does not fit this base"):
         found.load()
+
+
+def test_models_go_on_behind_any_of_them(base: Base, store: Store, adapters: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also behind one that is gone; and no more is read than what is asked for."""
+    for path in ("acme/b", "acme-x/a", "acme/a", "law/z", "shared/c"):
+        store.publish(adapters[0], path)
+    catalog = Catalog(base, store, base_names=(base.name, "hub/base"))
+    for name in ("one", "two"):
+        catalog.put(name, FolderAdapter.read(adapters[0].parent, (adapters[0].name,), base), Tenant("acme", "acme", ("acme", "shared")))
+    ids = [m.id for m in catalog.models(ACME)]
+    assert ids == [base.name, "hub/base", "one", "two", "acme/a", "acme/b", "shared/c"]
+    for i, after in enumerate(ids):
+        assert [m.id for m in catalog.models(ACME, after)] == ids[i + 1 :]
+    assert [m.id for m in catalog.models(ACME, "oz")] == ids[3:] and [m.id for m in catalog.models(ACME, "acme/aa")] == ids[5:]
+    assert [m.id for m in catalog.models(LOCAL)][2:] == ["acme-x/a", "acme/a", "acme/b", "law/z", "shared/c"]
+    asked: list[int] = []
+    real = Store.version
+    monkeypatch.setattr(Store, "version", lambda self, name, number: (asked.append(number), real(self, name, number))[1])
+    found = catalog.models(LOCAL, "hub/base")
+    assert [next(found).id for _ in range(2)] == ["acme-x/a", "acme/a"] and len(asked) == 2
 
 
 def test_a_damaged_adapter_is_left_out_and_hides_no_other(catalog: Catalog, store: Store, adapters: list[Path]) -> None:

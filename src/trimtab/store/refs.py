@@ -170,10 +170,11 @@ class Refs:
                 return mark, SortedIndex.of(_File(file, size).read, size), ours
             if size > SMALL_BYTES:
                 return mark, _sorted_elsewhere(file), ours
-            index, problems = parse_index(read_exactly(file, size, "index.json"))
+            data = read_exactly(file, size, "index.json")
+        index, problems = parse_index(data)
         if problems:
             raise Refusal("\n".join(problems))
-        data = index.to_bytes()
+        data = data if ours else index.to_bytes()
         return mark, SortedIndex.of(lambda at, count: data[at : at + count], len(data)), ours
 
     def _near(self, ref: Ref) -> Iterator[str]:
