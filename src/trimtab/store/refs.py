@@ -16,6 +16,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from heapq import merge
 from itertools import islice
 from threading import Lock
@@ -74,8 +75,9 @@ class Refs:
                 yield name
 
     def namespaces(self) -> list[str]:
-        there = {*(p.partition("/")[0] for p in self.waiting()), *self._index().namespaces()}
-        return sorted(n for n in there if next(self.names(f"{n}/", f"{n}0"), None))
+        waiting = {p.partition("/")[0] for p in self.waiting()}
+        there = sorted({*waiting, *self._index().namespaces()})
+        return [n for n in there if n not in waiting or next(self.names(f"{n}/", f"{n}0"), None)]
 
     def namespaces_of(self, name: str) -> list[str]:
         """The namespaces that have a name."""
@@ -137,9 +139,10 @@ class Refs:
         self._replace([name for path in waiting if (name := self.change(path))])
         for path in waiting:
             (self._layout.root / change_file(path)).unlink()
-        self._layout.changes.rmdir()
+        with suppress(OSError):
+            self._layout.changes.rmdir()  # else there is something strange in it, which `verify` names
         # a change that came back after a power cut would count instead of what is written into index.json next
-        sync(self._layout.root)
+        sync(self._layout.changes if self._layout.changes.exists() else self._layout.root)
 
     def _replace(self, names: Sequence[Name]) -> None:
         with self._layout.blobs.staging() as stage:
