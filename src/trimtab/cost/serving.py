@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,10 @@ from trimtab.cost.activations import forward_bytes, packed_bytes
 
 if TYPE_CHECKING:
     from trimtab.model import Base
+
+
+LOOKED_AT = 2 * 2**20
+"""Before a computation 16 values of each tensor are compared (`weights.derived`); the system maps so much of the file around them."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,12 @@ def serving_memory(
 
 def resident_bytes(spec: Spec, dtype: torch.dtype, *, converted: bool) -> int:
     """Bytes that a base's weights take while it answers. Where inference packs them, the packed ones take the place of those that are
-    mapped from a file; weights that were converted stay beside the packed ones."""
-    return spec.num_parameters * dtype.itemsize + (packed_bytes(spec, dtype) if converted else 0)
+    mapped from a file, of which up to `LOOKED_AT` a matrix come back whenever they are looked at; weights that were converted stay."""
+    packed, beside = packed_bytes(spec, dtype), 0
+    if packed:
+        sizes = [math.prod(shape) * dtype.itemsize for m in spec.modules.values() if m.kind == "linear" for shape in m.parameters.values()]
+        beside = packed if converted else sum(min(size, LOOKED_AT) for size in sizes)
+    return spec.num_parameters * dtype.itemsize + beside
 
 
 def memory_of_server(base: Base, kv_bytes: int, adapter_bytes: int, rows: int) -> ServingMemory:
