@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +117,15 @@ def test_swiglu(dtype):
     assert close(kernels.swiglu(x), torch.nn.functional.silu(x[:, :50].float()) * x[:, 50:].float(), dtype)
 
 
+def parts_of(packs, places, starts, widths):
+    """The tables of three slots; a pack's adapters are at `places`."""
+    A, B, rank = (np.zeros((len(packs), 3), kind) for kind in (np.int64, np.int64, np.int32))
+    for part, (pack, mine) in enumerate(zip(packs, places, strict=True)):
+        A[part, list(mine)], rank[part, list(mine)] = pack.addresses("A")
+        B[part, list(mine)] = pack.addresses("B")[0]
+    return kernels.LoraParts(np.array(starts), np.array(widths), A, B, rank, packs)
+
+
 @pytest.mark.parametrize("dtype", native.DTYPES)
 @pytest.mark.parametrize("inputs, widths", [(64, (96,)), (33, (7, 40)), (576, (576, 192, 192))])
 def test_lora(dtype, inputs, widths):
@@ -129,7 +139,7 @@ def test_lora(dtype, inputs, widths):
     slots = torch.tensor([1, -1, 0, 0, 2, 1], dtype=torch.int32)
     x, y = randn(len(slots), inputs, dtype=dtype, seed=3), randn(len(slots), sum(widths) + 5, dtype=dtype, seed=4)
     before = y.clone()
-    kernels.lora(x, y, slots, kernels.LoraParts([(p, range(3)) for p in packs], [sum(widths[:i]) for i in range(len(widths))], 3))
+    kernels.lora(x, y, slots, parts_of(packs, [range(3)] * len(packs), np.cumsum([0, *widths[:-1]]), widths))
     assert torch.equal(y[:, sum(widths) :], before[:, sum(widths) :]) and torch.equal(y[1], before[1])
     for t, slot in enumerate(slots.tolist()):
         if slot >= 0:
@@ -197,7 +207,7 @@ def test_lora_where_a_part_has_no_adapter(dtype):
     packs = [PackList([Packed(None, t)]) for t in site]  # type: ignore[arg-type]
     x, y = randn(3, 64, dtype=dtype), randn(3, 100, dtype=dtype, seed=9)
     got = y.clone()
-    kernels.lora(x, got, torch.tensor([1, 0, 2], dtype=torch.int32), kernels.LoraParts([(packs[0], [0]), (packs[1], [1])], [0, 60], 3))
+    kernels.lora(x, got, torch.tensor([1, 0, 2], dtype=torch.int32), parts_of(packs, [[0], [1]], [0, 60], [32, 32]))
     for t, (start, t_site) in enumerate([(60, site[1]), (0, site[0])]):
         want = y[t].float().clone()
         want[start : start + 32] += x[t].float() @ t_site["A"].float().T @ t_site["B"].float().T

@@ -49,13 +49,13 @@ class Layer:
         self.projections = (self.qkv, self.o, self.gate_up, self.down)
         self.sites = [n for p in self.projections for n in p.names] + [self.mlp_name]
 
-    def edits(self, mix: Mix) -> Iterator[tuple[list[Edit], set[tuple[str, int]]]]:
-        """What the one call can do of the mix at each place, and whose edits at which module these are."""
+    def edits(self, mix: Mix) -> Iterator[tuple[list[Edit], list[Group]]]:
+        """What the one call can do of the mix at each place, and whose edits these are."""
         for projection in self.projections:
             yield projection.edits(mix)
         width, around_mlp = self.down.parts[-1][1], mix.groups.get(self.mlp_name, ())
         each = [(g, _edit(g, 0, width, len(mix.adapters), own_input=True)) for g in around_mlp]
-        yield [e for _, e in each if e], {(self.mlp_name, m) for g, e in each if e for m in g.members}
+        yield [e for _, e in each if e], [g for g, e in each if e]
 
     def mlp(self, h_TH: Tensor, batch: Batch) -> Tensor:
         inside = lambda x: self.down(native_inference.swiglu(self.gate_up(x, batch)), batch)  # noqa: E731
@@ -72,6 +72,7 @@ class _Projection:
         self.plain, self.packed = linear(self.weights, self.biases, packs)
         stops = np.cumsum([w.shape[0] for w in self.weights]).tolist()
         self.parts = list(zip([0, *stops[:-1]], stops, strict=True))
+        self._starts, self._widths = (np.array(n, dtype=np.int64) for n in ([a for a, _ in self.parts], [b - a for a, b in self.parts]))
 
     def __call__(self, x_TI: Tensor, batch: Batch) -> Tensor:
         groups, rows = batch.mix.groups, batch.rows(batch.mix.members)
@@ -97,17 +98,17 @@ class _Projection:
 
     def lora_parts(self, mix: Mix) -> native_inference.LoraParts | None:
         """The mix's factors of LoRA at all of these modules."""
-        return mix.lora_parts(self.names, [a for a, _ in self.parts], ops.lora)
+        return mix.lora_parts(self.names, self._starts, self._widths)
 
-    def edits(self, mix: Mix) -> tuple[list[Edit], set[tuple[str, int]]]:
-        """What the one call can do of the mix at these modules, and whose edits at which module these are."""
+    def edits(self, mix: Mix) -> tuple[list[Edit], list[Group]]:
+        """What the one call can do of the mix at these modules, and whose edits these are."""
         lora, outputs = self.lora_parts(mix), self.parts[-1][1]
-        found, done = [Edit("lora", 0, outputs, lora)] if lora else [], set[tuple[str, int]]()
+        found, done = [Edit("lora", 0, outputs, lora)] if lora else [], list[Group]()
         for name, (a, b) in zip(self.names, self.parts, strict=True):
             for group in mix.groups.get(name, ()):
                 edit = _edit(group, a, b - a, len(mix.adapters), own_input=len(self.names) == 1)
                 found += [edit] if edit else []
-                done |= {(name, m) for m in group.members if edit or group.kernel is ops.lora}
+                done += [group] if edit or group.kernel is ops.lora else []
         return found, done
 
     def _joined(self, x_TI: Tensor, rows: Rows, here: list[list[Group]], mix: Mix) -> native_inference.LoraParts | None:

@@ -176,13 +176,13 @@ def _long(runs: Sequence[Run], cache: KVCache) -> Long:
 
 def _stack_edits(path: DecodePath, mix: Mix) -> StackEdits:
     """The mix's edits at every place, and who has one of another kind, or at another place."""
-    places, known = list[list[Edit]](), set[tuple[str, int]]()
+    places, known = list[list[Edit]](), set[int]()
     for layer in path.layers:
         for edits, done in layer.edits(mix):
             places.append(edits)
-            known |= done
-    known |= {(path.hosted.spec.head, m) for m in mix.members}  # which comes after the call
-    unknown = {m for site, groups in mix.groups.items() for group in groups for m in group.members if (site, m) not in known}
+            known |= {id(group) for group in done}
+    known |= {id(group) for group in mix.groups.get(path.hosted.spec.head, ())}  # which comes after the call
+    unknown = {m for groups in mix.groups.values() for group in groups if id(group) not in known for m in group.members}
     return StackEdits(EditTable(places), frozenset(unknown))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab import ops
 from trimtab.methods.base import Kernel, Packed, Prefix
 from trimtab.ops import native, native_inference
 from trimtab.ops.stack import EditTable, Stack
@@ -54,15 +55,37 @@ class PackedAdapter:
         arena = torch.empty(sum(sizes), dtype=torch.uint8, device=each[0][2].device) if each else torch.empty(0)
         native.advise_huge(arena)
         typed = {dtype: arena.view(dtype) for dtype in {t.dtype for _, _, t in each}}
-        edits = {site: Packed(p.kernel, {}, p.dropout, {}) for site, p in self.edits.items()}
-        at, begin = 0, arena.data_ptr()
+        tensors: dict[str, dict[str, Tensor]] = {site: {} for site in self.edits}
+        at = 0
         for (site, name, t), size in zip(each, sizes, strict=True):
-            shape, strides = t.shape, _strides(t.shape, name in TRANSPOSED)
-            place = typed[t.dtype].as_strided(shape, strides, at // t.element_size()).copy_(t)
-            edits[site].tensors[name] = place  # type: ignore[index]
-            edits[site].addresses[name] = begin + at, shape[-1 if name in TRANSPOSED else 0]  # type: ignore[index]
+            place = typed[t.dtype].as_strided(t.shape, _strides(t.shape, name in TRANSPOSED), at // t.element_size())
+            tensors[site][name] = place.copy_(t)
             at += size
+        edits = {site: Packed(p.kernel, tensors[site], p.dropout) for site, p in self.edits.items()}
         return PackedAdapter(edits, self.prefix, self.kv)
+
+    @cached_property
+    def layout(self) -> tuple[tuple[str, ...], tuple[Kernel, ...]]:
+        """Its sites, and the kernel at each: most adapters of a mix have the same."""
+        return tuple(self.edits), tuple(p.kernel for p in self.edits.values())
+
+    @cached_property
+    def factors(self) -> Factors:
+        """LoRA's factors, for native kernels. Computed once, not for each mix that the adapter is in."""
+        lora = {site: p for site, p in self.edits.items() if p.kernel is ops.lora}
+        kept = [_laid(name, p.tensors[name]).contiguous() for p in lora.values() for name in ("A", "B")]
+        table = np.array([[A.data_ptr(), B.data_ptr(), len(A)] for A, B in zip(kept[::2], kept[1::2], strict=True)], dtype=np.int64)
+        return Factors(tuple(lora), np.ascontiguousarray(table.reshape(-1, 3).T), kept)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Where an adapter has LoRA. table [3, sites]: the addresses of A and Bᵀ as `for_inference` lays them out, and the rank. kept: the
+    tensors."""
+
+    sites: tuple[str, ...]
+    table: np.ndarray
+    kept: list[Tensor]
 
 
 def _laid(name: str, tensor: Tensor) -> Tensor:
@@ -102,18 +125,17 @@ class PackList:
     def addresses(self, name: str) -> tuple[Tensor, Tensor]:
         """(address of each slot's tensor as `for_inference` lays it out, its first size), int64 and int32, for native kernels."""
         if name not in self._addresses:
-            kept = [] if all(p.addresses for p in self.items) else [_laid(name, p.tensors[name]).contiguous() for p in self.items]
-            found = [(t.data_ptr(), t.shape[0]) for t in kept] or [p.addresses[name] for p in self.items]
-            table = np.array(found, dtype=np.int64)
-            self._addresses.setdefault(
-                name, (torch.from_numpy(table[:, 0].copy()), torch.from_numpy(table[:, 1].astype(np.int32)), kept)
-            )  # what another thread has given out meanwhile must live on
+            kept = [_laid(name, p.tensors[name]).contiguous() for p in self.items]
+            address, size = torch.tensor([t.data_ptr() for t in kept]), torch.tensor([len(t) for t in kept], dtype=torch.int32)
+            self._addresses.setdefault(name, (address, size, kept))  # what another thread has given out meanwhile must live on
         return self._addresses[name][:2]
 
     @cached_property
     def lora_parts(self) -> native_inference.LoraParts:
         """The factors of this site alone, for `ops.native_inference.lora`."""
-        return native_inference.LoraParts([(self, range(len(self.items)))], [0], len(self.items))
+        (A_S, rank_S), (B_S, _) = self.addresses("A"), self.addresses("B")
+        start, width = np.zeros(1, dtype=np.int64), np.array([len(self.items[0].tensors["B"])])
+        return native_inference.LoraParts(start, width, A_S.numpy()[None], B_S.numpy()[None], rank_S.numpy()[None], self)
 
     def bottleneck_parts(self, activation: int) -> native_inference.BottleneckParts:
         """The tensors of this site, for `ops.native_inference.bottleneck`."""
@@ -146,34 +168,51 @@ class Mix:
 
     adapters: Sequence[PackedAdapter]
     groups: dict[str, list[Group]] = field(init=False)
-    joined: dict[tuple[str, ...], native_inference.LoraParts | None] = field(init=False, default_factory=dict)
     tables: WeakKeyDictionary[Stack, StackEdits] = field(init=False, default_factory=WeakKeyDictionary)  # of layers that have run it
+    _joined: dict[tuple[str, ...], native_inference.LoraParts | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        found: dict[str, dict[Kernel, list[int]]] = {}
+        alike: dict[tuple[tuple[str, ...], tuple[Kernel, ...]], list[int]] = {}
         for i, adapter in enumerate(self.adapters):
-            for site, packed in adapter.edits.items():
-                found.setdefault(site, {}).setdefault(packed.kernel, []).append(i)
-        self.groups = {
-            site: [
-                Group(kernel, PackList([self.adapters[i].edits[site] for i in members]), tuple(members))
-                for kernel, members in kernels.items()
-            ]
-            for site, kernels in found.items()
-        }
+            alike.setdefault(adapter.layout, []).append(i)
+        found: dict[str, dict[Kernel, list[int]]] = {}
+        for layout, members in alike.items():
+            for site, kernel in zip(*layout, strict=True):
+                found.setdefault(site, {}).setdefault(kernel, []).extend(members)
+        self.groups = {site: [self._group(site, kernel, found[site][kernel]) for kernel in found[site]] for site in found}
+
+    def _group(self, site: str, kernel: Kernel, members: list[int]) -> Group:
+        members.sort()
+        return Group(kernel, PackList([self.adapters[i].edits[site] for i in members]), tuple(members))
 
     @cached_property
     def members(self) -> tuple[int, ...]:
         """All of them: rows of these have their member's number as slot."""
         return tuple(range(len(self.adapters)))
 
-    def lora_parts(self, sites: tuple[str, ...], starts: Sequence[int], kernel: Kernel) -> native_inference.LoraParts | None:
-        """The factors of LoRA (its kernel) at sites that share an input, for one pass over all; slots are members. starts: where each
-        site's outputs begin in a row. None where there are none."""
-        if sites not in self.joined:
-            found = [(group, start) for site, start in zip(sites, starts, strict=True) for group in self.groups.get(site, ())]
-            found = [(group, start) for group, start in found if group.kernel is kernel]
-            packs = [(group.packs, group.members) for group, _ in found]
-            parts = native_inference.LoraParts(packs, [s for _, s in found], len(self.adapters)) if found else None
-            self.joined.setdefault(sites, parts)
-        return self.joined[sites]
+    @cached_property
+    def factors(self) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
+        """(a line for each site with LoRA, the addresses of A and Bᵀ [2, lines, members], the ranks [lines, members])."""
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for i, adapter in enumerate(self.adapters):
+            alike.setdefault(adapter.factors.sites, []).append(i)
+        lines = {site: line for line, site in enumerate(dict.fromkeys(site for sites in alike for site in sites))}
+        table = np.zeros((3, len(lines), len(self.adapters)), dtype=np.int64)
+        for sites, members in alike.items():
+            mine = np.array([lines[s] for s in sites], dtype=np.int64)
+            table[:, mine[:, None], members] = np.stack([self.adapters[i].factors.table for i in members], axis=2)
+        return lines, table[:2], table[2].astype(np.int32)
+
+    def lora_parts(self, sites: tuple[str, ...], starts: np.ndarray, widths: np.ndarray) -> native_inference.LoraParts | None:
+        """The factors of LoRA at sites that share an input, for one pass over all; slots are members. starts, widths: where each site's
+        outputs are in a row. None where there are none."""
+        if sites not in self._joined:
+            lines, (A, B), rank = self.factors
+            here = [i for i, site in enumerate(sites) if site in lines]
+            at = [lines[sites[i]] for i in here]
+            parts = None
+            if here:
+                rows = slice(at[0], at[-1] + 1) if at == list(range(at[0], at[-1] + 1)) else at  # a view where they stand together
+                parts = native_inference.LoraParts(starts[here], widths[here], A[rows], B[rows], rank[rows], self.adapters)
+            self._joined.setdefault(sites, parts)
+        return self._joined[sites]

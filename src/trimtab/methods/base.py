@@ -114,8 +114,6 @@ class Packed:
     kernel: Kernel
     tensors: Mapping[str, Tensor]
     dropout: float = 0.0
-    addresses: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Where each tensor lies, and its first size, for native kernels; filled when an adapter is laid out for inference."""
 
 
 class Around(Protocol):

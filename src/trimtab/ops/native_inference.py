@@ -89,19 +89,14 @@ def swiglu(gate_up_T: Tensor) -> Tensor:
 
 
 class LoraParts:
-    """The factors of several adapters at sites that share an input, in tables for `lora`. packs: one for each site with its slots, of
-    `slots` in all; starts: where each site's outputs begin in a row. A slot that a site has no adapter for adds nothing there."""
+    """The factors of several adapters at sites that share an input, in tables for `lora`. starts, widths [parts]: where each site's outputs
+    are in a row; A_PS, B_PS, rank_PS [parts, slots]: addresses of A and Bᵀ, int64, and the rank, int32, each contiguous. Where the rank is
+    0, a slot adds nothing. kept: what the addresses are of."""
 
-    def __init__(self, packs: Sequence[tuple[Any, Sequence[int]]], starts: Sequence[int], slots: int):
-        A, B = np.zeros((2, len(packs), slots), dtype=np.int64)
-        rank = np.zeros((len(packs), slots), dtype=np.int32)
-        for part, (pack, places) in enumerate(packs):
-            A[part], rank[part] = _by_slot(pack, "A", places, slots)
-            B[part], _ = _by_slot(pack, "B", places, slots)
-        widths = [p.items[0].tensors["B"].shape[0] for p, _ in packs]
-        tables = np.array(starts, dtype=np.int64), np.array(widths, dtype=np.int64), A, B, rank
-        struct = np.array([len(packs), *(t.ctypes.data for t in tables), slots], dtype=np.int64)
-        self._kept = *tables, struct, list(packs)
+    def __init__(self, starts: np.ndarray, widths: np.ndarray, A_PS: np.ndarray, B_PS: np.ndarray, rank_PS: np.ndarray, kept: Any = None):
+        tables = starts, widths, A_PS, B_PS, rank_PS
+        struct = np.array([len(starts), *(t.ctypes.data for t in tables), A_PS.shape[1]], dtype=np.int64)
+        self._kept = *tables, struct, kept
         self.address = struct.ctypes.data
 
 
