@@ -8,6 +8,7 @@ import pytest
 
 from tests.laws.common import tokens
 from tests.serve.common import ByHand, Held, ask, engine_of, finish, held, solo, without_end
+from trimtab.serve import entrance
 from trimtab.serve import scheduler as scheduler_module
 from trimtab.serve.residency import packed_bytes
 from trimtab.serve.runner import Feed, Runner
@@ -40,7 +41,7 @@ def test_decodes_come_first_and_prompts_fill_the_rest(monkeypatch):
 
 
 def test_a_long_prompt_does_not_hold_up_a_short_one(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "MIN_CHUNK", 8)
+    monkeypatch.setattr(entrance, "MIN_CHUNK", 8)
     engine = engine_of(max_step_rows=40, max_running=8)
     long, short = ask(engine, "long", 300, max_tokens=1), ask(engine, "short", 10, max_tokens=1)
     engine.step()
@@ -260,7 +261,7 @@ def test_who_has_its_adapter_passes_one_that_cannot_be_read_yet(monkeypatch):
 
 
 def test_blocks_that_a_long_prompt_will_need_are_not_given_away(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "MIN_CHUNK", 8)
+    monkeypatch.setattr(entrance, "MIN_CHUNK", 8)
     engine = engine_of(blocks=10, max_step_rows=32, max_running=4)
     long, short = ask(engine, "long", 128, max_tokens=4), ask(engine, "short", 40, max_tokens=4)
     finish(engine)

@@ -13,20 +13,18 @@ from __future__ import annotations
 from array import array
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from trimtab.errors import TrimtabError
 from trimtab.serve.blocks import BlockPool
 from trimtab.serve.config import EngineConfig
+from trimtab.serve.entrance import Entrance
 from trimtab.serve.fairness import Fairness
 from trimtab.serve.residency import Residency
 from trimtab.serve.sequence import Live
 from trimtab.serve.shares import Shares
 from trimtab.serve.turns import ELSEWHERE, ON_CPU, RECENT_S, row_limits
 
-MIN_CHUNK = 128
-"""Prompts enter together while each gets so many rows of a step: fewer at once finish sooner."""
 LOOKAHEAD = 16
 """Adapters that are loading, or loaded for requests that wait: others are not read, but for one of each tenant that has none."""
 LOOKAHEAD_PART = 0.5
@@ -55,6 +53,7 @@ class Scheduler:
         self._returning: list[Live] = []  # oldest arrival first
         self._leased: set[Live] = set()  # those that wait and hold a lease
         self._seen: dict[str, float] = {}  # when a tenant was last there
+        self._promised = 0  # blocks that those who run will still take, while others enter
         self.refused: dict[Live, TrimtabError] = {}  # those that can never run, until they are removed
 
     @property
@@ -274,31 +273,26 @@ class Scheduler:
             return
         heads = (queue[0] for queue in self._waiting.values())
         shares = Shares(self.running, [*self._returning, *heads], places=self.config.max_running, blocks=self.pool.total)
-        claimed = {live: min(live.remaining, MIN_CHUNK) for live in prefills}
-
-        stuck: set[str] = set()  # tenants that have their share, and find nothing more
-
-        def may(tenant: str) -> bool:
-            mine = sum(n for other, n in claimed.items() if other.request.tenant == tenant)
-            if tenant in stuck or mine >= left.get(tenant, mine + 1):
-                return False
-            return sum(claimed.values()) < budget or mine < budget * shares.of(tenant)
-
-        while (live := self._next(may)) is not None:
-            if self._get_in(live, shares, rows, claimed):
+        entrance = Entrance(self._waiting, self._returning, self._lease, self.fairness.counters, shares, budget, left)
+        for live in prefills:
+            entrance.claim(live)
+        self._promised = sum(map(self._owed, self.running))
+        while (live := entrance.next()) is not None:
+            if self._get_in(live, shares, rows, entrance):
                 if live.admitted is None:
                     live.admitted = now
                     tokens = len(live.request.prompt) - live.cached
                     self.fairness.charge(live.request.tenant, live.request.weight, tokens_in=tokens)
                 shares.entered(live)
-                claimed[live] = min(live.remaining, MIN_CHUNK)
+                entrance.entered(live)
                 prefills.append(live)
             elif shares.has_room(live.request.tenant):
                 break  # what comes free is for this one
             else:
-                stuck.add(live.request.tenant)
+                entrance.stuck(live.request.tenant)
+        entrance.close()
 
-    def _get_in(self, live: Live, shares: Shares, rows: dict[Live, int], claimed: dict[Live, int]) -> bool:
+    def _get_in(self, live: Live, shares: Shares, rows: dict[Live, int], entrance: Entrance) -> bool:
         """Whether it runs now, after others were preempted if needed."""
         tenant, size = live.request.tenant, self.config.block_size
         while (full := len(self.running) >= self.config.max_running) or not self._enter(live):
@@ -306,32 +300,22 @@ class Scheduler:
             if gone is None:
                 return False
             rows.pop(gone, None)
-            claimed.pop(gone, None)
+            self._promised -= self._owed(gone)
             self._preempt(gone)
+            entrance.preempted(gone)
             shares.left(gone)
         return True
 
-    def _next(self, may: Callable[[str], bool]) -> Live | None:
-        """Tenants in their turns, of those that may. Of a tenant, preempted sequences come before new ones; of the new ones the first whose
-        adapter is loaded."""
-        back: dict[str, Live] = {}
-        for live in self._returning:
-            if live.unsaid is None:
-                back.setdefault(live.request.tenant, live)
-        for tenant in self.fairness.order(t for t in {*self._waiting, *back} if may(t)):
-            if tenant in back:
-                return back[tenant]
-            if (first := next(filter(self._lease, self._waiting[tenant]), None)) is not None:
-                return first
-        return None
+    def _owed(self, live: Live) -> int:
+        """Blocks that a running sequence will still take: for its prompt, and one for what it writes."""
+        return -(-live.total // self.config.block_size) - len(live.blocks) + 1
 
     def _enter(self, live: Live) -> bool:
         """Whether there was room: then it runs, with the blocks that are known already, and with those of its virtual tokens."""
         size, pool = self.config.block_size, self.pool
         known = pool.find(live.key(i, size) for i in range((live.total - 1) // size)) if self.config.prefix_cache else []
         free = pool.available - sum(not pool.held(b) for b in known)
-        promised = sum(-(-r.total // size) - len(r.blocks) + 1 for r in self.running)  # their prompts, and a block for what they write
-        if free < -(-live.total // size) - len(known) + promised:
+        if free < -(-live.total // size) - len(known) + self._promised:
             return False
         if live.where == "returning":
             self._returning.remove(live)
@@ -344,6 +328,7 @@ class Scheduler:
         if live.past < live.virtual:
             live.past, live.unwritten = live.virtual, True
             live.blocks.extend(pool.take(-(-live.virtual // size) - len(known)))
+        self._promised += self._owed(live)
         if live.admitted is None:
             live.cached = max(0, len(known) * size - live.virtual)
             self.query_tokens += len(live.tokens)
