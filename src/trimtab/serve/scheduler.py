@@ -274,8 +274,8 @@ class Scheduler:
         heads = (queue[0] for queue in self._waiting.values())
         shares = Shares(self.running, [*self._returning, *heads], places=self.config.max_running, blocks=self.pool.total)
         entrance = Entrance(self._waiting, self._returning, self._lease, self.fairness.counters, shares, budget, left)
-        for live in prefills:
-            entrance.claim(live)
+        for prompt in prefills:
+            entrance.claim(prompt)
         self._promised = sum(map(self._owed, self.running))
         while (live := entrance.next()) is not None:
             if self._get_in(live, shares, rows, entrance):
