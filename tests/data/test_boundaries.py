@@ -60,3 +60,19 @@ def test_words_that_only_stand_alone_are_left_to_the_tokenizer():
     tokenizer.add_tokens([AddedToken("word", single_word=True)])
     text = "word" + END
     assert ControlTokens(tokenizer).ends_in(text, [4], plainly(tokenizer, text)) is None
+
+
+def test_tokenizing_changes_nothing_of_a_tokenizer_that_threads_share(monkeypatch):
+    """Setting a tokenizer's truncation waits until no thread tokenizes: a short text would wait for the longest of all."""
+    control, calls = ControlTokens(tiny_tokenizer()), list[str]()
+
+    class Shared:
+        truncation = padding = None
+        no_truncation = no_padding = lambda self: calls.append("set")
+
+        def encode_batch_fast(self, texts, add_special_tokens):
+            return control.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+
+    want = control.ids_of(["some text"])
+    monkeypatch.setitem(control.__dict__, "_backend", Shared())
+    assert control.ids_of(["some text"]) == want and calls == []

@@ -50,8 +50,10 @@ class ControlTokens:
         if not texts:
             return []
         if self._backend is not None:
-            self._backend.no_truncation()
-            self._backend.no_padding()
+            if self._backend.truncation is not None:  # setting it waits until no thread tokenizes, and keeps all others waiting
+                self._backend.no_truncation()
+            if self._backend.padding is not None:
+                self._backend.no_padding()
             return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         encoded = self.tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
