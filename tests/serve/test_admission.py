@@ -37,7 +37,7 @@ def test_a_tenants_answers_at_a_time_are_bounded_alone() -> None:
     admission.admit(FREE)
     first.close()
     admission.admit(two)
-    assert admission.open == 3 and admission.rejects == {"concurrency": 1}
+    assert admission.open == 3 and +admission.rejects == {"concurrency": 1}
 
 
 def test_n_answers_count_n_and_what_can_never_fit_is_no_wait() -> None:
@@ -167,7 +167,7 @@ def test_a_draining_server_lets_nobody_in() -> None:
         admission.admit(LOCAL)
     assert caught.value.retry_after > 0
     ticket.close()
-    assert admission.open == 0 and admission.rejects == {"draining": 1}
+    assert admission.open == 0 and +admission.rejects == {"draining": 1}
 
 
 def test_a_server_that_holds_nothing_is_refused() -> None:

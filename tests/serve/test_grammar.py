@@ -400,3 +400,31 @@ def test_a_tokenizer_that_cannot_be_used_is_said(grammars, monkeypatch):
 def test_the_process_imports_neither_torch_nor_transformers():
     code = "import trimtab.serve.grammar_process, sys; print({'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+def test_who_comes_while_the_processes_end_writes_to_none_of_them(monkeypatch):
+    """Between the end of a process and that of `shutdown`, its pipes are closed, and their numbers may be somebody else's."""
+    made, late, trouble = Grammars(TOKENIZER, 300, {EOS_ID}), list[threading.Thread](), list[BaseException]()
+    first = made.matcher(Grammar("regex", "a+"))
+    assert made.wait([first], 20.0)
+    real = grammar_pool.Process.end
+
+    def come() -> None:
+        try:
+            made.matcher(Grammar("regex", "b+")).close()
+            first.advance(97)
+        except BaseException as error:
+            trouble.append(error)
+
+    def end(process) -> int:
+        code = real(process)
+        late.append(threading.Thread(target=come))
+        late[-1].start()
+        late[-1].join(0.5)  # it gets so long to use what is gone
+        return code
+
+    monkeypatch.setattr(grammar_pool.Process, "end", end)
+    made.shutdown()
+    for thread in late:
+        thread.join(20.0)
+    assert late and not trouble

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.store.common import stirred, tiny_base
-from trimtab.errors import LimitError
+from trimtab.errors import LimitError, TrimtabError
 from trimtab.methods import METHODS
 from trimtab.serve.admission import Admission
 from trimtab.serve.audit import Audit
@@ -134,6 +134,23 @@ def test_tenants_are_bounded_and_no_total_falls() -> None:
 def test_hostile_label_values_stay_labels() -> None:
     metrics = Metrics("base", lambda: replace(STATS, tenant_tokens={'a"} 1\nfake 2': (1, 1)}))
     assert read(metrics)[f'{PREFIX}tenant_prompt_tokens_total,tenant=a"}} 1\nfake 2'] == 1
+
+
+def test_a_reason_that_is_counted_for_the_first_time_while_they_are_read() -> None:
+    """Requests are refused on the event loop while another thread writes the metrics out."""
+    admission = Admission(max_open=1)
+    metrics = Metrics("m", lambda: STATS, admission=admission)
+    reading = [iter(counts.items()) for counts in (admission.rejects, metrics._rejects, metrics._finished)]
+    for each in reading:
+        next(each)
+    admission.drain()
+    with pytest.raises(TrimtabError):
+        admission.admit(Tenant("a", "a"))
+    metrics.rejected("auth")
+    metrics.finished(None, Usage(1, 1, 0), "deadline", 0.1, None, 0.2, [])  # type: ignore[arg-type]
+    for each in reading:
+        list(each)
+    assert admission.rejects["draining"] == 1
 
 
 def test_rejects_by_reason_those_of_admission_included() -> None:

@@ -81,4 +81,4 @@ def test_no_one_comes_in_who_would_wait_too_long() -> None:
     assert not admission.full, "a place is free"
     admission.admit(LOCAL)
     assert admission.full, "one was let in 0 s ago, one 0.25 s ago"
-    assert admission.rejects == {"full": 1}
+    assert +admission.rejects == {"full": 1}

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal
+from typing import Literal, get_args
 
 from trimtab.errors import LimitError, OverloadedError, TrimtabError
 from trimtab.serve.places import FIRST_GUESS, MEMORY, Answer, Places
@@ -91,8 +91,8 @@ class Admission:
         if max_open < 1:
             raise TrimtabError(f"max_open = {max_open}: must be at least 1")
         self.max_open, self.max_wait, self._clock, self._places = max_open, max_wait, clock, Places(places or max_open)
-        self.rejects: Counter[Reason] = Counter()
-        """How many requests were refused, by reason, since the start."""
+        self.rejects: Counter[Reason] = Counter(dict.fromkeys(get_args(Reason), 0))
+        """How many requests were refused, by reason, since the start. Each reason is there, so that other threads may go through them."""
         self._lock = threading.Lock()
         self._holdings: dict[str, _Holding] = {}
         self._open, self._draining = 0, False

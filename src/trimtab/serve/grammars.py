@@ -152,12 +152,15 @@ class Grammars:
             self._ring()
         if self._thread is not None:
             self._thread.join()
-        for process in self._processes:
-            process.end()
-        self._processes.clear()
-        for end in self._bell or ():
-            os.close(end)
-        self._bell = None
+        with self._news:  # a request that has just come in must write neither to a process nor to a descriptor that is gone
+            for process in self._processes:
+                for matcher in process.matchers:
+                    matcher.process = None
+                process.end()
+            self._processes.clear()
+            bell, self._bell = self._bell or (), None
+            for end in bell:
+                os.close(end)
 
     # ---- under the lock ----
 

@@ -57,7 +57,9 @@ class Metrics:
     ):
         self.registry, self._model = CollectorRegistry(), model
         self._stats, self._admission, self._audit, self._usage = stats, admission, audit, usage
-        self._rejects, self._finished = Counter[str](), Counter[str](dict.fromkeys(map(_finish_label, get_args(FinishReason)), 0))
+        # Each key is there from the start: these grow on other threads while `_read` goes through them.
+        self._rejects = Counter[str](dict.fromkeys(REASONS, 0))
+        self._finished = Counter[str](dict.fromkeys(map(_finish_label, get_args(FinishReason)), 0))
         self.ignored = 0
         self._first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN)
         self._gap = self._histogram("inter_token_latency_seconds", "Between two tokens of an answer.", PER_TOKEN)
@@ -151,8 +153,7 @@ class Metrics:
         yield self._labelled("tenant_generation_tokens", "New tokens by tenant.", "tenant", new)
 
     def _read_server(self) -> Iterable[Metric]:
-        rejects = Counter[str](dict.fromkeys(REASONS, 0))
-        rejects.update(self._rejects)
+        rejects = Counter[str](self._rejects)
         if self._admission is not None:
             rejects.update({str(reason): count for reason, count in self._admission.rejects.items()})
             yield self._gauge("open_answers", "Answers that have been admitted and not ended.", self._admission.open)
