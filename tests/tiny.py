@@ -45,6 +45,7 @@ _GEMMA_LIKE = _LLAMA_LIKE | {
     "sliding_window": 8,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
+_MOE_LIKE = _LLAMA_LIKE | {"num_experts_per_tok": 2}
 # family -> (config class, model class, settings). Windows and soft caps are small enough to matter within a few tokens.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", _LLAMA_LIKE),
@@ -67,10 +68,102 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+# More families: each is compared with transformers and peft in tests/bases/test_families.py, but does not run through all laws.
+MORE_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", _LLAMA_LIKE | {"no_rope_layers": [1, 0]}),
+    "ministral": ("MinistralConfig", "MinistralForCausalLM", _LLAMA_LIKE | {"sliding_window": 8, "head_dim": 12}),
+    "ministral3": ("Ministral3Config", "Ministral3ForCausalLM", _LLAMA_LIKE | {"head_dim": 12}),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", _MOE_LIKE | {"num_local_experts": 4, "sliding_window": None}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        _MOE_LIKE | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 40},
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _MOE_LIKE | {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16}),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", _LLAMA_LIKE | {"head_dim": 16}),
+    "phi": ("PhiConfig", "PhiForCausalLM", _LLAMA_LIKE | {"hidden_size": 64}),
+    "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", _MOE_LIKE | {"num_local_experts": 4, "sliding_window": 512}),
+    "gptj": ("GPTJConfig", "GPTJForCausalLM", _COMMON | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 8}),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _LLAMA_LIKE | {"hidden_size": 64}),
+    "gpt_bigcode": ("GPTBigCodeConfig", "GPTBigCodeForCausalLM", _COMMON | {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "falcon": (
+        "FalconConfig",
+        "FalconForCausalLM",
+        _COMMON
+        | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"num_kv_heads": 2, "new_decoder_architecture": True},
+    ),
+    "falcon-7b": ("FalconConfig", "FalconForCausalLM", _COMMON | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", _LLAMA_LIKE | {"sliding_window": 8}),
+    "stablelm": ("StableLmConfig", "StableLmForCausalLM", _LLAMA_LIKE | {"hidden_size": 64}),
+    "persimmon": ("PersimmonConfig", "PersimmonForCausalLM", _LLAMA_LIKE | {"hidden_size": 64}),
+    "olmo": ("OlmoConfig", "OlmoForCausalLM", _LLAMA_LIKE | {"clip_qkv": 0.5}),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", _LLAMA_LIKE),
+    "olmo3": (
+        "Olmo3Config",
+        "Olmo3ForCausalLM",
+        _LLAMA_LIKE | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", _MOE_LIKE | {"num_experts": 4}),
+    "granite": (
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        _LLAMA_LIKE | {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.4},
+    ),
+    "granitemoe": ("GraniteMoeConfig", "GraniteMoeForCausalLM", _MOE_LIKE | {"num_local_experts": 4, "logits_scaling": 3.0}),
+    "cohere": ("CohereConfig", "CohereForCausalLM", _LLAMA_LIKE | {"use_qk_norm": True}),
+    "cohere2": (
+        "Cohere2Config",
+        "Cohere2ForCausalLM",
+        _LLAMA_LIKE | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "glm": ("GlmConfig", "GlmForCausalLM", _LLAMA_LIKE | {"head_dim": 16}),
+    "glm4": ("Glm4Config", "Glm4ForCausalLM", _LLAMA_LIKE | {"head_dim": 16}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        "Glm4MoeForCausalLM",
+        _MOE_LIKE
+        | {"n_routed_experts": 4, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+        | {"head_dim": 16},
+    ),
+    "lfm2": ("Lfm2Config", "Lfm2ForCausalLM", _LLAMA_LIKE | {"layer_types": ["full_attention"] * 2}),
+    "apertus": ("ApertusConfig", "ApertusForCausalLM", _LLAMA_LIKE),
+    "arcee": ("ArceeConfig", "ArceeForCausalLM", _LLAMA_LIKE),
+    "seed_oss": ("SeedOssConfig", "SeedOssForCausalLM", _LLAMA_LIKE | {"head_dim": 16}),
+    "nemotron": ("NemotronConfig", "NemotronForCausalLM", _LLAMA_LIKE | {"head_dim": 12}),
+    "exaone4": (
+        "Exaone4Config",
+        "Exaone4ForCausalLM",
+        _LLAMA_LIKE | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "hunyuan_v1_dense": ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", _LLAMA_LIKE | {"head_dim": 12}),
+    "ernie4_5": ("Ernie4_5Config", "Ernie4_5ForCausalLM", _LLAMA_LIKE | {"head_dim": 12}),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        _MOE_LIKE | {"num_local_experts": 4, "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phi3-longrope": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        _LLAMA_LIKE
+        | {"original_max_position_embeddings": 256}
+        | {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+                "original_max_position_embeddings": 256,
+            }
+        },
+    ),
+}
+
 
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A random causal LM of `family`, in eval mode, the same for the same seed. Leaves torch's global generator as it found it."""
-    config_name, model_name, settings = FAMILIES[family]
+    config_name, model_name, settings = (FAMILIES | MORE_FAMILIES)[family]
     config = getattr(transformers, config_name)(**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

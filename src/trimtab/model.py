@@ -54,8 +54,7 @@ class Base:
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str = "", path: Path | None = None, fingerprint: str = ""):
         self.tokenizer, self.name, self.path, self.fingerprint = tokenizer, name, path, fingerprint
-        prove(model)
-        self.attached = Attached(model)
+        self.attached = Attached(model, spec=prove(model))
         self._packed: WeakKeyDictionary[AdapterLike, _Kept] = WeakKeyDictionary()
 
     @property

@@ -8,8 +8,6 @@ import transformers
 from torch import nn
 
 from tests.tiny import FAMILIES, VOCAB, tiny_model
-from trimtab.bases import spec as spec_file
-from trimtab.bases.spec import Family
 from trimtab.bases.structure import read_spec
 from trimtab.errors import BaseError, ConfigError
 from trimtab.methods import LoraConfig
@@ -53,7 +51,7 @@ def test_each_family_comes_out_as_it_is_known(family):
     assert {(s.num_heads, s.num_kv_heads, s.head_dim, s.intermediate_size, s.gated) for s in spec.layers} == {sizes}
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == sizes[:3] and spec.kv_width == sizes[1] * sizes[2]
     assert [layer.window for layer in spec.layers] == WINDOWS.get(family, [None] * len(names))
-    assert (spec.family.lora_targets, spec.family.ia3_targets, spec.family.ia3_feedforward) == DEFAULTS[family]
+    assert (spec.defaults.lora_targets, spec.defaults.ia3_targets, spec.defaults.ia3_feedforward) == DEFAULTS[family]
     assert sorted(spec.linears) == sorted(f"{n}.{part}" for n in names for part in LINEARS.get(family, LLAMA_LINEARS))
 
 
@@ -89,8 +87,7 @@ def test_each_layer_is_read_by_itself():
         _ = spec.num_heads
 
 
-def test_gemma_4_keeps_keys_of_another_shape_where_it_sees_everything(monkeypatch):
-    monkeypatch.setitem(spec_file.FAMILIES, "gemma4_text", Family())
+def test_gemma_4_keeps_keys_of_another_shape_where_it_sees_everything():
     sizes = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.AutoConfig.for_model("gemma4_text", num_hidden_layers=6, sliding_window=8, **sizes)
     with torch.device("meta"):
@@ -109,8 +106,7 @@ GPT_OSS = ("gpt_oss", {"intermediate_size": 80, "num_local_experts": 6}, 6, 80, 
 @pytest.mark.parametrize(
     ("family", "sizes", "experts", "inner", "widest"), [MIXTRAL, QWEN2_MOE, GPT_OSS], ids=lambda v: v if isinstance(v, str) else ""
 )
-def test_weights_of_experts_are_found(family, sizes, experts, inner, widest, monkeypatch):
-    monkeypatch.setitem(spec_file.FAMILIES, family, Family())
+def test_weights_of_experts_are_found(family, sizes, experts, inner, widest):
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **MOE, **sizes))
     spec = read_spec(model)
     assert [layer.mlp for layer in spec.layers] == ["model.layers.0.mlp", "model.layers.1.mlp"]

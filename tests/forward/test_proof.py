@@ -13,20 +13,21 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from tests.laws.common import difference, noisy, one_thread, tokens
 from tests.laws.plain import plain_logits
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
-from trimtab.errors import BaseError
+from trimtab.errors import BaseError, ConfigError
 from trimtab.forward import attention, proof
 from trimtab.forward.hosts import Host
 from trimtab.forward.small import small_model
 from trimtab.methods import LoraConfig
 from trimtab.methods.base import Span
 from trimtab.model import Base
+from trimtab.store import Adapter
 
 __all__ = ["one_thread"]
 
 
 @pytest.fixture(autouse=True)
 def nothing_proved(monkeypatch):
-    monkeypatch.setattr(proof, "_proved", set())
+    monkeypatch.setattr(proof, "_proved", {})
 
 
 def refusal(model):
@@ -67,7 +68,7 @@ def _scaled_too_much(monkeypatch):
 
 def _without_windows(monkeypatch):
     right = attention.attend
-    monkeypatch.setattr(attention, "attend", lambda *args: right(*args[:-1], None))
+    monkeypatch.setattr(attention, "attend", lambda *args: right(*args[:7], None, *args[8:]))
 
 
 def _cache_one_off(monkeypatch):
@@ -96,14 +97,14 @@ def _hosts_for_everyone(monkeypatch):
 
 BOTH = [
     f"a sequence {what}, {way}"
-    for way in ("at once", "in chunks")
+    for way in ("at once", "at position 448", "in chunks")
     for what in ("of the base beside one with its modules edited", "with its modules edited")
 ]
-UP = [f"a sequence with model.layers.{i}.mlp.up_proj edited, {way}" for i in (0, 1) for way in ("at once", "in chunks")]
+UP = [f"a sequence with model.layers.{i}.mlp.up_proj edited, {way}" for i in (0, 1) for way in ("at once", "at position 448", "in chunks")]
 LEAK = [
     f"a sequence of the base beside one with {m} edited, {w}"
     for m in ("model.embed_tokens", "model.layers.0.self_attn.q_proj")
-    for w in ("at once", "in chunks")
+    for w in ("at once", "at position 448", "in chunks")
 ]
 
 
@@ -112,7 +113,7 @@ LEAK = [
     [
         (_scaled_too_much, "llama", BOTH),
         (_without_windows, "mistral", BOTH),
-        (_cache_one_off, "llama", BOTH[2:]),
+        (_cache_one_off, "llama", BOTH[4:]),
         (_deaf_hosts, "llama", UP),
         (_hosts_for_everyone, "llama", LEAK),
     ],
@@ -164,8 +165,6 @@ class _Broken(LlamaMLP):
     ("part", "cls", "words"),
     [
         ("mlp", _Mixing, "a sequence of the base beside one with its modules edited, at once"),
-        ("mlp", _Past, r"model.layers.0.mlp.gate_proj gives \[\] rows of 14 tokens, where \[14\] were expected"),
-        ("mlp", _Twice, r"model.layers.0.mlp.up_proj gives \[14, 14\] rows of 14 tokens"),
         ("self_attn", _More, "model.layers.0.self_attn changes what model.layers.0.self_attn.o_proj gives"),
         ("mlp", _Broken, "ValueError: not today"),
     ],
@@ -176,6 +175,16 @@ def test_a_model_that_is_not_what_it_seems_is_refused_by_name(part, cls, words, 
     getattr(model.model.layers[layer], part).__class__ = cls
     found = refusal(model)
     assert any(re.search(words.replace("layers.0", f"layers.{layer}"), problem) for problem in found), found
+
+
+@pytest.mark.parametrize(("cls", "name"), [(_Past, "gate_proj"), (_Twice, "up_proj")])
+def test_a_module_that_is_not_run_once_for_each_token_takes_no_adapter(cls, name):
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.__class__ = cls
+    base = Base(model, tiny_tokenizer())
+    assert not any(linear.endswith(name) for linear in base.spec.linears)
+    with pytest.raises(ConfigError, match=rf"model\.layers\.\d\.mlp\.{name} is not run once with each token's row"):
+        Adapter.create(base, LoraConfig(target_modules=[name]))
 
 
 # ---- layers that differ

@@ -38,10 +38,10 @@ def _last(name: str) -> str:
 
 
 EXTRAS: dict[str, Callable[[Spec], Method]] = {
-    "lora-embedding": lambda s: LoraConfig(r=2, target_modules=(_last(s.embedding), *s.family.lora_targets)),
+    "lora-embedding": lambda s: LoraConfig(r=2, target_modules=(_last(s.embedding), *s.defaults.lora_targets)),
     "lora-head": lambda s: LoraConfig(r=3, lora_alpha=5, target_modules=(s.head,)),
     "lora-saved": lambda s: LoraConfig(
-        r=2, target_modules=s.family.lora_targets, modules_to_save=(s.head, *s.family.ia3_feedforward, _final_norm(s))
+        r=2, target_modules=s.defaults.lora_targets, modules_to_save=(s.head, *s.defaults.ia3_feedforward, _final_norm(s))
     ),
     "ia3-saved": lambda s: IA3Config(modules_to_save=(s.embedding, _final_norm(s))),
 }

@@ -41,7 +41,11 @@ def _tensors(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
 
 def _edit(model: nn.Module, name: str, hooks: ExitStack, edit: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
     module = model.get_submodule(name)
-    hooks.callback(module.register_forward_hook(lambda m, args, y: edit(m, args[0], y)).remove)
+
+    def hook(m: nn.Module, args: Any, y: Any) -> Any:
+        return (edit(m, args[0], y[0]), *y[1:]) if isinstance(y, tuple) else edit(m, args[0], y)
+
+    hooks.callback(module.register_forward_hook(hook).remove)
 
 
 def _weight(module: nn.Module) -> Tensor:

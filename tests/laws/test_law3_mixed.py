@@ -28,7 +28,7 @@ def _shuffle(items, seed):
 
 def _two_loras(base):
     """Different rank, alpha and targets; they meet at one module and miss each other at another."""
-    first, second = base.spec.family.ia3_targets[-1], base.spec.family.lora_targets[0]
+    first, second = base.spec.defaults.ia3_targets[-1], base.spec.defaults.lora_targets[0]
     return [
         noisy(base, LoraConfig(r=5, lora_alpha=3, target_modules=(first, second)), seed=50),
         noisy(base, LoraConfig(r=1, lora_alpha=7, target_modules=(second,)), seed=51),

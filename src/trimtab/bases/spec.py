@@ -1,7 +1,6 @@
 """What a method may know of a base: a `Spec` says where embedding, layers, attention, MLPs, norms and head are, and their sizes.
 
-`structure.py` reads it off a model. A family is admitted by a row in `FAMILIES`, which holds the modules that a method takes where it is
-told none.
+`structure.py` reads it off a model.
 """
 
 from __future__ import annotations
@@ -17,20 +16,13 @@ Kind = Literal["linear", "conv1d", "embedding", "norm", "experts"]
 
 
 @dataclass(frozen=True)
-class Family:
-    """The modules that LoRA and IA³ take by default in one family, as peft's tables have them."""
+class Defaults:
+    """The modules that LoRA and IA³ take where they are told none, by the last parts of their names. They are those that peft's tables have
+    for most families: LoRA takes queries and values, IA³ keys, values and what the MLP's last matrix reads."""
 
-    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
-    ia3_targets: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
-    ia3_feedforward: tuple[str, ...] = ("down_proj",)
-
-
-FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"], Family()),
-    "phi3": Family(lora_targets=("qkv_proj",), ia3_targets=("qkv_proj", "down_proj")),
-    "gpt2": Family(lora_targets=("c_attn",), ia3_targets=("c_attn", "mlp.c_proj"), ia3_feedforward=("mlp.c_proj",)),
-}
-"""transformers' model_type -> its defaults; the families that are admitted."""
+    lora_targets: tuple[str, ...]
+    ia3_targets: tuple[str, ...]
+    ia3_feedforward: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,8 @@ class Module:
 
     kind "experts": a parameter that holds a matrix for each expert; `name` as in `named_parameters()`, its shape under "weight", [experts,
     out, in], or [experts, in, out] as some models keep it; feature counts are those of one expert.
-    vectors: how many vectors of one token it acts on, each by itself: the number of heads for a norm of queries or keys, else 1.
+    vectors: how many vectors of one token it acts on, each by itself: the number of heads for a norm of queries or keys, else 1; 0 for a
+    module that is not run once with each token's row (`forward/proof.py` finds these), where no adapter can act.
     """
 
     name: str
@@ -76,11 +69,12 @@ class Layer:
 class Spec:
     """What a method may know of a base model. Sizes are counts of features, heads, rows; no weights, no devices.
 
-    body: the part of the causal LM that gives hidden states. layer_list: the list of its layers.
+    body: the part of the causal LM that gives hidden states. layer_list: the list of its layers. logit_scale: what logits are multiplied
+    with before the soft cap. writes_results: whether the model's code writes into what its modules give.
     """
 
     model_type: str
-    family: Family
+    defaults: Defaults
     body: str
     layer_list: str
     embedding: str
@@ -92,12 +86,16 @@ class Spec:
     max_positions: int
     tied_head: bool
     final_softcap: float | None
+    logit_scale: float
+    writes_results: bool
     num_parameters: int
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Names of every linear layer but the output head: peft's "all-linear"."""
-        return tuple(m.name for m in self.modules.values() if m.kind in ("linear", "conv1d") and m.name != self.head)
+        """Names of every linear layer where an adapter can act but the output head: peft's "all-linear". Gates, which give one number, are
+        left out: a low rank saves nothing there."""
+        found = (m for m in self.modules.values() if m.kind in ("linear", "conv1d") and m.name != self.head)
+        return tuple(m.name for m in found if m.vectors and min(m.in_features, m.out_features) > 1)
 
     @cached_property
     def attention_outputs(self) -> tuple[str, ...]:

@@ -6,30 +6,28 @@ is used (`forward/proof.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from trimtab.bases.spec import FAMILIES, Kind, Layer, Module, Spec
+from trimtab.bases.spec import Defaults, Kind, Layer, Module, Spec
 from trimtab.bases.weights import claimed
-from trimtab.errors import BaseError, nearest
+from trimtab.errors import BaseError
 
 OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense")
 """What families call the projection behind the attention. Shapes do not tell it from the queries' projection."""
 MATRICES = ("linear", "conv1d", "experts")
+ATTENTION_LAYERS = ("full_attention", "sliding_attention")
+"""The kinds of layers, in transformers' words, whose state is keys and values."""
+NOT_SEEN = ("attention_chunk_size",)
+"""Settings that change attention only after more tokens than the proof runs."""
 
 
 def read_spec(model: Any) -> Spec:
-    """Read the spec off a `transformers` causal LM. BaseError where the family, or something that its config asks for, is not supported, or
-    where the model is not built of what a `Spec` describes."""
+    """Read the spec off a `transformers` causal LM. BaseError where its config asks for something that is not supported, or where the model
+    is not built of what a `Spec` describes."""
     config = model.config
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise BaseError(
-            f"model family {config.model_type!r} is not supported{nearest(config.model_type, FAMILIES)}",
-            fix=f"use one of: {', '.join(FAMILIES)}; or add a row to FAMILIES in trimtab/bases/spec.py",
-        )
     _refuse_unsupported(config)
     names = {id(module): name for name, module in model.named_modules()}
     body, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
@@ -43,22 +41,50 @@ def read_spec(model: Any) -> Spec:
     for m in modules.values():
         if m.layer is not None:
             inside[m.layer].append(m)
+    mlps = [_mlp(a["name"], a["attention"], m, config) for a, m in zip(attentions, inside, strict=True)]
     return Spec(
         model_type=config.model_type,
-        family=family,
+        defaults=_defaults(attentions, mlps, inside),
         body=names[id(body)],
         layer_list=layer_list,
         embedding=names[id(embedding)],
         head=names[id(head)],
-        layers=tuple(Layer(**a, **_mlp(a["name"], a["attention"], m, config)) for a, m in zip(attentions, inside, strict=True)),
+        layers=tuple(Layer(**a, **m) for a, m in zip(attentions, mlps, strict=True)),
         modules=modules,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=_max_positions(config),
         tied_head=bool(config.tie_word_embeddings),
         final_softcap=getattr(config, "final_logit_softcapping", None),
+        logit_scale=_logit_scale(config),
+        writes_results=config.model_type == "falcon" or getattr(config, "clip_qkv", None) is not None,
         num_parameters=sum(p.numel() for p in model.parameters()),
     )
+
+
+def _defaults(attentions: Sequence[Mapping[str, Any]], mlps: Sequence[Mapping[str, Any]], inside: Sequence[Sequence[Module]]) -> Defaults:
+    """The default targets: the projections of queries and values, of keys and values, and the last matrix of the MLP; a projection that
+    gives all of them where there is one. Experts are no default."""
+    lora, keys_values, feedforward = dict[str, None](), dict[str, None](), dict[str, None]()
+    for attention, mlp, leaves in zip(attentions, mlps, inside, strict=True):
+        linear = [m.name for m in leaves if m.kind in ("linear", "conv1d")]
+        made = [n for n in linear if n.startswith(f"{attention['attention']}.") and n != attention["attention_output"]]
+        one_each = {letter: [n for n in made if n.rpartition(".")[2].startswith(letter)] for letter in "qkv"}
+        apart = len(made) >= 3 and all(len(found) == 1 for found in one_each.values())
+        last = [
+            m.name for m in leaves if m.name in linear and m.name.startswith(f"{mlp['mlp']}.") and m.in_features == mlp["intermediate_size"]
+        ]
+        lora |= dict.fromkeys(_suffix(n, linear) for n in (one_each["q"] + one_each["v"] if apart else made))
+        keys_values |= dict.fromkeys(_suffix(n, linear) for n in (one_each["k"] + one_each["v"] if apart else made))
+        feedforward |= dict.fromkeys(_suffix(n, linear) for n in last[-1:])
+    return Defaults(tuple(lora), (*keys_values, *feedforward), tuple(feedforward))
+
+
+def _suffix(name: str, others: Sequence[str]) -> str:
+    """The shortest end of a module's name that no other module of its layer has."""
+    parts = name.split(".")
+    ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    return next(end for end in ends if not any(o != name and f".{o}".endswith(f".{end}") for o in others))
 
 
 def window_of(attention: Any) -> int | None:
@@ -72,16 +98,40 @@ def _refuse_unsupported(config: Any) -> None:
     problems = []
     if getattr(config, "use_bidirectional_attention", False):
         problems.append("use_bidirectional_attention is set: only causal attention is supported")
-    ropes = getattr(config, "rope_parameters", None) or {}
-    for rope in [ropes, *(v for v in ropes.values() if isinstance(v, dict))]:
-        if rope.get("rope_type") in ("dynamic", "longrope"):
-            problems.append(f"rope_type {rope['rope_type']!r} depends on the longest sequence of the batch, so batches could not be mixed")
+    kinds = [k for k in dict.fromkeys(getattr(config, "layer_types", None) or ()) if k not in ATTENTION_LAYERS]
+    problems += [f"layers of type {k!r}: only {' and '.join(ATTENTION_LAYERS)} are supported" for k in kinds]
+    problems += [f"{name} = {getattr(config, name)!r} is not supported" for name in NOT_SEEN if getattr(config, name, None)]
     if getattr(config, "add_cross_attention", False):
         problems.append("add_cross_attention is set: only decoder-only models are supported")
     if getattr(config, "quantization_config", None):
         problems.append("quantization_config is set: load the base unquantised (a .gguf file is converted on loading)")
     if problems:
         raise BaseError(f"this {config.model_type} model needs what trimtab does not support", problems=problems)
+
+
+def _max_positions(config: Any) -> int:
+    """How many positions the base has. Rotary embeddings of type "dynamic" and "longrope" change for the whole batch as soon as one of its
+    sequences is longer than those that they were first trained on. Only the positions before that are used."""
+    found = [config.max_position_embeddings]
+    for rope in _ropes(config):
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            trained = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+            found.append(trained or config.max_position_embeddings)
+    return min(found)
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The settings of rotary embeddings: one for all layers, or one for each kind."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    return [ropes, *(v for v in ropes.values() if isinstance(v, dict))]
+
+
+def _logit_scale(config: Any) -> float:
+    """What the class multiplies its logits with, under the names that families give it. The proof shows whether it is so."""
+    multiplied = (getattr(config, "logit_scale", None), getattr(config, "lm_head_multiplier", None))
+    scale = next((float(m) for m in multiplied if m), 1.0)
+    divided = getattr(config, "logits_scaling", None)
+    return scale / divided if divided else scale
 
 
 def _unknown(config: Any, problem: str) -> BaseError:

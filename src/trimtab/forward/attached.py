@@ -14,6 +14,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from trimtab.bases.spec import Spec
 from trimtab.bases.weights.derived import Derived
 from trimtab.forward import rowwise
 from trimtab.forward.attention import KVCache
@@ -34,8 +35,8 @@ class _Looked(local):
 class Attached(Hosted):
     """A base model with hosts and what is derived from its weights. cached_rows: rows that have run each way, in forwards with a cache."""
 
-    def __init__(self, model: Any, *, fast: bool = True):
-        super().__init__(model, fast=fast)
+    def __init__(self, model: Any, *, spec: Spec | None = None, fast: bool = True):
+        super().__init__(model, spec=spec, fast=fast)
         self._decode_path = Derived(self.weights, DecodePathMaker(self))
         self._looked = _Looked()
         self.cached_rows: Counter[str] = Counter(dict.fromkeys(Way, 0))

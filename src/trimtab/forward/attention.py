@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -230,18 +231,45 @@ def forward(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     trimtab_plan: AttentionPlan | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in each layer: query [1, H, T, D], key and value [1, kv_heads, T, D]; returns [1, T, H, D]."""
-    if trimtab_plan is None:
+    plan = at_hand(module) if trimtab_plan is None else trimtab_plan
+    if plan is None:
         raise RuntimeError("this model is attached to trimtab: call Base.logits, Base.generate or Attached.forward, or load another copy")
     # A model has read its cache, if it has one, before it calls this: what it found there would be keys without queries.
     others = {name: value for name, value in kwargs.items() if not _is_cache(value)}
     refuse_changes(others | {"attention_mask": attention_mask, "dropout": dropout, "cached_keys": key.shape[2] - query.shape[2]})
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(q_THD, k_THD, v_THD, trimtab_plan, module.layer_idx, scaling, softcap, sliding_window)[None], None
+    return attend(q_THD, k_THD, v_THD, plan, module.layer_idx, scaling, softcap, sliding_window, s_aux)[None], None
+
+
+class HasPlan(Protocol):
+    """A batch."""
+
+    @property
+    def plan(self) -> AttentionPlan: ...
+
+
+class KeepsBatch(Protocol):
+    """What keeps a base's batch of the calling thread (`hosts.AtHand`)."""
+
+    @property
+    def batch(self) -> HasPlan | None: ...
+
+
+KEPT: WeakKeyDictionary[Any, KeepsBatch] = WeakKeyDictionary()
+"""An attention module of a base -> where the batch is, for classes whose layers do not hand their arguments on to the attention."""
+
+
+def at_hand(module: Any) -> AttentionPlan | None:
+    """The plan of the batch that the calling thread runs on the module's base."""
+    kept = KEPT.get(module)
+    batch = None if kept is None else kept.batch
+    return None if batch is None else batch.plan
 
 
 def refuse_changes(arguments: Mapping[str, object]) -> None:
@@ -294,16 +322,26 @@ def _in_words(value: object) -> str:
 
 
 def attend(
-    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: AttentionPlan, layer: int, scaling: float, softcap: float | None, window: int | None
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    plan: AttentionPlan,
+    layer: int,
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Attention of a layer's flat rows over the plan's sequences; q [T, H, D], k and v [T, kv_heads, D]; returns [T, H, D]."""
     k_pool, v_pool = plan.pool(layer, k_THD, v_THD)
+    if softcap is not None or sinks_H is not None:
+        return over_buckets(q_THD, k_pool, v_pool, plan.layout, scaling, softcap, window, sinks_H)
     flat = plan.cache is None or any(run.queries >= LONG for run in plan.runs)
-    if flat and softcap is None and scaling > 0 and ops.takes_flat(q_THD, k_pool, v_pool):
+    if flat and scaling > 0 and ops.takes_flat(q_THD, k_pool, v_pool):
         return ops.flat_attention(q_THD, k_pool, v_pool, plan.index, scaling, window)
-    if plan.cache is None and softcap is None and (kernel := ops.varlen_kernel(q_THD, k_pool)) is not None:
+    if plan.cache is None and (kernel := ops.varlen_kernel(q_THD, k_pool)) is not None:
         return ops.varlen_attention(q_THD, k_pool, v_pool, plan.varlen, scaling, window, kernel)
-    return over_buckets(q_THD, k_pool, v_pool, plan.layout, scaling, softcap, window)
+    return over_buckets(q_THD, k_pool, v_pool, plan.layout, scaling, None, window)
 
 
 def over_buckets(
@@ -314,13 +352,14 @@ def over_buckets(
     scaling: float,
     softcap: float | None,
     window: int | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Attention of rows over what `lay_out` laid out; [T, H, D]."""
     outs, (buckets, row_T) = [], layout
     for b in buckets:
         q, k, v = (_gather(x, i) for x, i in ((q_THD, b.query_BQ), (k_pool, b.key_BS), (v_pool, b.key_BS)))
         inside = window if b.mask_BQS is None else None  # else the mask holds it
-        outs.append(ops.attention(q, k, v, b.offset, b.masked(window), scaling, softcap, inside).flatten(0, 1))
+        outs.append(ops.attention(q, k, v, b.offset, b.masked(window), scaling, softcap, inside, sinks_H).flatten(0, 1))
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, row_T)
 
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from trimtab.bases.spec import Spec
 from trimtab.bases.structure import read_spec
 from trimtab.bases.weights.derived import Weights
-from trimtab.forward import attention, rowwise
+from trimtab.forward import attention, own_forwards, rowwise
 from trimtab.forward.batch import Batch
 from trimtab.forward.hosts import AtHand, Host
 from trimtab.forward.packs import Group
@@ -29,15 +30,15 @@ from trimtab.forward.replica import ours
 class Hosted:
     """A base model with hosts. Several threads may run forwards and backwards of one at a time.
 
-    fast: modules get faster forwards where these agree with their own (`rowwise.py`).
+    spec: the model's, where it is known. fast: modules get faster forwards where these agree with their own (`rowwise.py`).
     activation_checkpointing: forwards with gradients keep each decoder layer's input only, and the backward runs the layer again (Chen et
     al. 2016, arXiv:1604.06174). It may be set between any two forwards.
     """
 
     activation_checkpointing = False
 
-    def __init__(self, model: Any, *, fast: bool = True):
-        self.model, self.spec = model, read_spec(model)
+    def __init__(self, model: Any, *, spec: Spec | None = None, fast: bool = True):
+        self.model, self.spec = model, spec or read_spec(model)
         self.device, self.dtype = model.device, model.dtype
         self.body, self.head_module = model.get_submodule(self.spec.body), model.get_submodule(self.spec.head)
         self.embedding = model.get_submodule(self.spec.embedding)
@@ -53,13 +54,16 @@ class Hosted:
         self.fast = rowwise.install(model, self.row_wise) if fast else []
         for layer in model.get_submodule(self.spec.layer_list):
             layer.forward = ours(self._layer(layer.forward))
+        attention.KEPT.update({model.get_submodule(layer.attention): self._at_hand for layer in self.spec.layers})
+        own_forwards.install(model)
 
     def host(self, name: str) -> Host:
         """The host of a module, put in its place at the first call."""
         with self._hosting:
             if name not in self._hosts:
                 module = self.model.get_submodule(name)
-                self._hosts[name] = Host(self._at_hand, name, module, self.weights.of.get(name), self._index[name])
+                matrix, written = self.weights.of.get(name), self.spec.writes_results
+                self._hosts[name] = Host(self._at_hand, name, module, matrix, self._index[name], written)
                 module.forward = self._hosts[name]
             return self._hosts[name]
 
@@ -76,13 +80,15 @@ class Hosted:
         return x_TH
 
     def forward_plain(self, batch: Batch) -> Tensor:
-        """Hidden states after the final norm, [T, H], through the model's own modules, whatever the batch."""
+        """Hidden states after the final norm, [T, H], through the model's own modules, whatever the batch. They are multiplied with what
+        the class multiplies its logits with."""
         x_TH = self.embed(batch)
         for start, stop, embeds_NH in batch.embeds:
             x_TH = torch.cat([x_TH[:start], embeds_NH.to(x_TH.dtype), x_TH[stop:]])
         with self._at_hand.running(batch):
             out = self.body(inputs_embeds=x_TH[None], position_ids=batch.position_T[None], use_cache=False, trimtab_batch=batch)
-        return out.last_hidden_state[0]
+        hidden_TH: Tensor = out.last_hidden_state[0]
+        return hidden_TH if self.spec.logit_scale == 1 else hidden_TH * self.spec.logit_scale
 
     def head_plain(self, hidden_RH: Tensor, batch: Batch) -> Tensor:
         """Logits [R, V] of a batch's rows before the soft cap, through the model's own head."""

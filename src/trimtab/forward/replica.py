@@ -72,9 +72,16 @@ def _stand_in(module: nn.Module, dtype: torch.dtype, config: Any, replaced: Mapp
     fields["_modules"] = {n: None if m is None else _stand_in(m, dtype, config, replaced, serial) for n, m in module._modules.items()}
     if "config" in fields and config is not None:
         fields["config"] = config
-    if fields.get("sliding_window") is not None:
+    if has_window(module):
         fields["sliding_window"] = WINDOW
     return made
+
+
+def has_window(of: Any) -> bool:
+    """Whether a config, or a module with one, has a sliding window that is shorter than the positions that the base has."""
+    most = getattr(getattr(of, "config", of), "max_position_embeddings", None)
+    window = getattr(of, "sliding_window", None)
+    return window is not None and not (most and window >= most)
 
 
 def dense_twin(module: nn.Module, most: int | None = None) -> nn.Module:
@@ -101,7 +108,7 @@ def small_config(config: Any, layers: Sequence[int] = ()) -> Any:
     """A config for stand-ins: these layers only, a window of `WINDOW` where there is one, transformers' own attention."""
     made = copy.deepcopy(config)
     made._attn_implementation = "eager"
-    if getattr(made, "sliding_window", None) is not None:
+    if has_window(made):
         made.sliding_window = WINDOW
     if layers:
         made.num_hidden_layers = len(layers)

@@ -43,8 +43,8 @@ class IA3Config(TargetedMethod):
         return [cls(), cls(target_modules="all-linear", feedforward_modules=())]
 
     def sites(self, spec: Spec) -> list[Site]:
-        targets = self.target_modules if self.target_modules is not None else spec.family.ia3_targets
-        feedforward = self.feedforward_modules if self.feedforward_modules is not None else spec.family.ia3_feedforward
+        targets = self.target_modules if self.target_modules is not None else spec.defaults.ia3_targets
+        feedforward = self.feedforward_modules if self.feedforward_modules is not None else spec.defaults.ia3_feedforward
         modules = select(spec, targets, excluded=self.exclude_modules)
         problems = unmatched(spec, feedforward, "feedforward_modules") if feedforward else []
         stray = [m.name for m in spec.modules.values() if matches(m.name, feedforward) and m.name not in {t.name for t in modules}]

@@ -119,7 +119,7 @@ class LoraConfig(TargetedMethod):
         try:
             return select(
                 spec,
-                self.target_modules if self.target_modules is not None else spec.family.lora_targets,
+                self.target_modules if self.target_modules is not None else spec.defaults.lora_targets,
                 excluded=self.exclude_modules,
                 layers=self.layers_to_transform,
                 kinds=("linear", "conv1d") if self.use_dora else ("linear", "conv1d", "embedding"),

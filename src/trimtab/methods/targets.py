@@ -46,10 +46,15 @@ def select(
         chosen = [spec.modules[name] for name in spec.linears]
     else:
         chosen = [m for m in spec.modules.values() if matches(m.name, targets)]
+        # A list of names means modules, as for peft; experts are parameters, and meant only where no module has the name.
+        chosen = [m for m in chosen if m.kind != "experts" or "experts" in kinds] or chosen
     wrong_kind = [m for m in chosen if m.kind not in set(kinds)]
     problems += [f"{option}: {m.name} is {_a(m.kind)} layer; this method takes {', '.join(kinds)}" for m in wrong_kind[:8]]
     if excluded:
         chosen = [m for m in chosen if not matches(m.name, excluded)]
+    problems += [f"{option}: {m.name} is not run once with each token's row, so no adapter can act there" for m in chosen if not m.vectors][
+        :8
+    ]
     if layers is not None:
         wanted = {layers} if isinstance(layers, int) else set(layers)
         problems += [

@@ -23,15 +23,18 @@ def attention(
     scaling: float,
     softcap: float | None,
     window: int | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """softmax(cap(scaling · q kᵀ) + mask) v for B padded sequences with H query heads over G key heads; returns [B, Q, H, D].
 
     Key j lies at query i's own place where j = i + offset; later keys are never read. window: keys at distance ≥ window are never read
     either. mask_BQS: False where a key must not be read (padding, gaps); None where offset and window say all; it holds the window too.
-    softcap c: c · tanh(x / c). Scores are held in the inputs' dtype, and the softmax computes in fp32 inside, as a kernel of one pass: on a
-    CPU fp32 copies of bf16 scores cost ten times the matmuls. The backward forms the scores again, so memory is linear in the length.
+    softcap c: c · tanh(x / c). sinks_H: a score for each head, which takes its part of the softmax and reads no value (gpt-oss).
+
+    Scores are held in the inputs' dtype, and the softmax computes in fp32 inside, as a kernel of one pass: on a CPU fp32 copies of bf16
+    scores cost ten times the matmuls. The backward forms the scores again, so memory is linear in the length.
     """
-    return _Attention.apply(q_BQHD, k_BSGD, v_BSGD, offset, mask_BQS, scaling, softcap, window)
+    return _Attention.apply(q_BQHD, k_BSGD, v_BSGD, offset, mask_BQS, scaling, softcap, window, sinks_H)
 
 
 def _blocks(Q: int, S: int, offset: int, window: int | None) -> list[tuple[int, int, int, int]]:
@@ -59,7 +62,9 @@ def _forbidden(block: tuple[int, int, int, int], offset: int, mask_BQS: Tensor |
 class _Scores:
     """One block's probabilities [B·G, (H/G)·q, s], formed alike in the forward and in the backward."""
 
-    def __init__(self, q_x: Tensor, k_x: Tensor, added: Tensor | None, heads: tuple[int, int], softcap: float | None):
+    def __init__(
+        self, q_x: Tensor, k_x: Tensor, added: Tensor | None, heads: tuple[int, int], softcap: float | None, sinks_H: Tensor | None
+    ):
         G, repeat = heads
         if added is not None:
             B, q, s = added.shape  # the same for all heads: repeated over H/G in the rows, over G in the batch
@@ -72,7 +77,11 @@ class _Scores:
             scores, self.slope = t * softcap, 1.0 - t * t
             if added is not None:
                 scores += added
-        self.p = torch.softmax(scores, dim=-1)
+        if sinks_H is None:
+            self.p = torch.softmax(scores, dim=-1)
+        else:  # a head's sink stands behind its scores, in every row of the head
+            sink_x = sinks_H.to(scores.dtype).view(G, repeat, 1, 1).expand(-1, -1, scores.shape[1] // repeat, 1).reshape(G, -1, 1)
+            self.p = torch.softmax(torch.cat([scores, sink_x.repeat(len(scores) // G, 1, 1)], -1), dim=-1)[..., :-1]
 
     def backward(self, dp: Tensor) -> Tensor:
         """The gradient of the scores before the cap, from that of the probabilities."""
@@ -94,6 +103,7 @@ class _Attention(torch.autograd.Function):
         scaling: float,
         softcap: float | None,
         window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         B, Q, H, _ = q.shape
         G, S = k.shape[2], k.shape[1]
@@ -102,15 +112,15 @@ class _Attention(torch.autograd.Function):
         for block in _blocks(Q, S, offset, window):
             i, j, a, b = block
             added = _forbidden(block, offset, mask, window, q)
-            scores = _Scores(_queries(q[:, i:j] * scaling, G), k_x[:, a:b], added, (G, H // G), softcap)
+            scores = _Scores(_queries(q[:, i:j] * scaling, G), k_x[:, a:b], added, (G, H // G), softcap, sinks)
             out[:, i:j] = _unqueries(torch.bmm(scores.p, v_x[:, a:b]), B, H)
-        ctx.save_for_backward(q, k, v, mask)
+        ctx.save_for_backward(q, k, v, mask, sinks)
         ctx.config = (offset, scaling, softcap, window)
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple:
-        q, k, v, mask = ctx.saved_tensors
+        q, k, v, mask, sinks = ctx.saved_tensors
         offset, scaling, softcap, window = ctx.config
         B, Q, H, _ = q.shape
         G, S = k.shape[2], k.shape[1]
@@ -118,15 +128,20 @@ class _Attention(torch.autograd.Function):
         blocks = _blocks(Q, S, offset, window)
         dq = torch.empty_like(q)
         dk, dv = torch.zeros_like(k_x), torch.zeros_like(v_x)
+        d_sinks = torch.zeros(H, device=q.device) if ctx.needs_input_grad[8] else None
         for block in blocks:
             i, j, a, b = block
             q_x, do_x = _queries(q[:, i:j] * scaling, G), _queries(d_out[:, i:j], G)
-            scores = _Scores(q_x, k_x[:, a:b], _forbidden(block, offset, mask, window, q), (G, H // G), softcap)
-            ds = scores.backward(torch.bmm(do_x, v_x[:, a:b].transpose(1, 2)))
+            scores = _Scores(q_x, k_x[:, a:b], _forbidden(block, offset, mask, window, q), (G, H // G), softcap, sinks)
+            dp = torch.bmm(do_x, v_x[:, a:b].transpose(1, 2))
+            if d_sinks is not None:  # ∂ of the sink's own score: −p_sink · Σ p dp
+                of_rows = (scores.p.float().sum(-1) - 1) * (scores.p.float() * dp).sum(-1)
+                d_sinks += of_rows.view(B, H, -1).sum((0, 2))
+            ds = scores.backward(dp)
             dq[:, i:j] = _unqueries(torch.bmm(ds, k_x[:, a:b]), B, H).mul_(scaling)
             dk[:, a:b].baddbmm_(ds.transpose(1, 2), q_x)
             dv[:, a:b].baddbmm_(scores.p.transpose(1, 2), do_x)
-        return dq, _unkeys(dk, B), _unkeys(dv, B), None, None, None, None, None
+        return dq, _unkeys(dk, B), _unkeys(dv, B), None, None, None, None, None, d_sinks
 
 
 def _keys(k_BSGD: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def _lora_config(method: LoraConfig, sites: Sequence[Site], spec: Spec) -> dict[
         "r": method.r,
         "lora_alpha": _whole(method.alpha),
         "lora_dropout": method.lora_dropout,
-        "target_modules": _targets(method, sites, spec.family.lora_targets),
+        "target_modules": _targets(method, sites, spec.defaults.lora_targets),
         "rank_pattern": dict(method.rank_pattern),
         "alpha_pattern": alphas,
         "layers_to_transform": None,
@@ -85,8 +85,8 @@ def _ia3_config(method: IA3Config, sites: Sequence[Site], spec: Spec) -> dict[st
     default = method.target_modules is None and method.feedforward_modules is None and method.exclude_modules is None
     names = [s.name for s in sites if not s.saved]
     return _targeted_config(method, sites, spec) | {
-        "target_modules": list(spec.family.ia3_targets) if default else names,
-        "feedforward_modules": list(spec.family.ia3_feedforward) if default else [s.name for s in sites if s.feedforward],
+        "target_modules": list(spec.defaults.ia3_targets) if default else names,
+        "feedforward_modules": list(spec.defaults.ia3_feedforward) if default else [s.name for s in sites if s.feedforward],
         "init_ia3_weights": True,
     }
 
