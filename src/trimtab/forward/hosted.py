@@ -62,8 +62,8 @@ class Hosted:
         with self._hosting:
             if name not in self._hosts:
                 module = self.model.get_submodule(name)
-                matrix, written = self.weights.of.get(name), self.spec.writes_results
-                self._hosts[name] = Host(self._at_hand, name, module, matrix, self._index[name], written)
+                about = {"block": name not in self.spec.modules, "written": self.spec.writes_results}
+                self._hosts[name] = Host(self._at_hand, name, module, self.weights.of.get(name), self._index[name], **about)
                 module.forward = self._hosts[name]
             return self._hosts[name]
 

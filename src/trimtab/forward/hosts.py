@@ -73,12 +73,19 @@ class Around:
 
 
 class Host:
-    """Stands in for one module's forward. written: whether others write into its result, which autograd refuses where it is a view."""
+    """Stands in for one module's forward.
+
+    block: whether it is a part of a layer, which runs on rows in the shape in which they came, and not a leaf, which runs on flat rows.
+    written: whether others write into its result, which autograd refuses where it is a view.
+    """
 
     of_trimtab = True  # see `replica.altered`
 
-    def __init__(self, at_hand: AtHand, name: str, module: Any, matrix: Weight | None, index: int, written: bool = False):
-        self.at_hand, self.name, self.module, self.matrix, self.index, self.written = at_hand, name, module, matrix, index, written
+    def __init__(
+        self, at_hand: AtHand, name: str, module: Any, matrix: Weight | None, index: int, *, block: bool = False, written: bool = False
+    ):
+        self.at_hand, self.name, self.module, self.matrix, self.index = at_hand, name, module, matrix, index
+        self.block, self.written = block, written
         self.original = module.forward
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -86,20 +93,20 @@ class Host:
         groups = batch.mix.groups.get(self.name) if batch is not None else None
         if batch is None or not groups:
             return self.original(x, *args, **kwargs)
+        original = partial(self.original, *args, **kwargs) if args or kwargs else self.original
         leading = x.shape[:-1] if x.is_floating_point() else x.shape  # [1, T, I]; [T, I] inside an edited block; [1, T] token ids
-        others: list[tuple[Any, ...]] = []  # what a module gives beside its result, as some blocks of experts do
+        others: list[Any] = []  # what a block gives beside its result, as some with experts do
 
-        def original(x_TI: Tensor) -> Tensor:
-            y = self.original(x_TI.view(*leading, *x_TI.shape[1:]), *args, **kwargs)
-            if isinstance(y, tuple):
-                others[:], y = [y[1:]], y[0]
+        def in_its_shape(x_TI: Tensor) -> Tensor:
+            y = original(x_TI.view(*leading, x_TI.shape[-1]))
+            y, *others[:] = y if isinstance(y, tuple) else (y,)
             return y.flatten(0, -2)
 
-        y_TO = self.edited(x.flatten(0, -2) if x.is_floating_point() else x.flatten(), batch, original)
+        y_TO = self.edited(x.flatten(0, -2) if x.is_floating_point() else x.flatten(), batch, in_its_shape if self.block else original)
         y = y_TO.view(*leading, y_TO.shape[-1])
         if self.written and y.requires_grad:
             y = y.clone()
-        return (y, *others[0]) if others else y
+        return (y, *others) if others else y
 
     @property
     def method(self) -> MethodType:

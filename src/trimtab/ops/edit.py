@@ -76,7 +76,7 @@ def lora(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
         y_TO[where] += torch.bmm(packs.stacked("B")[slots], shrunk).squeeze(-1)
         return y_TO
     factors = [t for p in packs.items for t in (p.tensors["A"], p.tensors["B"])]
-    return _LoraSpans.apply(x_TI, None if base.plain else base(x_TI), base, rows, tuple(p.dropout for p in packs.items), *factors)
+    return _LoraSpans.apply(None if base.plain else base(x_TI), x_TI, base, rows, tuple(p.dropout for p in packs.items), *factors)
 
 
 def _lora_native(x_TI: Tensor, y_TO: Tensor, packs: Any, rows: Any) -> Tensor:
@@ -100,13 +100,14 @@ def _slot_of(span: Any) -> Tensor:
 
 class _LoraSpans(torch.autograd.Function):
     """LoRA on a frozen linear layer. If y is None the layer itself runs in here, so that the backward forms dX = dY W + (dY B) A in one
-    buffer. If there are other edits in between, y is their result and is added to in place.
+    buffer. If there are other edits in between, y is their result and is added to in place. y is the first argument, because autograd takes
+    the first for what is written in place where that is a view.
 
     Saved: x, A, B and the R-wide x Aᵀ. Dropout masks are drawn again in the backward. W's gradient is never formed.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, y_TO: Tensor | None, base: Any, rows: Any, dropouts: Sequence[float], *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, y_TO: Tensor | None, x_TI: Tensor, base: Any, rows: Any, dropouts: Sequence[float], *factors: Tensor) -> Tensor:
         ctx.base = base if y_TO is None else None
         if y_TO is None:
             y_TO = base(x_TI)
@@ -131,7 +132,7 @@ class _LoraSpans(torch.autograd.Function):
         factors, shrunk = saved[: -len(ctx.rows.spans)], saved[-len(ctx.rows.spans) :]
         grads: list[Tensor | None] = [None] * len(factors)
         dx_TI = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             dx_TI = x_TI.new_zeros(x_TI.shape) if ctx.base is None else ctx.base.matrix.matmul_t(dy_TO)
         for span, t_R in zip(ctx.rows.spans, shrunk, strict=True):
             a, p, part = 2 * span.slot, ctx.dropouts[span.slot], slice(span.start, span.stop)
@@ -144,7 +145,7 @@ class _LoraSpans(torch.autograd.Function):
                 grads[a], grads[a + 1] = _add(grads[a], made[0]), _add(grads[a + 1], made[1])
             if keep is not None and dx is not None and to is not None:
                 to += dx.mul_(keep)
-        return dx_TI, dy_TO if ctx.base is None else None, None, None, None, *grads
+        return dy_TO if ctx.base is None else None, dx_TI, None, None, None, *grads
 
     @staticmethod
     def _of_span(
