@@ -51,7 +51,7 @@ def test_a_library_that_asks_for_more_fails_both_and_exits_with_1(monkeypatch: p
 )
 def test_wrong_results_are_found_on_either_way(monkeypatch: pytest.MonkeyPatch, where: object, words: str) -> None:
     attend = attention.attend
-    monkeypatch.setattr(proof, "_proved", set())
+    monkeypatch.setattr(proof, "_proved", {})
     monkeypatch.setattr(where, "attend", lambda q, k, v, plan, layer, scaling, *rest: attend(q, k, v, plan, layer, 1.5 * scaling, *rest))
     monkeypatch.setattr(rowwise, "_agrees", lambda module: True)
     check = found()["forward"]
