@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from trimtab.bases.fingerprint import fingerprint_folder
 from trimtab.bases.fits import refuse_too_large
 from trimtab.bases.folder import read_header, weight_files
 from trimtab.bases.locate import locate
 from trimtab.bases.progress import Progress, quiet_transformers, reporting
+from trimtab.bases.text_tower import load_causal
 from trimtab.errors import BaseError, ConfigError, TrimtabError, nearest
 from trimtab.memory import explained, ran_out
 
@@ -135,11 +136,9 @@ def _load_tokenizer(name: str, path: Path) -> Any:
 def _load_model(name: str, path: Path, dtype: torch.dtype | str) -> Any:
     """The model with every weight from the files. transformers fills missing weights with random numbers; here they are an error."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+        model, info = load_causal(path, dtype=dtype, output_loading_info=True)
     except Exception as error:  # unknown model_type, wrong shapes, not a causal LM, code of its own: the text says which
-        if ran_out(error):
+        if isinstance(error, TrimtabError) or ran_out(error):
             raise
         raise _unreadable(name, path, "model", error) from error
     missing = sorted(info["missing_keys"])

@@ -15,6 +15,7 @@ from trimtab.bases.locate import HUB_ID
 from trimtab.bases.progress import quiet_transformers
 from trimtab.bases.spec import Spec
 from trimtab.bases.structure import read_spec
+from trimtab.bases.text_tower import text_config
 from trimtab.errors import BaseError, nearest
 from trimtab.paths import user_path
 
@@ -64,7 +65,7 @@ def read_architecture(name: str) -> Architecture:
     not supported.
     """
     with quiet_transformers():
-        config = _read_config(name)
+        config = text_config(_read_config(name))
         try:
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)

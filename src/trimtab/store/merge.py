@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from trimtab.bases.by_layer import in_float32_by_layer
 from trimtab.bases.copies import copied
 from trimtab.bases.progress import quiet_transformers
+from trimtab.bases.text_tower import load_causal
 from trimtab.bases.weights import claimed, norm_weight, weight_of
 from trimtab.errors import NotMergeable
 from trimtab.methods import Method
@@ -118,7 +118,7 @@ def fresh_in_float32(base: Base) -> Any:
 
 
 def _read(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False)
+    return load_causal(folder, dtype="auto")
 
 
 def _untie(model: Any, base: Base, sites: list[Site]) -> bool:

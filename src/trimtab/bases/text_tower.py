@@ -1,0 +1,59 @@
+"""The text tower of a multimodal base: of a model that also sees or hears, the causal language model alone.
+
+Its class is the one that transformers has for the config of the text. Weights of the other parts are not read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trimtab.bases.folder import read_header, weight_files
+from trimtab.errors import BaseError
+
+IN_BOTH_DIRECTIONS = ("paligemma",)
+"""Families that read a prompt in both directions, which their text tower alone does not."""
+NAMES = {r"^language_model\.lm_head\.": "lm_head."} | dict.fromkeys(
+    (r"^language_model\.model\.", r"^model\.language_model\.", r"^model\.text_model\."), "model."
+)
+"""What folders call the text tower's tensors -> what its own class calls them."""
+
+
+def text_config(config: Any) -> Any:
+    """The config of a base's causal language model: that of the text tower where the base has more, else the config itself. BaseError where
+    the tower alone would not do what the whole does with text."""
+    text = config.get_text_config()
+    if text is config:
+        return config
+    if config.model_type in IN_BOTH_DIRECTIONS:
+        raise BaseError(
+            f"{config.model_type} models read a prompt in both directions: only causal attention is supported",
+            fix="use the language model that it was made from",
+        )
+    if type(text) not in AutoModelForCausalLM._model_mapping:
+        raise BaseError(
+            f"the text tower of this {config.model_type} model is a {text.model_type}, of which transformers has no causal language model",
+            fix="use a base of text alone",
+        )
+    text.tie_word_embeddings = bool(config.tie_word_embeddings)
+    return text
+
+
+def load_causal(folder: Path, **options: Any) -> Any:
+    """What `AutoModelForCausalLM.from_pretrained` returns for a folder; for a multimodal one, its text tower."""
+    options |= {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    text = text_config(config)
+    if text is not config:
+        stored = [t.name for file in weight_files(folder) for t in read_header(file)]
+        text.tie_word_embeddings = not any(name.endswith("lm_head.weight") for name in stored)
+        if isinstance(config.dtype, torch.dtype) and text.dtype is None:
+            text.dtype = config.dtype
+        options |= {"config": text, "key_mapping": NAMES}
+    made = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if text is not config:  # else the tower would be written under the names of the whole
+        vars(made[0] if isinstance(made, tuple) else made).pop("_weight_conversions", None)
+    return made
