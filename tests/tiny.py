@@ -143,6 +143,43 @@ MORE_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "GptOssForCausalLM",
         _MOE_LIKE | {"num_local_experts": 4, "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        _LLAMA_LIKE
+        | {"layer_types": ["full_attention"] * 2, "num_local_experts": 0, "shared_intermediate_size": 96}
+        | {"hidden_size": 64, "position_embedding_type": "rope", "logits_scaling": 3.0},
+    ),
+    "granite_swa": ("GraniteSWAConfig", "GraniteSWAForCausalLM", _LLAMA_LIKE | {"logits_scaling": 3.0}),
+    "lfm2_moe": (
+        "Lfm2MoeConfig",
+        "Lfm2MoeForCausalLM",
+        _MOE_LIKE | {"layer_types": ["full_attention"] * 2, "num_dense_layers": 1, "num_experts": 4, "moe_intermediate_size": 32},
+    ),
+    "dots1": (
+        "Dots1Config",
+        "Dots1ForCausalLM",
+        _MOE_LIKE
+        | {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+        | {"first_k_dense_replace": 1, "head_dim": 16},
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        "Ernie4_5_MoeForCausalLM",
+        _MOE_LIKE | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+    ),
+    "hunyuan_v1_moe": ("HunYuanMoEV1Config", "HunYuanMoEV1ForCausalLM", _MOE_LIKE | {"num_experts": 4, "moe_topk": 2, "head_dim": 12}),
+    "flex_olmo": ("FlexOlmoConfig", "FlexOlmoForCausalLM", _MOE_LIKE | {"num_experts": 4}),
+    "minimax_m2": ("MiniMaxM2Config", "MiniMaxM2ForCausalLM", _MOE_LIKE | {"num_local_experts": 4, "head_dim": 16, "rotary_dim": 8}),
+    "helium": ("HeliumConfig", "HeliumForCausalLM", _LLAMA_LIKE | {"head_dim": 12}),
+    "afmoe": (
+        "AfmoeConfig",
+        "AfmoeForCausalLM",
+        _MOE_LIKE
+        | {"num_experts": 4, "num_dense_layers": 1, "moe_intermediate_size": 32, "head_dim": 16, "sliding_window": 8}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "hyperclovax": ("HyperCLOVAXConfig", "HyperCLOVAXForCausalLM", _LLAMA_LIKE | {"logits_scaling": 3.0}),
     "phi3-longrope": (
         "Phi3Config",
         "Phi3ForCausalLM",

@@ -132,6 +132,8 @@ def test_a_router_is_no_place_for_an_adapter() -> None:
         ("qwen3_next", {}, r"layers of type 'linear_attention': only full_attention and sliding_attention are supported"),
         ("llama4_text", {}, r"layers of type 'chunked_attention'"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"layers of type 'conv'"),
+        ("gemma4_text", {}, r"hidden_size_per_layer_input = 256: embeddings for each layer are not supported"),
+        ("gemma3n_text", {"layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 1}, r"keys and values shared between layers"),
         ("mamba", {}, r"layers of type 'linear_attention'"),
         ("bloom", {}, r"attention modules in transformer\.h\.0, of which there should be one: none"),
         ("falcon", {"alibi": True}, r"attention asks for alibi"),

@@ -22,6 +22,8 @@ ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 """The kinds of layers, in transformers' words, whose state is keys and values."""
 NOT_SEEN = ("attention_chunk_size",)
 """Settings that change attention only after more tokens than the proof runs."""
+OF_LAYERS = {"hidden_size_per_layer_input": "embeddings for each layer", "num_kv_shared_layers": "keys and values shared between layers"}
+"""Settings that give layers what no other layer of a kind has (Gemma 3n, Gemma 4) -> in words what."""
 
 
 def read_spec(model: Any) -> Spec:
@@ -101,6 +103,9 @@ def _refuse_unsupported(config: Any) -> None:
     kinds = [k for k in dict.fromkeys(getattr(config, "layer_types", None) or ()) if k not in ATTENTION_LAYERS]
     problems += [f"layers of type {k!r}: only {' and '.join(ATTENTION_LAYERS)} are supported" for k in kinds]
     problems += [f"{name} = {getattr(config, name)!r} is not supported" for name in NOT_SEEN if getattr(config, name, None)]
+    problems += [
+        f"{name} = {getattr(config, name)!r}: {what} are not supported" for name, what in OF_LAYERS.items() if getattr(config, name, 0)
+    ]
     if getattr(config, "add_cross_attention", False):
         problems.append("add_cross_attention is set: only decoder-only models are supported")
     if getattr(config, "quantization_config", None):
@@ -130,8 +135,8 @@ def _logit_scale(config: Any) -> float:
     """What the class multiplies its logits with, under the names that families give it. The proof shows whether it is so."""
     multiplied = (getattr(config, "logit_scale", None), getattr(config, "lm_head_multiplier", None))
     scale = next((float(m) for m in multiplied if m), 1.0)
-    divided = getattr(config, "logits_scaling", None)
-    return scale / divided if divided else scale
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    return scale * scaling if config.model_type == "hyperclovax" else scale / scaling
 
 
 def _unknown(config: Any, problem: str) -> BaseError:
@@ -166,7 +171,10 @@ def _attention(layer: nn.Module, at: str, config: Any) -> dict[str, Any]:
             config, f"{name} has no output projection, or several, by the names that trimtab knows: {', '.join(OUTPUT_PROJECTIONS)}"
         )
     head_dim = getattr(attention, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width, made = features[outputs[0]][0], sum(o for n, (_, o) in features.items() if n != outputs[0])
+    width, into = features[outputs[0]][0], {n.rpartition(".")[2]: o for n, (_, o) in features.items() if n != outputs[0]}
+    if {"q", "k", "v"} < {n[0] for n in into}:  # and a gate of the attention's result
+        into = {n: o for n, o in into.items() if n[0] in "qkv"}
+    made = sum(into.values())
     heads, kv_heads = width // head_dim, (made - width) // (2 * head_dim)
     share = getattr(attention, "num_key_value_groups", heads // max(1, kv_heads))
     if kv_heads < 1 or heads != share * kv_heads or (heads * head_dim, (heads + 2 * kv_heads) * head_dim) != (width, made):
