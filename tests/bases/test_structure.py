@@ -89,7 +89,7 @@ def test_each_layer_is_read_by_itself():
 
 def test_gemma_4_keeps_keys_of_another_shape_where_it_sees_everything():
     sizes = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.AutoConfig.for_model("gemma4_text", num_hidden_layers=6, sliding_window=8, **sizes)
+    config = transformers.AutoConfig.for_model("gemma4_text", num_hidden_layers=6, sliding_window=8, hidden_size_per_layer_input=0, **sizes)
     with torch.device("meta"):
         spec = read_spec(transformers.AutoModelForCausalLM.from_config(config))
     assert [(layer.head_dim, layer.window) for layer in spec.layers] == [(256, 8)] * 5 + [(512, None)]

@@ -54,6 +54,7 @@ def load_causal(folder: Path, **options: Any) -> Any:
             text.dtype = config.dtype
         options |= {"config": text, "key_mapping": NAMES}
     made = AutoModelForCausalLM.from_pretrained(folder, **options)
-    if text is not config:  # else the tower would be written under the names of the whole
-        vars(made[0] if isinstance(made, tuple) else made).pop("_weight_conversions", None)
+    model: Any = made[0] if isinstance(made, tuple) else made
+    if text is not config and hasattr(model, "_weight_conversions"):
+        del model._weight_conversions  # by which the tower would be written under the names of the whole
     return made
