@@ -1,4 +1,4 @@
-"""A command's process imports no compiler, and whoever needs the compiler gets it whole. Fresh processes: what is imported stays."""
+"""What is set before torch is imported, and what a command's process leaves out. Fresh processes: what is imported stays."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 FORKING = """
@@ -73,3 +75,16 @@ def test_the_compiler_is_loaded_by_those_who_use_it() -> None:
     assert done.stdout.split() == ["nothing_compiled", "False", "a_compiled_function", "True", "a_file_of_the_compiler", "True"], (
         done.stderr
     )
+
+
+@pytest.mark.parametrize(("load", "set_already", "spin"), [(3.9, {}, "20000"), (4.0, {}, "0"), (9.0, {"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_that_wait_do_not_spin_where_the_cores_are_taken(load: float, set_already: dict[str, str], spin: str) -> None:
+    """Two cores: as many threads again may wait for them."""
+    code = (
+        f"import os; os.getloadavg, os.cpu_count = lambda: ({load}, 0, 0), lambda: 2; import trimtab; print(os.environ['GOMP_SPINCOUNT'])"
+    )
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | {"PYTHONPATH": str(SOURCE)} | set_already, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == f"{spin}\n", done.stderr
