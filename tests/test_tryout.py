@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,9 @@ def test_a_step_that_does_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_wrong_loss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     run = tryout.run_step
-    monkeypatch.setattr(tryout, "run_step", lambda *args, **kwargs: {v: o + o for v, o in run(*args, **kwargs).items()})
+    monkeypatch.setattr(
+        tryout, "run_step", lambda *args, **kwargs: {v: replace(f, loss=2 * f.loss) for v, f in run(*args, **kwargs).items()}
+    )
     check = found()["training"]
     assert not check.ok and "lora: a loss of" in check.value and "prompt" not in check.value
 

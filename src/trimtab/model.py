@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -20,7 +20,7 @@ from trimtab import bases
 from trimtab.bases.spec import Spec
 from trimtab.bases.template import encode_prompt, end_of_turn_id
 from trimtab.bases.weights import Weight
-from trimtab.bases.weights.derived import Stamp
+from trimtab.bases.weights.derived import Stamp, hold
 from trimtab.decode.generate import Sampling, generate
 from trimtab.errors import ConfigError, TrimtabError
 from trimtab.forward.attached import Attached
@@ -82,21 +82,33 @@ class Base:
         by default `Base.packed`."""
         distinct = list(dict.fromkeys(a for a in adapters if a is not None))
         number = {a: i for i, a in enumerate(distinct)}
-        if packed is None and distinct:
-            packed = partial(self._packed_for, self.attached.weights.look())
-        return Mix([packed(a) for a in distinct] if packed else []), [BASE if a is None else number[a] for a in adapters]
+        all_packed = self._packed_now(distinct) if packed is None else [packed(a) for a in distinct]
+        return Mix(all_packed), [BASE if a is None else number[a] for a in adapters]
 
     def packed(self, adapter: AdapterLike) -> PackedAdapter:
         """The adapter packed for inference. The result is kept as long as the adapter lives. It is packed again after a write to its
         tensors or to the base's (as far as `derived` sees it). For prompt tuning, keys and values are computed here, once."""
-        return self._packed_for(self.attached.weights.look(), adapter)
+        return self._packed_now([adapter])[0]
 
-    def _packed_for(self, generation: int, adapter: AdapterLike) -> PackedAdapter:
-        kept, tensors = self._packed.get(adapter), list(adapter.params.values())
-        if kept is None or (kept.generation, kept.method) != (generation, adapter.method) or not kept.params.holds(tensors):
-            self.forget(adapter)
-            kept = self._packed[adapter] = _Kept(self.pack(adapter), adapter.method, Stamp(tensors), generation)
-        return kept.packed
+    def _packed_now(self, adapters: Sequence[AdapterLike]) -> list[PackedAdapter]:
+        if not adapters:
+            return []
+        generation = self.attached.weights.look()
+        self._forget_stale(adapters, generation)
+        found = []
+        for a in adapters:
+            if (kept := self._packed.get(a)) is None:
+                kept = self._packed[a] = _Kept(self.pack(a), a.method, Stamp(a.params.values()), generation)
+            found.append(kept.packed)
+        return found
+
+    def _forget_stale(self, adapters: Sequence[AdapterLike], generation: int) -> None:
+        """Free the packed copies that are of other tensors, or of other weights of the base."""
+        kept = [(a, k) for a in adapters if (k := self._packed.get(a)) is not None]
+        held = hold([(k.params, list(a.params.values())) for a, k in kept])
+        for (a, k), good in zip(kept, held, strict=True):
+            if not good or (k.generation, k.method) != (generation, a.method):
+                self.forget(a)
 
     @torch.no_grad()
     def pack(self, adapter: AdapterLike) -> PackedAdapter:

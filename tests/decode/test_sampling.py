@@ -106,20 +106,20 @@ def test_next_to_zero_a_temperature_is_greedy(temperature, dtype):
     x = torch.cat([rows("ties", 4, 50, dtype, 1), rows("plain", 4, 50, dtype, 2), rows("masked", 2, 50, dtype, 3)])
     s = [Settings(temperature, *cuts) for cuts in [(0, 1.0, 0.0), (3, 0.9, 0.1)] for _ in range(5)]
     want = [min(i for i, v in enumerate(row.tolist()) if v == row.max()) for row in x]
-    assert choose(x, s, [random.Random(0)] * 10) == want, "the first of equals"
+    assert choose(x, s, [random.Random(0)] * 10).tolist() == want, "the first of equals"
 
 
 def test_a_row_is_drawn_as_alone_and_takes_one_number():
     x, rng = rows("plain", 6, 300, torch.bfloat16, 4), random.Random(2)
     s = [Settings(), Settings(0.0), Settings(0.5, top_p=0.7), Settings(1.0, top_k=9), Settings(2.0, min_p=0.1), Settings(1.0, 7, 0.6, 0.2)]
     generators = [random.Random(i) for i in range(6)]
-    together = choose(x, s, generators)
-    assert together == [choose(x[i : i + 1], [s[i]], [random.Random(i)])[0] for i in range(6)]
+    together = choose(x, s, generators).tolist()
+    assert together == [int(choose(x[i : i + 1], [s[i]], [random.Random(i)])) for i in range(6)]
     drawn_once = [random.Random(i) for i in range(6)]
     numbers = [g.random() for i, g in enumerate(drawn_once) if i != 1]
     assert [g.random() for g in generators] == [g.random() for g in drawn_once] and len(set(numbers)) == 5
     order = rng.sample(range(6), 6)
-    again = choose(x[order], [s[i] for i in order], [random.Random(i) for i in order])
+    again = choose(x[order], [s[i] for i in order], [random.Random(i) for i in order]).tolist()
     assert again == [together[i] for i in order]
 
 

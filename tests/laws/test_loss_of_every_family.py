@@ -37,11 +37,11 @@ def test_loss_and_gradients(family: str, case: str | None) -> None:
             want = want + F.cross_entropy(plain_logits(model, adapter, e.ids.tolist())[at - 1], ids[at], reduction="sum") / 7
         theirs = torch.autograd.grad(want, leaves) if leaves else ()
         mix, (member,) = base.mix([adapter], packed=base._pack_with_grad)
-        total, (outcome,) = forward_loss(base.attached, mix, [Part(member, examples, Sft(), Counts(2, 7))])
+        total, unread = forward_loss(base.attached, mix, [Part(member, examples, Sft(), Counts(2, 7))])
         ours = torch.autograd.grad(total, leaves) if leaves else ()
     finally:
         for leaf in leaves:
             leaf.requires_grad_(False)
-    assert difference(torch.tensor(outcome.loss), want.detach()) < 1e-5
+    assert difference(torch.tensor(unread.read()[0].loss), want.detach()) < 1e-5
     for got, expected in zip(ours, theirs, strict=True):
         assert gradient_difference(got, expected) < 1e-3

@@ -68,10 +68,10 @@ def test_an_edited_head_in_chunks(family: str, rows: int, monkeypatch: pytest.Mo
     adapters = [noisy(base, LoraConfig(r=r, lora_alpha=5, lora_dropout=0.0, target_modules=("lm_head",)), seed=r) for r in (2, 3)]
     params = [{k: t.clone().requires_grad_() for k, t in a.params.items()} for a in adapters]
     mix = Mix([base.attached.pack(a.method, p, a.sites) for a, p in zip(adapters, params, strict=True)])
-    total, outcomes = forward_loss(base.attached, mix, [Part(m, examples(m), Sft(), Counts(1, counts[m])) for m in LENGTHS])
+    total, unread = forward_loss(base.attached, mix, [Part(m, examples(m), Sft(), Counts(1, counts[m])) for m in LENGTHS])
     total.backward()
     want, gradients = by_hand(family, adapters, {m: 1 / n for m, n in counts.items()})
-    losses = [o.loss for o in outcomes]
+    losses = [o.loss for o in unread.read()]
     assert losses == pytest.approx([float(w.detach()) for w in want], rel=1e-4)
     assert float(total.detach()) == pytest.approx(sum(losses), rel=1e-5)
     got = [p[k].grad for p in params for k in sorted(p)]

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
+from trimtab import ops
 from trimtab.forward.attached import Attached
 from trimtab.forward.attention import KVCache, Place
 from trimtab.forward.batch import BASE, Batch, Piece, make_batch
@@ -51,8 +53,9 @@ class Fed:
             return self.hidden_TH.new_empty(0, self.attached.spec.vocab_size)
         rows = sorted(last)
         place = {r: i for i, r in enumerate(rows)}
-        logits_RV = self.attached.head(self.hidden_TH[rows], self.batch, rows)
-        return logits_RV[[place[r] for r in last]]
+        row_R, place_R = ops.upload([np.array(rows), np.array([place[r] for r in last])], self.hidden_TH.device)
+        logits_RV = self.attached.head(self.hidden_TH[row_R], self.batch, rows)
+        return logits_RV if rows == last else logits_RV[place_R]
 
 
 def feed(attached: Attached, mix: Mix, cache: KVCache, pieces: Sequence[Piece]) -> Fed:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from trimtab import ops
 from trimtab.decode.cached import cache_of, feed, virtual_tokens, write_prefix
@@ -88,9 +87,13 @@ def generate(
         order = list(live)
         pieces = [Piece(torch.as_tensor(s.feed, dtype=torch.int64), members[i], s.slot, s.length) for i, s in live.items()]
         logits_BV = feed(attached, mix, cache, pieces).logits(range(len(pieces)))
-        if not greedy(sampling):
-            _refuse_not_finite(logits_BV, order, members)
-        for i, token in zip(order, choose(logits_BV, [sampling] * len(order), [generators[i] for i in order]), strict=True):
+        id_B = choose(logits_BV, [sampling] * len(order), [generators[i] for i in order])
+        if greedy(sampling):
+            ids = id_B.tolist()
+        else:
+            ids, finite = ops.to_host([id_B, torch.isfinite(ops.largest(logits_BV)[0])])
+            _refuse_not_finite(finite, order, members)
+        for i, token in zip(order, ids, strict=True):
             s = live[i]
             s.length, s.feed = s.length + len(s.feed), [token]
             if token not in stop_ids:
@@ -111,9 +114,8 @@ class _Live:
     feed: Sequence[int]
 
 
-def _refuse_not_finite(logits_BV: Tensor, prompts: Sequence[int], members: Sequence[int]) -> None:
+def _refuse_not_finite(finite: Sequence[bool], prompts: Sequence[int], members: Sequence[int]) -> None:
     """TrimtabError where there is no distribution to draw from."""
-    finite = torch.isfinite(ops.largest(logits_BV)[0]).tolist()
     bad = [i for i, fine in zip(prompts, finite, strict=True) if not fine]
     if bad:
         who = [f"prompt {i}, under {'the base' if members[i] == BASE else f'adapter {members[i]} of the mix'}" for i in bad]

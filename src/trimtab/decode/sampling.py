@@ -28,17 +28,17 @@ def greedy(settings: Settings) -> bool:
     return settings.temperature < COLD
 
 
-def choose(logits_RV: Tensor, settings: Sequence[Settings], generators: Sequence[random.Random]) -> list[int]:
-    """One token of each row. A generator gives one number where its row is drawn, none where it is greedy. Rows that hold NaN, or nothing
-    above -inf, give tokens that mean nothing."""
+def choose(logits_RV: Tensor, settings: Sequence[Settings], generators: Sequence[random.Random]) -> Tensor:
+    """One token [R] of each row. A generator gives one number where its row is drawn, none where it is greedy. Rows that hold NaN, or
+    nothing above -inf, give tokens that mean nothing."""
     drawn = [r for r, s in enumerate(settings) if not greedy(s)]
-    ids = [0] * len(settings) if len(drawn) == len(settings) else ops.largest(logits_RV)[1].tolist()
-    if drawn:
-        rows_RV = logits_RV if len(drawn) == len(settings) else logits_RV[drawn]
-        chosen = draw(warped(rows_RV, [settings[r] for r in drawn]), [generators[r].random() for r in drawn])
-        for r, i in zip(drawn, chosen.tolist(), strict=True):
-            ids[r] = i
-    return ids
+    if not drawn:
+        return ops.largest(logits_RV)[1]
+    uniform = [generators[r].random() for r in drawn]
+    if len(drawn) == len(settings):
+        return draw(warped(logits_RV, settings), uniform)
+    row_D, id_R = ops.index(drawn, logits_RV.device), ops.largest(logits_RV)[1]
+    return id_R.index_copy(0, row_D, draw(warped(logits_RV[row_D], [settings[r] for r in drawn]), uniform))
 
 
 def warped(logits_RV: Tensor, settings: Sequence[Settings]) -> Tensor:
@@ -56,21 +56,22 @@ def warped(logits_RV: Tensor, settings: Sequence[Settings]) -> Tensor:
         if len(rows) == len(values):
             cut(x_RV, values)
         elif rows:
-            x_RV[rows] = cut(x_RV[rows], [values[r] for r in rows])
+            row_C = ops.index(rows, x_RV.device)
+            x_RV[row_C] = cut(x_RV[row_C], [values[r] for r in rows])
     return x_RV
 
 
 def draw(logits_RV: Tensor, uniform: Sequence[float]) -> Tensor:
     """The token [R] at which each row's cumulative probability passes its number in [0, 1)."""
     weight_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)).exp_().cumsum(-1, dtype=torch.float64)
-    uniform_R1 = torch.tensor(uniform, dtype=torch.float64, device=logits_RV.device)[:, None]
+    uniform_R1 = ops.floats(uniform, weight_RV)[:, None]
     place_R1 = torch.searchsorted(weight_RV, uniform_R1 * weight_RV[:, -1:], right=True)
     return place_R1[:, 0].clamp_max(logits_RV.shape[-1] - 1)  # a row of nothing points behind the end
 
 
 def _top_k(x_RV: Tensor, k: Sequence[float]) -> Tensor:
     """Keep each row's k largest, and what equals the last of them."""
-    place_R1 = torch.tensor(k, dtype=torch.int64, device=x_RV.device)[:, None] - 1
+    place_R1 = ops.index([int(n) - 1 for n in k], x_RV.device)[:, None]
     least_R1 = x_RV.topk(int(max(k))).values.gather(1, place_R1)
     return x_RV.masked_fill_(x_RV < least_R1, -torch.inf)
 
@@ -90,4 +91,4 @@ def _min_p(x_RV: Tensor, p: Sequence[float]) -> Tensor:
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return like.new_tensor(values)[:, None]
+    return ops.floats(values, like)[:, None]

@@ -178,14 +178,29 @@ class AttentionPlan:
 def lay_out(sequences: Sequence[Run], device: torch.device) -> tuple[list[Bucket], Tensor]:
     """(buckets by length, each flat row's place in the buckets' concatenated results)."""
     order = sorted(range(len(sequences)), key=lambda i: (sequences[i].queries, sequences[i].length))
-    buckets, row_T, at = [], np.zeros(sum(s.queries for s in sequences), dtype=np.int64), 0
+    laid, row_T, at = list[_Laid](), np.zeros(sum(s.queries for s in sequences), dtype=np.int64), 0
     for group in _grouped([sequences[i] for i in order]):
         Q = max(s.queries for s in group)
         for n, s in enumerate(group):
             row_T[s.start : s.stop] = at + n * Q + np.arange(s.queries)
         at += len(group) * Q
-        buckets.append(_bucket(group, Q, device))
-    return buckets, torch.from_numpy(row_T).to(device)
+        laid.append(_lay_out(group, Q))
+    row, *rest = ops.upload([row_T, *(array for bucket in laid for array in bucket.arrays)], device)
+    there = iter(rest)
+    return [bucket.moved([next(there) for _ in bucket.arrays]) for bucket in laid], row
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """A bucket on the host. arrays: its queries, its keys and, where it needs a mask, each key's distance."""
+
+    arrays: list[np.ndarray]
+    offset: int
+
+    def moved(self, there: Sequence[Tensor]) -> Bucket:
+        query_BQ, key_BS, *rest = there
+        distance = rest[0] if rest else None
+        return Bucket(query_BQ, key_BS, self.offset, None if distance is None else distance >= 0, distance)
 
 
 def _grouped(ordered: list[Run]) -> list[list[Run]]:
@@ -205,7 +220,7 @@ def _grouped(ordered: list[Run]) -> list[list[Run]]:
     return groups
 
 
-def _bucket(group: list[Run], Q: int, device: torch.device) -> Bucket:
+def _lay_out(group: list[Run], Q: int) -> _Laid:
     S = max(s.length for s in group)
     query, key = np.empty((len(group), Q), dtype=np.int64), np.empty((len(group), S), dtype=np.int64)
     for n, s in enumerate(group):
@@ -213,12 +228,10 @@ def _bucket(group: list[Run], Q: int, device: torch.device) -> Bucket:
         own = np.concatenate([np.arange(a, b) for a, b in s.keys])
         key[n, : s.length], key[n, s.length :] = own, own[-1]
     offsets = {s.length - s.queries for s in group}
-    mask = distance = None
-    if len(offsets) > 1:  # causality alone also keeps padding keys from real queries where all offsets agree
-        q_pos = np.stack([s.length - s.queries + np.arange(Q) for s in group])[:, :, None]
-        gap = torch.from_numpy(q_pos - np.arange(S)[None, None]).to(device)
-        mask, distance = gap >= 0, gap
-    return Bucket(torch.from_numpy(query).to(device), torch.from_numpy(key).to(device), max(offsets), mask, distance)
+    if len(offsets) == 1:  # then causality alone also keeps padding keys from real queries
+        return _Laid([query, key], max(offsets))
+    q_pos = np.stack([s.length - s.queries + np.arange(Q) for s in group])[:, :, None]
+    return _Laid([query, key, q_pos - np.arange(S)[None, None]], max(offsets))
 
 
 def forward(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from trimtab.errors import TrimtabError
 from trimtab.forward.attention import AttentionPlan, Cached, KVCache, Place, Run
 from trimtab.forward.packs import Mix
 from trimtab.methods.base import Rows, Span
+from trimtab.ops import upload
 
 BASE = -1
 """The member number of rows that no adapter touches."""
@@ -106,7 +108,7 @@ class Batch:
             runs.append(replace(run, start=at, stop=at + run.queries))
             at += run.queries
         assert at == len(index)
-        rows_T = torch.tensor(index, device=plan.device)
+        rows_T = upload([np.array(index)], plan.device)[0]
         own = AttentionPlan(runs, plan.device, cache=plan.cache, places=[place for _, place in kept], write_T=plan.write_T[rows_T])
         return replace(self.subset(index), ids_T=self.ids_T[rows_T], position_T=self.position_T[rows_T], plan=own)
 
@@ -136,12 +138,14 @@ def make_batch(
     runs, writes = build.runs, build.writes
     plan = AttentionPlan([Run(a, b, _placed(keys, build.total)) for a, b, keys in runs], device)
     plan.prefixes, plan.cache, plan.places = build.prefixes, cache, build.places
-    plan.write_T = torch.tensor(writes, device=device) if cache is not None else None
+    ids, positions = torch.cat(build.ids).cpu(), torch.cat(build.positions)
+    moved = upload([ids.numpy(), positions.numpy(), *([np.array(writes)] if cache is not None else [])], device)
+    plan.write_T = moved[2] if cache is not None else None
     spans = [Span(a, b, member, (seeds or {}).get(member)) for member, (a, b) in build.spans.items() if member != BASE]
     return Batch(
         mix,
-        torch.cat(build.ids).to(device),
-        torch.cat(build.positions).to(device),
+        moved[0],
+        moved[1],
         plan,
         spans,
         [build.where[i] for i in range(len(pieces))],

@@ -82,13 +82,16 @@ class Rows:
     @cached_property
     def touched(self) -> tuple[Tensor | slice, Tensor]:
         """(rows touched, slot of each) for gathered kernels; a slice where the spans leave no gap, so that nothing is copied."""
-        import torch
+        import numpy as np
 
-        slots = torch.tensor([s.slot for s in self.spans for _ in range(s.start, s.stop)], device=self.device)
+        from trimtab.ops import upload
+
+        slots = np.repeat([s.slot for s in self.spans], [s.stop - s.start for s in self.spans])
         first, last = self.spans[0].start, self.spans[-1].stop
         if last - first == len(slots):
-            return slice(first, last), slots
-        return torch.tensor([i for s in self.spans for i in range(s.start, s.stop)], device=self.device), slots
+            return slice(first, last), upload([slots], self.device)[0]
+        index, slot_R = upload([np.concatenate([np.arange(s.start, s.stop) for s in self.spans]), slots], self.device)
+        return index, slot_R
 
     @cached_property
     def by_row(self) -> tuple[Tensor | None, tuple[Span, ...]]:

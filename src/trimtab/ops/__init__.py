@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from trimtab.ops.layer import Matrix, largest, linear_into, linears, rms_norm, rotate, swiglu
     from trimtab.ops.loss import LOSS_ROWS, log_probabilities, supervised_loss
     from trimtab.ops.native_attention import FlatIndex, QueryIndex, attend_rows, flat_attention, flat_index, query_index, takes_flat
+    from trimtab.ops.moving import floats, index, to_host, upload
+    from trimtab.ops.native_attention import FlatIndex, flat_attention, flat_index, takes_flat
     from trimtab.ops.varlen import VarlenIndex, varlen_attention, varlen_index, varlen_kernel
 else:
     load_on_first_use(__name__)
@@ -42,7 +44,9 @@ __all__ = [
     "dropout",
     "flat_attention",
     "flat_index",
+    "floats",
     "gathers",
+    "index",
     "largest",
     "linear_into",
     "linears",
@@ -58,6 +62,8 @@ __all__ = [
     "supervised_loss",
     "swiglu",
     "takes_flat",
+    "to_host",
+    "upload",
     "varlen_attention",
     "varlen_index",
     "varlen_kernel",

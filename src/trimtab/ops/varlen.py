@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab.ops.attend import attention
+from trimtab.ops.moving import upload
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +48,11 @@ def varlen_index(runs: Sequence[tuple[int, int, Sequence[tuple[int, int]]]], dev
     queries = np.array([stop - start for start, stop, _ in runs])
     keys = [np.concatenate([np.arange(a, b) for a, b in ranges]) for _, _, ranges in runs]
     lengths = np.array([len(k) for k in keys])
-    end_q, end_k = (torch.from_numpy(np.cumsum([0, *n]).astype(np.int32)).to(device) for n in (queries, lengths))
     assert [start for start, _, _ in runs] == np.cumsum([0, *queries[:-1]]).tolist(), "runs of rows must follow each other"
     same = all(list(ranges) == [(start, stop)] for start, stop, ranges in runs)
-    key_S = None if same else torch.from_numpy(np.concatenate(keys)).to(device)
-    return VarlenIndex(end_q, end_k, int(queries.max()), int(lengths.max()), key_S)
+    ends = [np.cumsum([0, *n]).astype(np.int32) for n in (queries, lengths)]
+    end_q, end_k, *key_S = upload([*ends, *([] if same else [np.concatenate(keys)])], device)
+    return VarlenIndex(end_q, end_k, int(queries.max()), int(lengths.max()), key_S[0] if key_S else None)
 
 
 def varlen_attention(

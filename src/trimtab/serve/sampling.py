@@ -12,6 +12,7 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,14 +56,20 @@ class Sampler:
     @torch.inference_mode()
     def __call__(self, logits_NV: Tensor, draws: Sequence[Draw]) -> list[Token | None]:
         """One token for each row; None if a row holds a number that is not finite, or a grammar leaves no token."""
-        best_N, ids_N = ops.largest(logits_NV)
-        best, ids = best_N.tolist(), ids_N.tolist()
+        best_N, id_N = ops.largest(logits_NV)
+        special = [i for i, d in enumerate(draws) if not d.plain]
+        asked = [r for r, i in enumerate(special) if draws[i].params.logprobs is not None]
+        found = self._special(logits_NV, draws, special, asked) if special else []
+        best, ids, *rest = ops.to_host([best_N, id_N, *found])
         tokens: list[Token | None] = [Token(i) if math.isfinite(b) else None for i, b in zip(ids, best, strict=True)]
-        special = [i for i, (d, t) in enumerate(zip(draws, tokens, strict=True)) if t is not None and not d.plain]
         if special:
-            rows_RV = logits_NV[special].float() if len(special) < len(draws) else logits_NV.float()
-            for i, token in zip(special, self._special(rows_RV, [draws[i] for i in special]), strict=True):
-                tokens[i] = token
+            chosen, fine, *logprobs = rest
+            made = [Token(i) for i in chosen]
+            for r, own, values, index in zip(asked, *logprobs, strict=True) if asked else ():
+                k = draws[special[r]].params.logprobs or 0
+                made[r] = Token(chosen[r], own, tuple(zip(index[:k], values[:k], strict=True)))
+            for i, token, good in zip(special, made, fine, strict=True):
+                tokens[i] = token if good and tokens[i] is not None else None
         for draw in draws:
             draw.new += 1
         return tokens
@@ -71,47 +78,43 @@ class Sampler:
         """The sequence has ended."""
         self._penalties.release(draw)
 
-    def _special(self, raw_RV: Tensor, draws: Sequence[Draw]) -> list[Token | None]:
-        logits_RV = self._shaped(raw_RV, draws)
-        ids = choose(logits_RV, [d.params for d in draws], [d.generator for d in draws])
-        fine = torch.isfinite(logits_RV.amax(-1)).tolist()
-        self._penalties.count(draws, ids)
-        tokens = [Token(i) for i in ids]
-        asked = [r for r, d in enumerate(draws) if d.params.logprobs is not None]
+    def _special(self, logits_NV: Tensor, draws: Sequence[Draw], special: Sequence[int], asked: Sequence[int]) -> list[Tensor]:
+        """For the rows `special`: each one's token, whether its logits are finite; of those of them that are asked for log-probabilities,
+        the token's, the likeliest and their ids. A row that is not finite gives a token that means nothing."""
+        whole = len(special) == len(draws)
+        raw_RV = (logits_NV if whole else logits_NV[ops.index(special, logits_NV.device)]).float()
+        mine = [draws[i] for i in special]
+        logits_RV = self._shaped(raw_RV, mine)
+        id_R = choose(logits_RV, [d.params for d in mine], [d.generator for d in mine])
+        self._penalties.count(mine, id_R)
+        found = [id_R, torch.isfinite(logits_RV.amax(-1))]
         if asked:
-            for r, token in zip(asked, _with_logprobs(raw_RV[asked], [draws[r] for r in asked], [ids[r] for r in asked]), strict=True):
-                tokens[r] = token
-        return [t if good else None for t, good in zip(tokens, fine, strict=True)]
+            row_A = ops.index(asked, raw_RV.device)
+            most = max(mine[r].params.logprobs or 0 for r in asked)
+            found += _logprobs(raw_RV[row_A], id_R[row_A], min(most, self.vocab_size))
+        return found
 
     def _shaped(self, raw_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
         """Logits after bans, grammars and penalties; `raw_RV` stays as it is."""
         logits_RV = raw_RV
         early = [r for r, d in enumerate(draws) if d.new < d.params.min_tokens and d.matcher is None]
         if early:
-            logits_RV = logits_RV.clone()
-            for r in early:
-                logits_RV[r, sorted({*self.stop_ids, *(i for i in draws[r].params.stop_token_ids if i < self.vocab_size)})] = -torch.inf
+            banned = [{*self.stop_ids, *(i for i in draws[r].params.stop_token_ids if i < self.vocab_size)} for r in early]
+            row_E, id_E = ops.upload([np.repeat(early, [len(b) for b in banned]), np.array([i for b in banned for i in b])], raw_RV.device)
+            logits_RV = logits_RV.index_put((row_E, id_E), raw_RV.new_full((), -torch.inf)) if len(id_E) else logits_RV
         bound = [(r, d.matcher) for r, d in enumerate(draws) if d.matcher is not None]
         if bound:
-            allowed_BV = masks([m for _, m in bound], self.vocab_size).to(raw_RV.device)
-            rows = [r for r, _ in bound]
-            logits_RV = logits_RV.clone() if logits_RV is raw_RV else logits_RV
-            logits_RV[rows] = logits_RV[rows].masked_fill(~allowed_BV, -torch.inf)
+            rows, allowed = np.array([r for r, _ in bound]), masks([m for _, m in bound], self.vocab_size).numpy()
+            row_B, allowed_BV = ops.upload([rows, allowed], raw_RV.device)
+            logits_RV = logits_RV.index_copy(0, row_B, logits_RV[row_B].masked_fill(~allowed_BV, -torch.inf))
         return self._penalties.apply(logits_RV, draws)
 
 
-def _with_logprobs(raw_RV: Tensor, draws: Sequence[Draw], ids: Sequence[int]) -> list[Token]:
-    """Tokens with log-probabilities under the untouched distribution, and the likeliest alternatives."""
-    lse_R1 = raw_RV.logsumexp(-1, keepdim=True)
-    own = (raw_RV.gather(1, torch.tensor(ids, device=raw_RV.device)[:, None]) - lse_R1)[:, 0].tolist()
-    counts = [d.params.logprobs or 0 for d in draws]
-    most = min(max(counts), raw_RV.shape[-1])
-    values_RK, index_RK = raw_RV.topk(most)
-    values, index = (values_RK - lse_R1).tolist(), index_RK.tolist()
-    return [
-        Token(i, logprob, tuple(zip(index[r][:k], values[r][:k], strict=True)))
-        for r, (i, logprob, k) in enumerate(zip(ids, own, counts, strict=True))
-    ]
+def _logprobs(raw_AV: Tensor, id_A: Tensor, most: int) -> list[Tensor]:
+    """Log-probabilities under the untouched distribution: of these tokens [A], and of the `most` likeliest [A, most], with their ids."""
+    lse_A1 = raw_AV.logsumexp(-1, keepdim=True)
+    values_AK, index_AK = raw_AV.topk(most)
+    return [(raw_AV.gather(1, id_A[:, None]) - lse_A1)[:, 0], values_AK - lse_A1, index_AK]
 
 
 class _Penalties:
@@ -128,23 +131,21 @@ class _Penalties:
             return logits_RV
         chosen = [draws[r] for r in rows]
         slots = [self._slot(d) for d in chosen]
-        new_PV, seen_PV, x_PV = self.new_SV[slots], self.seen_SV[slots], logits_RV[rows]
-        repetition_P1, presence_P1, frequency_P1 = (
-            x_PV.new_tensor([getattr(d.params, f"{name}_penalty") for d in chosen])[:, None]
-            for name in ("repetition", "presence", "frequency")
-        )
+        row_P, slot_P = ops.upload([np.array(rows), np.array(slots)], logits_RV.device)
+        new_PV, seen_PV, x_PV = self.new_SV[slot_P], self.seen_SV[slot_P], logits_RV[row_P]
+        penalties = [getattr(d.params, f"{name}_penalty") for name in ("repetition", "presence", "frequency") for d in chosen]
+        repetition_P1, presence_P1, frequency_P1 = ops.floats(penalties, x_PV).view(3, len(rows), 1)
         x_PV = torch.where(seen_PV, torch.where(x_PV > 0, x_PV / repetition_P1, x_PV * repetition_P1), x_PV)
         x_PV = x_PV - frequency_P1 * new_PV - presence_P1 * (new_PV > 0)
-        out_RV = logits_RV.clone()
-        out_RV[rows] = x_PV
-        return out_RV
+        return logits_RV.index_copy(0, row_P, x_PV)
 
-    def count(self, draws: Sequence[Draw], ids: Sequence[int]) -> None:
-        mine = [(d.slot, i) for d, i in zip(draws, ids, strict=True) if d.penalised]
-        if mine:
-            slots, tokens = zip(*mine, strict=True)
-            self.new_SV[list(slots), list(tokens)] += 1
-            self.seen_SV[list(slots), list(tokens)] = True
+    def count(self, draws: Sequence[Draw], id_R: Tensor) -> None:
+        rows = [r for r, d in enumerate(draws) if d.penalised]
+        if rows:
+            row_P, slot_P = ops.upload([np.array(rows), np.array([draws[r].slot for r in rows])], id_R.device)
+            id_P = id_R[row_P]
+            self.new_SV[slot_P, id_P] += 1
+            self.seen_SV[slot_P, id_P] = True
 
     def release(self, draw: Draw) -> None:
         if draw.slot >= 0:
@@ -161,5 +162,5 @@ class _Penalties:
                 self._free = list(range(grown - 1, size - 1, -1))
             draw.slot = self._free.pop()
             self.new_SV[draw.slot], self.seen_SV[draw.slot] = 0, False
-            self.seen_SV[draw.slot, list(draw.prompt)] = True
+            self.seen_SV[draw.slot].index_fill_(0, ops.index(draw.prompt, self.seen_SV.device), True)
         return draw.slot

@@ -56,8 +56,8 @@ class FullVariant(Variant):
                 w.grad = None
         return super().gradients()
 
-    def step(self, loss: float, batch: StepBatch, seconds: float) -> dict[str, float]:
-        logged = super().step(loss, batch, seconds)
+    def step(self, loss: float, norm: float, batch: StepBatch, seconds: float) -> dict[str, float]:
+        logged = super().step(loss, norm, batch, seconds)
         self._publish()
         return logged
 

@@ -177,9 +177,10 @@ def _steps(keeper: Keeper, validator: Validator, before: Ahead, listener: Listen
             start = time.perf_counter()
             batches = {v: v.next_batch() for v in live}
             with keeper.within_memory("training"):
-                outcomes = run_step(batches, run.max_tokens)
+                found = run_step(batches, run.max_tokens)
                 tokens, elapsed = sum(b.tokens for b in batches.values()), time.perf_counter() - start
-                logged = {v: v.step(outcomes[v].loss, b, elapsed * b.tokens / tokens) | outcomes[v].metrics for v, b in batches.items()}
+                shares = {v: elapsed * b.tokens / tokens for v, b in batches.items()}
+                logged = {v: v.step(f.loss, f.grad_norm, batches[v], shares[v]) | f.metrics for v, f in found.items()}
             heap.after_step()
             seconds = time.perf_counter() - start
             for v, b in batches.items():

@@ -5,13 +5,15 @@ Rows whose objective knows their weights beforehand take one pass over the outpu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab import ops
 from trimtab.data import Example
 from trimtab.forward.attached import Attached
 from trimtab.forward.batch import BASE, Batch, Piece, make_batch
@@ -58,7 +60,19 @@ class Outcome:
         return Outcome(self.loss + other.loss, metrics)
 
 
-def forward_loss(attached: Attached, mix: Mix, parts: Sequence[Part]) -> tuple[Tensor, list[Outcome]]:
+@dataclass(frozen=True)
+class Unread:
+    """The outcomes of a forward's parts, whose numbers are where they were computed. numbers: these, as tensors. told: the outcomes, from
+    what `ops.to_host` gives of them. A GPU is waited for where they are read, so a step reads those of all its forwards together."""
+
+    numbers: list[Tensor]
+    told: Callable[[Sequence[Any]], list[Outcome]]
+
+    def read(self) -> list[Outcome]:
+        return self.told(ops.to_host(self.numbers))
+
+
+def forward_loss(attached: Attached, mix: Mix, parts: Sequence[Part]) -> tuple[Tensor, Unread]:
     """(Σ of all parts' losses, with the graph; each part's outcome) in one mixed forward."""
     seeds = {p.member: p.seed for p in parts if p.seed is not None and p.member != BASE}
     laid, batch = _lay_out(attached, mix, [(p.member, s) for p in parts for s in p.segments], seeds)
@@ -67,16 +81,16 @@ def forward_loss(attached: Attached, mix: Mix, parts: Sequence[Part]) -> tuple[T
     weights = [p.objective.nll_weights(d) for p, d in zip(parts, described, strict=True)]
     of = [n for n, p in enumerate(parts) for _ in p.segments]  # the part of each segment
     order = [(of[i], start, segment) for i, start, segment in laid]
-    losses, totals, outcomes = [0.0] * len(parts), list[Tensor](), [Outcome()] * len(parts)
+    totals, numbers = list[Tensor](), list[Tensor]()
+    places = list[tuple[int, int, int]]()  # (part, begin and end of a segment) in the first of the numbers
+    names = dict[int, list[str]]()  # part -> what each of its numbers is
     if known := [(n, start, s) for n, start, s in order if weights[n] is not None]:
         targets = Targets.of([(start, s) for _, start, s in known], attached.device)
         scale_R = torch.cat([w for n in dict.fromkeys(n for n, _, _ in known) if (w := weights[n]) is not None])
         total, nll_R = supervised_loss(attached, hidden_TH, batch, targets, scale_R)
         totals.append(total)
-        scaled = (nll_R * scale_R).tolist()
-        for (n, _, _), (a, b) in zip(known, targets.runs, strict=True):
-            losses[n] += sum(scaled[a:b])
-        outcomes = [Outcome(loss) for loss in losses]
+        numbers.append(nll_R * scale_R)
+        places = [(n, a, b) for (n, _, _), (a, b) in zip(known, targets.runs, strict=True)]
     if unknown := [(n, start, s) for n, start, s in order if weights[n] is None]:
         targets = Targets.of([(start, s) for _, start, s in unknown], attached.device)
         logp_R = log_probabilities(attached, hidden_TH, batch, targets)
@@ -84,8 +98,21 @@ def forward_loss(attached: Attached, mix: Mix, parts: Sequence[Part]) -> tuple[T
         for n, own_R in zip(owners, logp_R.split([sum(described[n].targets) for n in owners]), strict=True):
             loss, metrics = parts[n].objective.loss(own_R, _reference_of(parts[n], attached.device), described[n])
             totals.append(loss)
-            outcomes[n] = Outcome(float(loss.detach()), {k: float(torch.as_tensor(m).detach()) for k, m in metrics.items()})
-    return sum(totals[1:], totals[0]), outcomes
+            names[n] = list(metrics)
+            found = [loss, *(torch.as_tensor(m, device=loss.device) for m in metrics.values())]
+            numbers.append(torch.stack([f.detach().to(loss.dtype) for f in found]))
+
+    def told(read: Sequence[Any]) -> list[Outcome]:
+        losses, rest = [0.0] * len(parts), iter(read)
+        scaled = next(rest) if places else []
+        for n, a, b in places:
+            losses[n] += sum(scaled[a:b])
+        outcomes = [Outcome(loss) for loss in losses]
+        for n, (loss, *metrics) in zip(names, rest, strict=True):
+            outcomes[n] = Outcome(loss, dict(zip(names[n], metrics, strict=True)))
+        return outcomes
+
+    return sum(totals[1:], totals[0]), Unread(numbers, told)
 
 
 def _lay_out(
@@ -107,10 +134,11 @@ def _reference_of(part: Part, device: torch.device) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Targets:
-    """The supervised rows of a batch, ascending. row_R: the flat row that predicts. target_R: the token it predicts. runs: each segment's
-    part of R, in the order of rows."""
+    """The supervised rows of a batch, ascending. rows, row_R: the flat row that predicts. target_R: the token it predicts. runs: each
+    segment's part of R, in the order of rows."""
 
-    row_R: list[int]
+    rows: list[int]
+    row_R: Tensor
     target_R: Tensor
     runs: list[tuple[int, int]]
 
@@ -127,7 +155,8 @@ class Targets:
             runs.append((len(rows), len(rows) + len(places)))
             rows += (start + places - 1).tolist()
             targets += e.ids[places].tolist()
-        return cls(rows, torch.tensor(targets, device=device), runs)
+        row_R, target_R = ops.upload([np.array(rows, dtype=np.int64), np.array(targets, dtype=np.int64)], device)
+        return cls(rows, row_R, target_R, runs)
 
 
 def supervised_loss(attached: Attached, hidden_TH: Tensor, batch: Batch, targets: Targets, scale_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +177,7 @@ def log_probabilities(attached: Attached, hidden_TH: Tensor, batch: Batch, targe
 def _at_head(attached: Attached, hidden_TH: Tensor, targets: Targets) -> tuple[Tensor, Matrix, Tensor | None, Tensor]:
     """(the rows that predict a target, the head's matrix and bias, the targets)."""
     return (
-        hidden_TH[torch.tensor(targets.row_R, device=hidden_TH.device)],
+        hidden_TH[targets.row_R],
         attached.head_weight,
         attached.head_module.bias,
         targets.target_R,
@@ -162,10 +191,10 @@ def _trains(attached: Attached, batch: Batch) -> bool:
 
 def _log_probabilities_by_autograd(attached: Attached, hidden_TH: Tensor, batch: Batch, targets: Targets) -> Tensor:
     """Chunk by chunk, with gradients to whatever the head computes with."""
-    hidden_RH, found = hidden_TH[torch.tensor(targets.row_R, device=hidden_TH.device)], []
+    hidden_RH, found = hidden_TH[targets.row_R], []
     for a in range(0, len(hidden_RH), kernels.LOSS_ROWS):
         b = min(a + kernels.LOSS_ROWS, len(hidden_RH))
-        logits = attached.head(hidden_RH[a:b], batch, targets.row_R[a:b]).float()
+        logits = attached.head(hidden_RH[a:b], batch, targets.rows[a:b]).float()
         found.append(-torch.nn.functional.cross_entropy(logits, targets.target_R[a:b], reduction="none"))
     return torch.cat(found)
 
@@ -178,8 +207,8 @@ def mean_losses(attached: Attached, mix: Mix, asked: Sequence[Part], max_tokens:
     """The outcome of each part, all packed together into forwards of at most max_tokens tokens."""
     outcomes = [Outcome()] * len(asked)
     for chunk in _chunks([(n, e) for n, part in enumerate(asked) for e in part.examples], max_tokens):
-        _, found = forward_loss(attached, mix, [replace(asked[n], examples=[e]) for n, e in chunk])
-        for (n, _), outcome in zip(chunk, found, strict=True):
+        _, unread = forward_loss(attached, mix, [replace(asked[n], examples=[e]) for n, e in chunk])
+        for (n, _), outcome in zip(chunk, unread.read(), strict=True):
             outcomes[n] += outcome
     return outcomes
 

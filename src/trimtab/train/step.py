@@ -7,23 +7,53 @@ of a mean over its own optimizer step, so the sum of all losses gives every vari
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from trimtab import ops
 from trimtab.forward.batch import BASE
 from trimtab.forward.packs import Mix
-from trimtab.train.losses import Outcome, Part, forward_loss
+from trimtab.train.losses import Outcome, Part, Unread, forward_loss
 from trimtab.train.variant import MicroBatch, StepBatch, Variant
 
 Item = tuple[Variant, MicroBatch]
 
 
-def run_step(batches: Mapping[Variant, StepBatch], max_tokens: int) -> dict[Variant, Outcome]:
-    """Forward and backward of every batch; gradients are left on the variants' parameters. Returns each variant's loss and metrics."""
+@dataclass(frozen=True)
+class Found:
+    """What a step has found of a variant. grad_norm: L2, of all its gradients."""
+
+    loss: float
+    metrics: dict[str, float]
+    grad_norm: float
+
+
+def run_step(batches: Mapping[Variant, StepBatch], max_tokens: int) -> dict[Variant, Found]:
+    """Forward and backward of every batch; gradients are left on the variants' parameters. All numbers are read at the end, at once."""
     outcomes = {v: Outcome() for v in batches}
     items = [(v, m) for v, b in batches.items() for m in b.micro_batches]
-    for group in _pack(items, max_tokens):
-        for variant, outcome in _run(group, batches).items():
+    groups = _pack(items, max_tokens)
+    unread = [_run(group, batches) for group in groups]
+    numbers = ops.to_host([*(t for u in unread for t in u.numbers), *gradient_norms(list(batches))])
+    at = 0
+    for group, u in zip(groups, unread, strict=True):
+        for (variant, _), outcome in zip(group, u.told(numbers[at : at + len(u.numbers)]), strict=True):
             outcomes[variant] += outcome
-    return outcomes
+        at += len(u.numbers)
+    norms = numbers[at:]
+    return {v: Found(o.loss, o.metrics, norm) for (v, o), norm in zip(outcomes.items(), norms, strict=True)}
+
+
+def gradient_norms(variants: Sequence[Variant]) -> list[Tensor]:
+    """The L2 norm of each variant's gradients together; 0 where it has none."""
+    gradients = [v.gradients() for v in variants]
+    each = iter(torch._foreach_norm([g for mine in gradients for g in mine]) if any(gradients) else ())
+    return [
+        torch.linalg.vector_norm(torch.stack([next(each) for _ in mine])) if mine else torch.zeros((), device=v.attached.device)
+        for v, mine in zip(variants, gradients, strict=True)
+    ]
 
 
 def _pack(items: Iterable[Item], max_tokens: int) -> list[list[Item]]:
@@ -42,7 +72,7 @@ def _pack(items: Iterable[Item], max_tokens: int) -> list[list[Item]]:
     return groups
 
 
-def _run(group: Sequence[Item], batches: Mapping[Variant, StepBatch]) -> dict[Variant, Outcome]:
+def _run(group: Sequence[Item], batches: Mapping[Variant, StepBatch]) -> Unread:
     """One forward and backward. Returns each variant's part of its loss."""
     packed = [v.pack() for v, _ in group]
     members = _number(packed)
@@ -51,9 +81,9 @@ def _run(group: Sequence[Item], batches: Mapping[Variant, StepBatch]) -> dict[Va
         Part(m, rows.examples, v.config.objective, batches[v].counts, v.reference, rows.seed)
         for (v, rows), m in zip(group, members, strict=True)
     ]
-    total, outcomes = forward_loss(group[0][0].attached, mix, parts)
+    total, unread = forward_loss(group[0][0].attached, mix, parts)
     total.backward()
-    return {v: outcome for (v, _), outcome in zip(group, outcomes, strict=True)}
+    return unread
 
 
 def _number(packed: Sequence[object | None]) -> list[int]:

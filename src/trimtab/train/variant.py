@@ -179,20 +179,18 @@ class Variant:
         done = (step - o.warmup_steps) / max(1, self.total_steps - o.warmup_steps)
         return self.config.lr * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[o.schedule]
 
-    def step(self, loss: float, batch: StepBatch, seconds: float) -> dict[str, float]:
-        """Clip and step on the gradients that the batch's forwards have left; returns what to log.
+    def step(self, loss: float, norm: float, batch: StepBatch, seconds: float) -> dict[str, float]:
+        """Clip and step on the gradients that the batch's forwards have left; norm: theirs. Returns what to log.
 
         A loss or gradient that is not finite stops the variant before the optimizer sees it: its tensors stay at the last good step.
         """
-        grads = self.gradients()
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))) if grads else 0.0
         p = self.progress
         if not math.isfinite(loss) or not math.isfinite(norm):
             p.stopped = f"step {p.step + 1}: the loss is {loss}, the gradient's norm {norm}; rows {', '.join(batch.origins[:16])}"
             self.clear()
             return {"loss": loss, "grad_norm": norm, "lr": self.learning_rate()}
         if norm > self.config.options.max_grad_norm:
-            torch._foreach_mul_(grads, self.config.options.max_grad_norm / (norm + 1e-6))
+            torch._foreach_mul_(self.gradients(), self.config.options.max_grad_norm / (norm + 1e-6))
         lr = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["ratio"]
