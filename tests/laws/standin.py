@@ -144,6 +144,8 @@ def _launches(name: str, args: Any) -> int:
         return 0
     if name.startswith(("_foreach", "_fused")):
         lists = [a for a in args if isinstance(a, list | tuple) and a and isinstance(a[0], Tensor)]
+        if any(not t.is_contiguous() for a in lists for t in a):  # the slow way: tensor by tensor
+            return len(lists[0])
         return -(-len(lists[0]) // PER_LAUNCH[min(5, len(lists))]) if lists else 0
     return 1
 
@@ -170,6 +172,10 @@ def _check(f: Any, name: str, args: Any, kwargs: Any, flat: list[Any], costs: Co
             costs.to_device += t.nbytes
         elif not (t.dim() == 0 and (torch.Tag.pointwise in f.tags or name in CPU_INDICES or name.startswith("_f"))):
             raise Violation(f"{f}: a tensor {tuple(t.shape)} of {t.dtype} is on the CPU, others are on the device")
+    if name == "_grouped_mm":  # rows of whole 16 bytes
+        for t in args[:2]:
+            if t.dtype != torch.bfloat16 or sorted(t.stride()[-2:])[0] != 1 or sorted(t.stride()[-2:])[1] % 8:
+                raise Violation(f"{f}: no kernel for {t.dtype} of shape {tuple(t.shape)}, strides {t.stride()}")
     if name in ("index", "index_put", "index_put_") and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
         costs.wait(f"{name} by a mask")
     elif name in WAITS or (name == "repeat_interleave" and kwargs.get("output_size") is None):

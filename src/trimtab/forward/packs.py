@@ -19,6 +19,7 @@ from torch import Tensor
 from trimtab import ops
 from trimtab.methods.base import Kernel, Packed, Prefix
 from trimtab.ops import native, native_inference
+from trimtab.ops.grouped import Stacked
 from trimtab.ops.stack import EditTable, Stack
 
 ALIGNED = 64
@@ -110,6 +111,7 @@ class PackList:
         self._stacked: dict[str, Tensor] = {}
         self._bottlenecks: dict[int, native_inference.BottleneckParts] = {}
         self._addresses: dict[str, tuple[Tensor, Tensor, list[Tensor]]] = {}
+        self.grouped: Sequence[Stacked] = ()
 
     def stacked(self, name: str) -> Tensor:
         """[slots, ...], padded with zeros at the end of each dimension to the largest. Kernels compute the base's result for zeros."""
@@ -180,10 +182,18 @@ class Mix:
             for site, kernel in zip(*layout, strict=True):
                 found.setdefault(site, {}).setdefault(kernel, []).extend(members)
         self.groups = {site: [self._group(site, kernel, found[site][kernel]) for kernel in found[site]] for site in found}
+        self._stack_factors()
 
     def _group(self, site: str, kernel: Kernel, members: list[int]) -> Group:
         members.sort()
         return Group(kernel, PackList([self.adapters[i].edits[site] for i in members]), tuple(members))
+
+    def _stack_factors(self) -> None:
+        """Cast and stack what trains grouped, of all sites at once."""
+        packs = [g.packs for groups in self.groups.values() for g in groups if g.kernel is ops.lora_grouped]
+        if packs:
+            for mine, stacked in zip(packs, ops.stack_factors([[p.factors for p in q.items if p.factors] for q in packs]), strict=True):
+                mine.grouped = stacked
 
     @cached_property
     def members(self) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # run files and stores are read without torch, so methods imp
     from torch import Tensor
 
     from trimtab.bases.weights import Weight
+    from trimtab.ops.grouped import Factors, GroupedRows
 
 Params = Mapping[str, "Tensor"]
 """Tensors of one adapter at one site, keyed as in `Site.shapes`."""
@@ -78,6 +79,15 @@ class Rows:
     spans: tuple[Span, ...]
     total: int
     device: torch.device
+    _of_slots: dict[tuple[int, ...], GroupedRows] = field(default_factory=dict, compare=False)
+
+    def of_slots(self, slots: tuple[int, ...]) -> GroupedRows:
+        """The rows of these slots, for products grouped by slot."""
+        if slots not in self._of_slots:
+            from trimtab.ops import grouped_rows
+
+            self._of_slots[slots] = grouped_rows(self.spans, slots, self.device)
+        return self._of_slots[slots]
 
     @cached_property
     def touched(self) -> tuple[Tensor | slice, Tensor]:
@@ -117,6 +127,8 @@ class Packed:
     kernel: Kernel
     tensors: Mapping[str, Tensor]
     dropout: float = 0.0
+    factors: Factors | None = None
+    """What `lora_grouped` trains, in place of tensors: a mix casts and stacks those of all its sites together."""
 
 
 class Around(Protocol):

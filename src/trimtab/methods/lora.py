@@ -164,6 +164,8 @@ class LoraConfig(TargetedMethod):
         if self.use_dora:
             assert matrix is not None
             return dora.pack(A, site.scaling * B, params["lora_magnitude_vector"], matrix, self.lora_dropout)
+        if not self.lora_dropout and "lora_A.weight" in params and ops.trains_grouped(A, B, dtype):
+            return Packed(ops.lora_grouped, {}, factors=ops.Factors(A, B, site.scaling, dtype))
         kernel = ops.lora_embedding if "lora_embedding_A" in params else ops.lora
         return Packed(kernel, {"A": A.to(dtype), "B": (site.scaling * B).to(dtype)}, self.lora_dropout)
 

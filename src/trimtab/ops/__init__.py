@@ -15,15 +15,16 @@ if TYPE_CHECKING:
         gathers,
         lora,
         lora_embedding,
+        lora_grouped,
         replace,
         scale_input,
         scale_output,
     )
+    from trimtab.ops.grouped import Factors, grouped_rows, stack_factors, trains_grouped
     from trimtab.ops.layer import Matrix, largest, linear_into, linears, rms_norm, rotate, swiglu
     from trimtab.ops.loss import LOSS_ROWS, log_probabilities, supervised_loss
-    from trimtab.ops.native_attention import FlatIndex, QueryIndex, attend_rows, flat_attention, flat_index, query_index, takes_flat
     from trimtab.ops.moving import floats, index, to_host, upload
-    from trimtab.ops.native_attention import FlatIndex, flat_attention, flat_index, takes_flat
+    from trimtab.ops.native_attention import FlatIndex, QueryIndex, attend_rows, flat_attention, flat_index, query_index, takes_flat
     from trimtab.ops.varlen import VarlenIndex, varlen_attention, varlen_index, varlen_kernel
 else:
     load_on_first_use(__name__)
@@ -31,6 +32,7 @@ else:
 __all__ = [
     "ACTIVATIONS",
     "Bottleneck",
+    "Factors",
     "FlatIndex",
     "LOSS_ROWS",
     "Matrix",
@@ -46,6 +48,7 @@ __all__ = [
     "flat_index",
     "floats",
     "gathers",
+    "grouped_rows",
     "index",
     "largest",
     "linear_into",
@@ -54,15 +57,18 @@ __all__ = [
     "lora",
     "lora_embedding",
     "query_index",
+    "lora_grouped",
     "replace",
     "rms_norm",
     "rotate",
     "scale_input",
     "scale_output",
+    "stack_factors",
     "supervised_loss",
     "swiglu",
     "takes_flat",
     "to_host",
+    "trains_grouped",
     "upload",
     "varlen_attention",
     "varlen_index",

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.ops import native, native_inference, native_training
+from trimtab.ops.grouped import GroupedLora
 from trimtab.ops.names import NON_LINEARITIES
 
 GATHER_ROWS_PER_SPAN = 4
@@ -77,6 +78,13 @@ def lora(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
         return y_TO
     factors = [t for p in packs.items for t in (p.tensors["A"], p.tensors["B"])]
     return _LoraSpans.apply(None if base.plain else base(x_TI), x_TI, base, rows, tuple(p.dropout for p in packs.items), *factors)
+
+
+def lora_grouped(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
+    """`lora` without dropout, with gradients: all adapters of a padded rank in one product each way (`ops.grouped`)."""
+    stacks = [t for s in packs.grouped for t in (s.A, s.B)]
+    where = [rows.of_slots(s.slots) for s in packs.grouped]
+    return GroupedLora.apply(x_TI, None if base.plain else base(x_TI), base, where, *stacks)
 
 
 def _lora_native(x_TI: Tensor, y_TO: Tensor, packs: Any, rows: Any) -> Tensor:

@@ -70,12 +70,10 @@ def hold(stamps: Sequence[tuple[Stamp, list[Tensor]]]) -> list[bool]:
     """Whether each stamp is of these tensors, with the same content at a close look. A GPU is waited for once."""
     good = [stamp.is_of(tensors) for stamp, tensors in stamps]
     pairs = [(i, pair) for i, (stamp, _) in enumerate(stamps) if good[i] for pair in stamp.compared()]
-    if all(a.device.type == "cpu" for _, (a, _) in pairs):
-        same = [torch.equal(a, b) for _, (a, b) in pairs]
-    else:
-        same = torch.stack([(a == b).all() for _, (a, b) in pairs]).tolist()
-    for (i, _), equal in zip(pairs, same, strict=True):
-        good[i] = good[i] and equal
+    if len({a.device for _, (a, _) in pairs}) == 1 and torch.equal(*(torch.cat(side) for side in zip(*(p for _, p in pairs), strict=True))):
+        return good
+    for i, (a, b) in pairs:
+        good[i] = good[i] and torch.equal(a, b)
     return good
 
 
