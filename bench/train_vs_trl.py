@@ -61,20 +61,20 @@ def ours(rows: Path, steps: int, batch: int) -> dict[str, Any]:
     """One trimtab run on the first steps * batch rows, in the peer's order."""
     import torch
 
-    from trimtab.train import prepare, variant
+    from trimtab.data.token_store import Tokens
+    from trimtab.train import variant
 
     lines = rows.read_text(encoding="utf-8").splitlines()[: steps * batch]
     drawn = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0)).tolist()  # accelerate's SeedableRandomSampler, seed 0
     variant.order = lambda n, seed, epoch: range(n)
-    loaded = prepare.load_examples
+    made = Tokens.example
 
-    def with_line_break(*arguments: Any, **options: Any) -> Any:  # trl's target ends with the line break after the end of turn
-        data = loaded(*arguments, **options)
-        for example in data.examples:
-            example.supervised[-1] = True
-        return data
+    def with_line_break(tokens: Tokens, row: int) -> Any:  # trl's target ends with the line break after the end of turn
+        example = made(tokens, row)
+        example.supervised[-1] = True
+        return example
 
-    prepare.load_examples = with_line_break
+    Tokens.example = with_line_break
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "rows.jsonl").write_text("\n".join(lines[i] for i in drawn), encoding="utf-8")
         options = {"lr": 2e-4, "max_steps": steps, "batch_size": batch, "schedule": "linear", "last_turn_only": True, "max_length": 1024}

@@ -15,7 +15,7 @@ from tests.data.common import END, chatml_mask, learnt, write_jsonl
 from tests.tiny import bundled_base, tiny_tokenizer
 from trimtab.data import Dataset, Source, encode_prompt, load_examples, order, read_source, summarise_dropped
 from trimtab.data import dataset as dataset_module
-from trimtab.data.token_cache import token_file
+from trimtab.data.token_store import Examples, token_file
 from trimtab.errors import DataError
 
 TINY = tiny_tokenizer()
@@ -127,6 +127,46 @@ def test_cache_serves_what_was_tokenised(tmp_path, monkeypatch, own_cache):
     assert [file] == list((own_cache / "tokens").iterdir())
 
 
+def test_rows_are_heard_from_the_cache_as_when_they_were_read(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x"}, *pairs(3), {"prompt": "z" * 600, "completion": "y"}, *pairs(2, f"end{END}")])
+    options = {"keep_rows": True, "max_dropped_share": 0.9}
+    fresh, again = load(tmp_path, "a.jsonl", **options), load(tmp_path, "a.jsonl", **options)
+    assert [r.id for r in fresh.rows] == [e.row for e in fresh.examples] == [(0, 0), (0, 1), (0, 2)]
+    assert again.rows == fresh.rows and [r.id for r in again.rows] == [r.id for r in fresh.rows]
+    assert again.dropped == fresh.dropped and len(fresh.dropped) == 4
+
+
+def test_examples_are_as_lists_of_them(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", pairs(5))
+    write_jsonl(tmp_path / "b.jsonl", pairs(4, "other"))
+    examples = load(tmp_path, "a.jsonl", Source("b.jsonl", weight=2)).examples
+    listed = [examples[i] for i in range(13)]
+    assert len(examples) == 13 and listed == list(examples) and listed[5] is listed[9] is examples[-4]
+    assert [e.tokens for e in listed] == examples.tokens.tolist() and [e.longest for e in listed] == examples.longest.tolist()
+    assert [e.targets for e in listed] == examples.targets.tolist() and [e.origin for e in listed] == [*map(examples.origin, range(13))]
+    assert list(examples[3:7]) == listed[3:7] and examples[3:7].tokens.tolist() == examples.tokens[3:7].tolist()
+    assert not Examples.joined([]) and list(Examples.joined([examples[4:6], examples[:1]])) == [*listed[4:6], listed[0]]
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", pairs(3))
+    encode = dataset_module.encode_rows
+
+    def meanwhile(*rest, **options):
+        write_jsonl(tmp_path / "a.jsonl", pairs(4))
+        return encode(*rest, **options)
+
+    monkeypatch.setattr(dataset_module, "encode_rows", meanwhile)
+    with pytest.raises(DataError, match="changed while it was read"):
+        load(tmp_path, "a.jsonl")
+
+
+def replaced(file, raw):
+    """Another file under the same name: the old one is mapped by those who loaded it."""
+    file.unlink()
+    file.write_bytes(raw)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other", "pickle"])
 def test_damaged_cache_is_written_anew(tmp_path, own_cache, damage):
     write_jsonl(tmp_path / "a.jsonl", pairs(20))
@@ -137,13 +177,14 @@ def test_damaged_cache_is_written_anew(tmp_path, own_cache, damage):
         write_jsonl(tmp_path / "b.jsonl", pairs(20, "other"))
         load(tmp_path, "b.jsonl")
         (other,) = set((own_cache / "tokens").iterdir()) - {file}
-        file.write_bytes(other.read_bytes())
+        replaced(file, other.read_bytes())
     elif damage == "pickle":
-        np.savez(file, ids=np.array([{}], dtype=object))
+        np.savez(tmp_path / "odd.npz", lengths=np.array([{}], dtype=object))
+        replaced(file, (tmp_path / "odd.npz").read_bytes() + bytes(8))
     else:
         flipped = bytearray(raw)
         flipped[len(raw) // 3] ^= 1
-        file.write_bytes({"cut": raw[: len(raw) // 2], "flip": bytes(flipped), "empty": b""}[damage])
+        replaced(file, {"cut": raw[: len(raw) // 2], "flip": bytes(flipped), "empty": b""}[damage])
     assert same(load(tmp_path, "a.jsonl"), fresh)
     assert file.read_bytes() == raw or damage == "flip"
     assert same(load(tmp_path, "a.jsonl"), fresh)

@@ -20,6 +20,7 @@ from tests.data.common import (
     merging_tokenizer,
 )
 from tests.tiny import SPECIALS, tiny_tokenizer
+from trimtab.bases.template import Template
 from trimtab.data import (
     Dropped,
     Example,
@@ -348,7 +349,7 @@ def test_one_end_token_of_an_answer_is_its_end(end):
     example = encode_row(Row("r:1", prompt="Hi ", completion=f"Yo{end}"), plain, 512)
     assert example.ids.tolist() == [*ids_of("Hi Yo"), TINY.eos_token_id] and learnt(example, plain) == f"Yo{END}"
     assert prompt_and_reference(Row("r:1", prompt="Hi ", completion=f"Yo{end}"), plain)[1] == "Yo"
-    assert [answer_of(r) for r in as_learnt([ended, bare], TINY)] == ["Yo", "Yo"]
+    assert [answer_of(as_learnt(r, Template(TINY))) for r in (ended, bare)] == ["Yo", "Yo"]
 
 
 @pytest.mark.parametrize("answer", [f"Yo{END}{END}", f"Yo{END}a", END, "Yo<|im_start|>", "Yo<|endoftext|>"])

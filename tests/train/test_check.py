@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,12 @@ from trimtab.bases.fits import available_bytes
 from trimtab.bases.shapes import read_architecture
 from trimtab.cost.estimate import HEAP, probe_flops
 from trimtab.cost.plan import plan
-from trimtab.data import Row
+from trimtab.data import Row, dataset
 from trimtab.errors import BaseError, ConfigError, TrimtabError
 from trimtab.train import RunConfig, train
 from trimtab.train.check import check
 from trimtab.train.findings import CheckReport, Finding
-from trimtab.train.overlap import _near, contamination, duplicates, turns, words
+from trimtab.train.overlap import Contamination, Near, Repeats, turns, words
 
 LORA = {"v": METHODS["lora"] | {"data": "a"}}
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -66,7 +67,8 @@ def one(findings: list[Finding], words: str) -> Finding:
 def test_nothing_wrong_nothing_written(checked, tmp_path: Path, own_cache: Path) -> None:
     report = checked()
     assert report.errors == report.warnings == []
-    assert not (tmp_path / "run" / "out").exists() and not own_cache.exists()
+    assert not (tmp_path / "run" / "out").exists()
+    assert [p.name for p in own_cache.iterdir()] == ["tokens"]  # with which training begins
     assert (report.base_parameters, report.max_positions) == (tiny_base().spec.num_parameters, 512)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["a-test.jsonl", "a.jsonl", "b-test.jsonl", "b.jsonl"]
     json.dumps(report.to_dict())
@@ -274,32 +276,66 @@ def test_valid_rows_are_compared_too(checked) -> None:
     assert one(checked(data=data).warnings, "11 of 11 rows stand with their answers").where == "data.a.valid"
 
 
+def overlap(train: list[Row], held: list[Row]) -> list[Finding]:
+    found = Contamination(held)
+    for row in train:
+        found.add(row, turns(row))
+    return found.findings("train", "test")
+
+
+def repeats(rows: list[Row]) -> list[Finding]:
+    found = Repeats()
+    for row in rows:
+        found.add(row, turns(row))
+    return found.findings("train", lambda i: rows[i].origin)
+
+
 def test_every_turn_of_a_conversation_is_known_to_train() -> None:
     talk = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
     train = [Row("t:1", messages=(*talk, {"role": "user", "content": "more"}, {"role": "assistant", "content": "b"}))]
-    (found,) = contamination("train", train, "test", [Row("s:1", messages=talk)])
+    (found,) = overlap(train, [Row("s:1", messages=talk)])
     assert found.items == ("s:1: as t:1",)
 
 
 def test_boilerplate_is_no_overlap_and_what_differs_is() -> None:
     """An instruction of every row tells nothing; it tells of a copy as long as few rows have it."""
-    train = [Row(f"t:{i}", text=f"{LONG} {i}") for i in range(11)]
-    held = [(Row("s:1", text=""), words(f"{LONG} something else"))]
-    assert _near(train, held) == ([], 0.0)
-    near, _ = _near(train[:10], held)
-    assert near[0].startswith("s:1: 80%")
+    near = Near([(Row("s:1", text=""), words(f"{LONG} something else"))])
+    for i in range(10):
+        near.add(Row(f"t:{i}", text=""), words(f"{LONG} {i}"))
+    assert near.found([0])[0][0].startswith("s:1: 80%")
+    near.add(Row("t:10", text=""), words(f"{LONG} 10"))
+    assert near.found([0]) == ([], 0.0)
 
 
 def test_rows_of_signs_alone_are_not_taken_for_each_other() -> None:
     rows = [Row("t:1", prompt="?", completion="!"), Row("t:2", prompt="!!", completion="?")]
-    assert contamination("train", rows[:1], "test", rows[1:]) == duplicates("train", rows) == []
+    assert overlap(rows[:1], rows[1:]) == repeats(rows) == []
 
 
 def test_words() -> None:
     assert words("Don’t  STOP, “now”!") == ("don’t", "stop", "now")
     assert words("a + b") != words("a - b")
     assert words("東京へ ﬁne") == ("東", "京", "へ", "fine")
-    assert turns(Row("t:1", text="x")) == [("x", "")]
+    assert [turn.words for turn in turns(Row("t:1", text="x y"))] == [["x", "y"]]
+    assert [turn.words[: turn.asked] for turn in turns(Row("t:1", prompt="A", completion="b"))] == [["a"]]
+
+
+def test_turns_are_the_same_where_their_joined_texts_and_words_are() -> None:
+    """Compared with the texts and words themselves, whatever way they are cut into messages."""
+    contents, said = ["a", "A", "a\nb", "a b", "", "ﬁ", "fi", "?", "e\u0301", "é", "東京"], {}
+    rng = random.Random(0)
+    for _ in range(400):
+        messages = [{"role": role, "content": rng.choice(contents)} for role in ("system", "user", "assistant", "user", "assistant")]
+        messages = messages[rng.choice((0, 1)) :]
+        places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        for i, turn in zip(places, turns(Row("t:1", messages=tuple(messages))), strict=True):
+            prompt, answer = "\n".join(m["content"] for m in messages[:i]), messages[i]["content"]
+            plain = {"exact": (prompt, answer), "words": (words(prompt), words(answer)), "prompt": prompt, "prompt words": words(prompt)}
+            kept = {kind: key for kind, key in plain.items() if words(prompt) or "words" not in kind}
+            assert turn.keys.keys() == kept.keys() and list(turn.words[: turn.asked]) == list(words(prompt))
+            for kind, key in kept.items():
+                assert said.setdefault((kind, turn.keys[kind]), key) == key  # one digest, one text
+    assert len(said) == len({(kind, key) for (kind, _), key in said.items()})  # one text, one digest
 
 
 def test_duplicates_inside_train(checked) -> None:
@@ -307,6 +343,22 @@ def test_duplicates_inside_train(checked) -> None:
     report = checked(rows_of(pair("q", "a"), pair("q", "a"), pair("Q?", "A"), pair("q", "b")), data=sources)
     assert one(report.warnings, "1 rows repeat another row but for case").items == ("a.jsonl:3: as a.jsonl:1",)
     assert [f.items for f in report.warnings if f.message == "1 rows repeat another row"] == [("a.jsonl:2: as a.jsonl:1",)]
+
+
+def test_training_takes_the_rows_as_check_tokenised_them(checked, tmp_path: Path, tiny_llama_folder: Path, monkeypatch) -> None:
+    tokenised, encode = [], dataset.encode_rows
+    monkeypatch.setattr(
+        dataset, "encode_rows", lambda rows, *rest, **options: tokenised.append(len(rows)) or encode(rows, *rest, **options)
+    )
+    report = checked()
+    assert sum(tokenised) == sum(s.read for split in report.splits for s in split.sources)
+    timed = {"seconds": 0, "estimate": 0, "variants": 0}
+    assert checked().to_dict() | timed == report.to_dict() | timed
+    variants = {"v": LORA["v"] | {"max_steps": 1}}
+    content = run_file(tmp_path / "t", variants, base=str(tiny_llama_folder), dtype="float32", evaluate={"generate": False})
+    content["data"] = {"a": {"train": str(tmp_path / "run" / "a.jsonl"), "test": str(tmp_path / "run" / "a-test.jsonl")}}
+    train(RunConfig.from_dict(content, root=tmp_path / "t"))
+    assert sum(tokenised) == sum(s.read for split in report.splits for s in split.sources)
 
 
 # ---- the run file against the base ------------------------------------------------------------

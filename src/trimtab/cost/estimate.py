@@ -45,7 +45,7 @@ def estimate_run(
     if not plans:
         return
     joint = [e.tokens_per_step for e, p in plans if p.full is not None]
-    longest = max(e.longest for v in run.variants for e in data[v.data][0].examples)
+    longest = max(int(examples.longest.max()) for v in run.variants if (examples := data[v.data][0].examples))
     forward = max([longest, *(min(run.max_tokens, t) for t in [sum(joint), *(e.tokens_per_step for e, p in plans if p.full is None)])])
     kept = base.dtype if dtype == "auto" else dtype
     assert isinstance(kept, torch.dtype)
@@ -146,14 +146,14 @@ def _judging(
 def _variant(run: RunConfig, v: VariantConfig, split: Split, base: Architecture, dtype: str) -> tuple[VariantEstimate, CostPlan]:
     """One variant's steps, tokens and plan. Steps are counted as training counts them; tokens are those of as many mean steps."""
     o, spec = v.options, base.spec
-    lengths = np.array([e.tokens for e in split.epoch], dtype=np.int64)
+    lengths = split.epoch.tokens
     at = order(len(lengths), o.seed if o.seed is not None else run.seed, 0)
     batches = np.add.reduceat(lengths[at], np.arange(0, len(at), o.batch_size))
     of_step = np.add.reduceat(batches, np.arange(0, len(batches), o.gradient_accumulation_steps))
     steps = o.total_steps(len(lengths))
     tokens = int(lengths.sum() * steps * o.gradient_accumulation_steps / len(batches))
     costs = plan(base, v.method, dtype=dtype, batch_tokens=1, sequence_length=1)
-    supervised = sum(e.targets for e in split.epoch) / lengths.sum()
+    supervised = int(split.epoch.targets.sum()) / lengths.sum()
     # Frozen linears cost 2 FLOPs a parameter and token in the forward and 2 in the backward; the output head works on supervised rows only.
     # Activation checkpointing runs the layers' forward once more.
     table, body = spec.vocab_size * spec.hidden_size, _body(base)

@@ -55,19 +55,33 @@ def read_text(path: Path, shown: str) -> Records:
 
 def read_hub(name: str, split: str | None) -> Records:
     """Rows of a hub dataset "org/name" or "org/name:config" through `datasets`; labels arrive by name. split: "train" where it is None."""
+    data, labels = _hub(name, split)
+    for number, record in enumerate(data, 1):
+        named = {c: f.int2str(record[c]) for c, f in labels.items() if isinstance(record[c], int) and record[c] >= 0}
+        yield f"hf:{name}:{number}", {**record, **named}
+
+
+def hub_fingerprint(name: str, split: str | None) -> str | None:
+    """What `datasets` tells apart the contents of data sets by; None where it says nothing."""
+    try:
+        found = getattr(_hub(name, split)[0], "_fingerprint", None)
+    except DataError:  # it is said when the rows are read
+        return None
+    return str(found) if found else None
+
+
+def _hub(name: str, split: str | None) -> tuple[Any, dict[str, Any]]:
+    """(a data set of the hub, its columns of labels)."""
     datasets = _import("datasets", "datasets", f"hf:{name} is a dataset of the hub")
     path, _, config = name.partition(":")
     try:
         data = datasets.load_dataset(path, config or None, split=split or "train")
-        labels = {c: f for c, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
+        return data, {c: f for c, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
     except Exception as error:  # offline, unknown name or split, needs a login: as many classes as there are reasons, the text says which
         raise DataError(
             f"the dataset hf:{name} cannot be loaded: {type(error).__name__}: {error}",
             fix="check the name, the split and the network, or download its files and name one of them.",
         ) from error
-    for number, record in enumerate(data, 1):
-        named = {c: f.int2str(record[c]) for c, f in labels.items() if isinstance(record[c], int) and record[c] >= 0}
-        yield f"hf:{name}:{number}", {**record, **named}
 
 
 READERS: dict[str, Callable[[Path, str], Records]] = {

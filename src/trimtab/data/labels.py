@@ -17,7 +17,12 @@ UNLIMITED = 1 << 30
 
 def find_labels(rows: Iterable[Row], where: str) -> list[str]:
     """The distinct answers of rows, sorted. DataError if they are more than MAX_LABELS, or fewer than two: then they are no labels."""
-    labels = sorted({a.strip() for row in rows if (a := answer_of(row)) is not None})
+    return labels_among((a for row in rows if (a := answer_of(row)) is not None), where)
+
+
+def labels_among(answers: Iterable[str], where: str) -> list[str]:
+    """`find_labels` in answers."""
+    labels = sorted({a.strip() for a in answers})
     if 2 <= len(labels) <= MAX_LABELS:
         return labels
     raise DataError(

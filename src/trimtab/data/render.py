@@ -164,17 +164,14 @@ def _ends(r: _Rendered, whole: Ids, template: Template) -> list[int] | None:
     return None if found is None else [*found, len(whole)]
 
 
-def as_learnt(rows: Sequence[Row], tokenizer: Any) -> list[Row]:
-    """The rows with their answers as they are learnt: without the end token that one may have been written with."""
-    template = Template(tokenizer)
-
-    def bare(row: Row) -> Row:
-        if row.completion is not None:
-            return replace(row, completion=template.without_end(row.completion))
-        turns = [{**m, "content": template.without_end(m["content"])} if m["role"] == "assistant" else m for m in row.messages or ()]
-        return replace(row, messages=tuple(turns))
-
-    return [bare(row) if template.specials.search(answer_of(row) or "") else row for row in rows]
+def as_learnt(row: Row, template: Template) -> Row:
+    """The row with its answers as they are learnt: without the end token that one may have been written with."""
+    if not template.specials.search(answer_of(row) or ""):
+        return row
+    if row.completion is not None:
+        return replace(row, completion=template.without_end(row.completion))
+    turns = [{**m, "content": template.without_end(m["content"])} if m["role"] == "assistant" else m for m in row.messages or ()]
+    return replace(row, messages=tuple(turns))
 
 
 def _render(row: Row, template: Template, last_turn_only: bool) -> _Rendered:

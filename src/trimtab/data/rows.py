@@ -146,10 +146,12 @@ def to_segments(record: Any, origin: str, columns: Mapping[str, str], system: st
         row = to_row(part, origin, columns, system)
         if isinstance(row, Dropped):
             return Dropped(origin, f"{row.reason} ({role})") if role else row
-        rows.append(replace(row, role=role))
+        object.__setattr__(row, "role", role)  # nobody else has it yet
+        rows.append(row)
     if not rows:
         return Dropped(origin, "nothing supervised: the objective reads no segment from this row")
-    return replace(rows[0], others=tuple(rows[1:]))
+    object.__setattr__(rows[0], "others", tuple(rows[1:]))
+    return rows[0]
 
 
 def _from_messages(fields: Mapping[str, Any], origin: str) -> Row:

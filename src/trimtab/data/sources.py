@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
+import os
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -13,9 +16,10 @@ from typing import Any
 
 from trimtab.bases.template import BadRow
 from trimtab.data.documents import TEXT_SUFFIXES, text_files
-from trimtab.data.formats import READERS, SUFFIXES, holds_something, read_hub
+from trimtab.data.formats import READERS, SUFFIXES, holds_something, hub_fingerprint, read_hub
 from trimtab.data.forms import check_columns, form_of, unused, used_columns
 from trimtab.data.keys import Repeated
+from trimtab.data.opened import open_file
 from trimtab.data.rows import Dropped, Parts, Record, Records, Row, RowId, to_segments, whole
 from trimtab.errors import ConfigError, DataError, nearest
 from trimtab.foreign import answer
@@ -138,45 +142,65 @@ Note = Callable[[str], None]
 def read_source(
     source: Source, root: Path, number: int = 0, note: Note = lambda text: None, parts: Parts = whole
 ) -> tuple[list[Row], list[Dropped]]:
-    """All rows of a source in file order, and the lines that could not be read or understood, each with "file:line" and the reason.
+    """All rows of a source in file order, and the lines that could not be read or understood: what `rows_of` gives."""
+    found = list(rows_of(source, root, number, note, parts))
+    return [r for r in found if isinstance(r, Row)], [r for r in found if isinstance(r, Dropped)]
+
+
+def rows_of(source: Source, root: Path, number: int = 0, note: Note = lambda text: None, parts: Parts = whole) -> Iterator[Row | Dropped]:
+    """The rows of a source in file order, and each line that could not be read or understood, with "file:line" and the reason.
 
     root: where relative paths start. number: of the source among those that are read together; rows are found by it and by their place
     here (`Row.id`). note: hears, once, what the source holds and no row uses. parts: how a record becomes segments. Raises DataError if
     the source is missing or empty, needs a package that is not installed, or has no column of a known form; the message lists the columns
     that exist.
     """
-    rows: list[Row] = []
-    dropped: list[Dropped] = []
     columns_seen: dict[str, None] = {}
     left_over: Counter[str] = Counter()
-    any_form, records = False, 0
+    any_form, found_any, read = False, False, 0
     for found in _records(source, root):
+        found_any = True
         if isinstance(found, Dropped):
-            dropped.append(found)
+            yield found
             continue
         origin, record = found
-        records += 1
         forms: list[tuple[Record, str]] = []
         if isinstance(record, dict):
             forms = _forms(record, source, parts)
             columns_seen.update(dict.fromkeys(map(str, record)))
             any_form = any_form or bool(forms)
         row = to_segments(record, origin, source.columns, source.system, parts)
-        if isinstance(row, Dropped):
-            dropped.append(row)
-        else:
-            rows.append(_found(row, (number, len(rows)), source.trusted))
+        if isinstance(row, Row):
+            row = _found(row, (number, read), source.trusted)
+            read += 1
             left_over.update({what for part, form in forms for what in unused(part, source.columns, form)})
-    _refuse_whole(source, bool(records or dropped), columns_seen, any_form)
+        yield row
+    _refuse_whole(source, found_any, columns_seen, any_form)
     if left_over:
         said = (f"{what} ({n} row{'s' * (n > 1)})" for what, n in sorted(left_over.items()))
         note(f"{source.path}: not used: {', '.join(said)}")
-    return rows, dropped
 
 
-def _found(row: Row, id: RowId, trusted: bool) -> Row:
-    others = tuple(_found(other, id, trusted) for other in row.others)
-    return dataclasses.replace(row, id=id, trusted=trusted, others=others)
+def content_of(source: Source, root: Path) -> tuple[str, bytes] | None:
+    """(the source's name, with which the origins of its rows begin; a digest of all its bytes and of how they are read). None where it has
+    none: what is missing, or a data set that does not say which it is. The files of a folder have names of their own, so that their
+    folder's place is part of its digest."""
+    how = [source.format, sorted(source.columns.items()), source.system, source.trusted]
+    if source.path.startswith(HUB):
+        name, mark = source.path.removeprefix(HUB), hub_fingerprint(source.path.removeprefix(HUB), source.split)
+        return (source.path, hashlib.sha256(json.dumps([*how, name, source.split, mark]).encode()).digest()) if mark else None
+    path = user_path(source.path, DataError, "path", root)
+    files, name = (text_files(path), "") if path.is_dir() else ([path], _shown(path, root))
+    sha = hashlib.sha256(json.dumps([*how, path.suffix.lower(), "" if name else _shown(path, root)]).encode())
+    try:
+        for file in files:
+            with open_file(file, source.path) as opened:
+                sha.update(json.dumps([str(file.relative_to(path)), os.fstat(opened.fileno()).st_size]).encode())
+                for chunk in iter(lambda: opened.read(1 << 20), b""):
+                    sha.update(chunk)
+    except (OSError, DataError):
+        return None  # why, is said by those who read it
+    return name, sha.digest()
 
 
 def _forms(record: Record, source: Source, parts: Parts) -> list[tuple[Record, str]]:
@@ -188,6 +212,13 @@ def _forms(record: Record, source: Source, parts: Parts) -> list[tuple[Record, s
         return []
     known = [(part, form) for part, form in found if form is not None]
     return known if len(known) == len(found) else []
+
+
+def _found(row: Row, id: RowId, trusted: bool) -> Row:
+    for segment in (row, *row.others):  # nobody else has them yet, and a copy costs as much as reading the row
+        object.__setattr__(segment, "id", id)
+        object.__setattr__(segment, "trusted", trusted)
+    return row
 
 
 def _refuse_repeated(record: Mapping[str, Any], source: Source, form: str | None) -> None:

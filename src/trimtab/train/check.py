@@ -1,4 +1,5 @@
-"""What a run would train on and what it would cost, without training: everything is read, no weights are loaded, nothing is written.
+"""What a run would train on and what it would cost, without training: everything is read, no weights are loaded, and nothing is written
+but the cache of tokens, with which training then begins.
 
     report = check("run.yaml")
     report.errors, report.warnings       # an error is what would stop the run, or train on nothing; a warning is what may spoil it
@@ -30,20 +31,21 @@ from trimtab.cost.estimate import estimate_run, virtual_tokens
 from trimtab.data import (
     Dropped,
     Example,
+    Row,
     Source,
     answer_of,
-    as_learnt,
-    find_labels,
     prompt_and_reference,
     template_warnings,
 )
-from trimtab.data.dataset import FIXES, Reading
+from trimtab.data.dataset import FIXES, Hear, Reading, tokenizer_state
+from trimtab.data.labels import labels_among
+from trimtab.data.token_store import Examples
 from trimtab.errors import BaseError, ConfigError, DataError, Mistakes
 from trimtab.paths import user_path
 from trimtab.train.config import RunConfig, unreadable
-from trimtab.train.findings import CheckReport, Finding, Level, Rendered, SourceCounts, Split, SplitCounts
+from trimtab.train.findings import SHOWN, CheckReport, Finding, Level, Rendered, SourceCounts, Split, SplitCounts
 from trimtab.train.options import DataConfig
-from trimtab.train.overlap import contamination, duplicates
+from trimtab.train.overlap import Contamination, Repeats, turns
 from trimtab.train.prepare import row_options
 from trimtab.train.resume import refuse_no_folder
 
@@ -64,12 +66,10 @@ def check(run: RunConfig | Mapping[str, Any] | str | Path, *, rows: int = 2, sta
     report.findings += _template_findings(tokenizer) + _run_findings(run)
     data: dict[str, list[Split]] = {}
     for name, config in run.data.items():
-        splits = _read_data(run, name, config, tokenizer, architecture.spec.vocab_size, report, status)
-        data[name] = splits
+        data[name], seen = _read_data(run, name, config, tokenizer, architecture.spec.vocab_size, report, status)
+        splits = data[name]
         report.rendered += [_render(s, tokenizer) for e in _first(splits[0], rows) for s in e.segments]
-        report.findings += duplicates(splits[0].where, splits[0].rows)
-        for held in splits[1:]:
-            report.findings += contamination(splits[0].where, splits[0].rows, held.where, held.rows)
+        report.findings += seen.findings(splits)
         report.findings += _fit(run, name, splits, tokenizer, architecture.spec) + _label_findings(name, config, splits)
     status("estimating memory and time")
     estimate_run(run, architecture, data, device, report)
@@ -143,48 +143,80 @@ def _run_findings(run: RunConfig) -> list[Finding]:
 # ---- rows and masks ------------------------------------------------------------
 
 
+class _Seen:
+    """Hears the training rows of a data set as they are read: which of them repeat each other or held-out rows, and their answers."""
+
+    def __init__(self, train: Split, held: Sequence[Split], *, labels: bool):
+        self._train, self._labels = train, labels
+        self._repeats, self._against = Repeats(), [Contamination(split.rows) for split in held]
+
+    def __call__(self, row: Row) -> None:
+        said = turns(row)
+        self._repeats.add(row, said)
+        for contamination in self._against:
+            contamination.add(row, said)
+        if self._labels and (answer := answer_of(row)) is not None:
+            self._train.answers.add(answer)
+
+    def findings(self, splits: Sequence[Split]) -> Iterator[Finding]:
+        train, *held = splits
+        yield from self._repeats.findings(train.where, train.examples.origin)
+        for split, contamination in zip(held, self._against, strict=True):
+            yield from contamination.findings(train.where, split.where)
+
+
 def _read_data(
     run: RunConfig, name: str, config: DataConfig, tokenizer: Any, vocab_size: int, report: CheckReport, status: Status
-) -> list[Split]:
-    """The splits of a data set, train first; counts and findings go into the report."""
+) -> tuple[list[Split], _Seen]:
+    """The splits of a data set, train first; counts and findings go into the report. Held-out splits are read first, since training rows
+    are compared with them one by one."""
     max_length, last_turn_only, parts, differ = row_options(run, name)
     if differ is not None:
         report.findings.append(Finding("error", f"data.{name}", differ.message, fix=differ.fix))
-    splits = []
-    for split, sources in config.splits.items():
-        status(f"reading data.{name}.{split}")
-        turn = last_turn_only or split != "train"  # held-out rows ask for their last answer
-        reading = Reading(tokenizer, run.root, max_length, turn, run.seed, vocab_size, parts)
-        splits.append(_read_split(Split(name, split), sources, reading, report))
-    return splits
+
+    def read(split: Split, sources: Sequence[Source], hear: Hear) -> tuple[list[Finding], SplitCounts]:
+        status(f"reading {split.where}")
+        turn = last_turn_only or split is not train  # held-out rows ask for their last answer
+        reading = Reading(tokenizer, run.root, max_length, turn, run.seed, vocab_size, parts, state)
+        return _read_split(split, sources, reading, hear)
+
+    state = tokenizer_state(tokenizer)
+    train, *held = splits = [Split(name, split) for split in config.splits]
+    first, *others = config.splits.values()
+    found = [read(split, sources, split.rows.append) for split, sources in zip(held, others, strict=True)]
+    seen = _Seen(train, held, labels=config.labels == "auto")
+    for findings, counts in [read(train, first, seen), *found]:
+        report.findings += findings
+        report.splits.append(counts)
+    return splits, seen
 
 
-def _read_split(split: Split, sources: Sequence[Source], reading: Reading, report: CheckReport) -> Split:
-    counts, lost, notes = [], list[Dropped](), list[str]()
+def _read_split(split: Split, sources: Sequence[Source], reading: Reading, hear: Hear) -> tuple[list[Finding], SplitCounts]:
+    counts, lost, notes, findings = [], list[Dropped](), list[str](), list[Finding]()
+    examples, epoch = list[Examples](), list[Examples]()
     for index, source in enumerate(sources):
         try:
-            found = reading.read(source, index, notes.append, keep=False)
+            found = reading.read(source, index, notes.append, hear)
         except DataError as e:
-            report.findings.append(Finding("error", split.where, e.message, e.problems, len(e.problems), e.fix))
+            findings.append(Finding("error", split.where, e.message, e.problems, len(e.problems), e.fix))
             continue
-        split.starts.append(len(split.rows))
-        split.rows += as_learnt(found.rows, reading.tokenizer)
-        split.examples += found.examples
-        split.epoch += found.epoch
+        split.starts.append(sum(map(len, examples)))
+        examples.append(found.examples)
+        epoch.append(found.epoch)
         lost += found.dropped
         rows, dropped = len(found.examples) + len(found.dropped), len(found.dropped)
-        tokens, supervised = sum(e.tokens for e in found.epoch), sum(e.targets for e in found.epoch)
+        tokens, supervised = int(found.epoch.tokens.sum()), int(found.epoch.targets.sum())
         counts.append(SourceCounts(source.path, source.weight, rows, dropped, len(found.epoch), tokens, supervised))
         if (stop := found.refusal()) is not None:
-            report.findings.append(Finding("error", split.where, stop.message, fix=stop.fix))
-    report.findings += _dropped_findings(split.where, lost)
-    report.findings += [Finding("note", split.where, note) for note in notes]
+            findings.append(Finding("error", split.where, stop.message, fix=stop.fix))
+    split.examples, split.epoch = Examples.joined(examples), Examples.joined(epoch)
+    findings += _dropped_findings(split.where, lost)
+    findings += [Finding("note", split.where, note) for note in notes]
     if not split.examples and split.starts:  # what could not be read has its own finding
         fix = "mend the rows that were dropped, or name a file that has rows."
-        report.findings.append(Finding("error", split.where, "no row is left", fix=fix))
-    lengths = np.array([e.tokens for e in split.examples], dtype=np.int64)
-    report.splits.append(SplitCounts(split.data, split.name, tuple(counts), _quantiles(lengths), _histogram(lengths)))
-    return split
+        findings.append(Finding("error", split.where, "no row is left", fix=fix))
+    lengths = split.examples.tokens
+    return findings, SplitCounts(split.data, split.name, tuple(counts), _quantiles(lengths), _histogram(lengths))
 
 
 def _dropped_findings(where: str, lost: Sequence[Dropped]) -> Iterator[Finding]:
@@ -238,26 +270,28 @@ def _fit(run: RunConfig, name: str, splits: Sequence[Split], tokenizer: Any, spe
     beside = f" with the {most} virtual tokens of {max(virtual, key=lambda n: virtual[n])}" if most else ""
     found = []
     for split in splits:
-        long = [f"{e.origin}: {e.longest} tokens" for e in split.examples if e.longest + most > spec.max_positions]
-        if long:
+        long = np.flatnonzero(split.examples.longest + most > spec.max_positions)
+        if len(long):
+            items = tuple(f"{e.origin}: {e.longest} tokens" for e in map(split.examples.__getitem__, long[:SHOWN]))
             message = f"{len(long)} rows are longer than the base's {spec.max_positions} positions{beside}"
-            found.append(Finding.of("error", split.where, message, long, f"set max_length to {spec.max_positions - most} or less."))
+            fix = f"set max_length to {spec.max_positions - most} or less."
+            found.append(Finding("error", split.where, message, items, len(long), fix))
     room = spec.max_positions - most - run.evaluate.max_new_tokens + 1
     for split in splits if run.evaluate.generate else ():
         asking = [row for row in split.rows[: run.evaluate.max_rows] if split.name == "test" and answer_of(row) is not None]
         prompts = [(row.origin, len(prompt_and_reference(row, tokenizer)[0])) for row in asking]
-        if long := [f"{origin}: {n} tokens" for origin, n in prompts if n > room]:
-            message = f"{len(long)} prompts leave less room than {run.evaluate.max_new_tokens} new tokens{beside}: their answers end early"
-            found.append(Finding.of("warning", split.where, message, long, "shorten them, or lower evaluate.max_new_tokens."))
+        if short := [f"{origin}: {n} tokens" for origin, n in prompts if n > room]:
+            message = f"{len(short)} prompts leave less room than {run.evaluate.max_new_tokens} new tokens{beside}: their answers end early"
+            found.append(Finding.of("warning", split.where, message, short, "shorten them, or lower evaluate.max_new_tokens."))
     return found
 
 
 def _label_findings(name: str, config: DataConfig, splits: Sequence[Split]) -> list[Finding]:
     """Labels that cannot be had from the training rows, or that no held-out row has."""
-    if config.labels == "auto" and not splits[0].rows:
+    if config.labels == "auto" and not splits[0].examples:
         return []  # why, is said where they should be
     try:
-        labels = find_labels(splits[0].rows, f"data.{name}") if config.labels == "auto" else config.labels or []
+        labels = labels_among(splits[0].answers, f"data.{name}") if config.labels == "auto" else config.labels or []
     except DataError as e:
         return [Finding("error", f"data.{name}.labels", e.message, fix=e.fix)]
     known = {label.strip() for label in labels}

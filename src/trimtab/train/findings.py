@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trimtab.data import Example, Row
+from trimtab.data import Row
+from trimtab.data.token_store import Examples
 
 SHOWN = 10
 """Findings of one kind that are named by file and line; the others are counted."""
@@ -17,13 +18,15 @@ Level = Literal["error", "warning", "note"]
 
 @dataclass
 class Split:
-    """A split as read: the rows that are left with their examples, and the examples that an epoch draws."""
+    """A split as read: the examples of the rows that are left, and those that an epoch draws. rows: of a held-out split. answers: of train,
+    where labels are to be found in them."""
 
     data: str
     name: str
     rows: list[Row] = field(default_factory=list)
-    examples: list[Example] = field(default_factory=list)
-    epoch: list[Example] = field(default_factory=list)
+    answers: set[str] = field(default_factory=set)
+    examples: Examples = field(default_factory=lambda: Examples([]))
+    epoch: Examples = field(default_factory=lambda: Examples([]))
     starts: list[int] = field(default_factory=list)
 
     @property

@@ -67,7 +67,7 @@ class Keeper:
     def _what_fits(self) -> str:
         prepared, run = self.prepared, self.prepared.run
         data = {name: vars(splits).values() for name, splits in prepared.data.items()}
-        longest = max(e.longest for splits in data.values() for d in splits if d is not None for e in d.examples)
+        longest = max(int(d.examples.longest.max()) for splits in data.values() for d in splits if d is not None)
         base = prepared.base
         shape = Architecture(base.name, base.spec, base.spec.num_parameters, base.dtype)
         tokens = fitting_tokens(run, shape, [v.config for v in prepared.variants], base.dtype, longest)

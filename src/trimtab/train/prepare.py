@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from trimtab.data import Dataset, Example, load_examples, summarise_dropped
+from trimtab.data.dataset import tokenizer_state
 from trimtab.data.rows import Parts
 from trimtab.errors import ConfigError, DataError, Mistakes
 from trimtab.methods import FullConfig
@@ -71,7 +74,7 @@ def read_splits(run: RunConfig, name: str, config: DataConfig, base: Base) -> Sp
     max_length, last_turn_only, parts, differ = row_options(run, name)
     if differ is not None:
         raise ConfigError(f"data.{name}: {differ.message}", fix=differ.fix)
-    found, mistakes = dict[str, Dataset](), Mistakes()
+    found, mistakes, state = dict[str, Dataset](), Mistakes(), tokenizer_state(base.tokenizer)
     for split, sources in config.splits.items():
         with mistakes.noted():
             found[split] = load_examples(
@@ -84,6 +87,7 @@ def read_splits(run: RunConfig, name: str, config: DataConfig, base: Base) -> Sp
                 keep_rows=split != "train" or config.labels == "auto",  # as questions, and to find the labels in
                 vocab_size=base.spec.vocab_size,
                 parts=parts,
+                state=state,
             )
     mistakes.refuse(f"data.{name} cannot be used")
     return Splits(found["train"], found.get("valid"), found.get("test"))
@@ -105,8 +109,8 @@ def refuse_long(run: RunConfig, base: Base, data: dict[str, Splits]) -> None:
     for v in run.variants:
         room = base.spec.max_positions - getattr(v.method, "num_virtual_tokens", 0)
         splits = [s for s in vars(data[v.data]).values() if s is not None]
-        long = [e for s in splits for e in s.examples if e.longest > room]
-        problems += [f"{v.name}: {e.origin} has {e.longest} tokens, room is for {room}" for e in long[:5]]
+        long = [(s.examples, i) for s in splits for i in np.flatnonzero(s.examples.longest > room)]
+        problems += [f"{v.name}: {e.origin} has {e.longest} tokens, room is for {room}" for e in (rows[i] for rows, i in long[:5])]
         problems += [f"{v.name}: … and {len(long) - 5} more"] if len(long) > 5 else []
     if problems:
         raise DataError(

@@ -77,7 +77,7 @@ def sweep(
     base = base or load_base(run.base, dtype=run.dtype, device=run.device)
     data = {run.variants[0].data: read_splits(run, run.variants[0].data, run.data[run.variants[0].data], base)}
     refuse_long(run, base, data)
-    longest = max(e.longest for s in data.values() for e in s.train.examples)
+    longest = max(int(s.train.examples.longest.max()) for s in data.values())
     notes = [*_rungs(what, data), *_doubts(what)]
     groups = plan_groups(run, base, longest, what.options.memory_gb)
     if len(groups) > 1 and what.options.halving:
