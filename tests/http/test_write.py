@@ -39,7 +39,7 @@ def writer(body: ChatBody | CompletionBody) -> Writer:
     async def here(write):
         return write()
 
-    words = Words(lambda m: [], lambda t: [], PIECES.__getitem__, len(PIECES), 64, 64)
+    words = Words(lambda m, v: [], lambda t: [], PIECES.__getitem__, frozenset(), len(PIECES), 64, 64)
     return Writer(AnswerPlan("id", body, None, 1, 1), words, "fp", here)
 
 
