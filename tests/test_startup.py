@@ -88,3 +88,10 @@ def test_threads_that_wait_do_not_spin_where_the_cores_are_taken(load: float, se
         [sys.executable, "-c", code], env=kept | {"PYTHONPATH": str(SOURCE)} | set_already, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == f"{spin}\n", done.stderr
+
+
+def test_a_system_that_does_not_tell_its_load_is_taken_for_a_quiet_one() -> None:
+    code = "import os; del os.getloadavg; import trimtab; print(os.environ['GOMP_SPINCOUNT'])"
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], env=kept | {"PYTHONPATH": str(SOURCE)}, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "20000\n", done.stderr

@@ -4,6 +4,7 @@ Every name is loaded on first use, so `import trimtab` takes almost no time.
 """
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from trimtab.lazy import load_on_first_use
@@ -13,7 +14,9 @@ from trimtab.version import __version__
 # that slows every step up to 25 times. A shorter spin keeps 95% of the speed of a quiet machine. Where twice as many threads as cores want
 # to run already, a thread that waits sleeps at once. Only the first import of torch reads this, and a user's own choice stays.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "0" if os.getloadavg()[0] >= 2 * (os.cpu_count() or 1) else "20000")
+    with suppress(AttributeError, OSError):  # a system that does not tell its load
+        os.environ.setdefault("GOMP_SPINCOUNT", "0" if os.getloadavg()[0] >= 2 * (os.cpu_count() or 1) else "20000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:
     from trimtab.errors import TrimtabError
