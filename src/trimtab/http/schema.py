@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, WithJsonSchema, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from trimtab.http.fields import (
@@ -234,6 +234,9 @@ class ChatBody(Conversation, Sampled):
     documents: NotSupported = None
 
 
+ALSO_FALSE = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_TOP_LOGPROBS}, {"enum": [None, False]}]})
+
+
 class CompletionBody(Sampled):
     """POST /v1/completions: the prompt as it is, without a chat template."""
 
@@ -244,7 +247,7 @@ class CompletionBody(Sampled):
         | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="A text, texts, token ids, or lists of token ids.")
     max_tokens: Tokens | None = Field(None, description="New tokens at most; by default 16.")
-    logprobs: Annotated[Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), INTEGRAL] | None, NONE_IF_FALSE] = Field(
+    logprobs: Annotated[Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), INTEGRAL] | None, NONE_IF_FALSE, ALSO_FALSE] = Field(
         None, description="How many of the likeliest alternatives come with each token."
     )
 
