@@ -119,7 +119,8 @@ class DecodePath:
             pools = cache.keys[layer.index], cache.values[layer.index]
             native_inference.rotate_and_write(qkv_T, self.heads, cos_TD, sin_TD, layer.head_norms, self.eps, pools, plan.write_T)
             a_TH = native_inference.attend(qkv_T, self.heads, pools, paging, layer.scaling, layer.window)
-            self._attend_long(a_TH, qkv_T, pools, long, layer)
+            if long:
+                self._attend_long(a_TH, qkv_T, pools, long, layer)
             h_TH = self._normed(layer.norm_names[1], x_TH, layer.o(a_TH, batch), layer.mlp_norm, batch)
             y_TH = layer.mlp(h_TH, batch)
         return self._normed(self.norm_name, x_TH, y_TH, self.norm, batch)
