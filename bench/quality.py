@@ -2,6 +2,7 @@
 
     python bench/quality.py --data ../shared/data/tenants                                 # two epochs of all methods, and the table
     python bench/quality.py --data ../shared/data/tenants --sets legal --methods full prefix
+    python bench/quality.py --data ../shared/data/tenants --sets finance --methods lora --quantize nf4      # on a base in 4 bits
     python bench/quality.py --data ../shared/data/tenants --sweep --steps 60              # each method's learning rates, by valid rows
 
 DATA has a folder for each set with train.jsonl, valid.jsonl and test.jsonl. All methods of a set train together on one frozen base: 16 rows
@@ -13,6 +14,7 @@ checkpoint when the same command is given again.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", default=["finance", "legal", "support"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--quantize", help="pack the base: nf4, int8, …; the run's peak of memory is printed in any case")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--steps", type=int, default=60, help="of a sweep's trial; the worst two thirds end after a third, and after two")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
@@ -52,7 +55,8 @@ SWEEP_HEAD = "| tenant | method | setting | steps | valid loss |\n|---|---|---|-
 def scores(args: argparse.Namespace, name: str) -> list[str]:
     """The rows of the table for one set: the base, then each method after two epochs at its presets."""
     content = common(args, name, {"epochs": 2, "warmup_steps": 10, "keep_best": False}) | {
-        "out": name,
+        "out": f"{name}-{args.quantize}" if args.quantize else name,
+        "quantize": args.quantize,
         "evaluate": {"max_new_tokens": 48},
         "checkpoint_every": 25,
         "variants": {m: {"data": name, "method": m} for m in args.methods},
@@ -60,6 +64,7 @@ def scores(args: argparse.Namespace, name: str) -> list[str]:
     summary = trimtab.train(trimtab.RunConfig.from_dict(content, root=args.out.resolve()), resume=True).summary
     found = [("base", "", summary["base_scores"][name])]
     found += [(m, f"{v['trainable']:,}", v["scores"]) for m, v in summary["variants"].items()]
+    print(f"{name}, {args.quantize or 'dense'}: peak {summary['peak_memory_gb']} GB", file=sys.stderr)
     return [f"| {name} | {m} | {n} | {s['loss']:.3f} | {s['exact_match']:.1f} | {s['token_f1']:.1f} |" for m, n, s in found]
 
 

@@ -3,7 +3,8 @@
     python bench/serve_attacks.py             # a server of its own on 127.0.0.1, two tenants, the bundled base
 
 The attacker sends, one attack after the other: prompts of 3.9 MB; regular expressions and schemas that are hard to compile; loads of a
-sparse file of 1 TB as an adapter; bodies of very many small values; and, without any limit of its own, as many long answers as it gets.
+sparse file of 1 TB as an adapter; bodies of very many small values; tools with hostile schemas; echoes of long prompts; very many biases;
+nested parts; sums of adapters; and, without any limit of its own, as many long answers as it gets.
 Meanwhile the victim asks for eight tokens, again and again. Reported for each: what the victim waited (idle, then p50 and maximum during
 the attack), the memory of the server with the processes that it has started (above idle: the highest, and a second after the attack), the
 CPU seconds of both, and what the attacker was told. Each attack is bounded in number and time; requests go to 127.0.0.1 only.
@@ -61,6 +62,33 @@ def attacks(base: str, folder: Path) -> Iterator[tuple[str, list[Ask]]]:
     yield "six bodies of a million lists", [(complete, lists)] * 6
     messages = [{"role": "user", "content": ""}] * 100_000
     yield "six bodies of 100,000 messages", [(chat, {"model": base, "messages": messages})] * 6
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
+    tools = [tool | {"function": tool["function"] | {"name": f"f{i}"}} for i in range(16)]
+    called = {"model": base, "messages": [{"role": "user", "content": "go"}], "tools": tools, "max_tokens": 64}
+    yield "ten calls of tools with hostile schemas", [(chat, called | {"tool_choice": "required"})] * 10
+    deep: dict[str, Any] = {"type": "string"}
+    while len(json.dumps(deep)) < 50_000:
+        deep = {"type": "object", "properties": {"a": deep, "b": {"anyOf": [deep, {"type": "array", "items": {"type": "integer"}}]}}}
+    called["tools"] = [{"type": "function", "function": {"name": "f", "parameters": deep}}]
+    yield "ten calls of a tool with a branching schema", [(chat, called | {"tool_choice": "auto"})] * 10
+    echoed = {"model": base, "echo": True, "logprobs": 20, "max_tokens": 1}
+    yield "six echoes of 100,000 tokens", [(complete, echoed | {"prompt": [7] * 100_000})] * 6
+    yield "six echoes of 8,000 tokens", [(complete, echoed | {"prompt": [7 + i] * 8_000}) for i in range(6)]
+    biased = {"model": base, "prompt": "x", "max_tokens": 64, "ignore_eos": True}
+    yield "six biases of 300,000 tokens", [(complete, biased | {"logit_bias": {str(i): 1 for i in range(300_000)}})] * 6
+    yield "six biases of 300 tokens", [(complete, biased | {"logit_bias": {str(i): 1 for i in range(300)}})] * 6
+    nested = b'{"model": "m", "messages": [{"role": "user", "content": ' + b'[{"type": "text", "text": "x", "cache_control": ' * 100_000
+    yield "six bodies of nested parts", [(chat, nested)] * 6
+    parts = [{"type": "text", "text": "x"}] * 1024
+    yield (
+        "six bodies of 100,000 parts",
+        [(chat, {"model": base, "messages": [{"role": "user", "content": parts}] * 100, "max_tokens": 1})] * 6,
+    )
+    sums = [{"model": base, "prompt": "x", "adapters": [{"name": "none", "scale": i / 64}] * 8} for i in range(64)]
+    yield "64 sums of adapters that are not there", [(complete, body) for body in sums]
+    yield "six bodies of 1,000 texts to embed", [("/v1/embeddings", {"model": base, "input": ["word " * 40] * 1000})] * 6
+    items = [{"role": "user", "content": [{"type": "input_text", "text": ""}] * 1024}] * 90
+    yield "six responses of 90,000 parts", [("/v1/responses", {"model": base, "input": items})] * 6
     long = {"model": base, "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True}
     yield "places: 400 long answers", [(complete, long)] * 400
 

@@ -9,6 +9,7 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -17,12 +18,14 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "trimtab"
 
 FLOORS = {
-    **dict.fromkeys(["atomic", "errors", "foreign", "hyperparameters", "lazy", "memory", "ops", "paths", "startup", "version"], 0),
+    **dict.fromkeys(
+        ["atomic", "errors", "foreign", "hyperparameters", "lazy", "memory", "ops", "paths", "places", "startup", "version"], 0
+    ),
     **dict.fromkeys(["methods", "bases"], 1),
     "forward": 2,
     "decode": 3,
     "model": 4,
-    **dict.fromkeys(["store", "data"], 5),
+    **dict.fromkeys(["store", "data", "rewards"], 5),
     "objectives": 6,
     **dict.fromkeys(["cost", "train", "serve", "tryout"], 7),
     "http": 8,
@@ -44,8 +47,10 @@ SHARES = {
     "cli": {"tenant", "wanted", "s"},
     "data": {"source", "self"},
     "train.check": {"source"},
+    "train.rewarding": {"r"},
 }
-"""Where `weight` is another word, and whose it is there: a tenant's share of the server, a source's share of the rows."""
+"""Where `weight` is another word, and whose it is there: a tenant's share of the server, a source's share of the rows, a
+reward's share of the sum."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +69,27 @@ def read(folder: Path = SOURCE) -> dict[str, str]:
     return found
 
 
+@lru_cache(None)
+def nodes(source: str) -> list[ast.AST]:
+    """All of a file's syntax tree."""
+    return list(ast.walk(ast.parse(source)))
+
+
 def imports(module: str, source: str, known: Mapping[str, str]) -> Iterator[Import]:
     """What a file imports: of trimtab, the module that holds the name; of others, their dotted name. A package that loads its names on
     first use does import what it lists for type checkers."""
-    tree = ast.parse(source)
     typing_only = (
         set()
         if "load_on_first_use(__name__)" in source
         else {
             id(inner)
-            for node in ast.walk(tree)
+            for node in nodes(source)
             if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
             for statement in node.body
             for inner in ast.walk(statement)
         }
     )
-    for node in ast.walk(tree):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             targets = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -135,8 +145,8 @@ def violations(files: Mapping[str, str]) -> list[str]:
 
 
 def kernels(source: str) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and KERNELS & {node.attr, ast.unparse(node)}:
+    for node in nodes(source):
+        if isinstance(node, ast.Attribute) and (node.attr in KERNELS or (node.attr == "matmul" and ast.unparse(node) in KERNELS)):
             yield node.lineno, node.attr
         elif isinstance(node, ast.ClassDef) and any(ast.unparse(b).endswith("autograd.Function") for b in node.bases):
             yield node.lineno, f"{node.name}(autograd.Function)"
@@ -149,8 +159,10 @@ def weights(module: str, source: str) -> Iterator[tuple[int, str]]:
     if module.startswith(WEIGHTS):
         return
     shares = next((owners for place, owners in SHARES.items() if f"{module}.".startswith(f"trimtab.{place}.")), set())
-    for node in ast.walk(ast.parse(source)):
-        text = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Call, ast.Subscript)) else ""
+    for node in nodes(source):
+        if not isinstance(node, (ast.Attribute, ast.Call, ast.Subscript)):
+            continue
+        text = ast.unparse(node)
         if isinstance(node, ast.Attribute):
             read = node.attr == "weight" and ast.unparse(node.value).rpartition(".")[2] not in shares
         elif isinstance(node, ast.Call):

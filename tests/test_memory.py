@@ -164,17 +164,27 @@ def test_the_memory_of_a_real_run_is_within_the_estimate(tmp_path: Path, method:
     content |= {"evaluate": {"max_new_tokens": 8, "max_rows": 4}}
     (tmp_path / "run.yaml").write_text(json.dumps(content))
     script = (
-        "import json, resource, sys\n"
+        "import json, sys\n"
+        "from trimtab.memory import peak_resident_bytes\n"
         "from trimtab.train import train\n"
         "from trimtab.train.check import check\n"
         "e = check(sys.argv[1], rows=0).estimate\n"
         "train(sys.argv[1])\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "print(json.dumps([*e.memory_bytes, e.process_bytes, peak]))\n"
+        "print(json.dumps([*e.memory_bytes, e.process_bytes, peak_resident_bytes()]))\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run.yaml")], capture_output=True, text=True, timeout=900)
     least, most, process, peak = json.loads(done.stdout.splitlines()[-1])
     assert 0.7 * (least + process) <= peak <= 1.1 * (most + process), (least, most, process, peak)
+
+
+def test_the_peak_of_a_process_is_not_that_of_the_one_which_started_it() -> None:
+    held = np.ones(2**27, dtype=np.uint8)  # 134 MB in this process alone
+    script = (
+        "import numpy as np; from trimtab.memory import peak_resident_bytes as p; a = p(); np.ones(10**8, dtype=np.uint8); print(a, p())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before < held.nbytes and 0.9e8 < after - before < 1.1e8, (before, after)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which pages are a file's")

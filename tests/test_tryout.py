@@ -15,7 +15,9 @@ from trimtab import tryout
 from trimtab.bases import Check, doctor
 from trimtab.cli import main
 from trimtab.errors import BaseError
-from trimtab.forward import attention, proof, rowwise
+from trimtab.forward import attention, rowwise
+
+pytestmark = pytest.mark.usefixtures("compared_anew")
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,6 @@ def test_a_library_that_asks_for_more_fails_both_and_exits_with_1(monkeypatch: p
 )
 def test_wrong_results_are_found_on_either_way(monkeypatch: pytest.MonkeyPatch, where: object, words: str) -> None:
     attend = attention.attend
-    monkeypatch.setattr(proof, "_proved", {})
     monkeypatch.setattr(where, "attend", lambda q, k, v, plan, layer, scaling, *rest: attend(q, k, v, plan, layer, 1.5 * scaling, *rest))
     monkeypatch.setattr(rowwise, "_agrees", lambda module: True)
     check = found()["forward"]

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 300  # 256 bytes, 4 special tokens, and ids that no text has
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
@@ -46,143 +45,131 @@ _GEMMA_LIKE = _LLAMA_LIKE | {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 _MOE_LIKE = _LLAMA_LIKE | {"num_experts_per_tok": 2}
-# family -> (config class, model class, settings). Windows and soft caps are small enough to matter within a few tokens.
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", _LLAMA_LIKE),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _LLAMA_LIKE | {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _LLAMA_LIKE | {"head_dim": 16}),
-    "mistral": ("MistralConfig", "MistralForCausalLM", _LLAMA_LIKE | {"sliding_window": 8}),
-    "gemma2": (
-        "Gemma2Config",
-        "Gemma2ForCausalLM",
-        _GEMMA_LIKE | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
-    ),
-    "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA_LIKE),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", _LLAMA_LIKE),
+_MLA = {"q_lora_rank": 32, "kv_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12, "num_key_value_heads": 4}
+_WINDOWED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_OF_LAYERS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
+_MIMO = {"v_head_dim": 12}
+_GEMMA_4 = {"global_head_dim": 32, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 5.0}
+# transformers' model type, with "-variant" where there are two -> its config. Windows and soft caps matter within a few tokens.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE | {"tie_word_embeddings": True},
+    "qwen3": _LLAMA_LIKE | {"head_dim": 16},
+    "mistral": _LLAMA_LIKE | {"sliding_window": 8},
+    "gemma2": _GEMMA_LIKE | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": _GEMMA_LIKE,
+    "phi3": _LLAMA_LIKE,
     "gpt2": (
-        "GPT2Config",
-        "GPT2LMHeadModel",
-        _COMMON
-        | {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 512}
-        | {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+        _COMMON | {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 512} | {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
     ),
 }
 
 # More families: each is compared with transformers and peft in tests/bases/test_families.py, but does not run through all laws.
-MORE_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", _LLAMA_LIKE | {"no_rope_layers": [1, 0]}),
-    "ministral": ("MinistralConfig", "MinistralForCausalLM", _LLAMA_LIKE | {"sliding_window": 8, "head_dim": 12}),
-    "ministral3": ("Ministral3Config", "Ministral3ForCausalLM", _LLAMA_LIKE | {"head_dim": 12}),
-    "mixtral": ("MixtralConfig", "MixtralForCausalLM", _MOE_LIKE | {"num_local_experts": 4, "sliding_window": None}),
-    "qwen2_moe": (
-        "Qwen2MoeConfig",
-        "Qwen2MoeForCausalLM",
-        _MOE_LIKE | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 40},
-    ),
-    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _MOE_LIKE | {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16}),
-    "gemma": ("GemmaConfig", "GemmaForCausalLM", _LLAMA_LIKE | {"head_dim": 16}),
-    "phi": ("PhiConfig", "PhiForCausalLM", _LLAMA_LIKE | {"hidden_size": 64}),
-    "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", _MOE_LIKE | {"num_local_experts": 4, "sliding_window": 512}),
-    "gptj": ("GPTJConfig", "GPTJForCausalLM", _COMMON | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 8}),
-    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _LLAMA_LIKE | {"hidden_size": 64}),
-    "gpt_bigcode": ("GPTBigCodeConfig", "GPTBigCodeForCausalLM", _COMMON | {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "smollm3": _LLAMA_LIKE | {"no_rope_layers": [1, 0]},
+    "ministral": _LLAMA_LIKE | {"sliding_window": 8, "head_dim": 12},
+    "ministral3": _LLAMA_LIKE | {"head_dim": 12},
+    "mixtral": _MOE_LIKE | {"num_local_experts": 4, "sliding_window": None},
+    "qwen2_moe": _MOE_LIKE | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 40},
+    "qwen3_moe": _MOE_LIKE | {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
+    "gemma": _LLAMA_LIKE | {"head_dim": 16},
+    "phi": _LLAMA_LIKE | {"hidden_size": 64},
+    "phimoe": _MOE_LIKE | {"num_local_experts": 4, "sliding_window": 512},
+    "gptj": _COMMON | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 8},
+    "gpt_neox": _LLAMA_LIKE | {"hidden_size": 64},
+    "gpt_bigcode": _COMMON | {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "falcon": (
-        "FalconConfig",
-        "FalconForCausalLM",
         _COMMON
         | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        | {"num_kv_heads": 2, "new_decoder_architecture": True},
+        | {"num_kv_heads": 2, "new_decoder_architecture": True}
     ),
-    "falcon-7b": ("FalconConfig", "FalconForCausalLM", _COMMON | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}),
-    "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", _LLAMA_LIKE | {"sliding_window": 8}),
-    "stablelm": ("StableLmConfig", "StableLmForCausalLM", _LLAMA_LIKE | {"hidden_size": 64}),
-    "persimmon": ("PersimmonConfig", "PersimmonForCausalLM", _LLAMA_LIKE | {"hidden_size": 64}),
-    "olmo": ("OlmoConfig", "OlmoForCausalLM", _LLAMA_LIKE | {"clip_qkv": 0.5}),
-    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", _LLAMA_LIKE),
-    "olmo3": (
-        "Olmo3Config",
-        "Olmo3ForCausalLM",
-        _LLAMA_LIKE | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
-    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", _MOE_LIKE | {"num_experts": 4}),
-    "granite": (
-        "GraniteConfig",
-        "GraniteForCausalLM",
-        _LLAMA_LIKE | {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.4},
-    ),
-    "granitemoe": ("GraniteMoeConfig", "GraniteMoeForCausalLM", _MOE_LIKE | {"num_local_experts": 4, "logits_scaling": 3.0}),
-    "cohere": ("CohereConfig", "CohereForCausalLM", _LLAMA_LIKE | {"use_qk_norm": True}),
-    "cohere2": (
-        "Cohere2Config",
-        "Cohere2ForCausalLM",
-        _LLAMA_LIKE | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
-    "glm": ("GlmConfig", "GlmForCausalLM", _LLAMA_LIKE | {"head_dim": 16}),
-    "glm4": ("Glm4Config", "Glm4ForCausalLM", _LLAMA_LIKE | {"head_dim": 16}),
+    "falcon-7b": _COMMON | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "starcoder2": _LLAMA_LIKE | {"sliding_window": 8},
+    "stablelm": _LLAMA_LIKE | {"hidden_size": 64},
+    "persimmon": _LLAMA_LIKE | {"hidden_size": 64},
+    "olmo": _LLAMA_LIKE | {"clip_qkv": 0.5},
+    "olmo2": _LLAMA_LIKE,
+    "olmo3": _LLAMA_LIKE | _WINDOWED,
+    "olmoe": _MOE_LIKE | {"num_experts": 4},
+    "granite": _LLAMA_LIKE | {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.4},
+    "granitemoe": _MOE_LIKE | {"num_local_experts": 4, "logits_scaling": 3.0},
+    "cohere": _LLAMA_LIKE | {"use_qk_norm": True},
+    "cohere2": _LLAMA_LIKE | _WINDOWED,
+    "glm": _LLAMA_LIKE | {"head_dim": 16},
+    "glm4": _LLAMA_LIKE | {"head_dim": 16},
     "glm4_moe": (
-        "Glm4MoeConfig",
-        "Glm4MoeForCausalLM",
         _MOE_LIKE
         | {"n_routed_experts": 4, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-        | {"head_dim": 16},
+        | {"head_dim": 16}
     ),
-    "lfm2": ("Lfm2Config", "Lfm2ForCausalLM", _LLAMA_LIKE | {"layer_types": ["full_attention"] * 2}),
-    "apertus": ("ApertusConfig", "ApertusForCausalLM", _LLAMA_LIKE),
-    "arcee": ("ArceeConfig", "ArceeForCausalLM", _LLAMA_LIKE),
-    "seed_oss": ("SeedOssConfig", "SeedOssForCausalLM", _LLAMA_LIKE | {"head_dim": 16}),
-    "nemotron": ("NemotronConfig", "NemotronForCausalLM", _LLAMA_LIKE | {"head_dim": 12}),
-    "exaone4": (
-        "Exaone4Config",
-        "Exaone4ForCausalLM",
-        _LLAMA_LIKE | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
-    "hunyuan_v1_dense": ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", _LLAMA_LIKE | {"head_dim": 12}),
-    "ernie4_5": ("Ernie4_5Config", "Ernie4_5ForCausalLM", _LLAMA_LIKE | {"head_dim": 12}),
-    "gpt_oss": (
-        "GptOssConfig",
-        "GptOssForCausalLM",
-        _MOE_LIKE | {"num_local_experts": 4, "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    ),
+    "lfm2": _LLAMA_LIKE | {"layer_types": ["full_attention"] * 2},
+    "apertus": _LLAMA_LIKE,
+    "arcee": _LLAMA_LIKE,
+    "seed_oss": _LLAMA_LIKE | {"head_dim": 16},
+    "nemotron": _LLAMA_LIKE | {"head_dim": 12},
+    "exaone4": _LLAMA_LIKE | _WINDOWED,
+    "hunyuan_v1_dense": _LLAMA_LIKE | {"head_dim": 12},
+    "ernie4_5": _LLAMA_LIKE | {"head_dim": 12},
+    "gpt_oss": _MOE_LIKE | _WINDOWED | {"num_local_experts": 4, "head_dim": 16},
     "granitemoehybrid": (
-        "GraniteMoeHybridConfig",
-        "GraniteMoeHybridForCausalLM",
         _LLAMA_LIKE
         | {"layer_types": ["full_attention"] * 2, "num_local_experts": 0, "shared_intermediate_size": 96}
-        | {"hidden_size": 64, "position_embedding_type": "rope", "logits_scaling": 3.0},
+        | {"hidden_size": 64, "position_embedding_type": "rope", "logits_scaling": 3.0}
     ),
-    "granite_swa": ("GraniteSWAConfig", "GraniteSWAForCausalLM", _LLAMA_LIKE | {"logits_scaling": 3.0}),
-    "lfm2_moe": (
-        "Lfm2MoeConfig",
-        "Lfm2MoeForCausalLM",
-        _MOE_LIKE | {"layer_types": ["full_attention"] * 2, "num_dense_layers": 1, "num_experts": 4, "moe_intermediate_size": 32},
-    ),
+    "granite_swa": _LLAMA_LIKE | {"logits_scaling": 3.0},
+    "lfm2_moe": _MOE_LIKE | {"layer_types": ["full_attention"] * 2, "num_dense_layers": 1, "num_experts": 4, "moe_intermediate_size": 32},
     "dots1": (
-        "Dots1Config",
-        "Dots1ForCausalLM",
         _MOE_LIKE
         | {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
-        | {"first_k_dense_replace": 1, "head_dim": 16},
+        | {"first_k_dense_replace": 1, "head_dim": 16}
     ),
-    "ernie4_5_moe": (
-        "Ernie4_5_MoeConfig",
-        "Ernie4_5_MoeForCausalLM",
-        _MOE_LIKE | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
-    ),
-    "hunyuan_v1_moe": ("HunYuanMoEV1Config", "HunYuanMoEV1ForCausalLM", _MOE_LIKE | {"num_experts": 4, "moe_topk": 2, "head_dim": 12}),
-    "flex_olmo": ("FlexOlmoConfig", "FlexOlmoForCausalLM", _MOE_LIKE | {"num_experts": 4}),
-    "minimax_m2": ("MiniMaxM2Config", "MiniMaxM2ForCausalLM", _MOE_LIKE | {"num_local_experts": 4, "head_dim": 16, "rotary_dim": 8}),
-    "helium": ("HeliumConfig", "HeliumForCausalLM", _LLAMA_LIKE | {"head_dim": 12}),
-    "afmoe": (
-        "AfmoeConfig",
-        "AfmoeForCausalLM",
+    "ernie4_5_moe": _MOE_LIKE | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+    "hunyuan_v1_moe": _MOE_LIKE | {"num_experts": 4, "moe_topk": 2, "head_dim": 12},
+    "flex_olmo": _MOE_LIKE | {"num_experts": 4},
+    "minimax_m2": _MOE_LIKE | {"num_local_experts": 4, "head_dim": 16, "rotary_dim": 8},
+    "helium": _LLAMA_LIKE | {"head_dim": 12},
+    "afmoe": _MOE_LIKE | _WINDOWED | {"num_experts": 4, "num_dense_layers": 1, "moe_intermediate_size": 32, "head_dim": 16},
+    "hyperclovax": _LLAMA_LIKE | {"logits_scaling": 3.0},
+    "opt": _COMMON | {"hidden_size": 48, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4} | {"word_embed_proj_dim": 48},
+    "biogpt": _LLAMA_LIKE,
+    "granitemoeshared": _MOE_LIKE | {"num_local_experts": 4, "shared_intermediate_size": 80, "logits_scaling": 3.0},
+    "deepseek_v2": (
         _MOE_LIKE
-        | {"num_experts": 4, "num_dense_layers": 1, "moe_intermediate_size": 32, "head_dim": 16, "sliding_window": 8}
-        | {"layer_types": ["sliding_attention", "full_attention"]},
+        | _MLA
+        | {"n_routed_experts": 4, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
+        | {"first_k_dense_replace": 1, "head_dim": 8}
     ),
-    "hyperclovax": ("HyperCLOVAXConfig", "HyperCLOVAXForCausalLM", _LLAMA_LIKE | {"logits_scaling": 3.0}),
+    "deepseek_v3": (
+        _MOE_LIKE
+        | _MLA
+        | {"n_routed_experts": 4, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+        | {"first_k_dense_replace": 1, "head_dim": 8}
+    ),
+    "glm4_moe_lite": (
+        _MOE_LIKE
+        | _MLA
+        | {"n_routed_experts": 4, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+        | {"first_k_dense_replace": 1, "head_dim": 8}
+    ),
+    "minicpm3": _LLAMA_LIKE | _MLA | {"head_dim": 8},
+    "mimo_v2_flash": (
+        _MOE_LIKE | _WINDOWED | {"n_routed_experts": 4, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "head_dim": 16} | _MIMO
+    ),
+    "gemma4_text": _GEMMA_LIKE | _GEMMA_4,
+    "gemma4_text-layers": _GEMMA_LIKE | _GEMMA_4 | {"num_kv_shared_layers": 2} | _OF_LAYERS,
+    "gemma3n_text": (
+        _GEMMA_LIKE
+        | {"num_kv_shared_layers": 2, "intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]}
+        | {"laurel_rank": 8}
+        | _OF_LAYERS
+    ),
+    "gemma4_text-moe": (
+        _GEMMA_LIKE
+        | _GEMMA_4
+        | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32, "attention_k_eq_v": True}
+        | {"num_global_key_value_heads": 1, "use_bidirectional_attention": "vision"}
+    ),
     "phi3-longrope": (
-        "Phi3Config",
-        "Phi3ForCausalLM",
         _LLAMA_LIKE
         | {"original_max_position_embeddings": 256}
         | {
@@ -193,18 +180,17 @@ MORE_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
                 "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
                 "original_max_position_embeddings": 256,
             }
-        },
+        }
     ),
 }
 
 
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A random causal LM of `family`, in eval mode, the same for the same seed. Leaves torch's global generator as it found it."""
-    config_name, model_name, settings = (FAMILIES | MORE_FAMILIES)[family]
-    config = getattr(transformers, config_name)(**settings)
+    config = AutoConfig.for_model(family.partition("-")[0], **(FAMILIES | MORE_FAMILIES)[family])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, model_name)(config)
+        model = AutoModelForCausalLM._model_mapping[type(config)](config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("bias") or "norm" in name or "ln_" in name:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from curves.curve import Curve, Point, cpu_seconds
-from curves.prefill import model
+from curves.curve import Curve, Point, cpu_seconds, random_llama
 
 Shape = tuple[int, int]
 """Streams, and the tokens that each has cached."""
@@ -20,14 +19,14 @@ def kv_bytes(shape: Shape) -> int:
 def ours(shape: Shape) -> list[float | str]:
     import torch
 
-    from trimtab.forward.attention import PagedKV
     from trimtab.forward.batch import BASE, Piece
+    from trimtab.forward.kv_cache import PagedKV
     from trimtab.forward.packs import Mix
     from trimtab.model import Base
 
-    (streams, tokens), base, size = shape, Base(model(), None), 16
-    spec, each = base.spec, -(-(shape[1] + 1) // 16)
-    cache = PagedKV(spec.num_layers, streams * each, size, spec.num_kv_heads, spec.head_dim, base.dtype, base.device)
+    (streams, tokens), base, size = shape, Base(random_llama(), None), 16
+    spec, each = base.spec, -(-(tokens + 1) // size)
+    cache = PagedKV(spec.num_layers, streams * each, size, *spec.kv_shape, base.dtype, base.device)
     cache.keys.normal_(), cache.values.normal_()
     order = torch.randperm(streams * each, generator=torch.Generator().manual_seed(0)).tolist()
     places = [order[i * each : (i + 1) * each] for i in range(streams)]
@@ -45,7 +44,7 @@ def transformers(shape: Shape) -> list[float | str]:
     import torch
     from transformers import DynamicCache
 
-    (streams, tokens), plain = shape, model()
+    (streams, tokens), plain = shape, random_llama()
     plain.set_attn_implementation("sdpa")
     cache: Any = DynamicCache()
     for layer in range(30):

@@ -18,7 +18,7 @@ SHAPES = {
 MAKE = """
 import sys, json, torch, transformers
 sizes = json.loads(sys.argv[1]) | {"num_key_value_heads": 2, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}
-config = transformers.Qwen2Config(**sizes)
+config = transformers.Qwen2Config(**{"num_attention_heads": sizes["hidden_size"] // 32} | sizes)
 torch.set_default_dtype(torch.bfloat16)
 transformers.Qwen2ForCausalLM(config).save_pretrained(sys.argv[2])
 from tokenizers import Tokenizer, models
@@ -39,12 +39,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, time.process_ti
 """
 
 
+def make(sizes: dict[str, int], folder: str) -> str:
+    """A random Qwen2 in bf16 and a tokenizer of letters, written into a folder."""
+    subprocess.run([sys.executable, "-c", MAKE, json.dumps(sizes), folder], check=True)
+    return folder
+
+
 def merge(name: str) -> tuple[int, float, int]:
     """(peak bytes, seconds of CPU, bytes of the weights) of a process that loads a base and merges an adapter."""
     with tempfile.TemporaryDirectory() as folder:
-        base = str(Path(folder, "base"))
-        sizes = SHAPES[name] | {"num_attention_heads": SHAPES[name]["hidden_size"] // 32}
-        subprocess.run([sys.executable, "-c", MAKE, json.dumps(sizes), base], check=True)
+        base = make(SHAPES[name], str(Path(folder, "base")))
         told = subprocess.run([sys.executable, "-c", MERGE, base], check=True, capture_output=True, text=True).stdout.split()
         return int(told[-2]), float(told[-1]), Path(base, "model.safetensors").stat().st_size
 

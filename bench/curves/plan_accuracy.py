@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from curves.curve import Curve, Point
-from curves.merge_memory import MAKE
+from curves.curve import Curve, Point, peak_bytes, training_step
+from curves.merge_memory import SHAPES, make
 
 SIZES = {"num_hidden_layers": 24, "hidden_size": 768, "intermediate_size": 2048, "vocab_size": 49_152, "num_attention_heads": 12}
-TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 300, "num_attention_heads": 2}
+POSITIONS = {"max_position_embeddings": 4096}
 
 
-def make(sizes: dict[str, int], folder: str) -> str:
-    subprocess.run([sys.executable, "-c", MAKE, json.dumps(sizes | {"max_position_embeddings": 4096}), folder], check=True)
-    return folder
-
-
-def train(folder: str, tokens: int, length: int) -> None:
-    """Two steps of a LoRA on so many tokens."""
+def train(folder: str, tokens: int, length: int, method: str = "lora", quantize: str | None = None) -> None:
+    """Two steps of a method on so many tokens."""
     import numpy as np
 
     from trimtab.data import Example
-    from trimtab.methods import LoraConfig
+    from trimtab.methods import BY_NAME
     from trimtab.model import load_base
-    from trimtab.store import Adapter
-    from trimtab.train.options import TrainOptions, VariantConfig
-    from trimtab.train.step import run_step
-    from trimtab.train.variant import Variant
 
-    base = load_base(folder, dtype="bfloat16", device="cpu")
+    base = load_base(folder, dtype="bfloat16", device="cpu", quantize=quantize)
     draw = np.random.default_rng(0)
     rows = [
         Example(draw.integers(0, 256, length).astype(np.int32), np.arange(length) > 0, f"row {i}", (0, i)) for i in range(tokens // length)
     ]
-    config = VariantConfig(name="v", data="d", method=LoraConfig(), options=TrainOptions(batch_size=len(rows), max_steps=2))
-    fresh = Adapter.create(base, config.method)
-    variant = Variant(config, base.attached, fresh.sites, fresh.params, rows, seed=0, max_tokens=tokens)
+    step = training_step(base, [BY_NAME[method]()], rows, tokens)
     for _ in range(2):
-        batch = variant.next_batch()
-        variant.step(run_step({variant: batch}, max_tokens=tokens)[variant].loss, batch, 1.0)
+        step()
 
 
 def serve(folder: str, tokens: int, length: int) -> None:
@@ -59,34 +44,41 @@ def serve(folder: str, tokens: int, length: int) -> None:
     base.generate_ids(prompts, [adapter] * len(prompts), Sampling(8))
 
 
-def ours(point: tuple[str, int, int]) -> list[float | str]:
+def ours(point: tuple[Any, ...]) -> list[float | str]:
     import psutil
 
     from trimtab.bases.shapes import read_architecture
     from trimtab.cost.plan import plan
-    from trimtab.methods import LoraConfig
+    from trimtab.methods import BY_NAME
 
-    what, tokens, length = point
+    what, tokens, length, *more = point
+    method, quantize = more or ("lora", None)
     run: Any = {"train": train, "serve": serve}[what]
     with tempfile.TemporaryDirectory() as folder:
-        base, tiny = make(SIZES, str(Path(folder, "base"))), make(TINY, str(Path(folder, "tiny")))
-        planned = plan(read_architecture(base), LoraConfig(), batch_tokens=tokens, sequence_length=length)
-        run(tiny, 256, 64)  # what is imported and compiled once
+        base, tiny = (make(sizes | POSITIONS, f"{folder}/{i}") for i, sizes in enumerate((SIZES, SHAPES["tiny"])))
+        planned = plan(read_architecture(base, quantize), BY_NAME[method](), batch_tokens=tokens, sequence_length=length)
+        run(tiny, 256, 64, *more)  # what is imported and compiled once
         before = psutil.Process().memory_info().rss
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        run(base, tokens, length)
-        peak = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    said, measured = planned.train_peak_bytes if what == "train" else planned.serve_peak_bytes, peak - before
+        run(base, tokens, length, *more)
+        measured = peak_bytes() - before
+    said = planned.train_peak_bytes if what == "train" else planned.serve_peak_bytes
     return [said / 1e9, measured / 1e9, said / measured]
 
 
 CURVE = Curve(
-    what="a LoRA at its presets on a random Qwen2 of 0.23B in bf16",
+    what="methods at their presets on a random Qwen2 of 0.23B in bf16 and nf4",
     grows="tokens",
     points=[
         Point(f"{what}, {tokens:,} in sequences of {length}", (what, tokens, length), long=tokens > 2048)
         for what in ("train", "serve")
         for tokens, length in ((512, 256), (2048, 256), (8192, 1024))
+    ]
+    + [
+        Point(f"{method}, {quantize or 'bf16'}, 2,048 in sequences of {length}", ("train", 2048, length, method, quantize), long=True)
+        for method in ("lora", "ia3", "bottleneck", "prefix")
+        for length in (256, 1024)
+        for quantize in (None, "nf4")
     ],
     columns=["plan, GB", "measured, GB", "plan / measured"],
     ours=ours,

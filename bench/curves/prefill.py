@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from curves.curve import Curve, Point, cpu_seconds
+from curves.curve import Curve, Point, cpu_seconds, random_llama
 
 CHUNK = 2048
 """Rows of a forward, as generation and the engine feed a long prompt."""
 
 
-def model() -> Any:
-    """A random Llama of 135M parameters, in bf16, the shapes of the bundled base."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
-    config = LlamaConfig(vocab_size=49152, max_position_embeddings=16384, tie_word_embeddings=True, **sizes)
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
-
-
 def ours(tokens: int) -> list[float | str]:
     import torch
 
-    from trimtab.forward.attention import PagedKV
     from trimtab.forward.batch import BASE, Piece
+    from trimtab.forward.kv_cache import PagedKV
     from trimtab.forward.packs import Mix
     from trimtab.model import Base
 
-    base, ids, size = Base(model(), None), torch.arange(tokens) % 1000, 16
+    base, ids, size = Base(random_llama(), None), torch.arange(tokens) % 1000, 16
     spec, blocks = base.spec, list(range(-(-tokens // size)))
 
     def prefill() -> None:
-        cache = PagedKV(spec.num_layers, len(blocks), size, spec.num_kv_heads, spec.head_dim, base.dtype, base.device)
+        cache = PagedKV(spec.num_layers, len(blocks), size, *spec.kv_shape, base.dtype, base.device)
         for a in range(0, tokens, CHUNK):
             batch = base.batch([Piece(ids[a : a + CHUNK], BASE, slot=blocks, past=a)], Mix([]), cache=cache)
             hidden = base.attached.forward(batch)
@@ -47,7 +34,7 @@ def ours(tokens: int) -> list[float | str]:
 def transformers(tokens: int) -> list[float | str]:
     import torch
 
-    plain, ids = model(), torch.arange(tokens)[None] % 1000
+    plain, ids = random_llama(), torch.arange(tokens)[None] % 1000
     plain.set_attn_implementation("sdpa")
     with torch.inference_mode():
         plain(ids, logits_to_keep=1)

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from curves.curve import Curve
-from curves.rows import COLUMNS, POINTS, limit, mapped, prepared
+from dataclasses import replace
 
-CURVE = Curve(
-    what="reading and tokenising rows of two turns and 55 words for training, the bundled base's tokenizer",
-    grows="rows",
-    points=POINTS,
-    columns=COLUMNS,
-    ours=prepared,
-    peers={"datasets.map": mapped},
-    limit=limit,
-    timeout_s=3600,
-)
+from curves import rows
+
+what = "reading and tokenising rows of two turns and 55 words for training, the bundled base's tokenizer"
+CURVE = replace(rows.CURVE, what=what, ours=rows.prepared)

@@ -106,13 +106,11 @@ def limit(point: Point) -> str:
     return "1.2 times datasets.map, 1,500 MB" if point.value >= 1_000_000 else "1.2 times datasets.map"
 
 
-POINTS = [Point(f"{n:,}", n, long=n > 10_000) for n in (1_000, 10_000, 100_000, 1_000_000)]
-COLUMNS = ["CPU µs a row", "peak MB"]
 CURVE = Curve(
     what="`check` on rows of two turns and 55 words, beside 200 held-out ones, the bundled base's tokenizer",
     grows="rows",
-    points=POINTS,
-    columns=COLUMNS,
+    points=[Point(f"{n:,}", n, long=n > 10_000) for n in (1_000, 10_000, 100_000, 1_000_000)],
+    columns=["CPU µs a row", "peak MB"],
     ours=checked,
     peers={"datasets.map": mapped},
     limit=limit,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from curves.curve import Curve, Point
+from curves.curve import Curve, Point, peak_bytes
 
 TRANSFORMERS = """
 import sys
@@ -59,12 +59,12 @@ def once(command: list[str], what: str) -> tuple[float, float]:
             process.stdin.close()
             _, code, used = os.wait4(process.pid, 0)
             assert code == 0, command
-            return used.ru_utime + used.ru_stime, used.ru_maxrss / 1000
+            return used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e6
         assert process.poll() is None, command
-        times, peak = psutil.Process(process.pid).cpu_times(), Path(f"/proc/{process.pid}/status").read_text()
+        times, peak = psutil.Process(process.pid).cpu_times(), peak_bytes(process.pid)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        return times.user + times.system, int(peak.partition("VmHWM:")[2].split()[0]) / 1000
+        return times.user + times.system, peak / 1e6
 
 
 def write_run(folder: Path) -> None:

@@ -2,53 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from curves.curve import Curve, Point, cpu_seconds
+from curves.curve import Curve, Point, cpu_seconds, random_llama, training_step
 
 
 def model() -> Any:
-    """Six layers of the bundled base's shapes, random, in bf16; few words, so that a long row's logits fit."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 9, "num_key_value_heads": 3}
-    config = LlamaConfig(vocab_size=8192, max_position_embeddings=16384, tie_word_embeddings=True, **sizes)
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    """Six layers; few words, so that a long row's logits fit."""
+    return random_llama(layers=6, vocab_size=8192)
 
 
-def ours(tokens: int) -> list[float | str]:
+def our_step(model: Any, tokens: int) -> Callable[[], None]:
+    """A step on a row of so many tokens."""
     import numpy as np
 
     from trimtab.data import Example
     from trimtab.methods import LoraConfig
     from trimtab.model import Base
-    from trimtab.store import Adapter
-    from trimtab.train.options import TrainOptions, VariantConfig
-    from trimtab.train.step import run_step
-    from trimtab.train.variant import Variant
 
-    base, method = Base(model().eval(), None), LoraConfig(r=16)
-    rows = [Example(np.arange(tokens, dtype=np.int32) % 1000, np.arange(tokens) > 0, "row", (0, 0))]
-    config = VariantConfig(name="lora", data="rows", method=method, options=TrainOptions(batch_size=1, max_steps=9, warmup_steps=0))
-    fresh = Adapter.create(base, method)
-    variant = Variant(config, base.attached, fresh.sites, fresh.params, rows, seed=0, max_tokens=16384)
-
-    def step() -> None:
-        batch = variant.next_batch()
-        outcome = run_step({variant: batch}, max_tokens=16384)[variant]
-        variant.step(outcome.loss, batch, 1.0)
-
-    step()
-    return [tokens / cpu_seconds(step)]
+    row = Example(np.arange(tokens, dtype=np.int32) % 1000, np.arange(tokens) > 0, "row", (0, 0))
+    return training_step(Base(model, None), [LoraConfig(r=16)], [row])
 
 
-def peft(tokens: int) -> list[float | str]:
+def peft_step(plain: Any, tokens: int) -> Callable[[], None]:
+    """The same by transformers and peft."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    plain = model()
+    plain.train()
     plain.set_attn_implementation("sdpa")
     trained: Any = get_peft_model(plain, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     ids = torch.arange(tokens)[None] % 1000
@@ -59,8 +41,21 @@ def peft(tokens: int) -> list[float | str]:
         optimizer.step()
         optimizer.zero_grad()
 
+    return step
+
+
+def speed(step: Callable[[], None], tokens: int, repeats: int = 1) -> list[float | str]:
+    """Tokens a CPU second, after a step."""
     step()
-    return [tokens / cpu_seconds(step)]
+    return [tokens / cpu_seconds(step, repeats)]
+
+
+def ours(tokens: int) -> list[float | str]:
+    return speed(our_step(model(), tokens), tokens)
+
+
+def peft(tokens: int) -> list[float | str]:
+    return speed(peft_step(model(), tokens), tokens)
 
 
 CURVE = Curve(

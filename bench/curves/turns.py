@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from curves.curve import Curve, Point, cpu_seconds
+from curves.curve import Curve, Point, bundled_tokenizer, cpu_seconds
 
 
 def conversation(turns: int) -> list[dict[str, str]]:
@@ -15,22 +15,22 @@ def conversation(turns: int) -> list[dict[str, str]]:
 
 def measured(many: Callable[[Any, list[list[dict[str, str]]]], object], turns: int) -> list[float | str]:
     """Milliseconds of CPU a row, with the bundled base's tokenizer."""
-    from transformers import AutoTokenizer
-
-    from trimtab.bases.locate import locate
-
-    tokenizer = AutoTokenizer.from_pretrained(locate("smollm2-135m-instruct", lambda line: None))
+    tokenizer = bundled_tokenizer()
     rows = [conversation(turns)] * max(1, 256 // turns)
     many(tokenizer, rows[:1])
     return [1000 * cpu_seconds(lambda: many(tokenizer, rows), 3) / len(rows)]
 
 
-def ours(turns: int) -> list[float | str]:
-    from trimtab.data.render import encode_rows
+def encoded(tokenizer: Any, rows: list[list[dict[str, str]]]) -> list[Any]:
+    from trimtab.data.encode import encode_rows
     from trimtab.data.rows import Row
 
+    return encode_rows([Row(origin="", messages=tuple(messages)) for messages in rows], tokenizer, 1 << 20)
+
+
+def ours(turns: int) -> list[float | str]:
     def many(tokenizer: Any, rows: list[list[dict[str, str]]]) -> object:
-        found = encode_rows([Row(origin="", messages=tuple(messages)) for messages in rows], tokenizer, 1 << 20)
+        found = encoded(tokenizer, rows)
         assert all(row.supervised.any() for row in found), found  # a row that was dropped costs nothing
         return found
 

@@ -11,12 +11,13 @@ from trimtab.lazy import load_on_first_use
 from trimtab.version import __version__
 
 # libgomp's threads spin while they wait for each other, for longer than most of our operations take. Where other work shares the cores,
-# that slows every step up to 25 times. A shorter spin keeps 95% of the speed of a quiet machine. Where twice as many threads as cores want
-# to run already, a thread that waits sleeps at once. Only the first import of torch reads this, and a user's own choice stays.
+# that slows every step up to 25 times: two threads that share a core for a while each spin away the time that the other needs. A shorter
+# spin keeps 95% of the speed of a quiet machine. Where twice as many threads as cores want to run already, a thread that waits sleeps at
+# once. Only the first import of torch reads this, and a user's own choice stays.
 if "OMP_WAIT_POLICY" not in os.environ:
     with suppress(AttributeError, OSError):  # a system that does not tell its load
-        os.environ.setdefault("GOMP_SPINCOUNT", "0" if os.getloadavg()[0] >= 2 * (os.cpu_count() or 1) else "20000")
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "0" if os.getloadavg()[0] >= 2 * (os.cpu_count() or 1) else "5000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 if TYPE_CHECKING:
     from trimtab.errors import TrimtabError

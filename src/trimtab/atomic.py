@@ -15,6 +15,7 @@ import errno
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -99,14 +100,17 @@ def is_unfinished(name: str) -> bool:
     return UNFINISHED.fullmatch(name) is not None
 
 
-def clear_unfinished(folder: Path, name: str | None = None) -> None:
-    """Remove what killed writers have left in `folder`; with a name, only what was to have it."""
+def clear_unfinished(folder: Path, name: str | None = None, idle_s: float = 0.0) -> None:
+    """Remove what killed writers have left in `folder`; with a name, only what was to have it. idle_s: only what nobody has written to for
+    so long, where others may be writing now."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if (found := UNFINISHED.fullmatch(path.name)) and name in (None, found[1]):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with suppress(OSError):
+            with suppress(OSError):
+                if idle_s and time.time() - path.stat().st_mtime < idle_s:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
                     path.unlink()
 
 

@@ -56,6 +56,8 @@ OURS: Mapping[str, Collection[str]] = {
     "valid_metric": ("metric_for_best_model", "eval_metric"),
     "patience": ("early_stopping_patience", "early_stopping"),
     "keep_best": ("load_best_model_at_end", "save_best", "keep_best_model"),
+    "optimizer": ("optim", "optimizer_type", "optim_type"),
+    "neftune_noise_alpha": ("neftune_alpha", "noisy_embedding_alpha"),
     "seed": ("random_seed", "data_seed"),
     # methods and their fields
     "method": ("adapter", "adapter_type", "peft_type", "peft_method", "peft", "finetuning_type", "fine_tune_type"),
@@ -97,21 +99,20 @@ OURS: Mapping[str, Collection[str]] = {
 }
 """Our key -> what others call it."""
 
-_QUANTISED = "bases in 4 or 8 bits are not supported yet: take it away; `dtype: bfloat16` is the smallest a base can be"
+_QUANTISED = "write `quantize: nf4` (4 bits) or `quantize: int8` at the top of the run file; a base that is stored so needs no key"
 _DTYPE = "write `dtype: bfloat16` or `dtype: float16` at the top of the run file"
 _GONE: Mapping[str, str] = {
-    **dict.fromkeys(
-        ("load_in_4bit", "load_in_8bit", "quantization", "quantize", "quantization_bit", "bits", "qlora", "use_qlora"), _QUANTISED
-    ),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization", "quantization_bit", "bits", "qlora", "use_qlora"), _QUANTISED),
     **dict.fromkeys(("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "quantization_config"), _QUANTISED),
     **dict.fromkeys(("bf16", "fp16", "half"), _DTYPE),
     "lora": "write `method: lora` and its fields, such as `r: 16`, beside the other keys of a variant",
-    "warmup_ratio": "write warmup_steps, a number of optimizer steps",
+    "warmup_ratio": "write warmup_steps, which below 1 is a part of all steps",
     "lora_target_linear": "write `target_modules: all-linear`, which is the default",
-    **dict.fromkeys(("optim", "optimizer"), "the optimizer is always AdamW: take it away"),
     **dict.fromkeys(("packing", "sample_packing", "pad_to_sequence_len", "group_by_length"), "rows are never padded here: take it away"),
     **dict.fromkeys(("task_type", "trust_remote_code", "inference_mode", "fan_in_fan_out"), "there is no choice here: take it away"),
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "ddp"), "a run is one process on one device: take it away"),
+    **dict.fromkeys(
+        ("deepspeed", "fsdp", "fsdp_config", "ddp"), "take it away; `trimtab train RUN.yaml --ranks N` trains in several processes"
+    ),
     **dict.fromkeys(("per_device_eval_batch_size", "eval_batch_size"), "validation is bounded by max_tokens, as training is: take it away"),
 }
 """What has no key of ours, and what to do about it."""
@@ -119,7 +120,7 @@ _GONE: Mapping[str, str] = {
 _METHODS: Mapping[str, str] = {
     **dict.fromkeys(("dora", "use_dora"), "DoRA is `method: lora` with `use_dora: true`"),
     **dict.fromkeys(("rslora", "rs_lora"), "rank-stabilised LoRA is `method: lora` with `use_rslora: true`"),
-    "qlora": f"QLoRA is LoRA on a 4-bit base: {_QUANTISED.partition(':')[0]}; write `method: lora`",
+    "qlora": "QLoRA is LoRA on a 4-bit base: write `method: lora`, and `quantize: nf4` at the top of the run file",
     **dict.fromkeys(("prompt_tuning", "prompttuning", "soft_prompt", "p_tuning"), "write `method: prompt`"),
     **dict.fromkeys(("prefix_tuning", "prefixtuning", "p_tuning_v2"), "write `method: prefix`"),
     **dict.fromkeys(("adapter", "adapters", "houlsby", "pfeiffer", "seq_bn", "double_seq_bn"), "write `method: bottleneck`"),
@@ -151,6 +152,8 @@ def answer(key: object, known: Iterable[str], homes: Mapping[str, str] | None = 
 def method_answer(name: object, known: Iterable[str]) -> str:
     """The same for the name of a method that there is not."""
     known, plain = list(known), _plain(name)
+    if not isinstance(name, str):
+        return ""
     if plain in known:
         return f": write {plain}"
     return f": {_METHODS[plain]}" if plain in _METHODS else nearest(str(name), known)

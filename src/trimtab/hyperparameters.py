@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from trimtab.errors import ConfigError
 from trimtab.foreign import answer
@@ -55,11 +55,14 @@ class Hyperparameters:
         return dataclasses.asdict(self)
 
 
+_FINITE = ConfigDict(allow_inf_nan=False)
+
+
 @lru_cache
 def _field_types(cls: type[Hyperparameters]) -> dict[str, tuple[Any, TypeAdapter]]:
     """Each field's annotation, and what checks it: looking annotations up takes milliseconds."""
-    hints = get_type_hints(cls)
-    return {f.name: (hints[f.name], TypeAdapter(hints[f.name])) for f in dataclasses.fields(cls)}
+    hints = get_type_hints(cls, include_extras=True)
+    return {f.name: (hints[f.name], TypeAdapter(hints[f.name], config=_FINITE)) for f in dataclasses.fields(cls)}
 
 
 NO_SWITCH = "a number belongs here, not true or false"

@@ -9,7 +9,7 @@ import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -103,6 +103,16 @@ def free_bytes(swap: int = 0) -> int:
         if limit != resource.RLIM_INFINITY:
             free = min(free, limit - taken)
     return max(0, free)
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had resident. Linux: VmHWM, since `ru_maxrss` of a process is at first that of the one which
+    started it. Elsewhere `ru_maxrss`."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def release_mapped(address: int, size: int) -> int:

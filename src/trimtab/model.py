@@ -7,7 +7,7 @@ base.generate(["…"], adapters=[adapter])                  one mixed batch, wit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,15 +17,18 @@ import torch
 from torch import Tensor
 
 from trimtab import bases
+from trimtab.bases.folder import read_json
 from trimtab.bases.spec import Spec
 from trimtab.bases.template import encode_prompt, end_of_turn_id
-from trimtab.bases.weights import Weight
+from trimtab.bases.weights import Weight, weight_of
 from trimtab.bases.weights.derived import Stamp, hold
 from trimtab.decode.generate import Sampling, generate
 from trimtab.errors import ConfigError, TrimtabError
+from trimtab.forward.arena import in_order
 from trimtab.forward.attached import Attached
 from trimtab.forward.batch import BASE, Batch, Piece, make_batch
-from trimtab.forward.packs import Mix, PackedAdapter
+from trimtab.forward.heads import head_scores
+from trimtab.forward.packs import Mix, PackedAdapter, together
 from trimtab.forward.proof import prove
 from trimtab.methods.base import Method, Site
 
@@ -50,11 +53,23 @@ class _Kept:
 
 class Base:
     """One frozen base model. name, path: as loaded; path is a folder that transformers can read. fingerprint: of the stored weights
-    ("sha256:…"). BaseError where the model cannot be had exactly: see `forward/proof.py`."""
+    ("sha256:…"). base_differs: whether adapters are taken that were trained on a base of another fingerprint, as on this one in another
+    precision. BaseError where the model cannot be had exactly: see `forward/proof.py`."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str = "", path: Path | None = None, fingerprint: str = ""):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str = "",
+        path: Path | None = None,
+        fingerprint: str = "",
+        base_differs: bool = False,
+    ):
         self.tokenizer, self.name, self.path, self.fingerprint = tokenizer, name, path, fingerprint
+        self.base_differs = base_differs
         self.attached = Attached(model, spec=prove(model))
+        self._source: Any = None
         self._packed: WeakKeyDictionary[AdapterLike, _Kept] = WeakKeyDictionary()
 
     @property
@@ -73,6 +88,11 @@ class Base:
     def dtype(self) -> torch.dtype:
         return self.attached.dtype
 
+    @property
+    def packed_as(self) -> str:
+        """The formats of the matrices that are packed: "nf4"; "" where all are dense."""
+        return ", ".join(sorted({w.name for w in self.attached.weights.of.values() if not w.stored_dense}))
+
     # ---- forward ----
 
     def mix(
@@ -83,7 +103,9 @@ class Base:
         distinct = list(dict.fromkeys(a for a in adapters if a is not None))
         number = {a: i for i, a in enumerate(distinct)}
         all_packed = self._packed_now(distinct) if packed is None else [packed(a) for a in distinct]
-        return Mix(all_packed), [BASE if a is None else number[a] for a in adapters]
+        order = in_order([p.placed for p in all_packed])
+        member = {i: m for m, i in enumerate(order)}
+        return Mix([all_packed[i] for i in order]), [BASE if a is None else member[number[a]] for a in adapters]
 
     def packed(self, adapter: AdapterLike) -> PackedAdapter:
         """The adapter packed for inference. The result is kept as long as the adapter lives. It is packed again after a write to its
@@ -99,8 +121,11 @@ class Base:
         for a in adapters:
             if (kept := self._packed.get(a)) is None:
                 kept = self._packed[a] = _Kept(self.pack(a), a.method, Stamp(a.params.values()), generation)
-            found.append(kept.packed)
-        return found
+            found.append(kept)
+        for a, kept, moved in zip(adapters, found, together([k.packed for k in found]), strict=True):
+            if moved is not kept.packed:
+                self._packed[a] = replace(kept, packed=moved)
+        return [self._packed[a].packed for a in adapters]
 
     def _forget_stale(self, adapters: Sequence[AdapterLike], generation: int) -> None:
         """Free the packed copies that are of other tensors, or of other weights of the base."""
@@ -142,10 +167,25 @@ class Base:
             logits_TV = self.attached.head(hidden_TH, batch, range(batch.total))
         return [logits_TV[a:b] for a, b in batch.where]
 
+    @torch.no_grad()
+    def scores(self, sequences: Sequence[Sequence[int]], adapters: Sequence[AdapterLike]) -> list[Tensor]:
+        """What each sequence's adapter says of it by its own head: [K], fp32, read at the last token, as transformers does for sequences
+        without padding; in one mixed forward. Of a head that reads every token, [t, K]. TrimtabError where an adapter has no head."""
+        self._check(sequences, adapters)
+        mix, members = self.mix(adapters)
+        pieces = [Piece(torch.as_tensor(ids, dtype=torch.int64), member) for ids, member in zip(sequences, members, strict=True)]
+        batch = self.batch(pieces, mix)
+        every = [(head := getattr(a, "head", None)) is not None and head.every_token for a in adapters]
+        rows = [range(a if all_rows else b - 1, b) for (a, b), all_rows in zip(batch.where, every, strict=True)]
+        flat = [(r, member) for own, member in zip(rows, members, strict=True) for r in own]
+        found = head_scores(self.attached, self.attached.forward(batch), batch, *zip(*flat, strict=True))
+        split = iter(found)
+        return [torch.stack([next(split) for _ in own]) if all_rows else next(split) for own, all_rows in zip(rows, every, strict=True)]
+
     def _pack_with_grad(self, adapter: AdapterLike) -> PackedAdapter:
         return self.attached.pack(adapter.method, dict(adapter.params), adapter.sites)
 
-    def _check(self, sequences: Sequence[Sequence[int]], adapters: Sequence[AdapterLike | None]) -> None:
+    def _check(self, sequences: Sequence[Sequence[int]], adapters: Sequence[AdapterLike | None] | Sequence[AdapterLike]) -> None:
         if len(adapters) != len(sequences):
             raise TrimtabError(
                 f"{len(sequences)} sequences but {len(adapters)} adapters", fix="give one adapter (or None) for each sequence"
@@ -193,6 +233,8 @@ class Base:
         """New token ids for each sequence (without the stop token)."""
         adapters = list(adapters) if adapters is not None else [None] * len(sequences)
         self._check(sequences, adapters)
+        if any(getattr(a, "head", None) is not None for a in adapters):
+            raise TrimtabError("an adapter with a head scores texts and gives no answers", fix="use `Base.scores`, or `trimtab score`")
         mix, members = self.mix(adapters)
         return generate(self.attached, mix, members, sequences, sampling or Sampling(), self.stop_ids, on_token)
 
@@ -221,6 +263,21 @@ class Base:
     def matrix(self, name: str) -> Weight:
         """The weight of a linear layer or an embedding."""
         return self.attached.weights.of[name]
+
+    def unpacked(self, name: str) -> Tensor:
+        """A linear layer's matrix [O, I] as the base's folder has it, where the base was packed while it was loaded: on the CPU, mapped
+        from the file. ConfigError where there is none."""
+        matrix = self.matrix(name)
+        if matrix.stored_dense or self.path is None or read_json(self.path / "config.json").get("quantization_config"):
+            what = "is not packed" if matrix.stored_dense else "was packed before it was loaded: what that took away is not known"
+            raise ConfigError(
+                f"init_lora_weights = 'loftq': {name} {what}", fix="load a dense base with quantize: nf4, or take another start"
+            )
+        if self._source is None:
+            from trimtab.bases.text_tower import load_causal
+
+            self._source = load_causal(self.path, dtype="auto")
+        return weight_of(self._source.get_submodule(name), name).dense()
 
     def parameters_of(self, name: str) -> dict[str, Tensor]:
         """fp32 copies, on the CPU, of one module's own parameters. ConfigError if its matrix is stored in a format that cannot train."""
@@ -261,11 +318,22 @@ class Base:
         return torch.stack(keys), torch.stack(values)
 
 
-def load_base(name_or_path: str, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None) -> Base:
+def load_base(
+    name_or_path: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    quantize: str | None = None,
+    base_differs: bool = False,
+) -> Base:
     """Load a base and freeze it: a bundled name ("smollm2-135m-instruct"), a folder, a hub id, or a .gguf file.
 
-    dtype: by default bfloat16 if the hardware multiplies it natively, else float32. device: by default CUDA if there is one. BaseError if
-    the base cannot be found, read or supported; the message says what there is instead.
+    dtype: by default bfloat16 if the hardware multiplies it natively, else float32. device: by default CUDA if there is one. quantize: a
+    format in which the linear layers of a dense base are packed while they are read: nf4, fp4, int8, nf4-double or fp4-double.
+    base_differs: take adapters that were trained on another base, as on this one in another precision. BaseError if the base cannot be
+    found, read or supported; the message says what there is instead.
     """
-    loaded = bases.load(name_or_path, dtype=dtype, device=device)
-    return Base(loaded.model, loaded.tokenizer, name=loaded.name, path=loaded.path, fingerprint=loaded.fingerprint)
+    loaded = bases.load(name_or_path, dtype=dtype, device=device, quantize=quantize)
+    return Base(
+        loaded.model, loaded.tokenizer, name=loaded.name, path=loaded.path, fingerprint=loaded.fingerprint, base_differs=base_differs
+    )

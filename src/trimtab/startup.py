@@ -45,19 +45,28 @@ class _Finder(MetaPathFinder):
         if name == COMPILER:
             spec = PathFinder.find_spec(name, path, target)
             if spec is not None:
-                spec.loader = _Loader()
+                spec.loader = _Made(_StandIn(name))
             return spec
-        if name.startswith(f"{COMPILER}.") and name != f"{COMPILER}.{BY_ITSELF}":
-            _load()
-        return None
+        if not name.startswith(f"{COMPILER}.") or name == f"{COMPILER}.{BY_ITSELF}":
+            return None
+        _load()
+        if (module := sys.modules.pop(name, None)) is not None:  # of the compiler, which has imported it: else it would run again
+            return ModuleSpec(name, _Made(module))
+        return PathFinder.find_spec(name, path, target)
 
 
-class _Loader(Loader):
+class _Made(Loader):
+    """Of a module that is made already: the import system puts it where it belongs, and there is nothing to execute."""
+
+    def __init__(self, module: ModuleType):
+        self._module, self._spec = module, module.__spec__
+
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _StandIn(spec.name)
+        return self._module
 
     def exec_module(self, module: ModuleType) -> None:
-        pass
+        """The import system has given the module a new spec; its own, if it has one, stays."""
+        module.__spec__ = self._spec or module.__spec__
 
 
 class _StandIn(ModuleType):

@@ -7,6 +7,8 @@ import pytest
 from tests.data.common import PUBLISHED, REWRITING
 from tests.data.templates import STYLES, shaped
 from tests.tiny import tiny_tokenizer
+from trimtab.bases import dialect as dialects
+from trimtab.bases import skeleton
 from trimtab.bases.beginnings import Beginnings
 from trimtab.bases.dialect import Dialect, dialect_of
 from trimtab.data import Row, encode_row
@@ -36,8 +38,10 @@ def talks(seed):
     return [[{"role": role, "content": rng.choice(CONTENTS)} for role in shape] for shape in shapes * 3]
 
 
+@pytest.mark.parametrize("longest", [0, skeleton.LONGEST])
 @pytest.mark.parametrize("name", [*STYLES, *PUBLISHED])
-def test_every_beginning_is_as_transformers_renders_it(name):
+def test_every_beginning_is_as_transformers_renders_it(name, longest, monkeypatch):
+    monkeypatch.setattr(dialects, "LONGEST", longest)
     tokenizer, found = tokenizer_of(name), 0
     for messages in talks(name):
         finished = dialect_of(tokenizer).finished(messages, dict.fromkeys(range(1, len(messages)), (False, True)))
@@ -104,6 +108,7 @@ def test_a_long_conversation_is_run_twice_at_most(monkeypatch):
 
 def test_a_template_in_which_nothing_is_found_is_soon_rendered_plainly(monkeypatch):
     """It costs one plain run a conversation, and the search for beginnings now and then, in case of other conversations."""
+    monkeypatch.setattr(dialects, "LONGEST", 0)
     tries, run = [], Beginnings._run
     monkeypatch.setattr(Beginnings, "_run", lambda self, *rest: tries.append(0) or run(self, *rest))
     dialect = Dialect(AHEAD["a scan"], {})

@@ -42,13 +42,20 @@ def device(path):
     path.symlink_to("/dev/zero")
 
 
+def made_up(path):
+    path.symlink_to("/proc/self/status")
+
+
 def sparse(path):
     """3 GB that take no room."""
     with path.open("wb") as file:
         file.truncate(3 * 10**9)
 
 
-HOSTILE = {"pipe": (pipe, "is not a regular file"), "device": (device, "is not a regular file"), "3 GB": (sparse, "3,000,000,000 bytes")}
+HOSTILE = {
+    **{kind: (make, "is not a regular file") for kind, make in (("pipe", pipe), ("device", device), ("the kernel's", made_up))},
+    "3 GB": (sparse, "3,000,000,000 bytes"),
+}
 
 
 @pytest.mark.parametrize("kind", HOSTILE)

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+from importlib import import_module
+from threading import Event
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from trimtab.bases import fingerprint as module
 from trimtab.bases import fingerprint_folder, fingerprint_model, template_digest, tokenizer_digest
 from trimtab.errors import BaseError
 
+loading = import_module("trimtab.bases.load")
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
@@ -112,6 +115,24 @@ def test_unwritable_cache_costs_only_time(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "file" / "below"))
     assert fingerprint_folder(folder).startswith("sha256:")
+
+
+def test_a_load_that_fails_stops_hashing(folder, monkeypatch):
+    """Neither an error nor Ctrl-C waits until a large base has been read."""
+    stopped = []
+
+    def endless(path, event):
+        stopped.append(event.wait(20))
+
+    monkeypatch.setattr(loading, "fingerprint_folder", endless)
+    monkeypatch.setattr(loading, "_load_tokenizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        loading.load(str(folder), device="cpu")
+    assert stopped == [True]
+    event = Event()
+    event.set()
+    with pytest.raises(BaseError, match="it was stopped"):
+        fingerprint_folder(folder, event)
 
 
 def test_unreadable_folder(folder):

@@ -15,6 +15,7 @@ from tests.tiny import tiny_folder
 from trimtab import memory
 from trimtab.bases import fits, load
 from trimtab.bases.fits import refuse_too_large, weight_bytes
+from trimtab.bases.weights import stored_state
 from trimtab.cli import main
 from trimtab.memory import OutOfMemory, machine_memory
 
@@ -32,6 +33,18 @@ def test_bytes_are_those_of_the_tensors_and_own_those_that_are_converted(tmp_pat
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
     assert weight_bytes(folder, "auto") == (2 * numbers, 2 * numbers), "transformers converts to what the config says"
+
+
+def test_experts_are_put_together_and_packed(tmp_path: Path) -> None:
+    """A file has each expert's matrices; the model in memory one tensor of all, a copy, or what it is packed in."""
+    folder = tiny_folder(tmp_path, "mixtral", dtype=torch.bfloat16)
+    experts = sum(t.nbytes for n, t in load_file(folder / "model.safetensors").items() if ".experts." in n)
+    whole, own = weight_bytes(folder, torch.bfloat16)
+    assert own == experts > whole / 4
+    base = load(str(folder), dtype="bfloat16", device="cpu", quantize="int8")
+    stored = sum(t.nbytes for n, t in stored_state(base.model).items() if "SCB" not in n)
+    whole, own = weight_bytes(folder, torch.bfloat16, "int8")
+    assert whole == pytest.approx(stored, rel=0.02) and experts / 2 < own < whole
 
 
 def large(folder: Path, gigabytes: int) -> Path:

@@ -29,7 +29,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
 def write_whole(family: str, folder: Path) -> Any:
     """A tiny random multimodal model, and its folder as transformers writes it."""
     text, rest = WHOLE[family]
-    config = transformers.AutoConfig.for_model(family, text_config=FAMILIES[text][2] | {"model_type": text}, **rest)
+    config = transformers.AutoConfig.for_model(family, text_config=FAMILIES[text] | {"model_type": text}, **rest)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForImageTextToText.from_config(config).eval()

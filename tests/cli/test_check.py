@@ -84,6 +84,14 @@ def test_errors_exit_with_2_and_name_file_and_line(run_yaml: Path) -> None:
     assert "3 errors, 0 warnings" in result.stdout
 
 
+def test_one_error_is_one_and_names_its_key_once(run_yaml: Path) -> None:
+    rewarded = ("objective=grpo", "rewards={reward: 'gone.py:f', trusted: true}")
+    result = call(run_yaml, *(part for pair in rewarded for part in ("--set", f"variants.v.{pair}")))
+    assert result.exit_code == 2
+    assert result.stdout.count("variants.v.rewards") == 1 and "gone.py is not there" in result.stdout
+    assert "\n1 error, 0 warnings; " in result.stdout
+
+
 def test_a_run_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("bsae: x\n")
     result = call(tmp_path / "run.yaml")
@@ -122,6 +130,7 @@ def test_long_rows_are_cut_in_the_middle(run_yaml: Path) -> None:
     assert "⟦egin " in shown and " […] " in shown and "x end<|im_end|>⟧" in shown and "x" * MAX_RUN not in shown
 
 
+@pytest.mark.slow
 def test_colours_on_a_terminal(run_yaml: Path) -> None:
     """A real terminal: no marks, the supervised run in a background colour."""
     master, slave = pty.openpty()

@@ -133,6 +133,14 @@ def test_time_to_go_by_hand() -> None:
     assert [show.clock(s) for s in (0, 59.6, 61, 3723)] == ["0:00", "1:00", "1:01", "1:02:03"]
 
 
+def test_steps_that_learn_nothing_take_their_seconds() -> None:
+    """All answers drawn have the same reward: no token enters a forward."""
+    pace = show.Pace({"a": 3, "b": 3})
+    for name in "ab":
+        pace.step(line(name, 1, 0, seconds=4.0) | {"tokens_per_s": 0.0})
+    assert pace.left == show.clock(2 * 4)
+
+
 def test_validation_and_scores_count_as_time_to_go() -> None:
     """a: 10 steps of 100 tokens at 100 tokens/s, validated after 4, 8 and 10; what judging costs is told from the first validation."""
     ahead = Ahead(every={"a": 4}, valid={"a": 200.0}, first=100.0, scoring=1000.0)

@@ -92,3 +92,19 @@ def test_adapters_of_one_name(trained: Path, tiny_llama_folder: Path, tmp_path: 
     assert len(named) == 4 and "prompt" in named and all("/" not in name for name in named)
     twice = call(*arguments(trained, tiny_llama_folder, "--adapter", folder))
     assert twice.exit_code == 2 and "is given twice" in twice.output
+
+
+def test_scoring_that_has_no_room_is_refused_and_what_is_said_to_fit_does(
+    trained: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [0]
+    monkeypatch.setattr("trimtab.bases.fits.most_bytes", lambda device: free[0])
+    wide = arguments(trained, tiny_llama_folder, "--max-new-tokens", "90")
+    refused = call(*wide)
+    assert refused.exit_code == 2 and "scoring does not fit: it needs" in refused.output and "make memory free." in refused.output
+    free[0] = int(0.6e9 * float(refused.output.split("it needs ")[1].split()[0]))
+    said = " ".join(call(*wide).output.split()).split("give ")[1].partition(";")[0].split(" or ")
+    assert said[-1] == "--no-generate" and len(said) > 1
+    for options in said:
+        result = call(*wide, *options.split())
+        assert result.exit_code == 0, result.output

@@ -32,13 +32,13 @@ def test_there_and_back(source, tmp_path):
     url, here = f"file://{tmp_path}/shared", tmp_path / "here"
     sent = run("push", "acme/support@1", url, "--store", store.root)
     assert sent.exit_code == 0, sent.output
-    assert sent.stdout == f"acme/support@1 is at {url} as acme/support@1\n31 kB sent, 0 bytes were there already\n"
+    assert sent.stdout == f"acme/support@1 is at {url} as acme/support@1\n32 kB sent, 0 bytes were there already\n"
     assert "adapter_model.safetensors: 28 kB to move\n" in sent.stderr
     again = run("push", "acme/support@1", url, "--store", store.root)
-    assert "0 bytes sent, 31 kB were there already" in again.stdout
+    assert "0 bytes sent, 32 kB were there already" in again.stdout
     assert "adapter_model.safetensors: is there already\n" in again.stderr
     got = run("pull", url, "acme/support", "--store", here, "--alias", "prod")
-    assert got.stdout == f"acme/support@1 (prod, latest) holds what is at {url}\n31 kB fetched, 2 bytes were here already\n"
+    assert got.stdout == f"acme/support@1 (prod, latest) holds what is at {url}\n32 kB fetched, 2 bytes were here already\n"
     assert contents(Store(here), "acme/support@prod", tmp_path) == contents(store, "acme/support@1", tmp_path)
 
 

@@ -99,6 +99,7 @@ def ask_until_it_ends(url: str) -> list[tuple[str, httpx.Response]]:
             found.append((model, response))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_gives_the_same_numbers_and_answers_with_its_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     taken: dict[str, Snapshot] = {}
     original = train_serve.snapshot

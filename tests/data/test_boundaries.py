@@ -12,6 +12,11 @@ from trimtab.bases.control_tokens import ControlTokens
 CONTENTS = ("hi", "\n\na", " b ", "\n", "", "x\n\n\n", "12", "assistant\n", "a\u0301")
 
 
+def ends_in(control, text, cuts, ids):
+    marks = control.marks(text, cuts)
+    return None if marks is None else marks.ends_in(ids, control.added_in(ids))
+
+
 def plainly(tokenizer, text):
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -30,7 +35,7 @@ def test_boundaries_are_where_the_tokens_of_each_beginning_end(name):
             text += content
         ids = plainly(tokenizer, text)
         assert control.ids_of([text]) == [ids]
-        if (ends := control.ends_in(text, cuts, ids)) is None:
+        if (ends := ends_in(control, text, cuts, ids)) is None:
             continue
         assert [ids[:end] for end in ends] == [plainly(tokenizer, text[:n]) for n in cuts]
         found += 1
@@ -49,8 +54,8 @@ def test_merged_boundaries_are_not_known():
     control, header = ControlTokens(tokenizer), "<|im_start|>a\n"
     for answer, known in (("a", True), ("\na", False), ("\n\na", False)):
         ids = plainly(tokenizer, header + answer)
-        assert control.ends_in(header + answer, [len(header)], ids) == ([3] if known else None)
-    assert control.ends_in(header, [len(header)], [0, 1, 2]) is None  # not the ids of this text
+        assert ends_in(control, header + answer, [len(header)], ids) == ([3] if known else None)
+    assert ends_in(control, header, [len(header)], [0, 1, 2]) is None  # not the ids of this text
 
 
 def test_words_that_only_stand_alone_are_left_to_the_tokenizer():
@@ -59,7 +64,7 @@ def test_words_that_only_stand_alone_are_left_to_the_tokenizer():
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AddedToken("word", single_word=True)])
     text = "word" + END
-    assert ControlTokens(tokenizer).ends_in(text, [4], plainly(tokenizer, text)) is None
+    assert ends_in(ControlTokens(tokenizer), text, [4], plainly(tokenizer, text)) is None
 
 
 def test_tokenizing_changes_nothing_of_a_tokenizer_that_threads_share(monkeypatch):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -14,8 +16,9 @@ import pytest
 from tests.data.common import END, chatml_mask, learnt, write_jsonl
 from tests.tiny import bundled_base, tiny_tokenizer
 from trimtab.data import Dataset, Source, encode_prompt, load_examples, order, read_source, summarise_dropped
-from trimtab.data import dataset as dataset_module
-from trimtab.data.token_store import Examples, token_file
+from trimtab.data import reading as reading_module
+from trimtab.data.reading import Reading
+from trimtab.data.token_store import LAYOUT, Examples, Tokens, token_file
 from trimtab.errors import DataError
 
 TINY = tiny_tokenizer()
@@ -120,7 +123,7 @@ def test_cache_serves_what_was_tokenised(tmp_path, monkeypatch, own_cache):
     write_jsonl(tmp_path / "a.jsonl", [*pairs(20), {"prompt": "z" * 600, "completion": "y"}])
     fresh = load(tmp_path, "a.jsonl")
     (file,) = (own_cache / "tokens").iterdir()
-    monkeypatch.setattr(dataset_module, "encode_rows", None)
+    monkeypatch.setattr(reading_module, "encode_batches", None)
     assert same(load(tmp_path, "a.jsonl"), fresh) and len(fresh.dropped) == 1
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     assert load(tmp_path, "b.jsonl").dropped[0].origin == "b.jsonl:21"
@@ -150,24 +153,32 @@ def test_examples_are_as_lists_of_them(tmp_path):
 
 def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", pairs(3))
-    encode = dataset_module.encode_rows
+    encode = reading_module.encode_batches
 
     def meanwhile(*rest, **options):
         write_jsonl(tmp_path / "a.jsonl", pairs(4))
         return encode(*rest, **options)
 
-    monkeypatch.setattr(dataset_module, "encode_rows", meanwhile)
+    monkeypatch.setattr(reading_module, "encode_batches", meanwhile)
     with pytest.raises(DataError, match="changed while it was read"):
         load(tmp_path, "a.jsonl")
 
 
+def test_a_source_that_changes_while_its_rows_are_heard_is_refused(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", pairs(3))
+    load(tmp_path, "a.jsonl")
+    reading = Reading(TINY, tmp_path, 512)
+    with pytest.raises(DataError, match="changed while it was read"):
+        reading.read(Source("a.jsonl"), 0, print, lambda row: write_jsonl(tmp_path / "a.jsonl", pairs(4)))
+
+
 def replaced(file, raw):
-    """Another file under the same name: the old one is mapped by those who loaded it."""
+    """Another file under the same name: whoever has loaded the old one keeps it."""
     file.unlink()
     file.write_bytes(raw)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other", "pickle"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other", "foreign", "layout"])
 def test_damaged_cache_is_written_anew(tmp_path, own_cache, damage):
     write_jsonl(tmp_path / "a.jsonl", pairs(20))
     fresh = load(tmp_path, "a.jsonl")
@@ -178,16 +189,85 @@ def test_damaged_cache_is_written_anew(tmp_path, own_cache, damage):
         load(tmp_path, "b.jsonl")
         (other,) = set((own_cache / "tokens").iterdir()) - {file}
         replaced(file, other.read_bytes())
-    elif damage == "pickle":
+    elif damage == "foreign":
         np.savez(tmp_path / "odd.npz", lengths=np.array([{}], dtype=object))
         replaced(file, (tmp_path / "odd.npz").read_bytes() + bytes(8))
+    elif damage == "layout":
+        body = raw[:-4].replace(LAYOUT, b"tokens 1")
+        replaced(file, body + zlib.crc32(body).to_bytes(4, "little"))
     else:
         flipped = bytearray(raw)
         flipped[len(raw) // 3] ^= 1
         replaced(file, {"cut": raw[: len(raw) // 2], "flip": bytes(flipped), "empty": b""}[damage])
     assert same(load(tmp_path, "a.jsonl"), fresh)
-    assert file.read_bytes() == raw or damage == "flip"
+    assert file.read_bytes() == raw
     assert same(load(tmp_path, "a.jsonl"), fresh)
+
+
+def test_no_damaged_byte_goes_unseen(tmp_path, own_cache):
+    write_jsonl(tmp_path / "a.jsonl", pairs(2))
+    load(tmp_path, "a.jsonl")
+    (file,) = (own_cache / "tokens").iterdir()
+    raw, digest = file.read_bytes(), f"sha256:{file.stem}"
+    assert Tokens.load(digest, "a.jsonl", 0) is not None
+    for at in range(len(raw)):
+        file.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << at % 8]) + raw[at + 1 :])
+        assert Tokens.load(digest, "a.jsonl", 0) is None, at
+    for length in range(0, len(raw), 7):
+        file.write_bytes(raw[:length])
+        assert Tokens.load(digest, "a.jsonl", 0) is None, length
+
+
+def test_a_file_that_is_cut_off_while_it_is_used_is_named(tmp_path, own_cache):
+    """A mapped file would end the process with SIGBUS."""
+    write_jsonl(tmp_path / "a.jsonl", pairs(300))
+    examples = load(tmp_path, "a.jsonl").examples
+    (file,) = (own_cache / "tokens").iterdir()
+    os.truncate(file, 4096)
+    assert examples[0].origin == "a.jsonl:1"
+    with pytest.raises(DataError, match="was cut off while it was used") as caught:
+        examples[299]
+    assert str(file) in caught.value.message
+
+
+def test_a_full_disk_costs_the_cache_alone(tmp_path, own_cache):
+    """Rows are heard once, though the source is read twice."""
+    write_jsonl(tmp_path / "a.jsonl", pairs(1000))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        data = load(tmp_path, "a.jsonl", keep_rows=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((own_cache / "tokens").iterdir()) == []
+    assert [r.id for r in data.rows] == [e.row for e in data.examples] == [(0, i) for i in range(1000)]
+    again = load(tmp_path, "a.jsonl", keep_rows=True)
+    assert same(again, data) and again.digest == data.digest and again.rows == data.rows
+
+
+def test_two_may_write_the_same_file_at_once(tmp_path, monkeypatch, own_cache):
+    write_jsonl(tmp_path / "a.jsonl", pairs(5))
+    encode, inner = reading_module.encode_batches, []
+
+    def meanwhile(*rest, **options):
+        monkeypatch.setattr(reading_module, "encode_batches", encode)
+        inner.append(load(tmp_path, "a.jsonl"))
+        return encode(*rest, **options)
+
+    monkeypatch.setattr(reading_module, "encode_batches", meanwhile)
+    outer = load(tmp_path, "a.jsonl")
+    assert same(outer, inner[0]) and len(list((own_cache / "tokens").iterdir())) == 1
+
+
+def test_what_killed_writers_have_left_is_removed_but_not_what_is_being_written(tmp_path, own_cache):
+    (own_cache / "tokens").mkdir(parents=True)
+    left, alive = (own_cache / "tokens" / f".x.tokens.{digit * 12}.new" for digit in "0a")
+    left.touch()
+    alive.touch()
+    os.utime(left, (0, 0))
+    write_jsonl(tmp_path / "a.jsonl", pairs(1))
+    load(tmp_path, "a.jsonl")
+    assert alive.exists() and not left.exists()
 
 
 def test_cache_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch):

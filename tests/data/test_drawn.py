@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trimtab.data.dataset import drawn
+from trimtab.data.reading import drawn
 
 
 @pytest.mark.parametrize(("weight", "whole", "part"), [(1.0, 1, 0), (2.0, 2, 0), (0.5, 0, 6), (2.25, 2, 3), (0.01, 0, 1)])

@@ -10,7 +10,7 @@ import pytest
 from tests.data.common import END, learnt, write_jsonl
 from tests.tiny import tiny_tokenizer
 from trimtab.data import Example, Row, Source, encode_row, load_examples, prompt_and_reference, read_source, rows
-from trimtab.data.keys import MARKS, MASKS, ROW_KEYS, TURN_KEYS, is_empty
+from trimtab.data.keys import MARKS, MASKS, ROW_KEYS, TURN_KEYS, WEIGHTS, is_empty
 from trimtab.data.labels import label_examples
 from trimtab.errors import DataError
 
@@ -25,7 +25,7 @@ OF_ROWS: dict[str, list[Any]] = {
     "functions": [[{"name": "f"}]],
     "tool_choice": ["required", {"type": "function"}],
     "function_call": [{"name": "f"}],
-    "parallel_tool_calls": [False],
+    "parallel_tool_calls": [],  # both of its values say nothing of the rendering
     "image": ["a.png", {"bytes": "x"}],
     "images": [["a.png"]],
     "video": ["a.mp4"],
@@ -45,6 +45,7 @@ OF_ROWS: dict[str, list[Any]] = {
     "loss_weight": [0.0, 3],
     "sample_weight": [0.1],
     "train": [False, 0],
+    "trainable": [False, 0, "false"],
     "training": [False],
     "train_on_inputs": [True],
     "kto_tag": [False, "false", 0],
@@ -96,6 +97,7 @@ OF_TURNS: dict[str, list[Any]] = {
     "channel": ["analysis"],
     "recipient": ["functions.f"],
     "prefix": [True],
+    "partial": [True],
     "end_turn": [False],
     "eot": [False],
     "tool_plan": ["look it up"],
@@ -108,8 +110,12 @@ OF_TURNS: dict[str, list[Any]] = {
     "files": [["a.pdf"]],
     "thinking_blocks": [[{"thinking": "because"}]],
 }
+PASSED = {"tools", "functions", "chat_template_kwargs", "enable_thinking", "reasoning_effort"}
+"""Of a row: passed to the chat template (test_tools.py), where there is a conversation."""
+RENDERED = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}
+"""Of a turn of the assistant: rendered (test_tools.py)."""
 NEUTRAL = [None, "", [], {}, "[]", "null", float("nan"), {"enable_thinking": None}, [None]]
-TRUE = {"parallel_tool_calls", "weight", "loss_weight", "sample_weight", "train", "training", "loss", "kto_tag", "label"}
+TRUE = {"parallel_tool_calls", "weight", "loss_weight", "sample_weight", "train", "training", "trainable", "loss", "kto_tag", "label"}
 
 
 def to_row(record: dict[str, Any], columns: dict[str, str] | None = None, system: str | None = None) -> Row | str:
@@ -127,7 +133,8 @@ def supervised(row: Row | str) -> str:
 
 def test_every_key_of_the_table_is_tried() -> None:
     assert OF_ROWS.keys() == ROW_KEYS.keys() | {"label", "history"} and OF_TURNS.keys() == TURN_KEYS.keys()
-    assert MARKS == ("weight", "train", "training", "train_on_turn", "loss", "loss_mask", "loss_scale") and MASKS == ("mask", "masked")
+    assert WEIGHTS == ("weight", "loss_weight", "sample_weight") and MASKS == ("mask", "masked")
+    assert list(MARKS[len(WEIGHTS) :]) == ["train", "training", "trainable", "train_on_turn", "loss", "loss_mask", "loss_scale"]
 
 
 @pytest.mark.parametrize("key", [k for k in OF_ROWS if k != "history"])
@@ -135,11 +142,13 @@ def test_keys_of_a_row(key) -> None:
     forms = ({"messages": [ASK, ANSWER]}, {"prompt": "a?", "completion": "b"}, {"instruction": "a?", "output": "b"}, {"text": "a b"})
     for form in forms:
         plain = to_row(form)
-        for value in OF_ROWS[key]:
+        for value in OF_ROWS[key] if key not in PASSED or "text" in form else []:
             reason = to_row(form | {key: value})
             assert isinstance(reason, str) and key in reason, (form, value, reason)
         for value in [v for v in NEUTRAL if not (key == "label" and v in ("[]", "null") and "text" in form)] + (
-            [True, 1, "1", "true"] if key in TRUE and not (key == "label" and "text" in form) else []
+            [True, 1, "1", "true", *([False] if key == "parallel_tool_calls" else [])]
+            if key in TRUE and not (key == "label" and "text" in form)
+            else []
         ):
             assert to_row(form | {key: value}) == plain, (form, value)
 
@@ -147,7 +156,7 @@ def test_keys_of_a_row(key) -> None:
 @pytest.mark.parametrize("key", OF_TURNS)
 def test_keys_of_a_turn(key) -> None:
     for place in (0, 1):
-        for value in OF_TURNS[key]:
+        for value in OF_TURNS[key] if key not in RENDERED or place == 0 else []:
             for talk in ([ASK, ANSWER], [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]):
                 marked = [m | ({key: value} if i == place else {}) for i, m in enumerate(talk)]
                 reason = to_row({"messages" if "role" in talk[0] else "conversations": marked})
@@ -161,7 +170,7 @@ def test_keys_of_a_turn(key) -> None:
 def test_marked_answers_are_not_learnt(key) -> None:
     bad, good = {"role": "assistant", "content": "BAD"}, {"role": "assistant", "content": "good"}
     for off in (0, 0.0, False, "0", "false"):
-        row = to_row({"messages": [ASK, bad | {key: off}, ASK, good | {key: 1 if key == "weight" else True}]})
+        row = to_row({"messages": [ASK, bad | {key: off}, ASK, good | {key: 1 if key in WEIGHTS else True}]})
         assert supervised(row) == f"good{END}" and "BAD" in str(row)
         assert supervised(to_row({"messages": [ASK, bad | {key: off}, ASK, good]}, system="S")) == f"good{END}"
         # the last answer is marked: what is asked in evaluation is the one before it
@@ -177,7 +186,7 @@ def test_marked_answers_are_not_learnt(key) -> None:
         assert supervised(to_row({"messages": [ASK, good | {key: on}]})) == f"good{END}"
     assert isinstance(reason := to_row({"messages": [ASK, good | {key: 0.5}]}), str) and key in reason
     asked_for = to_row({"messages": [ASK | {key: True}, good]})
-    assert isinstance(asked_for, Row) if key == "weight" else key in str(asked_for), "a user's turn cannot be learnt"
+    assert isinstance(asked_for, Row) if key in WEIGHTS else key in str(asked_for), "a user's turn cannot be learnt"
     assert supervised(to_row({"messages": [ASK | {key: False}, good]})) == f"good{END}"
 
 

@@ -1,5 +1,7 @@
 """What is supervised: exactly the answers and their ends, for every shape of row, tokenizer and template, and for content that lies."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -179,13 +181,27 @@ def test_special_tokens_in_plain_rows_are_refused_too():
         assert encode_row(row, with_template(None), 512).kind == "special token in the content"
 
 
-def test_template_that_rewrites_earlier_turns_is_named_and_its_last_turn_can_be_learnt():
+def test_each_answer_of_a_template_that_rewrites_earlier_turns_is_a_segment():
     tokenizer = with_template(REWRITING)
     row = chat("Hi", "Yo", "?", "!")
-    dropped = encode_row(row, tokenizer, 512)
-    assert isinstance(dropped, Dropped) and dropped.kind == "the chat template rewrites earlier turns" and "messages[1]" in dropped.reason
+    first, second = encode_row(row, tokenizer, 512).segments
+    for segment, before, answer in ((first, "<|im_start|>user\nHi<|im_end|>\n", "Yo"), (second, None, "!")):
+        start = int(segment.supervised.argmax())
+        assert learnt(replace(segment, others=()), tokenizer) == f"<think></think>{answer}{END}"
+        assert before is None or tokenizer.decode(segment.ids[:start]) == before + "<|im_start|>assistant\n"
+    # the second prompt has the first answer without its block; what both begin with is computed once
+    assert tokenizer.decode(second.ids[second.shared :])[:3] == "Yo<" and second.shared == int(first.supervised.argmax())
     assert learnt(encode_row(row, tokenizer, 512, last_turn_only=True), tokenizer) == f"<think></think>!{END}"
-    assert any("supervise the last turn only" in w for w in template_warnings(tokenizer))
+    assert any("a segment of its own" in w for w in template_warnings(tokenizer))
+
+
+def test_a_look_alike_of_an_added_token_does_not_shift_where_segments_part():
+    tokenizer = folding_tokenizer()
+    tokenizer.add_tokens([AddedToken("[tool]", normalized=True)])
+    tokenizer.chat_template = REWRITING
+    example = encode_row(chat("see [TOOL] and", "Yo", "?", "!"), tokenizer, 512)
+    assert [tokenizer.decode(s.ids[: int(s.supervised.argmax())]).count("see [tool] and") for s in example.segments] == [1, 1]
+    assert example.segments[1].ids.tolist() == ids_of(tokenizer.decode(example.segments[1].ids), tokenizer)
 
 
 def test_template_without_an_end_of_turn_gets_the_end_token():

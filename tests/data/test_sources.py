@@ -10,6 +10,7 @@ import pytest
 
 from tests.data.common import TALK, write_jsonl
 from trimtab.data import Source, opened, parse_sources, read_source
+from trimtab.data.sources import content_of
 from trimtab.errors import ConfigError, DataError
 
 PAIR = {"prompt": "Q", "completion": "A"}
@@ -245,6 +246,12 @@ def test_only_regular_files_of_bounded_lines_and_sizes_are_read(tmp_path, monkey
             file.truncate(1 << 40)  # sparse: nothing may read it through
         with pytest.raises(DataError, match="has more than"):
             read(tmp_path / name)
+        assert content_of(Source(name), tmp_path) is None
+    for name in ("one.parquet", "one.dat"):
+        os.link(tmp_path / "one.txt", tmp_path / name)
+        assert content_of(Source(name), tmp_path) is None
+    with pytest.raises(DataError, match="status is empty"):  # the kernel makes it up as it is read: such a file may have no end
+        read_source(Source("/proc/self/status", format="text"), tmp_path)
     monkeypatch.setattr(opened, "MAX_LINE", 100)
     write_jsonl(tmp_path / "long.jsonl", [PAIR, {"prompt": "x" * 100, "completion": "A"}])
     with pytest.raises(DataError, match=r"long\.jsonl:2 has more than"):

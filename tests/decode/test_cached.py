@@ -7,7 +7,7 @@ import torch
 
 from tests.laws.common import adapter_of, base_of, difference, plain_of, tokens
 from tests.laws.plain import plain_logits
-from trimtab.decode.cached import cache_of, continue_prompts, feed, virtual_tokens, write_prefix
+from trimtab.decode.cached import Pages, continue_prompts, feed, virtual_tokens, write_prefix
 from trimtab.forward.batch import BASE, Piece
 
 FAMILY = "llama"
@@ -32,15 +32,16 @@ def whole(adapter, ids) -> torch.Tensor:
 def test_rows_come_in_the_order_in_which_they_are_asked(mixed, asked):
     base, mix, members, adapters = mixed
     texts, virtual = [tokens(4 + 3 * i, i) for i in range(len(members))], virtual_tokens(mix, members)
-    cache = cache_of(base.attached, len(members), 40)
-    for slot, m in enumerate(members):
+    pages = Pages(base.attached, [40] * len(members), len(members))
+    places = [pages.take(i) for i in range(len(members))]
+    for place, m in zip(places, members, strict=True):
         if m != BASE:
-            write_prefix(cache, slot, mix.adapters[m])
+            write_prefix(pages.kv, place, mix.adapters[m])
     with torch.no_grad():
         logits = None
         for a, b in ((0, 2), (2, None)):  # the second forward finds the first's keys in the cache
-            pieces = [Piece(torch.tensor(t[a:b]), members[i], i, virtual[i] + a) for i, t in enumerate(texts)]
-            logits = feed(base.attached, mix, cache, pieces).logits(asked)
+            pieces = [Piece(torch.tensor(t[a:b]), members[i], places[i], virtual[i] + a) for i, t in enumerate(texts)]
+            logits = feed(base.attached, mix, pages.kv, pieces).logits(asked)
     assert logits.shape == (len(asked), base.spec.vocab_size)
     for got, i in zip(logits, asked, strict=True):
         assert difference(got, whole(adapters[i], texts[i])) < 1e-4, ADAPTERS[i]

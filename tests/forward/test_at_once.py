@@ -39,8 +39,8 @@ def gradients(base: Base, cases: tuple[str, ...]) -> list[Tensor]:
     for a in adapters:
         a.params = {k: t.requires_grad_() for k, t in a.params.items()}
     mix, members = base.mix(adapters, packed=lambda a: base.attached.pack(a.method, a.params, a.sites))
-    pieces = [Piece(torch.tensor(tokens(5 + 3 * m % 11, 7 * m + k)), m) for m in [BASE, *members] for k in range(2)]
-    batch = base.batch(pieces, mix, seeds={m: 20 + m for m in members})
+    pieces = [Piece(torch.tensor(tokens(5 + 3 * m % 11, 7 * m + k)), m, seed=20 + m + k) for m in [BASE, *members] for k in range(2)]
+    batch = base.batch(pieces, mix)
     logits = base.attached.head(base.attached.forward(batch), batch, range(batch.total))
     logits.float().logsumexp(-1).sum().backward()
     return [logits.detach(), *(t.grad for a in adapters for t in a.params.values() if t.grad is not None)]

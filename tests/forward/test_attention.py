@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from tests.laws.common import difference, plain_of, tokens
 from tests.tiny import tiny_model, tiny_tokenizer
 from trimtab.errors import BaseError
-from trimtab.forward import attention
+from trimtab.forward import attention, kv_cache
 from trimtab.model import Base
 
 FAMILIES = ["llama", "gemma2", "gpt2"]
@@ -88,7 +88,7 @@ def test_a_filled_cache_is_refused_where_it_has_not_been_read_yet():
 def interface(keys=5, mask=None, **arguments):
     """The function that transformers calls, on five random rows."""
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 4, keys, 8)
-    plan = attention.AttentionPlan([attention.Run(0, 5, ((0, 5),))], torch.device("cpu"))
+    plan = attention.AttentionPlan([kv_cache.Run(0, 5, ((0, 5),))], torch.device("cpu"))
     return q, k, attention.forward(SimpleNamespace(layer_idx=0), q, k, k, mask, trimtab_plan=plan, **arguments)[0]
 
 

@@ -16,28 +16,48 @@ from tests.laws.common import cached_logits, difference, tokens
 from tests.tiny import tiny_model, tiny_tokenizer
 from trimtab import ops
 from trimtab.bases.copies import copied
-from trimtab.forward import decode_path
+from trimtab.bases.weights import FORMATS
+from trimtab.forward import decode_layer, decode_path, decode_path_check
 from trimtab.forward.attached import Attached
-from trimtab.forward.attention import PagedKV
 from trimtab.forward.batch import BASE, Piece
 from trimtab.forward.decode_path import FAMILIES, DecodePath
+from trimtab.forward.hosted import Hosted
+from trimtab.forward.kv_cache import PagedKV
 from trimtab.forward.packs import Mix
 from trimtab.model import Base
 from trimtab.ops import native
 
-pytestmark = pytest.mark.skipif(native.load()[0] is None, reason="no native kernels on this machine")
+pytestmark = [
+    pytest.mark.skipif(native.load()[0] is None, reason="no native kernels on this machine"),
+    pytest.mark.usefixtures("compared_anew"),
+]
 
 
 @pytest.mark.parametrize("total", [2**40, 2**10])
 def test_packing_depends_on_the_machine_and_not_on_what_is_free(monkeypatch, total: int) -> None:
     memory = namedtuple("memory", "total available")
     base, packs = Base(tiny_model("llama", dtype=torch.bfloat16), tiny_tokenizer()), []
-    monkeypatch.setattr(torch, "cat", lambda tensors, real=torch.cat: packs.append(len(tensors)) or real(tensors))
+    real = decode_layer.linear
+    monkeypatch.setattr(decode_layer, "linear", lambda *args: packs.append(args[2]) or real(*args))
     for free in (2**40, 0):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: memory(total, free))
         DecodePath(base.attached)
-        assert bool(packs) is (total == 2**40), "weights that share an input are laid out side by side"
+        assert set(packs) == {total == 2**40}
         packs.clear()
+
+
+def test_only_dense_weights_would_be_copied(monkeypatch) -> None:
+    """What a quantised base stores is not counted, nor is it packed as in its files, which takes long for GPTQ."""
+    base = Base(tiny_model("llama", dtype=torch.bfloat16), tiny_tokenizer())
+    head = base.attached.weights.of[base.spec.head].nbytes
+    memory = namedtuple("memory", "total available")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(4 * head, 0))
+    monkeypatch.setattr(FORMATS["gptq"], "stored", lambda _: pytest.fail("packed as in its files"))
+    assert not decode_path.packs_weights(base.attached)
+    for name, module in list(base.model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != base.spec.head:
+            base.model.set_submodule(name, FORMATS["gptq"].of_linear(module))
+    assert decode_path.packs_weights(Hosted(base.model))
 
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -118,11 +138,21 @@ def test_a_fault_of_its_own_is_seen(fault, dtype: torch.dtype, monkeypatch) -> N
     assert base.attached.decode_path is None
 
 
+def test_models_built_alike_are_compared_once(monkeypatch) -> None:
+    made, real = list[torch.dtype](), decode_path_check._agrees
+    monkeypatch.setattr(decode_path_check, "_agrees", lambda hosted, make: made.append(hosted.dtype) or real(hosted, make))
+    for seed, dtype in ((0, torch.float32), (1, torch.float32), (0, torch.bfloat16)):
+        assert Base(tiny_model("llama", seed=seed, dtype=dtype), tiny_tokenizer()).attached.decode_path is not None
+    assert made == [torch.float32, torch.bfloat16]
+    other = odd.deviate(tiny_model("llama"), "RMSNorm", odd.with_setting("variance_epsilon", 1.2))
+    assert Base(other, tiny_tokenizer()).attached.decode_path is None and made[2:] == [torch.float32]
+
+
 @pytest.mark.parametrize("wrong", ["struct", "attend"])
 def test_a_kernel_that_is_wrong_is_not_run(wrong: str, monkeypatch) -> None:
     """A scale that is off by a tenth in the one call of all layers, or in the kernel of attention."""
-    if wrong == "struct" and not native.has_tiles():
-        pytest.skip("this processor has no matrix tiles")
+    if wrong == "struct" and not native.attends_flat():
+        pytest.skip("this processor does not multiply bfloat16")
     if wrong == "struct":
         real = decode_path.LayerWeights
         monkeypatch.setattr(decode_path, "LayerWeights", lambda *args: real(*args[:3], args[3] * 1.1, args[4]))
@@ -160,4 +190,5 @@ def test_long_prompts_on_flat_rows(monkeypatch) -> None:
             want = model.model(x[None]).last_hidden_state[0]
             assert difference(torch.cat(g).float(), want) < 0.03
     monkeypatch.setattr(ops, "attend_rows", lambda *args: real(*args[:5], args[5] * 1.1, args[6]))
+    monkeypatch.setattr(decode_path_check, "_agreed", {})
     assert Base(copied(model).to(torch.bfloat16), None).attached.decode_path is None

@@ -12,6 +12,7 @@ from trimtab import ops
 from trimtab.forward import rowwise
 from trimtab.forward.attached import Attached
 
+pytestmark = pytest.mark.usefixtures("compared_anew")
 DTYPES = [torch.float32, torch.bfloat16]
 WHOLE = {
     "llama": ["LlamaAttention", "LlamaMLP", "LlamaRMSNorm"],
@@ -46,6 +47,22 @@ def test_a_class_that_deviates_keeps_its_own_forward(family: str, what: str, dty
     part, how = DEVIATIONS[what]
     model = odd.deviate(tiny_model(family, dtype=dtype), part, how)
     assert sorted(Attached(model).fast) == [name for name in WHOLE[family] if not name.endswith(part)]
+
+
+def test_modules_built_alike_are_compared_once(monkeypatch) -> None:
+    """Whatever their weights; another dtype, another config and another class of the same name are compared again."""
+    made, real = list[str](), rowwise._agrees
+    monkeypatch.setattr(rowwise, "_agrees", lambda module: made.append(type(module).__name__) or real(module))
+    for seed in (0, 1):
+        assert sorted(Attached(tiny_model("llama", seed=seed)).fast) == WHOLE["llama"]
+    assert sorted(made) == WHOLE["llama"]
+    other = tiny_model("llama")
+    other.config.rope_parameters["rope_theta"] = 5.0
+    for n, model in enumerate((tiny_model("llama", dtype=torch.bfloat16), other), 2):
+        Attached(model)
+        assert sorted(made) == sorted(n * WHOLE["llama"])
+    found = Attached(odd.deviate(tiny_model("llama"), "RMSNorm", odd.with_setting("variance_epsilon", 1.2))).fast
+    assert sorted(found) == ["LlamaAttention", "LlamaMLP"]
 
 
 @pytest.mark.parametrize("kernel", ["rms_norm", "swiglu", "rotate"])

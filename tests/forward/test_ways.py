@@ -14,10 +14,10 @@ import torch
 from tests.laws.common import cached_logits, difference, noisy, one_thread, solo, tokens
 from tests.tiny import tiny_model, tiny_tokenizer
 from trimtab.forward.attached import Attached
-from trimtab.forward.attention import LONG, AttentionPlan, PagedKV
+from trimtab.forward.attention import LONG, AttentionPlan
 from trimtab.forward.batch import BASE, Batch, Piece, Way
-from trimtab.forward.decode_layer import FEW_ROWS
-from trimtab.forward.decode_path import DecodePath
+from trimtab.forward.decode_path import ONE_CALL_ROWS, DecodePath
+from trimtab.forward.kv_cache import PagedKV
 from trimtab.forward.packs import Mix
 from trimtab.methods import BottleneckConfig, IA3Config, LoraConfig
 from trimtab.methods.base import SHORT_SPAN, Span
@@ -100,7 +100,7 @@ def test_an_adapter_without_rows_decides_nothing(base: Base) -> None:
 
 @pytest.mark.parametrize(
     "lengths",
-    [[(BASE, 1), (0, LONG), (1, 1)], [(1, 1), *[(0, SHORT_SPAN // 2 + 1)] * 2], [(m, FEW_ROWS // 3 + 1) for m in (BASE, 0, 1)]],
+    [[(BASE, 1), (0, LONG), (1, 1)], [(1, 1), *[(0, SHORT_SPAN // 2 + 1)] * 2], [(BASE, LONG - 1)] * (ONE_CALL_ROWS // (LONG - 1) + 1)],
     ids=["a long prompt", "an adapter with many rows", "many rows"],
 )
 def test_rows_that_go_layer_by_layer_take_the_others_along(base: Base, lengths: list[tuple[int, int]]) -> None:
@@ -118,7 +118,7 @@ def test_a_long_prompt_elsewhere_takes_nobody_along(base: Base) -> None:
 
 def fed(base: Base, lengths: Sequence[tuple[int, int]], mix: Mix) -> Batch:
     spec = base.spec
-    cache = PagedKV(spec.num_layers, 100, 4, spec.num_kv_heads, spec.head_dim, base.dtype, base.device)
+    cache = PagedKV(spec.num_layers, 100, 4, *spec.kv_shape, base.dtype, base.device)
     pieces = [Piece(torch.tensor(tokens(n, i)), m, list(range(25 * i, 25 * i + 25))) for i, (m, n) in enumerate(lengths)]
     return base.batch(pieces, mix, cache=cache)
 

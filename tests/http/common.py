@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -66,6 +67,13 @@ class Site:
         assert (stats.running, stats.waiting, stats.loading, stats.kv_blocks_used, stats.adapter_leases) == (0, 0, 0, 0, 0), stats
         assert self.services.admission.open == 0
         assert self.services.life.open == 0
+        places = self.services.admission._places
+        work = [self.services.words_work, self.services.load_work, self.services.store_work]
+        assert not self.services.life.held and not places._computed and not places._waiting
+        deadline = time.monotonic() + 5.0
+        while any(w._waiting or w._busy for w in work):  # a thread lets go just after its result is there
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
 
 
 @contextmanager

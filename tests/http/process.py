@@ -88,7 +88,7 @@ def idle(url: str, headers: dict[str, str] | None = None, seconds: float = 10) -
     end = time.monotonic() + seconds
     while True:
         text = httpx.get(f"{url}/metrics", headers=headers).raise_for_status().text
-        held = [x for x in text.splitlines() if not x.startswith("#") and x.split("{")[0].removeprefix("trimtab:") in HELD]
+        held = [x for x in text.splitlines() if not x.startswith("#") and x.split("{")[0].removeprefix("trimtab_") in HELD]
         assert len(held) == len(HELD), held
         busy = [x for x in held if float(x.rpartition(" ")[2])]
         if not busy:

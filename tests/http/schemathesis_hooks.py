@@ -8,6 +8,7 @@ from typing import Any
 import schemathesis
 
 MODELS = ("tiny", "lora", "ia3", "tiny")
+HEADS = {"/classify": "judge", "/v1/score": "judge"}
 
 
 @schemathesis.hook
@@ -15,15 +16,16 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
     body = case.body
     if not isinstance(body, dict) or not isinstance(body.get("model"), str) or not 1 <= len(body["model"]) <= 256:
         return
-    body["model"] = MODELS[len(body["model"]) % 4]
-    for field in ("max_tokens", "max_completion_tokens"):
+    body["model"] = HEADS.get(case.path, MODELS[len(body["model"]) % 4])
+    for field in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         given = body.get(field)
         if given is None or (type(given) is int and 8 < given < 2**31):
             body[field] = 8
     if type(body.get("min_tokens")) is int and 8 < body["min_tokens"] < 2**31:
         body["min_tokens"] = 8
-    if isinstance(body.get("prompt"), list):
-        body["prompt"] = [_small(p) for p in body["prompt"]]
+    for field in ("prompt", "input"):
+        if isinstance(body.get(field), list):
+            body[field] = [_small(p) for p in body[field]]
     if "prompt" in body:
         body.pop("max_completion_tokens", None)
 

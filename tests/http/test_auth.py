@@ -16,13 +16,14 @@ from tests.http.common import TEXT, Caller, Site, base_of, call, error_of, post,
 from tests.store.common import stirred
 from trimtab.http.assemble import Asked
 from trimtab.http.auth import admin_caller, caller
+from trimtab.http.limits import Gate
 from trimtab.http.logs import JsonLines
 from trimtab.methods import LoraConfig
 from trimtab.serve.audit import Audit, audit_path
 from trimtab.serve.tenants import Tenants
 from trimtab.store.registry import Store
 
-PUBLIC = {"/livez", "/readyz", "/health", "/ping", "/version", "/openapi.json"}
+PUBLIC = {"/", "/docs", "/livez", "/readyz", "/health", "/ping", "/version", "/openapi.json"}
 """Paths that need no key. They tell nothing of tenants, models or load."""
 
 
@@ -140,6 +141,21 @@ def test_names_go_through_a_tenants_namespaces(town: Town):
     assert short.headers["x-trimtab-adapter"].startswith("acme/support@2 sha256:")
     assert town.ask("acme", "support@prod").headers["x-trimtab-adapter"].startswith("acme/support@1 ")
     assert [m["id"] for m in town.get("/v1/models", "bolt").json()["data"]] == ["tiny", "bolt/billing"]
+
+
+def test_each_part_of_a_composition_must_be_the_tenants_own(town: Town):
+    """A sum with another tenant's adapter is answered as one with an adapter that does not exist; usage is of its parts, at any scale."""
+    foreign, unknown = (town.ask("bolt", f"bolt/billing+0.5*{name}") for name in ("acme/support", "acme/nothere"))
+    assert error_of(foreign, 404)["message"].replace("acme/support", "acme/nothere") == error_of(unknown, 404)["message"]
+    listed = town.ask("bolt", "tiny", adapters=[{"name": "bolt/billing"}, {"name": "acme/support"}])
+    assert error_of(listed, 404)["message"] == error_of(foreign, 404)["message"]
+    r = town.ask("acme", "support@1+0.5*acme/support@2")
+    ref, digest = r.headers["x-trimtab-adapter"].split()
+    assert sorted(ref.split("+")) == ["0.5*acme/support@2", "acme/support@1"]
+    again = town.ask("acme", "-0.25*acme/support@2+support@1")
+    used = {row["adapter"]: row for row in town.get("/admin/usage?tenant=acme", "root").json()}
+    mine = used["+".join(sorted(part.partition("*")[2] for part in digest.split("+")))]
+    assert mine["requests"] == 2 and mine["completion_tokens"] == sum(x.json()["usage"]["completion_tokens"] for x in (r, again))
 
 
 def test_a_tenants_limits_are_429_with_a_time_to_wait(town: Town):
@@ -350,3 +366,33 @@ def test_a_full_server_tells_only_those_who_have_a_key(town, monkeypatch):
         for ticket in held:
             ticket.close()
     assert town.ask("acme", "tiny").status_code == 200
+
+
+def test_requests_wait_for_their_tenants_turn_before_a_route_sees_them(town: Town):
+    """A hundred that come together begin one after the other, and so do those without a key; another tenant's does not wait for them."""
+    began: list[str] = []
+
+    async def route(scope, receive, send) -> None:
+        began.append(scope["who"])
+
+    async def ask(who: str, key: str, path: str = "/v1/completions") -> None:
+        caller = Caller(gate, path, TEXT, {"authorization": f"Bearer {key}"})
+        caller.scope["who"] = who
+        await caller.start()
+
+    async def all_of_them() -> None:
+        keys = [*[("acme", town.keys["acme"])] * 100, *[("nobody", f"no.{i}") for i in range(100)]]
+        floods = [asyncio.create_task(ask(*key)) for key in keys]
+        for _ in range(2):
+            await asyncio.sleep(0)
+        assert began == ["acme", "nobody"]
+        await ask("bolt", town.keys["bolt"])
+        await ask("probe", "", "/livez")
+        assert began.count("acme") <= 4 and began.count("nobody") <= 4 and began.count("bolt") == 1
+        for task in floods:
+            task.cancel()
+        await asyncio.gather(*floods, return_exceptions=True)
+
+    gate = Gate(route, town.site.services)
+    asyncio.run(all_of_them())
+    assert town.site.services.life.open == 0

@@ -16,6 +16,8 @@ import yaml
 
 from tests.http.common import adapter_folders
 from tests.http.process import Served, idle, serving
+from tests.store.test_heads import stirred
+from trimtab.methods import Head, LoraConfig
 from trimtab.model import load_base
 from trimtab.serve.tenants import Tenants
 from trimtab.store import Adapter
@@ -130,12 +132,13 @@ def test_errors(shop: Shop):
     with pytest.raises(openai.BadRequestError) as long:
         c.completions.create(model="tiny", prompt="x" * 1000)
     assert long.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="tools: is not supported"):
-        c.chat.completions.create(model="tiny", messages=ASK, tools=[{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(openai.BadRequestError, match="no tool is called 'g'"):
+        named = {"type": "function", "function": {"name": "g"}}
+        c.chat.completions.create(model="tiny", messages=ASK, tools=[named | {"function": {"name": "f"}}], tool_choice=named)
     with pytest.raises(openai.AuthenticationError):
         shop.client("nobody.secret").models.list()
     with pytest.raises(openai.NotFoundError):
-        c.embeddings.create(model="tiny", input="x")
+        c.embeddings.create(model="nothing", input="x")
 
 
 def at_once(*clients: openai.OpenAI, model: str = "support") -> list[object]:
@@ -216,15 +219,18 @@ def test_the_llm_command(shop: Shop, tmp_path: Path, options: list[str]):
 def test_schemathesis_finds_no_server_error_and_no_untrue_document(tiny_llama_folder: Path, tmp_path: Path):
     """2,000 cases made from /openapi.json: none ends in a 5xx, all answers are as documented, what breaks the schema is refused."""
     base = load_base(str(tiny_llama_folder), dtype="float32")
-    adapters = [x for name, path in adapter_folders(tmp_path / "made", base).items() for x in ("--adapter", f"{name}={path}")]
+    made = adapter_folders(tmp_path / "made", base)
+    made["judge"] = str(stirred(base, LoraConfig(r=2), head=Head(("good",))).save(tmp_path / "made" / "judge"))
+    adapters = [x for name, path in made.items() for x in ("--adapter", f"{name}={path}")]
     env = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.http.schemathesis_hooks", "PYTHONPATH": str(Path.cwd())}
     with serving(tiny_llama_folder, tmp_path, "--local", "--adapters-from", tmp_path / "made", *adapters) as served:
+        # one worker: Python 3.11 raises a SystemError where two threads parse Python at once, which hypothesis does for its messages
         command = [
-            *(BIN / "schemathesis", "run", f"{served.url}/openapi.json", "--phases", "coverage,fuzzing", "--max-examples", "160"),
-            *("--checks", "all", "--exclude-checks", "positive_data_acceptance", "--seed", "1", "--continue-on-failure", "--workers", "2"),
+            *(BIN / "schemathesis", "run", f"{served.url}/openapi.json", "--phases", "coverage,fuzzing", "--max-examples", "100"),
+            *("--checks", "all", "--exclude-checks", "positive_data_acceptance", "--seed", "1", "--continue-on-failure", "--workers", "1"),
             *("--suppress-health-check", "all", "--request-timeout", "120", "--warnings", "off"),
         ]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=400)
         said = done.stdout + done.stderr
         assert done.returncode == 0, said[-6000:]
         cases = re.search(r"([\d,]+) generated", said)
@@ -233,5 +239,7 @@ def test_schemathesis_finds_no_server_error_and_no_untrue_document(tiny_llama_fo
         assert not [x for x in lines if x.get("status", 0) >= 500 or x["event"] == "bug"]
         asked = [x for x in lines if x.get("path") in ("/v1/completions", "/v1/chat/completions")]
         assert sum(x["status"] == 200 for x in asked) > 100, "enough of them got past the checks"
+        answered = {x.get("path") for x in lines if x.get("status") == 200}
+        assert answered >= {"/v1/responses", "/v1/embeddings", "/classify", "/v1/score"}
         idle(served.url)
         assert served.stop() == 0

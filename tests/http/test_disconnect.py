@@ -97,7 +97,7 @@ def test_leaving_while_a_grammar_is_compiled():
         async def go() -> None:
             c = Caller(s.app, "/v1/completions", LONG | {"structured_outputs": {"regex": "[a-z]{400}"}})
             task = c.start()
-            await until(lambda: s.services.admission.open == 1)
+            await until(lambda: len(s.engine.requests) == 1)
             c.leave()
             await task
             await s.settled()
@@ -157,7 +157,7 @@ def test_leaving_before_the_engine_has_heard_of_it():
     """The prompt is being tokenized in a thread; the client leaves meanwhile."""
     from dataclasses import replace
 
-    def slow(text: str) -> list[int]:
+    def slow(text: str, start: bool) -> list[int]:
         time.sleep(0.05)
         return [1, 2, 3]
 

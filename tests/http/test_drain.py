@@ -51,7 +51,7 @@ async def under_way(served: Served, c: httpx.AsyncClient, streams: int, whole: i
     await asyncio.wait_for(asyncio.gather(*(b.wait() for b in begun)), 30)
     while True:
         text = (await c.get("/metrics")).text
-        if any(line.startswith("trimtab:open_answers{") and float(line.split()[-1]) == streams + whole for line in text.splitlines()):
+        if any(line.startswith("trimtab_open_answers{") and float(line.split()[-1]) == streams + whole for line in text.splitlines()):
             return tasks
         await asyncio.sleep(0.01)
 

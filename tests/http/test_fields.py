@@ -1,20 +1,12 @@
 """Fields that change nothing are taken, and what nobody read is named. Each answer is compared with that of the plain request."""
 
-from collections.abc import Iterator
+import json
 
 import pytest
 
 from tests.http.common import CHAT, TEXT, Site, base_of, call, post, site
 from tests.tiny import CHATML
 from trimtab.serve.keys import make_key
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Site]:
-    with site() as s:
-        yield s
-        s.idle()
-
 
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
 NEUTRAL = [
@@ -54,7 +46,7 @@ def test_what_changes_nothing_is_taken(served: Site, path: str, fields: dict):
     ("path", "fields", "named"),
     [
         (TEXT_PATH, {"temprature": 1}, "temprature"),
-        (CHAT_PATH, {"return_token_ids": True, "a": {"b": 1}}, "return_token_ids, a"),
+        (CHAT_PATH, {"return_logits": True, "a": {"b": 1}}, "return_logits, a"),
         (CHAT_PATH, {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi", "z": 1}], "weight": 1}]},
          "messages.weight, messages.content.z"),
         (CHAT_PATH, {"stream_options": {"x": 1}, "response_format": {"type": "text", "y": 1}}, "stream_options.x, response_format.y"),
@@ -77,7 +69,7 @@ def test_what_nobody_read_is_named_and_counted(served: Site, path: str, fields: 
 
 def _count(served: Site) -> float:
     lines = call(served.app, "GET", "/metrics").text.splitlines()
-    return float(next(line for line in lines if line.startswith("trimtab:requests_with_ignored_fields_total")).rpartition(" ")[2])
+    return float(next(line for line in lines if line.startswith("trimtab_requests_with_ignored_fields_total")).rpartition(" ")[2])
 
 
 def test_a_stream_and_an_error_name_them_too(served: Site):
@@ -99,6 +91,13 @@ def test_a_guided_choice_is_structured_outputs(served: Site):
             for f in ({"structured_outputs": {"choice": ["yes", "no"]}}, {"guided_choice": ["yes", "no"]})
         )
         assert newer == older
+
+
+def test_a_schema_may_come_as_text(served: Site):
+    schema = {"enum": ["yes", "no"]}
+    for fields in ({"guided_json": json.dumps(schema)}, {"structured_outputs": {"json": json.dumps(schema)}}):
+        answer = post(served.app, "/v1/completions", TEXT | {"max_tokens": 20} | fields).json()
+        assert json.loads(answer["choices"][0]["text"]) in schema["enum"]
 
 
 def test_an_assistant_turn_without_content_is_an_empty_one(served: Site):

@@ -246,7 +246,7 @@ def test_who_loads_adapters_leaves_threads_to_others(tmp_path: Path):
         hang = threading.Event()
 
         async def both() -> None:
-            def load(name: str, path: str, tenant: Tenant) -> None:
+            def load(name: str, path: str, tenant: Tenant, *, inplace: bool = False) -> None:
                 assert tenant.name != "slow" or hang.wait(20)
 
             s.services.catalog.load = load  # type: ignore[method-assign]

@@ -1,19 +1,12 @@
 """Routes that clients of vLLM ask for, and the forms in which requests come: HEAD, OPTIONS, slashes, other origins."""
 
-from collections.abc import Iterator
+import re
 
 import pytest
 
-from tests.http.common import CHAT, TEXT, Site, call, error_of, post, site
+from tests.http.common import CHAT, TEXT, Site, call, error_of, post
 from trimtab import __version__
 from trimtab.http.app import create_app
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Site]:
-    with site() as s:
-        yield s
-        s.idle()
 
 
 def test_tokenize_gives_the_ids_that_the_other_routes_use(served: Site):
@@ -40,7 +33,6 @@ def test_detokenize_gives_the_text_back(served: Site):
         ("/tokenize", {"prompt": "a", "messages": CHAT["messages"]}, "not both"),
         ("/tokenize", {"prompt": "x" * 600}, "maximum context length is 512"),
         ("/tokenize", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "images are not supported"),
-        ("/tokenize", {"prompt": "a", "add_special_tokens": False}, "add_special_tokens: is not supported"),
         ("/detokenize", {"tokens": [300]}, "not in 0..299"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {}, "tokens"),
@@ -54,11 +46,22 @@ def test_health_and_version(served: Site):
     assert call(served.app, "GET", "/version").json() == {"version": __version__}
     for path in ("/health", "/ping"):
         assert call(served.app, "GET", path).status_code == 200
+    assert call(served.app, "POST", "/ping").status_code == 200, "as vLLM takes it"
     served.services.life.draining = True
     try:
         assert [call(served.app, "GET", path).status_code for path in ("/health", "/ping", "/readyz", "/livez")] == [503, 503, 503, 200]
     finally:
         served.services.life.draining = False
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/docs/"])
+def test_a_page_for_people_lists_the_routes_and_loads_nothing(served: Site, path: str):
+    page = call(served.app, "GET", path)
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    paths = call(served.app, "GET", "/openapi.json").json()["paths"]
+    assert len(paths) > 10 and all(f" {p}</code>" in page.text for p in paths)
+    assert "src=" not in page.text and re.findall('href="(.*?)"', page.text) == ["openapi.json"]
+    assert call(served.app, "HEAD", path).status_code == 200
 
 
 def test_a_slash_at_the_end_says_nothing(served: Site):

@@ -321,6 +321,22 @@ def test_vllms_routes_load_and_unload(served: Site, tmp_path: Path):
     assert post(served.app, "/v1/unload_lora_adapter", {"lora_name": "extra"}).status_code == 200
     assert error_of(post(served.app, "/v1/completions", TEXT | {"model": "extra"}), 404)["param"] == "model"
     error_of(post(served.app, "/v1/unload_lora_adapter", {"lora_name": "extra"}), 404)
+    named = {"lora_name": "My-Org/My-Adapter_V1", "lora_path": str(path), "base_model_name": BASE}
+    assert post(served.app, "/v1/load_lora_adapter", named).status_code == 200
+    other = named | {"lora_path": str(path.parent / "ia3")}
+    error_of(post(served.app, "/v1/load_lora_adapter", other), 400)
+    assert post(served.app, "/v1/load_lora_adapter", other | {"load_inplace": True}).status_code == 200
+    a, b = (post(served.app, "/v1/completions", TEXT | {"model": m}).json()["choices"] for m in ("My-Org/My-Adapter_V1", "ia3"))
+    assert a == b
+    assert time.time() - call(served.app, "GET", "/v1/models/My-Org/My-Adapter_V1").json()["created"] < 600
+    ids = [m["id"] for m in call(served.app, "GET", "/v1/models").json()["data"]]
+    pages = [call(served.app, "GET", f"/v1/models?after={i}&limit=1").json()["data"] for i in ids]
+    assert [p[0]["id"] for p in pages[:-1]] == ids[1:] and not pages[-1]
+    assert post(served.app, "/v1/unload_lora_adapter", {"lora_name": "My-Org/My-Adapter_V1", "lora_int_id": 3}).status_code == 200
+    for name in ("a/b/c", "/a", "a b", "a@1", "-a", "é"):
+        assert "is no name" in error_of(post(served.app, "/v1/load_lora_adapter", named | {"lora_name": name}), 400)["message"]
+    wrong = post(served.app, "/v1/load_lora_adapter", named | {"base_model_name": "another"})
+    assert error_of(wrong, 400)["param"] == "base_model_name"
 
 
 def test_one_stream_and_one_whole_answer_say_the_same(served: Site):
@@ -339,3 +355,36 @@ def test_n_is_bounded(served: Site):
     assert error_of(post(served.app, "/v1/completions", TEXT | {"n": 17}), 400)["param"] == "n"
     many = error_of(post(served.app, "/v1/completions", TEXT | {"n": 16, "prompt": ["a"] * 5}), 400)
     assert many["param"] == "n" and "80 answers" in many["message"]
+
+
+def test_a_request_may_compose_adapters(served: Site):
+    """By name or as a list, streamed or whole, it is what the engine says of that sum; usage of the scale is no matter."""
+    named = post(served.app, "/v1/completions", TEXT | {"model": "lora+0.5*lora"})
+    listed = post(served.app, "/v1/completions", TEXT | {"adapters": [{"name": "lora"}, {"name": "lora", "scale": 0.5}]})
+    want = alone(served, served.engine.base.encode("hello"), "1.5*lora", max_tokens=6)
+    for r in (named, listed):
+        assert r.status_code == 200, r.text
+        assert r.json()["choices"][0]["text"] == want.text
+        ref, digest = r.headers["x-trimtab-adapter"].split(" ")
+        assert ref.startswith("1.5*") and ref.endswith("/lora") and digest.startswith("1.5*sha256:")
+    plain = post(served.app, "/v1/completions", TEXT | {"adapters": [{"name": "lora", "scale": 0}]})
+    assert plain.json()["choices"] == post(served.app, "/v1/completions", TEXT).json()["choices"] and "x-trimtab-base" in plain.headers
+    assert post(served.app, "/v1/completions", TEXT | {"adapters": []}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "words"),
+    [
+        ({"model": "lora", "adapters": [{"name": "ia3"}]}, 400, "adapters", "one place"),
+        ({"adapters": [{"name": "lora"}, {"name": "nobody"}]}, 404, "adapters", "'nobody' does not exist"),
+        ({"adapters": [{"name": BASE}]}, 400, "adapters", "is the base"),
+        ({"adapters": [{"name": "lora", "scale": 1e9}]}, 400, "adapters[0].scale", "less than or equal"),
+        ({"adapters": [{"name": "lora"}] * 9}, 400, "adapters", "at most 8"),
+        ({"model": "lora+nobody"}, 404, "model", "'nobody' does not exist"),
+        ({"model": "lora+"}, 404, "model", "'lora+' does not exist"),
+        ({"model": "lora+ia3"}, 400, None, "different methods"),
+    ],
+)
+def test_what_cannot_be_composed_is_named(served: Site, body: dict[str, Any], status: int, param: str | None, words: str):
+    error = error_of(post(served.app, "/v1/completions", TEXT | body), status)
+    assert error["param"] == param and words in error["message"], error

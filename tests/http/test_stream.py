@@ -2,22 +2,15 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
 
 import pytest
+from fastapi import FastAPI
 
 from tests.http.common import BASE, CHAT, TEXT, Caller, Site, error_of, events, limited, post, site
 from trimtab.errors import AdapterError, TrimtabError
-from trimtab.http.answer import Mailbox, merged
+from trimtab.http.answer import Mailbox, mailbox, merged
 from trimtab.serve.request import Delta, Token, Usage
 from trimtab.serve.sequence import ServingError
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Site]:
-    with site() as s:
-        yield s
-        s.idle()
 
 
 def test_a_chats_events_in_order(served: Site):
@@ -280,4 +273,29 @@ def test_a_last_word_after_the_loops_end_still_gives_the_room_back():
 
         asyncio.run(go())
         s.engine.drain(5)
+        s.app.state.mailbox.deliver()  # the last word may have come between the loop's last round and its end
         assert s.services.admission.open == 0
+
+
+def test_what_was_posted_as_a_loop_ended_is_delivered_before_the_next():
+    took = []
+
+    class Taken:
+        def take(self, index, delta):
+            took.append(delta.text)
+
+    app = FastAPI()
+
+    async def post_and_end() -> None:
+        box = mailbox(app)
+        box.loop.call_soon_threadsafe = lambda what: None  # the loop ends before it runs what was handed over
+        box.post(Taken(), 0, Delta("last"))
+
+    asyncio.run(post_and_end())
+    assert not took
+
+    async def next_one() -> None:
+        mailbox(app)
+
+    asyncio.run(next_one())
+    assert took == ["last"]

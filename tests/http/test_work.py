@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from trimtab.errors import OverloadedError
 from trimtab.http import work as work_module
 from trimtab.http.work import Turns, Work
 
@@ -59,6 +60,25 @@ def test_errors_and_cancellations_leave_the_threads_free():
 
     asyncio.run(use())
     assert ran == []
+
+
+def test_a_tenant_whose_job_no_thread_could_take_is_not_shut_out(monkeypatch):
+    work = Work("test", threads=1)
+
+    def no_thread(job):
+        raise RuntimeError("can't start new thread")
+
+    async def use() -> None:
+        with monkeypatch.context() as m:
+            m.setattr(work._pool, "submit", no_thread)
+            for tenant in ("a", "b"):
+                with pytest.raises(OverloadedError, match="can't start new thread"):
+                    await work.run(tenant, lambda: 1 // 0)
+        assert await asyncio.wait_for(work.run("a", lambda: 7), 5) == 7
+        assert await asyncio.wait_for(work.run("b", lambda: 8), 5) == 8
+
+    asyncio.run(use())
+    assert not work._waiting and not work._busy
 
 
 def test_many_requests_at_once_begin_one_at_a_time_beside_those_of_others():

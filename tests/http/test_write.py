@@ -11,9 +11,10 @@ import pytest
 
 from tests.http.common import CHAT, TEXT, error_of, limited, post, site
 from trimtab.http.ask import AnswerPlan
+from trimtab.http.logprobs import LEAST_LOGPROB, Logprobs
 from trimtab.http.schema import ChatBody, CompletionBody
 from trimtab.http.services import Words
-from trimtab.http.write import LEAST_LOGPROB, SMALL, Writer, _Logprobs
+from trimtab.http.write import SMALL, Writer
 from trimtab.serve.request import Delta, Token, Usage
 
 PIECES = [b"a", b' "q\\', b"\xe2\x82", b"\xac\n", "é".encode(), b"", b"\x00", b"x" * 300]
@@ -40,7 +41,7 @@ def writer(body: ChatBody | CompletionBody) -> Writer:
         return write()
 
     words = Words(lambda m, v: [], lambda t: [], PIECES.__getitem__, frozenset(), len(PIECES), 64, 64)
-    return Writer(AnswerPlan("id", body, None, 1, 1), words, "fp", here)
+    return Writer(AnswerPlan("id", body, None, 1, 1, 1), words, "fp", here)
 
 
 WANT = {
@@ -51,7 +52,7 @@ WANT = {
     "text": {
         "tokens": [spelt(t.id) for t in TOKENS],
         "token_logprobs": [finite(t.logprob) for t in TOKENS],
-        "top_logprobs": [{spelt(i): finite(lp) for i, lp in (*t.top, (t.id, t.logprob))} for t in TOKENS],
+        "top_logprobs": [None if t.logprob is None else {spelt(i): finite(lp) for i, lp in (*t.top, (t.id, t.logprob))} for t in TOKENS],
         "text_offset": [0, 1, 5, 5, 7, 8, 8, 9],
     },
 }
@@ -75,15 +76,15 @@ def test_logprobs_are_the_json_of_what_they_say(kind: str):
 @pytest.mark.parametrize(("tokens", "thread"), [(2, "MainThread"), (40, "trimtab-words")])
 def test_a_large_answer_is_written_on_the_threads_for_words(monkeypatch: pytest.MonkeyPatch, tokens: int, thread: str):
     seen: set[str] = set()
-    real = _Logprobs.__call__
-    monkeypatch.setattr(_Logprobs, "__call__", lambda *a: (seen.add(threading.current_thread().name.partition("_")[0]), real(*a))[1])
+    real = Logprobs.__call__
+    monkeypatch.setattr(Logprobs, "__call__", lambda *a: (seen.add(threading.current_thread().name.partition("_")[0]), real(*a))[1])
     with site() as s:
         body = CHAT | {"n": 4, "max_tokens": tokens, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}
         told = post(s.app, "/v1/chat/completions", body).json()
         assert [len(c["logprobs"]["content"]) for c in told["choices"]] == [tokens] * 4
         assert seen == {thread} and (tokens * 4 * 21 > SMALL) == (thread != "MainThread")
         seen.clear()
-        plan = AnswerPlan("id", ChatBody(**CHAT, logprobs=True, top_logprobs=20), None, 4, 4)
+        plan = AnswerPlan("id", ChatBody(**CHAT, logprobs=True, top_logprobs=20), None, 4, 4, 4)
         gathered = {i: Delta("", tuple(Token(1, -1.0, ((2, -2.0),) * 20) for _ in range(tokens))) for i in range(4)}
         aside = partial(s.services.words_work.run, "a")
         asyncio.run(Writer(plan, s.services.words, "fp", aside).chunks(gathered))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tests.tiny import tiny_model, tiny_tokenizer
 from trimtab.bases.spec import Spec
-from trimtab.forward.attention import KVCache
 from trimtab.forward.batch import BASE, Piece
+from trimtab.forward.kv_cache import KVCache
 from trimtab.methods import METHODS, IA3Config, LoraConfig, Method
 from trimtab.model import Base
 from trimtab.store import Adapter
@@ -98,7 +98,8 @@ def by_outputs(module) -> Tensor:
 def with_dropout(method: Method, p: float) -> Method:
     """The method with dropout on, where it has one."""
     names = [f for f in ("lora_dropout", "dropout") if hasattr(method, f)]
-    return replace(method, **dict.fromkeys(names, p))
+    start = {"init_lora_weights": True} if hasattr(method, "init_lora_weights") and p else {}  # some starts allow no dropout
+    return replace(method, **dict.fromkeys(names, p), **start)
 
 
 def tokens(n: int, seed: int) -> list[int]:
@@ -131,7 +132,7 @@ def cached_logits(
     spec = base.spec
     past = [0 if m == BASE else mix.adapters[m].virtual_tokens for m in members]
     capacity = max(p + len(s) for p, s in zip(past, sequences, strict=True))
-    cache_ = KVCache(spec.num_layers, len(sequences), capacity, spec.num_kv_heads, spec.head_dim, base.dtype, base.device)
+    cache_ = KVCache(spec.num_layers, len(sequences), capacity, *spec.kv_shape, base.dtype, base.device)
     for slot, m in enumerate(members):
         if past[slot]:
             cache_.put(slot, *mix.adapters[m].stored_prefix())

@@ -24,11 +24,20 @@ ACTIVATIONS = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu}
 
 def plain_logits(model: nn.Module, adapter: Adapter | None, ids: list[int]) -> Tensor:
     """Logits [T, V] of one sequence under one adapter; differentiable in the adapter's tensors."""
-    if adapter is None:
-        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    return _plain(model, adapter, ids)[0]
+
+
+def plain_hidden(model: nn.Module, adapter: Adapter | None, ids: list[int]) -> Tensor:
+    """Hidden states [T, H] after the final norm, of the same."""
+    return _plain(model, adapter, ids)[1]
+
+
+def _plain(model: nn.Module, adapter: Adapter | None, ids: list[int]) -> tuple[Tensor, Tensor]:
     with ExitStack() as hooks:
-        extra, skip = PLAIN[adapter.method.peft_type](model, adapter, ids, hooks)
-        return model(**({"input_ids": torch.tensor([ids]), "use_cache": False} | extra)).logits[0, skip:]
+        extra, skip = ({}, 0) if adapter is None else PLAIN[adapter.method.peft_type](model, adapter, ids, hooks)
+        told = {"input_ids": torch.tensor([ids]), "use_cache": False, "output_hidden_states": True}
+        out = model(**(told | extra))
+        return out.logits[0, skip:], out.hidden_states[-1][0, skip:]
 
 
 def _tensors(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
@@ -81,7 +90,7 @@ def _lora(model: nn.Module, adapter: Adapter, ids: list[int], hooks: ExitStack) 
         if _saved(model, name, t, hooks):
             continue
         A, B = (t["lora_embedding_A"], t["lora_embedding_B"]) if "lora_embedding_A" in t else (t["lora_A.weight"], t["lora_B.weight"])
-        r = A.shape[0]
+        r, old = A.shape[0], t["lora_B.start"] @ t["lora_A.start"] if "lora_A.start" in t else 0.0  # a start that is taken away again
         alpha = 2 * method.r if method.lora_alpha is None else method.lora_alpha
         alpha = next((v for k, v in method.alpha_pattern.items() if re.search(k, name)), alpha)
         s = alpha / math.sqrt(r) if method.use_rslora else alpha / r
@@ -93,16 +102,23 @@ def _lora(model: nn.Module, adapter: Adapter, ids: list[int], hooks: ExitStack) 
         elif method.use_dora:
 
             def edit(
-                m: nn.Module, x: Tensor, y: Tensor, A: Tensor = A, B: Tensor = B, s: float = s, g: Tensor = t["lora_magnitude_vector"]
+                m: nn.Module,
+                x: Tensor,
+                y: Tensor,
+                A: Tensor = A,
+                B: Tensor = B,
+                s: float = s,
+                g: Tensor = t["lora_magnitude_vector"],
+                old: Any = old,
             ) -> Tensor:
-                V = _weight(m) + s * B @ A
+                V = _weight(m) + s * (B @ A - old)
                 out = x @ V.T * (g / V.detach().norm(dim=1))
                 return out if m.bias is None else out + m.bias
 
         else:
 
-            def edit(m: nn.Module, x: Tensor, y: Tensor, A: Tensor = A, B: Tensor = B, s: float = s) -> Tensor:
-                return y + s * (x @ (B @ A).T)
+            def edit(m: nn.Module, x: Tensor, y: Tensor, A: Tensor = A, B: Tensor = B, s: float = s, old: Any = old) -> Tensor:
+                return y + s * (x @ (B @ A - old).T)
 
         _edit(model, name, hooks, edit)
     return {}, 0
@@ -148,9 +164,9 @@ def _prefix(model: nn.Module, adapter: Adapter, ids: list[int], hooks: ExitStack
         flat = hidden @ p["transform.2.weight"].T + p["transform.2.bias"]
     else:
         flat = p["prompt_embeddings"]
-    cache, n, width = DynamicCache(), len(flat), spec.num_kv_heads * spec.head_dim
-    for layer, pair in enumerate(flat.split(2 * width, dim=1)):
-        key, value = (x.reshape(n, spec.num_kv_heads, spec.head_dim).transpose(0, 1)[None] for x in pair.split(width, dim=1))
+    cache, n, (heads, dim) = DynamicCache(), len(flat), spec.kv_shape
+    for layer, pair in enumerate(flat.split(2 * heads * dim, dim=1)):
+        key, value = (x.reshape(n, heads, dim).transpose(0, 1)[None] for x in pair.split(heads * dim, dim=1))
         cache.update(key, value, layer)
     return {"past_key_values": cache, "use_cache": True, "position_ids": torch.arange(n, n + len(ids))[None]}, 0
 

@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta", 7)
-aten = torch.ops.aten
 MEMORY = 80 * 2**30
 """Bytes that the device says it has."""
 
@@ -82,9 +81,6 @@ class Generator(torch.Generator):
         made = super().__new__(cls)
         made.made_for = torch.device(device)
         return made
-
-    def __init__(self, device: Any = "cpu"):
-        pass
 
     device = property(lambda self: self.made_for)  # type: ignore[assignment]
 
@@ -160,7 +156,7 @@ def _name(f: Any) -> str:
 def _check(f: Any, name: str, args: Any, kwargs: Any, flat: list[Any], costs: Costs) -> None:
     """Violation where a GPU would refuse. Copies that it would make by itself are counted."""
     for t in flat:
-        if not isinstance(t, Tensor):
+        if not isinstance(t, Tensor) or name.endswith("_like"):  # of which only the sizes are read
             continue
         if isinstance(t, OnDevice):
             if t.dtype in NO_KERNEL and name not in FREE:
@@ -173,7 +169,12 @@ def _check(f: Any, name: str, args: Any, kwargs: Any, flat: list[Any], costs: Co
         elif not (t.dim() == 0 and (torch.Tag.pointwise in f.tags or name in CPU_INDICES or name.startswith("_f"))):
             raise Violation(f"{f}: a tensor {tuple(t.shape)} of {t.dtype} is on the CPU, others are on the device")
     if name == "_grouped_mm":  # rows of whole 16 bytes
+        ends = args[2] if len(args) > 2 else kwargs["offs"]
+        if ends.dtype != torch.int32 or len(ends) >= 1024:
+            raise Violation(f"{f}: ends are int32 and of less than 1,024 groups")
         for t in args[:2]:
+            if t.numel() and t.data_ptr() % 16:
+                raise Violation(f"{f}: a tensor does not begin at a multiple of 16 bytes")
             if t.dtype != torch.bfloat16 or sorted(t.stride()[-2:])[0] != 1 or sorted(t.stride()[-2:])[1] % 8:
                 raise Violation(f"{f}: no kernel for {t.dtype} of shape {tuple(t.shape)}, strides {t.stride()}")
     if name in ("index", "index_put", "index_put_") and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
@@ -294,7 +295,7 @@ def _backward(*args: Any, **kwargs: Any) -> Any:
 
 
 class Standin(TorchDispatchMode):
-    """The device while it is entered. costs: since the last `reset`."""
+    """The device while it is entered. costs: of all that runs, but for what runs in `counted`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -308,7 +309,7 @@ class Standin(TorchDispatchMode):
 
     @contextmanager
     def counted(self) -> Iterator[Costs]:
-        """What is done in here, beside what is counted in all."""
+        """What is done in here, counted apart."""
         before, self.costs = self.costs, Costs()
         try:
             yield self.costs
@@ -327,6 +328,7 @@ def standin() -> Iterator[Standin]:
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "get_device_capability": lambda device=None: (9, 0),
         "is_bf16_supported": lambda including_emulation=True: True,
         "mem_get_info": lambda device=None: (MEMORY // 2, MEMORY),
         "max_memory_allocated": lambda device=None: 0,

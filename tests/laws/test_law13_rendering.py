@@ -39,6 +39,10 @@ CONVERSATIONS = {
     "reasoning before": turns(
         ("user", "6 * 7?"), ("assistant", "<think>\nsix times seven\n</think>\n\n42"), ("user", "and 8?"), ("assistant", "48")
     ),
+    "reasoning beside": [
+        {"role": "user", "content": "6 * 7?"},
+        {"role": "assistant", "content": "42", "reasoning_content": "six times seven is 42"},
+    ],
     "assistant turns in a row": turns(("user", "a?"), ("assistant", "One."), ("assistant", "Two.")),
     "starts with an answer": turns(("assistant", "Hello."), ("user", "a?"), ("assistant", "b.")),
 }
@@ -53,11 +57,11 @@ TRAINED = {
     "parts-or-text": (17, 18),
     "three-roles": (14, 15),
     "no-system": (9, 10),
-    "r1": (9, 16),
-    "nemotron": (9, 16),
-    "no-thinking": (11, 18),
-    "qwen-3": (12, 18),
-    "harmony": (8, 15),
+    "r1": (18, 19),
+    "nemotron": (18, 19),
+    "no-thinking": (17, 18),
+    "qwen-3": (17, 18),
+    "harmony": (14, 15),
     "no-end": (17, 18),
     "always-asks": (17, 18),
     "footer": (17, 18),
@@ -115,18 +119,20 @@ def test_trained_as_served_or_dropped(style, last_turn_only):
             continue
         trained += 1
         renamed = [{**m, "role": developer if m["role"] == "developer" else m["role"]} for m in messages]
-        answers = spans(result, tokenizer.convert_tokens_to_ids(STYLES[style].eos))
+        end = tokenizer.convert_tokens_to_ids(STYLES[style].eos)
+        answers = [(s, places) for s in result.segments for places in spans(s, end)]
         asked = [i for i, m in enumerate(messages) if m["role"] == "assistant"][-1 if last_turn_only else 0 :]
         assert len(answers) == len(asked), name
-        for places, index in zip(answers, asked, strict=True):
-            prompt = tokenizer.decode(result.ids[: places[0]].tolist())
+        for (segment, places), index in zip(answers, asked, strict=True):
+            prompt = tokenizer.decode(segment.ids[: places[0]].tolist())
             assert prompt == as_served(renamed[:index], tokenizer, style), name
             assert has_all(messages[:index], prompt), name
-            answer = tokenizer.decode(result.ids[places].tolist())
-            assert squeezed(messages[index]["content"]) in squeezed(answer), name
+            answer = tokenizer.decode(segment.ids[places].tolist())
+            opened = "<think>" if prompt.endswith("<think>\n") else ""  # the prompt has begun the answer
+            assert squeezed(messages[index]["content"]) in squeezed(opened + answer), name
             if "think" not in messages[index]["content"]:
                 assert messages[index]["content"].strip() in answer, name
-            ended = result.ids[places[-1]] == tokenizer.convert_tokens_to_ids(STYLES[style].eos)
+            ended = segment.ids[places[-1]] == end
             assert ended or (style in ENDLESS and index != asked[-1]), name
     assert trained == TRAINED[style][last_turn_only]
 
@@ -158,7 +164,11 @@ REASONS = [
     ("no-system", "system", "the chat template does not render it: messages[0] (system)"),
     ("no-system", "developer", "the chat template does not render it: messages[0] (developer)"),
     ("gemma", "system", "the chat template refuses it: System role not supported"),
-    ("r1", "reasoning", "the chat template takes the reasoning out of the answer: messages[1] is not rendered whole"),
+    (
+        "headless",
+        "reasoning beside",
+        "reasoning: the chat template renders none beside the content (messages[1]); this base has no reasoning",
+    ),
 ]
 
 

@@ -127,7 +127,14 @@ def users(base: Base) -> list[Adapter]:
 
 
 @pytest.mark.parametrize(
-    ("name", "writer"), [*product(BASES, FEW_WRITERS), *product(["llama-bfloat16"], sorted(WRITERS.keys() - FEW_WRITERS))]
+    ("name", "writer"),
+    [
+        *(
+            pytest.param(*each, marks=() if each[0].startswith(("llama", "gpt2")) else pytest.mark.slow)
+            for each in product(BASES, FEW_WRITERS)
+        ),
+        *product(["llama-bfloat16"], sorted(WRITERS.keys() - FEW_WRITERS)),
+    ],
 )
 def test_the_bases_weights(name: str, writer: str) -> None:
     family, dtype = BASES[name]

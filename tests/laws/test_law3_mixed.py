@@ -6,6 +6,7 @@ Both ways of running: by span (full forwards, prefill) and gathered (decoding ma
 import importlib
 import sys
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -76,11 +77,22 @@ def _without_native(monkeypatch):
     monkeypatch.setattr(Attached, "decode_path", None)
 
 
+@cache
+def _of_everyone(family):
+    """(adapters, sequences, each one's logits in a full forward of its own): two sequences of each, in an order that interleaves them."""
+    base = base_of(family)
+    everyone = [None, *adapters_of(family).values(), *_two_loras(base), *(_twin(base, c) for c in CASES)]
+    entries = _shuffle([(a, tokens(10 + (i + k) % 4, 20 * i + k)) for i, a in enumerate(everyone) for k in range(2)], seed=4)
+    adapters, sequences = [a for a, _ in entries], [s for _, s in entries]
+    return adapters, sequences, solo(base, sequences, adapters)
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_everything_at_once_equals_full_forwards(family, compiled, monkeypatch):
     """One token of every adapter a step, through the cache and the kernels of few rows, against one full forward of each."""
     base, gathered, real = base_of(family), set(), ops.gathers
+    adapters, sequences, alone = _of_everyone(family)
     if compiled and native.load()[0] is None:
         pytest.skip(native.load()[1])
     if not compiled:
@@ -88,15 +100,12 @@ def test_decoding_everything_at_once_equals_full_forwards(family, compiled, monk
     elif family in decode_path.FAMILIES:
         assert base.attached.decode_path is not None, "the decode path does not agree with the model's own"
 
-    def spy(rows):
+    def spy(rows, packs):
         caller = sys._getframe(1)  # the kernel that asks
-        gathered.add((caller.f_code.co_qualname, getattr(caller.f_locals.get("self"), "parallel", None), real(rows)))
-        return real(rows)
+        gathered.add((caller.f_code.co_qualname, getattr(caller.f_locals.get("self"), "parallel", None), real(rows, packs)))
+        return real(rows, packs)
 
     monkeypatch.setattr(ops.edit, "gathers", spy)
-    everyone = [None, *adapters_of(family).values(), *_two_loras(base), *(_twin(base, c) for c in CASES)]
-    entries = _shuffle([(a, tokens(10 + (i + k) % 4, 20 * i + k)) for i, a in enumerate(everyone) for k in range(2)], seed=4)
-    adapters, sequences = [a for a, _ in entries], [s for _, s in entries]
     chunks = [[6] + [1] * (len(s) - 6) for s in sequences]  # prefill by span, then decode
     cached = cached_logits(base, sequences, adapters, chunks)
     both_ways = {
@@ -107,7 +116,7 @@ def test_decoding_everything_at_once_equals_full_forwards(family, compiled, monk
     both_ways |= {(k, p, way) for k, p, _ in gathered for way in (True, False)}  # those of new methods too
     if not compiled:
         assert gathered == both_ways, "every kernel must have run both ways"
-    for got, want in zip(cached, solo(base, sequences, adapters), strict=True):
+    for got, want in zip(cached, alone, strict=True):
         assert difference(got, want) <= 1e-5
 
 

@@ -32,7 +32,7 @@ def _losses(base, adapters, data, seeds):
     """One loss an adapter, from one mixed forward: its own mean over its own tokens."""
     mix, members = base.mix(adapters, packed=lambda a: base.attached.pack(a.method, a.params, a.sites))
     flat = [(i, rows[k]) for k in range(max(map(len, data))) for i, rows in enumerate(data) if k < len(rows)]  # members interleave
-    batch = base.batch([Piece(torch.tensor(ids), members[i]) for i, ids in flat], mix, seeds=seeds)
+    batch = base.batch([Piece(torch.tensor(ids), members[i], seed=(seeds or {}).get(members[i])) for i, ids in flat], mix)
     logits_TV = base.attached.head(base.attached.forward(batch), batch, range(batch.total))
     sums, counts = [0.0] * len(adapters), [0] * len(adapters)
     for (i, ids), (a, b) in zip(flat, batch.where, strict=True):
@@ -115,12 +115,33 @@ def test_a_gradient_is_the_slope_of_the_loss():
 
 def test_dropout_is_inverted_and_seeded_by_adapter_and_site():
     x = torch.ones(400, 50)
-    y = ops.dropout(x, 0.25, 3, 9)
+    keys = torch.from_numpy(ops.row_keys(3, 400))
+    y = ops.dropout(x, 0.25, keys, 9)
     assert y.unique().tolist() == pytest.approx([0.0, 1.0 / 0.75])
     assert float((y == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
-    assert torch.equal(y, ops.dropout(x, 0.25, 3, 9))
-    assert not torch.equal(y, ops.dropout(x, 0.25, 3, 10)) and not torch.equal(y, ops.dropout(x, 0.25, 4, 9))
-    assert ops.dropout(x, 0.25, None, 9) is x and ops.dropout(x, 0.0, 3, 9) is x
+    assert torch.equal(y, ops.dropout(x, 0.25, keys, 9))
+    others = torch.from_numpy(ops.row_keys(4, 400))
+    assert not torch.equal(y, ops.dropout(x, 0.25, keys, 10)) and not torch.equal(y, ops.dropout(x, 0.25, others, 9))
+    assert ops.dropout(x, 0.25, None, 9) is x and ops.dropout(x, 0.0, keys, 9) is x
+    beside = ops.dropout(x, 0.25, torch.cat([others[:100], keys[:300]]), 9)
+    assert torch.equal(beside[100:], y[:300]) and not torch.equal(beside[:100], y[:100])
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_masks_are_random_over_rows_columns_sites_and_seeds(p):
+    """Mean and correlations of neighbours in every direction, within five standard deviations of independent draws."""
+    x, n = torch.ones(256, 512), 256 * 512
+
+    def mask(seed, site):
+        return (ops.dropout(x, p, torch.from_numpy(ops.row_keys(seed, 256)), site) != 0).double()
+
+    m, sigma = mask(7, 3), math.sqrt(p * (1 - p))
+    assert abs(float(m.mean()) - (1 - p)) < 5 * sigma / math.sqrt(n)
+    centred = lambda m: m - (1 - p)  # noqa: E731
+    for a, b in [(m[1:], m[:-1]), (m[:, 1:], m[:, :-1]), (m[2:], m[:-2]), (m, mask(8, 3)), (m, mask(7, 4)), (m, m.flip(0)), (m, m.flip(1))]:
+        assert abs(float((centred(a) * centred(b)).mean())) < 5 * sigma**2 / math.sqrt(a.numel() / 2)
+    assert float(m.mean(0).std()) == pytest.approx(sigma / math.sqrt(256), rel=0.2)
+    assert float(m.mean(1).std()) == pytest.approx(sigma / math.sqrt(512), rel=0.2)
 
 
 # ---- kernels in double precision ---------------------------------------------------------------------------------------------------------
@@ -180,7 +201,7 @@ def test_padding_queries_stay_finite_and_pass_nothing_back():
     assert (dq[0, 1] == 0).all() and all(g.isfinite().all() for g in (dq, dk, dv)) and (dk[0, 2:] == 0).all() and (dv[0, 2:] == 0).all()
 
 
-ROWS = Rows((Span(1, 4, 1, 5), Span(5, 7, 0, 6), Span(7, 8, 1, 8)), 9, torch.device("cpu"))
+ROWS = Rows((Span(1, 4, 1), Span(5, 7, 0), Span(7, 8, 1)), 9, torch.device("cpu"), torch.from_numpy(ops.row_keys(5, 9)))
 """Two adapters, one of them with two spans, rows of nobody before, between and after."""
 
 
@@ -228,7 +249,7 @@ def test_lora_with_dropout_equals_autograd():
     want = F.linear(x, W, b)
     for s in ROWS.spans:
         A, B = factors[2 * s.slot], factors[2 * s.slot + 1]
-        inside = F.pad(ops.dropout(x[s.start : s.stop], 0.5, s.seed, 3) @ (B @ A).T, (0, 0, s.start, 9 - s.stop))
+        inside = F.pad(ops.dropout(x[s.start : s.stop], 0.5, ROWS.keys(s), 3) @ (B @ A).T, (0, 0, s.start, 9 - s.stop))
         want = want + inside
     got = ops.lora(x, base=_around(W, b), packs=packs, rows=ROWS)
     assert torch.allclose(got, want, atol=1e-12)

@@ -18,7 +18,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("max_tokens", [64, 4096])
+@pytest.mark.parametrize("max_tokens", [pytest.param(64, marks=pytest.mark.slow), 4096])
 def test_joint_equals_solo(tmp_path: Path, max_tokens: int) -> None:
     joint = run(tmp_path / "joint", VARIANTS, max_tokens=max_tokens)
     together = metrics(joint)

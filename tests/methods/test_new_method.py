@@ -38,9 +38,9 @@ ROOT = Path(__file__).parent.parent.parent
 def shift_output(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
     """y = base(x) + u on each span; u [O]."""
     y_TO = base(x_TI)
-    if ops.gathers(rows):
-        where, slots = rows.touched
-        y_TO[where] += packs.stacked("u")[slots]
+    if ops.gathers(rows, packs):
+        for stacked, where, slots in packs.gathered(rows):
+            y_TO[where] += stacked("u")[slots]
         return y_TO
     return ops.by_span(y_TO, rows, lambda s, y: y + packs.items[s.slot].tensors["u"])
 
@@ -155,6 +155,7 @@ def test_a_method_is_read_by_peft_s_keys_or_by_its_own() -> None:
     assert {kind for kind, cls in METHODS.items() if cls.in_peft} == set(config_read._READERS)
 
 
+@pytest.mark.slow
 def test_the_example_of_contributing_is_a_method_once_its_file_is_there(tmp_path: Path) -> None:
     """In a copy of the package, with the kernel and the file as CONTRIBUTING.md has them, and nothing else."""
     kernel, method = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)[:2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab import ops
-from trimtab.methods.base import Span
+from trimtab.methods.base import Rows, Span
 
 T = 5
 
@@ -33,10 +35,21 @@ def test_lora_adds_to_what_edits_before_it_give_even_where_that_is_a_view(output
 
     leaves = [t.clone().requires_grad_() for t in (x, W, A, B)]
     packs = SimpleNamespace(items=[SimpleNamespace(tensors={"A": leaves[2], "B": leaves[3]}, dropout=0.0)])
-    rows = SimpleNamespace(spans=[Span(1, 4, 0)], total=T)
+    rows = Rows((Span(1, 4, 0),), T, torch.device("cpu"))
     found = gradients(ops.lora(leaves[0], Before(), packs, rows))
     inside = torch.zeros(T, 1, dtype=torch.float64)
     inside[1:4] = 1
     wanted = gradients(3 * (leaves[0] @ leaves[1].T) + inside * (leaves[0] @ leaves[2].T @ leaves[3].T))
     for got, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_what_a_function_writes_in_place_is_its_first_argument() -> None:
+    """Autograd takes the first for it where that is a view."""
+    found = []
+    for file in Path(ops.__file__).parent.glob("*.py"):
+        for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(function, ast.FunctionDef) and function.name == "forward":
+                calls = [c for c in ast.walk(function) if isinstance(c, ast.Call) and ast.unparse(c.func) == "ctx.mark_dirty"]
+                found += [(file.name, [ast.unparse(a) for a in c.args], function.args.args[1].arg) for c in calls]
+    assert len(found) >= 2 and all(written == [first] for _, written, first in found), found

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.laws.common import gradient_difference
 from trimtab.methods.base import Rows, Span
+from trimtab.ops import grouped
 from trimtab.ops.grouped import Factors, GroupedLora, stack_factors
 
 I, O, T = 48, 64, 40
@@ -32,8 +37,13 @@ def numbers(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("inside", [True, False])
-def test_products_grouped_by_adapter_equal_each_alone(inside: bool) -> None:
+def in_a_batch(frozen: Frozen, x: torch.Tensor) -> torch.Tensor:
+    """A view, as a block's result is, or that of GPT-2's layers."""
+    return frozen(x).view(1, T, O).flatten(0, -2)
+
+
+@pytest.mark.parametrize("before", [lambda frozen, x: None, Frozen.__call__, in_a_batch], ids=["inside", "before", "a view before"])
+def test_products_grouped_by_adapter_equal_each_alone(before: Callable[[Frozen, torch.Tensor], torch.Tensor | None]) -> None:
     bf16 = torch.bfloat16
     weight, x, dy = numbers(O, I, seed=1).to(bf16), numbers(T, I, seed=2).to(bf16).requires_grad_(), numbers(T, O, seed=3).to(bf16)
     leaves = [(numbers(r, I, seed=10 + i).requires_grad_(), numbers(O, r, seed=20 + i).requires_grad_()) for i, r in enumerate(RANKS)]
@@ -41,7 +51,7 @@ def test_products_grouped_by_adapter_equal_each_alone(inside: bool) -> None:
     assert sorted(i for s in stacks for i in s.slots) == [0, 1, 2, 3, 4] and [s.A.shape[1] for s in stacks] == [64, 8]
     rows, frozen = Rows(SPANS, T, torch.device("cpu")), Frozen(weight)
     tensors = [t for s in stacks for t in (s.A, s.B)]
-    y = GroupedLora.apply(x, None if inside else frozen(x), frozen, [rows.of_slots(s.slots) for s in stacks], *tensors)
+    y = GroupedLora.apply(before(frozen, x), x, frozen, [rows.of_slots(s.slots) for s in stacks], *tensors)
     y.backward(dy)
     got = [x.grad, *(t.grad for pair in leaves for t in pair)]
 
@@ -58,6 +68,19 @@ def test_products_grouped_by_adapter_equal_each_alone(inside: bool) -> None:
         else:
             assert ours.dtype == (bf16 if n == 0 else torch.float32)
             assert gradient_difference(ours.float(), theirs) < 0.02, n
+
+
+@pytest.mark.parametrize("wrong", range(5))
+def test_a_product_that_is_no_number_is_refused(wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the five forms it is; an empty group may be memory that nobody wrote."""
+    right, calls, compared = F.grouped_mm, itertools.count(), grouped._trusted.__wrapped__
+
+    def grouped_mm(*args: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        return right(*args, offs=offs) * (torch.nan if next(calls) == wrong else 1)
+
+    assert compared(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(F, "grouped_mm", grouped_mm)
+    assert not compared(torch.device("cpu"), torch.bfloat16) and next(calls) == 5
 
 
 def _lora(x: torch.Tensor, factors: list[tuple[torch.Tensor, torch.Tensor]], s: Span) -> torch.Tensor:

@@ -13,7 +13,9 @@ from tests.laws.common import noisy, tokens
 from tests.tiny import tiny_tokenizer
 from trimtab import ops
 from trimtab.forward import attention
-from trimtab.forward.attention import LONG, AttentionPlan, KVCache, Run, attend, lay_out, over_buckets
+from trimtab.forward.attention import LONG, AttentionPlan, attend
+from trimtab.forward.buckets import lay_out, over_buckets
+from trimtab.forward.kv_cache import KVCache, Run
 from trimtab.methods import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from trimtab.model import Base
 from trimtab.ops import native, native_attention

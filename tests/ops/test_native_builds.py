@@ -19,6 +19,12 @@ def test_they_build_and_load_here():
     assert library is not None, why
 
 
+def test_what_is_copied_is_known_without_building(monkeypatch):
+    assert native.copies_weights() == (native.has_tiles() or not native.attends_flat())
+    monkeypatch.setenv("TRIMTAB_NATIVE", "0")
+    assert not native.copies_weights(), "the decode path does not run"
+
+
 def test_what_is_built_under_an_open_umask_is_loaded(tmp_path, monkeypatch):
     """Ubuntu gives its users umask 002, under which compilers write files that the user's group may change."""
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from trimtab import ops
+from trimtab.methods.base import Rows, Span
 from trimtab.ops import compiled, edit, native, native_training
 
 pytestmark = pytest.mark.skipif(native.load()[0] is None, reason=f"no native kernels: {native.load()[1]}")
@@ -190,7 +191,7 @@ def lora_way(dtype, spans, x, weight, pairs, dy, *, p=0.0, plain=True, trains=Tr
             return rows @ weight.T
 
     packs = SimpleNamespace(items=[SimpleNamespace(tensors=t, dropout=p) for t in factors])
-    rows = SimpleNamespace(spans=[SimpleNamespace(slot=s, start=a, stop=b, seed=11 + s) for s, a, b in spans], total=len(x))
+    rows = Rows(tuple(Span(a, b, s) for s, a, b in spans), len(x), x.device, torch.from_numpy(ops.row_keys(11, len(x))))
     y = ops.lora(x, Base(), packs, rows)
     y.backward(dy)
     return [y.detach(), x.grad, *(t.grad for pair in factors for t in pair.values() if trains)]

@@ -32,15 +32,23 @@ def plain_varlen(
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
     top_left: bool = False,
 ) -> Tensor:
     """`torch.nn.attention.varlen.varlen_attn` as its documentation and Flash Attention's have it, in fp32: windows count the keys before
     and after a query's own, which is at the end of the keys (top_left: at the start, as in older kernels)."""
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and enable_gqa == (query.shape[1] != key.shape[1])
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and enable_gqa == (query.shape[1] != key.shape[-2])
     assert cu_seq_q.diff().max() == max_q and cu_seq_k.diff().max() == max_k and query.dtype in varlen.DTYPES
-    out, (left, right), repeat = [], window_size, query.shape[1] // key.shape[1]
+    out, (left, right), repeat = [], window_size, query.shape[1] // key.shape[-2]
     for i in range(len(cu_seq_q) - 1):
-        q, (k, v) = query[cu_seq_q[i] : cu_seq_q[i + 1]].float(), (x[cu_seq_k[i] : cu_seq_k[i + 1]].float() for x in (key, value))
+        if block_table is None:
+            k, v = (x[cu_seq_k[i] : cu_seq_k[i + 1]] for x in (key, value))
+        else:
+            assert seqused_k is not None and block_table.dtype == seqused_k.dtype == torch.int32
+            k, v = (torch.cat([x[page] for page in block_table[i].tolist()])[: seqused_k[i]] for x in (key, value))
+        q, k, v = query[cu_seq_q[i] : cu_seq_q[i + 1]].float(), k.float(), v.float()
         k, v = (x.repeat_interleave(repeat, 1) for x in (k, v))
         place_Q = torch.arange(len(q)) + (0 if top_left else len(k) - len(q))
         ahead_QK = torch.arange(len(k)) - place_Q[:, None]
@@ -97,7 +105,7 @@ def use(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Tensor]) -> list[
         calls.append(len(args[0]))
         return kernel(*args, **options)
 
-    monkeypatch.setattr(varlen, "_find", lambda: counted)
+    monkeypatch.setattr(varlen, "find", lambda: counted)
     return calls
 
 
@@ -119,6 +127,13 @@ def test_a_right_kernel_is_used_and_compared_once(monkeypatch: pytest.MonkeyPatc
     )
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_first_use_without_gradients_compares_them_too(mode: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, plain_varlen)
+    with mode():
+        assert ops.varlen_kernel(*rows()) is not None, varlen.verdict(torch.device("cpu"), torch.bfloat16, 16, 2)
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_kernel_is_refused_and_the_log_says_why(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -136,13 +151,13 @@ def test_a_torch_without_it_goes_the_old_way(monkeypatch: pytest.MonkeyPatch) ->
     def missing() -> Any:
         raise ImportError("No module named 'torch.nn.attention.varlen'")
 
-    monkeypatch.setattr(varlen, "_find", missing)
+    monkeypatch.setattr(varlen, "find", missing)
     assert ops.varlen_kernel(*rows()) is None
 
 
 def test_the_installed_torch_has_the_signature_that_is_called() -> None:
     """The real kernel gets as far as asking for a GPU, so its arguments are right."""
-    assert "varlen_attn" in str(varlen._find())
+    assert "varlen_attn" in str(varlen.find())
     assert ops.varlen_kernel(*rows()) is None
     assert "NotImplementedError" in varlen.verdict(torch.device("cpu"), torch.bfloat16, 16, 2)
 
@@ -199,14 +214,16 @@ def test_a_mixed_forward_and_backward_agree(family: str, activation_checkpointin
         assert gradient_difference(ours.float(), theirs.float()) <= 5e-2
 
 
-def test_caches_and_soft_caps_go_the_old_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_soft_caps_go_the_old_way(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = use(monkeypatch, plain_varlen)
     capped = Base(tiny_model("gemma2", dtype=torch.bfloat16), tiny_tokenizer())
+    capped.generate_ids([[1, 2, 3]])
+    calls.clear()  # of the comparisons
     capped.logits([[1, 2, 3]])
-    base = Base(tiny_model("llama", dtype=torch.bfloat16), tiny_tokenizer())
-    base.generate_ids([[1, 2, 3]])
-    calls.clear()  # of the comparison, and of those of the fast forwards and the lean one
-    base.generate_ids([[1, 2, 3]])
+    capped.generate_ids([[1, 2, 3]])
     assert not calls
+    base = Base(tiny_model("llama", dtype=torch.bfloat16), tiny_tokenizer())
+    base.logits([[1, 2, 3]])
+    calls.clear()
     base.logits([[1, 2, 3]])
     assert len(calls) == base.spec.num_layers

@@ -118,10 +118,10 @@ def ask(
     weight: float = 1.0,
     **params: Any,
 ) -> Heard:
-    """Submit a request; prompt: its tokens, or how many random ones. Others are Request's deadline and cache_salt, and SamplingParams'."""
+    """Submit a request; prompt: its tokens, or how many random ones. Others are Request's and SamplingParams'."""
     heard = Heard()
     ids = tokens(prompt, sum(map(ord, name))) if isinstance(prompt, int) else list(prompt)
-    of_request = {k: params.pop(k) for k in ("deadline", "cache_salt") if k in params}
+    of_request = {k: params.pop(k) for k in ("deadline", "cache_salt", "like", "pooling") if k in params}
     engine.submit(Request(name, tuple(ids), SamplingParams(**params), adapter, tenant, weight, **of_request), heard)
     return heard
 

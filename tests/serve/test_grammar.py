@@ -18,15 +18,16 @@ from trimtab.serve import grammar as grammar_module
 from trimtab.serve import grammar_pool
 from trimtab.serve import grammars as grammars_module
 from trimtab.serve.grammar import Compiler
-from trimtab.serve.grammars import Grammars, masks
+from trimtab.serve.grammars import Grammars
 from trimtab.serve.request import Grammar
+from trimtab.serve.sampling import masks
 
 TOKENIZER = tiny_tokenizer()
 COMPILER = Compiler(TOKENIZER.backend_tokenizer.to_str(), 300, {EOS_ID, 256})
 
 
 def allowed(matcher) -> set[int]:
-    return set(masks([matcher], 300)[0].nonzero()[:, 0].tolist())
+    return set(masks([matcher], 300)[0].nonzero()[0].tolist())
 
 
 def takes(grammar: Grammar, text: str) -> bool:
@@ -380,13 +381,13 @@ def test_processes_are_few_and_end_when_nobody_needs_them(grammars, monkeypatch)
     assert not again.error and again.process in (first, second)
 
 
-@pytest.mark.skipif(not hasattr(os, "getsid"), reason="no sessions here")
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux's")
 def test_a_process_has_the_lowest_priority_in_the_session_of_the_server(grammars):
     """Linux shares the cores among sessions before it looks at priorities. A process group of its own keeps Ctrl-C from it."""
     matcher = grammars.matcher(Grammar("regex", "xyx"))
     ready(grammars, matcher)
     pid = matcher.process.popen.pid
-    assert os.getpriority(os.PRIO_PROCESS, pid) == 19
+    assert os.sched_getscheduler(pid) == os.SCHED_IDLE
     assert os.getsid(pid) == os.getsid(0) and os.getpgid(pid) != os.getpgid(0)
 
 

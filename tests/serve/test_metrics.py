@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -36,6 +37,8 @@ STATS = EngineStats(
     evictions=4,
     load_seconds=2.5,
     preemptions=6,
+    drafted_tokens=40,
+    accepted_tokens=30,
     prefix_query_tokens=1000,
     prefix_hit_tokens=400,
     prompt_tokens=5000,
@@ -109,7 +112,7 @@ def test_times_are_observed_as_requests_end() -> None:
         "request_queue_time_seconds_sum": 2.5,
         "request_prompt_tokens_sum": 10,
         "request_generation_tokens_sum": 4,
-        "iteration_tokens_total_sum": 33,
+        "iteration_tokens_sum": 33,
         "request_success_total,finished_reason=stop": 1,
         "request_success_total,finished_reason=abort": 1,
         "request_success_total,finished_reason=length": 0,
@@ -210,4 +213,60 @@ def test_a_real_engine_tells_what_it_did() -> None:
     }
     assert {k: found[PREFIX + k] for k in expected} == expected
     rows = [found[f"{PREFIX}forward_rows_total,path={way}"] for way in ("one_call", "layer_by_layer", "model")]
-    assert sum(rows) == found[PREFIX + "iteration_tokens_total_sum"] == 5 + 2 * 4
+    assert sum(rows) == found[PREFIX + "iteration_tokens_sum"] == 5 + 2 * 4
+
+
+def families(metrics: Metrics) -> list:
+    return list(text_string_to_metric_families(metrics.text().decode()))
+
+
+def test_names_keep_to_what_promtool_checks():
+    """promtool check metrics: https://github.com/prometheus/client_golang, prometheus/testutil/promlint."""
+    abbreviated = {"s", "ms", "us", "ns", "sec", "b", "kb", "mb", "gb", "tb", "pb", "m", "h", "d"}
+    for family in families(Metrics("base", lambda: STATS)):
+        assert family.documentation
+        assert re.fullmatch(r"[a-z_][a-z0-9_]*", family.name), family.name
+        name = {s.name for s in family.samples}
+        if family.type == "counter":
+            assert all(n.endswith(("_total", "_created")) for n in name), name
+        else:
+            assert not family.name.endswith("_total"), family.name
+        if family.type == "gauge":
+            assert not family.name.endswith(("_count", "_sum", "_bucket")), family.name
+        words = set(family.name.split("_"))
+        assert not words & abbreviated and not words & {"counter", "gauge", "histogram", "summary"}, family.name
+        assert not words & {"milliseconds", "minutes", "hours", "kilobytes", "megabytes", "percent"}, family.name
+
+
+def test_vllm_names_are_there_on_request():
+    stats = replace(STATS, adapters_running=("acme/support@3", "law/x"), adapters_waiting=("law/x",))
+    names = {f.name for f in families(Metrics("base", lambda: stats, vllm=True, max_running=64))}
+    assert {
+        "vllm:num_requests_running",
+        "vllm:kv_cache_usage_perc",
+        "vllm:e2e_request_latency_seconds",
+        "trimtab_adapters_resident",
+    } <= names
+    assert not {n.removeprefix("vllm:") for n in names if n.startswith("vllm:")} & {
+        n.removeprefix("trimtab_") for n in names if n[:1] == "t"
+    }
+    found = [
+        s for f in families(Metrics("base", lambda: stats, vllm=True, max_running=64)) for s in f.samples if "lora_requests_info" in s.name
+    ]
+    told = {"max_lora": "64", "running_lora_adapters": "acme/support@3,law/x", "waiting_lora_adapters": "law/x"}
+    assert [s.labels for s in found] == [told] and found[0].value > 1.7e9
+    assert any(s.name == "vllm:iteration_tokens_total_sum" for f in families(Metrics("base", lambda: stats, vllm=True)) for s in f.samples)
+    assert "vllm:" not in Metrics("base", lambda: stats).text().decode()
+
+
+def test_adapters_are_told_by_the_names_of_those_that_run():
+    base = tiny_base()
+    adapter = stirred(base, next(iter(METHODS.values())).examples()[0])
+    engine = Engine(base)
+    served = snapshot("acme/x", base, adapter.method, adapter.params)
+    engine.submit(Request("a", (1, 2), SamplingParams(max_tokens=2), served), lambda delta: None)
+    assert engine.stats().adapters_waiting == ("acme/x",) and engine.stats().adapters_running == ()
+    while engine.requests:
+        engine.step()
+    assert engine.stats().adapters_waiting == ()
+    engine.close()

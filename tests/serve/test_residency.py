@@ -11,7 +11,7 @@ import torch
 from tests.laws.common import CASES, base_of, noisy, tokens
 from tests.serve.common import AtOnce, ByHand, Held, ask, engine_of, finish, held
 from tests.tiny import tiny_model, tiny_tokenizer
-from trimtab.errors import AdapterError, TrimtabError
+from trimtab.errors import AdapterError, OverloadedError, TrimtabError
 from trimtab.methods import LoraConfig
 from trimtab.model import Base
 from trimtab.serve.residency import Residency, packed_bytes
@@ -246,3 +246,68 @@ def test_a_failed_load_is_tried_again_for_the_next_request():
     finish(engine)
     assert a.finish == "error" and b.finish in ("stop", "length")
     assert torch.isfinite(torch.tensor(engine.stats().load_seconds)) and engine.stats().load_failures == 1
+
+
+def test_an_eviction_is_over_with_the_load_that_it_meant():
+    """A load that is dropped, because nobody waits for it and there is no room, is not evicted once it comes again."""
+    loader = ByHand()
+    r, _ = _residency(1.5, loader)
+    r.load(_like(1))
+    loader.run()
+    r.collect({"sha256:1"})
+    lease = r.lease("sha256:1")
+    r.settle()
+    r.load(_like(2))
+    r.evict("sha256:2")
+    loader.run()
+    assert [e.digest for e in r.collect(set())] == ["sha256:2"] and not r.holds("sha256:2")
+    r.settle()
+    r.release(lease)
+    r.load(_like(2))
+    loader.run()
+    r.collect({"sha256:2"})
+    r.settle()
+    assert r.holds("sha256:2")
+
+
+class NoThread(ByHand):
+    """Keeps what it is given and then says that there is no thread, as a pool of threads does."""
+
+    full = True
+
+    def submit(self, fn, /, *args, **kwargs):
+        future = super().submit(fn, *args, **kwargs)
+        if self.full:
+            raise RuntimeError("can't start new thread")
+        return future
+
+
+def test_a_load_that_no_thread_takes_fails_and_the_next_one_is_tried():
+    loader = NoThread()
+    engine = engine_of(loader=loader)
+    adapters = [held(case) for case in ("lora-0", "ia3-0", "prompt-0")]
+    heard = [ask(engine, f"r{i}", 5, adapter, tenant=str(i), max_tokens=1) for i, adapter in enumerate(adapters)]
+    for _ in range(3):
+        engine.step()
+    finish(engine)
+    assert [type(h.error) for h in heard] == [OverloadedError] * 3
+    loader.full = False
+    again = [ask(engine, f"s{i}", 5, adapter, tenant=str(i), max_tokens=1) for i, adapter in enumerate(adapters)]
+    for _ in range(10):
+        engine.step()
+        while loader.jobs:
+            loader.run()  # those that were left lying, too
+    finish(engine)
+    assert [h.error for h in again] == [None] * 3 and engine.stats().adapters_resident == 3
+
+
+def test_a_load_that_was_taken_all_the_same_is_no_failure():
+    r, _ = _residency(2)
+
+    class Taken(AtOnce):
+        def submit(self, fn, /, *args, **kwargs):
+            super().submit(fn, *args, **kwargs)
+            raise RuntimeError("can't start new thread")
+
+    r.loader = Taken()
+    assert [e.error for e in _load(r, _like(1))] == [None] and r.holds("sha256:1") and not r.busy

@@ -8,8 +8,7 @@ import pytest
 
 from tests.laws.common import tokens
 from tests.serve.common import ByHand, Held, ask, engine_of, finish, held, solo, without_end
-from trimtab.serve import entrance
-from trimtab.serve import scheduler as scheduler_module
+from trimtab.serve import entrance, queues
 from trimtab.serve.residency import packed_bytes
 from trimtab.serve.runner import Feed, Runner
 
@@ -132,7 +131,7 @@ def test_requests_of_one_adapter_wait_for_one_load_and_keep_their_order():
 
 
 def test_a_long_queue_does_not_claim_memory_ahead(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "LOOKAHEAD", 3)
+    monkeypatch.setattr(queues, "LOOKAHEAD", 3)
     loader = ByHand()
     engine = engine_of(loader=loader, max_running=1)
     some = [Held(f"sha256:{i}", held("ia3-0").adapter) for i in range(8)]
@@ -144,7 +143,7 @@ def test_a_long_queue_does_not_claim_memory_ahead(monkeypatch):
         loader.run()
         engine.step()
         stats = engine.stats()
-        assert stats.loading + len(engine.scheduler._leased) <= 3 and stats.adapter_leases <= 4
+        assert stats.loading + len(engine.scheduler.queues.leased) <= 3 and stats.adapter_leases <= 4
     while loader.jobs or engine.step():
         if loader.jobs:
             loader.run()
@@ -153,17 +152,17 @@ def test_a_long_queue_does_not_claim_memory_ahead(monkeypatch):
 
 
 def test_a_tenant_with_many_adapters_does_not_take_all_loads(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "LOOKAHEAD", 3)
+    monkeypatch.setattr(queues, "LOOKAHEAD", 3)
     engine = engine_of(loader=ByHand())
     for i in range(6):
         ask(engine, f"many{i}", 5, Held(f"sha256:{i}", held("ia3-0").adapter), tenant="many")
     ask(engine, "one", 5, held("lora-0"), tenant="one")
     engine.step()
-    assert sorted(x.request.tenant for waiting in engine.scheduler.loading.values() for x in waiting) == ["many", "many", "one"]
+    assert sorted(x.request.tenant for waiting in engine.scheduler.queues.loading.values() for x in waiting) == ["many", "many", "one"]
     engine.close()
 
 
-@pytest.mark.parametrize("adapters", [1, scheduler_module.LOOKAHEAD])
+@pytest.mark.parametrize("adapters", [1, queues.LOOKAHEAD])
 def test_answers_of_a_tenant_that_wait_keep_nobody_elses_adapter_from_being_read(adapters):
     loader = ByHand()
     engine = engine_of(loader=loader, max_running=2, blocks=400)
@@ -225,8 +224,19 @@ def test_adapters_of_answers_that_wait_leave_room_for_those_of_other_tenants(fir
     engine.close()
 
 
+def test_a_prompt_too_long_beside_its_virtual_tokens_keeps_no_other_adapter_from_being_read(monkeypatch):
+    monkeypatch.setattr(queues, "LOOKAHEAD", 1)
+    engine = engine_of(blocks=3)
+    long = ask(engine, "long", 47, held("prefix-0"), max_tokens=1)
+    finish(engine)
+    assert long.finish == "error" and "virtual ones" in str(long.error)
+    other = ask(engine, "other", 4, held("lora-0"), max_tokens=2, ignore_eos=True)
+    finish(engine)
+    assert other.finish == "length"
+
+
 def test_answers_that_wait_for_one_adapter_count_once(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "LOOKAHEAD", 2)
+    monkeypatch.setattr(queues, "LOOKAHEAD", 2)
     loader = ByHand()
     engine = engine_of(loader=loader)
     for i in range(5):
@@ -238,7 +248,7 @@ def test_answers_that_wait_for_one_adapter_count_once(monkeypatch):
 
 
 def test_who_has_its_adapter_passes_one_that_cannot_be_read_yet(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "LOOKAHEAD", 1)
+    monkeypatch.setattr(queues, "LOOKAHEAD", 1)
     loader = ByHand()
     engine = engine_of(loader=loader)
     there = ask(engine, "there", 4, held("ia3-0"), max_tokens=2, ignore_eos=True)
@@ -357,8 +367,9 @@ def test_alone_a_tenant_has_all_places_and_gets_them_back():
     engine = engine_of(max_running=4, blocks=200)
     for i in range(8):
         ask(engine, f"a{i}", 4, max_tokens=30, ignore_eos=True, tenant="a")
-    ask(engine, "b", 4, max_tokens=2, ignore_eos=True, tenant="b")
-    engine.step()
+    ask(engine, "b", 4, max_tokens=3, ignore_eos=True, tenant="b")
+    for _ in range(2):  # beside four rows of b's, a step has eight of a's
+        engine.step()
     assert running(engine) == {"a": 3, "b": 1}
     for _ in range(3):
         engine.step()

@@ -9,21 +9,26 @@ import stat
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.serve.databases import postgres
 from trimtab.errors import AuthError, ConfigError, NotFoundError
-from trimtab.serve import database
-from trimtab.serve.database import Database, DatabaseError, connect
+from trimtab.serve import sqlite
+from trimtab.serve.database import DatabaseError
+from trimtab.serve.opening import open_database
+from trimtab.serve.sqlite import connect
 from trimtab.serve.tenants import LOCAL, Forbidden, Tenant, Tenants, default_path
 from trimtab.serve.usage import UsageBook, UsageRow
 
 
 @pytest.fixture
-def tenants(tmp_path: Path):
-    with Tenants(tmp_path / "t.db", create=True) as found:
+def tenants(where: str | Path):
+    with Tenants(where, create=True) as found:
         yield found
 
 
@@ -131,7 +136,7 @@ def test_usage_of_an_unknown_tenant_holds_up_nobody(tenants: Tenants, caplog: py
 def test_usage_is_written_without_being_asked(tmp_path: Path) -> None:
     with Tenants(tmp_path / "t.db", create=True) as tenants:
         tenants.add("acme")
-    book = UsageBook(Database(tmp_path / "t.db"), flush_seconds=0.02)
+    book = UsageBook(open_database(tmp_path / "t.db"), flush_seconds=0.02)
     book.add("acme", "", 3, 4)
     looking = sqlite3.connect(tmp_path / "t.db")
     for _ in range(500):
@@ -160,7 +165,7 @@ def test_a_failed_writing_loses_and_doubles_nothing(tmp_path: Path, monkeypatch:
 def test_a_thread_that_cannot_write_says_it_once_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Tenants(tmp_path / "t.db", create=True) as tenants:
         tenants.add("acme")
-    book = UsageBook(Database(tmp_path / "t.db"), flush_seconds=0.01)
+    book = UsageBook(open_database(tmp_path / "t.db"), flush_seconds=0.01)
     book._handle.connection.execute("PRAGMA busy_timeout = 1")
     other = sqlite3.connect(tmp_path / "t.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -183,9 +188,9 @@ def test_a_thread_that_cannot_write_says_it_once_and_goes_on(tmp_path: Path, cap
 
 WRITER = """
 import sys
-from trimtab.serve.database import Database
+from trimtab.serve.opening import open_database
 from trimtab.serve.usage import UsageBook
-book = UsageBook(Database(sys.argv[1]), flush_seconds=0.001)
+book = UsageBook(open_database(sys.argv[1]), flush_seconds=0.001)
 print("ready", flush=True)
 sys.stdin.readline()
 for i in range(400):
@@ -196,11 +201,10 @@ book.close()
 """
 
 
-def test_two_processes_write_usage_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "t.db"
-    with Tenants(path, create=True) as tenants:
+def test_two_processes_write_usage_at_once(where: str | Path) -> None:
+    with Tenants(where, create=True) as tenants:
         tenants.add("acme")
-        command = [sys.executable, "-c", WRITER, str(path)]
+        command = [sys.executable, "-c", WRITER, str(where)]
         writers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         for w in writers:
             assert w.stdout is not None and w.stdin is not None and w.stdout.readline() == "ready\n"
@@ -228,11 +232,10 @@ with Tenants(sys.argv[1]) as tenants:
 """
 
 
-def test_a_terminated_server_loses_no_usage(tmp_path: Path) -> None:
-    path = tmp_path / "t.db"
-    with Tenants(path, create=True) as tenants:
+def test_a_terminated_server_loses_no_usage(where: str | Path) -> None:
+    with Tenants(where, create=True) as tenants:
         tenants.add("acme")
-        server = subprocess.Popen([sys.executable, "-c", SERVER, str(path)], stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen([sys.executable, "-c", SERVER, str(where)], stdout=subprocess.PIPE, text=True)
         assert server.stdout is not None and server.stdout.readline() == "ready\n"
         assert tenants.usage.report() == []
         server.send_signal(signal.SIGTERM)
@@ -273,7 +276,7 @@ def other_program(path: Path) -> None:
 def later_version(path: Path) -> None:
     connect(path, create=True).close()
     with sqlite3.connect(path) as db:
-        db.execute(f"PRAGMA user_version = {len(database.MIGRATIONS) + 1}")
+        db.execute(f"PRAGMA user_version = {len(sqlite.MIGRATIONS) + 1}")
     db.close()
 
 
@@ -308,13 +311,13 @@ def test_a_failed_migration_leaves_the_old_version(tmp_path: Path, monkeypatch: 
     path = tmp_path / "t.db"
     with Tenants(path, create=True) as tenants:
         tenants.add("acme")
-    monkeypatch.setattr(database, "MIGRATIONS", (*database.MIGRATIONS, ("ALTER TABLE tenants ADD COLUMN note TEXT", "SELECT no_such()")))
+    monkeypatch.setattr(sqlite, "MIGRATIONS", (*sqlite.MIGRATIONS, ("ALTER TABLE tenants ADD COLUMN note TEXT", "SELECT no_such()")))
     with pytest.raises(DatabaseError, match="no_such"):
         Tenants(path)
-    monkeypatch.setattr(database, "MIGRATIONS", (*database.MIGRATIONS[:-1], ("ALTER TABLE tenants ADD COLUMN note TEXT",)))
+    monkeypatch.setattr(sqlite, "MIGRATIONS", (*sqlite.MIGRATIONS[:-1], ("ALTER TABLE tenants ADD COLUMN note TEXT",)))
     with Tenants(path) as tenants:
         assert tenants.get("acme").name == "acme"
-    assert sqlite3.connect(path).execute("PRAGMA user_version").fetchone() == (2,)
+    assert sqlite3.connect(path).execute("PRAGMA user_version").fetchone() == (len(sqlite.MIGRATIONS),)
     assert sqlite3.connect(path).execute("SELECT note FROM tenants").fetchone() == (None,)
 
 
@@ -333,6 +336,17 @@ def test_two_processes_make_the_database_at_once(tmp_path: Path) -> None:
     for t in threads:
         t.join()
     assert failures == []
+
+
+def test_a_file_that_another_process_is_changing_to_wal_mode_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "t.db"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(0.2, other.rollback)
+    release.start()
+    connect(path).close()
+    release.join()
+    other.close()
 
 
 def replace_file(path: Path, keep: Path) -> str:
@@ -397,7 +411,7 @@ def test_a_replaced_database_that_somebody_holds_is_not_waited_for(tmp_path: Pat
         let_go.join()
         assert tenants.authenticate(text).name == "acme"
         (patience,) = tenants._handle.connection.execute("PRAGMA busy_timeout").fetchone()
-        assert patience == 1000 * database.BUSY_SECONDS, "writers of usage are waited for as before"
+        assert patience == 1000 * sqlite.BUSY_SECONDS, "writers of usage are waited for as before"
         holder.close()
 
 
@@ -422,3 +436,61 @@ def test_a_database_that_is_gone_or_damaged_lets_nobody_in_until_it_is_back(tmp_
         os.replace(tmp_path / "away.db", path)
         assert tenants.authenticate(text).name == "acme"
         assert [r.prompt_tokens for r in tenants.usage.report()] == [2], "usage was kept meanwhile"
+
+
+# ---- PostgreSQL ----
+
+
+def until(holds: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_database_server_that_was_restarted_is_found_again() -> None:
+    with postgres() as server:
+        from trimtab.serve.postgres import STALE_SECONDS
+
+        with Tenants(server.database(), create=True) as tenants:
+            tenants.add("acme")
+            key, text = tenants.create_key("acme")
+            server.stop()
+            assert tenants.authenticate(text).name == "acme", "known for some seconds"
+            tenants.usage.add("acme", "", 2, 3)
+            with pytest.raises(DatabaseError) as caught:
+                tenants.usage.flush()
+            assert caught.value.http_status == 503
+            tenants._keyring._watch._heard -= STALE_SECONDS  # type: ignore[attr-defined]
+            with pytest.raises(DatabaseError, match="cannot be checked at the moment"):
+                tenants.authenticate(text)
+            server.start()
+            until(lambda: authenticates(tenants, text))
+            assert [r.prompt_tokens for r in tenants.usage.report()] == [2], "usage was kept meanwhile"
+            with Tenants(tenants.where) as other:
+                other.revoke_key(key.id)
+            until(lambda: not authenticates(tenants, text))
+
+
+def authenticates(tenants: Tenants, text: str) -> bool:
+    try:
+        return tenants.authenticate(text).name == "acme"
+    except (AuthError, DatabaseError):
+        return False
+
+
+def test_a_database_that_cannot_be_reached_or_read_is_told_without_its_password(where: str | Path) -> None:
+    with pytest.raises(DatabaseError, match="no tenants database"):
+        Tenants(where)
+    if isinstance(where, Path):
+        return
+    with pytest.raises(DatabaseError) as caught:
+        Tenants("postgresql://trimtab:very-secret@/t?host=/nowhere", create=True)
+    assert "/nowhere" in str(caught.value) and "very-secret" not in str(caught.value)
+    with pytest.raises(ConfigError) as wrong:
+        Tenants("postgresql://trimtab:very-secret@host/t?nonsense=1", create=True)
+    assert "very-secret" not in str(wrong.value)
+    with Tenants(where, create=True) as tenants, tenants._database.writing(tenants._handle) as db:
+        db.execute("UPDATE version SET number = 99")
+    with pytest.raises(DatabaseError, match="use the trimtab that wrote it"):
+        Tenants(where, create=True)

@@ -30,6 +30,14 @@ def stir_(tensor: torch.Tensor, generator: torch.Generator) -> None:
     tensor += (0.3 * spread or 0.2) * torch.randn(tensor.shape, generator=generator)
 
 
+@torch.no_grad()
+def stir_trained_(model: torch.nn.Module, generator: torch.Generator) -> None:
+    """The same with all of a model's tensors that train, as those of peft's adapters."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            stir_(parameter, generator)
+
+
 def stirred(base: Base, method: Method, *, seed: int = 1) -> Adapter:
     adapter = Adapter.create(base, method, seed=seed)
     generator = torch.Generator().manual_seed(seed)

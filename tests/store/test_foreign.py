@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.laws.common import one_thread
-from tests.store.common import SEQUENCES, stir_, tiny_base
+from tests.store.common import SEQUENCES, stir_trained_, tiny_base
 from tests.tiny import tiny_model
 from trimtab.errors import AdapterError
 from trimtab.store import Adapter, Store
@@ -53,11 +53,7 @@ def _save(folder: Path, family: str, config: Any) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(tiny_model(family), config)
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for tensor in model.parameters():
-                if tensor.requires_grad:
-                    stir_(tensor, generator)
+        stir_trained_(model, torch.Generator().manual_seed(3))
         model.save_pretrained(str(folder))
     return folder
 
@@ -111,6 +107,11 @@ STRANGE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "an exclusion by expression": ({"target_modules": ALL}, {"exclude_modules": ".*visual.*"}, ["exclude_modules: '.*visual.*'"]),
     "one exclusion that matches, one that does not": (
         {"target_modules": ALL, "exclude_modules": ["up_proj"]}, {"exclude_modules": ["visual", "up_proj"]}, ["exclude_modules: 'visual'"],
+    ),
+    "experts": (
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        ["target_parameters: 'mlp.experts.gate_up_proj' matches no module"],
     ),
     "ranks of other modules": ({}, {"rank_pattern": {"vision.q": 8}}, ["rank_pattern: 'vision.q' matches no module"]),
     "alphas of modules that are not targeted": ({}, {"alpha_pattern": {"up_proj": 3}}, ["alpha_pattern: 'up_proj' matches no module"]),
@@ -240,7 +241,7 @@ def test_norms_of_heads_are_refused_before_they_run(bases, tmp_path):
         ({"rank_pattern": {"q_proj": 2}}, {"rank_pattern": {"vision.q_proj": 2}}, "has shape (2, 48)"),
         ({"layers_to_transform": [0]}, {"layers_to_transform": [0, 1]}, "is missing"),
         ({"bias": "none"}, {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
-        ({}, {"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({}, {"target_parameters": ["experts.down_proj"], "target_modules": []}, "matches no parameter of experts"),
         ({}, {"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({}, {"lora_bias": True}, "lora_bias"),
         ({}, {"use_qalora": True}, "use_qalora"),

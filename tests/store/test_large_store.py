@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -217,6 +219,24 @@ def test_a_change_that_is_damaged_or_strange(tmp_path: Path, folders: list[Path]
     file.parent.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(AdapterError, match="symbolic link"):
         Store(store.root)
+
+
+def test_a_change_that_comes_just_after_it_was_looked_for_is_no_damage(
+    tmp_path: Path, folders: list[Path], large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store", create=True)
+    store.publish(folders[0], "acme/a")
+    file, aside, real = store.root / "changes" / "acme@a.json", tmp_path / "aside", os.open
+    file.rename(aside)
+
+    def late(path: str | Path, *arguments: Any, **options: Any) -> int:
+        if path != file or file.exists():
+            return real(path, *arguments, **options)
+        aside.rename(file)
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "open", late)
+    assert store.get("acme/a") is None and store.resolve("acme/a").version == 1
 
 
 def test_a_full_disk_in_a_fold_takes_no_change_back(

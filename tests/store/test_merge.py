@@ -24,6 +24,12 @@ MERGEABLE = [(name, m) for name, m in EXAMPLES if type(m).mergeable]
 REFUSING = [(name, m) for name, m in EXAMPLES if not type(m).mergeable]
 
 
+@pytest.fixture(autouse=True)
+def some_rows_at_a_time(monkeypatch):
+    """LoRA merges the tiny matrices as it does large ones: a few rows at a time, the last time fewer."""
+    monkeypatch.setattr(merge, "AT_A_TIME", 1000)
+
+
 def plain_logits(folder: Path, ids: list[int]) -> torch.Tensor:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float().eval()
     with torch.no_grad():
@@ -80,6 +86,17 @@ def test_tied_embeddings_are_untied_where_only_one_side_changes(family, target, 
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
     theirs = base.logits([SEQUENCES[0]], adapters=[adapter])[0]
     torch.testing.assert_close(plain_logits(tmp_path / "merged", SEQUENCES[0]), theirs, rtol=0, atol=1e-4)
+
+
+def test_a_large_matrix_is_not_merged_at_once(tmp_path, monkeypatch):
+    """fp32 numbers of a row's block are all that a merge has beside the matrix."""
+    base, real, sizes = tiny_base(), LoraConfig.merge, []
+    monkeypatch.setattr(
+        LoraConfig, "merge", lambda self, site, weight, *rest: sizes.append(weight.numel()) or real(self, site, weight, *rest)
+    )
+    stirred(base, LoraConfig(r=2, target_modules=(base.spec.embedding, "q_proj", "down_proj"))).merge_into(tmp_path / "merged")
+    named = ("embed_tokens.weight", "q_proj.weight", "down_proj.weight")
+    assert max(sizes) <= 1000 and sum(sizes) == sum(p.numel() for n, p in base.model.named_parameters() if n.endswith(named))
 
 
 def test_a_base_from_a_folder_is_merged_as_it_is_stored(tmp_path):

@@ -457,6 +457,7 @@ for source in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_writers_beside_a_collection_without_grace(store, tmp_path):
     """Two processes: one publishes and pulls, this one collects as fast as it can."""
     folders = [adapter_folder(tmp_path / f"{n}", n, {"revision": f"{n}"}) for n in range(8)]

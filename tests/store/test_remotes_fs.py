@@ -330,7 +330,7 @@ def test_an_interrupted_pull_goes_on_where_it_stopped(source, here, memory, monk
             pull(here, "memory://shared", "acme/support")
     assert_nothing_arrived(here)
     there = sum(p.stat().st_size for p in (here.root / "tmp").iterdir())
-    assert there >= 8192 and read() >= 8192
+    assert there >= 4096 and read() >= 8192  # a range that was read may not have been written yet
     got = pull(here, "memory://shared", "acme/support")
     assert got.version.digest == first.digest and got.moved == first.size - there and got.skipped == there + EMPTY_DESCRIPTOR.size
     assert weights.size - got.moved > 0 and list((here.root / "tmp").iterdir()) == []
@@ -508,6 +508,18 @@ def test_a_hostile_index_is_refused_and_never_written_over(source, here, memory,
     with pytest.raises(AdapterError, match=words):
         push(source[0], "acme/support@1", "memory://shared")
     assert memory["/shared/index.json"].getvalue() == index
+
+
+def test_a_change_of_a_large_store_is_of_its_name_and_may_be_folded_meanwhile(source, here, memory, monkeypatch):
+    store, _, second = source
+    push(store, "acme/support", "memory://shared")
+    files, file = fsspec.filesystem("memory"), "/shared/changes/acme@support.json"
+    files.pipe_file(file, Index({"acme/legal": Name("acme/legal", {1: Entry(second.digest, 1)}, {}, 1)}).to_bytes())
+    with pytest.raises(AdapterError, match=r"changes/acme@support\.json is refused"):
+        pull(here, "memory://shared", "acme/support")
+    real = type(files).cat_file
+    monkeypatch.setattr(type(files), "cat_file", lambda self, path, **at: (memory.pop(file, None), real(self, path, **at))[1])
+    assert pull(here, "memory://shared", "acme/support").version.digest == second.digest
 
 
 def test_an_endless_index_is_not_read(here, memory, monkeypatch):

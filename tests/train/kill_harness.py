@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,17 +214,19 @@ def uninterrupted(trainings: Server, folder: Path) -> dict[str, Any]:
 
 
 def kill_at_random(trainings: Server, folder: Path, kills: int, seed: int = 0, report: Callable[[Tally], None] = lambda t: None) -> Tally:
-    """Kill at random moments, resume until finished, compare, and begin anew until there have been `kills` kills."""
-    draw, start = random.Random(seed), time.monotonic()
-    reference = uninterrupted(trainings, folder)
-    whole, tally, n = time.monotonic() - start, Tally(), 0
+    """Kill at random moments, resume until finished, compare, and begin anew until there have been `kills` kills. A moment is told in the
+    training's own processor time, so that what else the machine does moves none."""
+    draw, reference, tally, n = random.Random(seed), uninterrupted(trainings, folder), Tally(), 0
+    whole = _until(trainings.start(folder / "timed"), math.inf)
+    trainings.wait()
     while tally.kills < kills:
         out, newest, died = folder / f"run-{n}", 0, True
         while died:
             pid = trainings.start(out)
             if tally.kills < kills:
-                time.sleep(draw.uniform(0, 1.2 * whole))
-                os.kill(pid, signal.SIGKILL)
+                _until(pid, draw.uniform(0, 1.2 * whole))
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             attempt = trainings.wait()
             died = attempt.code == -signal.SIGKILL
             tally.kills += died
@@ -236,11 +239,24 @@ def kill_at_random(trainings: Server, folder: Path, kills: int, seed: int = 0, r
     return tally
 
 
-def kill_at_calls(trainings: Server, folder: Path, every: int = 1) -> tuple[Tally, int]:
-    """Kill before each `every`-th call of CALLS, a run for each; resume, compare. Returns also how many calls a whole run makes."""
+def _until(pid: int, seconds: float) -> float:
+    """Wait until a process has used this much processor time, or has ended. Returns what it has used."""
+    used = 0.0
+    with suppress(FileNotFoundError, ProcessLookupError):
+        while used < seconds:
+            state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            if state == "Z":
+                break
+            used = (int(numbers[10]) + int(numbers[11])) / os.sysconf("SC_CLK_TCK")
+            time.sleep(0.002)
+    return used
+
+
+def kill_at_calls(trainings: Server, folder: Path) -> tuple[Tally, int]:
+    """Kill before each call of CALLS, a run for each; resume, compare. Returns also how many calls a whole run makes."""
     reference, tally = uninterrupted(trainings, folder), Tally()
     calls = trainings.run(folder / "counted").calls[0]
-    for at in range(1, calls + 1, every):
+    for at in range(1, calls + 1):
         out, what = folder / f"run-{at}", f"killed at call {at}"
         attempt = trainings.run(out, Fault("kill", at))
         assert attempt.code == -signal.SIGKILL, attempt.output
@@ -248,12 +264,12 @@ def kill_at_calls(trainings: Server, folder: Path, every: int = 1) -> tuple[Tall
     return tally, calls
 
 
-def fill_disk_at_calls(trainings: Server, folder: Path, every: int = 1) -> tuple[Tally, list[int]]:
-    """A full disk at each `every`-th call of CALLS, a run for each. Returns also the exit codes: 0 where the run went on, 2 where it said
+def fill_disk_at_calls(trainings: Server, folder: Path) -> tuple[Tally, list[int]]:
+    """A full disk at each call of CALLS, a run for each. Returns also the exit codes: 0 where the run went on, 2 where it said
     what is saved; those are resumed."""
     reference, tally, codes = uninterrupted(trainings, folder), Tally(), []
     calls = trainings.run(folder / "counted").calls[1]
-    for at in range(1, calls + 1, every):
+    for at in range(1, calls + 1):
         out, what = folder / f"run-{at}", f"disk full at call {at}"
         attempt = trainings.run(out, Fault("enospc", at))
         codes.append(attempt.code)

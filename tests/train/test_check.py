@@ -17,9 +17,10 @@ from tests.tiny import CHATML, tiny_folder
 from tests.train.common import METHODS, run_file, tiny_base
 from trimtab.bases.fits import available_bytes
 from trimtab.bases.shapes import read_architecture
-from trimtab.cost.estimate import HEAP, probe_flops
+from trimtab.cost.estimate import probe_flops
 from trimtab.cost.plan import plan
-from trimtab.data import Row, dataset
+from trimtab.cost.room import HEAP
+from trimtab.data import Row, reading
 from trimtab.errors import BaseError, ConfigError, TrimtabError
 from trimtab.train import RunConfig, train
 from trimtab.train.check import check
@@ -180,9 +181,9 @@ def base_with(folder: Path, template: str, **fields: Any) -> Path:
 def test_a_template_that_rewrites_earlier_turns(checked, tmp_path: Path) -> None:
     two = {"messages": [*pair("a", "b")["messages"], *pair("c", "d")["messages"]]}
     report = checked(rows_of(two, two | {}), base=str(base_with(tmp_path, REWRITING)))
-    assert one(report.warnings, "supervise the last turn only").where == "base"
-    assert "2 rows dropped: the chat template rewrites earlier turns" in [f.message for f in report.warnings]
-    assert one(report.errors, "2 of 2 rows cannot be trained on").fix.startswith("supervise the last turn only (last_turn_only)")
+    assert one(report.findings, "each answer is trained as a segment of its own").where == "base" and not report.errors
+    shown = "".join(f"[{text}]" if learnt else text for text, learnt in report.rendered[0].runs)
+    assert "[<think></think>b<|im_end|>]" in shown and shown.endswith("[<think></think>d<|im_end|>]\n")
 
 
 def test_a_template_without_an_end_of_turn_and_a_pad_that_is_the_end(checked, tmp_path: Path) -> None:
@@ -233,6 +234,28 @@ def test_rows_longer_than_the_positions(checked, tmp_path: Path, method: str, ro
     (tmp_path / "rows.jsonl").write_bytes(rows_of(length(room + 1)))
     with pytest.raises(TrimtabError, match="the 512 positions"):
         train(RunConfig.from_dict(content | {"out": "other"}, root=tmp_path / "t"), base=tiny_base())
+
+
+def test_prompts_are_checked_with_the_answers_that_are_drawn(checked, tmp_path: Path) -> None:
+    """As training refuses them."""
+    drawing = METHODS["lora"] | {"data": "a", "objective": "grpo", "rewards": "exact_match", "max_completion_length": 500}
+    rows = rows_of(pair("x" * 20, "y"))
+    train_rows, test_rows = checked(rows, rows, variants={"v": drawing}).errors
+    assert "512 positions with the 500 more that v takes" in train_rows.message and "more that v takes" in test_rows.message
+    assert train_rows.items[0].startswith("a.jsonl:1: ")
+    content = run_file(tmp_path / "t", {"v": drawing | {"max_steps": 1}}, evaluate={"generate": False})
+    content["data"] = {"a": {"train": str(tmp_path / "rows.jsonl")}}
+    (tmp_path / "rows.jsonl").write_bytes(rows)
+    with pytest.raises(TrimtabError, match="the 512 positions"):
+        train(RunConfig.from_dict(content, root=tmp_path / "t"), base=tiny_base())
+    fits = checked(rows, rows, variants={"v": drawing | {"max_completion_length": 400}})
+    assert not any("positions" in f.message for f in fits.errors)
+
+
+def test_rows_that_do_not_call_their_alora(checked) -> None:
+    called = METHODS["lora"] | {"data": "a", "alora_invocation_tokens": tiny_base().encode("call")}
+    report = checked(rows_of(pair("call me", "y"), pair("x", "y")), variants={"v": called})
+    assert one(report.errors, "1 rows lack the invocation of their aLoRA").items == ("a.jsonl:2",)
 
 
 def test_prompts_that_leave_no_room_to_answer(checked) -> None:
@@ -312,6 +335,18 @@ def test_rows_of_signs_alone_are_not_taken_for_each_other() -> None:
     assert overlap(rows[:1], rows[1:]) == repeats(rows) == []
 
 
+def test_prompts_alone_and_what_a_head_reads_are_compared_whole(checked) -> None:
+    asked = [{"prompt": [{"role": "user", "content": text}]} for text in ("which one is it", "and now", "Which one is it?")]
+    drawing = METHODS["lora"] | {"data": "a", "objective": "grpo", "rewards": {"reward": "length", "max_words": 3}}
+    report = checked(rows_of(*asked), rows_of(asked[1], {"prompt": "other"}), variants={"v": drawing})
+    assert one(report.warnings, "1 of 2 rows stand with their answers in data.a.train").items == ("a-test.jsonl:1: as a.jsonl:2",)
+    assert one(report.warnings, "1 rows repeat another row but for case").items == ("a.jsonl:3: as a.jsonl:1",)
+    marked = [r | {"messages": r["prompt"], "label": str(i)} for i, r in enumerate(asked)]
+    marked = [{k: v for k, v in r.items() if k != "prompt"} for r in marked]
+    report = checked(rows_of(*marked), rows_of(marked[2]), variants={"v": METHODS["lora"] | {"data": "a", "objective": "classify"}})
+    assert one(report.warnings, "1 of 1 rows").items == ("a-test.jsonl:1: as a.jsonl:3",)
+
+
 def test_words() -> None:
     assert words("Don’t  STOP, “now”!") == ("don’t", "stop", "now")
     assert words("a + b") != words("a - b")
@@ -345,11 +380,21 @@ def test_duplicates_inside_train(checked) -> None:
     assert [f.items for f in report.warnings if f.message == "1 rows repeat another row"] == [("a.jsonl:2: as a.jsonl:1",)]
 
 
+def test_pairs_repeat_each_other_where_both_answers_do() -> None:
+    rows = [
+        Row(f"t:{i}", prompt="q", completion="a", role="chosen", others=(Row(f"t:{i}", prompt="q", completion=bad, role="rejected"),))
+        for i, bad in enumerate(("b", "c", "B!", "b"))
+    ]
+    assert [f.items for f in repeats(rows)] == [("t:3: as t:0",), ("t:2: as t:0",)]
+
+
 def test_training_takes_the_rows_as_check_tokenised_them(checked, tmp_path: Path, tiny_llama_folder: Path, monkeypatch) -> None:
-    tokenised, encode = [], dataset.encode_rows
-    monkeypatch.setattr(
-        dataset, "encode_rows", lambda rows, *rest, **options: tokenised.append(len(rows)) or encode(rows, *rest, **options)
-    )
+    tokenised, encode = [], reading.encode_batches
+
+    def counted(batches, *rest, **options):
+        return encode((tokenised.append(len(rows)) or rows for rows in batches), *rest, **options)
+
+    monkeypatch.setattr(reading, "encode_batches", counted)
     report = checked()
     assert sum(tokenised) == sum(s.read for split in report.splits for s in split.sources)
     timed = {"seconds": 0, "estimate": 0, "variants": 0}

@@ -103,6 +103,7 @@ def test_every_method_goes_on_bit_exactly_after_any_step(tmp_path: Path) -> None
         assert differences(results(expected.out), resume(run)) == "", after
 
 
+@pytest.mark.slow
 def test_validation_goes_on_bit_exactly(tmp_path: Path) -> None:
     """Best tensors, best metric and patience are part of a checkpoint; that both matter in this run is seen first."""
     expected = RunConfig.load(write_run(tmp_path / "whole", short=False))
@@ -248,6 +249,20 @@ def test_what_older_checkpoints_could_not_say_is_its_default() -> None:
     with pytest.raises(ConfigError, match="changed") as caught:
         refuse_changes(older, {"lr": 1.0, "compile": True}, "changed")
     assert list(caught.value.problems) == ["compile: was False, is True"]
+
+
+OLDER = """
+adam_beta1 adam_beta2 adam_epsilon alpha_pattern batch_size data epochs eval_every exclude_modules gradient_accumulation_steps keep_best
+last_turn_only layers_to_transform lora_alpha lora_dropout loraplus_lr_ratio lr max_grad_norm max_length max_steps method modules_to_save
+patience r rank_pattern schedule seed target_modules use_dora use_rslora valid_metric warmup_steps weight_decay
+"""
+"""Settings of a LoRA when run files had no others."""
+
+
+def test_settings_that_are_as_ever_are_named_as_ever(tmp_path: Path) -> None:
+    """A run that was begun before there were aLoRA, starts, experts, optimizers and NEFTune can go on."""
+    keys = {k.removeprefix("variants.v.") for k in settings(config(tmp_path, ONE)) if k.startswith("variants.v.")}
+    assert keys == set(OLDER.split())
 
 
 def test_the_order_of_variants_counts(tmp_path: Path) -> None:
@@ -527,24 +542,28 @@ def test_a_signal_is_no_error_of_the_library_that_it_interrupts(
     assert caught.value.exit_code == 143 and not run.out.exists()
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_while_the_base_loads(command: Path, sent: signal.Signals, code: int) -> None:
-    """The loader is held for long inside transformers, in a real process that gets a real signal."""
+@pytest.mark.slow
+def test_a_signal_while_the_base_loads(command: Path) -> None:
+    """The loader is held for long inside transformers, in real processes that get real signals. They are forked: one import for both."""
     script = (
-        "import sys, time, transformers\n"
+        "import os, sys, time, torch, transformers, trimtab.train.loop\n"
         "def slow(*a, **k):\n"
-        "    print('loading', flush=True)\n"
+        "    print(os.getpid(), flush=True)\n"
         "    time.sleep(60)\n"
         "transformers.AutoModelForCausalLM.from_pretrained = slow\n"
         "from trimtab.cli import main\n"
-        f"main(['train', {str(command)!r}])\n"
+        "for _ in range(2):\n"
+        "    if not (child := os.fork()):\n"
+        f"        main(['train', {str(command)!r}])\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "loading\n"
-    process.send_signal(sent)
+    assert process.stdout is not None
+    for sent, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        os.kill(int(process.stdout.readline()), sent)
+        assert int(process.stdout.readline()) == code
     _, said = process.communicate(timeout=60)
-    assert process.returncode == code, said
-    assert "cannot read the model" not in said and "Traceback" not in said and "interrupted" in said
+    assert "cannot read the model" not in said and "Traceback" not in said and said.count("interrupted") == 2
     assert not (command.parent / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trimtab.errors import BaseError, ConfigError, DataError
 from trimtab.methods import LoraConfig
 from trimtab.train import RunConfig
 from trimtab.train.resume import refuse_no_folder
+from trimtab.train.runfile import read_yaml
 
 ONE = {"v": {"data": "a", "method": "lora", "r": 4}}
 
@@ -59,6 +61,7 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
         ({"data": {"a": {"trian": "a.jsonl"}}}, ["data.a.trian: unknown key (did you mean 'train'?)", "data.a: 'train' is missing"]),
         ({"data": {"a": {"train": {"pth": "a.jsonl"}}}}, ["data.a.train"]),
         ({"seed": -1}, ["seed", "greater than or equal to 0"]),
+        ({"out": "s3://bucket/run"}, ["out = 's3://bucket/run': it is an address"]),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: dict[str, Any], words: list[str]) -> None:
@@ -116,7 +119,8 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
         ("a: [", "is not YAML"),
         ("- 1", "expected a mapping"),
         ("variants: {v: {}, v: {}}", "'v' stands twice"),
-        ("\ud800".encode("utf-8", "surrogatepass"), "cannot read"),
+        ("d: &d {r: 4}\nvariants: {v: {<<: *d}}", r"merge keys \(<<\) are not read; options that variants share stand under `defaults`"),
+        ("\ud800".encode("utf-8", "surrogatepass"), "is not UTF-8: byte 0xed at 0"),
     ],
 )
 def test_unreadable_run_files(tmp_path: Path, text: str | bytes, word: str) -> None:
@@ -126,3 +130,22 @@ def test_unreadable_run_files(tmp_path: Path, text: str | bytes, word: str) -> N
         RunConfig.load(path)
     with pytest.raises(ConfigError, match="cannot read"):
         RunConfig.load(tmp_path / "absent.yaml")
+
+
+def test_what_the_kernel_makes_up_is_read_as_empty() -> None:
+    """Such a file calls itself regular and empty; /proc/kmsg, say, has no end."""
+    with pytest.raises(ConfigError, match="found NoneType"):
+        RunConfig.load(Path("/proc/self/status"))
+
+
+def test_many_keys_are_read_in_time(tmp_path: Path) -> None:
+    """A file of some hundred kB: 400 million comparisons if each key is looked for among all."""
+    path = tmp_path / "run.yaml"
+    path.write_text("".join(f"k{i}: 1\n" for i in range(20_000)))
+    begun = time.process_time()
+    assert len(read_yaml(path, "run file")) == 20_000
+    reading = time.process_time() - begun
+    path.write_text("".join(f"- k{i}\n" for i in range(40_000)))  # as many scalars
+    begun = time.process_time()
+    read_yaml(path, "run file")
+    assert reading < 2 * (time.process_time() - begun)

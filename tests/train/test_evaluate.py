@@ -27,6 +27,7 @@ from trimtab.train import RunConfig, train
 from trimtab.train.evaluate import Contestant, HeldOut, Judge, Result, ask, read_held_out, write_predictions
 from trimtab.train.labels import Ballot, label_likelihoods
 from trimtab.train.losses import Outcome
+from trimtab.train.prepare import read_splits
 
 LABELS = ["red", "redder", "a much longer colour"]
 """One begins another, and the lengths differ."""
@@ -186,6 +187,7 @@ class _LogitsAlive(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 def test_no_logits_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers#7158: the rows of logits alive at a time do not grow with the rows that are scored."""
     monkeypatch.setattr(ops.loss, "LOSS_ROWS", 16)
@@ -221,3 +223,11 @@ def test_each_example_asks_its_own_row_whatever_the_display_names(tmp_path: Path
         assert reference == f"answer {i}" and f"question {i}<" in prompt and system in prompt
     for q, example in zip(held.questions, data.examples, strict=True):  # the question is the example's own tokens up to the answer
         assert list(q.prompt) == example.ids[: int(example.supervised.argmax())].tolist()
+
+
+def test_labels_that_are_found_among_training_rows_need_no_rows_of_them(tmp_path):
+    content = run_file(tmp_path, {"v": METHODS["ia3"] | {"data": "a"}})
+    content["data"] = {"a": content["data"]["a"] | {"labels": "auto"}}
+    config = RunConfig.from_dict(content, root=tmp_path)
+    splits = read_splits(config, "a", config.data["a"], tiny_base())
+    assert splits.train.rows == [] and splits.answers == {f"a {i}" for i in range(11)}

@@ -14,7 +14,6 @@ from tests.laws.common import base_of, gradient_difference, noisy, plain_of, tok
 from trimtab import ops
 from trimtab.bases.structure import read_spec
 from trimtab.bases.weights import weight_of
-from trimtab.cost import activations
 from trimtab.cost.activations import activation_bytes
 from trimtab.data import Example
 from trimtab.forward.batch import BASE
@@ -92,7 +91,6 @@ def test_the_estimate_of_the_head_is_what_it_takes(family: str, dtype: torch.dty
     """The difference that a larger vocabulary makes: all else is the same."""
     for rows in (1024, 32):
         monkeypatch.setattr(ops.loss, "LOSS_ROWS", rows)
-        monkeypatch.setattr(activations, "LOSS_ROWS", rows)
         (small, less), (large, more) = (_head_bytes(family, dtype, vocabulary, 96) for vocabulary in (3000, 9000))
         assert large - small == pytest.approx(more - less, rel=0.08), rows
 

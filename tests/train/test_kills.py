@@ -36,15 +36,6 @@ def clean(tally: Tally, kills: int) -> None:
     assert tally.clean, tally
 
 
-def test_killed_at_three_random_moments(trainings: Server, tmp_path: Path) -> None:
-    clean(kill_at_random(trainings, tmp_path, kills=3), kills=3)
-
-
-def test_killed_at_some_calls(short_ones: Server, tmp_path: Path) -> None:
-    tally, calls = kill_at_calls(short_ones, tmp_path, every=11)
-    clean(tally, kills=calls // 11)
-
-
 @pytest.mark.slow
 def test_killed_at_fifty_random_moments(trainings: Server, tmp_path: Path) -> None:
     tally = kill_at_random(trainings, tmp_path, kills=50, seed=1)

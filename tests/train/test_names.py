@@ -45,9 +45,9 @@ def refused(content: dict[str, Any], folder: Path) -> list[str]:
         ("max_seq_length", 512, "write max_length"),
         ("lr_scheduler_type", "cosine", "write schedule"),
         ("warmup_ratio", 0.1, "write warmup_steps"),
-        ("load_in_4bit", True, "not supported yet"),
-        ("load_in_8bit", False, "not supported yet"),
-        ("qlora", True, "not supported yet"),
+        ("load_in_4bit", True, "write `quantize: nf4`"),
+        ("load_in_8bit", False, "`quantize: int8`"),
+        ("qlora", True, "write `quantize: nf4`"),
         ("bf16", True, "dtype: bfloat16"),
         ("output_dir", "x", "out belongs at the top of the run file"),
         ("num_virtual_tokens", 8, "belongs to method"),
@@ -65,7 +65,7 @@ def test_a_key_of_a_variant(tmp_path: Path, theirs: str, value: Any, ours: str) 
         ({"num_train_epochs": 3}, "num_train_epochs: unknown key: epochs belongs in a variant, or under `defaults`"),
         ({"learning_rate": 3}, "learning_rate: unknown key: lr belongs in a variant, or under `defaults`"),
         ({"base_model": "x"}, "base_model: unknown key: write base"),
-        ({"load_in_4bit": True}, "load_in_4bit: unknown key: bases in 4 or 8 bits are not supported yet"),
+        ({"load_in_4bit": True}, "load_in_4bit: unknown key: write `quantize: nf4` (4 bits)"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing: unknown key: write activation_checkpointing"),
         ({"defaults": {"rank": 3}}, "defaults.rank: unknown key: r belongs in a variant"),
         ({"evaluate": {"max_completion_tokens": 3}}, "evaluate.max_completion_tokens: unknown key: write max_new_tokens"),
@@ -83,7 +83,7 @@ def test_a_key_of_the_run(tmp_path: Path, keys: dict[str, Any], ours: str) -> No
         ("LORA", "write lora"),
         ("IA3", "write ia3"),
         ("dora", "`use_dora: true`"),
-        ("qlora", "not supported yet; write `method: lora`"),
+        ("qlora", "write `method: lora`, and `quantize: nf4`"),
         ("prompt_tuning", "`method: prompt`"),
         ("Prefix-Tuning", "`method: prefix`"),
         (None, "one of"),
@@ -93,6 +93,7 @@ def test_a_key_of_the_run(tmp_path: Path, keys: dict[str, Any], ours: str) -> No
 def test_a_method(tmp_path: Path, method: Any, ours: str) -> None:
     said = refused(run_file(tmp_path, {"v": {"data": "a", "method": method}}), tmp_path)
     assert len(said) == 1 and said[0].startswith("variants.v.method = ") and ours in said[0]
+    assert (method is not None) or "full`" not in said[0]  # who left the method out did not ask for all weights
 
 
 def test_they_are_answered_in_sweep_files_and_flags(tmp_path: Path) -> None:

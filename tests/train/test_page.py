@@ -137,12 +137,12 @@ def test_the_best_of_each_column_is_marked(tmp_path: Path) -> None:
 
 
 def test_metrics_of_an_objective_have_no_best_and_are_no_percentages(tmp_path: Path) -> None:
-    entries = {n: variant(scores=variant()["scores"] | {"loss": x, "accuracy": x}) for n, x in (("x", 0.251), ("y", 0.752))}
+    entries = {n: variant(scores=variant()["scores"] | {"loss": x, "a_metric": x}) for n, x in (("x", 0.251), ("y", 0.752))}
     found = page(tmp_path, run_folder(tmp_path / "r", entries))
     text = (tmp_path / "page.html").read_text()
     assert '<td class="best"><span class="star" role="img" aria-label="best">★</span> 0.251' in text
     assert "0.752" in found.text and '<td class="best"><span class="star" role="img" aria-label="best">★</span> 0.752' not in text
-    assert "exact match, %" in found.text and "accuracy, %" not in found.text
+    assert "exact match, %" in found.text and "a_metric, %" not in found.text
 
 
 def test_every_chart_has_a_title_and_a_description(tmp_path: Path) -> None:

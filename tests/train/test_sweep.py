@@ -133,7 +133,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"seed": 4}, "sweep.seed: a grid draws nothing"),
     ({"kind": "bayes"}, "sweep.kind"),
     ({"search": {"lr": [i / 1000 for i in range(1, 40)], "r": list(range(1, 40))}}, "1,521 combinations, a sweep takes 512"),
-    ({"metric": "accuracy"}, "sweep.metric"),
+    ({"metric": "acuracy"}, "sweep.metric"),
     ({"metric": "label_accuracy"}, "every trial: valid_metric = 'label_accuracy': data.a has no labels"),
     ({"halving": {"keep": 1.0, "every": 2}}, "sweep.halving.keep"),
     ({"halving": {"keep": 0.5}}, "sweep.halving.every"),
@@ -439,7 +439,7 @@ def test_each_group_is_a_run_and_is_halved_by_itself(grouped: SweepReport) -> No
     assert all((grouped.out / t["adapter"] / "adapter_model.safetensors").exists() for t in board["trials"])
 
 
-@pytest.mark.parametrize("steps", [1, 4, 7, 10, 15])
+@pytest.mark.parametrize("steps", [4, 10, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 7, 15))])
 def test_a_resumed_sweep_ends_as_the_uninterrupted(grouped: SweepReport, tmp_path: Path, steps: int) -> None:
     """Interrupted before and after a rung of either group: 8 steps are the first group's."""
     what, stop = two_groups(tmp_path), Stop()
@@ -513,3 +513,6 @@ def test_what_makes_trials_hard_to_compare_is_noted(tmp_path: Path) -> None:
     few = drawn(9, lr=[1e-3, 1e-2]) | {"variant": options["variant"]}
     (note,) = run(tmp_path / "few", few).leaderboard["notes"]
     assert "no more than 2 distinct trials, fewer than trials = 9" in note
+    apart = {"variant": options["variant"] | {"objective": "distil"}, "search": {"distil_beta": [0.0, 1.0]}}
+    (note,) = run(tmp_path / "apart", apart, defaults={"max_steps": 1}).leaderboard["notes"]
+    assert "losses of different objectives do not compare" in note

@@ -25,6 +25,8 @@ from trimtab.bases.template_loops import REST, Unproved, continuation, count, lo
 from trimtab.bases.watched import Beginning, Loop, Rest, Talk, View, Wanted, copied
 
 FLAG = "add_generation_prompt"
+KNOWN = 1024
+"""Ends of conversations that are remembered, by the variables that they depend on."""
 
 
 class Beginnings:
@@ -42,8 +44,10 @@ class Beginnings:
         """Whether the template asks for `add_generation_prompt` before the conversation is written."""
         varies = {n.name for n in tree.find_all(nodes.Name) if n.ctx != "load"} | {m.name for m in tree.find_all(nodes.Macro)}
         varies |= {"messages", "strftime_now"}
-        self._constant = [varies.isdisjoint(self._read(continuation(path))) for path in self._paths]
-        self._ends: dict[tuple[int, bool], str] = {}
+        read = [self._read(continuation(path)) for path in self._paths]
+        self._constant = [varies.isdisjoint(names) for names in read]
+        self._read_by_end = [sorted(names - {FLAG}) for names in read]
+        self._ends: dict[tuple[int, bool, str], str] = {}
         self._mains: dict[bool, Any] = {}
         self._tails: dict[int, Any] = {}
         self._looks_ahead = False
@@ -85,7 +89,8 @@ class Beginnings:
     def _tail_of(self, talk: Talk, loop: int, end: int, generate: bool, rest: Rest) -> str | None:
         """What the template writes from this loop on if the messages end at `end`; None where it refuses to."""
         constant = self._constant[loop] and not rest
-        if constant and (known := self._ends.get((loop, generate))) is not None:
+        key = loop, generate, repr([talk.given.get(name) for name in self._read_by_end[loop]]) if constant else ""
+        if constant and (known := self._ends.get(key)) is not None:
             return known
         variables = {**talk.given, **copied(talk.context.vars), FLAG: generate, REST: rest}
         visible, seen, talk.visible = talk.visible, talk.seen, end
@@ -99,7 +104,9 @@ class Beginnings:
         finally:
             talk.visible, talk.seen = visible, seen
         if constant:
-            self._ends[loop, generate] = text
+            if len(self._ends) >= KNOWN:
+                self._ends.clear()
+            self._ends[key] = text
         return text
 
     def _read(self, body: list[Any]) -> set[str]:

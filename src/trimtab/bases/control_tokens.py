@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress, count
 from typing import Any
 
-from trimtab.bases.dialect import BadRow
+from trimtab.bases.marks import Edges, Ids, Marks
+from trimtab.bases.remembered import remembered
+from trimtab.bases.tool_turns import BadRow
+from trimtab.bases.written import common_start
 
-Ids = list[int]
-LONGEST_HEADER, KNOWN_HEADERS = 64, 4096
-"""Characters that a template may write between an added token and an answer, and how many such texts are remembered."""
+LONGEST_HEADER = 64
+"""Characters that a template may write between an added token and an answer."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A text without its beginning, which it shares with the text before it. rest: from the last added token that both have on; all of it
+    where they have none in common. shared: how many they have in common. added: the ids of all that the text before spells out."""
+
+    rest: str
+    shared: int = 0
+    added: Ids = field(default_factory=list)
 
 
 class ControlTokens:
@@ -69,43 +82,81 @@ class ControlTokens:
         plain = ways == ["transformers.tokenization_utils_base", "transformers.tokenization_utils_tokenizers"]
         return self.tokenizer.backend_tokenizer if plain and not self.tokenizer.split_special_tokens else None
 
-    def ends_in(self, text: str, cuts: Sequence[int], ids: Ids) -> list[int] | None:
-        """How many of the `ids` of a text are the ids of its first n characters, for each n of `cuts`, in order; None where these do not
-        begin with them, or it is not known.
+    @property
+    def shared(self) -> bool:
+        """Whether several threads may tokenise at the same time."""
+        return self._backend is not None
 
-        The text before an added token, and what it becomes, do not depend on what stands behind it. So the ids of text[:n] are those up to
-        the last added token in it, and those of the few characters from there to n, which templates write ("assistant\\n").
-        """
+    def marks(self, text: str, cuts: Sequence[int]) -> Marks | None:
+        """By what the ids of the first n characters of a text are found among its ids, for each n of `cuts`, in order; None where it is not
+        known."""
         if self._added is None:
             return None
         matching, known = self._added
-        marks, places = list(matching.finditer(text)), list(compress(count(), map(self._added_ids.__contains__, ids)))
-        if [known[m[0]] for m in marks] != [ids[i] for i in places]:
-            return None
-        found, k = list[int](), 0
+        marks, found, k = list(matching.finditer(text)), list[tuple[int, Ids]](), 0
         for n in cuts:
             while k < len(marks) and marks[k].end() <= n:
                 k += 1
             if not k or (k < len(marks) and marks[k].start() < n):
                 return None
-            end, rest = places[k - 1] + 1, text[marks[k - 1].end() : n]
-            if rest:
-                if len(rest) > LONGEST_HEADER or (between := self._behind(marks[k - 1][0], rest)) is None:
-                    return None
-                if ids[end : end + len(between)] != between:
-                    return None
-                end += len(between)
-            found.append(end)
-        return found
+            between: Ids | None = []
+            if rest := text[marks[k - 1].end() : n]:
+                between = None if len(rest) > LONGEST_HEADER else self._behind(marks[k - 1][0], rest)
+            if between is None:
+                return None
+            found.append((k, between))
+        return Marks([known[m[0]] for m in marks], tuple(found))
+
+    @cached_property
+    def special_edges(self) -> Edges:
+        return Edges(self.special_texts)
+
+    @cached_property
+    def added_edges(self) -> Edges:
+        return Edges(self._added[1] if self._added else ())
+
+    def spells(self, text: str, added: Ids) -> bool:
+        """Whether ids that hold these added tokens, and no others, hold the control tokens that the text spells out."""
+        return self._control_ids <= self._added_ids and not self.is_forged(text, added)
+
+    def holds_added(self, text: str) -> bool:
+        """Whether a text that spells out no control token spells out an added token."""
+        return self._beside is not None and self._beside.search(text) is not None
+
+    @cached_property
+    def _beside(self) -> re.Pattern[str] | None:
+        """Matches added tokens; None where there are none but the special ones."""
+        return self._added[0] if self._added and self._added[1].keys() != set(self.special_texts) else None
+
+    def added_in(self, ids: Ids) -> list[int]:
+        """Where added tokens stand."""
+        return list(compress(count(), map(self._added_ids.__contains__, ids)))
+
+    def parted(self, before: str, text: str) -> Cut:
+        """Where `text`, which begins as the text before it does, can be cut for `continued`: at the last added token that both have."""
+        if self._added is None:
+            return Cut(text)
+        matching, known = self._added
+        marks, same = list(matching.finditer(before)), common_start(before, text)
+        shared = [m.start() for m in marks if m.end() <= same]
+        return Cut(text[shared[-1] :], len(shared), [known[m[0]] for m in marks]) if shared else Cut(text)
+
+    def continued(self, ids: Ids, cut: Cut, rest: Ids) -> Ids | None:
+        """The ids of a text that was cut, from those of the text before it and those of the cut's rest. None where they are not known: a
+        normaliser made an added token of the text before out of look-alike characters."""
+        if not cut.shared:
+            return rest
+        places = self.added_in(ids)
+        return [*ids[: places[cut.shared - 1]], *rest] if [ids[i] for i in places] == cut.added else None
 
     def _behind(self, mark: str, rest: str) -> Ids | None:
         """The ids of `rest` at the end of a text, behind an added token."""
-        if (mark, rest) not in self._headers:
-            if len(self._headers) >= KNOWN_HEADERS:
-                self._headers.clear()
+
+        def find() -> Ids | None:
             first, *ids = self.ids_of([mark + rest])[0]
-            self._headers[mark, rest] = ids if first in self._added_ids and self._added_ids.isdisjoint(ids) else None
-        return self._headers[mark, rest]
+            return ids if first in self._added_ids and self._added_ids.isdisjoint(ids) else None
+
+        return remembered(self._headers, (mark, rest), find)
 
     @cached_property
     def _added(self) -> tuple[re.Pattern[str], Mapping[str, int]] | None:

@@ -1,43 +1,42 @@
-"""How a base's chat template writes messages, found by rendering some; and whether a rendered text has all that it should have.
+"""How a base's chat template writes conversations.
 
-Training, generation, evaluation and serving all render through `Dialect.render`, so a message is treated alike in all of them:
-
-- Content is text. Parts of text ({type: text, text}) are joined with line breaks. Some templates write nothing for a text but the text of a
-  list of parts; for such a role each content is passed as one part. Some write a list as code or JSON; that does not count as its text.
-- `developer` is rendered as the system turn, unless the template treats that role otherwise than a role that it cannot know.
-
-Content counts as written if the text has it, except for white space around it (and around the tags of a reasoning block), or has it as a
-JSON string, as some templates write results of tools. An assistant turn that is only context may lack its reasoning block, because
-templates of reasoning models remove it from earlier turns.
+Training, generation, evaluation and serving all render through `Dialect.render`, so a message is treated alike in all of them.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trimtab.bases.beginnings import Beginnings
-from trimtab.bases.sandbox import COPIES, MAX_WORK, Program, TooMuch
+from trimtab.bases.remembered import remembered
+from trimtab.bases.sandbox import COPIES, MAX_WORK
+from trimtab.bases.shaping import NONE, Shaper
+from trimtab.bases.skeleton import LONGEST, Content, Skeleton, Skeletons, beginning_of
+from trimtab.bases.tool_turns import PROBE_TOOLS, BadRow, Message, Shape, called, marked, shape_of, size_of
 from trimtab.bases.watched import Beginning, Wanted
-from trimtab.errors import DataError
+from trimtab.bases.written import LOST, common_start, first_missing, text_of
 
-Message = dict[str, str]
-
-LOST = "the chat template does not render it"
-REASONING = re.compile(r"(</?(?:seed:)?(?:think|thinking|thought|reasoning)>|\[/?THINK\]|◁/?think▷)")
-NONE: Mapping[str, Any] = {}
-OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
-"""Those that a rendering sets itself."""
-KNOWN_SHAPES = 4096
-"""Sequences of roles of which a dialect remembers what is lost."""
+Kind = tuple[Shape | bytes, str]
+LONG = 64
+"""Messages of a conversation that is remembered by a digest of its shape: there may be any number of different ones, of 100 bytes a
+message."""
 
 
-class BadRow(Exception):
-    """This conversation or row cannot be used; the text is the reason ("kind: particulars"). Becomes a DataError or a dropped row."""
+def sketched(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Variables with tools that stand for any others: what a template writes around contents depends on whether there are tools, not on
+    what they are."""
+    return {**variables, "tools": PROBE_TOOLS} if variables.get("tools") else variables
+
+
+def kind_of(shape: Shape, variables: Mapping[str, Any]) -> Kind:
+    """By what it is remembered what a template writes around the contents of such messages, with these variables."""
+    short: Shape | bytes = shape if len(shape) <= LONG else hashlib.sha256(repr(shape).encode()).digest()
+    return short, json.dumps(sketched(variables), default=str, sort_keys=True) if variables else ""
 
 
 def dialect_of(tokenizer: Any) -> Dialect:
@@ -62,50 +61,75 @@ class Finished:
     beginnings: Mapping[tuple[int, bool], Beginning]
 
 
-class Dialect:
-    """One compiled template. variables: what it sees beside the messages. name: of its base, for errors. frames, openings: `Template`'s."""
+class Dialect(Shaper):
+    """One compiled template. frames, openings: what `Template` remembers of it."""
 
     def __init__(self, text: str, variables: Mapping[str, Any], name: str = ""):
-        self._text, self._variables, self._name = text, variables, name
-        self._lost: dict[tuple[bool, tuple[str, ...]], frozenset[int]] = {}
-        self._parts: dict[str, bool] = {}
-        self.frames: dict[tuple[str, ...], tuple[str, str] | None] = {}
-        self.openings: dict[tuple[str, ...], dict[int, str]] = {}
-        try:
-            self._program = Program(text)
-        except TooMuch as error:
-            raise self._stopped(error) from None
-        except Exception as error:  # not jinja, or blocks that transformers has not
-            raise BadRow(f"the chat template cannot be read: {error}") from None
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The variables that a caller may set and the template looks at (enable_thinking)."""
-        return self._program.names - OWN_VARIABLES - set(self._variables)
+        super().__init__(text, variables, name)
+        self._lost: dict[tuple[bool, Kind], frozenset[int]] = {}
+        self._skeleton_of: dict[Any, Skeleton | None] = {}
+        self.frames: dict[Kind, tuple[str, str]] = {}
+        self.openings: dict[Kind, dict[int, str]] = {}
 
     def render(self, messages: Sequence[Message], *, generate: bool, variables: Mapping[str, Any] = NONE) -> str:
-        """The conversation as text; generate: with the prompt for an assistant turn. variables: those of `reads` that are set.
+        """The conversation as text; generate: with the prompt for an assistant turn. variables: those of `reads` that are set, and `tools`.
 
-        BadRow if the template refuses it; DataError that names the template where it loops or grows without end.
+        BadRow if the template refuses it, or would leave out tools or calls; DataError that names the template where it loops or grows
+        without end.
         """
-        size = sum(len(m["content"]) for m in messages)
-        return self._render([self._shaped(m) for m in messages], generate, size, variables)
+        return self._render(self._shaped_all(messages, variables), generate, sum(map(size_of, messages)), variables)
 
-    def finished(self, messages: Sequence[Message], wanted: Wanted) -> Finished | None:
+    def finished(self, messages: Sequence[Message], wanted: Wanted, variables: Mapping[str, Any] = NONE) -> Finished | None:
         """The conversation as text, and the beginnings of it; None if the template refuses it, or cannot be followed."""
+        if not variables and is_plain(messages) and (skeleton := self.skeleton([m["role"] for m in messages], wanted)) is not None:
+            return Finished(*skeleton.filled([m["content"] for m in messages]))
         if self._beginnings is None:
             return None
-        shaped, size = [self._shaped(m) for m in messages], sum(len(m["content"]) for m in messages)
-        budget = MAX_WORK + 3 * COPIES * size
+        try:
+            shaped = self._shaped_all(messages, variables)
+        except BadRow:
+            return None
+        budget = MAX_WORK + 3 * COPIES * sum(map(size_of, messages))
         try:
             if not self._beginnings.flagged:
-                return Finished(*self._beginnings.run(self._given(shaped, False), wanted, budget))
-            text, found = self._beginnings.run(self._given(shaped, False), _of(wanted, False), budget)
+                return Finished(*self._beginnings.run(self._given(shaped, False, variables), wanted, budget))
+            text, found = self._beginnings.run(self._given(shaped, False, variables), _of(wanted, False), budget)
             if asked := _of(wanted, True):
-                other, more = self._beginnings.run(self._given(shaped, True), asked, budget)
+                other, more = self._beginnings.run(self._given(shaped, True, variables), asked, budget)
                 found |= _moved(more, other, text)
             return Finished(text, found)
         except Exception:  # what is wrong is said by those who render it plainly
+            return None
+
+    def skeleton(self, roles: Sequence[str], wanted: Wanted) -> Skeleton | None:
+        """What is written for these roles whatever the contents; None where that is not known."""
+        if len(roles) > LONGEST or self._skeletons is None:
+            return None
+        wanted = {j: tuple(flags) for j, flags in wanted.items()}
+        return remembered(self._skeleton_of, (tuple(roles), *wanted.items()), lambda: self._skeleton_for(roles, wanted))
+
+    def _skeleton_for(self, roles: Sequence[str], wanted: Wanted) -> Skeleton | None:
+        assert self._skeletons is not None
+        told = [self._shaped({"role": role, "content": ""}) for role in roles]
+        for i, m in enumerate(told):
+            content = Content(((i, False),))
+            m["content"] = [{"type": "text", "text": content}] if isinstance(m["content"], list) else content
+        try:
+            whole = self._skeletons.pieces(self._given(told, False, NONE))
+            begun = {
+                (j, flag): beginning_of(whole, self._skeletons.pieces(self._given(told[:j], flag, NONE)))
+                for j, flags in wanted.items()
+                for flag in flags
+            }
+        except Exception:  # it looks at a content, or what is wrong is said by those who render it plainly
+            return None
+        return Skeleton(whole, begun)
+
+    @functools.cached_property
+    def _skeletons(self) -> Skeletons | None:
+        try:
+            return Skeletons(self._text)
+        except Exception:
             return None
 
     @functools.cached_property
@@ -115,87 +139,39 @@ class Dialect:
         except Exception:
             return None
 
-    def check(self, messages: Sequence[Message], text: str, *, generate: bool) -> None:
-        """BadRow that names the first message whose content is missing in `text`, its rendering."""
+    def check(self, messages: Sequence[Message], text: str, *, generate: bool, variables: Mapping[str, Any] = NONE) -> None:
+        """BadRow that names the first message whose content or call is missing in `text`, its rendering."""
         contents = [text_of(m["content"]).strip() for m in messages]
-        lost = self._lost_by_role(messages, generate)
+        lost = self._lost_by_role(messages, generate, variables)
         if (missing := next((i for i, c in enumerate(contents) if c and i in lost), None)) is None:
-            missing = _first_missing(contents, [m["role"] for m in messages], text)
+            owners, roles = list(range(len(messages))), [m["role"] for m in messages]
+            for i, message in enumerate(messages):
+                if said := called(message):
+                    contents, owners, roles = [*contents, *said], [*owners, *[i] * len(said)], [*roles, *["call"] * len(said)]
+            found = first_missing(contents, roles, text)
+            missing = None if found is None else owners[found]
         if missing is not None:
             raise BadRow(f"{LOST}: messages[{missing}] ({messages[missing]['role']})")
 
-    def takes_parts(self, role: str) -> bool:
-        """Whether a role's contents must be lists of parts: as texts they vanish, or are refused."""
-        user, assistant = self._talk
-        if role in ("user", "assistant"):
-            return user if role == "user" else assistant
-        if (known := self._parts.get(role)) is None:
-            talk = [("user", user), ("assistant", assistant)]
-            as_text, as_parts = (
-                any(self._holds([*talk[:i], (role, parts), *talk[j:]]) for i, j in ((0, 0), (1, 1), (2, 1))) for parts in (False, True)
-            )
-            known = as_parts and not as_text
-            if len(self._parts) >= KNOWN_SHAPES:
-                self._parts.clear()
-            self._parts[role] = known
-        return known
-
-    @functools.cached_property
-    def _talk(self) -> tuple[bool, bool]:
-        """Whether the user's and the assistant's contents must be parts; texts where no way holds both."""
-        ways = ((False, False), (True, True), (True, False), (False, True))
-        return next((way for way in ways if self._holds([*zip(("user", "assistant"), way, strict=True)])), (False, False))
-
-    @functools.cached_property
-    def knows_developer(self) -> bool:
-        """Whether `developer` is a role of its own: it is written, and a role that no template knows is not."""
-        known, unknown = ([(role, self.takes_parts(role)) for role in (first, "user")] for first in ("developer", "no such role"))
-        return self._holds(known) and not self._holds(unknown)
-
-    def _holds(self, turns: Sequence[tuple[str, bool]]) -> bool:
-        """Whether turns of (role, whether its content is a list of parts) are written as their texts: a part's other values are not."""
-        marks = [f"Zq{i}qZ" for i in range(len(turns))]
-        shown = [[{"a": "Zp0pZ", "type": "text", "text": mark}] if parts else mark for mark, (_, parts) in zip(marks, turns, strict=True)]
-        try:
-            text = self._render([{"role": role, "content": c} for (role, _), c in zip(turns, shown, strict=True)], generate=False)
-        except BadRow:
-            return False
-        return all(mark in text for mark in marks) and "Zp0pZ" not in text
-
-    def _lost_by_role(self, messages: Sequence[Message], generate: bool) -> frozenset[int]:
+    def _lost_by_role(self, messages: Sequence[Message], generate: bool, variables: Mapping[str, Any]) -> frozenset[int]:
         """Which messages of such roles are not written at all, whatever their content. Marker texts are searched for, since a short content
         may occur by chance."""
-        key = (generate, tuple(m["role"] for m in messages))
-        if (known := self._lost.get(key)) is None:
-            marks = [f"Zq{i}qZ" for i in range(len(messages))]
+        shape = shape_of(messages)
+
+        def find() -> frozenset[int]:
+            talk = [m | mark for m, mark in zip(messages, marked(shape), strict=True)]
             try:
-                text = self.render([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)], generate=generate)
-                known = frozenset(i for i, mark in enumerate(marks) if mark not in text)
+                text = self.render(talk, generate=generate, variables=sketched(variables))
             except BadRow:  # a template that looks into the contents; they are looked for themselves
-                known = frozenset()
-            if len(self._lost) >= KNOWN_SHAPES:
-                self._lost.clear()
-            self._lost[key] = known
-        return known
+                return frozenset()
+            return frozenset(i for i, m in enumerate(talk) if m["content"] not in text)
 
-    def _shaped(self, message: Message) -> dict[str, Any]:
-        role = "system" if message["role"] == "developer" and not self.knows_developer else message["role"]
-        return {**message, "role": role, "content": _content(text_of(message["content"]), self.takes_parts(role))}
+        return remembered(self._lost, (generate, kind_of(shape, variables)), find)
 
-    def _render(self, messages: list[dict[str, Any]], generate: bool, size: int = 0, variables: Mapping[str, Any] = NONE) -> str:
-        try:
-            return self._program.render({**self._given(messages, generate), **variables}, size)
-        except TooMuch as error:
-            raise self._stopped(error) from None
-        except Exception as error:  # what a template does to a conversation can go wrong in any way
-            raise BadRow(f"the chat template refuses it: {error}") from None
 
-    def _given(self, messages: list[dict[str, Any]], generate: bool) -> dict[str, Any]:
-        return {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generate, **self._variables}
-
-    def _stopped(self, error: TooMuch) -> DataError:
-        of = f" of {self._name!r}" if self._name else ""
-        return DataError(f"the chat template{of} was stopped: {error}", fix="use another base, or mend its chat template.")
+def is_plain(messages: Sequence[Message]) -> bool:
+    """Whether messages have a role and a text, and nothing else."""
+    return all(len(m) == 2 and type(m["content"]) is str for m in messages)
 
 
 def _of(wanted: Wanted, generate: bool) -> Wanted:
@@ -206,65 +182,3 @@ def _moved(found: Mapping[tuple[int, bool], Beginning], of: str, text: str) -> d
     """Beginnings of one text as those of another."""
     same = common_start(of, text)
     return {key: (min(n, same), of[same:n] + tail) for key, (n, tail) in found.items()}
-
-
-def common_start(a: str, b: str) -> int:
-    """How many characters two texts begin with alike."""
-    if a == b or a.startswith(b) or b.startswith(a):
-        return min(len(a), len(b))
-    low, high = 0, min(len(a), len(b))  # alike up to low, not up to high + 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
-    return low
-
-
-def text_of(content: Any) -> str:
-    """A message's content as text; parts of text are joined with line breaks. BadRow on anything else."""
-    if isinstance(content, list) and content and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        return "\n".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise BadRow(f"not text: the content is {type(content).__name__}, neither text nor a list of parts with text")
-    return content
-
-
-def is_whole(content: str, text: str) -> bool:
-    """Whether `text` holds `content`, but for white space around it and around the tags of a reasoning block."""
-    if content.strip() in text:
-        return True
-    parts, position = [p.strip() for p in REASONING.split(content)], 0
-    for part in parts if len(parts) > 1 else [content.strip()]:
-        if (found := text.find(part, position)) < 0:
-            return False
-        position = found + len(part)
-    return True
-
-
-def _content(text: str, parts: bool) -> Any:
-    return [{"type": "text", "text": text}] if parts else text
-
-
-def _first_missing(contents: Sequence[str], roles: Sequence[str], text: str) -> int | None:
-    """The first content that `text` does not hold, each in a place of its own; templates may move the system's turn."""
-    position = 0
-    for content in contents:  # nearly always they stand in order, and this is all
-        position = text.find(content, position)
-        if position < 0:
-            break
-        position += len(content)
-    else:
-        return None
-    for i in sorted(range(len(contents)), key=lambda i: -len(contents[i])):
-        found = next((form for form in _forms(contents[i], roles[i]) if form in text), None)
-        if found is None:
-            return i
-        text = text.replace(found, "\0", 1) if found else text
-    return None
-
-
-def _forms(content: str, role: str) -> list[str]:
-    """How a template may write a content: as it is, as a JSON string, without its reasoning."""
-    forms = [content, *(json.dumps(content, ensure_ascii=a)[1:-1] for a in (False, True))]
-    if role == "assistant" and (parts := REASONING.split(content))[1:]:
-        forms.append(parts[-1].strip())
-    return forms

@@ -21,7 +21,7 @@ from trimtab.bases.gguf import is_converted, sha256_of_file
 from trimtab.bases.load import cpu_has_bf16
 from trimtab.errors import TrimtabError
 from trimtab.memory import machine_memory
-from trimtab.ops import native, varlen
+from trimtab.ops import native, paged, varlen
 
 MIN_PYTHON = (3, 11)
 MIN_FREE_RAM_BYTES = 2 * 10**9
@@ -124,7 +124,8 @@ def _kernels() -> Check:
 def _attention() -> Check:
     """As it is for the bundled base's heads, in the dtype that it would have there."""
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return Check("attention", varlen.verdict(torch.device("cuda", torch.cuda.current_device()), dtype, 64, 3), True)
+    at = torch.device("cuda", torch.cuda.current_device())
+    return Check("attention", f"{varlen.verdict(at, dtype, 64, 3)}; {paged.verdict(at, dtype, 64, 3)}", True)
 
 
 def _memory() -> Check:

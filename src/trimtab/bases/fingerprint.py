@@ -12,21 +12,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, TypeVar
 
 import torch
 
 from trimtab.atomic import atomic_write
 from trimtab.bases.cache import cache_dir
 from trimtab.bases.folder import StoredTensor, read_header, read_json, weight_files
-from trimtab.bases.weights import state_with
+from trimtab.bases.weights import stored_parts
 from trimtab.errors import BaseError
+from trimtab.ops.native import compute_alone
 
+T = TypeVar("T")
+C = TypeVar("C")
 OUTPUT_HEAD = "lm_head.weight"
-CHUNK_BYTES = 16 * 2**20
+THREADS, CHUNK_BYTES = 8, 4 * 2**20
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -45,12 +51,12 @@ DTYPE_NAMES = {
 PROBE = "Don't  2024-01-02\n\n1. été  naïve\tx=3.14;  if (a_b!=0){ return; }\r\n 東京 🙂   end ' quote' 100,000 HTTPServer"
 
 
-def fingerprint_folder(path: Path | str) -> str:
+def fingerprint_folder(path: Path | str, stopped: Event | None = None) -> str:
     """The "sha256:…" of the tensors in a base's folder; kept in the cache by the files' names, sizes, times and inodes.
 
     The time of change and the inode too: archives and image layers give all files one time, and two revisions of a model have one size.
 
-    Raises BaseError if the files cannot be read.
+    stopped: once it is set, by another thread, nothing more is read. Raises BaseError if the files cannot be read, or not to their end.
     """
     folder = Path(path).absolute()
     try:
@@ -60,7 +66,8 @@ def fingerprint_folder(path: Path | str) -> str:
         note = cache_dir() / "fingerprints" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.json"
         if (known := _read_note(note, stamp)) is not None:
             return known
-        contents = {t.name: _content_of_stored(t) for file in files for t in read_header(file)}
+        stored = {t.name: t for file in files for t in read_header(file)}
+        contents = dict(zip(stored, _each(stored.values(), partial(_content_of_stored, stopped=stopped)), strict=True))
         found = _combine(contents, tied=_is_tied(folder))
     except (OSError, ValueError) as error:
         raise BaseError(f"the base in {folder} cannot be fingerprinted: {error}", fix="fetch or copy the folder anew.") from error
@@ -72,15 +79,17 @@ def fingerprint_model(model: Any) -> str:
     """The "sha256:…" of a model's matrices as they are stored, its other parameters and its persistent buffers by the same formula, under
     the names of `state_dict()`.
 
-    Equal to its folder's fingerprint where the model was loaded in its stored dtype. Tensors on a GPU are copied one at a time.
-    Raises ValueError on a dtype that safetensors cannot name.
+    Equal to its folder's fingerprint where the model was loaded in its stored dtype. Tensors on a GPU are copied, and matrices that lie
+    otherwise than in their files packed anew, one at a time on each thread. Raises ValueError on a dtype that safetensors cannot name.
     """
-    tensors = state_with(model, lambda weight: weight.stored())
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    head = tensors.get(OUTPUT_HEAD)
-    if tied and head is not None and any(n != OUTPUT_HEAD and _is_same_memory(t, head) for n, t in tensors.items()):
-        del tensors[OUTPUT_HEAD]
-    return _combine({name: _content_of_tensor(t) for name, t in tensors.items()}, tied=tied)
+    state, tied = model.state_dict(), bool(getattr(model.config, "tie_word_embeddings", False))
+    head = state.get(OUTPUT_HEAD) if tied else None
+    twice = head is not None and any(n != OUTPUT_HEAD and _is_same_memory(t, head) for n, t in state.items())
+
+    def content(part: Callable[[], dict[str, torch.Tensor]]) -> dict[str, str]:
+        return {name: _content_of_tensor(t) for name, t in part().items() if not (twice and name == OUTPUT_HEAD)}
+
+    return _combine({name: c for found in _each(stored_parts(model), content) for name, c in found.items()}, tied=tied)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -108,6 +117,12 @@ def template_digest(tokenizer: Any) -> str | None:
     return _sha256_of_json(template)
 
 
+def _each(parts: Iterable[T], content: Callable[[T], C]) -> list[C]:
+    """The content of each, on several threads: hashing lets others run."""
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), initializer=compute_alone) as pool:
+        return list(pool.map(content, parts))
+
+
 def _combine(contents: dict[str, str], *, tied: bool) -> str:
     head = contents.get(OUTPUT_HEAD)
     if tied and head is not None and any(n != OUTPUT_HEAD and c == head for n, c in contents.items()):
@@ -120,11 +135,13 @@ def _start(dtype: str, shape: Iterable[int]) -> Any:
     return hashlib.sha256(json.dumps([dtype, [int(n) for n in shape]]).encode() + b"\n")
 
 
-def _content_of_stored(tensor: StoredTensor) -> str:
+def _content_of_stored(tensor: StoredTensor, stopped: Event | None = None) -> str:
     digest, left = _start(tensor.dtype, tensor.shape), tensor.stop - tensor.start
     with tensor.file.open("rb") as file:
         file.seek(tensor.start)
         while left > 0:
+            if stopped is not None and stopped.is_set():
+                raise ValueError("it was stopped")
             chunk = file.read(min(CHUNK_BYTES, left))
             if not chunk:
                 raise ValueError(f"{tensor.file.name} ends inside the tensor {tensor.name!r}")

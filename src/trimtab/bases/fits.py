@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import torch
 
 from trimtab.bases.folder import read_header, read_json, weight_files
+from trimtab.bases.recipes import BITS, SMALLEST
 from trimtab.memory import OutOfMemory, free_bytes, obtainable_bytes
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes that loading converts, by safetensors' names."""
 CHOICES = ("bfloat16", "float16")
+PACKED = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".scales", ".weight_scale_inv")
+"""Ends of names of floating-point tensors that belong to packed weights, and are not converted."""
+IN_A_LAYER = re.compile(r"\.\d+\..*weight$")
+"""Names of weights inside a list of layers, where those are that are packed."""
+EXPERT = re.compile(r"\.experts\.\d+\.")
+"""Names of one expert's weights, which loading copies into one tensor of all experts."""
 
 
-def weight_bytes(folder: Path, dtype: torch.dtype | str) -> tuple[int, int]:
+def weight_bytes(folder: Path, dtype: torch.dtype | str, quantize: str | None = None) -> tuple[int, int]:
     """(bytes that a base's weights take in `dtype`, those of them that the process has to have in memory of its own). dtype: "auto" is the
-    config's, or as stored.
+    config's, or as stored. quantize: a format that the layers' matrices are packed in while they are read.
 
     Weights that are stored in the dtype are mapped from their files. The system reads them when they are used and may drop them again, so
-    they need not fit into memory at once; weights that are converted do.
+    they need not fit into memory at once; weights that are converted or put together do.
     """
-    tensors = [t for file in weight_files(folder) for t in read_header(file)]
+    tensors, config = [t for file in weight_files(folder) for t in read_header(file)], read_json(folder / "config.json")
+    as_they_are = PACKED if config.get("quantization_config") else ()
     if dtype == "auto":
-        config = read_json(folder / "config.json")
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), "auto")
     whole = own = 0
     for t in tensors:
-        stored = STORED.get(t.dtype)
-        if stored is None or dtype in ("auto", stored):
-            whole += t.stop - t.start
-        elif isinstance(dtype, torch.dtype):
-            size = math.prod(t.shape) * dtype.itemsize
-            whole, own = whole + size, own + size
+        stored, made = STORED.get(t.dtype), EXPERT.search(t.name) is not None
+        size = t.stop - t.start
+        experts = len(t.shape) == 3 and re.search(r"\.\d+\.", t.name) is not None
+        if quantize is not None and (experts or (len(t.shape) == 2 and IN_A_LAYER.search(t.name))):
+            size, made = int(math.prod(t.shape) * BITS[quantize] / 8), True
+        elif stored is not None and not t.name.endswith(as_they_are) and isinstance(dtype, torch.dtype) and dtype != stored:
+            size, made = math.prod(t.shape) * dtype.itemsize, True
+        whole, own = whole + size, own + size * made
     return whole, own
 
 
@@ -47,17 +57,19 @@ def most_bytes(device: torch.device) -> int:
     return available_bytes(device) if device.type == "cuda" else obtainable_bytes()
 
 
-def refuse_too_large(base: str, folder: Path, dtype: torch.dtype | str, device: torch.device) -> None:
+def refuse_too_large(base: str, folder: Path, dtype: torch.dtype | str, device: torch.device, quantize: str | None = None) -> None:
     """OutOfMemory, with what is needed, what is free and what would fit, where a base's weights cannot all be had in `dtype` on `device`.
-    base: as the user wrote it."""
+    base: as the user wrote it. quantize: see `weight_bytes`."""
 
-    def needed(wanted: torch.dtype | str) -> int:
-        return weight_bytes(folder, wanted)[0 if device.type == "cuda" else 1]
+    def needed(wanted: torch.dtype | str, quantize: str | None = None) -> int:
+        return weight_bytes(folder, wanted, quantize)[0 if device.type == "cuda" else 1]
 
     free = most_bytes(device)
-    if (need := needed(dtype)) <= free:
+    if (need := needed(dtype, quantize)) <= free:
         return
-    smaller = {choice: needed(getattr(torch, choice)) for choice in CHOICES}
+    smaller = {choice: needed(getattr(torch, choice), quantize) for choice in CHOICES}
+    if quantize is None and not read_json(folder / "config.json").get("quantization_config"):
+        smaller[f"{CHOICES[0]} with quantize: {SMALLEST}"] = needed(getattr(torch, CHOICES[0]), SMALLEST)
     fitting = [f"{name} ({f'{size / 1e9:.3g} GB' if size else 'as it is stored'})" for name, size in smaller.items() if size <= free]
     asked = str(dtype).removeprefix("torch.")
     raise OutOfMemory(

@@ -131,9 +131,10 @@ def _problem(path: Path) -> str | None:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a regular file. Raises ValueError on anything else, OSError if it is not there."""
+    """Bytes of a regular file. Raises ValueError on anything else, OSError if it is not there. What the kernel makes up as it is read calls
+    itself regular, and may have no end."""
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(status.st_mode) or os.path.realpath(path).startswith(("/proc/", "/sys/")):
         raise ValueError(f"{path.name} is not a regular file")
     return status.st_size
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from contextlib import redirect_stderr
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,8 @@ from trimtab.bases.folder import folder_problems
 from trimtab.bases.progress import Progress, quiet_transformers
 from trimtab.errors import BaseError, TrimtabError
 
+SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+"""How llama.cpp names the parts of a model that it has split."""
 NOTE_FILE = "trimtab_base.json"
 CHUNK_BYTES = 16 * 2**20
 # Vocabularies whose merges were learnt with every digit on its own before GPT-2's split (llama.cpp's list). transformers applies GPT-2's
@@ -47,21 +50,23 @@ def is_converted(folder: Path) -> bool:
     return (folder / NOTE_FILE).exists() and not folder_problems(folder)
 
 
-def folder_for_gguf(path: Path, progress: Progress) -> Path:
-    """The cached folder for any .gguf file, converted at first use and keyed by its content.
+def folder_for_gguf(path: Path, progress: Progress, *, packed: bool = False) -> Path:
+    """The cached folder for any .gguf file, converted at first use and keyed by its content. packed: the blocks of linear layers stay as
+    they are.
 
     Raises BaseError if the file is no GGUF, or of an architecture that transformers cannot unpack.
     """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BaseError(f"{str(path)!r} is not a GGUF file: it does not start with the letters GGUF", fix="fetch the file anew.")
+    _refuse_parts(path)
     sha256 = sha256_of_file(path)
-    folder = converted_folder(_plain(path.stem), sha256)
-    convert(path, folder, sha256=sha256, progress=progress)
+    folder = converted_folder(_plain(path.stem) + ("-packed" if packed else ""), sha256)
+    convert(path, folder, sha256=sha256, progress=progress, packed=packed)
     return folder
 
 
-def convert(path: Path, folder: Path, *, sha256: str, progress: Progress) -> None:
+def convert(path: Path, folder: Path, *, sha256: str, progress: Progress, packed: bool = False) -> None:
     """Write `folder` from the .gguf file `path` unless it is there already; whole or not at all, one process at a time.
 
     sha256: hex digest of `path`, written into the folder's note. Raises BaseError if the file cannot be unpacked.
@@ -74,11 +79,17 @@ def convert(path: Path, folder: Path, *, sha256: str, progress: Progress) -> Non
         progress(f"unpacking {path.name} ({path.stat().st_size / 1e6:.0f} MB), once")
         try:
             with quiet_transformers():
-                with redirect_stderr(io.StringIO()):  # the unpacker draws a bar of its own that no setting turns off
-                    model, tokenizer = _unpack(path)
+                if not packed:
+                    with redirect_stderr(io.StringIO()):  # the unpacker draws a bar of its own that no setting turns off
+                        model, tokenizer = _unpack(path)
                 progress(f"writing {folder}")
                 with whole_folder(folder) as work:
-                    model.save_pretrained(work)
+                    if packed:
+                        from trimtab.bases.gguf_packed import write_packed  # which loads torch
+
+                        tokenizer = _tokenizer(path, write_packed(path, work))
+                    else:
+                        model.save_pretrained(work)
                     tokenizer.save_pretrained(work)
                     note = {"source": path.name, "source_sha256": sha256, "transformers": metadata.version("transformers")}
                     for saved in work.iterdir():
@@ -94,24 +105,35 @@ def convert(path: Path, folder: Path, *, sha256: str, progress: Progress) -> Non
             ) from error
 
 
+def _refuse_parts(path: Path) -> None:
+    """BaseError for one of several files that a model was split into."""
+    if SPLIT.search(path.name):
+        raise BaseError(
+            f"{path.name!r} is one of several parts of a model, which are not read",
+            fix="make one file of them: `llama-gguf-split --merge FIRST_PART OUT`.",
+        )
+
+
 def _unpack(path: Path) -> tuple[Any, Any]:
     """The dense bf16 model and the tokenizer in a .gguf file, ready to be saved."""
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     dtype = torch.float32 if path.stat().st_size < UNPACK_IN_FP32_BYTES else torch.bfloat16
     plan: dict[str, Any] = {}
     if (gguf_config := getattr(transformers, "GgufConfig", None)) is not None:
         plan["quantization_config"] = gguf_config(dequantize=True)  # else newer versions keep the blocks packed for some architectures
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, trust_remote_code=False, **plan)
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True, **plan}
+    model, info = AutoModelForCausalLM.from_pretrained(path.parent, **options)
+    if missing := sorted(info["missing_keys"]):  # which transformers fills with random numbers
+        raise BaseError(f"{path.name} has no tensors for {', '.join(missing[:5])}", fix="fetch the file anew.")
     packed = [name for name, p in model.named_parameters() if not p.is_floating_point()]
     if packed:
         raise BaseError(f"{path.name} stays packed after unpacking: {packed[:3]}", fix="pass the model's safetensors folder instead.")
     model = model.to(torch.bfloat16)
     _forget_quantization(model)
-    _mend_tokenizer(tokenizer, path, model.config)
+    tokenizer = _tokenizer(path, model.config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
@@ -131,9 +153,11 @@ def _forget_quantization(model: Any) -> None:
     model.config.dtype = torch.bfloat16
 
 
-def _mend_tokenizer(tokenizer: Any, path: Path, config: Any) -> None:
+def _tokenizer(path: Path, config: Any) -> Any:
     from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     if _pre_tokenizer_kind(path) in SPLITS_DIGITS and getattr(tokenizer, "backend_tokenizer", None) is not None:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
@@ -143,6 +167,7 @@ def _mend_tokenizer(tokenizer: Any, path: Path, config: Any) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int):
         tokenizer.model_max_length = limit
+    return tokenizer
 
 
 def _pre_tokenizer_kind(path: Path) -> str | None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from trimtab.bases.fingerprint import fingerprint_folder
+from trimtab.bases.fingerprint import fingerprint_folder, fingerprint_model
 from trimtab.bases.fits import refuse_too_large
 from trimtab.bases.folder import read_header, weight_files
 from trimtab.bases.locate import locate
 from trimtab.bases.progress import Progress, quiet_transformers, reporting
+from trimtab.bases.recipes import GGUF, check_quantize
 from trimtab.bases.text_tower import load_causal
-from trimtab.errors import BaseError, ConfigError, TrimtabError, nearest
+from trimtab.errors import BaseError, ConfigError, TrimtabError, first_of, nearest
 from trimtab.memory import explained, ran_out
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,7 +35,8 @@ class LoadedBase:
     """A base ready to be attached to. Every parameter is frozen; nothing may change them.
 
     name: as the user gave it. path: folder with safetensors and tokenizer, readable by transformers. model: transformers causal LM in
-    eval mode. fingerprint: "sha256:…" of the folder's tensors. dtype, device: of the model's parameters.
+    eval mode. fingerprint: "sha256:…" of the folder's tensors, or of what was made of them where they were quantised. dtype, device: of the
+    model's parameters.
     """
 
     name: str
@@ -47,24 +53,47 @@ def load(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    quantize: str | None = None,
+    experts: bool = True,
     progress: Progress | None = None,
 ) -> LoadedBase:
     """Find, fetch or convert, check and load the base `name_or_path` (bundled name, folder, .gguf file, hub id).
 
     dtype: "float32", "bfloat16", "float16", "auto" (as stored) or a torch dtype; None picks bfloat16 where the machine multiplies it
-    natively, else float32. device: "cpu", "cuda", "cuda:1"; None picks cuda where there is one. progress: called with one line a slow step.
+    natively, else float32. device: "cpu", "cuda", "cuda:1"; None picks cuda where there is one. quantize: a format that the linear layers
+    are packed in while they are read ("nf4", "int8", …; "gguf" keeps the blocks of a .gguf file). experts: whether these are packed too.
+    progress: called with one line a slow step.
+
     Raises BaseError if the base cannot be found or read, ConfigError on a dtype or device that is not to be had, OutOfMemory, before a
     weight is read, if they do not fit.
     """
     on = resolve_device(device)
     wanted = resolve_dtype(dtype, on)
+    check_quantize(quantize, name_or_path)
     with reporting(progress) as report:
-        path = locate(name_or_path, report)
-    refuse_too_large(name_or_path, path, wanted, on)
-    with quiet_transformers(), explained(f"loading the base {name_or_path!r}", lambda: _what_fits(path, wanted)):
+        path = locate(name_or_path, report, packed=quantize == GGUF)
+    quantize = None if quantize == GGUF else quantize
+    refuse_too_large(name_or_path, path, wanted, on, quantize)
+    hashing: AbstractContextManager[Future[str] | None] = (
+        nullcontext() if quantize else _hashing(path)
+    )  # reads the files that are read for the model
+    with quiet_transformers(), explained(f"loading the base {name_or_path!r}", lambda: _what_fits(path, wanted)), hashing as hashed:
         tokenizer = _load_tokenizer(name_or_path, path)
-        model = _load_model(name_or_path, path, wanted).to(on).eval().requires_grad_(False)
-    return LoadedBase(name_or_path, path, model, tokenizer, fingerprint_folder(path), model.dtype, on)
+        model = _load_model(name_or_path, path, wanted, on, quantize, experts).eval().requires_grad_(False)
+        fingerprint = fingerprint_model(model) if hashed is None else hashed.result()
+        return LoadedBase(name_or_path, path, model, tokenizer, fingerprint, model.dtype, on)
+
+
+@contextmanager
+def _hashing(path: Path) -> Iterator[Future[str]]:
+    """A folder's fingerprint, computed on a thread of its own. The thread ends with what is inside: where that fails, the process need not
+    wait for all files to be read."""
+    stopped = Event()
+    with ThreadPoolExecutor(1, thread_name_prefix="trimtab-hash") as pool:
+        try:
+            yield pool.submit(fingerprint_folder, path, stopped)
+        finally:
+            stopped.set()
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | str:
@@ -133,10 +162,11 @@ def _load_tokenizer(name: str, path: Path) -> Any:
         raise _unreadable(name, path, "tokenizer", error) from error
 
 
-def _load_model(name: str, path: Path, dtype: torch.dtype | str) -> Any:
-    """The model with every weight from the files. transformers fills missing weights with random numbers; here they are an error."""
+def _load_model(name: str, path: Path, dtype: torch.dtype | str, device: torch.device, quantize: str | None, experts: bool) -> Any:
+    """The model on the device, with every weight from the files. transformers fills missing weights with random numbers; here they are an
+    error."""
     try:
-        model, info = load_causal(path, dtype=dtype, output_loading_info=True)
+        model, info = load_causal(path, device=device, dtype=dtype, quantize=quantize, experts=experts, output_loading_info=True)
     except Exception as error:  # unknown model_type, wrong shapes, not a causal LM, code of its own: the text says which
         if isinstance(error, TrimtabError) or ran_out(error):
             raise
@@ -147,7 +177,7 @@ def _load_model(name: str, path: Path, dtype: torch.dtype | str) -> Any:
         found = [f"missing tensor {key}" for key in missing] + [f"tensor of another shape {key}" for key in wrong]
         raise BaseError(
             f"{name!r} does not hold all weights of its model: {path}",
-            problems=found[:10] + ([f"and {len(found) - 10} more"] if len(found) > 10 else []),
+            problems=first_of(found, 10),
             fix="fetch the folder anew, or check that config.json belongs to these weights.",
         )
     return model

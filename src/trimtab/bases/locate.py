@@ -18,8 +18,9 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "voc
 HUB_IGNORED = ["*/*", "consolidated*", "*.bin", "*.py"]
 
 
-def locate(name: str, progress: Progress) -> Path:
-    """The folder of the base `name`, fetched or converted at first use, checked to be readable.
+def locate(name: str, progress: Progress, *, packed: bool = False) -> Path:
+    """The folder of the base `name`, fetched or converted at first use, checked to be readable. packed: of a .gguf file, with its blocks as
+    they are.
 
     Raises BaseError naming what was tried, the bundled names, and how to pass a folder.
     """
@@ -30,7 +31,7 @@ def locate(name: str, progress: Progress) -> Path:
     if path.is_dir():
         return path.absolute()
     if path.is_file():
-        return folder_for_gguf(path.absolute(), progress)
+        return folder_for_gguf(path.absolute(), progress, packed=packed)
     folder = _from_hub(name, progress)
     check_folder(folder, name=name)
     return folder

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from trimtab.bases.dialect import BadRow
+from trimtab.bases.tool_turns import BadRow
 
 
 class PlainContent:

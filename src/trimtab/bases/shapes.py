@@ -13,7 +13,9 @@ import transformers
 from trimtab.bases.folder import read_json
 from trimtab.bases.locate import HUB_ID
 from trimtab.bases.progress import quiet_transformers
+from trimtab.bases.recipes import BITS, GGUF, check_quantize
 from trimtab.bases.spec import Spec
+from trimtab.bases.stored import bits_of, kinds_of, settings_of, without_settings
 from trimtab.bases.structure import read_spec
 from trimtab.bases.text_tower import text_config
 from trimtab.errors import BaseError, nearest
@@ -58,20 +60,30 @@ class Architecture:
     dtype: torch.dtype
 
 
-def read_architecture(name: str) -> Architecture:
+def read_architecture(name: str, quantize: str | None = None) -> Architecture:
     """The shape of a base: a name in `PRESETS` (the bundled base's among them), a folder or its config.json, a .gguf file, or a hub id.
+
+    quantize: a format that its layers are packed in while it is loaded.
 
     Only the config is read; the model is built on the meta device, without weights. BaseError if there is no such base, or its family is
     not supported.
     """
     with quiet_transformers():
-        config = text_config(_read_config(name))
+        whole = _read_config(name)
+        settings, config = settings_of(whole), without_settings(text_config(whole))
         try:
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:  # sizes that do not fit each other, not a causal LM: transformers' text says which
             raise _unreadable(name, error) from error
     spec = read_spec(model)
+    if settings is not None or quantize is not None:
+        check_quantize(quantize, name)
+        if quantize == GGUF:  # the blocks of the whole file, of which the layers are the most
+            bits = 8 * Path(name).stat().st_size / spec.num_parameters
+        else:
+            bits = BITS[quantize] if quantize is not None else bits_of(settings or {})
+        spec = spec.packed(bits) if settings is None or quantize is not None else spec.packed(bits, kinds_of(settings))
     stored = getattr(config, "dtype", None)
     return Architecture(name, spec, spec.num_parameters, stored if isinstance(stored, torch.dtype) else torch.bfloat16)
 

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from trimtab.errors import BaseError
+if TYPE_CHECKING:
+    import torch
 
 Kind = Literal["linear", "conv1d", "embedding", "norm", "experts"]
 
@@ -33,6 +35,8 @@ class Module:
     out, in], or [experts, in, out] as some models keep it; feature counts are those of one expert.
     vectors: how many vectors of one token it acts on, each by itself: the number of heads for a norm of queries or keys, else 1; 0 for a
     module that is not run once with each token's row (`forward/proof.py` finds these), where no adapter can act.
+    bits: how many bits an entry of its matrix takes, with its scales, where the matrix is packed.
+    experts: how many experts a parameter of kind "experts" holds.
     """
 
     name: str
@@ -42,24 +46,28 @@ class Module:
     layer: int | None
     parameters: Mapping[str, tuple[int, ...]]
     vectors: int = 1
+    bits: float | None = None
+    experts: int = 0
 
 
 @dataclass(frozen=True)
 class Layer:
     """One decoder layer: names of its parts as in `named_modules()`, and its sizes.
 
-    attention_output: the projection whose result is the attention's. intermediate_size: features that the MLP's down-projection
-    reads. gated: whether the matrices before it make two of them. window: tokens on which its attention looks back, its own
-    included; None: all.
+    attention_output: the projection whose result is the attention's. mlp: None where its matrices are in no module of their own, or in
+    several (beside experts). intermediate_size: features that the last matrix there reads. gated: whether the matrices before it make two
+    of them. value_dim: features of a head's values, where head_dim are those of its keys. window: tokens on which its attention looks
+    back, its own included; None: all.
     """
 
     name: str
     attention: str
     attention_output: str
-    mlp: str
+    mlp: str | None
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    value_dim: int
     intermediate_size: int
     gated: bool
     window: int | None
@@ -70,7 +78,8 @@ class Spec:
     """What a method may know of a base model. Sizes are counts of features, heads, rows; no weights, no devices.
 
     body: the part of the causal LM that gives hidden states. layer_list: the list of its layers. logit_scale: what logits are multiplied
-    with before the soft cap. writes_results: whether the model's code writes into what its modules give.
+    with before the soft cap. layer_embeddings: whether layers have embeddings of tokens of their own. layers_share_kv: whether some layers
+    attend to the keys and values of another. writes_results: whether the model's code writes into what its modules give.
     """
 
     model_type: str
@@ -87,6 +96,8 @@ class Spec:
     tied_head: bool
     final_softcap: float | None
     logit_scale: float
+    layer_embeddings: bool
+    layers_share_kv: bool
     writes_results: bool
     num_parameters: int
 
@@ -97,41 +108,51 @@ class Spec:
         found = (m for m in self.modules.values() if m.kind in ("linear", "conv1d") and m.name != self.head)
         return tuple(m.name for m in found if m.vectors and min(m.in_features, m.out_features) > 1)
 
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all weights: packed ones as they are, others in dtype."""
+        packed = [(m.in_features * m.out_features * max(1, m.experts), m.bits) for m in self.modules.values() if m.bits is not None]
+        return int(self.num_parameters * dtype.itemsize - sum(n * (dtype.itemsize - bits / 8) for n, bits in packed))
+
+    def packed(self, bits: float | None, kinds: Sequence[Kind] = ("linear", "experts")) -> Spec:
+        """The same base with the linear layers of its decoder layers and its experts packed, or those of these kinds; None: dense."""
+        routers = tuple(f"{m.name.rpartition('.experts')[0]}." for m in self.modules.values() if m.kind == "experts")
+        chosen = {
+            n: replace(m, bits=bits)
+            for n, m in self.modules.items()
+            if m.kind in kinds and m.layer is not None and not (routers and f"{n.rpartition('.')[0]}." in routers)
+        }
+        return replace(self, modules={**self.modules, **chosen})
+
     @cached_property
     def attention_outputs(self) -> tuple[str, ...]:
         return tuple(layer.attention_output for layer in self.layers)
 
     @cached_property
     def mlps(self) -> tuple[str, ...]:
-        return tuple(layer.mlp for layer in self.layers)
+        return tuple(layer.mlp for layer in self.layers if layer.mlp is not None)
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
 
     @cached_property
-    def num_heads(self) -> int:
-        return self._of_every_layer("num_heads")
-
-    @cached_property
-    def num_kv_heads(self) -> int:
-        return self._of_every_layer("num_kv_heads")
-
-    @cached_property
-    def head_dim(self) -> int:
-        return self._of_every_layer("head_dim")
+    def kv_shape(self) -> tuple[int, int]:
+        """(heads, features of each) of what a KV cache keeps of one token in a layer, keys or values. Where layers differ, or keys from
+        values: one head with room for the widest."""
+        found = {(layer.num_kv_heads, d) for layer in self.layers for d in (layer.head_dim, layer.value_dim)}
+        return found.pop() if len(found) == 1 else (1, max(heads * dim for heads, dim in found))
 
     @property
     def kv_width(self) -> int:
-        """Features of one layer's keys (or values) for one token: num_kv_heads * head_dim."""
-        return self.num_kv_heads * self.head_dim
+        """Features of one layer's keys (or values) for one token in a KV cache."""
+        return math.prod(self.kv_shape)
 
-    def _of_every_layer(self, size: str) -> int:
-        """A size that all layers share. BaseError where they do not: the KV cache and stored prefixes have one shape for all layers."""
-        found = sorted({getattr(layer, size) for layer in self.layers})
-        if len(found) > 1:
-            raise BaseError(
-                f"the layers of this {self.model_type} base differ in {size}: {', '.join(map(str, found))}",
-                fix="use a base whose layers all keep keys and values of one shape.",
-            )
-        return found[0]
+    @property
+    def layers_alike(self) -> bool:
+        """Whether keys have one shape in all layers, and values one."""
+        return len({(layer.num_kv_heads, layer.head_dim, layer.value_dim) for layer in self.layers}) == 1
+
+    @property
+    def heads_alike(self) -> bool:
+        """Whether keys and values have one shape in all layers, as stored prefixes have."""
+        return self.layers_alike and self.layers[0].head_dim == self.layers[0].value_dim

@@ -6,7 +6,9 @@ is used (`forward/proof.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -22,8 +24,6 @@ ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 """The kinds of layers, in transformers' words, whose state is keys and values."""
 NOT_SEEN = ("attention_chunk_size",)
 """Settings that change attention only after more tokens than the proof runs."""
-OF_LAYERS = {"hidden_size_per_layer_input": "embeddings for each layer", "num_kv_shared_layers": "keys and values shared between layers"}
-"""Settings that give layers what no other layer of a kind has (Gemma 3n, Gemma 4) -> in words what."""
 
 
 def read_spec(model: Any) -> Spec:
@@ -39,6 +39,7 @@ def read_spec(model: Any) -> Spec:
     attentions = [_attention(layer, f"{layer_list}.{i}", config) for i, layer in enumerate(model.get_submodule(layer_list))]
     by_name = {a["attention"]: a for a in attentions}
     modules = {m.name: m for name, module in model.named_modules() for m in _leaves(name, module, layer_list, by_name)}
+    _refuse_ends(config, modules.get(names[id(embedding)]), modules.get(names[id(head)]))
     inside: list[list[Module]] = [[] for _ in attentions]
     for m in modules.values():
         if m.layer is not None:
@@ -59,9 +60,21 @@ def read_spec(model: Any) -> Spec:
         tied_head=bool(config.tie_word_embeddings),
         final_softcap=getattr(config, "final_logit_softcapping", None),
         logit_scale=_logit_scale(config),
+        layers_share_kv=bool(getattr(config, "num_kv_shared_layers", 0)),
+        layer_embeddings=bool(getattr(config, "hidden_size_per_layer_input", 0)) and hasattr(body, "get_per_layer_inputs"),
         writes_results=config.model_type == "falcon" or getattr(config, "clip_qkv", None) is not None,
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=_num_parameters(model),
     )
+
+
+def _refuse_ends(config: Any, embedding: Module | None, head: Module | None) -> None:
+    """BaseError where the token embedding or the output head is of another kind or width than the hidden states ask for."""
+    if embedding is None or head is None:
+        raise _unknown(config, "its token embedding or its output head is of a kind that trimtab does not know")
+    wide = sorted({embedding.out_features, head.in_features})
+    if wide != [config.hidden_size]:
+        found = ", ".join(map(str, wide))
+        raise _unknown(config, f"its embedding or head has {found} features, where hidden states have {config.hidden_size}")
 
 
 def _defaults(attentions: Sequence[Mapping[str, Any]], mlps: Sequence[Mapping[str, Any]], inside: Sequence[Sequence[Module]]) -> Defaults:
@@ -71,15 +84,22 @@ def _defaults(attentions: Sequence[Mapping[str, Any]], mlps: Sequence[Mapping[st
     for attention, mlp, leaves in zip(attentions, mlps, inside, strict=True):
         linear = [m.name for m in leaves if m.kind in ("linear", "conv1d")]
         made = [n for n in linear if n.startswith(f"{attention['attention']}.") and n != attention["attention_output"]]
+        queries_alone = sum(m.out_features for m in leaves if m.name in made) == attention["num_heads"] * attention["head_dim"]
         one_each = {letter: [n for n in made if n.rpartition(".")[2].startswith(letter)] for letter in "qkv"}
         apart = len(made) >= 3 and all(len(found) == 1 for found in one_each.values())
         last = [
-            m.name for m in leaves if m.name in linear and m.name.startswith(f"{mlp['mlp']}.") and m.in_features == mlp["intermediate_size"]
+            m.name for m in leaves if m.name in linear and _in_mlp(m.name, attention, mlp) and m.in_features == mlp["intermediate_size"]
         ]
         lora |= dict.fromkeys(_suffix(n, linear) for n in (one_each["q"] + one_each["v"] if apart else made))
-        keys_values |= dict.fromkeys(_suffix(n, linear) for n in (one_each["k"] + one_each["v"] if apart else made))
+        of_keys = one_each["k"] + one_each["v"] if apart else [] if queries_alone else made
+        keys_values |= dict.fromkeys(_suffix(n, linear) for n in of_keys)
         feedforward |= dict.fromkeys(_suffix(n, linear) for n in last[-1:])
     return Defaults(tuple(lora), (*keys_values, *feedforward), tuple(feedforward))
+
+
+def _in_mlp(name: str, attention: Mapping[str, Any], mlp: Mapping[str, Any]) -> bool:
+    """Whether a module of a layer belongs to its MLP."""
+    return name.startswith(f"{mlp['mlp']}.") if mlp["mlp"] else not name.startswith(f"{attention['attention']}.")
 
 
 def _suffix(name: str, others: Sequence[str]) -> str:
@@ -98,18 +118,15 @@ def window_of(attention: Any) -> int | None:
 def _refuse_unsupported(config: Any) -> None:
     """Refuse by name whatever would make one row's result depend on other rows, or that the attention function does not compute exactly."""
     problems = []
-    if getattr(config, "use_bidirectional_attention", False):
+    if getattr(config, "use_bidirectional_attention", False) not in (False, None, "vision"):  # "vision": of images alone
         problems.append("use_bidirectional_attention is set: only causal attention is supported")
     kinds = [k for k in dict.fromkeys(getattr(config, "layer_types", None) or ()) if k not in ATTENTION_LAYERS]
     problems += [f"layers of type {k!r}: only {' and '.join(ATTENTION_LAYERS)} are supported" for k in kinds]
     problems += [f"{name} = {getattr(config, name)!r} is not supported" for name in NOT_SEEN if getattr(config, name, None)]
-    problems += [
-        f"{name} = {getattr(config, name)!r}: {what} are not supported" for name, what in OF_LAYERS.items() if getattr(config, name, 0)
-    ]
     if getattr(config, "add_cross_attention", False):
         problems.append("add_cross_attention is set: only decoder-only models are supported")
-    if getattr(config, "quantization_config", None):
-        problems.append("quantization_config is set: load the base unquantised (a .gguf file is converted on loading)")
+    if getattr(config, "alibi", False):
+        problems.append("alibi is set: attention with linear biases is not supported")
     if problems:
         raise BaseError(f"this {config.model_type} model needs what trimtab does not support", problems=problems)
 
@@ -123,6 +140,13 @@ def _max_positions(config: Any) -> int:
             trained = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
             found.append(trained or config.max_position_embeddings)
     return min(found)
+
+
+def _num_parameters(model: Any) -> int:
+    """Entries of matrices that are packed, and of parameters."""
+    packed = {n: w for n, m in model.named_modules() if (w := claimed(m)) is not None and not w.stored_dense}
+    own = {id(t) for n in packed for part, t in model.get_submodule(n)._parameters.items() if part != "bias"}
+    return sum(math.prod(w.shape) for w in packed.values()) + sum(p.numel() for p in model.parameters() if id(p) not in own)
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
@@ -162,7 +186,8 @@ def _attention(layer: nn.Module, at: str, config: Any) -> dict[str, Any]:
     """The attention's part of a `Layer`. Heads are told from what the projections give and what the last of them reads."""
     found = [(f"{at}.{n}", child) for n, child in layer.named_children() if hasattr(child, "is_causal")]
     if len(found) != 1:
-        raise _unknown(config, f"attention modules in {at}, of which there should be one: {', '.join(n for n, _ in found) or 'none'}")
+        none = "none that runs through transformers' attention interface"
+        raise _unknown(config, f"attention modules in {at}, of which there should be one: {', '.join(n for n, _ in found) or none}")
     name, attention = found[0]
     features = {f"{name}.{n}": (i, o) for n, m in attention.named_modules() for _, i, o in _matrix(m)}
     outputs = [n for n in features if n.rpartition(".")[2] in OUTPUT_PROJECTIONS]
@@ -170,43 +195,74 @@ def _attention(layer: nn.Module, at: str, config: Any) -> dict[str, Any]:
         raise _unknown(
             config, f"{name} has no output projection, or several, by the names that trimtab knows: {', '.join(OUTPUT_PROJECTIONS)}"
         )
-    head_dim = getattr(attention, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width, into = features[outputs[0]][0], {n.rpartition(".")[2]: o for n, (_, o) in features.items() if n != outputs[0]}
-    if {"q", "k", "v"} < {n[0] for n in into}:  # and a gate of the attention's result
-        into = {n: o for n, o in into.items() if n[0] in "qkv"}
-    made = sum(into.values())
-    heads, kv_heads = width // head_dim, (made - width) // (2 * head_dim)
-    share = getattr(attention, "num_key_value_groups", heads // max(1, kv_heads))
-    if kv_heads < 1 or heads != share * kv_heads or (heads * head_dim, (heads + 2 * kv_heads) * head_dim) != (width, made):
+    heads, kv_heads, head_dim, value_dim, fits = _heads(attention, width, into, config)
+    if kv_heads < 1 or heads % kv_heads or not fits:
+        made = sum(into.values())
         raise _unknown(config, f"{name} makes {made} features of a token and reads {width}: no number of heads of {head_dim} features fits")
-    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
     return {"name": at, "attention": name, "attention_output": outputs[0], "window": window_of(attention)} | sizes
 
 
+def _heads(attention: Any, width: int, into: Mapping[str, int], config: Any) -> tuple[int, int, int, int, bool]:
+    """(query heads, key heads, features of a head's keys, of its values, whether the projections make just these). width: features that
+    the output projection reads. into: projection -> features that it makes."""
+    head_dim = getattr(attention, "qk_head_dim", None) or getattr(attention, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    value_dim = getattr(attention, "v_head_dim", None) or head_dim
+    heads, share = width // value_dim, getattr(attention, "num_key_value_groups", None)
+    if "kv_b_proj" in into:  # keys and values are made of a compressed vector, for each query head its own
+        made = next((into[n] for n in ("q_b_proj", "q_proj") if n in into), 0)
+        return heads, heads, head_dim, value_dim, (heads * value_dim, heads * head_dim) == (width, made)
+    letters, queries = {n[0] for n in into}, heads * head_dim
+    if {"q", "k"} <= letters:  # and a gate of the attention's result
+        into = {n: o for n, o in into.items() if n[0] in "qkv"}
+    made = sum(into.values())
+    if share and made == queries:  # keys and values are those of a layer before
+        return heads, heads // share, head_dim, value_dim, heads * value_dim == width
+    of_one = head_dim if {"q", "k"} <= letters and "v" not in letters else head_dim + value_dim  # values may be made of the keys
+    kv_heads = (made - queries) // of_one
+    fits = (heads * value_dim, queries + kv_heads * of_one) == (width, made) and share in (None, heads // max(1, kv_heads))
+    return heads, kv_heads, head_dim, value_dim, fits
+
+
 def _mlp(at: str, attention: str, leaves: list[Module], config: Any) -> dict[str, Any]:
-    """The MLP's part of a `Layer`: the part beside the attention that holds several matrices."""
+    """The MLP's part of a `Layer`: the part beside the attention that holds several matrices. Where there is none, or more than one, the
+    sizes are those of all matrices beside the attention."""
     parts: dict[str, list[Module]] = {}
     for m in leaves:
-        if m.kind in MATRICES:
-            parts.setdefault(".".join(m.name.split(".")[: at.count(".") + 2]), []).append(m)
-    found = [name for name, matrices in parts.items() if name != attention and len(matrices) > 1]
-    if len(found) != 1:
-        raise _unknown(config, f"MLPs in {at}, of which there should be one: {', '.join(found) or 'none'}")
-    matrices, H = parts[found[0]], config.hidden_size
-    last = max((i for i, m in enumerate(matrices) if m.out_features == H), default=0)
+        part = ".".join(m.name.split(".")[: at.count(".") + 2])
+        if m.kind in MATRICES and part != attention:
+            parts.setdefault(part, []).append(m)
+    if not parts:
+        raise _unknown(config, f"{at} has no matrices beside its attention")
+    found = [name for name, matrices in parts.items() if len(matrices) > 1]
+    name = found[0] if len(found) == 1 else None
+    matrices, H = [m for matrices in parts.values() for m in matrices] if name is None else parts[name], config.hidden_size
+    out = [i for i, m in enumerate(matrices) if m.out_features == H]
+    last = max(out, key=lambda i: i if name else matrices[i].in_features, default=0)
     inner = matrices[last].in_features
-    return {"mlp": found[0], "intermediate_size": inner, "gated": sum(m.out_features for m in matrices[:last]) >= 2 * inner}
+    return {"mlp": name, "intermediate_size": inner, "gated": sum(m.out_features for m in matrices[:last]) >= 2 * inner}
 
 
 def _leaves(name: str, module: nn.Module, layer_list: str, attentions: Mapping[str, Mapping[str, Any]]) -> Iterator[Module]:
     """What a module itself holds, without what is inside it."""
     kind = type(module).__name__
     shapes = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
+    weight = claimed(module)
+    if weight is not None and not weight.stored_dense:
+        shapes = {"weight": weight.shape} | {n: shape for n, shape in shapes.items() if n == "bias"}
     layer = int(name.removeprefix(f"{layer_list}.").split(".")[0]) if name.startswith(f"{layer_list}.") else None
+    bits = None if weight is None or weight.stored_dense else 8 * weight.nbytes / math.prod(weight.shape)
+    if weight is not None and (experts := getattr(module, "experts", 0)):
+        out, into = weight.shape[0] // experts, weight.shape[1]
+        yield Module(name, "experts", into, out, layer, {"weight": (experts, out, into)}, bits=bits, experts=experts)
+        return
     for matrix in _matrix(module):
-        yield Module(name, *matrix, layer, shapes)
+        yield Module(name, *matrix, layer, shapes, bits=bits)
     if isinstance(module, nn.Embedding):
-        yield Module(name, "embedding", module.num_embeddings, module.embedding_dim, layer, shapes)
+        alone = len(signature(type(module).forward).parameters) == 2  # OPT's positions are told from a mask and more
+        yield Module(name, "embedding", module.num_embeddings, module.embedding_dim, layer, shapes, int(alone))
     elif kind.endswith("Norm") and list(shapes)[:1] == ["weight"]:
         width, around = shapes["weight"][0], attentions.get(name.rpartition(".")[0], {})
         heads = "num_heads" if name.rpartition(".")[2].startswith("q") else "num_kv_heads"
@@ -214,7 +270,7 @@ def _leaves(name: str, module: nn.Module, layer_list: str, attentions: Mapping[s
     for n, shape in shapes.items():
         if len(shape) == 3:
             out, into = reversed(shape[1:]) if getattr(module, "is_transposed", False) else shape[1:]
-            yield Module(f"{name}.{n}", "experts", into, out, layer, {"weight": shape})
+            yield Module(f"{name}.{n}", "experts", into, out, layer, {"weight": shape}, experts=shape[0])
 
 
 def _matrix(module: nn.Module) -> list[tuple[Kind, int, int]]:

@@ -19,41 +19,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
-from trimtab.bases.control_tokens import ControlTokens, Ids
-from trimtab.bases.dialect import (
-    KNOWN_SHAPES,
-    LOST,
-    NONE,
-    REASONING,
-    BadRow,
-    Dialect,
-    Finished,
-    Message,
-    common_start,
-    dialect_of,
-    is_whole,
-    text_of,
-)
+from trimtab.bases.marks import Ids
 from trimtab.bases.plain import PlainContent
-from trimtab.bases.whole import Whole, ends_of, marked
+from trimtab.bases.prompts import Prompts, Rewrites, TakenOut
+from trimtab.bases.shaping import NONE
+from trimtab.bases.tool_turns import REASONED, BadRow, Message, arguments_of, calls_of, texts_in
+from trimtab.bases.whole import Whole
+from trimtab.bases.written import REASONING, common_start, is_whole, opened, text_of
 from trimtab.errors import DataError
 
 __all__ = [
     "BadRow",
-    "Ids",
+    "End",
     "Message",
     "Template",
     "Turn",
     "encode_prompt",
     "end_of_turn_id",
-    "text_of",
 ]
 
+OPEN_END = "THE-ANSWER-GOES-ON-HERE "
+"""Put behind the content that an answer goes on with."""
+End = Literal["asked", "finished", "open"]
 TALK: tuple[Message, Message] = ({"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"})
 """A plain question and answer, from which it is seen how a template ends a turn."""
-_NO_TEMPLATE_FIX = "use an instruction-tuned base, or give prompt and completion (they are joined as they are)."
 
 
 @dataclass(frozen=True)
@@ -67,18 +58,8 @@ class Turn:
     end: str | None
 
 
-class Template(ControlTokens):
+class Template(Prompts):
     """A tokenizer and its chat template. Built once for many rows; keeps nothing of them."""
-
-    def __init__(self, tokenizer: Any):
-        super().__init__(tokenizer)
-        self.exists = bool(getattr(tokenizer, "chat_template", None))
-
-    @cached_property
-    def _dialect(self) -> Dialect:
-        if not self.exists:
-            raise DataError("the base has no chat template, and conversations need one", fix=_NO_TEMPLATE_FIX)
-        return dialect_of(self.tokenizer)
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
@@ -94,44 +75,39 @@ class Template(ControlTokens):
         except BadRow:
             return None
 
-    @property
-    def reads(self) -> frozenset[str]:
-        """The variables that a caller of `question` may set and the template looks at (enable_thinking); none without a template."""
-        return self._dialect.reads if self.exists else frozenset()
-
-    def render(self, messages: Sequence[Message], *, generate: bool) -> str:
-        """The conversation as text; generate: with the prompt for an assistant turn. BadRow if the template refuses it."""
-        return self._dialect.render(messages, generate=generate)
-
-    def prompt(self, messages: Sequence[Message], variables: Mapping[str, Any] = NONE) -> str:
-        """The text that asks for the next assistant turn, with every message's content in it; else BadRow."""
-        text = self._dialect.render(messages, generate=True, variables=variables)
-        self._dialect.check(messages, text, generate=True)
-        return text
-
-    def whole(self, messages: Sequence[Message], answers: Sequence[int]) -> Whole:
-        """A finished conversation, with every message's content in it; else BadRow. answers: the assistant turns that will be asked for."""
-        whole = self.finished(messages, answers)
-        self._dialect.check(messages, whole.text, generate=False)
-        return whole
-
-    def finished(self, messages: Sequence[Message], answers: Sequence[int]) -> Whole:
-        """`whole`, whether or not its contents are all there."""
-        wanted: dict[int, list[bool]] = {}
-        for index in filter(None, answers):
-            wanted.setdefault(index, []).append(True)
-            if index + 1 < len(messages):
-                wanted.setdefault(index + 1, []).append(False)
-        finished = self._dialect.finished(messages, wanted)
-        return Whole(self._dialect, messages, finished or Finished(self.render(messages, generate=False), {}))
-
-    def last_turn(self, messages: Sequence[Message]) -> Turn:
+    def last_turn(self, messages: Sequence[Message], variables: Mapping[str, Any] = NONE) -> Turn:
         """Messages that end with an assistant turn: what is served, and what follows it. BadRow if the template does not write the
         answer whole, or what is to be answered is not certain."""
-        prompt, text = self._asked_and_answered(messages)
-        stop, end = self._end(messages[-1]["content"], text, lambda: self.frame(messages)[0])
-        self._check_answer(messages[-1]["content"], text[:stop], len(messages) - 1)
+        try:
+            return self._last_turn(messages, variables)
+        except TakenOut:
+            if (turn := self._opened_turn(messages, variables)) is None:
+                raise
+            return turn
+
+    def _last_turn(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> Turn:
+        prompt, text = self._asked_and_answered(messages, variables)
+        tag = opened(prompt)
+        stop, end = self._end(messages[-1], text, lambda: self.frame(messages, variables)[0], tag)
+        self._check_answer(messages[-1], tag + text[:stop], len(messages) - 1)
         return Turn(prompt, text[:stop], text[stop:], end)
+
+    def _opened_turn(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> Turn | None:
+        """A last turn with reasoning, of a template that opens the reasoning for the answer and takes it out of what is finished: served is
+        the prompt, and the model goes on with the reasoning, closes it and answers. None where the template does not open it."""
+        before, tag, rest = _reasoned(messages[-1])
+        closed = REASONING.split(rest)
+        if before.strip() or len(closed) < 3:
+            return None
+        turn = self._last_turn(
+            [*messages[:-1], {k: v for k, v in messages[-1].items() if k != REASONED} | {"content": closed[-1]}], variables
+        )
+        said, written = closed[-1].strip(), turn.answer.lstrip()
+        written = written.removeprefix(closed[-2]).lstrip()  # a template may close what it has opened
+        if opened(turn.prompt) != tag or not written.startswith(said):
+            return None
+        answer = rest.removeprefix(turn.prompt[len(turn.prompt.rstrip()) :])
+        return Turn(turn.prompt, answer.rstrip() + written.removeprefix(said), turn.rest, turn.end)
 
     def turn(self, whole: Whole, index: int) -> tuple[int, int, str | None]:
         """The characters of the text that are the answer of assistant turn `index`, with its end-of-turn token and without blanks after it;
@@ -141,129 +117,40 @@ class Template(ControlTokens):
         """
         if index == 0:
             raise BadRow("starts with an assistant turn: there is no prompt to answer")
-        text, content = whole.text, whole.messages[index]["content"]
+        text, answer = whole.text, whole.messages[index]
         begin, prompt, upto = whole.around(index)
         start = begin + len(prompt)
         if not upto.startswith(prompt) or not text.startswith(prompt, begin):
-            raise BadRow(f"the chat template rewrites earlier turns: what stands before messages[{index}] changes once it is answered")
+            raise Rewrites(f"the chat template rewrites earlier turns: what stands before messages[{index}] changes once it is answered")
 
         def opening() -> str:
             if whole.openings is None:
-                whole.openings = self._openings(whole.messages)
+                whole.openings = self._openings(whole.messages, whole.variables)
             return whole.openings[index]
 
-        stop, end = self._end(content, upto[len(prompt) :], opening)
+        tag = opened(prompt)
+        stop, end = self._end(answer, upto[len(prompt) :], opening, tag)
         if end is None or not text.startswith(upto[: len(prompt) + stop], begin):
             if (shared := self._shared(upto, text, begin)) is None:
-                raise BadRow(f"the chat template rewrites earlier turns: messages[{index}] changes once more turns follow")
-            ends_alone, (stop, end) = end is not None, self._end(content, text[start : begin + shared], opening)
+                raise Rewrites(f"the chat template rewrites earlier turns: messages[{index}] changes once more turns follow")
+            ends_alone, (stop, end) = end is not None, self._end(answer, text[start : begin + shared], opening, tag)
             if end is None and ends_alone:
-                raise BadRow(f"the chat template rewrites earlier turns: messages[{index}] ends otherwise once more turns follow")
-        self._check_answer(content, text[start : start + stop], index)
+                raise Rewrites(f"the chat template rewrites earlier turns: messages[{index}] ends otherwise once more turns follow")
+        self._check_answer(answer, tag + text[start : start + stop], index)
         return start, start + stop, end
 
-    def _openings(self, messages: Sequence[Message]) -> dict[int, str]:
-        """`frame(messages[: i + 1])[0]` of every assistant turn i. It depends on the roles alone."""
-        roles, known = tuple(m["role"] for m in messages), self._dialect.openings
-        if roles not in known:
-            if len(known) >= KNOWN_SHAPES:
-                known.clear()
-            known[roles] = self._openings_of(roles)
-        return known[roles]
-
-    def _openings_of(self, roles: tuple[str, ...]) -> dict[int, str]:
-        """Found on marks, as `_frame` does it for one turn, in one run of the template."""
-        talk, answers = marked(roles), [i for i, role in enumerate(roles) if role == "assistant" and i]
-        try:
-            whole = self.finished(talk, answers)
-        except BadRow:
-            return {i: self.frame(talk[: i + 1])[0] for i in answers}
-        ends = ends_of([m["content"] for m in talk], whole.text)
-        found: dict[int, str] = {}
-        for index in answers:
-            try:
-                begin, prompt, upto = whole.around(index)
-                opening, mark, _ = upto[len(prompt) :].partition(talk[index]["content"])
-                plain = ends[index - 1] <= begin and upto.startswith(prompt) and mark  # the prompt has all contents
-            except BadRow:
-                plain = ""
-            found[index] = opening if plain else self.frame(talk[: index + 1])[0]
-        return found
-
-    def frame(self, messages: Sequence[Message]) -> tuple[str, str]:
-        """What the template writes between the prompt and the content of a last turn, and between the content and the turn's end: both by
-        the roles alone, whatever the contents. Nothing where that cannot be found out."""
-        return self._frame(messages) or ("", "")
-
-    def _frame(self, messages: Sequence[Message]) -> tuple[str, str] | None:
-        """`frame`, found with marks for contents; None if the template refuses them or does not write them."""
-        roles, known = tuple(m["role"] for m in messages), self._dialect.frames
-        if roles not in known:
-            talk = marked(roles)
-            try:
-                opening, mark, rest = self._asked_and_answered(talk)[1].partition(talk[-1]["content"])
-            except BadRow:
-                opening, mark, rest = "", "", ""
-            if len(known) >= KNOWN_SHAPES:
-                known.clear()
-            found = self.specials.search(rest)
-            known[roles] = (opening, rest[: found.start()] if found else rest.rstrip()) if mark else None
-        return known[roles]
-
-    def _asked_and_answered(self, messages: Sequence[Message]) -> tuple[str, str]:
-        """(prompt, all that follows it) of messages that end with an assistant turn."""
-        if len(messages) == 1:
-            raise BadRow("starts with an assistant turn: there is no prompt to answer")
-        last = len(messages) - 1
-        if (finished := self._dialect.finished(messages, {last: (True,)})) is not None and (last, True) in finished.beginnings:
-            upto, (begin, rest) = finished.text, finished.beginnings[last, True]
-            prompt = upto[:begin] + rest
-            self._dialect.check(messages[:-1], prompt, generate=True)
-        else:
-            prompt, upto = self.prompt(messages[:-1]), self.render(messages, generate=False)
-        return prompt, upto[len(prompt) :] if upto.startswith(prompt) else self._after_opening(messages, prompt, upto)
-
-    def _after_opening(self, messages: Sequence[Message], prompt: str, upto: str) -> str:
-        """The answer and its end as they follow a prompt that opens the answer (<think>), or that holds what the finished text does not.
-
-        Where the two part in blanks alone, the answer is what follows there: "<think>\\n" is asked, "<think></think>Yes." is finished. Else
-        it is the content, if it stands where the prompt opens the answer.
-        """
-        parted = common_start(prompt, upto)
-        if not prompt[parted:].strip():
-            return upto[parted:]
-        content = next((c for c in (messages[-1]["content"], messages[-1]["content"].strip()) if c.strip() and c in upto), None)
-        if content is None:
-            self._check_answer(messages[-1]["content"], "", len(messages) - 1)
-            raise BadRow("empty: the chat template opens the answer, and an empty one cannot be told from its end")
-        at = upto.rfind(content)
-        before, after = upto[:at], upto[at:]
-        asked = messages[-2]["content"].strip()
-        header, opening = (text[text.rfind(asked) + len(asked) :] for text in (before, prompt))
-        opened = asked in before and asked in prompt and opening.startswith(header.rstrip())
-        if not opened or self.specials.sub("", after[len(content) :]).strip():
-            raise BadRow(
-                f"the chat template rewrites earlier turns: what stands before messages[{len(messages) - 1}] changes once answered"
-            )
-        blank = before[len(before.rstrip()) :]
-        return after if prompt[-1:].isspace() else blank + after
-
-    def _check_answer(self, content: str, text: str, index: int) -> None:
-        """BadRow if the supervised text is not the whole answer."""
-        if is_whole(content, text):
-            return
-        if REASONING.search(content):
-            raise BadRow(f"the chat template takes the reasoning out of the answer: messages[{index}] is not rendered whole")
-        raise BadRow(f"{LOST}: messages[{index}] (assistant)")
-
-    def _end(self, content: str, text: str, opening: Callable[[], str]) -> tuple[int, str | None]:
+    def _end(self, answer: Message, text: str, opening: Callable[[], str], tag: str) -> tuple[int, str | None]:
         """(where a last turn of this content ends in `text`, all that follows its prompt; its end-of-turn token): after the first special
-        token behind its content, else where the text ends. Text behind that token is the template's, not the answer's. opening: gives
-        what the template writes before the content."""
-        specials = list(self.specials.finditer(text))
+        token behind its content and calls, else where the text ends. Text behind that token is the template's, not the answer's. opening:
+        gives what the template writes before the content. tag: the one of a reasoning block that the prompt ends with."""
+        specials, thought = list(self.specials.finditer(text)), answer.get(REASONED, "").strip()
+        begin = text.find(thought) + len(thought) if thought in text else 0  # the content may occur in the reasoning, too
         behind = specials[len(self.specials.findall(opening())) :] if specials else []
-        end = next((found for found in behind if is_whole(content, text[: found.start()])), None)
-        if end is None and specials and not content.strip():
+        ends = [found for found in behind if found.start() >= begin and is_whole(answer, tag + text[begin : found.start()])]
+        end = ends[0] if ends else None
+        if ends and calls_of(answer):  # the first ones may close the calls
+            end = next((found for found in ends if found[0] == self.turn_end), ends[-1])
+        if end is None and specials and not answer["content"].strip():
             end = specials[-1]  # the template writes an empty answer otherwise; the last token ends it for sure
         return (len(text.rstrip()), None) if end is None else (end.end(), end[0])
 
@@ -297,6 +184,8 @@ class Template(ControlTokens):
         found = self._as_text(messages)
         for i, message in enumerate(found):
             self.refuse_specials(message["content"], f"messages[{i}] ({message['role']})")
+            for text in (*texts_in(calls_of(message)), message.get(REASONED, "")) if len(message) > 2 else ():
+                self.refuse_specials(text, f"messages[{i}] ({message['role']})")
         return found
 
     def _as_text(self, messages: Sequence[Message]) -> list[Message]:
@@ -305,15 +194,42 @@ class Template(ControlTokens):
             {**m, "content": self.without_end(text) if m["role"] == "assistant" else text} for m, text in zip(messages, texts, strict=True)
         ]
 
-    def question(self, messages: Sequence[Message], variables: Mapping[str, Any] = NONE) -> tuple[str, Callable[[str], Ids]]:
+    def question(
+        self, messages: Sequence[Message], variables: Mapping[str, Any] = NONE, end: End = "asked"
+    ) -> tuple[str, Callable[[str], Ids]]:
         """The text that asks for the next assistant turn, and what gives its ids. variables: those of `reads` that are set. What a message
-        or a variable spells out is text: none of it becomes a control token. BadRow if the template refuses the messages, or leaves the
+        or a variable spells out is text: none of it becomes a control token. end: asked; finished, the conversation as it stands; open, up
+        to the content of its last message, which the answer goes on with. BadRow if the template refuses the messages, or leaves the
         content of one out."""
-        told, plain = self._as_text(messages), self._plain
-        if not any(self.specials.search(text) for m in told for text in m.values()) and not variables:
+        told, plain = list(map(self._unescaped, self._as_text(messages))), self._plain
+        if end != "asked":
+            told, variables = plain.hidden_in(told), plain.hidden_in(variables)
+            return plain.shown(self._unasked(told, variables, end == "open")), plain.ids
+        if not any(map(self.specials.search, texts_in(told))) and not variables:
             return self.prompt(told), self._unforged
         told, variables = plain.hidden_in(told), plain.hidden_in(variables)
         return plain.shown(self.prompt(told, variables)), plain.ids
+
+    def _unasked(self, messages: Sequence[Message], variables: Mapping[str, Any], is_open: bool) -> str:
+        """A conversation without a prompt for an answer. The end of an open one is found by a mark behind its last content, as
+        transformers finds it: a template that takes the blank behind the mark takes those of the content."""
+        if is_open:
+            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + OPEN_END}]
+        text = self.render(messages, generate=False, variables=variables)
+        self._dialect.check(messages, text, generate=False, variables=variables)
+        if not is_open:
+            return text
+        at = text.rindex(OPEN_END.strip())
+        return text[:at] if text.startswith(OPEN_END, at) else text[:at].rstrip()
+
+    def _unescaped(self, message: Message) -> Message:
+        """A message whose calls have their arguments as objects, where these are JSON text whose escapes spell out a control token: a
+        template that writes arguments decodes them."""
+        calls = calls_of(message)
+        given = [call for call in calls if isinstance(call["function"].get("arguments"), str) and "\\" in call["function"]["arguments"]]
+        if not any(self.specials.search(text) for call in given for text in texts_in(arguments_of(call))):
+            return message
+        return {**message, "tool_calls": [{**c, "function": {**c["function"], "arguments": arguments_of(c)}} for c in calls]}
 
     @cached_property
     def _plain(self) -> PlainContent:
@@ -327,6 +243,14 @@ class Template(ControlTokens):
         """The ids of the `question`."""
         text, ids_of = self.question(messages)
         return ids_of(text)
+
+
+def _reasoned(answer: Message) -> tuple[str, str, str]:
+    """(what stands before the reasoning of an answer, the tag that opens it, all behind that)."""
+    if thought := answer.get(REASONED, "").strip():
+        return "", "<think>", f"\n{thought}\n</think>\n\n{answer['content'].strip()}"
+    before, *rest = REASONING.split(answer["content"], maxsplit=1)
+    return (before, rest[0], rest[1]) if rest else (before, "", "")
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: Any) -> Ids:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trimtab.bases.prompts import Rewrites
 from trimtab.bases.template import TALK, BadRow, Template
 
 
@@ -37,6 +38,8 @@ def template_warnings(tokenizer: Any) -> list[str]:
         whole = template.finished(twice, (1, 3))
         for index in (1, 3):
             template.turn(whole, index)
+    except Rewrites:
+        found.append("note: the template rewrites earlier turns: each answer is trained as a segment of its own, as it will be served")
     except BadRow as bad:
         found.append(f"conversations of several turns cannot be supervised turn by turn ({bad}): supervise the last turn only")
     try:

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trimtab.bases.folder import read_header, weight_files
-from trimtab.errors import BaseError
+from trimtab.bases.stored import Packing, forget_quantization, packing_options, settings_of, without_settings
+from trimtab.errors import BaseError, ConfigError
 
 IN_BOTH_DIRECTIONS = ("paligemma",)
 """Families that read a prompt in both directions, which their text tower alone does not."""
@@ -42,19 +43,40 @@ def text_config(config: Any) -> Any:
     return text
 
 
-def load_causal(folder: Path, **options: Any) -> Any:
-    """What `AutoModelForCausalLM.from_pretrained` returns for a folder; for a multimodal one, its text tower."""
+def load_causal(
+    folder: Path, *, device: torch.device | None = None, quantize: str | None = None, experts: bool = True, **options: Any
+) -> Any:
+    """What `AutoModelForCausalLM.from_pretrained` returns for a folder; for a multimodal one, its text tower. Layers that the folder has
+    packed are packed; quantize: a format that dense ones are brought into, experts: experts too. device: where the weights go, dense ones
+    straight from the files; None: the CPU."""
     options |= {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    text = text_config(config)
+    settings, text = settings_of(config), text_config(config)
     if text is not config:
         stored = [t.name for file in weight_files(folder) for t in read_header(file)]
         text.tie_word_embeddings = not any(name.endswith("lm_head.weight") for name in stored)
         if isinstance(config.dtype, torch.dtype) and text.dtype is None:
             text.dtype = config.dtype
         options |= {"config": text, "key_mapping": NAMES}
+    if settings is not None and quantize is not None:
+        raise ConfigError(
+            f"quantize {quantize!r}: the base in {folder} is quantised already ({settings.get('quant_method')})",
+            fix="leave `quantize` out, or use the dense base",
+        )
+    packed = settings is not None or quantize is not None
+    if packed:
+        dtype = text.dtype if options.get("dtype") == "auto" else options.get("dtype")
+        packing = Packing(folder, dtype or torch.float32, settings, quantize, NAMES if text is not config else {}, experts)
+        options |= {"config": without_settings(text), "dtype": packing.dtype} | packing_options(packing)
+    there = device is not None and device.type != "cpu"
+    if there and not packed:
+        options["device_map"] = {"": device}
     made = AutoModelForCausalLM.from_pretrained(folder, **options)
     model: Any = made[0] if isinstance(made, tuple) else made
+    if packed:
+        forget_quantization(model)
+    if packed and there:
+        model.to(device)
     if text is not config and hasattr(model, "_weight_conversions"):
         del model._weight_conversions  # by which the tower would be written under the names of the whole
     return made

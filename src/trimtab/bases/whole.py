@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from trimtab.bases.dialect import Dialect, Finished, Message
+from trimtab.bases.dialect import Dialect, Finished
+from trimtab.bases.shaping import NONE
+from trimtab.bases.tool_turns import Message
 from trimtab.bases.watched import Beginning
 
 
 class Whole:
     """A finished conversation as text. openings: what the template writes before each answer's content, once it was asked for."""
 
-    def __init__(self, dialect: Dialect, messages: Sequence[Message], finished: Finished):
-        self._dialect, self.messages, self.text = dialect, messages, finished.text
+    def __init__(self, dialect: Dialect, messages: Sequence[Message], finished: Finished, variables: Mapping[str, Any] = NONE):
+        self._dialect, self.messages, self.text, self.variables = dialect, messages, finished.text, variables
         self._beginnings = finished.beginnings
         self.openings: Mapping[int, str] | None = None
 
@@ -27,12 +30,7 @@ class Whole:
     def _of(self, end: int, generate: bool) -> Beginning:
         if (found := self._beginnings.get((end, generate))) is not None:
             return found
-        return 0, self._dialect.render(self.messages[:end], generate=generate)
-
-
-def marked(roles: Sequence[str]) -> list[Message]:
-    """Messages of these roles whose contents are found in any text."""
-    return [{"role": role, "content": f"Zq{i}qZ"} for i, role in enumerate(roles)]
+        return 0, self._dialect.render(self.messages[:end], generate=generate, variables=self.variables)
 
 
 def ends_of(marks: Sequence[str], text: str) -> list[int]:

@@ -13,13 +13,15 @@ from importlib import import_module
 
 import click
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, printable
 from trimtab.memory import explained
 from trimtab.version import __version__
 
 COMMANDS = {
     "demo": "Train three adapters together on the bundled base and see what they do.",
     "doctor": "Say what this machine has, and what to do about what is missing.",
+    "init": "Write a first run file for a file of rows: columns, splits and labels are guessed.",
+    "import-config": "Write a run file from settings of axolotl, LLaMA-Factory, TRL, peft or Unsloth.",
     "plan": "Parameters, file sizes and memory of any method on any base, without weights.",
     "check": "Read all that a run file names and say what is wrong with it, before training.",
     "train": "Train every variant of a run file together on one frozen base.",
@@ -27,9 +29,11 @@ COMMANDS = {
     "eval": "Score the base and any adapters on held-out rows, side by side in one pass.",
     "compare": "Several runs side by side: what each variant costs and scores.",
     "generate": "Answer a prompt with the base or an adapter.",
+    "score": "Score texts by an adapter that classifies them, or that says how good an answer is.",
     "chat": "Talk to the base or an adapter.",
     "export": "Write an adapter as another program wants it: peft, vLLM, llama.cpp, or merged.",
     "merge": "Fold an adapter into the base's weights: an ordinary model folder.",
+    "quantize": "Write a base with its linear layers in 4 or 8 bits, as bitsandbytes reads it.",
     "serve": "Serve the base and many adapters over OpenAI's HTTP API.",
     "tenants": "Who may use a server: tenants, their API keys, what they have used.",
     "adapters": "Publish adapters into the store by name and version; list, compare, move and remove them.",
@@ -65,7 +69,8 @@ class Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return getattr(import_module(f"trimtab.cli.{name}"), name) if name in COMMANDS else None
+        file = name.replace("-", "_")
+        return getattr(import_module(f"trimtab.cli.{file}"), file) if name in COMMANDS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -77,7 +82,7 @@ class Commands(click.Group):
             with unwound_by_sigterm(), explained(lambda: f"running `trimtab {ctx.invoked_subcommand}`", less):
                 return super().invoke(ctx)
         except TrimtabError as e:
-            click.echo(f"{click.style('error:', fg='red', bold=True)} {e}", err=True)
+            click.echo(f"{click.style('error:', fg='red', bold=True)} {printable(str(e))}", err=True)
             ctx.exit(e.exit_code)
         except KeyboardInterrupt as e:  # click would exit with 1
             click.echo("interrupted", err=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from trimtab.cli.options import OnBase, base_options, json_option
+from trimtab.cli.terminal import say
 
 
 @click.command("combine")
@@ -59,8 +60,8 @@ def combine(
         return
     ranks = sorted(set(report.ranks.values()))
     shown = f", rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else ""
-    click.echo(f"{target}: {combined.method.name}, {report.parameters:,} parameters{shown}")
+    say(f"{target}: {combined.method.name}, {report.parameters:,} parameters{shown}")
     worst = max(report.errors, key=lambda name: report.errors[name])
-    click.echo(f"error against the exact sum: {report.error:.3g}; of one module at most {report.errors[worst]:.3g} ({worst})")
+    say(f"error against the exact sum: {report.error:.3g}; of one module at most {report.errors[worst]:.3g} ({worst})")
     if report.rank_error is not None:
-        click.echo(f"of what {how} left, bringing it back to that rank lost {report.rank_error:.3g}")
+        say(f"of what {how} left, bringing it back to that rank lost {report.rank_error:.3g}")

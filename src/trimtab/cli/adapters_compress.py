@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from trimtab.cli.options import OnBase, base_options, json_option
+from trimtab.cli.terminal import say
 from trimtab.errors import ConfigError
 
 
@@ -53,12 +54,12 @@ def compress(
         found = {"folder": str(target), "bytes": size, "dtype": stored, "rounding_error": rounded}
         click.echo(json.dumps(found | (report.to_dict() if report else {})))
         return
-    click.echo(f"{target}: {small.method.name}, {small.num_parameters:,} parameters in {stored}, {size:,} bytes")
+    say(f"{target}: {small.method.name}, {small.num_parameters:,} parameters in {stored}, {size:,} bytes")
     if report is not None:
         ranks = [after for _, after in report.ranks.values()]
-        click.echo(
+        say(
             f"ranks {min(ranks)} to {max(ranks)}, {report.parameters[0] / report.parameters[1]:.1f} times fewer parameters; "
             f"error of the weight change {report.error:.3g}, of one module at most {max(report.errors.values()):.3g}"
         )
     if stored != "float32":
-        click.echo(f"error of rounding to {stored}: {rounded:.2g}")
+        say(f"error of rounding to {stored}: {rounded:.2g}")

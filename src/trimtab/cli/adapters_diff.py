@@ -12,6 +12,7 @@ import click
 
 from trimtab.cli.options import json_option, store_option
 from trimtab.cli.tables import print_table, shown
+from trimtab.cli.terminal import say
 
 if TYPE_CHECKING:
     from trimtab.store.diff import Diff
@@ -41,23 +42,23 @@ def diff(a: str, b: str, no_weights: bool, root: Path | None, as_json: bool) -> 
     if as_json:
         click.echo(json.dumps(_plain(asdict(found)), indent=1))
         return
-    click.echo(f"a: {found.a}\nb: {found.b}\n")
+    say(f"a: {found.a}\nb: {found.b}\n")
     if found.config:
         print_table(("setting", "a", "b"), [(c.key, shown(c.a), shown(c.b)) for c in found.config])
     else:
-        click.echo("adapter_config.json says the same")
-    click.echo(f"files that are equal: {', '.join(found.shared) or 'none'}")
+        say("adapter_config.json says the same")
+    say(f"files that are equal: {', '.join(found.shared) or 'none'}")
     if not no_weights:
         _weights(found)
 
 
 def _weights(found: Diff) -> None:
     apart = sorted(((d, name) for name, d in found.tensors.items() if d), reverse=True)
-    click.echo(f"tensors: {len(found.tensors) - len(apart)} equal, {len(apart)} changed")
+    say(f"tensors: {len(found.tensors) - len(apart)} equal, {len(apart)} changed")
     for what, names in (("only in a", found.removed), ("only in b", found.added), ("of another shape", found.reshaped)):
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            click.echo(f"{what}: {', '.join(shown(n, 120) for n in names[:SHOWN])}{more}")
+            say(f"{what}: {', '.join(shown(n, 120) for n in names[:SHOWN])}{more}")
     if apart:
         print_table(("changed most", "relative difference"), [(shown(n, 120), f"{d:.3g}") for d, n in apart[:SHOWN]], right=())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from trimtab.cli.options import OnBase, base_option, device_option, dtype_option, json_option, on_base
+from trimtab.cli.terminal import say
 
 
 @click.command("import")
@@ -36,6 +37,6 @@ def import_adapter(folder: Path, target: Path, on: OnBase, as_json: bool) -> Non
         found = {"folder": str(target), "format": imported.source, "method": imported.adapter.method.name, "changes": imported.changes}
         click.echo(json.dumps(found | {"parameters": imported.adapter.num_parameters}))
         return
-    click.echo(f"{target}: {imported.adapter.method.name} of {imported.source}'s, {imported.adapter.num_parameters:,} parameters")
+    say(f"{target}: {imported.adapter.method.name} of {imported.source}'s, {imported.adapter.num_parameters:,} parameters")
     for change in imported.changes:
-        click.echo(f"  {change}")
+        say(f"  {change}")

@@ -47,7 +47,7 @@ def list_names(namespace: str | None, root: Path | None, as_json: bool) -> None:
         print_table(("adapter", *HEADINGS, "base"), some, right=NUMBERS, headed=first)
         first = False
     if first:
-        click.echo(f"no adapters {f'in namespace {namespace} ' if namespace else ''}in {store.root}")
+        say(f"no adapters {f'in namespace {namespace} ' if namespace else ''}in {store.root}")
 
 
 def _print_json(versions: Iterable[Version]) -> None:
@@ -82,10 +82,10 @@ def show_version(ref: str, root: Path | None, as_json: bool) -> None:
         return
     for name, value in _facts(version, note):
         say(f"{name:<12} {value}")
-    click.echo()
+    say("")
     print_table(("file", "bytes", "digest"), [(n, f"{f.size:,}", f.digest) for n, f in version.files.items()], right=("bytes",))
     if len(versions) > 1:
-        click.echo(f"\nversions of {version.name}")
+        say(f"\nversions of {version.name}")
         print_table(("version", *HEADINGS), [(f"@{v.version}", *_cells(v)) for v in reversed(versions)], right=NUMBERS)
 
 

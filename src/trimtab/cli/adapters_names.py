@@ -9,6 +9,7 @@ import click
 
 from trimtab.cli.adapters_list import as_dict
 from trimtab.cli.options import OnBase, device_option, dtype_option, json_option, store_option
+from trimtab.cli.terminal import say
 
 
 @click.command("publish")
@@ -27,6 +28,8 @@ def publish(
     base_name: str | None,
     root: Path | None,
     dtype: str | None,
+    quantize: str | None,
+    base_differs: bool,
     device: str | None,
     as_json: bool,
 ) -> None:
@@ -40,14 +43,14 @@ def publish(
     """
     from trimtab.store.registry import Store
 
-    base = OnBase(base_name, dtype, device).open() if base_name is not None else None
+    base = OnBase(base_name, dtype, device, quantize=quantize, base_differs=base_differs).open() if base_name is not None else None
     version = Store(root, create=True).publish(folder, name, base=base, aliases=aliases)
     if as_json:
         click.echo(json.dumps(as_dict(version)))
         return
-    click.echo(f"{version.ref} ({', '.join(version.aliases)}): {version.method or 'adapter'}, {version.size:,} bytes, {version.digest}")
+    say(f"{version.ref} ({', '.join(version.aliases)}): {version.method or 'adapter'}, {version.size:,} bytes, {version.digest}")
     if not version.fingerprint and base is None:
-        click.echo("it names no base, so nothing says which one it fits: --base BASE would have tried", err=True)
+        say("it names no base, so nothing says which one it fits: --base BASE would have tried", err=True)
 
 
 @click.command("alias")
@@ -108,4 +111,4 @@ def remove(ref: str, whole: bool, root: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([as_dict(v) for v in removed]))
         return
-    click.echo(f"removed: {', '.join(v.ref for v in removed)}; `trimtab store gc` frees the space")
+    say(f"removed: {', '.join(v.ref for v in removed)}; `trimtab store gc` frees the space")

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from trimtab.cli.options import json_option, store_option
+from trimtab.cli.terminal import say
 from trimtab.cli.transfer import megabytes, showing
 
 
@@ -43,7 +44,7 @@ def pull(url: str, name: str, aliases: tuple[str, ...], timeout: float, root: Pa
         found |= {"url": report.url, "there": report.there}
         click.echo(json.dumps(found | {"bytes_moved": report.moved, "bytes_skipped": report.skipped}))
         return
-    click.echo(f"{version.ref} ({', '.join(version.aliases)}) holds what is at {report.url}")
+    say(f"{version.ref} ({', '.join(version.aliases)}) holds what is at {report.url}")
     if not version.fingerprint:
-        click.echo("unverified: its files do not say which base they were made for; names and shapes are checked when it is loaded")
-    click.echo(f"{megabytes(report.moved)} fetched, {megabytes(report.skipped)} were here already")
+        say("unverified: its files do not say which base they were made for; names and shapes are checked when it is loaded")
+    say(f"{megabytes(report.moved)} fetched, {megabytes(report.skipped)} were here already")

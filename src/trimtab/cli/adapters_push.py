@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from trimtab.cli.options import json_option, store_option
+from trimtab.cli.terminal import say
 from trimtab.cli.transfer import megabytes, showing
 
 
@@ -40,5 +41,5 @@ def push(adapter: str, url: str, root: Path | None, as_json: bool) -> None:
         found = {"ref": report.version.ref, "digest": report.version.digest, "url": report.url, "there": report.there}
         click.echo(json.dumps(found | {"bytes_moved": report.moved, "bytes_skipped": report.skipped}))
         return
-    click.echo(f"{report.version.ref} is at {report.url} as {', '.join(report.there)}")
-    click.echo(f"{megabytes(report.moved)} sent, {megabytes(report.skipped)} were there already")
+    say(f"{report.version.ref} is at {report.url} as {', '.join(report.there)}")
+    say(f"{megabytes(report.moved)} sent, {megabytes(report.skipped)} were there already")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trimtab.cli.options import json_option
+from trimtab.cli.options import json_option, set_option
 from trimtab.cli.terminal import print_whole
 from trimtab.errors import printable
 
@@ -33,10 +33,11 @@ STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 @click.argument("run_file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--rows", default=2, show_default=True, type=click.IntRange(min=0), help="Rows of each training source to show rendered.")
 @click.option("--strict", is_flag=True, help="Exit with 2 on warnings too.")
+@set_option
 @json_option("Print JSON.")
 @click.pass_context
-def check(ctx: click.Context, run_file: Path, rows: int, strict: bool, as_json: bool) -> None:
-    """Read everything that RUN_FILE names, train nothing, write nothing.
+def check(ctx: click.Context, run_file: Path, rows: int, strict: bool, changes: tuple[str, ...], as_json: bool) -> None:
+    """Read everything that RUN_FILE names, and train nothing. Only caches are written.
 
     Shows the rows, tokens and supervised tokens of every source, rows that are dropped and why, the first rows as the base reads them
     (supervised tokens coloured, or between ⟦ and ⟧), rows of train that stand in valid or test too, and estimates of steps, memory and
@@ -45,7 +46,7 @@ def check(ctx: click.Context, run_file: Path, rows: int, strict: bool, as_json: 
     from trimtab.bases.progress import reporting
     from trimtab.train import RunConfig
 
-    run = RunConfig.load(run_file)  # before torch is loaded: a mistake in it is told at once
+    run = RunConfig.load(run_file, changes)  # before torch is loaded: a mistake in it is told at once
     from trimtab.train.check import check as run_check
 
     with reporting((lambda text: None) if as_json else None) as status:
@@ -72,7 +73,7 @@ def _show(report: CheckReport, run_file: Path) -> None:
         _estimate(out, report.estimate)
     for finding in report.findings:
         _finding(out, finding)
-    counts = f"{len(report.errors)} errors, {len(report.warnings)} warnings"
+    counts = ", ".join(f"{len(n)} {word}{'s' * (len(n) != 1)}" for word, n in (("error", report.errors), ("warning", report.warnings)))
     _line(out, f"\n{counts}; checked in {report.seconds:.1f} s, nothing was trained", STYLES["error"] if report.errors else "bold")
 
 

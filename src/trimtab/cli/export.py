@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from trimtab.cli.options import OnBase, base_options, json_option
+from trimtab.cli.terminal import say
 
 
 @click.command()
@@ -55,8 +56,8 @@ def export(
         click.echo(json.dumps(dataclasses.asdict(report) | {"folder": str(report.folder)}))
         return
     sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in report.files.items())
-    click.echo(f"{folder}: {sizes}" + (f"; rank {report.rank}" if report.rank else ""))
-    click.echo(
+    say(f"{folder}: {sizes}" + (f"; rank {report.rank}" if report.rank else ""))
+    say(
         f"read back by {' and '.join(report.checked)}: logits differ from base and adapter by {report.relative:.2g} of their spread "
         f"(rounding explains up to {report.allowed:g})"
     )

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from trimtab.cli.options import OnBase, base_option, device_option, dtype_option, json_option, on_base, sampling_options, store_option
 from trimtab.cli.terminal import say
 from trimtab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trimtab.model import Base
+    from trimtab.store import Adapter
 
 
 @click.command()
@@ -21,7 +26,8 @@ from trimtab.errors import ConfigError
     "--adapter",
     "adapters",
     multiple=True,
-    help="An adapter's folder, or its name in the store; give several to hear each, in one mixed batch. 'base' is the base itself.",
+    help="An adapter's folder, its name in the store, or a sum (name+0.5*other); give several to hear each, in one mixed batch. "
+    "'base' is the base itself.",
 )
 @store_option
 @click.option(
@@ -61,11 +67,11 @@ def generate(
         return
     from trimtab.decode.generate import Sampling
 
-    with on.before_loading([a for a in adapters if a != "base"]):
+    with on.before_loading(_single(adapters)):
         pass  # nothing else is asked for
     base = on.open()
     names = list(adapters) or ["base"]
-    loaded = {n: None if n == "base" else on.adapter(n, base) for n in names}
+    loaded = {n: _adapter(n, on, base) for n in names}
     asked = [(p, n) for p in prompts for n in names]
     ids = base.generate_ids([base.encode_prompt(p, system) for p, _ in asked], [loaded[n] for _, n in asked], Sampling(**sampling))
     texts = [base.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
@@ -78,6 +84,25 @@ def generate(
         say(text)
 
 
+def _single(names: Iterable[str]) -> list[str]:
+    """The adapters that these name: each one of a sum."""
+    from trimtab.serve.composed import names_in
+
+    return [part for name in names if name != "base" for part, _ in (None if Path(name).is_dir() else names_in(name)) or [(name, 1.0)]]
+
+
+def _adapter(name: str, on: OnBase, base: Base) -> Adapter | None:
+    """The adapter or the sum of adapters of this name; None for the base."""
+    from trimtab.serve.composed import served_sum
+
+    if name == "base":
+        return None
+    if _single([name]) == [name]:
+        return on.adapter(name, base)
+    found = served_sum(name, base, on.root)
+    return None if found is None else found.load()
+
+
 def _answer_file(file: Path, out: Path, on: OnBase, adapter: str, system: str | None, sampling: dict[str, Any], as_json: bool) -> None:
     from trimtab.serve.engine import Engine
     from trimtab.serve.offline import answer_file, read_lines
@@ -85,8 +110,8 @@ def _answer_file(file: Path, out: Path, on: OnBase, adapter: str, system: str | 
 
     defaults = SamplingParams(max_tokens=sampling.pop("max_new_tokens"), **sampling)
     lines = read_lines(file)
-    named = {line.adapter or adapter for _, line in lines} - {"base"}
-    with on.before_loading(sorted(named)) as mistakes, mistakes.noted():
+    named = {line.adapter or adapter for _, line in lines}
+    with on.before_loading(_single(sorted(named))) as mistakes, mistakes.noted():
         if out.is_dir() or not out.absolute().parent.is_dir():
             raise ConfigError(f"--out {out} cannot be written", fix="name a file, in a folder that is there")
     engine = Engine(on.open())

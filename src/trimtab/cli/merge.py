@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from trimtab.cli.options import OnBase, base_options, json_option
+from trimtab.cli.terminal import say
 
 
 @click.command()
@@ -27,6 +28,9 @@ def merge(adapter: str, folder: Path, on: OnBase, as_json: bool) -> None:
     Merged weights are rounded once to the dtype in which the base is stored, so the merged model's logits differ a little from those of
     base and adapter. The relative difference says how much: 0.01 is a hundredth of what logits vary by. Above what rounding explains, the
     merge is refused and nothing is written.
+
+    An adapter that was trained on a quantised base is merged into the dense one: with --quantize as in its training, or with
+    --base-differs.
     """
     from trimtab.store.staging import check_target
 
@@ -37,10 +41,12 @@ def merge(adapter: str, folder: Path, on: OnBase, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report) | {"folder": str(report.folder)}))
         return
-    click.echo(f"{folder}: an ordinary model folder, weights in {report.dtype}")
-    click.echo(
+    say(f"{folder}: an ordinary model folder, weights in {report.dtype}")
+    say(
         f"logits against base and adapter: RMS difference {report.relative:.2g} of their spread (rounding explains up to "
         f"{report.allowed:g}), largest difference {report.max_difference:.2g}"
     )
+    if report.quantized:
+        say(f"merged into the base's dense weights; answers on {report.quantized} differ from them by what quantising changed")
     if report.untied:
-        click.echo("the output head got weights of its own: the adapter changes it or the embedding, to which it was tied")
+        say("the output head got weights of its own: the adapter changes it or the embedding, to which it was tied")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
-from trimtab.errors import AdapterError, Mistakes
+from trimtab.cli.terminal import say
+from trimtab.errors import AdapterError, ConfigError, Mistakes
 
 if TYPE_CHECKING:
     from trimtab.model import Base
@@ -22,7 +23,11 @@ Command: TypeAlias = Callable[..., Any]
 base_option = click.option(
     "--base", "base_name", default="smollm2-135m-instruct", show_default=True, help="Bundled name, folder, hub id or .gguf file."
 )
-dtype_option = click.option("--dtype", help="float32, bfloat16 or float16; by default what the hardware multiplies natively.")
+_dtype = click.option("--dtype", help="float32, bfloat16 or float16; by default what the hardware multiplies natively.")
+_quantize = click.option(
+    "--quantize",
+    help="Pack the base's linear layers while it is loaded: nf4, fp4, int8, nf4-double, fp4-double; gguf: keep a file's blocks.",
+)
 device_option = click.option("--device", help="cpu, cuda, cuda:1, …; by default CUDA where there is one.")
 store_option = click.option(
     "--store",
@@ -32,9 +37,50 @@ store_option = click.option(
 )
 
 
+_differs = click.option("--base-differs", is_flag=True, help="Take adapters of another base too, as of this one in another precision.")
+
+
+class DatabasePlace(click.ParamType):
+    """A tenants database: the path of a file, or the URL of a PostgreSQL database, which stays a text."""
+
+    name = "file or url"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
+        from trimtab.serve.database import is_url
+
+        return str(value) if is_url(value) else Path(value)
+
+
+def dtype_option(command: Command) -> Command:
+    """--dtype and --quantize: in which form the base's weights are in memory; --base-differs."""
+    return _dtype(_quantize(_differs(command)))
+
+
 def json_option(help: str) -> Callable[[Command], Command]:
     """--json, as `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help=help)
+
+
+set_option = click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Use this value instead of the file's, such as variants.v.lr=1e-4; may be given several times.",
+)
+"""--set, as `changes`: what `RunConfig.load` and `Sweep.load` take."""
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet, and say so."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{path} exists", fix="name another file: --out") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}", fix="name another file: --out") from None
+    say(f"written: {path}; look at it, then: trimtab check {path}")
 
 
 def sampling_options(command: Command) -> Command:
@@ -64,6 +110,8 @@ class OnBase:
     dtype: str | None = None
     device: str | None = None
     root: Path | None = None
+    quantize: str | None = None
+    base_differs: bool = False
 
     @contextmanager
     def before_loading(self, adapters: Iterable[str]) -> Iterator[Mistakes]:
@@ -71,10 +119,13 @@ class OnBase:
         refused at once."""
         from trimtab.bases import resolve_device, resolve_dtype
         from trimtab.bases.locate import refuse_hopeless
+        from trimtab.bases.recipes import check_quantize
 
         mistakes = Mistakes()
         with mistakes.noted():
             resolve_dtype(self.dtype, resolve_device(self.device))
+        with mistakes.noted():
+            check_quantize(self.quantize, self.base_name)
         with mistakes.noted():
             refuse_hopeless(self.base_name)
         for name in dict.fromkeys(adapters):
@@ -92,7 +143,7 @@ class OnBase:
         """Load the base, with a line on standard error while it takes long."""
         from trimtab.model import load_base
 
-        return load_base(self.base_name, dtype=self.dtype, device=self.device)
+        return load_base(self.base_name, dtype=self.dtype, device=self.device, quantize=self.quantize, base_differs=self.base_differs)
 
     def adapter(self, name: str, base: Base) -> Adapter:
         """Load an adapter from its folder, or by its name from the store."""
@@ -102,17 +153,25 @@ class OnBase:
 
 
 def on_base(command: Command) -> Command:
-    """Gathers what --base, --dtype, --device and --store say into one argument `on`, an `OnBase`."""
+    """Gathers what --base, --dtype, --quantize, --base-differs, --device and --store say into one argument `on`, an `OnBase`."""
 
     @wraps(command)
-    def gathered(base_name: str, dtype: str | None, device: str | None, root: Path | None = None, **options: Any) -> Any:
-        return command(on=OnBase(base_name, dtype, device, root), **options)
+    def gathered(
+        base_name: str,
+        dtype: str | None,
+        quantize: str | None,
+        base_differs: bool,
+        device: str | None,
+        root: Path | None = None,
+        **options: Any,
+    ) -> Any:
+        return command(on=OnBase(base_name, dtype, device, root, quantize, base_differs), **options)
 
     return gathered
 
 
 def base_options(command: Command) -> Command:
-    """--base, --store, --dtype, --device, as one argument `on`."""
+    """--base, --store, --dtype, --quantize, --device, as one argument `on`."""
     return base_option(store_option(dtype_option(device_option(on_base(command)))))
 
 
@@ -123,6 +182,8 @@ def _find_adapter(name: str, root: Path | None) -> None:
     folder = find_adapter(name, root)
     if not isinstance(folder, Path):
         return
+    if name == "base" and not folder.exists():
+        raise AdapterError("'base' is the base itself, and an adapter is needed here", fix="name a folder, or an adapter of the store")
     if not folder.is_dir():
         raise AdapterError(f"adapter {name!r}: there is no such folder", fix=f"looked for {folder.absolute()}")
     if not (folder / "adapter_config.json").exists():

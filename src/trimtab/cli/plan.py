@@ -40,6 +40,7 @@ class _MethodOption(click.Option):
 @click.option("-o", "--set", "fields", multiple=True, metavar="FIELD=VALUE", help="A field of the method, as in a run file. Repeatable.")
 @click.option("--all", "everything", is_flag=True, help="Beside --method, show the other methods at their presets too.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="The base's: float32, bfloat16, float16, or auto (as stored).")
+@click.option("--quantize", help="Pack the base's linear layers: nf4, fp4, int8, nf4-double or fp4-double.")
 @click.option(
     "--batch-tokens",
     default=4096,
@@ -49,8 +50,19 @@ class _MethodOption(click.Option):
 @click.option("--sequence-length", default=512, show_default=True, help="Tokens of one sequence.")
 @click.option("--variants", default=1, show_default=True, help="Adapters trained, or served, together.")
 @click.option("--activation-checkpointing", is_flag=True, help="Train with it, as in a run file: less memory, slower.")
+@click.option("--optimizer", default="adamw", show_default=True, help="As in a run file: adamw, adamw8bit, adafactor, muon or sgd.")
+@click.option("--labels", type=click.IntRange(min=1), help="Each adapter has a head over so many labels, a reward over one.")
 @json_option("Print JSON; sizes in bytes.")
-def plan(base: str, method: str | None, fields: tuple[str, ...], everything: bool, as_json: bool, **options: Any) -> None:
+def plan(
+    base: str,
+    method: str | None,
+    fields: tuple[str, ...],
+    everything: bool,
+    quantize: str | None,
+    labels: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Parameters, file sizes and memory of methods on BASE, without its weights.
 
     BASE is a known shape (llama-2-7b, qwen3-8b, …), the bundled base, a folder or its config.json, a .gguf file, or a hub id.
@@ -59,9 +71,10 @@ def plan(base: str, method: str | None, fields: tuple[str, ...], everything: boo
     methods = _methods(method, fields, everything)
     from trimtab.bases.shapes import read_architecture
     from trimtab.cost.plan import plan as make_plan
+    from trimtab.methods.head import Head, unnamed
 
-    architecture = read_architecture(base)
-    plans = [make_plan(architecture, m, **options) for m in methods]
+    architecture, head = read_architecture(base, quantize), Head(unnamed(labels)) if labels else None
+    plans = [make_plan(architecture, m, head=head, **options) for m in methods]
     if as_json:
         click.echo(json.dumps({"base": base, "base_parameters": architecture.parameters, "plans": [p.to_dict() for p in plans]}, indent=2))
         return
@@ -111,15 +124,19 @@ def _parse(fields: tuple[str, ...]) -> dict[str, Any]:
 def _show(architecture: Architecture, plans: list[CostPlan]) -> None:
     from rich.table import Table
 
-    from trimtab.cli.terminal import Terminal, print_whole
+    from trimtab.cli.terminal import Terminal, print_whole, say
     from trimtab.cost.plan import rows
 
-    p = plans[0]
+    p = next((p for p in plans if p.full is not None), plans[0])  # full fine-tuning is of the dense base
     together = f", {p.variants} variants together" if p.variants > 1 else ""
+    bits = next((m.bits for m in architecture.spec.modules.values() if m.bits is not None), None)
+    packed = f", its linear layers packed in {bits:.3g} bits" if bits is not None and p.full is not None else ""
     again = ", activations computed again in the backward" if p.activation_checkpointing else ""
-    click.echo(f"{p.base}: {p.base_parameters:,} parameters, {p.base_bytes / 1e9:.2f} GB in {p.dtype}")
-    click.echo(f"a step of {p.batch_tokens:,} tokens in sequences of {p.sequence_length:,}{together}{again}")
-    click.echo("GB are estimates; an allocator's slack comes on top")
+    say(f"{p.base}: {p.base_parameters:,} parameters, {p.base_bytes / 1e9:.2f} GB in {p.dtype}{packed}")
+    say(f"a step of {p.batch_tokens:,} tokens in sequences of {p.sequence_length:,}{together}{again}")
+    say("GB are estimates; an allocator's slack comes on top")
+    if bits is not None and any(q.full is None for q in plans):
+        say("full is of the dense base: weights that are packed cannot be trained")
     table = Table(box=None, padding=(0, 1), header_style="bold")
     table.add_column("method")
     for heading in ("trainable", "% of base", "adapter MB", "optimizer MB", "train GB", "serve GB"):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trimtab.cli.options import OnBase, base_option, device_option, dtype_option, json_option, on_base, store_option
+from trimtab.cli.options import DatabasePlace, OnBase, base_option, device_option, dtype_option, json_option, on_base, store_option
+from trimtab.cli.terminal import say
 from trimtab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +42,18 @@ GB = 1e9
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0 for all.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
 @click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help="Web pages of this origin (https://example.com) may call; *: all.")
-@click.option("--tenants", "database", type=click.Path(path_type=Path), help="Their database, as `trimtab tenants add --db` has it.")
+@click.option("--metrics", type=click.Choice(["trimtab", "vllm"]), default="trimtab", show_default=True, help="Whose names /metrics has.")
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(1, 65535),
+    help="Serve /metrics there too, without a key, for scrapers in a network that only they reach; by default only with an admin's key.",
+)
+@click.option(
+    "--tenants",
+    "database",
+    type=DatabasePlace(),
+    help="Their database, as `trimtab tenants add --db` has it. Servers with the same database share the tenants' limits.",
+)
 @click.option("--kv-gb", type=click.FloatRange(0, min_open=True), help="Memory for keys and values; by default a share of what is free.")
 @click.option("--adapters-gb", type=click.FloatRange(0, min_open=True), help="Memory for adapters; by default a share of what is free.")
 @click.option("--max-running", default=64, show_default=True, type=click.IntRange(1), help="Answers that are computed at a time.")
@@ -51,6 +63,11 @@ GB = 1e9
     type=click.FloatRange(0),
     metavar="SECONDS",
     help="An answer that would wait longer for a place gets 503 too, as far as can be told when it comes; by default any may wait.",
+)
+@click.option(
+    "--speculate/--no-speculate",
+    default=True,
+    help="Verify several tokens in a step that an answer or its prompt has had before, where that pays (the default). Answers stay equal.",
 )
 @click.option(
     "--request-seconds", type=click.FloatRange(0, min_open=True), help="An answer's time at most; by default as long as it takes."
@@ -92,12 +109,15 @@ class ServeOptions:
     host: str
     port: int
     origins: tuple[str, ...]
-    database: Path | None
+    metrics: str
+    metrics_port: int | None
+    database: Path | str | None
     kv_gb: float | None
     adapters_gb: float | None
     max_running: int
     max_queued: int
     max_wait: float | None
+    speculate: bool
     request_seconds: float | None
     drain_seconds: float
     as_json: bool
@@ -123,11 +143,13 @@ def _run(on: OnBase, asked: ServeOptions, adapters: dict[str, str], open_parts: 
         with mistakes.noted():
             sock = open_parts.enter_context(server.bind(asked.host, asked.port))
     tenants = None if asked.local else open_parts.enter_context(_tenants(asked.database))
-    audit = None if tenants is None else open_parts.enter_context(Audit(audit_path(tenants.path)))
+    audit = None if tenants is None else open_parts.enter_context(Audit(audit_path(tenants.where)))
     store = _store(on.root)
     port = sock.getsockname()[1]
     engine = _engine(on, asked)
     open_parts.callback(engine.close)
+    if tenants is not None:
+        tenants.share_limits()
     services = services_of(
         engine,
         Asked(
@@ -142,6 +164,7 @@ def _run(on: OnBase, asked: ServeOptions, adapters: dict[str, str], open_parts: 
             places=asked.max_running,
             max_wait=asked.max_wait,
             limits=Limits(request_s=asked.request_seconds),
+            vllm_metrics=asked.metrics == "vllm",
         ),
     )
     logs.configure()
@@ -150,9 +173,11 @@ def _run(on: OnBase, asked: ServeOptions, adapters: dict[str, str], open_parts: 
         "memory", extra={"told": vars(memory) | {"total_bytes": memory.total_bytes, "free_bytes": available_bytes(engine.base.device)}}
     )
     engine.start()
+    if asked.metrics_port is not None:
+        open_parts.callback(server.scraped(asked.host, asked.metrics_port, services.metrics.registry))
     text = _ready(asked, services.base_name, port, sorted(adapters))
     app = create_app(services, asked.origins)
-    made = server.make(app, services, drain_s=asked.drain_seconds, ready=lambda: click.echo(text), stop=engine.close)
+    made = server.make(app, services, drain_s=asked.drain_seconds, ready=lambda: say(text), stop=engine.close)
     made.run([sock])
 
 
@@ -163,6 +188,7 @@ def _engine(on: OnBase, asked: ServeOptions) -> Engine:
         kv_bytes=None if asked.kv_gb is None else int(asked.kv_gb * GB),
         adapter_bytes=None if asked.adapters_gb is None else int(asked.adapters_gb * GB),
         max_running=asked.max_running,
+        speculate=asked.speculate,
         max_queued=asked.max_open,  # admission counts them all; the engine's bound is not to be met before
     )
     return Engine(on.open(), config)
@@ -204,15 +230,15 @@ def _check(asked: ServeOptions, adapters: dict[str, str]) -> None:
         raise ConfigError("these options do not go together", problems=problems)
 
 
-def _tenants(database: Path | None) -> Tenants:
+def _tenants(database: Path | str | None) -> Tenants:
     from trimtab.serve.tenants import Tenants, default_path
 
     path = database or default_path()
-    if not path.exists():
+    if isinstance(path, Path) and not path.exists():
         raise ConfigError(
             f"there is no tenants database {path}", fix="make one with `trimtab tenants add`, or serve this machine alone: --local"
         )
-    return Tenants(path)
+    return Tenants(path, create=isinstance(path, str))  # an empty database that somebody names is meant to become ours
 
 
 def _store(root: Path | None) -> Store | None:

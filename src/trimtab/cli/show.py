@@ -38,10 +38,11 @@ class Pace:
         self._in_pass = False
 
     def step(self, line: Mapping[str, Any]) -> None:
-        name, share_s = line["variant"], line["tokens"] / line["tokens_per_s"]
+        name, rate = line["variant"], line["tokens_per_s"]
+        share_s = line["tokens"] / rate if rate else line["seconds"] / len(self.done)  # of a step that learns nothing
         self.done[name] = line["step"]
         self.share_s[name] = 0.8 * self.share_s[name] + 0.2 * share_s if self.share_s[name] else share_s
-        self.token_s, self._in_pass = 1 / line["tokens_per_s"], False
+        self.token_s, self._in_pass = 1 / rate if rate else self.token_s, False
 
     def valid(self, line: Mapping[str, Any]) -> None:
         """A variant has been validated, in a pass that took line["seconds"] for all of its variants, whose lines come one after another."""
@@ -166,7 +167,8 @@ class Bars:
     def step(self, line: Mapping[str, Any]) -> None:
         name = line["variant"]
         self.pace.step(line)
-        self._show(self.tasks[name], line["step"], self.pace.total[name], f"loss {line['loss']:.3f}")
+        shown = "reward" if "reward" in line else "loss"  # of drawn answers, whose loss is about 0
+        self._show(self.tasks[name], line["step"], self.pace.total[name], f"{shown} {line[shown]:.3f}")
         left = f"{self.pace.left} left" if self.pace.left and not self.pace.over else clock(time.monotonic() - self.started)
         self._show(self.whole, sum(self.pace.done.values()), sum(self.pace.total.values()), f"{line['tokens_per_s']:.0f} tokens/s  {left}")
 
@@ -203,9 +205,9 @@ class Bars:
 
 def validation(line: Mapping[str, Any]) -> str:
     """A validation's line of metrics.jsonl as text."""
-    loss, base = (f"{x:.3f}" if x is not None else "not finite" for x in (line["valid_loss"], line["base_valid_loss"]))
-    metric = line["metric"]
-    judged = "" if metric == "loss" else f"  {metric} {line[f'valid_{metric}']} (base {line[f'base_valid_{metric}']})"
+    metric, loss, base = line["metric"], *(f"{x:.3f}" if x is not None else "–" for x in (line["valid_loss"], line["base_valid_loss"]))
+    value, before = (f"{x:.6g}" if x is not None else "–" for x in (line[f"valid_{metric}"], line[f"base_valid_{metric}"]))
+    judged = "" if metric == "loss" else f"  {metric} {value} (base {before})"
     early = f"; finished early: {line['finished_early']}" if line.get("finished_early") else ""
     tied = f", as at step {', '.join(map(str, line['ties_with']))}" if line.get("ties_with") else ""
     best = f"  best{tied and f'{tied}, with a lower loss'}" if line["best"] else f"  ties with step {line['ties_with'][0]}" if tied else ""
@@ -225,13 +227,24 @@ def score_table(summary: Mapping[str, Any]) -> Table:
     table = Table(title=f"{summary['base']}: {summary['base_parameters']:,} parameters, {summary['base_bytes'] / 1e6:.0f} MB")
     for column in ("variant", "method"):
         table.add_column(column)
-    for column in ("trainable", "MB", "loss", *(f"{title}, %" for title in SCORES.values())):
+    judged = {k for v in summary["variants"].values() for k in v["scores"]}
+    own = [k for k in ("reward", "rewards/accuracies", "rewards/margins", "accuracy", "macro_f1", "margin") if k in judged]
+    answered = {k: title for k, title in SCORES.items() if k in judged or not own}
+    for column in (
+        "trainable",
+        "MB",
+        "loss",
+        *(k.replace("rewards/", "reward ") for k in own),
+        *(f"{title}, %" for title in answered.values()),
+    ):
         table.add_column(column, justify="right")
     for name, v in summary["variants"].items():
         before, after = summary["base_scores"].get(v["data"], {}), v["scores"]
         share = v["trainable"] / summary["base_parameters"]
         trainable = f"{v['trainable']:,} ({f'{100 * share:.2g}%' if share < 1 else 'all'})"
-        cells = [_change(before.get(k), after.get(k), digits) for k, digits in (("loss", 2), *((k, 1) for k in SCORES))]
+        cells = [
+            _change(before.get(k), after.get(k), digits) for k, digits in (("loss", 2), *((k, 3) for k in own), *((k, 1) for k in answered))
+        ]
         table.add_row(name, v["method"], trainable, f"{v['adapter_bytes'] / 1e6:.1f}", *cells)
     return table
 

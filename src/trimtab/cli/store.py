@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from trimtab.cli.options import json_option, store_option
+from trimtab.cli.terminal import say
 from trimtab.cli.transfer import megabytes
-from trimtab.errors import printable
 
 MAX_SHOWN = 50
 
@@ -79,13 +79,13 @@ def verify(ctx: click.Context, root: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(asdict(report), indent=1))
     else:
         for problem in report.problems[:MAX_SHOWN]:
-            click.echo(f"{click.style('!!', fg='red')} {printable(problem)}")
+            say(problem, mark="!!", colour="red")
         if len(report.problems) > MAX_SHOWN:
-            click.echo(f"… and {len(report.problems) - MAX_SHOWN} more; --json has all")
+            say(f"… and {len(report.problems) - MAX_SHOWN} more; --json has all")
         read = f"{report.versions} versions, {report.blobs} blobs, {megabytes(report.bytes)}"
-        click.echo(f"{read}: {f'{len(report.problems)} problems' if report.problems else 'all as it was published'}")
+        say(f"{read}: {f'{len(report.problems)} problems' if report.problems else 'all as it was published'}")
         if report.problems:
-            click.echo("fix: publish or pull what is damaged again; `trimtab adapters remove` takes a version away", err=True)
+            say("fix: publish or pull what is damaged again; `trimtab adapters remove` takes a version away", err=True)
     ctx.exit(1 if report.problems else 0)
 
 
@@ -110,4 +110,4 @@ def gc(grace: float, dry_run: bool, root: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(asdict(report)))
         return
     verb = "would be removed" if dry_run else "removed"
-    click.echo(f"{report.blobs} blobs and {report.unfinished} unfinished files {verb}, {megabytes(report.bytes)}")
+    say(f"{report.blobs} blobs and {report.unfinished} unfinished files {verb}, {megabytes(report.bytes)}")

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from trimtab.cli import show
-from trimtab.cli.options import json_option
-from trimtab.cli.terminal import print_whole
+from trimtab.cli.options import json_option, set_option
+from trimtab.cli.terminal import print_whole, say
 from trimtab.cli.train import stopping, tell_how_to_resume
 
 
@@ -22,9 +22,10 @@ from trimtab.cli.train import stopping, tell_how_to_resume
 @click.argument("sweep_file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Write here instead of into the file's `out`.")
 @click.option("--resume", is_flag=True, help="Go on where the sweep in that folder was interrupted; what has finished is not repeated.")
+@set_option
 @json_option("Print leaderboard.json at the end, and no progress.")
 @click.pass_context
-def sweep(ctx: click.Context, sweep_file: Path, out: Path | None, resume: bool, as_json: bool) -> None:
+def sweep(ctx: click.Context, sweep_file: Path, out: Path | None, resume: bool, changes: tuple[str, ...], as_json: bool) -> None:
     """Search for the best settings: train all trials of SWEEP_FILE together on one frozen base, and rank them by their valid rows.
 
     \b
@@ -38,7 +39,7 @@ def sweep(ctx: click.Context, sweep_file: Path, out: Path | None, resume: bool, 
     """
     from trimtab.train.trials import Sweep
 
-    what = Sweep.load(sweep_file)  # before torch is loaded: a mistake in it is told at once
+    what = Sweep.load(sweep_file, changes)  # before torch is loaded: a mistake in it is told at once
     if out is not None:
         what = what.into(out)
     from trimtab.train.interrupt import Interrupted, Stop
@@ -49,8 +50,8 @@ def sweep(ctx: click.Context, sweep_file: Path, out: Path | None, resume: bool, 
         with stopping(stop), show.listener(quiet=as_json) as listener:
             report = run_sweep(what, listener=listener, resume=resume, stop=stop)
     except Interrupted as e:
-        click.echo(str(e), err=True)
-        tell_how_to_resume("sweep", sweep_file, out)
+        say(str(e), err=True)
+        tell_how_to_resume("sweep", sweep_file, out, changes=changes)
         ctx.exit(e.exit_code)
     if as_json:
         click.echo(json.dumps(report.leaderboard, indent=1))

@@ -16,7 +16,8 @@ import click
 from rich.table import Table
 
 from trimtab.cli import show
-from trimtab.cli.options import json_option
+from trimtab.cli.options import DatabasePlace, json_option
+from trimtab.cli.terminal import say
 from trimtab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """--db, --json."""
     command = json_option("Print JSON.")(command)
     where = "${XDG_DATA_HOME:-~/.local/share}/trimtab/tenants.db"
-    return click.option("--db", type=click.Path(path_type=Path), help=f"The database; by default {where}.")(command)
+    told = f"The database: a file, or postgresql://USER@HOST/NAME; by default {where}."
+    return click.option("--db", type=DatabasePlace(), help=told)(command)
 
 
 def settings(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,7 +67,7 @@ def settings(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("name")
 @settings
 @common
-def add(name: str, db: Path | None, as_json: bool, **settings: Any) -> None:
+def add(name: str, db: Path | str | None, as_json: bool, **settings: Any) -> None:
     """Add the tenant NAME and print its first key. It sees the namespace of its own name unless told otherwise."""
     from trimtab.serve.tenants import Tenant, check
 
@@ -89,7 +91,7 @@ def add(name: str, db: Path | None, as_json: bool, **settings: Any) -> None:
 @click.argument("name")
 @settings
 @common
-def update(name: str, db: Path | None, as_json: bool, **settings: Any) -> None:
+def update(name: str, db: Path | str | None, as_json: bool, **settings: Any) -> None:
     """Change what the tenant NAME may do; what is not named stays. Counts from its next request on."""
     with opened(db) as (store, act):
         wanted = _changed(store.get(name), **settings)
@@ -100,7 +102,7 @@ def update(name: str, db: Path | None, as_json: bool, **settings: Any) -> None:
 
 @tenants.command("list")
 @common
-def list_(db: Path | None, as_json: bool) -> None:
+def list_(db: Path | str | None, as_json: bool) -> None:
     """Every tenant, what it may do, and its keys' public ids."""
     with opened(db) as (store, _):
         found = [(t, store.keys(t.name)) for t in store.list()]
@@ -119,7 +121,7 @@ def list_(db: Path | None, as_json: bool) -> None:
 @tenants.command()
 @click.argument("name")
 @common
-def remove(name: str, db: Path | None, as_json: bool) -> None:
+def remove(name: str, db: Path | str | None, as_json: bool) -> None:
     """Remove the tenant NAME: none of its keys is valid any more. Its usage stays in the reports."""
     with opened(db) as (store, act), act("tenant.remove", name):
         _print(_told(store.remove(name)), as_json, f"removed {name}")
@@ -129,7 +131,7 @@ def remove(name: str, db: Path | None, as_json: bool) -> None:
 @click.argument("name")
 @click.option("--expires-days", type=click.FloatRange(0, 36500, min_open=True), help="Days until it ends; by default never.")
 @common
-def key_create(name: str, expires_days: float | None, db: Path | None, as_json: bool) -> None:
+def key_create(name: str, expires_days: float | None, db: Path | str | None, as_json: bool) -> None:
     """Print a new key of the tenant NAME."""
     with opened(db) as (store, act), act("key.create", name) as learnt:
         key, text = store.create_key(name, lifetime=None if expires_days is None else expires_days * DAY)
@@ -141,7 +143,7 @@ def key_create(name: str, expires_days: float | None, db: Path | None, as_json: 
 @click.argument("key_id")
 @click.option("--grace-hours", type=click.FloatRange(0, 24 * 366), default=24, show_default=True, help="How long the old one stays valid.")
 @common
-def key_rotate(key_id: str, grace_hours: float, db: Path | None, as_json: bool) -> None:
+def key_rotate(key_id: str, grace_hours: float, db: Path | str | None, as_json: bool) -> None:
     """Print a new key for the tenant of the key KEY_ID (the part before the dot), which then ends after a while."""
     _refuse_whole(key_id)
     with opened(db) as (store, act), act("key.rotate", key_id) as learnt:
@@ -153,7 +155,7 @@ def key_rotate(key_id: str, grace_hours: float, db: Path | None, as_json: bool) 
 @tenants.command("key-revoke")
 @click.argument("key_id")
 @common
-def key_revoke(key_id: str, db: Path | None, as_json: bool) -> None:
+def key_revoke(key_id: str, db: Path | str | None, as_json: bool) -> None:
     """Make the key KEY_ID (the part before the dot) invalid, at once and for good."""
     _refuse_whole(key_id)
     with opened(db) as (store, act), act("key.revoke", key_id):
@@ -165,7 +167,7 @@ def key_revoke(key_id: str, db: Path | None, as_json: bool) -> None:
 @click.option("--since", type=click.DateTime(["%Y-%m-%d"]), help="From this day on (UTC).")
 @click.option("--until", type=click.DateTime(["%Y-%m-%d"]), help="To this day, included.")
 @common
-def usage(tenant: str, since: datetime | None, until: datetime | None, db: Path | None, as_json: bool) -> None:
+def usage(tenant: str, since: datetime | None, until: datetime | None, db: Path | str | None, as_json: bool) -> None:
     """Requests and tokens per tenant, day (UTC) and adapter digest; the base's have no digest."""
     with opened(db) as (store, _):
         rows = store.usage.report(tenant, f"{since:%Y-%m-%d}" if since else "", f"{until:%Y-%m-%d}" if until else "")
@@ -184,7 +186,7 @@ Act = Callable[..., Any]
 
 
 @contextmanager
-def opened(db: Path | None, *, create: bool = False) -> Iterator[tuple[Tenants, Act]]:
+def opened(db: Path | str | None, *, create: bool = False) -> Iterator[tuple[Tenants, Act]]:
     """The database, and what puts a block of code into its audit log as an administrator's act."""
     from trimtab.serve.audit import Audit, audit_path
     from trimtab.serve.tenants import Tenants, default_path
@@ -251,5 +253,5 @@ def _print_key(key: Key, text: str, as_json: bool, tenant: dict[str, Any] | None
     if as_json:
         click.echo(json.dumps(_told_key(key) | {"key": text} | ({"settings": tenant} if tenant else {}), indent=1))
         return
-    click.echo(f"{ONCE} Its id is {key.id}, its tenant {key.tenant}.", err=True)
-    click.echo(text)
+    say(f"{ONCE} Its id is {key.id}, its tenant {key.tenant}.", err=True)
+    say(text)

@@ -13,9 +13,10 @@ from rich.table import Table
 from trimtab.errors import printable
 
 
-def say(text: str, *, nl: bool = True, err: bool = False, bold: bool = False) -> None:
-    """One text, its control characters spelt out."""
-    click.secho(printable(text), nl=nl, err=err, bold=bold or None)
+def say(text: str, *, nl: bool = True, err: bool = False, bold: bool = False, mark: str = "", colour: str | None = None) -> None:
+    """One text, its control characters spelt out. mark: a word before it, in a colour."""
+    before = click.style(mark, fg=colour, bold=bold or None) + " " if mark else ""
+    click.echo(before + click.style(printable(text), bold=(bold and not mark) or None), nl=nl, err=err)
 
 
 class Terminal(Console):

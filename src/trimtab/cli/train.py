@@ -8,15 +8,18 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from trimtab.cli import show
-from trimtab.cli.options import json_option, store_option
+from trimtab.cli.options import json_option, set_option, store_option
+from trimtab.cli.terminal import say
+from trimtab.places.place import ONE_PROCESS, Place
 
 if TYPE_CHECKING:
     from trimtab.train.beside import Beside
@@ -31,6 +34,10 @@ SHOW_CURSOR = "\x1b[?25h"  # rich hides it; a second signal leaves no time to br
 @click.argument("run_file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder, instead of the run file's `out`; from the current folder.")
 @click.option("--resume", is_flag=True, help="Go on from the newest good checkpoint in the run folder.")
+@click.option(
+    "--extend", is_flag=True, help="With --resume: train on to a larger `epochs` or `max_steps`, also where the run has finished."
+)
+@set_option
 @store_option
 @click.option(
     "--serve",
@@ -41,28 +48,87 @@ SHOW_CURSOR = "\x1b[?25h"  # rich hides it; a second signal leaves no time to br
     metavar="[PORT]",
     help="Serve the base and the variants at this port of 127.0.0.1 (8000; 0: any free one) while they train.",
 )
+@click.option("--ranks", type=click.IntRange(1), metavar="N", help="Share the rows of every step among N processes of this machine.")
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(0),
+    default=0,
+    metavar="K",
+    help="With --ranks: start all ranks again, up to K times, where one has failed; they go on from the newest checkpoint.",
+)
 @json_option("Print summary.json at the end, and no progress.")
 @click.pass_context
-def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, root: Path | None, port: int | None, as_json: bool) -> None:
+def train(ctx: click.Context, ranks: int | None, max_restarts: int, **options: Any) -> None:
     """Train every variant of RUN_FILE together on one frozen base, score it beside the base on the test rows, and save it.
 
     \b
     Example:
       trimtab train examples/desks.yaml
       trimtab train examples/desks.yaml --resume
+      trimtab train examples/desks.yaml --resume --extend --set defaults.epochs=4
 
     The run folder holds adapters/<variant>/ (peft's format), checkpoints/, metrics.jsonl, predictions/, summary.json and report.html; `out`
     starts at the run file's folder, so that of the example is examples/runs/desks. With `store: acme` in the run file its adapters are
     published as acme/<variant>. `trimtab check` says beforehand what a run would do.
     With --serve, `trimtab train RUN.yaml --serve` answers as `trimtab serve --local` does, with the variants' names as models and their
     tensors as they stand between two steps; requests wait for the step that runs, and the server ends with the training.
+    With --ranks 4, four processes of this machine (on GPUs: a GPU each) share the rows of every step and train what one would. Several
+    machines: `torchrun --nnodes 2 --nproc-per-node 8 … -m trimtab train RUN.yaml` on each of them. N may change with --resume.
     Ctrl-C or SIGTERM ends a run after the current step, with a checkpoint (exit code 130 or 143); a second one ends it at once.
     """
+    asked = _Asked(**options)
+    if asked.extend and not asked.resume:
+        raise click.UsageError("--extend is of no use without --resume")
+    if max_restarts and ranks is None:
+        raise click.UsageError("--max-restarts is of no use without --ranks; torchrun has an option of this name")
+    if ranks is not None:
+        from trimtab.train import RunConfig
+
+        RunConfig.load(asked.run_file, asked.changes)
+        from trimtab.places.launch import launch
+
+        ctx.exit(launch(["train", *asked.words()], ranks, max_restarts))
+    with ExitStack() as stack:
+        place = stack.enter_context(_place())
+        stack.enter_context(place.told())
+        _train(ctx, place, asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The command's options, by their names, but those that say how many processes there are."""
+
+    run_file: Path
+    out: Path | None
+    resume: bool
+    extend: bool
+    changes: tuple[str, ...]
+    root: Path | None
+    port: int | None
+    as_json: bool
+
+    def words(self) -> list[str]:
+        """The command's arguments."""
+        flags = {"--resume": self.resume, "--extend": self.extend, "--json": self.as_json, f"--serve={self.port}": self.port is not None}
+        return [*_words(self.run_file, self.out, self.root, self.changes), *(flag for flag, given in flags.items() if given)]
+
+
+def _place() -> AbstractContextManager[Place]:
+    """One process, or the ranks that torchrun has started."""
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        return nullcontext(ONE_PROCESS)
+    from trimtab.places.ranks import joined
+
+    return joined()
+
+
+def _train(ctx: click.Context, place: Place, asked: _Asked) -> None:
+    """In this process, as what it is of the place."""
     from trimtab.train import RunConfig
 
-    run = RunConfig.load(run_file)  # before torch is loaded: a mistake in it is told at once
-    if out is not None:
-        run = run.model_copy(update={"out": out})
+    run = RunConfig.load(asked.run_file, asked.changes)  # before torch is loaded: a mistake in it is told at once
+    if asked.out is not None:
+        run = run.model_copy(update={"out": asked.out})
     from trimtab.train import train
     from trimtab.train.beside import alone
     from trimtab.train.checkpoint import steps_of
@@ -70,15 +136,22 @@ def train(ctx: click.Context, run_file: Path, out: Path | None, resume: bool, ro
 
     stop = Stop()
     try:
-        with stopping(stop), show.listener(quiet=as_json) as listener, ExitStack() as open_parts:
-            beside = alone if port is None else open_parts.enter_context(_serving(port, listener))
-            report = train(run, listener=listener, resume=resume, stop=stop, store=root, beside=beside)
+        with stopping(stop, quiet=not place.first), show.listener(quiet=asked.as_json or not place.first) as listener, ExitStack() as parts:
+            beside = alone if asked.port is None or not place.first else parts.enter_context(_serving(asked.port, listener))
+            resume, extend, root = asked.resume or place.restarted, asked.extend, asked.root
+            report = train(run, listener=listener, resume=resume, extend=extend, stop=stop, store=root, beside=beside, place=place)
     except Interrupted as e:
+        if not place.first:
+            ctx.exit(e.exit_code)
         saved = steps_of(run.out)[:1]
-        click.echo(f"{e}; {f'saved in {saved[0]}' if saved else 'nothing was saved yet'}", err=True)
-        tell_how_to_resume("train", run_file, out, root)
+        say(f"{e}; {f'saved in {saved[0]}' if saved else 'nothing was saved yet'}", err=True)
+        if place.here == place.ranks:  # of several machines, torchrun's command is the user's
+            ranks = ["--ranks", str(place.ranks)] if place.ranks > 1 else []
+            tell_how_to_resume("train", asked.run_file, asked.out, asked.root, asked.changes, more=ranks)
         ctx.exit(e.exit_code)
-    if as_json:
+    if not place.first:
+        return
+    if asked.as_json:
         click.echo(json.dumps(report.summary, indent=1))
         return
     console = show.console()
@@ -102,16 +175,25 @@ def _serving(port: int, listener: Listener) -> AbstractContextManager[Beside]:
     return serving(port, listener)
 
 
-def tell_how_to_resume(command: str, file: Path, out: Path | None, root: Path | None = None) -> None:
-    """Print the command that goes on where an interrupted one has stopped."""
-    again = ["trimtab", command, str(file), *(["--out", str(out)] if out is not None else [])]
-    again += [*(["--store", str(root)] if root is not None else []), "--resume"]
-    click.echo(f"go on with: {shlex.join(again)}", err=True)
+def tell_how_to_resume(
+    command: str, file: Path, out: Path | None, root: Path | None = None, changes: Sequence[str] = (), more: Sequence[str] = ()
+) -> None:
+    """Print the command that goes on where an interrupted one has stopped. changes: of --set. more: other options."""
+    again = ["trimtab", command, *_words(file, out, root, changes), *more, "--resume"]
+    say(f"go on with: {shlex.join(again)}", err=True)
+
+
+def _words(file: Path, out: Path | None, root: Path | None, changes: Sequence[str]) -> list[str]:
+    """The arguments that say what is trained, and where to."""
+    words = [str(file), *(["--out", str(out)] if out is not None else [])]
+    words += [word for change in changes for word in ("--set", change)]
+    return [*words, *(["--store", str(root)] if root is not None else [])]
 
 
 @contextmanager
-def stopping(stop: Stop) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the run to stop; a second one is the system's to handle. What stood before is put back at the end."""
+def stopping(stop: Stop, quiet: bool = False) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the run to stop; a second one is the system's to handle. What stood before is put back at the end. quiet:
+    without a word to the user."""
     if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread handle signals
         yield
         return
@@ -120,7 +202,8 @@ def stopping(stop: Stop) -> Iterator[None]:
         for s in SIGNALS:
             signal.signal(s, signal.SIG_DFL)
         text = "\nending after this step, with a checkpoint; once more ends at once\n" if stop.stepping else "\n"
-        os.write(2, (SHOW_CURSOR * sys.stderr.isatty() + text).encode())  # print may be what the signal has interrupted
+        if not quiet:
+            os.write(2, (SHOW_CURSOR * sys.stderr.isatty() + text).encode())  # print may be what the signal has interrupted
         stop.ask(signum)
 
     before = {s: signal.signal(s, handle) for s in SIGNALS}

@@ -19,8 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import click
-
+from trimtab.cli.terminal import say
 from trimtab.http import server
 from trimtab.http.app import create_app
 from trimtab.http.assemble import Asked, name_for_clients, services_of
@@ -94,7 +93,7 @@ class LiveServer:
         while self._thread.is_alive() and not self._ready.wait(0.1):
             pass
         names = ", ".join([self.services.base_name, *self.shown])
-        click.echo(f"serving {names} at http://{HOST}:{self.sock.getsockname()[1]} for this machine only, as long as it trains", err=True)
+        say(f"serving {names} at http://{HOST}:{self.sock.getsockname()[1]} for this machine only, as long as it trains", err=True)
         self._turn_ended = time.monotonic()
 
     def turn(self) -> None:
@@ -141,7 +140,7 @@ class LiveServer:
             state = v.progress.step, v.live  # the end of a variant may bring its best tensors back, without a step
             known = self.shown.get(v.name)
             if known is None or known[0] != state:
-                new = snapshot(f"{v.name} after step {v.progress.step}", self.engine.base, v.method, v.trained())
+                new = snapshot(f"{v.name} after step {v.progress.step}", self.engine.base, v.method, v.trained(), v.head)
                 self.shown[v.name] = state, new
                 (self.services.catalog.put if known is None else self.services.catalog.replace)(v.name, new, LOCAL)
         now = time.monotonic()

@@ -6,11 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import click
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from trimtab.cli.terminal import Terminal
+from trimtab.cli.terminal import Terminal, say
 
 Begin = Callable[[str, int, int], Callable[[int], None]]
 
@@ -42,7 +41,7 @@ def _line(name: str, size: int, there: int) -> Callable[[int], None]:
             if there == size
             else f"{megabytes(size - there)} to move" + (f", {megabytes(there)} are there" if there else "")
         )
-        click.echo(f"{name}: {state}", err=True)
+        say(f"{name}: {state}", err=True)
     return _nothing
 
 

@@ -15,8 +15,9 @@ from trimtab.decode.generate import MAX_ROWS
 from trimtab.forward.decode_path import FAMILIES
 from trimtab.forward.rowwise import LLAMA_LIKE
 from trimtab.methods.base import Site
-from trimtab.ops import LOSS_ROWS, QUERY_BLOCK
+from trimtab.ops import QUERY_BLOCK, loss_rows, native
 
+CPU = torch.device("cpu")
 FUSED = frozenset(name.lower() for name in LLAMA_LIKE)
 """Model types whose RMSNorm and gated MLP run as `ops.rms_norm` and `ops.swiglu`."""
 
@@ -30,11 +31,12 @@ def activation_bytes(
     *,
     virtual: int = 0,
     activation_checkpointing: bool = False,
+    device: torch.device = CPU,
 ) -> int:
     """Bytes of activations at the peak of a step of `tokens` rows in sequences of `length`: what the layers keep (`kept_bytes`), the
     supervised rows' hidden states and their gradient, 2·b·H a row (all rows taken as supervised), and the largest of three passing things:
 
-        head       LOSS_ROWS rows of logits, twice in fp32 (logsumexp makes a copy), a third time where they are soft-capped
+        head       `loss_rows` rows of logits, twice in fp32 (logsumexp makes a copy), a third time where they are soft-capped
         attention  in one layer's backward, a block of queries: the probabilities, their gradient and the scores' (and the slope of a cap)
         MLP        in one layer's backward, the gradients of 3·M + 2·H features a row
 
@@ -44,7 +46,7 @@ def activation_bytes(
     keeps what was freed.
     """
     b, capped = dtype.itemsize, spec.final_softcap is not None
-    head = min(tokens, LOSS_ROWS) * spec.vocab_size * (12 if capped else 8)
+    head = min(tokens, loss_rows(spec.vocab_size, device)) * spec.vocab_size * (12 if capped else 8)
     attention = tokens * max(layer.num_heads for layer in spec.layers) * min(length, QUERY_BLOCK, tokens) * b * (4 if capped else 3)
     mlp = tokens * b * (3 * _widest_mlp(spec) + 2 * spec.hidden_size)
     held, again = _held_and_again(spec, sites, dtype, tokens, length, virtual, activation_checkpointing)
@@ -113,13 +115,13 @@ def forward_bytes(spec: Spec, b: int, tokens: int, length: int) -> int:
     return tokens * 2 * b * spec.hidden_size + max(tokens * b * 3 * _widest_mlp(spec), attention) + sequences * spec.vocab_size * 4
 
 
-def judging_bytes(spec: Spec, dtype: torch.dtype, tokens: int, length: int, slots: int, capacity: int) -> int:
+def judging_bytes(spec: Spec, dtype: torch.dtype, tokens: int, length: int, slots: int, capacity: int, device: torch.device) -> int:
     """Bytes of validation and scoring at their peak, beside base and adapters, whichever is more: a forward of `tokens` rows that keeps
-    nothing, with LOSS_ROWS rows of logits and their copy in fp32; or the KV cache of `slots` answers of at most `capacity` tokens, with the
-    forwards of their prompts and their logits.
+    nothing, with `loss_rows` rows of logits and their copy in fp32; or the KV cache of `slots` answers of at most `capacity` tokens, with
+    the forwards of their prompts and their logits.
     """
     b = dtype.itemsize
-    losses = forward_bytes(spec, b, tokens, length) + min(tokens, LOSS_ROWS) * spec.vocab_size * (8 + b)
+    losses = forward_bytes(spec, b, tokens, length) + min(tokens, loss_rows(spec.vocab_size, device)) * spec.vocab_size * (8 + b)
     if not slots:
         return losses
     cache = slots * capacity * 2 * spec.num_layers * spec.kv_width * b
@@ -127,12 +129,17 @@ def judging_bytes(spec: Spec, dtype: torch.dtype, tokens: int, length: int, slot
     return max(losses, cache + forward_bytes(spec, b, rows, capacity) + slots * spec.vocab_size * (4 + b))
 
 
-def packed_bytes(spec: Spec, dtype: torch.dtype) -> int:
-    """Bytes of the copy of projections and head that inference on a CPU makes, 0 where it makes none (see `forward.decode_path`)."""
-    if dtype != torch.bfloat16 or spec.model_type not in FAMILIES:
-        return 0
-    linears = sum(math.prod(shape) for m in spec.modules.values() if m.kind == "linear" for shape in m.parameters.values())
-    return linears * dtype.itemsize
+def packed_sizes(spec: Spec, dtype: torch.dtype) -> list[int]:
+    """Bytes of each tensor that inference on this machine's CPU copies, those of projections and head; none where it copies none (see
+    `forward.decode_path`)."""
+    if dtype != torch.bfloat16 or spec.model_type not in FAMILIES or not native.copies_weights():
+        return []
+    return [
+        math.prod(shape) * dtype.itemsize
+        for m in spec.modules.values()
+        if m.kind == "linear" and m.bits is None
+        for shape in m.parameters.values()
+    ]
 
 
 def _widest_mlp(spec: Spec) -> int:

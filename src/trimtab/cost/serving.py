@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import torch
 
 from trimtab.bases.fits import weight_bytes
 from trimtab.bases.spec import Spec
-from trimtab.cost.activations import forward_bytes, packed_bytes
+from trimtab.cost.activations import forward_bytes, packed_sizes
 
 if TYPE_CHECKING:
     from trimtab.model import Base
@@ -35,25 +34,23 @@ class ServingMemory:
 
 
 def serving_memory(
-    spec: Spec, dtype: torch.dtype, *, converted: bool, kv_bytes: int, adapter_bytes: int, rows: int, length: int
+    spec: Spec, dtype: torch.dtype, *, converted: bool, on_cpu: bool = True, kv_bytes: int, adapter_bytes: int, rows: int, length: int
 ) -> ServingMemory:
     """Of a base in `dtype`. converted: whether it is stored in another dtype. rows, length: of the largest forward and its sequences."""
-    weights = resident_bytes(spec, dtype, converted=converted)
+    weights = resident_bytes(spec, dtype, converted=converted, on_cpu=on_cpu)
     return ServingMemory(weights, kv_bytes, adapter_bytes, forward_bytes(spec, dtype.itemsize, rows, length))
 
 
-def resident_bytes(spec: Spec, dtype: torch.dtype, *, converted: bool) -> int:
-    """Bytes that a base's weights take while it answers. Where inference packs them, the packed ones take the place of those that are
-    mapped from a file, of which up to `LOOKED_AT` a matrix come back whenever they are looked at; weights that were converted stay."""
-    packed, beside = packed_bytes(spec, dtype), 0
-    if packed:
-        sizes = [math.prod(shape) * dtype.itemsize for m in spec.modules.values() if m.kind == "linear" for shape in m.parameters.values()]
-        beside = packed if converted else sum(min(size, LOOKED_AT) for size in sizes)
-    return spec.num_parameters * dtype.itemsize + beside
+def resident_bytes(spec: Spec, dtype: torch.dtype, *, converted: bool, on_cpu: bool = True) -> int:
+    """Bytes that a base's weights take while it answers. Where inference copies them, which it does on some CPUs alone, the copies take the
+    place of those that are mapped from a file, of which up to `LOOKED_AT` a matrix come back whenever they are looked at; weights that were
+    converted stay."""
+    beside = sum(size if converted else min(size, LOOKED_AT) for size in packed_sizes(spec, dtype)) if on_cpu else 0
+    return spec.weight_bytes(dtype) + beside
 
 
 def memory_of_server(base: Base, kv_bytes: int, adapter_bytes: int, rows: int) -> ServingMemory:
     """Of a base that is loaded."""
     converted = base.path is None or weight_bytes(base.path, base.dtype)[1] > 0
     sizes = {"kv_bytes": kv_bytes, "adapter_bytes": adapter_bytes, "rows": rows, "length": min(rows, base.spec.max_positions)}
-    return serving_memory(base.spec, base.dtype, converted=converted, **sizes)
+    return serving_memory(base.spec, base.dtype, converted=converted, on_cpu=base.device.type == "cpu", **sizes)

@@ -1,7 +1,7 @@
 """Rows of text become examples to train on: they are read, rendered, masked, tokenised, weighted and ordered.
 
 These files know the base's tokenizer and chat template, but no model: ids and masks are NumPy arrays. The order in which data flows is
-`sources`, `rows`, `render`, `dataset`. `scores` compares the answers of a trained adapter with references.
+`sources`, `rows`, `render`, `encode`, `reading`, `dataset`. `scores` compares the answers of a trained adapter with references.
 """
 
 from typing import TYPE_CHECKING
@@ -11,13 +11,16 @@ from trimtab.lazy import load_on_first_use
 if TYPE_CHECKING:
     from trimtab.bases.template import encode_prompt, end_of_turn_id
     from trimtab.bases.template_report import template_warnings
-    from trimtab.data.dataset import Dataset, load_examples, order, summarise_dropped
+    from trimtab.data.dataset import Dataset, load_examples, order
+    from trimtab.data.encode import encode_row, encode_rows
+    from trimtab.data.examples import Example
     from trimtab.data.labels import find_labels, label_examples
     from trimtab.data.questions import Written, asked, prompt_and_reference
-    from trimtab.data.render import Example, as_learnt, encode_row, encode_rows
+    from trimtab.data.reading import summarise_dropped
+    from trimtab.data.render import as_learnt
     from trimtab.data.rows import Dropped, Row, answer_of
     from trimtab.data.scores import SCORES, bleu, exact_match, has_bleu, perplexity, rouge_l, token_f1, valid_json
-    from trimtab.data.sources import Source, parse_sources, peek_source, read_source, sources_in
+    from trimtab.data.sources import Source, parse_sources, part_problem, peek_source, read_source, sources_in
 else:
     load_on_first_use(__name__)
 
@@ -44,6 +47,7 @@ __all__ = [
     "load_examples",
     "order",
     "parse_sources",
+    "part_problem",
     "peek_source",
     "perplexity",
     "prompt_and_reference",

@@ -2,8 +2,8 @@
 
 Each reader takes (path, shown), where shown is the path as messages name it, and yields (origin, record) or a `Dropped` with the line that
 could not be read. UTF-8 only (CSV also UTF-16); byte order marks are left out. Where only a part of a file is not UTF-8, its bytes arrive
-as surrogates (PEP 383), so that only the rows that hold them are dropped (`turns.bad_character`). Only regular files are read, and their
-lines and sizes are bounded.
+as surrogates (PEP 383), so that only the rows that hold them are dropped (`characters.bad_character`). Only regular files are read, and
+their lines and sizes are bounded.
 """
 
 from __future__ import annotations

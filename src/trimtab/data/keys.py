@@ -65,11 +65,11 @@ def _may_be(*values: Any) -> Callable[[Any], bool]:
     return lambda v: is_empty(v) or flag(v) in flags or (isinstance(v, str) and v in values)
 
 
-_TOOLS = "tools are not rendered"
+_TOOLS = "it is not rendered there: tools stand at the row, calls in turns of the assistant, results in turns of the tool"
 _MEDIA = "images, video and sound are not read"
-_REASONING = "reasoning beside the answer is not rendered"
+_REASONING = "reasoning is rendered where it is text beside the content of a turn of the assistant"
 _PAIR = "a pair of a better and a worse answer is not something to imitate; map the one to learn, such as `columns: {completion: chosen}`"
-_TEMPLATE = "settings of the chat template are not passed on"
+_TEMPLATE = "only settings that the chat template reads are passed on, and only to conversations"
 _WEIGHT = "rows are not weighted one by one; give a source a weight instead"
 
 _NOT_TRAINED = "the row is marked as not to be trained on"
@@ -82,19 +82,23 @@ PAIRS = (
     *("chosen_response", "rejected_response", "rejected_messages", "rejected_images"),
 )
 
+WEIGHTS = ("weight", "loss_weight", "sample_weight")
+
+MEDIA = ("image", "images", "video", "videos", "audio", "audios", "objects")
+
 ROW_KEYS: Mapping[str, Key] = {
     **dict.fromkeys(("tools", "functions"), Key(_TOOLS, is_empty)),
     **dict.fromkeys(("tool_calls", "tool_results"), Key(_TOOLS, is_empty)),
     "tool_choice": Key(_TOOLS, _may_be("auto", "none")),
     "function_call": Key(_TOOLS, _may_be("auto", "none")),
-    "parallel_tool_calls": Key(_TOOLS, _may_be(True)),
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "objects"), Key(_MEDIA, is_empty)),
+    "parallel_tool_calls": Key(_TOOLS, _may_be(True, False)),
+    **dict.fromkeys(MEDIA, Key(_MEDIA, is_empty)),
     "documents": Key("documents beside the conversation are not rendered", is_empty),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), Key(_REASONING, is_empty)),
     **dict.fromkeys(("chat_template", "chat_template_kwargs", "enable_thinking", "reasoning_effort"), Key(_TEMPLATE, is_empty)),
     **dict.fromkeys(PAIRS, Key(_PAIR, is_empty)),
-    **dict.fromkeys(("weight", "loss_weight", "sample_weight"), Key(_WEIGHT, _may_be(True))),
-    **dict.fromkeys(("train", "training", "loss"), Key(_NOT_TRAINED, _may_be(True))),
+    **dict.fromkeys(WEIGHTS, Key(_WEIGHT, _may_be(True))),
+    **dict.fromkeys(("train", "training", "trainable", "loss"), Key(_NOT_TRAINED, _may_be(True))),
     **dict.fromkeys(("mask", "masked"), Key(_NOT_TRAINED, _may_be(False, "User", "user", "human"))),  # NeMo names the role that is masked
     **dict.fromkeys(("input_ids", "attention_mask", "position_ids", "labels"), Key(_TOKENS, is_empty)),
     **dict.fromkeys(("completion_mask", "assistant_masks", "loss_mask"), Key(_TOKENS, is_empty)),
@@ -102,10 +106,16 @@ ROW_KEYS: Mapping[str, Key] = {
     "train_on_inputs": Key("what stands before an answer is never supervised", _may_be(False)),
     "kto_tag": Key("the answer is marked as unwanted, and imitation would learn it", _may_be(True)),
 }
-"""Of a row. Beside these, `forms` and `rows` honour the columns of the forms, `system` and `history`, and read a `label` as the mark of KTO
-where it is one (`wanted`)."""
+"""Of a row. Beside these, `forms` and `rows` honour the columns of the forms, `system` and `history`, `TOOL_KEYS` and `SETTING_KEYS` of a
+conversation, and read a `label` as the mark of KTO where it is one (`wanted`)."""
 
-MARKS = ("weight", "train", "training", "train_on_turn", "loss", "loss_mask", "loss_scale")
+TOOL_KEYS = ("tools", "functions")
+SETTING_KEYS = ("chat_template_kwargs", "enable_thinking", "reasoning_effort")
+"""Of a row that is a conversation, or a prompt with its answer: these are passed to the chat template."""
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Of a turn of the assistant: its reasoning, whatever the format calls it."""
+
+MARKS = (*WEIGHTS, "train", "training", "trainable", "train_on_turn", "loss", "loss_mask", "loss_scale")
 """Of a turn: 0 or false says that it is not to be learnt, which is honoured."""
 MASKS = ("mask", "masked")
 """Of a turn, the other way round: 1 or true says that it is not to be learnt."""
@@ -123,7 +133,7 @@ TURN_KEYS: Mapping[str, Key] = {
     **dict.fromkeys(("train_detail", "training_detail"), Key("parts of a turn are not marked one by one", is_empty)),
     "channel": Key("channels are not rendered", _may_be("final")),
     "recipient": Key(_TOOLS, _may_be("all")),
-    "prefix": Key(_BEGUN, _may_be(False)),
+    **dict.fromkeys(("prefix", "partial"), Key(_BEGUN, _may_be(False))),
     **dict.fromkeys(("end_turn", "eot"), Key(_BEGUN, _may_be(True))),
 }
-"""Of a turn, beside role and content (from and value), `MARKS` and `MASKS`."""
+"""Of a turn, beside role and content (from and value), `MARKS` and `MASKS`. Where a role has a key that is honoured, `turns` says so."""

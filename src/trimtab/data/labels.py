@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from trimtab.data.render import Example, encode_rows
+from trimtab.data.encode import encode_rows
+from trimtab.data.examples import Example
 from trimtab.data.rows import Dropped, Row, answer_of
 from trimtab.errors import DataError
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.bases.template import BadRow, Ids, Template
-from trimtab.data.render import render_plain
+from trimtab.bases.marks import Ids
+from trimtab.bases.template import BadRow, Template
+from trimtab.bases.tool_turns import REASONED, calls_of
+from trimtab.data.render import render_plain, variables_of
 from trimtab.data.rows import Row
 from trimtab.errors import DataError
 
@@ -61,9 +63,11 @@ def asked(row: Row, tokenizer: Any) -> tuple[Ids, str, Written]:
         last = max(row.answers, default=None)
         if row.conversation is None or last is None:
             raise BadRow("nothing to compare with: the row has no assistant turn")
-        messages = template.conversation(row.conversation[: last + 1])
-        turn = template.last_turn(messages)
+        messages, variables = template.conversation(row.conversation[: last + 1]), variables_of(row, template)
+        turn = template.last_turn(messages, variables)
         whole = turn.answer if turn.end is None else turn.answer.removesuffix(turn.end)
-        return template.ids_of([turn.prompt])[0], messages[-1]["content"], Written(whole, *template.frame(messages))
+        reference = whole.strip() if calls_of(messages[-1]) else messages[-1]["content"]
+        plain = [*messages[:-1], {k: v for k, v in messages[-1].items() if k != REASONED}]  # an answer may come without it
+        return template.ids_of([turn.prompt])[0], reference, Written(whole, *template.frame(plain, variables))
     except BadRow as bad:
         raise DataError(f"{row.origin}: {bad}") from None

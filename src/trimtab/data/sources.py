@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
-import os
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -19,8 +19,10 @@ from trimtab.data.documents import TEXT_SUFFIXES, text_files
 from trimtab.data.formats import READERS, SUFFIXES, holds_something, hub_fingerprint, read_hub
 from trimtab.data.forms import check_columns, form_of, unused, used_columns
 from trimtab.data.keys import Repeated
-from trimtab.data.opened import open_file
-from trimtab.data.rows import Dropped, Parts, Record, Records, Row, RowId, to_segments, whole
+from trimtab.data.opened import digest
+from trimtab.data.pairs import PAIR_COLUMNS
+from trimtab.data.prompts_alone import Asked
+from trimtab.data.rows import Dropped, Parts, Record, Records, Row, RowId, named_as_ours, to_segments, whole
 from trimtab.errors import ConfigError, DataError, nearest
 from trimtab.foreign import answer
 from trimtab.paths import user_path
@@ -35,7 +37,10 @@ class Source:
     path: a file, a folder of Markdown/text, or "hf:org/name" ("hf:org/name:config"); relative paths start at the run file's folder. weight:
     how often an epoch draws each of its rows (2: twice; 0.5: a fixed half of them). format: jsonl, json, csv, parquet or text, if the
     suffix does not say it. columns: our column name -> the file's. system: a system turn for rows that have none. split: of a hub dataset
-    ("train"). trusted: control tokens in its plain text are read as such.
+    ("train"); or a number: so many of the rows (below 1: this part of them) are held out as valid rows. trusted: control tokens in its
+    plain text are read as such. limit: only the first so many rows are read.
+
+    held: a number that was given as `split`. held_out: this is the source of those valid rows. Neither is a key of run files.
     """
 
     path: str
@@ -43,8 +48,11 @@ class Source:
     format: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     system: str | None = None
-    split: str | None = None
+    split: str | float | None = None
     trusted: bool = False
+    limit: int | None = None
+    held: float = 0
+    held_out: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -56,10 +64,28 @@ class Source:
             problems.append(f"format = {self.format!r}: not one of {', '.join(READERS)}{nearest(str(self.format), READERS)}")
         if not isinstance(self.columns, Mapping) or not all(isinstance(x, str) for pair in self.columns.items() for x in pair):
             problems.append(f"columns = {self.columns!r}: not a mapping from our column names to the file's")
-        problems += [f"{n} = {v!r}: not text" for n in ("system", "split") if not isinstance(v := getattr(self, n), str | None)]
+        problems += [f"system = {v!r}: not text" for v in (self.system,) if not isinstance(v, str | None)]
         problems += [f"trusted = {v!r}: neither true nor false" for v in (self.trusted,) if type(v) is not bool]
+        if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
+            problems.append(f"limit = {self.limit!r}: not a number of rows, at least 1")
+        if not isinstance(self.split, str | None):
+            problems += [f"split = {self.split!r}: {text}" for text in (part_problem(self.split),) if text]
+            object.__setattr__(self, "held", self.split)
+            object.__setattr__(self, "split", None)
         if problems:
             raise ConfigError(f"the source {self.path!r} cannot be used", problems=problems)
+
+
+def part_problem(part: Any) -> str:
+    """What is wrong with a number of rows to hold out; "" where nothing is."""
+    if isinstance(part, bool) or not isinstance(part, int | float):
+        return "neither a hub dataset's split nor a number"
+    right = 0 < part < 1 or (part >= 1 and part == int(part) and part < math.inf)
+    return "" if right else "not a part of the rows between 0 and 1, nor a number of them"
+
+
+KEYS = tuple(f.name for f in dataclasses.fields(Source) if f.name not in ("held", "held_out"))
+"""Of a source in a run file."""
 
 
 def parse_sources(value: Any, *, where: str = "data") -> list[Source]:
@@ -69,8 +95,7 @@ def parse_sources(value: Any, *, where: str = "data") -> list[Source]:
     """
     sources, problems = sources_in(value, where)
     if problems:
-        known = ", ".join(f.name for f in dataclasses.fields(Source))
-        raise ConfigError(f"{where} cannot be used", problems=problems, fix=f"a source takes: {known}")
+        raise ConfigError(f"{where} cannot be used", problems=problems, fix=f"a source takes: {', '.join(KEYS)}")
     return sources
 
 
@@ -79,7 +104,6 @@ def sources_in(value: Any, where: str) -> tuple[list[Source], list[str]]:
     items = list(value) if isinstance(value, list | tuple) else [value]
     if not items:
         return [], [f"{where} names no source: name a file, a folder or hf:org/name"]
-    known = [f.name for f in dataclasses.fields(Source)]
     sources, problems = list[Source](), list[str]()
     for i, item in enumerate(items):
         at = f"{where}[{i}]" if isinstance(value, list | tuple) else where
@@ -87,25 +111,25 @@ def sources_in(value: Any, where: str) -> tuple[list[Source], list[str]]:
             sources.append(item)
         elif isinstance(item, str | Path):
             sources.append(Source(str(item)))
-        elif isinstance(item, Mapping) and not ROW_KEYS.isdisjoint(item):
+        elif isinstance(item, Mapping) and not _OF_A_ROW.isdisjoint(item):
             problems.append(f"{at}: {_AS_FILES.format('a row')}")
             break  # so are the others
         elif any(hasattr(item, name) for name in ("columns", "column_names")):
             problems.append(f"{at}: {_AS_FILES.format(f'a {type(item).__name__}')}")
         elif not isinstance(item, Mapping) or "path" not in item:
-            unknown = [k for k in item if k not in known] if isinstance(item, Mapping) else []
-            hints = "".join(f"; {k!r}{hint}" for k in unknown if (hint := answer(k, known)))
+            unknown = [k for k in item if k not in KEYS] if isinstance(item, Mapping) else []
+            hints = "".join(f"; {k!r}{hint}" for k in unknown if (hint := answer(k, KEYS)))
             problems.append(f"{at} = {reprlib.repr(item)}: neither a path nor a mapping with a path{hints}")
         else:
-            problems += [f"{at}: unknown key {key!r}{answer(key, known)}" for key in item if key not in known]
+            problems += [f"{at}: unknown key {key!r}{answer(key, KEYS)}" for key in item if key not in KEYS]
             try:
-                sources.append(Source(**{k: v for k, v in item.items() if k in known}))
+                sources.append(Source(**{k: v for k, v in item.items() if k in KEYS}))
             except ConfigError as e:
                 problems += [f"{at}: {p}" for p in e.problems]
     return sources, problems
 
 
-ROW_KEYS = frozenset(("messages", "conversations", "prompt", "completion", "instruction", "text"))
+_OF_A_ROW = frozenset(("messages", "conversations", "prompt", "completion", "instruction", "text"))
 _AS_FILES = (
     "{} is given where a source belongs; sources are files: write the rows as JSON lines, a row a line "
     "(of a DataFrame: to_json(path, orient='records', lines=True); of a Dataset: to_json(path)), and name that path"
@@ -117,26 +141,33 @@ def peek_source(source: Source, root: Path, parts: Parts = whole) -> None:
     if source.path.startswith(HUB):
         return
     seen: dict[str, None] = {}
-    any_form, found_any = False, False
-    for found in _records(source, root):
+    any_form, found_any, first = False, False, None
+    for found in records_of(source, root):
         found_any = True
         record = None if isinstance(found, Dropped) else found[1]
         if isinstance(record, dict):
+            first = record if first is None else first
             seen.update(dict.fromkeys(map(str, record)))
             any_form = bool(_forms(record, source, parts)) or any_form
         if any_form and seen.keys() >= set(source.columns.values()):
             break
-    _refuse_whole(source, found_any, seen, any_form)
+    _refuse_whole(source, found_any, seen, None if any_form else first, parts)
 
 
-def _refuse_whole(source: Source, found_any: bool, seen: Mapping[str, None], any_form: bool) -> None:
+def _refuse_whole(source: Source, found_any: bool, seen: Mapping[str, None], formless: Record | None, parts: Parts) -> None:
+    """formless: the first record, where none had a known form."""
     if not found_any:
         raise DataError(f"{source.path} holds no rows", fix="name a file that has rows.")
     if seen:
-        check_columns(seen, source.columns, source.path, any_form=any_form)
+        more = () if parts is whole else PAIR_COLUMNS
+        why = None if formless is None or parts is whole else to_segments(formless, "", source.columns, source.system, parts)
+        reason = why.reason if isinstance(why, Dropped) else ""
+        check_columns(seen, source.columns, source.path, any_form=formless is None, more=more, why=reason)
 
 
 Note = Callable[[str], None]
+ASKED = "asked"
+"""The form of a prompt without an answer, all of whose columns rewards may use."""
 
 
 def read_source(
@@ -156,9 +187,10 @@ def rows_of(source: Source, root: Path, number: int = 0, note: Note = lambda tex
     that exist.
     """
     columns_seen: dict[str, None] = {}
+    columns = source.columns if parts is whole else {}
     left_over: Counter[str] = Counter()
-    any_form, found_any, read = False, False, 0
-    for found in _records(source, root):
+    any_form, found_any, read, first = False, False, 0, None
+    for found in records_of(source, root):
         found_any = True
         if isinstance(found, Dropped):
             yield found
@@ -166,16 +198,19 @@ def rows_of(source: Source, root: Path, number: int = 0, note: Note = lambda tex
         origin, record = found
         forms: list[tuple[Record, str]] = []
         if isinstance(record, dict):
+            first = record if first is None else first
             forms = _forms(record, source, parts)
-            columns_seen.update(dict.fromkeys(map(str, record)))
+            if not record.keys() <= columns_seen.keys():
+                columns_seen.update(dict.fromkeys(map(str, record)))
             any_form = any_form or bool(forms)
         row = to_segments(record, origin, source.columns, source.system, parts)
         if isinstance(row, Row):
             row = _found(row, (number, read), source.trusted)
             read += 1
-            left_over.update({what for part, form in forms for what in unused(part, source.columns, form)})
+            if beside := {what for part, form in forms if form != ASKED for what in unused(part, columns, form)}:
+                left_over.update(beside)
         yield row
-    _refuse_whole(source, found_any, columns_seen, any_form)
+    _refuse_whole(source, found_any, columns_seen, None if any_form else first, parts)
     if left_over:
         said = (f"{what} ({n} row{'s' * (n > 1)})" for what, n in sorted(left_over.items()))
         note(f"{source.path}: not used: {', '.join(said)}")
@@ -185,31 +220,41 @@ def content_of(source: Source, root: Path) -> tuple[str, bytes] | None:
     """(the source's name, with which the origins of its rows begin; a digest of all its bytes and of how they are read). None where it has
     none: what is missing, or a data set that does not say which it is. The files of a folder have names of their own, so that their
     folder's place is part of its digest."""
-    how = [source.format, sorted(source.columns.items()), source.system, source.trusted]
+    how = [source.format, sorted(source.columns.items()), source.system, source.trusted, source.limit]
     if source.path.startswith(HUB):
-        name, mark = source.path.removeprefix(HUB), hub_fingerprint(source.path.removeprefix(HUB), source.split)
-        return (source.path, hashlib.sha256(json.dumps([*how, name, source.split, mark]).encode()).digest()) if mark else None
+        name, mark = source.path.removeprefix(HUB), hub_fingerprint(source.path.removeprefix(HUB), _hub_split(source))
+        return (source.path, hashlib.sha256(json.dumps([*how, name, _hub_split(source), mark]).encode()).digest()) if mark else None
     path = user_path(source.path, DataError, "path", root)
     files, name = (text_files(path), "") if path.is_dir() else ([path], _shown(path, root))
     sha = hashlib.sha256(json.dumps([*how, path.suffix.lower(), "" if name else _shown(path, root)]).encode())
     try:
         for file in files:
-            with open_file(file, source.path) as opened:
-                sha.update(json.dumps([str(file.relative_to(path)), os.fstat(opened.fileno()).st_size]).encode())
-                for chunk in iter(lambda: opened.read(1 << 20), b""):
-                    sha.update(chunk)
+            sha.update(json.dumps([str(file.relative_to(path)), file.stat().st_size]).encode())
+            digest(sha, file, source.path, "text" if path.is_dir() else source.format or SUFFIXES.get(path.suffix.lower()))
     except (OSError, DataError):
         return None  # why, is said by those who read it
     return name, sha.digest()
 
 
+def text_bytes(source: Source, root: Path) -> int:
+    """Bytes of a source's text at most: the size of its files, more than any memory where that does not say it (Parquet, the hub)."""
+    path = user_path(source.path, DataError, "path", root)
+    if source.path.startswith(HUB) or "parquet" in (source.format, SUFFIXES.get(path.suffix.lower())):
+        return 1 << 60
+    return sum(file.stat().st_size for file in (text_files(path) if path.is_dir() else [path]))
+
+
 def _forms(record: Record, source: Source, parts: Parts) -> list[tuple[Record, str]]:
     """(segment, its form) of each segment that a record holds; none where one of them is missing or has no form."""
-    _refuse_repeated(record, source, form_of(record, source.columns))
+    form = form_of(record, source.columns)
+    _refuse_repeated(record, source, form)
+    if parts is whole:
+        return [] if form is None else [(record, form)]
     try:
-        found = [(part, form_of(part, source.columns)) for part in parts(record).values()]
+        made = list(parts(named_as_ours(record, source.columns)).values())
     except (BadRow, KeyError):
         return []
+    found = [(part.record, ASKED) if isinstance(part, Asked) else (part, form_of(part, {})) for part in made]
     known = [(part, form) for part, form in found if form is not None]
     return known if len(known) == len(found) else []
 
@@ -223,14 +268,21 @@ def _found(row: Row, id: RowId, trusted: bool) -> Row:
 
 def _refuse_repeated(record: Mapping[str, Any], source: Source, form: str | None) -> None:
     """DataError if a column that rows are made of stands several times in the header: which of them is meant is not known."""
+    if Repeated not in map(type, record.values()):
+        return
     twice = [c for c in used_columns(form, source.columns) if isinstance(record.get(c), Repeated)]
     if twice:
         raise DataError(f"{source.path} names a column twice: {', '.join(sorted(twice))}", fix="give each a name of its own.")
 
 
-def _records(source: Source, root: Path) -> Records:
+def records_of(source: Source, root: Path) -> Records:
+    """The records of a source as they are read: (origin, record), or a `Dropped`. DataError where it cannot be read at all."""
+    return itertools.islice(_all(source, root), source.limit)
+
+
+def _all(source: Source, root: Path) -> Records:
     if source.path.startswith(HUB):
-        return read_hub(source.path.removeprefix(HUB), source.split)
+        return read_hub(source.path.removeprefix(HUB), _hub_split(source))
     path = user_path(source.path, DataError, "path", root)
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -244,6 +296,10 @@ def _records(source: Source, root: Path) -> Records:
             fix=f"add `format:` with one of {', '.join(READERS)}; known suffixes are {', '.join(SUFFIXES)}.",
         )
     return READERS[format](path, _shown(path, root))
+
+
+def _hub_split(source: Source) -> str | None:
+    return source.split if isinstance(source.split, str) else None
 
 
 def _folder(folder: Path, root: Path) -> Iterator[tuple[str, Any] | Dropped]:

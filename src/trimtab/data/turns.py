@@ -6,12 +6,14 @@ Raises `BadRow` for a value that is not of the expected kind.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from trimtab.bases.template import BadRow, Message
-from trimtab.data.keys import MARKS, MASKS, TURN_KEYS, flag, is_empty
+from trimtab.bases.tool_turns import REASONED
+from trimtab.data.calls import as_result, read_calls
+from trimtab.data.characters import bad_character
+from trimtab.data.keys import MARKS, MASKS, REASONING_KEYS, TURN_KEYS, WEIGHTS, flag, is_blank, is_empty
 from trimtab.errors import nearest
 
 ROLES = {
@@ -22,7 +24,18 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "tool": "tool",
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
 }
+CALLING = ("function_call", "tool_call")
+"""Roles of turns whose content is a call, or several, as JSON."""
+HONOURED: Mapping[str, Sequence[str]] = {
+    "assistant": ("tool_calls", "function_call", *REASONING_KEYS),
+    "tool": ("tool_call_id", "name"),
+}
+"""Keys of turns of these roles that are rendered; elsewhere they are not."""
+BEFORE_ANY = ("assistant", "system", "developer")
+"""Roles that ask nothing."""
 _KNOWN = frozenset(("role", "content", "from", "value", *MARKS, *MASKS, *TURN_KEYS))
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
@@ -81,7 +94,9 @@ def talk_in(value: Any) -> Any:
 def unasked(roles: Sequence[str | None]) -> set[int]:
     """Indexes of the assistant turns before anything is asked: those that begin a conversation, also behind its system turn. A system
     turn that no user follows asks itself."""
-    asks = (i for i, role in enumerate(roles) if role not in ("assistant", "system", "developer"))
+    if roles and roles[0] not in BEFORE_ANY:
+        return set()
+    asks = (i for i, role in enumerate(roles) if role not in BEFORE_ANY)
     begin = next((i for i, role in enumerate(roles) if role != "assistant"), len(roles))
     return {i for i, role in enumerate(roles[: next(asks, begin)]) if role == "assistant"}
 
@@ -89,25 +104,52 @@ def unasked(roles: Sequence[str | None]) -> set[int]:
 def unused_keys(value: Any, where: str) -> set[str]:
     """Keys of messages to which no format gives a meaning, as reports name them."""
     turns = value if isinstance(value, list) else []
-    return {f"{where}[].{k}" for t in turns if isinstance(t, dict) for k in t if k not in _KNOWN and not is_empty(t[k])}
+    more = (t for t in turns if isinstance(t, dict) and not _KNOWN.issuperset(t))
+    return {f"{where}[].{k}" for t in more for k in t if k not in _KNOWN and not is_empty(t[k])}
 
 
 def _turn(turn: Any, where: str) -> Turn:
     if not isinstance(turn, dict):
         raise BadRow(f"bad messages: {where} is {kind_of(turn)}, not an object with role and content")
-    _refuse_keys(turn, where)
-    said = _either(turn, "role", "from", where)
+    plain = len(turn) == 2 and "role" in turn and "content" in turn
+    said = turn["role"] if plain else _either(turn, "role", "from", where)
     if not isinstance(said, str) or said not in ROLES:
         raise BadRow(f"unknown role: {where} has role {said!r}{nearest(str(said), ROLES)}")
     role = ROLES[said]
+    if plain and said not in CALLING and role != "tool":
+        return {"role": role, "content": text_of(turn["content"], f"{where}.content")}, True
+    _refuse_keys(turn, where, role)
     learnt = _learnt(turn, role, where)
-    return {"role": role, "content": text_of(_either(turn, "content", "value", where), f"{where}.content")}, learnt
+    message: Message = {"role": role, "content": ""}
+    calls, content = _calls(turn, said, where), _either(turn, "content", "value", where)
+    if said not in CALLING and not (calls and is_blank(content)):
+        message["content"] = text_of(as_result(content, where) if role == "tool" else content, f"{where}.content")
+    if calls:
+        message["tool_calls"] = calls
+    for key in ("tool_call_id", "name") if role == "tool" else ():
+        if not is_empty(turn.get(key)):
+            message[key] = text_of(turn[key], f"{where}.{key}")
+    keys = [key for key in REASONING_KEYS if role == "assistant" and not is_empty(turn.get(key))]
+    thoughts = {text_of(turn[key], f"{where}.{key}") for key in keys}
+    if len(thoughts) > 1:
+        raise BadRow(f"reasoning: {where} has {' and '.join(keys)}, and they differ")
+    return (message | {REASONED: thoughts.pop()} if thoughts else message), learnt
 
 
-def _refuse_keys(turn: Mapping[str, Any], where: str) -> None:
+def _calls(turn: Mapping[str, Any], said: str, where: str) -> list[Message]:
+    """The calls that a turn makes, however they are written."""
+    if said in CALLING:
+        return read_calls(_either(turn, "content", "value", where), where)
+    keys = [k for k in ("tool_calls", "function_call") if ROLES[said] == "assistant" and not is_empty(turn.get(k))]
+    if len(keys) > 1:
+        raise BadRow(f"tool calls: {where} has both {' and '.join(keys)}")
+    return [call for k in keys for call in read_calls(turn[k], f"{where}.{k}")]
+
+
+def _refuse_keys(turn: Mapping[str, Any], where: str, role: str) -> None:
     """BadRow if a key says something that cannot be honoured."""
     for key in turn:
-        if key in TURN_KEYS and not TURN_KEYS[key].neutral(turn[key]):
+        if key in TURN_KEYS and key not in HONOURED.get(role, ()) and not TURN_KEYS[key].neutral(turn[key]):
             raise BadRow(f"{'tool calls' if key in ('tool_calls', 'function_call') else key}: {where} has {key}: {TURN_KEYS[key].why}")
 
 
@@ -128,7 +170,7 @@ def _learnt(turn: Mapping[str, Any], role: str, where: str) -> bool:
         if (mark := flag(value)) is None:
             raise BadRow(f"{key}: {where} has {key} {value!r}, and only 0 and 1 can be honoured")
         mark = mark != (key in MASKS)
-        if mark and role != "assistant" and key != "weight":
+        if mark and role != "assistant" and key not in WEIGHTS:
             raise BadRow(f"{key}: {where} is a turn of the {role} that is marked to be learnt; only answers are")
         learnt = learnt and mark
     return learnt
@@ -165,22 +207,6 @@ def filled(value: Any, where: str) -> str:
     if not text.strip():
         raise BadRow(f"empty: {where} has no text")
     return text
-
-
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
-"""Controls that no text has. Tab and the breaks of lines and pages (U+0009 to U+000D) are text."""
-
-
-def bad_character(text: str) -> str | None:
-    """What keeps `text` from being trained on, or None. Bytes that were not UTF-8 arrive as surrogates (PEP 383) and are named as bytes."""
-    if (control := _CONTROL.search(text)) is not None:
-        return f"control character U+{ord(control[0]):04X}"
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        return f"not UTF-8: byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"not Unicode: lone surrogate U+{code:04X}"
-    return None
 
 
 def kind_of(value: Any) -> str:

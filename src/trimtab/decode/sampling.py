@@ -61,6 +61,14 @@ def warped(logits_RV: Tensor, settings: Sequence[Settings]) -> Tensor:
     return x_RV
 
 
+def drawn_from(logits_RV: Tensor, id_R: Tensor, temperature: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """(log p of the tokens, entropy) [R], [R], in nats, of the whole distributions at these temperatures, fp32."""
+    x_RV = logits_RV.to(torch.float32, copy=True)
+    x_RV /= _column(temperature, x_RV)
+    logp_RV = torch.log_softmax(x_RV, -1)
+    return logp_RV.gather(1, id_R[:, None])[:, 0], -(logp_RV.exp() * logp_RV).sum(-1)
+
+
 def draw(logits_RV: Tensor, uniform: Sequence[float]) -> Tensor:
     """The token [R] at which each row's cumulative probability passes its number in [0, 1)."""
     weight_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)).exp_().cumsum(-1, dtype=torch.float64)

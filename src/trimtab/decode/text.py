@@ -7,7 +7,7 @@ tokenizer makes of all ids, special tokens skipped, cut before the first stop te
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 LONG, SHORT = 32, 8
@@ -17,8 +17,8 @@ HALF = "\ufffd"
 
 
 class Decoder:
-    """A base's tokenizer, as far as text needs it. special: ids that are no text. held: ids of single bytes that the tokenizer joins only
-    once a run of them has ended."""
+    """A base's tokenizer, as far as text needs it. special: ids that are no text, with what they spell. held: ids of single bytes that the
+    tokenizer joins only once a run of them has ended."""
 
     def __init__(self, tokenizer: Any):
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -26,21 +26,23 @@ class Decoder:
             self.decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)
         else:  # the same without three layers of Python
             self.decode = lambda ids: backend.decode(ids, skip_special_tokens=True)
-        self.special = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self.special: Mapping[int, str] = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         vocabulary = tokenizer.get_vocab()
         self.held = frozenset(i for token, i in vocabulary.items() if re.fullmatch(r"<0x[0-9A-F]{2}>", token))
 
-    def stream(self, stop: Sequence[str] = (), min_tokens: int = 0) -> TextStream:
-        """The text of one answer. stop: texts that end it, none before min_tokens."""
-        return TextStream(self, stop, min_tokens)
+    def stream(self, stop: Sequence[str] = (), min_tokens: int = 0, shown: Collection[int] = (), with_stop: bool = False) -> TextStream:
+        """The text of one answer. stop: texts that end it, none before min_tokens. shown: special tokens that are text. with_stop: the stop
+        text that ends it is part of it."""
+        return TextStream(self, stop, min_tokens, shown, with_stop)
 
 
 class TextStream:
     """The text of one sequence. stopped: a stop text has appeared, and everything from it on is cut off."""
 
-    def __init__(self, decoder: Decoder, stop: Sequence[str], min_tokens: int):
+    def __init__(self, decoder: Decoder, stop: Sequence[str], min_tokens: int, shown: Collection[int] = (), with_stop: bool = False):
         self.stopped = False
-        self._decoder, self._stop, self._min_tokens = decoder, tuple(stop), min_tokens
+        self._decoder, self._stop, self._min_tokens, self._shown = decoder, tuple(stop), min_tokens, shown
+        self._with_stop = with_stop
         self._window: list[int] = []  # the last tokens; what they decode to begins where a character does
         self._given = 0  # characters of the window's text that have left it
         self._pending = ""  # text that may begin a stop text
@@ -50,7 +52,11 @@ class TextStream:
         """What this token adds to the text that is certain."""
         self._count += 1
         if token in self._decoder.special:
-            return ""
+            if token not in self._shown:
+                return ""
+            fresh = self._decoder.decode(self._window)[self._given :] + self._decoder.special[token]
+            self._window, self._given = [], 0
+            return self._pass(fresh)
         self._window.append(token)
         if token in self._decoder.held:
             return ""
@@ -78,11 +84,11 @@ class TextStream:
         if self._count < self._min_tokens:
             return fresh
         text = self._pending + fresh
-        found = [i for i in (text.find(s) for s in self._stop) if i >= 0]
+        found = [(i, i + len(s) if self._with_stop else i) for s in self._stop if (i := text.find(s)) >= 0]
         if found:
             self.stopped, self._pending = True, ""
-            return text[: min(found)]
-        kept = max(_overlap(text, s) for s in self._stop)
+            return text[: min(found)[1]]
+        kept = max(overlap(text, s) for s in self._stop)
         self._pending = text[len(text) - kept :]
         return text[: len(text) - kept]
 
@@ -95,7 +101,7 @@ class TextStream:
             self._window, self._given = window, len(text) - text.endswith(HALF)
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`, less than the whole of it."""
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):

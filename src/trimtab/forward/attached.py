@@ -17,11 +17,11 @@ from torch import Tensor
 from trimtab.bases.spec import Spec
 from trimtab.bases.weights.derived import Derived
 from trimtab.forward import rowwise
-from trimtab.forward.attention import KVCache
 from trimtab.forward.batch import Batch, Way
 from trimtab.forward.decode_path import DecodePath
 from trimtab.forward.decode_path_check import DecodePathMaker
 from trimtab.forward.hosted import Hosted
+from trimtab.forward.kv_cache import KVCache
 from trimtab.forward.packs import PackedAdapter
 from trimtab.methods.base import Method, Params, Site
 
@@ -55,15 +55,22 @@ class Attached(Hosted):
 
     def pack(self, method: Method, params: dict[str, Tensor], sites: Sequence[Site]) -> PackedAdapter:
         """What the forward runs of one adapter; differentiable. sites: the method's, on this base (found once by the caller)."""
-        edits = {}
+        edits, head, prefix = {}, None, None
         for site in sites:
             mine: Params = {t: params[site.key(t)] for t in site.shapes}
+            if site.head:
+                head = mine
+                continue
             if not site.name:
-                return PackedAdapter({}, method.prefix(self.spec, mine, self.dtype))
+                prefix = method.prefix(self.spec, mine, self.dtype)
+                continue
+            if site.experts:
+                edits[site.name] = method.pack(site, mine, self.experts(site.name).dtype, None)
+                continue
             module, matrix = self.host(site.name).module, self.weights.of.get(site.name)
             dtype = next((p.dtype for p in module.parameters(recurse=False)), self.dtype) if matrix is None else matrix.dtype
             edits[site.name] = method.pack(site, mine, dtype, matrix)
-        return PackedAdapter(edits)
+        return PackedAdapter(edits, prefix, invocation=method.invocation, head=head)
 
     @property
     def decode_path(self) -> DecodePath | None:

@@ -1,13 +1,15 @@
 """The batch: flat rows of many sequences, grouped by adapter. Callers of the forward make it; the forward reads it.
 
-Adapters of the mix are laid out one after the other, so that each adapter's rows are one span; the base's rows come first. If an adapter's
-prefix is given as embeddings, these are rows of their own, once, before its sequences (unless a cache already has their keys and values).
+Adapters of the mix are laid out one after the other, so that each adapter's rows are one span; the base's rows come first. An aLoRA has a
+span in each sequence, from its invocation on, and the rows before are the base's. With a cache, callers give the rows before as pieces of
+the base. If an adapter's prefix is given as embeddings, these are rows of their own, once, before its sequences (unless a cache already has
+their keys and values).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -17,10 +19,11 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.forward.attention import AttentionPlan, Cached, KVCache, Place, Run
+from trimtab.forward.attention import AttentionPlan
+from trimtab.forward.kv_cache import Cached, KVCache, Place, Run
 from trimtab.forward.packs import Mix
 from trimtab.methods.base import Rows, Span
-from trimtab.ops import upload
+from trimtab.ops import row_keys, upload
 
 BASE = -1
 """The member number of rows that no adapter touches."""
@@ -30,13 +33,21 @@ BASE = -1
 class Piece:
     """Tokens of one sequence that enter this forward. ids: [t] int64. member: its adapter in the mix, or BASE.
 
-    With a cache: slot, the sequence's place in it, and how many tokens of the sequence (virtual ones included) the cache already holds.
+    shared: so many tokens stand before them that are the first ones of the piece before this one, of the same member: their rows are not
+    computed again. seed: of dropout, in training; pieces of one seed that follow each other are one row to it. noise: (seed, bound) of what
+    is added to its embeddings, uniform in ±bound (NEFTune, training only). prompt: an aLoRA's invocation is looked for among so many first
+    tokens of the sequence (shared ones included); None: among all. With a cache: slot, the sequence's place in it, and how many tokens of
+    the sequence (virtual ones included) the cache already holds.
     """
 
     ids: Tensor
     member: int = BASE
     slot: Place = 0
     past: int = 0
+    shared: int = 0
+    seed: int | None = None
+    noise: tuple[int, float] | None = None
+    prompt: int | None = None
 
 
 class Way(StrEnum):
@@ -50,7 +61,8 @@ class Way(StrEnum):
 @dataclass
 class Batch:
     """Flat rows, ready to run. where[i]: (start, stop) of the i-th piece's rows. spans: the members' runs of rows. embeds: rows that are
-    not tokens. head: the output head of the forward that ran it, where that was not the model's own; it is not for rows of `own_head`."""
+    not tokens. keys_T: of the rows' dropout (`ops.dropout`), in training. noise: (first row, last row + 1, seed, bound) of pieces with
+    noise. head: the output head of the forward that ran it, where that was not the model's own; it is not for rows of `own_head`."""
 
     mix: Mix
     ids_T: Tensor
@@ -59,6 +71,8 @@ class Batch:
     spans: list[Span]
     where: list[tuple[int, int]]
     embeds: list[tuple[int, int, Tensor]]
+    keys_T: Tensor | None = None
+    noise: Sequence[tuple[int, int, int, float]] = ()
     head: Callable[[Tensor], Tensor] | None = None
     own_head: frozenset[int] = frozenset()
     _rows: dict[tuple[int, ...], Rows | None] = field(default_factory=dict)
@@ -70,7 +84,7 @@ class Batch:
     def rows(self, members: tuple[int, ...]) -> Rows | None:
         """The rows of these members, whose slots are their places in `members`; None where the batch has none."""
         if members not in self._rows:
-            self._rows[members] = make_rows(self.spans, members, self.total, self.ids_T.device)
+            self._rows[members] = make_rows(self.spans, members, self.total, self.ids_T.device, self.keys_T)
         return self._rows[members]
 
     @cached_property
@@ -94,9 +108,10 @@ class Batch:
     def subset(self, index: Sequence[int]) -> Batch:
         """The same members over a selection of rows, ascending: what the output head sees. Nothing but spans is carried over."""
         cut = [(bisect_left(index, s.start), bisect_left(index, s.stop), s) for s in self.spans]
-        spans = [Span(a, b, s.slot, s.seed) for a, b, s in cut if b > a]
+        spans = [Span(a, b, s.slot) for a, b, s in cut if b > a]
         ids = self.ids_T.new_zeros(len(index))
-        return Batch(self.mix, ids, ids, self.plan, spans, [], [])
+        keys = None if self.keys_T is None else self.keys_T[upload([np.asarray(index, dtype=np.int64)], self.plan.device)[0]]
+        return Batch(self.mix, ids, ids, self.plan, spans, [], [], keys)
 
     def part(self, index: Sequence[int]) -> Batch:
         """Whole sequences of a batch with a cache, by their rows, as a batch of their own: they read nothing of the others."""
@@ -113,10 +128,12 @@ class Batch:
         return replace(self.subset(index), ids_T=self.ids_T[rows_T], position_T=self.position_T[rows_T], plan=own)
 
 
-def make_rows(spans: Sequence[Span], members: tuple[int, ...], total: int, device: torch.device) -> Rows | None:
+def make_rows(
+    spans: Sequence[Span], members: tuple[int, ...], total: int, device: torch.device, keys_T: Tensor | None = None
+) -> Rows | None:
     slots = {m: i for i, m in enumerate(members)}
-    chosen = tuple(Span(s.start, s.stop, slots[s.slot], s.seed) for s in spans if s.slot in slots)
-    return Rows(chosen, total, device) if chosen else None
+    chosen = tuple(Span(s.start, s.stop, slots[s.slot]) for s in spans if s.slot in slots)
+    return Rows(chosen, total, device, keys_T) if chosen else None
 
 
 def make_batch(
@@ -126,9 +143,8 @@ def make_batch(
     device: torch.device,
     max_positions: int,
     cache: KVCache | None = None,
-    seeds: Mapping[int, int] | None = None,
 ) -> Batch:
-    """Lay pieces out flat, grouped by member. seeds: member -> this step's dropout seed (training only).
+    """Lay pieces out flat, grouped by member.
 
     TrimtabError where a sequence, its virtual tokens included, is longer than the base has positions.
     """
@@ -139,18 +155,16 @@ def make_batch(
     plan = AttentionPlan([Run(a, b, _placed(keys, build.total)) for a, b, keys in runs], device)
     plan.prefixes, plan.cache, plan.places = build.prefixes, cache, build.places
     ids, positions = torch.cat(build.ids).cpu(), torch.cat(build.positions)
-    moved = upload([ids.numpy(), positions.numpy(), *([np.array(writes)] if cache is not None else [])], device)
-    plan.write_T = moved[2] if cache is not None else None
-    spans = [Span(a, b, member, (seeds or {}).get(member)) for member, (a, b) in build.spans.items() if member != BASE]
-    return Batch(
-        mix,
-        moved[0],
-        moved[1],
-        plan,
-        spans,
-        [build.where[i] for i in range(len(pieces))],
-        build.embeds,
-    )
+    extra = {"write": np.array(writes)} if cache is not None else {}
+    if build.seeded:
+        extra["keys"] = build.keys()
+    ids_T, position_T, *others = upload([ids.numpy(), positions.numpy(), *extra.values()], device)
+    there = dict(zip(extra, others, strict=True))
+    plan.write_T = there.get("write")
+    spans = [Span(a, b, member) for member, found in build.spans.items() if member != BASE for a, b in found]
+    where = [build.where[i] for i in range(len(pieces))]
+    noise = [(*build.computed[i], *piece.noise) for i, piece in enumerate(pieces) if piece.noise is not None]
+    return Batch(mix, ids_T, position_T, plan, spans, where, build.embeds, there.get("keys"), noise)
 
 
 _Key = tuple[str, int, int]
@@ -164,6 +178,16 @@ def _placed(keys: list[_Key] | Cached, total: int) -> tuple[tuple[int, int], ...
     return tuple((a + total, b + total) if kind == "prefix" else (a, b) for kind, a, b in keys)
 
 
+def _first(keys: Sequence[_Key], n: int) -> list[_Key]:
+    """The first n of some keys."""
+    found = list[_Key]()
+    for kind, a, b in keys:
+        if n > 0:
+            found.append((kind, a, min(b, a + n)))
+        n -= b - a
+    return found
+
+
 class _Layout:
     """Rows so far, and what stands before each member's sequences."""
 
@@ -175,13 +199,21 @@ class _Layout:
         self.writes: list[int] = []
         self.places: list[Place] = []
         self.where: dict[int, tuple[int, int]] = {}
-        self.spans: dict[int, tuple[int, int]] = {}
+        self.computed: dict[int, tuple[int, int]] = {}  # of each piece: `where`, and before it rows that were not asked for
+        self.spans: dict[int, list[tuple[int, int]]] = {}
+        self.seeded: list[tuple[tuple[int, int], int, int]] = []  # (member, seed), first row, end: of what is one row to dropout
         self.embeds: list[tuple[int, int, Tensor]] = []
         self.prefixes: list[tuple[Tensor, Tensor]] = []
         self.before: dict[int, list[_Key]] = {BASE: []}
+        self.last: list[_Key] = []  # the keys of the piece before
+        # of an aLoRA's piece before: its tokens, and from where it is on
+        self.said: tuple[Tensor, int] = torch.empty(0, dtype=torch.int64), 0
 
     def add(self, i: int, piece: Piece, max_positions: int) -> None:
-        member, n = piece.member, len(piece.ids)
+        member, n, off, hidden = piece.member, len(piece.ids), 0, 0
+        if self.cache is None and member != BASE and self.mix.adapters[member].invocation:
+            piece, off, hidden = self._from_invocation(piece)
+            n = len(piece.ids)
         keys: list[_Key] | Cached
         if self.cache is not None:
             past, keys = piece.past, Cached(self.cache, piece.slot, piece.past + n)
@@ -191,21 +223,54 @@ class _Layout:
         else:
             if member not in self.before:
                 self._prefix(member)
-            past = sum(b - a for _, a, b in self.before[member])
-            keys = [*self.before[member], ("own", self.total, self.total + n)]
+            virtual = sum(b - a for _, a, b in self.before[member])
+            before = _first(self.last, virtual + piece.shared) if piece.shared else self.before[member]
+            past = virtual + piece.shared
+            self.last = keys = [*before, ("own", self.total, self.total + n)]
         if past + n > max_positions:
-            virtual = f" after {past} that stand before them" if past else ""
+            behind = f" after {past} that stand before them" if past else ""
             raise TrimtabError(
-                f"{n} tokens{virtual} are more than the {max_positions} positions of this base", fix="shorten the text or the prefix"
+                f"{n} tokens{behind} are more than the {max_positions} positions of this base", fix="shorten the text or the prefix"
             )
-        self.where[i] = self._append(piece.ids, past, keys, member)
+        start, stop = self._append(piece.ids, past, keys, member, off, piece.seed)
+        self.where[i], self.computed[i] = (start + hidden, stop), (start, stop)
 
-    def _append(self, ids: Tensor, past: int, keys: list[_Key] | Cached, member: int) -> tuple[int, int]:
+    def _from_invocation(self, piece: Piece) -> tuple[Piece, int, int]:
+        """(a piece of an aLoRA, its first rows that are the base's, its first rows that were not asked for). Rows that it would share with
+        the piece before, and for which the adapter is on in one of the two alone, are its own."""
+        before, on_before = self.said
+        ids = torch.cat([before[: piece.shared], piece.ids])
+        asked = ids[: piece.prompt]
+        on = self.mix.adapters[piece.member].on_from(asked.numpy())
+        on = on if on < len(asked) else len(ids)
+        self.said, shared = (ids, on), piece.shared
+        if min(on, shared) != min(on_before, shared):
+            return replace(piece, ids=ids, shared=0), on, shared
+        return piece, max(0, on - shared), 0
+
+    def keys(self) -> np.ndarray:
+        """Of each row's dropout; 0 where there is none."""
+        found = np.zeros(self.total, dtype=np.int32)
+        for (_, seed), start, stop in self.seeded:
+            found[start:stop] = row_keys(seed, stop - start)
+        return found
+
+    def _append(
+        self, ids: Tensor, past: int, keys: list[_Key] | Cached, member: int, off: int = 0, seed: int | None = None
+    ) -> tuple[int, int]:
+        """off: so many rows at the start are the base's."""
         start, stop = self.total, self.total + len(ids)
         self.ids.append(ids)
         self.positions.append(torch.arange(past, past + len(ids)))
         self.runs.append((start, stop, keys))
-        self.spans[member] = (self.spans.get(member, (start, stop))[0], stop)
+        mine = self.spans.setdefault(member, [])
+        if off < len(ids) and mine and not off and mine[-1][1] == start:
+            mine[-1] = (mine[-1][0], stop)
+        elif off < len(ids):
+            mine.append((start + off, stop))
+        if seed is not None:
+            goes_on = bool(self.seeded) and self.seeded[-1][::2] == ((member, seed), start)  # another member's row may have the same seed
+            self.seeded.append(((member, seed), self.seeded.pop()[1] if goes_on else start, stop))
         self.total = stop
         return start, stop
 

@@ -21,11 +21,9 @@ from trimtab.forward.hosted import Hosted
 from trimtab.forward.packs import Group, Mix
 from trimtab.memory import release_mapped
 from trimtab.methods.base import Rows
-from trimtab.ops import native, native_inference
+from trimtab.ops import native, native_inference, native_quantized
+from trimtab.ops.native_quantized import FEW_ROWS, Projection
 from trimtab.ops.stack import Edit
-
-FEW_ROWS = 128
-"""Up to so many rows a matmul is bound by reading its weights; beyond, the library's own blocking is faster."""
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -148,28 +146,46 @@ def known(x_TI: Tensor, y_TO: Tensor, otherwise: Linear) -> Linear:
     return lambda x: y_TO if x is x_TI else otherwise(x)
 
 
-def linear(weights: Sequence[Weight], biases: Sequence[Tensor | None], packs: bool) -> tuple[Linear, native_inference.PackedWeight | None]:
-    """Linear layers of one input side by side, and their weights on tiles where they are packed so. What was packed leaves the process's
-    memory where it is mapped from a file; whatever reads it still finds it there."""
+def linear(weights: Sequence[Weight], biases: Sequence[Tensor | None], packs: bool) -> tuple[Linear, Projection | None]:
+    """Linear layers of one input side by side, and the same as the one call reads them, where it can. packs: they may be copied into the
+    layout that the matmul wants. What was copied leaves the process's memory where it is mapped from a file; whatever reads it still finds
+    it there."""
     many: Linear = partial(ops.linears, weights=weights, biases=biases)
     if len(weights) == 1:
         many = partial(weights[0].matmul, bias_O=biases[0])
-    if not packs or not all(w.stored_dense for w in weights):
+    packs = packs and all(w.stored_dense for w in weights)
+    reads = native.attends_flat() and all(map(_reads, weights))
+    tiles = packs and native.has_tiles() and weights[0].shape[1] % 32 == 0
+    if reads and not tiles:
+        few = Projection([_as_stored(w) for w in weights], _bias(weights, biases))
+        return lambda x: few(x) if len(x) <= FEW_ROWS else many(x), few
+    if not packs:
         return many, None
     dense = [w.dense() for w in weights]
-    given = [w.new_zeros(len(w)) if b is None else b for w, b in zip(dense, biases, strict=True)]
-    bias_O = None if all(b is None for b in biases) else torch.cat(given)
-    packed = _packed(torch.cat(dense) if len(dense) > 1 else dense[0], bias_O)
+    together, bias_O = torch.cat(dense) if len(dense) > 1 else dense[0], _bias(weights, biases)
+    tiled = Projection([native_quantized.tiles_of(together)], bias_O) if tiles else None
+    packed = None if tiles else torch.ops.mkldnn._reorder_linear_weight(together, 32)
     for w in dense:
         release_mapped(w.data_ptr(), w.nbytes)
-    if isinstance(packed, native_inference.PackedWeight):
-        return lambda x: packed(x) if len(x) <= FEW_ROWS else many(x), packed
-    return packed, None
+    if tiled is not None:
+        return lambda x: tiled(x) if len(x) <= FEW_ROWS else many(x), tiled
+    # oneDNN's layout is as fast as the original for many rows too, and gives the same bits
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, "none", [], ""), None
 
 
-def _packed(weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
-    """oneDNN's layout is as fast as the original for many rows too, and gives the same bits."""
-    if native.has_tiles() and weight_OI.shape[1] % 32 == 0:
-        return native_inference.PackedWeight(weight_OI, bias_O)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, 32)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, "none", [], "")
+def _reads(weight: Weight) -> bool:
+    """Whether the one call multiplies with this matrix."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return False
+    return weight.stored_dense or (weight.packed is not None and native_quantized.reads(weight.packed))
+
+
+def _as_stored(weight: Weight) -> native_quantized.Quantized:
+    return native_quantized.rows_of(weight.dense()) if weight.packed is None else native_quantized.struct(weight.packed)
+
+
+def _bias(weights: Sequence[Weight], biases: Sequence[Tensor | None]) -> Tensor | None:
+    """The biases side by side; None where there is none."""
+    if all(b is None for b in biases):
+        return None
+    return torch.cat([torch.zeros(w.shape[0], dtype=w.dtype) if b is None else b for w, b in zip(weights, biases, strict=True)])

@@ -6,7 +6,8 @@ written straight into the cache. A step with few rows, whose edits are LoRA, IAÂ
 (`ops.stack`) of the same kernels.
 
 Edits of every method run through the same kernels of `ops` as everywhere. Before its first use the decode path is compared with the model's
-own forward. If the two differ, the model keeps its own. The projections' weights are copied, if the machine has enough memory.
+own forward. If the two differ, the model keeps its own. Dense weights are copied into the layout of matrix tiles, if the machine has enough
+memory; where it has no tiles, and where they are quantised, they are read as they are.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from torch import Tensor
 
 from trimtab import ops
 from trimtab.bases.weights import norm_weight
-from trimtab.forward.attention import LONG, AttentionPlan, KVCache, PagedKV, Run, lay_out, over_buckets
+from trimtab.forward.attention import LONG, AttentionPlan
 from trimtab.forward.batch import BASE, Batch, Way
-from trimtab.forward.decode_layer import FEW_ROWS, Layer, known, linear
+from trimtab.forward.buckets import lay_out, over_buckets
+from trimtab.forward.decode_layer import Layer, known, linear
 from trimtab.forward.hosted import Hosted
+from trimtab.forward.kv_cache import KVCache, PagedKV, Run
 from trimtab.forward.packs import Mix, StackEdits
 from trimtab.memory import machine_memory, release_freed
 from trimtab.ops import native_inference
@@ -35,6 +38,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 MEMORY_SHARE = 0.25
 """Weights are copied into the matmul's layout where that takes at most this share of all memory. Not of what is free: a copy's results
 differ from the original's by rounding, and the same run on the same machine must give the same numbers."""
+ONE_CALL_ROWS = 512
+"""Up to so many rows one call for all layers is at least as fast as a call for each kernel. It runs them 128 at a time (cpp/layers.cpp)."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class DecodePath:
     def __init__(self, hosted: Hosted, packs: bool | None = None):
         """packs: whether weights are copied into the matmul's layout; None: where the machine is large enough."""
         self.hosted, spec, body = hosted, hosted.spec, hosted.body
-        self.heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        self.heads = (spec.layers[0].num_heads, *spec.kv_shape)
         packs = packs_weights(hosted) if packs is None else packs
         self.layers = [Layer(hosted, i, layer, packs) for i, layer in enumerate(body.layers)]
         if packs:
@@ -91,7 +96,7 @@ class DecodePath:
         long = {s.slot for s in rows.by_row[1]} if rows else set[int]()
         long |= {batch.member_T[r.start] for r in runs if r.queries >= LONG}
         total = batch.total if members == batch.members else len(batch.index(members))
-        return total > FEW_ROWS or not members.isdisjoint(long)
+        return total > ONE_CALL_ROWS or not members.isdisjoint(long)
 
     def _edits(self, stack: Stack, mix: Mix) -> StackEdits:
         """What the one call can do of a mix."""
@@ -143,9 +148,9 @@ class DecodePath:
 
 
 def packs_weights(hosted: Hosted) -> bool:
-    """Whether the machine is large enough for a copy of the weights."""
+    """Whether the machine is large enough for a copy of the dense weights."""
     embedding = hosted.spec.embedding
-    size = sum(w.nbytes for name, w in hosted.weights.of.items() if name != embedding)
+    size = sum(w.nbytes for name, w in hosted.weights.of.items() if w.stored_dense and name != embedding)
     return hosted.dtype == torch.bfloat16 and size <= MEMORY_SHARE * machine_memory()[0]
 
 

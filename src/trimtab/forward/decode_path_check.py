@@ -3,28 +3,32 @@ own forward in fp32: long and short prompts, chunks over a paged cache, windows 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trimtab.bases.weights import weight_of
 from trimtab.forward.decode_path import FAMILIES, DecodePath, packs_weights
 from trimtab.forward.hosted import Hosted
-from trimtab.forward.replica import altered, as_near
+from trimtab.forward.replica import alike, altered, as_near, let_go
 from trimtab.forward.small import in_chunks, random_ids, small_model
 from trimtab.memory import release_freed
 from trimtab.ops import native
 
-CHUNKS = ((5, 3, 1), (131, 1, 1), (0, 70, 1), (2, 1, 1))
-"""Tokens of each sequence that enter in each of three forwards: many rows, a long prompt beside short pieces, one token each."""
+CHUNKS = ((5, 3, 1, 6), (131, 1, 1, 4), (0, 70, 1, 9), (2, 1, 1, 5), *((0, 0, 0, 45),) * 3)
+"""Tokens of each sequence that enter in each of four forwards: many rows, a long prompt beside short pieces, one token each, a few each
+beside more rows than the one call runs at a time."""
 LONGEST = max(map(sum, CHUNKS))
+_agreed: dict[Hashable, bool] = {}
+"""Models that were compared."""
 
 
 class DecodePathMaker:
-    """Makes the decode path where this model can have one here that agrees with the model's own; else gives None. They are compared once:
-    weights change, formulas do not."""
+    """Makes the decode path where this model can have one here that agrees with the model's own; else gives None. They are compared once,
+    and models that are built alike once in a process: weights change, formulas do not."""
 
     def __init__(self, hosted: Hosted):
         self.hosted = hosted
@@ -33,9 +37,16 @@ class DecodePathMaker:
     @torch.no_grad()
     def __call__(self) -> DecodePath | None:
         if self.agrees is None:  # before the weights are packed, so that the stand-ins are not in memory beside them
-            self.agrees = self._can_run() and _agrees(self.hosted, partial(DecodePath, packs=packs_weights(self.hosted)))
-            release_freed()
+            self.agrees = self._can_run() and self._agrees()
         return DecodePath(self.hosted) if self.agrees else None
+
+    def _agrees(self) -> bool:
+        hosted, packs = self.hosted, packs_weights(self.hosted)
+        known = alike(hosted.model), hosted.dtype, hosted.device, packs
+        if known not in _agreed:
+            _agreed[known] = _agrees(hosted, partial(DecodePath, packs=packs))
+            release_freed()
+        return _agreed[known]
 
     def _can_run(self) -> bool:
         hosted, spec, body = self.hosted, self.hosted.spec, self.hosted.body
@@ -50,16 +61,26 @@ class DecodePathMaker:
 @torch.no_grad()
 def _agrees(hosted: Hosted, make: Callable[[Hosted], DecodePath]) -> bool:
     """Whether the decode path that `make` gives of a model of this kind computes hidden states and logits as transformers does."""
-    exact, model = (_small_model(hosted, dtype) for dtype in (torch.float32, hosted.dtype))
-    small = Hosted(model)
-    path, ids = make(small), random_ids([sum(chunk) for chunk in CHUNKS])
-    body, head = exact.get_submodule(hosted.spec.body), exact.get_submodule(hosted.spec.head)
+    ids = random_ids([sum(chunk) for chunk in CHUNKS])
+    wanted, head = _exact(hosted, ids)
+    small = Hosted(_small_model(hosted, hosted.dtype), fast=False)  # as transformers wrote it
+    path = make(small)
     on_path = lambda batch: path.forward(batch, *path.ways(batch))  # noqa: E731
     ours, theirs = (in_chunks(small, forward, ids, CHUNKS) for forward in (on_path, small.forward_plain))
-    wanted = [body(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in ids]
     x = theirs[1]
     logits = path.head(x), small.head_module(x), head(x.float())
+    let_go(small.model)
     return all(as_near(*three) for three in [*zip(ours, theirs, wanted, strict=True), logits])
+
+
+def _exact(hosted: Hosted, ids: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+    """(hidden states of these sequences in fp32 through transformers' own forward, the output head in fp32). The rest of the stand-in is
+    let go, so that two do not lie in memory together."""
+    exact = _small_model(hosted, torch.float32)
+    body = exact.get_submodule(hosted.spec.body)
+    wanted = [body(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in ids]
+    let_go(body)
+    return wanted, exact.get_submodule(hosted.spec.head)
 
 
 def _small_model(hosted: Hosted, dtype: torch.dtype) -> Any:

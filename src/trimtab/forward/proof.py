@@ -23,10 +23,11 @@ from trimtab.bases.structure import read_spec
 from trimtab.errors import BaseError, TrimtabError
 from trimtab.forward.attached import Attached
 from trimtab.forward.batch import BASE, Batch, Piece, make_batch
+from trimtab.forward.experts import agrees
 from trimtab.forward.packs import Mix
-from trimtab.forward.replica import FAR, apart, kind
+from trimtab.forward.replica import FAR, alike, apart, let_go
 from trimtab.forward.small import TOKENS, in_chunks, random_ids, small_model
-from trimtab.memory import ran_out
+from trimtab.memory import ran_out, release_freed
 from trimtab.methods.base import Site
 from trimtab.methods.ia3 import IA3Config
 
@@ -44,11 +45,11 @@ _proved: dict[Hashable, frozenset[str]] = {}
 
 def prove(model: Any) -> Spec:
     """The model's spec, where trimtab computes what its class computes; else BaseError, with what differs. Models that are built alike are
-    compared once in a process."""
-    spec, config = read_spec(model), model.config.to_dict()
-    known = type(model), kind(model), str({k: v for k, v in config.items() if k not in ("dtype", "_name_or_path")})
+    compared once in a process on each device."""
+    spec, known = read_spec(model), (alike(model), model.device)
     if known not in _proved:
         problems, others = _compare(model, spec)
+        release_freed()
         if problems:
             raise BaseError(
                 f"trimtab does not compute this {spec.model_type} base as transformers does",
@@ -68,7 +69,7 @@ def _compare(model: Any, spec: Spec) -> tuple[list[str], frozenset[str]]:
         one = small()
         whole = read_spec(one)
         results = _results(one, whole)
-        read = _without(whole, frozenset(_place(n) for n in _elsewhere(whole, results)))
+        read = _without(whole, frozenset(_place(n) for n in [*_elsewhere(whole, results), *_other_experts(one, whole)]))
         if problems := _misread(read, results):
             return problems[:SHOWN], frozenset()
         sites = _sites(read)
@@ -126,6 +127,7 @@ def _differences(small: Any, spec: Spec, sites: Mapping[str, int]) -> list[str]:
                 where = torch.arange(start, start + len(row), device=row.device)[None]
                 wanted.append(small(input_ids=row[None], position_ids=where, use_cache=False).logits[0])
     found = _mixed(Attached(small, fast=False), ids, gains, starts)
+    let_go(small)
     wanted += wanted[:2]  # what goes through a cache starts at 0 too
     edited = f"with {next(iter(sites)) if len(sites) == 1 else 'its modules'} edited"
     return [
@@ -140,6 +142,13 @@ def _elsewhere(spec: Spec, results: Mapping[str, list[Any]]) -> list[str]:
     """Modules beside the parts of a layer that are not called once with each token's row: routers, experts, norms of something else."""
     parts = {spec.embedding, spec.head, *spec.attention_outputs}
     return [n for n, m in spec.modules.items() if n in results and n not in parts and _rows(results[n]) != [m.vectors * TOKENS_RUN]]
+
+
+def _other_experts(small: Any, spec: Spec) -> list[str]:
+    """Parameters of experts whose module computes otherwise than `forward/experts.py`."""
+    parameters = [m.name for m in spec.modules.values() if m.kind == "experts"]
+    known = {at: agrees(small.get_submodule(at)) for at in {p.rpartition(".")[0] for p in parameters}}
+    return [p for p in parameters if not known[p.rpartition(".")[0]]]
 
 
 def _rows(results: Sequence[Any]) -> list[int]:

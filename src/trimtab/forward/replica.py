@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from trimtab.bases.weights import claimed
+from trimtab.bases.weights.packed import PackedLinear
 
 WINDOW = 8
 """The sliding window of stand-ins whose original has one: short enough to matter within a few rows."""
 PERIOD = 65537
 """Weights repeat after so many values, a prime, so that rows differ: filling large modules with new random numbers takes seconds."""
+LARGE = 2**21
+"""Matrices of more numbers lie in one another's memory, each with a beginning of its own: stand-ins of a few layers of a large base would
+else take more memory than all of a packed base. Nobody writes to them."""
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.004, torch.float16: 0.0005}
 """What rounding once explains of a distance, relative to what is exact."""
 FAR = {dtype: 6 * once for dtype, once in ROUNDING.items()}
@@ -34,20 +38,34 @@ SCALARS = (int, float, str, bool, type(None))
 
 
 def kind(module: nn.Module) -> Hashable:
-    """Equal for modules that compute alike, whatever their weights: classes and settings of all that is in them, without their place."""
+    """Equal for modules that compute alike, whatever their weights: classes, the forwards that these have now (other packages put theirs on
+    transformers' classes), and settings of all that is in them, without their place."""
     found = []
     for name, part in module.named_modules():
         settings = {
             k: v for k, v in vars(part).items() if isinstance(v, SCALARS) and k not in ("layer_idx", "training", "_is_hf_initialized")
         }
-        found.append((name, type(part), tuple(sorted(settings.items()))))
+        found.append((name, type(part), type(part).forward, tuple(sorted(settings.items()))))
     return tuple(found)
+
+
+def alike(model: Any) -> Hashable:
+    """Equal for models that compute alike, whatever their weights and dtypes: their class, all that is in them, and their config."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("dtype", "_name_or_path")}
+    return type(model), kind(model), str(config)
 
 
 def ours(forward: Any) -> Any:
     """A forward, marked as one that trimtab puts on an instance in place of its class's."""
     forward.of_trimtab = True
     return forward
+
+
+def let_go(stand_in: nn.Module) -> None:
+    """Free a stand-in's parameters. Forwards on its modules hold the modules that hold them, so it would stay until Python looks for such
+    circles."""
+    for module in stand_in.modules():
+        module._parameters.clear()
 
 
 def altered(module: nn.Module) -> bool:
@@ -59,17 +77,22 @@ def altered(module: nn.Module) -> bool:
 def stand_in(module: nn.Module, dtype: torch.dtype, config: Any = None, replaced: Mapping[int, nn.Module] | None = None) -> Any:
     """A module's stand-in, without what may stand on the instance in place of its forward; the same weights in every dtype, up to rounding
     them to bfloat16. config: in place of its own. replaced: the id of a module inside -> what is copied in its place."""
-    return _stand_in(module, dtype, config, replaced or {}, count())
+    return _stand_in(module, _Values(dtype), config, replaced or {})
 
 
-def _stand_in(module: nn.Module, dtype: torch.dtype, config: Any, replaced: Mapping[int, nn.Module], serial: Iterator[int]) -> Any:
+def _stand_in(module: nn.Module, values: _Values, config: Any, replaced: Mapping[int, nn.Module]) -> Any:
     module = dense_twin(replaced.get(id(module), module))
     made = copy.copy(module)
     fields = made.__dict__
     fields.pop("forward", None)
-    fields["_parameters"] = {n: None if p is None else _filled(p, n, next(serial), dtype) for n, p in module._parameters.items()}
+    fields["_parameters"] = {n: None if p is None else values.like(p, n) for n, p in module._parameters.items()}
     fields["_buffers"] = dict(module._buffers)
-    fields["_modules"] = {n: None if m is None else _stand_in(m, dtype, config, replaced, serial) for n, m in module._modules.items()}
+    packed = {n: m for n, m in module._modules.items() if isinstance(m, PackedLinear) and m.experts}
+    for n, experts in packed.items():
+        like = torch.empty(*_dense_shape(module, experts), device="meta")
+        fields["_parameters"][n] = values.like(like, n, experts.matrix.device)
+    children = {n: m for n, m in module._modules.items() if n not in packed}
+    fields["_modules"] = {n: None if m is None else _stand_in(m, values, config, replaced) for n, m in children.items()}
     if "config" in fields and config is not None:
         fields["config"] = config
     if has_window(module):
@@ -96,12 +119,44 @@ def dense_twin(module: nn.Module, most: int | None = None) -> nn.Module:
     return skip_init(nn.Linear, inputs, outputs, bias=module.bias is not None, device=weight.device)
 
 
-def _filled(like: Tensor, name: str, seed: int, dtype: torch.dtype) -> nn.Parameter:
-    """Matrices that keep the size of what they are applied to, half as large again; norms' weights around 1, biases around 0."""
-    values = torch.randn(min(PERIOD, like.numel()), generator=torch.Generator().manual_seed(seed))
-    values = 1.5 / math.sqrt(like.shape[-1]) * values if like.dim() > 1 else 0.3 * values + (name != "bias")
-    values = values.to(torch.bfloat16).to("cpu" if like.is_meta else like.device, dtype)
-    return nn.Parameter(values.repeat(-(-like.numel() // len(values)))[: like.numel()].view(like.shape), False)
+def _dense_shape(module: Any, packed: PackedLinear) -> tuple[int, int, int]:
+    """The shape that a parameter of experts has where it is dense."""
+    outputs = packed.out_features // packed.experts
+    return (packed.experts, packed.in_features, outputs) if module.is_transposed else (packed.experts, outputs, packed.in_features)
+
+
+class _Values:
+    """Gives the parameters of one stand-in: matrices that keep the size of what they are applied to, half as large again; norms' weights
+    around 1, biases around 0."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self._serial = dtype, count()
+        self._shared: dict[tuple[int, torch.device], Tensor] = {}
+
+    def like(self, like: Tensor, name: str, device: torch.device | None = None) -> nn.Parameter:
+        """Of this shape. name: the parameter's own, in its module."""
+        serial, device = next(self._serial), device or torch.device("cpu" if like.is_meta else like.device)
+        if like.numel() > LARGE:
+            start = serial * 977 % 1024 * 64  # below PERIOD, and another one for each of 1,024 matrices
+            found = self._large(like.shape[-1], like.numel() + PERIOD, device)[start:]
+        else:
+            values = self._random(serial, like.numel())
+            values = 1.5 / math.sqrt(like.shape[-1]) * values if like.dim() > 1 else 0.3 * values + (name != "bias")
+            found = self._repeated(values, like.numel(), device)
+        return nn.Parameter(found[: like.numel()].view(like.shape), False)
+
+    def _large(self, width: int, size: int, device: torch.device) -> Tensor:
+        """The numbers that large matrices of this width share, so many at least."""
+        if len(self._shared.get((width, device), ())) < size:
+            self._shared[width, device] = self._repeated(1.5 / math.sqrt(width) * self._random(0, PERIOD), size, device)
+        return self._shared[width, device]
+
+    @staticmethod
+    def _random(seed: int, size: int) -> Tensor:
+        return torch.randn(min(PERIOD, size), generator=torch.Generator().manual_seed(seed))
+
+    def _repeated(self, values: Tensor, size: int, device: torch.device) -> Tensor:
+        return values.to(torch.bfloat16).to(device, self.dtype).repeat(-(-size // len(values)))
 
 
 def small_config(config: Any, layers: Sequence[int] = ()) -> Any:

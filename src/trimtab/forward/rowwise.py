@@ -21,14 +21,18 @@ from trimtab import ops
 from trimtab.bases.structure import window_of
 from trimtab.bases.weights import first_weight, norm_weight, weight_of
 from trimtab.errors import ConfigError
-from trimtab.forward.attention import AttentionPlan, Run, attend, refuse_changes
-from trimtab.forward.replica import altered, as_near, kind, ours, small_config, stand_in
+from trimtab.forward.attention import AttentionPlan, attend, refuse_changes
+from trimtab.forward.kv_cache import Run
+from trimtab.forward.replica import alike, altered, as_near, kind, ours, small_config, stand_in
+from trimtab.memory import release_freed
 from trimtab.ops import compiled, native
 
 CHECKED = (7, 140)
 """Rows of the sequences on which forwards are compared: more than a window, and more than attention takes at a time."""
 LLAMA_LIKE = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3")
 Forward = Callable[..., Any]
+_agreed: dict[Hashable, bool] = {}
+"""Modules that were compared."""
 
 
 @dataclass
@@ -48,18 +52,22 @@ COMPILED = RowWise(compiled.rms_norm, compiled.swiglu, compiled.rotate)
 
 
 def install(model: Any, row_wise: RowWise) -> list[str]:
-    """Put fast forwards in place that run these kernels; returns the names of the classes that got one."""
-    agrees: dict[Hashable, bool] = {}
-    names: dict[str, None] = {}
+    """Put fast forwards in place that run these kernels; returns the names of the classes that got one. Modules that are built alike are
+    compared once in a process."""
+    built, names = alike(model), dict[str, None]()
+    compared = len(_agreed)
     for module in model.modules():
         fast = None if altered(module) else _fast_forward(module, row_wise)
         if fast is None:
             continue
-        known = kind(module)
-        if known not in agrees:
-            agrees[known] = _agrees(module)
-        if agrees[known]:
+        weight = first_weight(module)
+        known = built, kind(module), weight.dtype, weight.device
+        if known not in _agreed:
+            _agreed[known] = _agrees(module)
+        if _agreed[known]:
             module.forward, names[type(module).__name__] = fast, None
+    if len(_agreed) > compared:
+        release_freed()
     return list(names)
 
 
@@ -124,10 +132,12 @@ def _agrees(module: Any) -> bool:
     weight = first_weight(module)
     config = small_config(module.config) if hasattr(module, "config") else None
     with torch.inference_mode(False), torch.enable_grad():
-        small, exact = (stand_in(module, dtype, config) for dtype in (weight.dtype, torch.float32))
+        small = stand_in(module, weight.dtype, config)
         fast = _fast_forward(small, RowWise())
         assert fast is not None
         found = [_with_gradients(small, forward, inputs) for forward, inputs in zip((fast, small.forward), _inputs(small), strict=True)]
+        del small, fast  # before the larger one is made
+        exact = stand_in(module, torch.float32, config)
         found.append(_with_gradients(exact, exact.forward, _inputs(exact)[1]))
     return all(as_near(*three) for three in zip(*found, strict=True))
 

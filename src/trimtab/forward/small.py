@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.bases.spec import Spec
-from trimtab.forward.attention import PagedKV
 from trimtab.forward.batch import BASE, Batch, Piece, make_batch
 from trimtab.forward.hosted import Hosted
+from trimtab.forward.kv_cache import PagedKV
 from trimtab.forward.packs import Mix
 from trimtab.forward.replica import dense_twin, kind, small_config, stand_in
 
@@ -31,6 +31,7 @@ def small_model(model: Any, spec: Spec, dtype: torch.dtype) -> Any:
     config.vocab_size, config.pad_token_id, config.tie_word_embeddings = TOKENS, None, False
     ends = [model.get_submodule(name) for name in (spec.embedding, spec.head)]
     replaced: dict[int, nn.Module] = {id(m): _of_few_tokens(m) for m in ends}
+    replaced |= _of_few_layers(model.get_submodule(spec.body), model.config, len(chosen))
     replaced[id(layers)] = nn.ModuleList([layers[i] for i in chosen])
     made = stand_in(model, dtype, config, replaced)
     for i, layer in enumerate(made.get_submodule(spec.layer_list)):
@@ -61,6 +62,26 @@ def _of_few_tokens(module: nn.Module) -> nn.Module:
     return made
 
 
+def _of_few_layers(body: nn.Module, config: Any, layers: int) -> dict[int, nn.Module]:
+    """What holds embeddings of tokens for each layer, side by side (Gemma 3n, Gemma 4), for these layers alone: by the module's id."""
+    each = getattr(config, "hidden_size_per_layer_input", 0)
+    replaced: dict[int, nn.Module] = {}
+    for module in body.children() if each else ():
+        if isinstance(module, nn.Embedding) and module.embedding_dim == each * config.num_hidden_layers:
+            replaced[id(module)] = _resized(module, (TOKENS, each * layers), num_embeddings=TOKENS, embedding_dim=each * layers)
+        elif isinstance(module, nn.Linear) and module.out_features == each * config.num_hidden_layers:
+            replaced[id(module)] = _resized(module, (each * layers, module.in_features), out_features=each * layers)
+    return replaced
+
+
+def _resized(module: nn.Module, shape: tuple[int, int], **sizes: int) -> nn.Module:
+    """A copy whose weight has another shape, and values that the stand-in gives anew."""
+    made = copy.copy(module)
+    made.__dict__["_parameters"] = {"weight": nn.Parameter(next(module.parameters()).new_empty(shape), False), "bias": None}
+    made.__dict__ |= sizes | {"padding_idx": None}
+    return made
+
+
 def random_ids(lengths: Sequence[int]) -> list[Tensor]:
     """Sequences of random token ids of a small model."""
     return [torch.randint(TOKENS, (n,), generator=torch.Generator().manual_seed(i)) for i, n in enumerate(lengths)]
@@ -79,7 +100,7 @@ def in_chunks(
     spec, past, mix = small.spec, [0] * len(ids), mix or Mix([])
     blocks = iter(torch.randperm(-(-sum(map(len, ids)) // BLOCK) + len(ids), generator=torch.Generator().manual_seed(0)).tolist())
     places = [[next(blocks) for _ in range(-(-len(row) // BLOCK))] for row in ids]
-    cache = PagedKV(spec.num_layers, sum(map(len, places)) + len(ids), BLOCK, spec.num_kv_heads, spec.head_dim, small.dtype, small.device)
+    cache = PagedKV(spec.num_layers, sum(map(len, places)) + len(ids), BLOCK, *spec.kv_shape, small.dtype, small.device)
     found: list[list[Tensor]] = [[] for _ in ids]
     for counts in zip(*chunks, strict=True):
         now = [i for i, count in enumerate(counts) if count]

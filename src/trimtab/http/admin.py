@@ -14,11 +14,10 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from trimtab.http.auth import Admin, admin_caller
+from trimtab.http.auth import Admin, S, admin_caller
 from trimtab.http.errors import documented
 from trimtab.http.fields import Strict
 from trimtab.http.limits import read_body
-from trimtab.http.openai import S
 from trimtab.http.schema import takes
 from trimtab.http.services import Services
 from trimtab.serve.keys import Key

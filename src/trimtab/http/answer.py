@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,6 +25,8 @@ def mailbox(app: FastAPI) -> Mailbox:
     loop = asyncio.get_running_loop()
     box: Mailbox | None = getattr(app.state, "mailbox", None)
     if box is None or box.loop is not loop:
+        if box is not None:  # what was posted as its loop ended was never read
+            box.deliver()
         box = app.state.mailbox = Mailbox(loop)
     return box
 
@@ -40,15 +42,16 @@ class Mailbox:
     def post(self, answer: Answer, index: int, delta: Delta) -> None:
         self._waiting.append((answer, index, delta))
         if self.loop.is_closed():  # nobody reads any more, but room is to be given back
-            self._deliver()
-        elif not self._called:  # `_deliver` lowers the flag before it looks, so nothing is left lying
+            self.deliver()
+        elif not self._called:  # `deliver` lowers the flag before it looks, so nothing is left lying
             self._called = True
             try:
-                self.loop.call_soon_threadsafe(self._deliver)
+                self.loop.call_soon_threadsafe(self.deliver)
             except RuntimeError:  # it was closed at this moment
-                self._deliver()
+                self.deliver()
 
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
+        """Hand over all that has gathered. On the event loop, or once that has ended."""
         self._called = False
         while self._waiting:
             answer, index, delta = self._waiting.popleft()
@@ -161,7 +164,14 @@ class Answer:
 
 def merged(a: Delta, b: Delta) -> Delta:
     """Two pieces of one answer, the second right after the first."""
-    return Delta(a.text + b.text, a.tokens + b.tokens, b.finish, b.usage, b.error)
+    return Delta(
+        a.text + b.text, a.tokens + b.tokens, b.finish, b.usage, b.error, a.prompt + b.prompt, a.vector or b.vector, a.labels or b.labels
+    )
+
+
+def first_failure(news: Mapping[int, Delta]) -> Fault | None:
+    """The failure of the first choice that has one, or None."""
+    return next((fault for delta in news.values() if (fault := failure(delta)) is not None), None)
 
 
 def failure(delta: Delta) -> Fault | None:

@@ -11,15 +11,28 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 
-from trimtab.http import adapters, admin, health, openai, tokens
+from trimtab.http import adapters, admin, embeddings, health, openai, people, responses, scores, tokens
+from trimtab.http.embeddings import EmbeddingsBody
 from trimtab.http.errors import install
 from trimtab.http.limits import Gate
 from trimtab.http.logs import Record, RequestLog
+from trimtab.http.responses_schema import ResponsesBody
 from trimtab.http.schema import ChatBody, CompletionBody, DetokenizeBody, LoadBody, TokenizeBody, UnloadBody
 from trimtab.http.services import Services
 from trimtab.version import __version__
 
-BODIES = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, LoadBody, UnloadBody, *admin.BODIES)
+BODIES = (
+    ChatBody,
+    CompletionBody,
+    ResponsesBody,
+    EmbeddingsBody,
+    *scores.BODIES,
+    TokenizeBody,
+    DetokenizeBody,
+    LoadBody,
+    UnloadBody,
+    *admin.BODIES,
+)
 REFUSED = {401: "auth", 403: "forbidden", 404: "not_found", 413: "too_large", 429: "limit", 503: "full"}
 """A refusal's reason in metrics and audit log, by its status; all other 4xx are "invalid"."""
 
@@ -29,7 +42,17 @@ def create_app(services: Services, origins: Sequence[str] = ()) -> FastAPI:
     or "*"."""
     app = FastAPI(title="trimtab", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = services
-    always = (health.public, health.router, openai.router, tokens.router, adapters.router)
+    always = (
+        people.router,
+        health.public,
+        health.router,
+        openai.router,
+        responses.router,
+        embeddings.router,
+        scores.router,
+        tokens.router,
+        adapters.router,
+    )
     for router in (*always, *([admin.router] if services.tenants is not None else [])):
         app.include_router(router)
     install(app)

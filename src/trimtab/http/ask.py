@@ -1,4 +1,4 @@
-"""From a checked body to requests for the engine: prompts as ids, settings of sampling, a grammar, and the adapter that `model` names.
+"""From a checked body to requests for the engine: settings of sampling, a grammar, and the adapter that `model` names.
 
 The cheapest reasons for a refusal are checked first: the name, then room, then the prompt's tokens.
 """
@@ -8,32 +8,36 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from functools import partial
+from typing import Protocol, TypeVar
 
-from trimtab.errors import DataError, TrimtabError
+from trimtab.decode.answers import Reader
+from trimtab.errors import TrimtabError
 from trimtab.http.errors import Fault, fault_of
-from trimtab.http.schema import ChatBody, CompletionBody, Conversation, Message, Sampled, StructuredOutputs
-from trimtab.http.services import Services, TooLong, Words
+from trimtab.http.prompts import aside, conversation_ids, is_small, text_ids
+from trimtab.http.schema import AdapterPart, ChatBody, CompletionBody, Sampled, StructuredOutputs
+from trimtab.http.services import Services, Words
+from trimtab.http.tools import reader, sampled, tools_in
 from trimtab.serve.request import Grammar, Request, SamplingParams
 from trimtab.serve.served import Served
 from trimtab.serve.tenants import Tenant
 
-SMALL = 4096
-"""Characters that are tokenized on the event loop: a thread costs more than they do."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class AnswerPlan:
-    """What a body asks for. id, object: of the answer. choices: n answers to each prompt."""
+    """What a body asks for. id: of the answer. adapter: None for the base. choices: n answers to each prompt, of which `told` are told: the
+    best ones."""
 
     id: str
     body: ChatBody | CompletionBody
     adapter: Served | None
     n: int
     choices: int
+    told: int
 
     @property
     def chat(self) -> bool:
@@ -46,47 +50,110 @@ class AnswerPlan:
 
 async def plan(body: ChatBody | CompletionBody, tenant: Tenant, s: Services) -> AnswerPlan:
     """Find the adapter and count the answers. Fault: 404 where there is no such model, 400 where there are too many answers."""
-    try:
-        if s.catalog.looks_in_store(body.model, tenant):
-            adapter = await s.store_work.run(tenant.name, lambda: s.catalog.find(body.model, tenant))
-        else:
-            adapter = s.catalog.find(body.model, tenant)
-    except TrimtabError as error:
-        raise fault_of(error).about("model", "model_not_found") from None
-    n = _or(body.n, 1)
-    choices = n * (len(_prompts(body)) if isinstance(body, CompletionBody) else 1)
+    adapter = await model_of(body, tenant, s)
+    told = _or(body.n, 1)
+    n = _best_of(body, told) if isinstance(body, CompletionBody) else told
+    choices = n * (len(prompts_of(body)) if isinstance(body, CompletionBody) else 1)
     if choices > s.limits.choices:
         raise Fault(f"n: {choices} answers (n times the prompts); at most {s.limits.choices} in a request", param="n", code="invalid_value")
     prefix = "chatcmpl" if isinstance(body, ChatBody) else "cmpl"
-    return AnswerPlan(f"{prefix}-{uuid.uuid4().hex}", body, adapter, n, choices)
+    return AnswerPlan(f"{prefix}-{uuid.uuid4().hex}", body, adapter, n, choices, told)
 
 
-async def requests(plan: AnswerPlan, tenant: Tenant, s: Services) -> list[Request]:
-    """The engine's requests, one for each choice, in order. Fault (400) if a prompt is too long or cannot be used."""
-    sampling = sampling_of(plan.body)  # before the prompt's tokens, which cost more
+def _best_of(body: CompletionBody, n: int) -> int:
+    """Answers to each prompt, of which the best n are told."""
+    if body.best_of is None or body.best_of == n:
+        return n
+    if body.best_of < n:
+        raise Fault(f"best_of: {body.best_of} is less than n", param="best_of", code="invalid_value")
+    if body.stream:
+        raise Fault("best_of: which answers are best is known only at their end; leave stream out", param="best_of", code="invalid_value")
+    return body.best_of
+
+
+class Named(Protocol):
+    """A body that says who answers."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def adapters(self) -> list[AdapterPart] | None: ...
+
+
+async def model_of(body: Named, tenant: Tenant, s: Services) -> Served | None:
+    """The adapter that a body asks for, or the sum of several; None for the base. Fault: 404 where there is no such model."""
+    adapter = await adapter_of(body.model, tenant, s)
+    if not body.adapters:
+        return adapter
+    if adapter is not None:
+        text = f"adapters: model is the base's name beside it, {s.base_name}; an adapter is named in one place"
+        raise Fault(text, param="adapters", code="invalid_value")
+    return await _composed(body.adapters, tenant, s)
+
+
+async def adapter_of(model: str, tenant: Tenant, s: Services) -> Served | None:
+    """What this tenant means by a name, None for the base; looked up off the event loop where the store has to be read. Fault (404) where
+    there is no such model."""
+    find = partial(s.catalog.find, model, tenant)
+    try:
+        return await s.store_work.run(tenant.name, find) if s.catalog.looks_in_store(model, tenant) else find()
+    except TrimtabError as error:
+        raise _about_names(fault_of(error), "model") from None
+
+
+async def _composed(parts: Sequence[AdapterPart], tenant: Tenant, s: Services) -> Served | None:
+    """The sum of these. Fault: 404 where this tenant has no such adapter."""
+    asked = [(part.name, part.scale) for part in parts]
+    try:
+        return await s.store_work.run(tenant.name, partial(s.catalog.compose, asked, tenant))
+    except TrimtabError as error:
+        raise _about_names(fault_of(error), "adapters") from None
+
+
+def _about_names(fault: Fault, param: str) -> Fault:
+    return fault.about(param, "model_not_found" if fault.http_status == 404 else "invalid_value")
+
+
+async def requests(plan: AnswerPlan, tenant: Tenant, s: Services) -> tuple[list[Request], list[Reader | None]]:
+    """The engine's requests, one for each choice, in order, and who reads their answers. The first of a prompt computes it, and tells of it
+    where that was asked for. Fault (400) if a prompt is too long or cannot be used."""
+    sampling = sampling_of(plan.body, s.words.vocab_size)  # before the prompt's tokens, which cost more
+    if plan.n > plan.told:
+        sampling = replace(sampling, logprobs=sampling.logprobs or 0)
+    readers: list[Reader | None] = [None] * plan.choices
     if isinstance(plan.body, ChatBody):
-        prompts = [await chat_ids(plan.body, tenant, s)]
+        chat = partial(_chat, plan.body, sampling, plan.choices, s.words)
+        ids, sampling, readers = await aside("messages", is_small(plan.body), chat, tenant, s)
+        prompts = [ids]
     else:
-        prompts = await text_ids(_prompts(plan.body), tenant, s)
-    end = None if s.limits.request_s is None else time.monotonic() + s.limits.request_s
+        prompts = await text_ids(prompts_of(plan.body), tenant, s, start=plan.body.add_special_tokens is not False)
+    end = deadline(s)
     found: list[Request] = []
     kept = 0
     for ids in prompts:
         room = s.words.max_positions - len(ids)
         own = replace(sampling, max_tokens=min(sampling.max_tokens, room), min_tokens=min(sampling.min_tokens, room))
         kept += plan.n * own.max_tokens * (0 if own.logprobs is None else 1 + own.logprobs)  # the chosen token's own too
+        kept += plan.told * len(ids) * (0 if own.prompt_logprobs is None else 1 + own.prompt_logprobs)
         if kept > s.limits.logprobs:
-            field = "top_logprobs" if plan.chat and own.logprobs else "logprobs"
+            field = "top_logprobs" if plan.chat and own.logprobs else "logprobs" if own.logprobs is not None else "prompt_logprobs"
             text = f"{field}: the answers may bring {kept} log-probabilities; at most {s.limits.logprobs}. Give a smaller max_tokens"
+            text += "" if own.prompt_logprobs is None else ", or a shorter prompt"
             raise Fault(text, param=field, code="invalid_value")
         for i in range(plan.n):
             seed = None if own.seed is None else (own.seed + i) % (1 << 63)
-            name = f"{plan.id}-{len(found)}"
-            found.append(Request(name, tuple(ids), replace(own, seed=seed), plan.adapter, tenant.id, tenant.weight, end))
-    return found
+            mine = replace(own, seed=seed, prompt_logprobs=None if i else own.prompt_logprobs)
+            name, like = f"{plan.id}-{len(found)}", f"{plan.id}-{len(found) - i}" if i else ""
+            found.append(Request(name, tuple(ids), mine, plan.adapter, tenant.id, tenant.weight, end, like=like))
+    return found, readers
 
 
-def sampling_of(body: ChatBody | CompletionBody) -> SamplingParams:
+def deadline(s: Services) -> float | None:
+    """When a request that begins now must have its last token."""
+    return None if s.limits.request_s is None else time.monotonic() + s.limits.request_s
+
+
+def sampling_of(body: ChatBody | CompletionBody, vocab_size: int) -> SamplingParams:
     """How to sample; max_tokens is as large as the body leaves it. Fault (400) if fields contradict each other."""
     most = body.max_tokens
     if body.max_completion_tokens is not None and most is not None and most != body.max_completion_tokens:
@@ -97,7 +164,12 @@ def sampling_of(body: ChatBody | CompletionBody) -> SamplingParams:
     temperature, top_p = _or(body.temperature, 1.0), _or(body.top_p, 1.0)
     if top_p == 0 and temperature > 0:
         raise Fault("top_p: must be greater than 0, unless temperature is 0", param="top_p", code="invalid_value")
-    least = _or(body.min_tokens, 0)
+    if body.prompt_logprobs is not None and body.stream:
+        raise Fault("prompt_logprobs: do not come in a stream; leave stream out", param="prompt_logprobs", code="invalid_value")
+    biases = tuple((int(token), bias) for token, bias in (body.logit_bias or {}).items())
+    if (large := max((i for i, _ in biases), default=0)) >= vocab_size:
+        raise Fault(f"logit_bias: token id {large} is not in 0..{vocab_size - 1}", param="logit_bias", code="invalid_value")
+    constraint, least = constraint_of(body), _or(body.min_tokens, 0)
     if least > most:
         raise Fault(f"min_tokens: {least} is more than max_tokens", param="min_tokens", code="invalid_value")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
@@ -116,8 +188,19 @@ def sampling_of(body: ChatBody | CompletionBody) -> SamplingParams:
         ignore_eos=bool(body.ignore_eos),
         min_tokens=least,
         logprobs=top_of(body) if wants_logprobs(body) else None,
-        grammar=grammar_of(body),
+        grammar=None if constraint is None else constraint[1],
+        prompt_logprobs=prompt_top_of(body),
+        logit_bias=biases,
+        with_stop=bool(body.include_stop_str_in_output),
+        all_shown=body.skip_special_tokens is False,
     )
+
+
+def prompt_top_of(body: ChatBody | CompletionBody) -> int | None:
+    """Alternatives that come with each token of the prompt; None if its log-probabilities are not asked for."""
+    echoed = body.logprobs if isinstance(body, CompletionBody) and body.echo else None
+    asked = [most for most in (body.prompt_logprobs, echoed) if most is not None]
+    return max(asked) if asked else None
 
 
 def wants_logprobs(body: ChatBody | CompletionBody) -> bool:
@@ -130,128 +213,61 @@ def top_of(body: ChatBody | CompletionBody) -> int:
     return (body.top_logprobs if isinstance(body, ChatBody) else body.logprobs) or 0
 
 
-def grammar_of(body: Sampled) -> Grammar | None:
-    """The constraint on the answer, from OpenAI's response_format or vLLM's structured_outputs; Fault (400) if they contradict."""
-    form, own = body.response_format, _structured(body)
-    found = [] if own is None else _own_grammars(own)
-    if own is not None and len(found) != 1:
+def constraint_of(body: Sampled) -> tuple[str, Grammar] | None:
+    """(the field that constrains the answer, its grammar); Fault (400) if fields contradict each other."""
+    form, own, found = body.response_format, body.structured_outputs, _constraints(body)
+    if own is not None and sum(field.startswith("structured_outputs.") for field in found) != 1:
         text = "structured_outputs: give exactly one of json, json_object, regex and choice"
         raise Fault(text, param="structured_outputs", code="invalid_value")
     if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
-        raise Fault(
-            "response_format: json_schema goes with type json_schema, and only with it", param="response_format", code="invalid_value"
-        )
-    if form is not None and form.type == "json_object":
-        found.append(Grammar("json_object"))
-    if form is not None and form.json_schema is not None:
-        found.append(Grammar("json_schema", _schema_text(form.json_schema.schema_, "response_format")))
+        text = "response_format: json_schema goes with type json_schema, and only with it"
+        raise Fault(text, param="response_format", code="invalid_value")
     if len(found) > 1:
-        raise Fault("response_format and structured_outputs: give one of them", param="structured_outputs", code="invalid_value")
-    return found[0] if found else None
+        raise Fault(f"{' and '.join(found)}: give one of them", param="structured_outputs", code="invalid_value")
+    return next(((field.partition(".")[0], grammar) for field, grammar in found.items()), None)
 
 
-def _structured(body: Sampled) -> StructuredOutputs | None:
-    """vLLM's constraint, by its newer or its older names."""
-    older = StructuredOutputs.model_construct(json_=body.guided_json, regex=body.guided_regex, choice=body.guided_choice)
-    if not _own_grammars(older):
-        return body.structured_outputs
-    if body.structured_outputs is not None:
-        raise Fault("structured_outputs and guided_*: give one of them", param="structured_outputs", code="invalid_value")
-    return older
+def _constraints(body: Sampled) -> dict[str, Grammar]:
+    """All of OpenAI's response_format, vLLM's structured_outputs, and its older guided_*, by field."""
+    form, own = body.response_format, body.structured_outputs or StructuredOutputs.model_construct()
+    schema = None if form is None else form.schema_ if form.json_schema is None else form.json_schema.schema_
+    schemas = {"response_format": schema, "structured_outputs.json": own.json_, "guided_json": body.guided_json}
+    objects = {
+        "response_format": form is not None and form.type == "json_object" and schema is None,
+        "structured_outputs.json_object": own.json_object,
+    }
+    regexes = {"structured_outputs.regex": own.regex, "guided_regex": body.guided_regex}
+    choices = {"structured_outputs.choice": own.choice, "guided_choice": body.guided_choice}
+    return {
+        **{field: Grammar("json_schema", _schema_text(given, field)) for field, given in schemas.items() if given is not None},
+        **{field: Grammar("json_object") for field, given in objects.items() if given},
+        **{field: Grammar("regex", given) for field, given in regexes.items() if given is not None},
+        **{field: Grammar("choice", json.dumps(given)) for field, given in choices.items() if given is not None},
+    }
 
 
-def _own_grammars(own: StructuredOutputs) -> list[Grammar]:
-    return [
-        *([Grammar("json_schema", _schema_text(own.json_, "structured_outputs"))] if own.json_ is not None else []),
-        *([Grammar("json_object")] if own.json_object else []),
-        *([Grammar("regex", own.regex)] if own.regex is not None else []),
-        *([Grammar("choice", json.dumps(own.choice))] if own.choice is not None else []),
-    ]
-
-
-def _schema_text(schema: dict[str, object], param: str) -> str:
+def _schema_text(schema: dict[str, object], field: str) -> str:
     try:
         return json.dumps(schema, allow_nan=False)
     except ValueError:  # 1e999 is JSON, but infinite once it is read
-        raise Fault(f"{param}: the schema holds a number that is too large", param=param, code="invalid_value") from None
+        text = f"{field}: the schema holds a number that is too large"
+        raise Fault(text, param=field.partition(".")[0], code="invalid_value") from None
 
 
-async def chat_ids(body: Conversation, tenant: Tenant, s: Services) -> list[int]:
-    """The ids of a conversation."""
-    words = s.words
-    messages = [_message(m) for m in body.messages]
-    variables = {name: value for name, value in body.variables.items() if name in words.variables}
-    size = sum(len(text) for m in messages for text in m.values())
-    encode = lambda: [_within("messages", words, lambda: words.encode_chat(messages, variables))]  # noqa: E731
-    return (await _encoded("messages", [size], encode, tenant, s))[0]
+def _chat(body: ChatBody, sampling: SamplingParams, choices: int, words: Words) -> tuple[list[int], SamplingParams, list[Reader | None]]:
+    """A conversation's ids, its sampling with what tools add to it, and a reader for each answer."""
+    tools = tools_in(body, words)
+    ids = conversation_ids(body, words, None if tools is None else tools.shown)
+    readers = [reader(tools, sampling.grammar is not None, words, ids, eager=bool(body.stream)) for _ in range(choices)]
+    return ids, sampled(sampling, tools, words, ids), readers
 
 
-async def text_ids(prompts: Sequence[str | list[int]], tenant: Tenant, s: Services) -> list[list[int]]:
-    """The ids of each prompt, a text or ids."""
-    sizes = [len(p) if isinstance(p, str) else 0 for p in prompts]
-    encode = lambda: [_ids(p, _where("prompt", i, len(prompts)), s.words) for i, p in enumerate(prompts)]  # noqa: E731
-    return await _encoded("prompt", sizes, encode, tenant, s)
-
-
-async def _encoded(param: str, sizes: Sequence[int], encode: Callable[[], list[list[int]]], tenant: Tenant, s: Services) -> list[list[int]]:
-    """What `encode` gives, off the event loop where there is much to do. sizes: characters of each prompt; what cannot fit is refused by
-    them, before it is tokenized."""
-    for i, size in enumerate(sizes):
-        if size > s.words.max_chars:
-            raise _over(_where(param, i, len(sizes)), f"{size} characters, and no text of more than {s.words.max_chars} fits", s.words)
-    try:
-        return encode() if sum(sizes) <= SMALL else await s.words_work.run(tenant.name, encode)
-    except DataError as error:
-        raise Fault(error.render(), param=param, code="invalid_prompt") from None
-
-
-def _ids(prompt: str | list[int], where: str, words: Words) -> list[int]:
-    return _within(where, words, lambda: words.encode_text(prompt) if isinstance(prompt, str) else prompt)
-
-
-def _within(where: str, words: Words, encode: Callable[[], list[int]]) -> list[int]:
-    """A prompt's ids. Fault if they do not fit, or are none."""
-    try:
-        ids = encode()
-    except TooLong as error:
-        raise _over(where, error.message, words) from None
-    _check_ids(ids, where, words)
-    return ids
-
-
-def _where(param: str, index: int, count: int) -> str:
-    return f"{param}[{index}]" if count > 1 else param
-
-
-def _over(where: str, what: str, words: Words) -> Fault:
-    return Fault(
-        f"{where}: {what}. This model's maximum context length is {words.max_positions} tokens, prompt and answer together",
-        param=where,
-        code="context_length_exceeded",
-    )
-
-
-def _check_ids(ids: list[int], where: str, words: Words) -> None:
-    if not ids:
-        raise Fault(f"{where}: has no tokens", param=where, code="invalid_prompt")
-    if len(ids) >= words.max_positions:
-        raise _over(where, f"{len(ids)} tokens", words)
-    if (large := max(ids)) >= words.vocab_size:
-        raise Fault(f"{where}: token id {large} is not in 0..{words.vocab_size - 1}", param=where, code="invalid_prompt")
-
-
-def _prompts(body: CompletionBody) -> list[str] | list[list[int]]:
+def prompts_of(body: CompletionBody) -> list[str] | list[list[int]]:
+    """Its prompts, texts or ids."""
     p = body.prompt
     if isinstance(p, str):
         return [p]
     return [p] if isinstance(p[0], int) else p  # type: ignore[list-item,return-value]
-
-
-def _message(message: Message) -> dict[str, str]:
-    """As the template gets it: what was given, and content as text."""
-    content = message.content if isinstance(message.content, str) else "\n".join(part.text or "" for part in message.content or ())
-    more = {"name": message.name, "reasoning_content": message.reasoning_content}
-    return {"role": message.role, "content": content} | {k: v for k, v in more.items() if v is not None}
 
 
 def _or(value: T | None, default: T) -> T:

@@ -39,6 +39,7 @@ class Asked:
     places: int | None = None
     max_wait: float | None = None
     limits: Limits = field(default_factory=Limits)
+    vllm_metrics: bool = False
 
 
 def name_for_clients(base: str) -> str:
@@ -57,12 +58,23 @@ def services_of(engine: Engine, asked: Asked) -> Services:
         adapter.load()  # what is wrong with it shows at the start
         catalog.put(name, adapter, LOCAL)
     usage = None if asked.tenants is None else asked.tenants.usage
-    admission = Admission(asked.max_open, places=asked.places, max_wait=asked.max_wait)
-    metrics = Metrics(catalog.base_names[0], engine.stats, admission=admission, audit=asked.audit, usage=usage)
+    leases = None if asked.tenants is None else asked.tenants.leases
+    admission = Admission(asked.max_open, places=asked.places, max_wait=asked.max_wait, leases=leases)
+    metrics = Metrics(
+        catalog.base_names[0],
+        engine.stats,
+        admission=admission,
+        audit=asked.audit,
+        usage=usage,
+        vllm=asked.vllm_metrics,
+        max_running=engine.config.max_running,
+        block_size=engine.runner.block_size,
+    )
     engine.on_finish = metrics.finished
     return Services(
         base_name=catalog.base_names[0],
         fingerprint=base.fingerprint,
+        hidden_size=base.spec.hidden_size,
         words=words_of(base),
         engine=engine,
         admission=admission,

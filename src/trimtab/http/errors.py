@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from trimtab.errors import AdapterError, AuthError, LimitError, NotFoundError, OverloadedError, TrimtabError, nearest
 from trimtab.serve.grammar import GrammarError
@@ -164,6 +165,15 @@ def unexpected(request_id: str) -> Fault:
     return Fault(f"the server has failed; its log tells more under request {request_id}", status=500, code="internal_error")
 
 
+def _methods(app: FastAPI, request: Request) -> str:
+    """What a path takes. Where several routes have it, the framework itself names one route's methods."""
+
+    def takes(method: str) -> bool:
+        return any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in app.routes)
+
+    return ", ".join(m for m in ("DELETE", "GET", "PATCH", "POST", "PUT") if takes(m))
+
+
 def install(app: FastAPI) -> None:
     """Give every error of the app its answer. What is left over is caught in logs.py, where the request's id is known."""
 
@@ -173,14 +183,15 @@ def install(app: FastAPI) -> None:
 
     async def of_routing(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        headers = {"allow": _methods(app, request)} if error.status_code == 405 else error.headers
         if error.status_code == 405 and request.method == "OPTIONS":  # what a path takes; that of a web page is answered before (app.py)
-            return Response(status_code=204, headers=error.headers)
+            return Response(status_code=204, headers=headers)
         text = {
             404: f"there is no route {request.method} {request.url.path[:200]}",
             405: f"{request.url.path[:200]} does not take {request.method}",
         }
         message = text.get(error.status_code, str(error.detail))
-        return _noted(request, Fault(message, status=error.status_code, code="unknown_route", headers=error.headers))
+        return _noted(request, Fault(message, status=error.status_code, code="unknown_route", headers=headers))
 
     async def of_gone(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_GONE)

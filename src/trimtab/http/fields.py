@@ -1,4 +1,4 @@
-"""The kinds of fields that the bodies of `schema.py` have, and what a body says that nobody read."""
+"""The kinds of fields that the bodies of `schema.py` and `messages.py` have, and what a body says that nobody read."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    WithJsonSchema,
     model_validator,
 )
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, from_json
 from pydantic_core.core_schema import no_info_before_validator_function
 
 from trimtab.serve.grammar import MAX_CHARS
 from trimtab.serve.keys import redacted
-from trimtab.serve.request import MAX_STOP_CHARS
+from trimtab.serve.request import MAX_BIAS, MAX_BIASES, MAX_STOP_CHARS, MAX_TOP_LOGPROBS
 
 MAX_FIELDS = 100
 """Of an object with fields of its own: more than there are, and few enough to say of each one what is wrong with it."""
@@ -32,12 +33,6 @@ MAX_VARIABLES = 4096
 """Characters of a template's variables, as JSON."""
 TOLD, MAX_NAME = 16, 64
 """Unknown fields that are named to the client, and characters of a name."""
-
-
-def _short(variables: dict[str, Any]) -> dict[str, Any]:
-    if (size := len(json.dumps(variables))) > MAX_VARIABLES:
-        raise ValueError(f"has {size} characters; at most {MAX_VARIABLES} are taken")
-    return variables
 
 
 @dataclass(frozen=True, eq=False)  # typing keeps one of equal annotations, and 1 equals true
@@ -63,33 +58,63 @@ def off(*neutral: Any) -> Off:
     return Off((None, False, "", [], {}, *neutral))
 
 
-def only(*values: Any) -> Off:
-    """Takes null and these values."""
-    return Off((None, *values))
-
-
 def _integral(value: Any) -> Any:
     """16.0 is an integer, as in JSON Schema."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _small(schema: dict[str, Any]) -> dict[str, Any]:
-    """Measured where the body is checked, off the event loop."""
-    if (size := len(json.dumps(schema))) > MAX_CHARS:
-        raise ValueError(f"has {size} characters; at most {MAX_CHARS} are taken")
-    return schema
+def _at_most(chars: int) -> AfterValidator:
+    """For an object: its characters as JSON. Measured where the body is checked, off the event loop."""
+
+    def check(value: dict[str, Any]) -> dict[str, Any]:
+        if (size := len(json.dumps(value))) > chars:
+            raise ValueError(f"has {size} characters; at most {chars} are taken")
+        return value
+
+    return AfterValidator(check)
+
+
+def _read(value: Any) -> Any:
+    """A JSON Schema may come as JSON text, as vLLM takes it."""
+    if not isinstance(value, str):
+        return value
+    if len(value) > MAX_CHARS:
+        raise ValueError(f"has {len(value)} characters; at most {MAX_CHARS} are taken")
+    try:
+        return from_json(value, allow_inf_nan=False)
+    except ValueError:
+        raise PydanticCustomError("no_json", "is no JSON") from None
+
+
+def _biases(value: Any) -> Any:
+    """Counted before its values are looked at."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise PydanticCustomError("too_many", "has {count} tokens; at most {most} are taken", {"count": len(value), "most": MAX_BIASES})
+    return value
 
 
 INTEGRAL = BeforeValidator(_integral)
 NONE_IF_FALSE = BeforeValidator(lambda value: None if value is False else value)
 NotSupported = Annotated[Any, off()]
-Tokens = Annotated[int, Field(ge=1, lt=1 << 31), INTEGRAL]
-Schema = Annotated[dict[str, Any], AfterValidator(_small)]
-Variables = Annotated[dict[str, Any], AfterValidator(_short)]
+Tokens = Annotated[int, Field(ge=0, lt=1 << 31), INTEGRAL]
+Schema = Annotated[dict[str, Any], _at_most(MAX_CHARS)]
+SchemaOrText = Annotated[
+    dict[str, Any],
+    _at_most(MAX_CHARS),
+    BeforeValidator(_read),
+    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string", "description": "The same as JSON text."}]}),
+]
+Variables = Annotated[dict[str, Any], _at_most(MAX_VARIABLES)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Ids = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_IDS)]
 Text = Annotated[str, Field(min_length=1)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Regex = Annotated[str, Field(min_length=1, max_length=4096)]
+Choice = Annotated[list[StopText], Field(fail_fast=True, min_length=1, max_length=256)]
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]], BeforeValidator(_biases)
+]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), INTEGRAL]
 
 
 class Strict(BaseModel):

@@ -6,6 +6,7 @@ Sizes count as bytes arrive, whatever Content-Length says. Depth and number of v
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -19,8 +20,10 @@ from trimtab.errors import LimitError, TrimtabError
 from trimtab.http.auth import tenant_of
 from trimtab.http.errors import RETRY_S, ClientGone, Fault, fault_of, fault_of_body, reply
 from trimtab.http.fields import Strict, ignored_of
+from trimtab.http.health import PROBES
 from trimtab.http.services import Services
 from trimtab.memory import release_freed
+from trimtab.serve.tenant import Tenant
 
 MAX_VALUES, MAX_CONTAINERS, MAX_KEYS = 1 << 19, 50_000, 50_000
 """Of a body: numbers and texts, lists and objects, fields of all objects. A million small lists in 4 MB keep the parser busy for seconds,
@@ -31,9 +34,7 @@ LARGE, RELEASE_S = 1 << 20, 1.0
 """A body of so many bytes has the memory given back that was freed since, so many seconds after its request."""
 SMALL = 16 << 10
 """Bytes of a body that is parsed on the event loop; a larger one would hold up other requests' tokens."""
-ALWAYS = frozenset({"/livez", "/readyz", "/health", "/ping", "/metrics"})
-"""Answered while the server shuts down."""
-ANSWERS = frozenset({"/v1/chat/completions", "/v1/completions"})
+ANSWERS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/classify", "/score", "/v1/score"})
 """Routes that need room in the engine."""
 M = TypeVar("M", bound=Strict)
 
@@ -50,20 +51,36 @@ class Gate:
             return await self.app(scope, receive, send)
         scope = _usual(scope)
         if (fault := self._refusal(scope)) is not None:
-            if (record := scope.get("trimtab.record")) is not None:
-                record.error = fault.code
-            return await reply(fault)(scope, receive, send)
+            return await self._refuse(fault, scope, receive, send)
+        counted = scope["path"] not in PROBES
         body = _Incoming(scope, receive, self.s)
-        self.s.life.open += scope["path"] not in ALWAYS
+        self.s.life.open += counted
         try:
-            await self.app(scope, body.receive, send)
+            if counted and (fault := await self._turn(scope)) is not None:
+                await self._refuse(fault, scope, receive, send)
+            else:
+                await self.app(scope, body.receive, send)
         finally:
             body.close()
-            self.s.life.open -= scope["path"] not in ALWAYS
+            self.s.life.open -= counted
             if body.seen >= LARGE and not self._releasing:
                 self._releasing = True
                 asyncio.get_running_loop().call_later(RELEASE_S, self._release)
         return None
+
+    async def _turn(self, scope: Scope) -> Fault | None:
+        """Wait for the tenant's turn: a request is matched to a route and read only then, so hundreds that come together do not hold up
+        other tenants'. Those without a valid key have one turn among them; the route tells them. A fault where there is no room."""
+        tenant = self._tenant(scope)
+        await self.s.turns.take("" if tenant is None else tenant.name)
+        if tenant is None or scope["path"] not in ANSWERS or not self.s.admission.full:
+            return None
+        return self._no_room(scope, tenant)
+
+    async def _refuse(self, fault: Fault, scope: Scope, receive: Receive, send: Send) -> None:
+        if (record := scope.get("trimtab.record")) is not None:
+            record.error = fault.code
+        await reply(fault)(scope, receive, send)
 
     def _release(self) -> None:
         """On another thread."""
@@ -78,24 +95,25 @@ class Gate:
                 status=403,
                 code="wrong_host",
             )
-        if self.s.life.draining and scope["path"] not in ALWAYS:
+        if self.s.life.draining and scope["path"] not in PROBES:
             retry = {"Retry-After": str(RETRY_S), "Connection": "close"}
             return Fault("the server is shutting down", status=503, code="shutting_down", headers=retry)
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length[:20]) > self.s.limits.body_bytes:
             return _too_large(self.s.limits.body_bytes)
-        if scope["path"] in ANSWERS and self.s.admission.full:
-            return self._no_room(scope, headers.get(b"authorization", b"").decode("latin-1"))
         return None
 
-    def _no_room(self, scope: Scope, authorization: str) -> Fault | None:
-        """Refuses a request for which there is no room before reading anything of it, since there are many under overload. Requests without
-        a valid key pass, so that the route can say so."""
+    def _tenant(self, scope: Scope) -> Tenant | None:
+        """Whose key it has; None without a valid one."""
+        authorization = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+        scheme, key = get_authorization_scheme_param(authorization)
         try:
-            scheme, key = get_authorization_scheme_param(authorization)
-            tenant = tenant_of(self.s, key if scheme.lower() == "bearer" else None)
+            return tenant_of(self.s, key if scheme.lower() == "bearer" else None)
         except TrimtabError:
             return None
+
+    def _no_room(self, scope: Scope, tenant: Tenant) -> Fault | None:
+        """Refuses a request for which there is no room before reading anything of it, since there are many under overload."""
         if (record := scope.get("trimtab.record")) is not None:
             record.tenant = tenant.name
         try:
@@ -165,7 +183,7 @@ async def read_body(request: Request, model: type[M], s: Services) -> M:
     except ClientDisconnect:
         raise ClientGone from None
     record = request.scope["trimtab.record"]
-    read = lambda: parse(raw, model, limits.json_depth, s.words.variables)  # noqa: E731
+    read = partial(parse, raw, model, limits.json_depth, s.words.variables)
     body, ignored = read() if len(raw) <= SMALL else await s.words_work.run(record.tenant or "", read)
     if ignored:
         record.ignored = ignored

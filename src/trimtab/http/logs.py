@@ -20,14 +20,13 @@ from typing import TextIO
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab.http.errors import reply, unexpected
+from trimtab.http.health import PROBES
 from trimtab.serve.keys import redacted, redacted_in
 
 log = logging.getLogger("trimtab.http")
 GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 UNFIT = re.compile(r"[^ -~]|,")
 """What is no part of a name in a header."""
-QUIET = frozenset({"/livez", "/readyz", "/health", "/ping", "/metrics"})
-"""Asked every few seconds by machines: logged only where the answer is an error."""
 
 
 @dataclass
@@ -94,7 +93,7 @@ class RequestLog:
             await reply(unexpected(record.id))(scope, receive, sending)
         finally:
             self.on_end(record)
-            if scope["path"] not in QUIET or (record.status or 500) >= 500:
+            if scope["path"] not in PROBES or (record.status or 500) >= 500:
                 log.info("request", extra={"told": record.line()})
         return None
 

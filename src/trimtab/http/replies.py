@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 Finish = Literal["stop", "length"]
+ChatFinish = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class CachedTokens(BaseModel):
@@ -39,17 +40,37 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str
+
+
+class Called(BaseModel):
+    """A call of a tool; arguments is JSON text."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(BaseModel):
+    """content is null where there are calls alone. reasoning_content: what the base wrote between its tags of reasoning;
+    reasoning: the same, as vLLM names it by now."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[Called] | None = None
+    function_call: CalledFunction | None = None
 
 
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Finish
+    finish_reason: ChatFinish
 
 
 class CompletionLogprobs(BaseModel):

@@ -7,29 +7,33 @@ answer's header x-trimtab-ignored names them. `null` means the default, as in Op
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationInfo, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from trimtab.http.fields import (
     INTEGRAL,
     MAX_IDS,
     NONE_IF_FALSE,
+    Biases,
     Body,
+    Choice,
     Ids,
     NotSupported,
+    Regex,
     Schema,
+    SchemaOrText,
     StopText,
     Strict,
     Text,
     TokenId,
     Tokens,
-    Variables,
+    TopLogprobs,
     off,
-    only,
 )
+from trimtab.http.messages import MAX_MESSAGES, Conversation, FunctionName, FunctionTool, Message, NamedTool, Tool, ToolChoice
+from trimtab.serve.composed import MAX_PARTS, MAX_SCALE
 from trimtab.serve.request import MAX_STOPS, MAX_TOP_LOGPROBS
 
 MAX_N, MAX_PROMPTS = 16, 64
@@ -56,24 +60,39 @@ class JsonSchema(Body):
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: Schema | None = Field(None, alias="schema", description="A JSON Schema beside json_object, as some clients send it.")
 
 
 class StructuredOutputs(Body):
     """vLLM's constraints on the whole answer; exactly one."""
 
-    json_: Schema | None = Field(None, alias="json", description="A JSON Schema.")
+    json_: SchemaOrText | None = Field(None, alias="json", description="A JSON Schema.")
     json_object: Literal[True] | None = None
-    regex: str | None = Field(None, min_length=1, max_length=4096)
-    choice: Annotated[list[StopText], Field(fail_fast=True, min_length=1, max_length=256)] | None = None
+    regex: Regex | None = None
+    choice: Choice | None = None
     grammar: NotSupported = None
     structural_tag: NotSupported = None
+
+
+class AdapterPart(Body):
+    name: str = Field(min_length=1, max_length=256, description="An adapter, as model names one.")
+    scale: float = Field(1.0, ge=-MAX_SCALE, le=MAX_SCALE, description="What it adds is multiplied by this.")
 
 
 class Sampled(Body):
     """How tokens are chosen, for both routes."""
 
-    model: str = Field(min_length=1, max_length=256, description="An adapter (support, acme/support@3) or the base's own name.")
-    max_tokens: Tokens | None = Field(None, description="New tokens at most.")
+    model: str = Field(
+        min_length=1, max_length=256, description="An adapter (support, acme/support@3), a sum (support+0.5*legal), or the base's own name."
+    )
+    adapters: Annotated[list[AdapterPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = Field(
+        None, description="Adapters whose sum answers, of LoRA or of IA3; model is the base then."
+    )
+    max_tokens: Tokens | None = Field(
+        None,
+        description="New tokens at most; by default as many as the base has positions for in a chat, and 16 in a completion. 0: the prompt"
+        " alone is computed.",
+    )
     max_completion_tokens: Tokens | None = Field(None, description="OpenAI's newer name of max_tokens.")
     temperature: float | None = Field(1.0, ge=0, le=100, description="0 takes the likeliest token each time.")
     top_p: float | None = Field(1.0, ge=0, le=1, description="0 only at temperature 0, where it changes nothing.")
@@ -97,11 +116,9 @@ class Sampled(Body):
     ignore_eos: bool | None = Field(False, description="vLLM's. End tokens do not end the answer.")
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=64)] | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: Schema | None = Field(None, description="vLLM's older name of structured_outputs.json.")
-    guided_regex: str | None = Field(None, min_length=1, max_length=4096, description="The same of structured_outputs.regex.")
-    guided_choice: Annotated[list[StopText], Field(fail_fast=True, min_length=1, max_length=256)] | None = Field(
-        None, description="The same of structured_outputs.choice."
-    )
+    guided_json: SchemaOrText | None = Field(None, description="vLLM's older name of structured_outputs.json.")
+    guided_regex: Regex | None = Field(None, description="The same of structured_outputs.regex.")
+    guided_choice: Choice | None = Field(None, description="The same of structured_outputs.choice.")
 
     user: Any = Field(None, description="Changes nothing.")
     metadata: Any = Field(None, description="Changes nothing.")
@@ -114,9 +131,18 @@ class Sampled(Body):
     request_id: Any = Field(None, description="vLLM's. Changes nothing: the header x-request-id names a request.")
     spaces_between_special_tokens: Any = Field(None, description="vLLM's. Changes nothing.")
 
-    logit_bias: NotSupported = None
-    best_of: Annotated[Any, off(1)] = None
-    prompt_logprobs: NotSupported = None
+    logit_bias: Biases | None = Field(None, description="Token ids, as text, and what is added to their logits.")
+    prompt_logprobs: TopLogprobs | None = Field(
+        None, description="vLLM's. The prompt's tokens come with their log-probabilities and so many alternatives; not in a stream."
+    )
+    include_stop_str_in_output: bool | None = Field(False, description="vLLM's. What ends the answer is part of its text.")
+    skip_special_tokens: bool | None = Field(True, description="vLLM's. false: control tokens are part of the answer's text.")
+    return_tokens_as_token_ids: bool | None = Field(False, description="vLLM's. Tokens of log-probabilities are told as token_id:5.")
+    return_token_ids: bool | None = Field(False, description="vLLM's. Ids of the prompt and of the answer come beside it.")
+    echo: bool | None = Field(
+        False, description="The answer begins with the prompt; in a chat with the last message, where that is an assistant's."
+    )
+
     truncate_prompt_tokens: NotSupported = None
     bad_words: NotSupported = None
     allowed_token_ids: NotSupported = None
@@ -124,8 +150,6 @@ class Sampled(Body):
     guided_grammar: NotSupported = None
     use_beam_search: NotSupported = None
     length_penalty: Annotated[Any, off(1)] = None
-    include_stop_str_in_output: NotSupported = None
-    skip_special_tokens: Annotated[Any, only(True)] = None
     no_repeat_ngram_size: Annotated[Any, off(0)] = None
     repeat_penalty: Annotated[Any, off(1)] = None
     typical_p: Annotated[Any, off(1)] = None
@@ -136,102 +160,44 @@ class Sampled(Body):
     xtc_probability: Annotated[Any, off(0)] = None
 
 
-def _kind(content: Any) -> str:
-    return "parts" if isinstance(content, list) else "text"
-
-
-class Part(Body):
-    """A piece of a message's content. cache_control is Anthropic's, and changes nothing here."""
-
-    type: str = Field(max_length=64, description="text, or as the Responses API names it: input_text, output_text.")
-    text: str | None = None
-    cache_control: Any = None
-
-    @model_validator(mode="after")
-    def _is_text(self) -> Part:
-        kind = self.type.removeprefix("input_").removeprefix("output_")
-        if kind == "text" and self.text is not None:
-            return self
-        if kind == "text":
-            raise PydanticCustomError("missing", "has type text and no text")
-        what = {"image_url": "images", "image": "images", "audio": "audio", "file": "files", "video_url": "videos"}.get(kind)
-        raise PydanticCustomError("not_text", "{what} are not supported", {"what": what or "parts of other types than text"})
-
-
-class Message(Body):
-    role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="developer is taken as system, unless the base's chat template knows it."
-    )
-    content: (
-        Annotated[
-            Annotated[str, Tag("text")] | Annotated[list[Part], Field(fail_fast=True, min_length=1, max_length=1024), Tag("parts")],
-            Discriminator(_kind),
-        ]
-        | None
-    ) = Field(
-        None, validate_default=True, description="Text; parts of type text are joined with line breaks. Assistant turns may have none."
-    )
-    name: str | None = Field(None, max_length=64, description="The template may write it.")
-    reasoning_content: str | None = Field(None, description="An assistant turn's reasoning; the template writes it, or leaves it out.")
-    annotations: Any = Field(None, description="Changes nothing.")
-    cache_control: Any = Field(None, description="Changes nothing.")
-    refusal: NotSupported = None
-    audio: NotSupported = None
-    function_call: NotSupported = None
-    tool_calls: NotSupported = None
-    tool_call_id: NotSupported = None
-    prefix: NotSupported = None
-
-    @field_validator("content")
-    @classmethod
-    def _has_content(cls, content: Any, info: ValidationInfo) -> Any:
-        if content is None and info.data.get("role", "assistant") != "assistant":
-            raise PydanticCustomError("missing", "is required: only an assistant turn may have none")
-        return "" if content is None else content
-
-
-class Conversation(Body):
-    """Messages, and what the chat template is told beside them."""
-
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
-    reasoning_effort: str | None = Field(None, max_length=64, description="A variable of the chat template, where that reads it.")
-    chat_template_kwargs: Variables | None = Field(None, description="vLLM's. Variables of the chat template (enable_thinking).")
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """Those of the template that the body sets, by the name of its field."""
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return effort | (self.chat_template_kwargs or {})
-
-    def unread(self, names: Collection[str]) -> list[str]:
-        """Fields that set a variable which the template does not read. names: those that it reads."""
-        given = self.chat_template_kwargs or {}
-        return [f"chat_template_kwargs.{name}" if name in given else name for name in self.variables if name not in names]
-
-
 class ChatBody(Conversation, Sampled):
     """POST /v1/chat/completions"""
 
-    max_tokens: Tokens | None = Field(None, description="New tokens at most; by default as many as the base has positions for.")
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), INTEGRAL] | None = Field(None, description="Needs logprobs: true.")
+    top_logprobs: TopLogprobs | None = Field(None, description="Needs logprobs: true.")
 
-    parallel_tool_calls: Any = Field(None, description="Changes nothing: there are no tools.")
+    tool_choice: ToolChoice | None = Field(
+        None, description="none, auto (where there are tools), required, a function by name, or allowed_tools."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most.")
     prediction: Any = Field(None, description="Changes nothing.")
     modalities: Annotated[Any, off(["text"])] = None
-    tools: NotSupported = None
-    tool_choice: Annotated[Any, off("none", "auto")] = None
-    functions: NotSupported = None
-    function_call: Annotated[Any, off("none", "auto")] = None
+    functions: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=128)] | None = Field(
+        None, description="The older form of tools; an answer then has one call at most, as function_call."
+    )
+    function_call: Literal["none", "auto"] | FunctionName | None = Field(None, description="The older form of tool_choice.")
     audio: NotSupported = None
     web_search_options: NotSupported = None
     prompt: NotSupported = None
-    echo: NotSupported = None
-    add_generation_prompt: Annotated[Any, only(True)] = None
-    continue_final_message: NotSupported = None
+    best_of: Annotated[Any, off(1)] = None
     add_special_tokens: NotSupported = None
     chat_template: NotSupported = None
     documents: NotSupported = None
+
+    @model_validator(mode="after")
+    def _in_todays_form(self) -> ChatBody:
+        """Functions become tools."""
+        if not self.functions:
+            if isinstance(self.function_call, FunctionName):
+                raise PydanticCustomError("functions", "function_call: there are no functions")
+            return self
+        if self.tools or self.tool_choice is not None:
+            raise PydanticCustomError("functions", "functions: give tools and tool_choice, or the older functions and function_call")
+        chosen = self.function_call
+        self.tools = [Tool(type="function", function=function) for function in self.functions]
+        self.tool_choice = NamedTool(type="function", function=chosen) if isinstance(chosen, FunctionName) else chosen
+        self.parallel_tool_calls = False
+        return self
 
 
 ALSO_FALSE = WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_TOP_LOGPROBS}, {"enum": [None, False]}]})
@@ -246,16 +212,18 @@ class CompletionBody(Sampled):
         | Ids
         | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="A text, texts, token ids, or lists of token ids.")
-    max_tokens: Tokens | None = Field(None, description="New tokens at most; by default 16.")
-    logprobs: Annotated[Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), INTEGRAL] | None, NONE_IF_FALSE, ALSO_FALSE] = Field(
+    logprobs: Annotated[TopLogprobs | None, NONE_IF_FALSE, ALSO_FALSE] = Field(
         None, description="How many of the likeliest alternatives come with each token."
     )
 
+    best_of: Annotated[int, Field(ge=1, le=MAX_N), INTEGRAL] | None = Field(
+        None, description="So many answers are made to each prompt; the n with the highest log-probability a token are told."
+    )
+    add_special_tokens: bool | None = Field(True, description="vLLM's. false: no start token comes before a text.")
+
     messages: NotSupported = None
-    echo: NotSupported = None
+    prompt_embeds: NotSupported = None
     suffix: NotSupported = None
-    add_special_tokens: Annotated[Any, only(True)] = None
-    return_tokens_as_token_ids: NotSupported = None
 
 
 class TokenizeBody(Conversation):
@@ -263,10 +231,9 @@ class TokenizeBody(Conversation):
 
     model: str | None = Field(None, max_length=256, description="Changes nothing: all models of a server have one tokenizer.")
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(fail_fast=True, max_length=4096)] = Field(default_factory=list)
+    messages: Annotated[list[Message], Field(fail_fast=True, max_length=MAX_MESSAGES)] = Field(default_factory=list)
     return_token_strs: bool | None = False
-    add_special_tokens: Annotated[Any, only(True)] = None
-    add_generation_prompt: Annotated[Any, only(True)] = None
+    add_special_tokens: bool | None = Field(True, description="false: no start token comes before a prompt.")
 
     @model_validator(mode="after")
     def _one_of_them(self) -> TokenizeBody:
@@ -289,6 +256,9 @@ class LoadBody(Body):
     lora_path: str = Field(
         min_length=1, max_length=4096, description="A folder on the server, below one that it allows; or a name in its store."
     )
+    load_inplace: bool | None = Field(False, description="A name that is loaded already stands for this one from the next request on.")
+    base_model_name: str | None = Field(None, max_length=256, description="Must be a name of the server's base.")
+    lora_int_id: Any = Field(None, description="Changes nothing.")
 
 
 class UnloadBody(Body):

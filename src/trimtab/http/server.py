@@ -15,6 +15,7 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, start_http_server
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from trimtab.errors import ConfigError
@@ -44,6 +45,21 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         sock.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {error}", fix="choose another --port (0: any free one) or --host") from None
+
+
+def scraped(host: str, port: int, registry: CollectorRegistry) -> Callable[[], None]:
+    """Serves metrics alone, on a thread; what is returned ends that. ConfigError if the port is not to be had."""
+    try:
+        httpd, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        raise ConfigError(f"cannot serve metrics on {host}:{port}: {error}", fix="choose another --metrics-port") from None
+
+    def end() -> None:
+        httpd.shutdown()
+        httpd.server_close()
+        thread.join()
+
+    return end
 
 
 def local_hosts(port: int) -> frozenset[str]:

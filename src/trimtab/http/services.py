@@ -9,8 +9,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from trimtab.bases.calls import AnswerFormat
 from trimtab.errors import TrimtabError
 from trimtab.http.work import Turns, Work
 from trimtab.serve.admission import Admission
@@ -19,6 +20,9 @@ from trimtab.serve.catalog import Catalog
 from trimtab.serve.metrics import Metrics
 from trimtab.serve.request import Request, Sink
 from trimtab.serve.tenants import Tenants
+
+if TYPE_CHECKING:
+    from trimtab.bases.template import End
 
 
 class Engine(Protocol):
@@ -30,18 +34,28 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Words:
-    """A base's tokenizer and template, as far as routes need them. encode_chat (messages, the template's variables), encode_text: to token
-    ids; TrimtabError if the template refuses, TooLong if the base has too few positions. piece: the bytes of a token; joined over tokens
-    they are the bytes of the text. variables: names of those that the template reads and a request may set. vocab_size, max_positions,
-    max_chars: limits of ids and prompts. A text with more than max_chars characters always has more tokens than there are positions."""
+    """A base's tokenizer and template, as far as routes need them.
 
-    encode_chat: Callable[[list[dict[str, Any]], Mapping[str, Any]], list[int]]
-    encode_text: Callable[[str], list[int]]
+    encode_chat (messages, the template's variables, how the prompt ends), encode_text (the text, whether a start token comes first),
+    encode_answer (a question, its answer: as a reward's training reads them): to token ids; TrimtabError if the template refuses,
+    TooLong if the base has too few positions. piece: the bytes of a token; joined over tokens they are the bytes of the text.
+    variables: names of those that the template reads and a request may set. vocab_size, max_positions, max_chars: limits of ids and
+    prompts. A text with more than max_chars characters always has more tokens than there are positions. answers: how the base writes
+    calls and reasoning. added: ids of added tokens by their texts. shown: control tokens that are part of an answer's text, since calls
+    or reasoning are told by them. call_ends: tokens that end an answer with calls alone."""
+
+    encode_chat: Callable[[list[dict[str, Any]], Mapping[str, Any], End], list[int]]
+    encode_text: Callable[[str, bool], list[int]]
     piece: Callable[[int], bytes]
     variables: frozenset[str]
     vocab_size: int
     max_positions: int
     max_chars: int
+    answers: AnswerFormat = field(default_factory=AnswerFormat)
+    added: Mapping[str, int] = field(default_factory=dict)
+    shown: tuple[int, ...] = ()
+    call_ends: tuple[int, ...] = ()
+    encode_answer: Callable[[str, str], list[int]] = lambda question, answer: []
 
 
 class TooLong(TrimtabError):
@@ -87,12 +101,13 @@ class Life:
 @dataclass(frozen=True)
 class Services:
     """Everything that routes use. tenants, audit: None in local mode, where every client may do everything. alive: whether the engine still
-    runs. hosts: values of the Host header that are answered; None: all. fingerprint: the base's. turns: when a tenant's requests begin.
-    words_work, load_work, store_work: threads for bodies and prompts, for adapters that are read, and for names that are looked up, so
-    that none waits for another."""
+    runs. hosts: values of the Host header that are answered; None: all. fingerprint, hidden_size: the base's. turns: when a tenant's
+    requests begin. words_work, load_work, store_work: threads for bodies and prompts, for adapters that are read, and for names that are
+    looked up, so that none waits for another."""
 
     base_name: str
     fingerprint: str
+    hidden_size: int
     words: Words
     engine: Engine
     admission: Admission

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from trimtab.http.answer import Answer, failure
+from trimtab.http.answer import Answer, failure, first_failure
 from trimtab.http.errors import ClientGone
 from trimtab.http.send import send_timed, start_timed
-from trimtab.http.write import DONE, Writer, error_chunk
+from trimtab.http.write import Writer
 from trimtab.serve.request import Delta
 
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -42,15 +42,14 @@ class EventStream(Response):
     async def _events(self, send: Send) -> None:
         news = self.first
         while True:
-            failed = next((f for d in news.values() if (f := failure(d)) is not None), None)
+            failed = first_failure(news)
             told = await self.writer.chunks({i: d for i, d in news.items() if failure(d) is None})
             if failed is not None:
                 self.answer.record.error = failed.code
-                await send_timed(send, told + error_chunk(failed.body) + DONE, self.write_s, last=True)
+                await send_timed(send, told + self.writer.failed(failed), self.write_s, last=True)
                 return
             if self.answer.over:
-                usage = self.writer.usage_chunk(self.answer.usage) if self.writer.plan.usage_in_stream else b""
-                await send_timed(send, told + usage + DONE, self.write_s, last=True)
+                await send_timed(send, told + await self.writer.end(self.answer.usage), self.write_s, last=True)
                 return
             if told:
                 await send_timed(send, told, self.write_s, last=False)

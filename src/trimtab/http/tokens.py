@@ -5,12 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 
-from trimtab.http.ask import chat_ids, text_ids
-from trimtab.http.auth import Caller, caller
+from trimtab.http.auth import Caller, S, caller
 from trimtab.http.errors import Fault, documented
 from trimtab.http.limits import read_body
-from trimtab.http.openai import S
+from trimtab.http.prompts import chat_ids, text_ids
 from trimtab.http.schema import DetokenizeBody, TokenizeBody, takes
+from trimtab.http.services import Services
+from trimtab.serve.tenant import Tenant
 
 router = APIRouter(dependencies=[Depends(caller)])
 ERRORS = documented(400, 401, 403, 408, 413, 415, 429, 500, 503)
@@ -33,9 +34,17 @@ class DetokenizeReply(BaseModel):
 async def tokenize(request: Request, tenant: Caller, s: S) -> TokenizeReply:
     """The ids of a text or of a conversation, as the same request to the other routes would have them."""
     body = await read_body(request, TokenizeBody, s)
-    ids = await chat_ids(body, tenant, s) if body.prompt is None else (await text_ids([body.prompt], tenant, s))[0]
-    spelt = [s.words.piece(i).decode("utf-8", "replace") for i in ids] if body.return_token_strs else None
+    ids = await _ids(body, tenant, s)
+    spelt = None
+    if body.return_token_strs:
+        spelt = await s.words_work.run(tenant.name, lambda: [s.words.piece(i).decode("utf-8", "replace") for i in ids])
     return TokenizeReply(count=len(ids), max_model_len=s.words.max_positions, tokens=ids, token_strs=spelt)
+
+
+async def _ids(body: TokenizeBody, tenant: Tenant, s: Services) -> list[int]:
+    if body.prompt is None:
+        return await chat_ids(body, tenant, s)
+    return (await text_ids([body.prompt], tenant, s, start=body.add_special_tokens is not False))[0]
 
 
 @router.post("/detokenize", responses=ERRORS, openapi_extra=takes(DetokenizeBody))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from trimtab.bases.template import BadRow, Template
+from trimtab.bases.calls import AnswerFormat, answer_format
+from trimtab.bases.template import BadRow, End, Template
+from trimtab.bases.told_tools import CALLS, ToldTools
+from trimtab.data.scored import read_ids
 from trimtab.errors import DataError
 from trimtab.http.services import TooLong, Words
 
@@ -24,19 +28,53 @@ def words_of(base: Base) -> Words:
     """The words of a base. Prompts become what they were in training: conversations through the template, texts with the start token if
     there is one."""
     template, positions = Template(base.tokenizer), base.spec.max_positions
+    form = answer_format(template)
+    told = ToldTools(template) if template.exists and not form.tools else None
+    if told is not None:
+        form = replace(form, tools=True, calls=CALLS)
     longest = max(map(len, base.tokenizer.get_vocab()), default=1)  # a vocabulary spells no token with fewer letters than it has characters
 
-    def encode_chat(messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> list[int]:
+    def encode_chat(messages: list[dict[str, Any]], variables: Mapping[str, Any], end: End = "asked") -> list[int]:
         try:
-            text, ids_of = template.question(messages, variables)
+            if told is not None:
+                messages, variables = told(messages, variables)
+            text, ids_of = template.question(messages, variables, end)
             return ids_within(text, positions, ids_of)
         except BadRow as bad:
             raise DataError(f"the conversation cannot be used: {bad}") from None
 
-    def encode_text(text: str) -> list[int]:
-        return [*template.bos, *ids_within(text, positions, lambda part: template.ids_of([part])[0])]
+    def encode_text(text: str, start: bool = True) -> list[int]:
+        return [*(template.bos if start else ()), *ids_within(text, positions, lambda part: template.ids_of([part])[0])]
 
-    return Words(encode_chat, encode_text, pieces(base.tokenizer), template.reads, base.spec.vocab_size, positions, positions * longest)
+    def encode_answer(question: str, answer: str) -> list[int]:
+        encode_text(question + answer)  # what is far too long shows before all of it is rendered
+        return read_ids(base.tokenizer, answer, prompt=question, where="the pair")[0]
+
+    added = {token.content: i for i, token in base.tokenizer.added_tokens_decoder.items() if token.content}
+    return Words(
+        encode_chat,
+        encode_text,
+        pieces(base.tokenizer),
+        template.reads,
+        base.spec.vocab_size,
+        positions,
+        positions * longest,
+        form,
+        added,
+        tuple(added[text] for text in template.special_texts if text in added and told_by(form, text) and added[text] not in base.stop_ids),
+        tuple(added[end] for end in [form.calls.end if form.calls else None] if end in added and added[end] not in base.stop_ids),
+        encode_answer,
+    )
+
+
+def told_by(form: AnswerFormat, special: str) -> bool:
+    """Whether a reader of answers looks for this control token."""
+    if form.response is not None or (form.calls is not None and form.calls.harmony):
+        return True
+    texts = list(form.reasoning or ())
+    if (c := form.calls) is not None:
+        texts += [c.before, c.middle, c.after, c.between or "", *((c.tagged.key, c.tagged.value, c.tagged.close) if c.tagged else ())]
+    return any(special in text for text in texts)
 
 
 def ids_within(text: str, most: int, ids_of: Callable[[str], list[int]]) -> list[int]:

@@ -8,11 +8,15 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from trimtab.errors import OverloadedError
 
 T = TypeVar("T")
 PAUSE_S, RECENT_S = 0.003, 1.0
 """Seconds between two requests of a tenant, each of which takes about 1 ms, if another tenant was there within the latter."""
+RETRY_S = 2.0
+"""When a request may come again for which there was no thread."""
 THREADS = 4
 """A tenant occupies one of them at a time, so another tenant finds a free one."""
 
@@ -21,14 +25,14 @@ class Work:
     """A pool of threads with a queue for each tenant. Any number of threads and event loops may use it."""
 
     def __init__(self, name: str, threads: int = THREADS):
-        self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._lock = threading.Lock()
         self._waiting: dict[str, deque[Callable[[], None]]] = {}  # who has waited longest for a turn first
         self._busy: set[str] = set()
 
     async def run(self, tenant: str, job: Callable[[], T]) -> T:
-        """What the job returns or raises. Where the caller is cancelled, a job that has not begun is dropped."""
+        """What the job returns or raises. Where the caller is cancelled, a job that has not begun is dropped. OverloadedError where the
+        system gives no thread."""
         future: Future[T] = Future()
 
         def carry_out() -> None:
@@ -40,24 +44,32 @@ class Work:
 
         with self._lock:
             self._waiting.setdefault(tenant, deque()).append(carry_out)
-            self._begin()
+        try:
+            self._pool.submit(self._work)
+        except RuntimeError as error:
+            if future.cancel():  # no thread that is there has begun it
+                raise OverloadedError(f"no thread for this request: {error}", fix="try again later", retry_after=RETRY_S) from error
         return await asyncio.wrap_future(future)
 
-    def _begin(self) -> None:
-        """Under the lock: start what may start."""
-        for tenant in [t for t in self._waiting if t not in self._busy][: self._threads - len(self._busy)]:
+    def _work(self) -> None:
+        """On a thread of the pool: jobs, as long as there are any of tenants that no other thread works for."""
+        while (found := self._next()) is not None:
+            tenant, job = found
+            job()
+            with self._lock:
+                self._busy.discard(tenant)
+
+    def _next(self) -> tuple[str, Callable[[], None]] | None:
+        with self._lock:
+            tenant = next((t for t in self._waiting if t not in self._busy), None)
+            if tenant is None:
+                return None
             queue = self._waiting.pop(tenant)
             job = queue.popleft()
             if queue:
                 self._waiting[tenant] = queue  # behind all others
             self._busy.add(tenant)
-            self._pool.submit(self._one, tenant, job)
-
-    def _one(self, tenant: str, job: Callable[[], Any]) -> None:
-        job()
-        with self._lock:
-            self._busy.discard(tenant)
-            self._begin()
+            return tenant, job
 
 
 class Turns:

@@ -1,4 +1,4 @@
-"""Writes answers in OpenAI's shapes: whole ones, chunks of a stream, log-probabilities, for chat and for completions.
+"""Writes answers in OpenAI's shapes: whole ones and chunks of a stream, for chat and for completions.
 
 Several hundred chunks are written a second, so the part that all chunks of an answer share is written once. Large answers are written on
 another thread, token by token: one call of json.dumps over a large answer would block all other threads.
@@ -6,92 +6,46 @@ another thread, token by token: one call of json.dumps over a large answer would
 
 from __future__ import annotations
 
-import codecs
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from trimtab.http.ask import AnswerPlan, top_of, wants_logprobs
+from trimtab.decode.answers import Piece, Reader, fed, joined
+from trimtab.http.ask import AnswerPlan, prompt_top_of, prompts_of, top_of, wants_logprobs
+from trimtab.http.errors import Fault
+from trimtab.http.logprobs import Logprobs, prompt_logprobs
+from trimtab.http.prompts import text_of
+from trimtab.http.schema import ChatBody
 from trimtab.http.services import Words
-from trimtab.serve.request import Delta, Token, Usage
+from trimtab.serve.request import Delta, Request, Token, Usage
 
-LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON lacks."""
-SPELLINGS = 1 << 15
-"""Tokens whose spelling is kept as JSON, of all answers together: some 10 MB."""
 SMALL = 2000
 """Log-probabilities that are written on the event loop: a thread costs more than they do."""
 CHARS = 100
 """Characters of a text that cost what a log-probability does, at least."""
 DONE = b"data: [DONE]\n\n"
-
-
-@dataclass
-class _Logprobs:
-    """Writes the log-probabilities of one choice, as JSON. offset: characters of its text so far."""
-
-    chat: bool
-    words: Words
-    offset: int = 0
-    _decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
-
-    def __call__(self, tokens: tuple[Token, ...]) -> str:
-        if self.chat:
-            return f'{{"content":[{",".join(map(self._entry, tokens))}],"refusal":null}}'
-        offsets = []
-        for t in tokens:
-            offsets.append(self.offset)
-            self.offset += len(self._decoder.decode(self.words.piece(t.id)))
-        spelt = ",".join(self._spelt(t.id) for t in tokens)
-        logprobs = ",".join(_number(t.logprob) for t in tokens)
-        top = ",".join(map(self._top, tokens))
-        return f'{{"tokens":[{spelt}],"token_logprobs":[{logprobs}],"top_logprobs":[{top}],"text_offset":{offsets}}}'
-
-    def _spelt(self, token_id: int) -> str:
-        return _text(self.words.piece(token_id)) or f'"id:{token_id}"'
-
-    def _top(self, token: Token) -> str:
-        told = {self._spelt(i): lp for i, lp in (*token.top, (token.id, token.logprob))}
-        return "{" + ",".join(f"{spelt}:{_number(lp)}" for spelt, lp in told.items()) + "}"
-
-    def _entry(self, token: Token) -> str:
-        top = ",".join(self._one(i, lp) for i, lp in token.top)
-        return f'{self._one(token.id, token.logprob)[:-1]},"top_logprobs":[{top}]}}'
-
-    def _one(self, token_id: int, logprob: float | None) -> str:
-        before, after = _around(self.words.piece(token_id))
-        return f"{before}{_number(logprob)}{after}"
-
-
-@lru_cache(SPELLINGS)
-def _around(piece: bytes) -> tuple[str, str]:
-    """An alternative of a chat, as JSON: what stands before its logprob, and after it."""
-    token = json.dumps(piece.decode("utf-8", "replace"))
-    return f'{{"token":{token},"logprob":', f',"bytes":{list(piece)}}}'
-
-
-@lru_cache(SPELLINGS)
-def _text(piece: bytes) -> str:
-    """As OpenAI's completions spell what is no text by itself (bytes:\\xe2\\x80), so that no two tokens share a key; as JSON. Empty for
-    what has no bytes."""
-    try:
-        return json.dumps(piece.decode()) if piece else ""
-    except UnicodeDecodeError:
-        return json.dumps("bytes:" + "".join(f"\\x{b:02x}" for b in piece))
-
-
-def _number(logprob: float | None) -> str:
-    return "null" if logprob is None else float.__repr__(max(LEAST_LOGPROB, logprob))
+NO_IDS: Mapping[str, Any] = {}
 
 
 class Writer:
-    """Writes one answer. The plan says which shape. aside: runs on another thread what would hold up the event loop."""
+    """Writes one answer. The plan says which shape. aside: runs on another thread what would hold up the event loop. asked: the engine's
+    requests."""
 
-    def __init__(self, plan: AnswerPlan, words: Words, fingerprint: str, aside: Callable[[Callable[[], bytes]], Awaitable[bytes]]):
-        self._aside, self._each = aside, 1 + top_of(plan.body)
+    def __init__(
+        self,
+        plan: AnswerPlan,
+        words: Words,
+        fingerprint: str,
+        aside: Callable[[Callable[[], bytes]], Awaitable[bytes]],
+        readers: Sequence[Reader | None] = (),
+        asked: Sequence[Request] = (),
+    ):
+        self._readers, self._called = list(readers) or [None] * plan.choices, set[int]()
+        self._aside, self._each, self._words = aside, 1 + top_of(plan.body), words
+        self._older = isinstance(plan.body, ChatBody) and bool(plan.body.functions)
+        self._asked, self._prompts = asked, [list[Token]() for _ in range(plan.choices)]
         self.plan, self.chat, self.wants = plan, plan.chat, wants_logprobs(plan.body)
         self.head = {
             "id": plan.id,
@@ -103,61 +57,171 @@ class Writer:
         chunk = self.head | ({"object": "chat.completion.chunk"} if plan.chat else {})
         self._start = b"data: " + json.dumps(chunk)[:-1].encode() + b', "choices": ['
         self._end = b'], "usage": null}\n\n' if plan.usage_in_stream else b"]}\n\n"
-        self._logprobs = [_Logprobs(plan.chat, words) for _ in range(plan.choices)]
+        told_as_ids = bool(plan.body.return_tokens_as_token_ids)
+        self._logprobs = [Logprobs(plan.chat, words, top_of(plan.body), told_as_ids) for _ in range(plan.choices)]
         self._opened: set[int] = set()
 
     async def whole(self, choices: list[Delta], usage: Usage) -> bytes:
         """The answer in one piece; choices: each one's deltas, merged."""
-        return await self._written(choices, lambda: self._whole(choices, usage))
+        work = sum(self._work(d, len(d.prompt)) for d in choices)
+        return await self._written(work, lambda: self._whole(choices, usage))
 
     async def chunks(self, news: Mapping[int, Delta]) -> bytes:
         """The events that tell of what has come of each choice; a slow reader's have gathered."""
-        return await self._written(news.values(), lambda: b"".join(c for i, d in news.items() for c in self._chunks(i, d)))
+        for i, delta in news.items():
+            self._prompts[self._prompt(i)] += delta.prompt
+        opening = {i: len(self._prompts[self._prompt(i)]) for i in news if i not in self._opened}
+        work = sum(self._work(d, opening.get(i, 0)) for i, d in news.items())
+        return await self._written(work, lambda: b"".join(c for i, d in news.items() for c in self._chunks(i, d)))
 
-    async def _written(self, deltas: Iterable[Delta], write: Callable[[], bytes]) -> bytes:
-        work = sum(len(d.tokens) * self._each * self.wants + len(d.text) // CHARS for d in deltas)
+    async def _written(self, work: int, write: Callable[[], bytes]) -> bytes:
         return write() if work <= SMALL else await self._aside(write)
+
+    def _work(self, delta: Delta, prompt: int) -> int:
+        """What a delta costs to write, in log-probabilities; with so many tokens of its prompt."""
+        chars = CHARS // 10 if any(self._readers) else CHARS  # a reader looks at each one
+        asked = prompt_top_of(self.plan.body)
+        return len(delta.tokens) * self._each * self.wants + len(delta.text) // chars + prompt * (0 if asked is None else 1 + asked)
 
     def _whole(self, choices: list[Delta], usage: Usage) -> bytes:
         written = []
         for i, d in enumerate(choices):
-            content = {"message": {"role": "assistant", "content": d.text, "refusal": None}} if self.chat else {"text": d.text}
-            choice = {"index": i, **content, "finish_reason": d.finish}
-            written.append(_with_logprobs(choice, self._logprobs[i](d.tokens) if self.wants else None))
-        return json.dumps(self.head | {"usage": usage_of(usage)})[:-1].encode() + b', "choices": [' + b", ".join(written) + b"]}"
+            content = {"message": self._message(i, d)} if self.chat else {"text": self._echoed(i) + d.text}
+            choice = {"index": i, **content, "finish_reason": self._finish(i, d)} | self._ids(i, d.tokens)
+            more = "" if self.chat else self._of_prompt(i, d)
+            written.append(_with_logprobs(choice, self._told(i, d.tokens, d.prompt), more))
+        more = self._of_prompt(0, choices[0]) if self.chat else ""
+        head = self.head | {"usage": usage_of(usage)}
+        return f"{json.dumps(head)[:-1]}{more}".encode() + b', "choices": [' + b", ".join(written) + b"]}"
+
+    def _prompt(self, choice: int) -> int:
+        """The number of the engine's request that computes the prompt of a choice which is told."""
+        return choice // self.plan.told * self.plan.n
+
+    def _echoed(self, choice: int) -> str:
+        """What the text of a choice begins with: its prompt, where that is wanted."""
+        body = self.plan.body
+        if not body.echo:
+            return ""
+        if isinstance(body, ChatBody):
+            last = body.messages[-1]
+            return text_of(last) if last.role == "assistant" else ""
+        given = prompts_of(body)[choice // self.plan.told]
+        return given if isinstance(given, str) else b"".join(map(self._words.piece, given)).decode("utf-8", "replace")
+
+    def _told(self, choice: int, tokens: Sequence[Token], prompt: Sequence[Token] = ()) -> str | None:
+        """The log-probabilities of a choice's tokens, behind those of the prompt that it begins with; None where none are wanted."""
+        if not self.wants:
+            return None
+        write = self._logprobs[choice]
+        if self.chat or not self.plan.body.echo:
+            return write(tokens)
+        if prompt:  # a start token is no part of the text
+            write.offset = len(self._echoed(choice)) - write.length(prompt)
+        return write([*prompt, *tokens])
+
+    def _of_prompt(self, choice: int, delta: Delta) -> str:
+        """What vLLM's fields tell of a choice's prompt, as more fields."""
+        body, told = self.plan.body, ""
+        if body.prompt_logprobs is not None:
+            told += f', "prompt_logprobs": {prompt_logprobs(delta.prompt, body.prompt_logprobs, self._words)}'
+        if body.return_token_ids:
+            told += f', "prompt_token_ids": {list(self._asked[self._prompt(choice)].prompt)}'
+        return told
+
+    def _ids(self, choice: int, tokens: Sequence[Token]) -> dict[str, Any]:
+        return {"token_ids": [t.id for t in tokens]} if self.plan.body.return_token_ids else {}
+
+    def _message(self, index: int, delta: Delta) -> dict[str, Any]:
+        """A whole answer as a message: content is null where there are calls alone."""
+        pieces, calls = self._pieces(index, delta), list[dict[str, Any]]()
+        for piece in pieces:
+            if piece.kind == "call":
+                calls.append(_call() | {"function": {"name": piece.text, "arguments": ""}})
+            elif piece.kind == "arguments":
+                calls[piece.index]["function"]["arguments"] += piece.text
+        if echoed := self._echoed(index):
+            pieces = [Piece("content", echoed), *pieces]
+        content, reasoning = ("".join(p.text for p in pieces if p.kind == kind) for kind in ("content", "reasoning"))
+        message = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+        message |= {"reasoning_content": reasoning, "reasoning": reasoning} if reasoning else {}
+        if calls and self._older:
+            return message | {"function_call": calls[0]["function"]}
+        return message | ({"tool_calls": calls} if calls else {})
+
+    def _pieces(self, index: int, delta: Delta) -> list[Piece]:
+        """What a delta's text says."""
+        reader = self._readers[index]
+        if reader is None:
+            return [Piece("content", delta.text)] if delta.text else []
+        pieces = joined(fed(reader, delta.text) + (reader.finish(delta.finish != "stop") if delta.finish else []))
+        if any(piece.kind == "call" for piece in pieces):
+            self._called.add(index)
+        return pieces
+
+    def _finish(self, index: int, delta: Delta) -> str | None:
+        called = "function_call" if self._older else "tool_calls"
+        return called if delta.finish == "stop" and index in self._called else delta.finish
 
     def _chunks(self, index: int, delta: Delta) -> Iterator[bytes]:
         """The events that tell of a choice's delta; none where it has nothing to tell."""
-        if self.chat and index not in self._opened:
+        if not (delta.text or delta.tokens or delta.finish):
+            return
+        echoed, prompt, more = "", list[Token](), ""
+        if opens := index not in self._opened:
             self._opened.add(index)
-            yield self._event(index, {"role": "assistant", "content": ""}, None, None)
-        logprobs = self._logprobs[index](delta.tokens) if self.wants and delta.tokens else None
-        if not (delta.text or logprobs or delta.finish):
+            echoed, prompt, more = self._echoed(index), self._prompts[self._prompt(index)], self._of_prompt(index, delta)
+        if self.chat and opens:
+            yield self._event(index, {"role": "assistant", "content": echoed}, None, None, more=more)
+        wanted = self.wants and (delta.tokens or prompt)
+        logprobs = self._told(index, delta.tokens, prompt) if wanted else None
+        ids = self._ids(index, delta.tokens)
+        if not (echoed or delta.text or logprobs or delta.finish or ids):
             return
         if not self.chat:
-            yield self._event(index, delta.text, logprobs, delta.finish)
+            yield self._event(index, echoed + delta.text, logprobs, delta.finish, ids, more)
             return
-        if delta.text or logprobs:
-            yield self._event(index, {"content": delta.text}, logprobs, None)
+        told = [_told(piece, self._older) for piece in self._pieces(index, delta)] or (
+            [{"content": ""}] if logprobs or (ids and delta.tokens) else []
+        )
+        for i, content in enumerate(told):
+            yield self._event(index, content, None if i else logprobs, None, {} if i else ids)
         if delta.finish:
-            yield self._event(index, {}, None, delta.finish)
+            yield self._event(index, {}, None, self._finish(index, delta))
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        """The event before the end that stream_options.include_usage asks for."""
-        return self._start + b'], "usage": ' + json.dumps(usage_of(usage)).encode() + b"}\n\n"
+    async def end(self, usage: Usage) -> bytes:
+        """The last events; one tells the usage where stream_options.include_usage asks for it."""
+        told = self._start + b'], "usage": ' + json.dumps(usage_of(usage)).encode() + b"}\n\n" if self.plan.usage_in_stream else b""
+        return told + DONE
 
-    def _event(self, index: int, content: Any, logprobs: str | None, finish: str | None) -> bytes:
-        choice = {"index": index, "delta" if self.chat else "text": content, "finish_reason": finish}
-        return self._start + _with_logprobs(choice, logprobs) + self._end
+    def failed(self, fault: Fault) -> bytes:
+        """The last events of an answer that fails after its stream has begun: the official client raises the error."""
+        return b"data: " + json.dumps(fault.body).encode() + b"\n\n" + DONE
+
+    def _event(
+        self, index: int, content: Any, logprobs: str | None, finish: str | None, ids: Mapping[str, Any] = NO_IDS, more: str = ""
+    ) -> bytes:
+        choice = {"index": index, "delta" if self.chat else "text": content, "finish_reason": finish, **ids}
+        return self._start + _with_logprobs(choice, logprobs, more) + self._end
 
 
-def _with_logprobs(choice: dict[str, Any], logprobs: str | None) -> bytes:
-    return f'{json.dumps(choice)[:-1]}, "logprobs": {logprobs or "null"}}}'.encode()
+def _call() -> dict[str, Any]:
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
 
 
-def error_chunk(body: dict[str, Any]) -> bytes:
-    """An error that comes after the stream has begun: the official client raises it."""
-    return b"data: " + json.dumps(body).encode() + b"\n\n"
+def _told(piece: Piece, older: bool) -> dict[str, Any]:
+    """The part of a stream's message that a piece is. older: a call is a function_call."""
+    if older and piece.kind in ("call", "arguments"):
+        return {"function_call": {"name": piece.text, "arguments": ""} if piece.kind == "call" else {"arguments": piece.text}}
+    if piece.kind == "call":
+        return {"tool_calls": [{"index": piece.index, **_call(), "function": {"name": piece.text, "arguments": ""}}]}
+    if piece.kind == "arguments":
+        return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
+    return {"reasoning_content": piece.text, "reasoning": piece.text} if piece.kind == "reasoning" else {"content": piece.text}
+
+
+def _with_logprobs(choice: dict[str, Any], logprobs: str | None, more: str = "") -> bytes:
+    return f'{json.dumps(choice)[:-1]}, "logprobs": {logprobs or "null"}{more}}}'.encode()
 
 
 def usage_of(u: Usage) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pkgutil import iter_modules
 from trimtab.methods.base import BY_NAME, METHODS, Method
 from trimtab.methods.bottleneck import BottleneckConfig
 from trimtab.methods.full import FullConfig
+from trimtab.methods.head import Head
 from trimtab.methods.ia3 import IA3Config
 from trimtab.methods.lora import LoraConfig
 from trimtab.methods.prefix import PrefixTuningConfig
@@ -21,6 +22,7 @@ __all__ = [
     "METHODS",
     "BottleneckConfig",
     "FullConfig",
+    "Head",
     "IA3Config",
     "LoraConfig",
     "Method",

@@ -15,7 +15,7 @@ Dimensions: T rows of a flat batch, I input features, O output features, r rank,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -42,6 +42,9 @@ class Site:
     name: the module's path in the base ("" for prefixes). shapes: the adapter's tensors here, named as peft names them after the module.
     rank and scaling: LoRA's, which patterns may set for each module. saved: a whole module trained in full (`modules_to_save`), in the
     shapes in which the base keeps it. transposed: whether those are (in, out), as GPT-2's are.
+    experts: how many experts a parameter of experts holds; 0 at modules. stored: what stands before the tensors' names in files, where that
+    is not the site's name. fixed: tensors that do not train; they are computed away when an adapter is saved. head: an adapter's own head
+    (`head.py`), which is no module of the base; such a site is saved too, and no method knows it.
     """
 
     name: str
@@ -51,21 +54,23 @@ class Site:
     feedforward: bool = False
     saved: bool = False
     transposed: bool = False
+    experts: int = 0
+    stored: str = ""
+    fixed: tuple[str, ...] = ()
+    head: bool = False
 
     def key(self, tensor: str) -> str:
         """The tensor's name within an adapter: the peft file's key without its "base_model.model." prefix."""
-        return f"{self.name}.{tensor}" if self.name else tensor
+        return f"{self.stored or self.name}.{tensor}" if self.name else tensor
 
 
 @dataclass(frozen=True)
 class Span:
-    """Rows start..stop of a flat batch that use the same adapter. slot: the adapter's index in the packs beside it. seed: set in training,
-    for dropout."""
+    """Rows start..stop of a flat batch that use the same adapter. slot: the adapter's index in the packs beside it."""
 
     start: int
     stop: int
     slot: int
-    seed: int | None = None
 
 
 SHORT_SPAN = 64
@@ -74,12 +79,18 @@ SHORT_SPAN = 64
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows an edit touches: disjoint spans in ascending order. total: all rows of the batch, touched or not."""
+    """Which rows an edit touches: disjoint spans in ascending order. total: all rows of the batch, touched or not. keys_T: of their
+    dropout (`ops.dropout`), in training."""
 
     spans: tuple[Span, ...]
     total: int
     device: torch.device
+    keys_T: Tensor | None = None
     _of_slots: dict[tuple[int, ...], GroupedRows] = field(default_factory=dict, compare=False)
+    _touched: dict[tuple[int, ...] | None, tuple[Tensor | slice, Tensor]] = field(default_factory=dict, compare=False)
+
+    def keys(self, span: Span) -> Tensor | None:
+        return None if self.keys_T is None else self.keys_T[span.start : span.stop]
 
     def of_slots(self, slots: tuple[int, ...]) -> GroupedRows:
         """The rows of these slots, for products grouped by slot."""
@@ -89,18 +100,24 @@ class Rows:
             self._of_slots[slots] = grouped_rows(self.spans, slots, self.device)
         return self._of_slots[slots]
 
-    @cached_property
-    def touched(self) -> tuple[Tensor | slice, Tensor]:
-        """(rows touched, slot of each) for gathered kernels; a slice where the spans leave no gap, so that nothing is copied."""
+    def touched(self, places: tuple[int, ...] | None = None) -> tuple[Tensor | slice, Tensor]:
+        """(rows touched, slot of each) for gathered kernels; a slice where the spans leave no gap, so that nothing is copied. places: a
+        number for each slot in place of its own; rows of a slot whose number is -1 are left out."""
+        if places not in self._touched:
+            self._touched[places] = self._find_touched(places)
+        return self._touched[places]
+
+    def _find_touched(self, places: tuple[int, ...] | None) -> tuple[Tensor | slice, Tensor]:
         import numpy as np
 
         from trimtab.ops import upload
 
-        slots = np.repeat([s.slot for s in self.spans], [s.stop - s.start for s in self.spans])
-        first, last = self.spans[0].start, self.spans[-1].stop
+        spans = [s for s in self.spans if places is None or places[s.slot] >= 0]
+        slots = np.repeat([s.slot if places is None else places[s.slot] for s in spans], [s.stop - s.start for s in spans])
+        first, last = spans[0].start, spans[-1].stop
         if last - first == len(slots):
             return slice(first, last), upload([slots], self.device)[0]
-        index, slot_R = upload([np.concatenate([np.arange(s.start, s.stop) for s in self.spans]), slots], self.device)
+        index, slot_R = upload([np.concatenate([np.arange(s.start, s.stop) for s in spans]), slots], self.device)
         return index, slot_R
 
     @cached_property
@@ -146,12 +163,16 @@ class Around(Protocol):
 
 
 class Packs(Protocol):
-    """The packed edits of the adapters of one batch at one site; all share a kernel. `stacked` pads to a common shape: name -> [slots,
-    ...]."""
+    """The packed edits of the adapters of one batch at one site; all share a kernel. `gathered`: for kernels that gather, parts of them as
+    (name -> one tensor for several slots, padded to a common shape; the rows of the batch; where each of these has its own there).
+    `in_groups`: LoRA's factors for products grouped by adapter, and which slot each group is."""
 
     items: Sequence[Packed]
+    tables: Sequence[Any]
 
-    def stacked(self, name: str) -> Tensor: ...
+    def gathered(self, rows: Rows) -> Iterator[tuple[Callable[[str], Tensor], slice | Tensor, Tensor]]: ...
+    @property
+    def in_groups(self) -> list[tuple[Tensor, Tensor, tuple[int, ...]]] | None: ...
     @property
     def lora_parts(self) -> Any: ...
 
@@ -178,6 +199,7 @@ class BaseView(Protocol):
     @property
     def spec(self) -> Spec: ...
     def matrix(self, name: str) -> Weight: ...
+    def unpacked(self, name: str) -> Tensor: ...
     def parameters_of(self, name: str) -> dict[str, Tensor]: ...
     def encode(self, text: str) -> list[int]: ...
     def embed(self, ids: Sequence[int]) -> Tensor: ...
@@ -214,6 +236,12 @@ class Method(Hyperparameters):
         raise NotImplementedError
 
     @property
+    def invocation(self) -> tuple[int, ...]:
+        """aLoRA: the token ids that switch the adapter on. Rows before the last such run of a sequence are the base's; so are all where it
+        has none. () is on everywhere."""
+        return ()
+
+    @property
     def fresh_is_base(self) -> bool:
         """Whether a newly initialised adapter computes exactly what the base computes."""
         return True
@@ -247,6 +275,11 @@ class Method(Hyperparameters):
         """New weight and bias, fp32, that compute base and adapter in one matmul. The given ones are not changed. Raises NotMergeable if
         there are none."""
         raise NotMergeable(f"{self.name} adapters cannot be merged into the base")
+
+    def of_rows(self, site: Site, params: Params, rows: slice) -> Params | None:
+        """The tensors with which `merge` gives these rows of the new weight from the same rows of the old one. None where a row depends on
+        others, or where the method changes a bias."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,10 +84,17 @@ class BottleneckConfig(Method):
             raise ConfigError(f"layers_to_transform = {list(wanted)}: this base has layers 0..{spec.num_layers - 1}")
         H, b = spec.hidden_size, max(1, int(spec.hidden_size // self.reduction_factor))
         shapes = {"adapter_down.weight": (b, H), "adapter_down.bias": (b,), "adapter_up.weight": (H, b), "adapter_up.bias": (H,)}
-        names = []
+        names: list[str] = []
         for i in sorted(set(wanted)):
-            names += [spec.attention_outputs[i]] if self.variant == "houlsby" else []
-            names.append(spec.mlps[i])
+            layer = spec.layers[i]
+            if layer.mlp is None:
+                raise ConfigError(
+                    f"{layer.name} of this {spec.model_type} base has no module of its own for its MLP, or several, so a bottleneck "
+                    "adapter has no place there",
+                    fix="use LoRA, or leave the layer out of layers_to_transform",
+                )
+            names += [layer.attention_output] if self.variant == "houlsby" else []
+            names.append(layer.mlp)
         return [Site(name, shapes, rank=b, scaling=self.scaling) for name in names]
 
     def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:

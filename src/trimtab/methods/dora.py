@@ -2,8 +2,8 @@
 
     y = b + m / ‖W + sBA‖ ∘ (W x + s B A x)        norm over the inputs, one for each output; a constant in the backward (paper, §4.3)
 
-m [O] starts at ‖W‖. The code writes it as an addition to the base, so that tensors of zeros give the base's result: with g = m / ‖W + sBA‖
-- 1,
+m [O] starts at ‖W + sBA‖, which is ‖W‖ where the start changes nothing. The code writes it as an addition to the base, so that tensors of
+zeros give the base's result: with g = m / ‖W + sBA‖ - 1,
 
     y = (W x + b) + g ∘ (W x) + s (1 + g) ∘ (B A x)
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from trimtab.bases.weights import Weight
 
 
-def norm(matrix: Weight, A_RI: Tensor | None, B_OR: Tensor | None) -> Tensor:
+def norm(matrix: Weight, A_RI: Tensor | None = None, B_OR: Tensor | None = None) -> Tensor:
     """‖W + BA‖ for each output, [O] fp32, without forming BA: ‖W‖² + 2 (W Aᵀ)·B + B (A Aᵀ)·B. B carries the scaling."""
     import torch
 

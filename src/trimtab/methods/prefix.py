@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from trimtab.bases.spec import Spec
-from trimtab.errors import nearest
+from trimtab.errors import ConfigError, nearest
 from trimtab.methods.base import BaseView, Method, Params, Prefix, Site
 from trimtab.methods.prompt import fit, room_for
 
@@ -72,6 +72,16 @@ class PrefixTuningConfig(Method):
 
     def sites(self, spec: Spec) -> list[Site]:
         room_for(self.num_virtual_tokens, spec)
+        if not spec.heads_alike:
+            raise ConfigError(
+                f"the layers of this {spec.model_type} base keep keys and values of different shapes, and a stored prefix has one for all",
+                fix=f"use {'prompt tuning or ' * spec.layers_alike}LoRA",
+            )
+        if spec.layers_share_kv:
+            raise ConfigError(
+                f"some layers of this {spec.model_type} base attend to keys and values of another; a stored prefix has its own for each",
+                fix="use LoRA",
+            )
         n, width = self.num_virtual_tokens, spec.kv_width
         flat = 2 * spec.num_layers * width
         if not self.prefix_projection:
@@ -97,7 +107,7 @@ class PrefixTuningConfig(Method):
     def prefix(self, spec: Spec, params: Params, dtype: torch.dtype) -> Prefix:
         n, L = self.num_virtual_tokens, spec.num_layers
         flat = _flatten(params) if self.prefix_projection else params["prompt_embeddings"]
-        kv_NLkHD = flat.to(dtype).view(n, L, 2, spec.num_kv_heads, spec.head_dim)
+        kv_NLkHD = flat.to(dtype).view(n, L, 2, *spec.kv_shape)
         keys, values = kv_NLkHD.permute(2, 1, 0, 3, 4).unbind(0)
         return Prefix(n, kv_LNHD=(keys, values))
 
@@ -106,8 +116,9 @@ class PrefixTuningConfig(Method):
             return self, dict(params)
         import torch
 
+        rest = {name: t for name, t in params.items() if not name.startswith(("embedding.", "transform."))}  # such as a head
         with torch.no_grad():
-            return replace(self, prefix_projection=False, encoder_hidden_size=None), {"prompt_embeddings": _flatten(params)}
+            return replace(self, prefix_projection=False, encoder_hidden_size=None), {"prompt_embeddings": _flatten(params)} | rest
 
 
 def _flatten(params: Params) -> Tensor:

@@ -61,6 +61,17 @@ class PromptTuningConfig(Method):
 
     def sites(self, spec: Spec) -> list[Site]:
         room_for(self.num_virtual_tokens, spec)
+        if spec.layer_embeddings:
+            raise ConfigError(
+                f"each layer of this {spec.model_type} base has embeddings of the tokens of its own, which virtual tokens do not have",
+                fix="use LoRA",
+            )
+        if not spec.layers_alike:
+            raise ConfigError(
+                f"the layers of this {spec.model_type} base keep keys and values of different shapes; those of virtual tokens are kept in "
+                "one for all",
+                fix="use LoRA",
+            )
         return [Site("", {"prompt_embeddings": (self.num_virtual_tokens, spec.hidden_size)})]
 
     def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:

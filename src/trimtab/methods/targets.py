@@ -49,7 +49,7 @@ def select(
         # A list of names means modules, as for peft; experts are parameters, and meant only where no module has the name.
         chosen = [m for m in chosen if m.kind != "experts" or "experts" in kinds] or chosen
     wrong_kind = [m for m in chosen if m.kind not in set(kinds)]
-    problems += [f"{option}: {m.name} is {_a(m.kind)} layer; this method takes {', '.join(kinds)}" for m in wrong_kind[:8]]
+    problems += [f"{option}: {m.name} {_instead(m, kinds)}" for m in wrong_kind[:8]]
     if excluded:
         chosen = [m for m in chosen if not matches(m.name, excluded)]
     problems += [f"{option}: {m.name} is not run once with each token's row, so no adapter can act there" for m in chosen if not m.vectors][
@@ -74,8 +74,35 @@ def select(
     return chosen
 
 
-def _a(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+def _instead(module: Module, kinds: Iterable[str]) -> str:
+    """Why a method cannot take a module of this kind."""
+    if module.kind == "experts":
+        return "is a parameter of experts: LoRA takes it in target_parameters"
+    return f"is {'an' if module.kind[0] in 'aeiou' else 'a'} {module.kind} layer; this method takes {', '.join(kinds)}"
+
+
+def select_parameters(spec: Spec, names: Sequence[str]) -> list[Module]:
+    """The parameters of experts that `target_parameters` names: by peft's rule each exactly, or as the last dotted parts of a name.
+
+    ConfigError lists every name that matches nothing, and every parameter where no adapter can act.
+    """
+    there = [m for m in spec.modules.values() if m.kind == "experts"]
+    short = list(dict.fromkeys(".".join(m.name.split(".")[-3:]) for m in there))
+    problems = [
+        f"target_parameters: {n!r} matches no parameter of experts{nearest(n, short)}"
+        for n in names
+        if not any(matches(m.name, [n]) for m in there)
+    ]
+    chosen = [m for m in there if matches(m.name, names)]
+    problems += [
+        f"target_parameters: {m.name} is used in a way that trimtab does not know, so no adapter can act there"
+        for m in chosen
+        if not m.vectors
+    ][:8]
+    if problems:
+        fix = f"parameters of experts there are: {', '.join(short)}" if short else "this base has no experts: use target_modules"
+        raise ConfigError(f"cannot attach to this {spec.model_type} base", problems=problems, fix=fix)
+    return chosen
 
 
 def unmatched(spec: Spec, wanted: str | Sequence[str], option: str) -> list[str]:

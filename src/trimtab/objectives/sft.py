@@ -23,6 +23,7 @@ class Sft(Objective):
     """Every supervised token weighs the same."""
 
     name: ClassVar[str] = "sft"
+    metrics: ClassVar[Mapping[str, bool]] = {"perplexity": False}
 
     def loss(self, logp_R: Tensor, ref_R: Tensor | None, segments: Segments) -> tuple[Tensor, dict[str, Tensor]]:
         return -logp_R.sum() / segments.of_all.targets, {}

@@ -6,12 +6,13 @@ from trimtab.lazy import load_on_first_use
 
 if TYPE_CHECKING:
     from trimtab.ops.attend import QUERY_BLOCK, attention
+    from trimtab.ops.dropout import dropout, row_keys
     from trimtab.ops.edit import (
         ACTIVATIONS,
         Bottleneck,
+        add_noise,
         by_span,
         dora,
-        dropout,
         gathers,
         lora,
         lora_embedding,
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
         scale_input,
         scale_output,
     )
-    from trimtab.ops.grouped import Factors, grouped_rows, stack_factors, trains_grouped
+    from trimtab.ops.experts import Routes, experts_product, lora_experts
+    from trimtab.ops.grouped import Factors, copy_lists, grouped_rows, stack_factors, trains_grouped
     from trimtab.ops.layer import Matrix, largest, linear_into, linears, rms_norm, rotate, swiglu
-    from trimtab.ops.loss import LOSS_ROWS, log_probabilities, supervised_loss
+    from trimtab.ops.loss import log_probabilities, loss_rows, supervised_loss
     from trimtab.ops.moving import floats, index, to_host, upload
     from trimtab.ops.native_attention import FlatIndex, QueryIndex, attend_rows, flat_attention, flat_index, query_index, takes_flat
+    from trimtab.ops.paged import PagedIndex, page_size, paged_attention, paged_index, paged_kernel
     from trimtab.ops.varlen import VarlenIndex, varlen_attention, varlen_index, varlen_kernel
 else:
     load_on_first_use(__name__)
@@ -34,16 +37,20 @@ __all__ = [
     "Bottleneck",
     "Factors",
     "FlatIndex",
-    "LOSS_ROWS",
     "Matrix",
     "QUERY_BLOCK",
+    "PagedIndex",
     "QueryIndex",
+    "Routes",
     "VarlenIndex",
+    "add_noise",
     "attend_rows",
     "attention",
     "by_span",
+    "copy_lists",
     "dora",
     "dropout",
+    "experts_product",
     "flat_attention",
     "flat_index",
     "floats",
@@ -54,13 +61,20 @@ __all__ = [
     "linear_into",
     "linears",
     "log_probabilities",
+    "loss_rows",
     "lora",
     "lora_embedding",
-    "query_index",
+    "lora_experts",
     "lora_grouped",
+    "page_size",
+    "paged_attention",
+    "paged_index",
+    "paged_kernel",
+    "query_index",
     "replace",
     "rms_norm",
     "rotate",
+    "row_keys",
     "scale_input",
     "scale_output",
     "stack_factors",

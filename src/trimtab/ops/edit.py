@@ -4,8 +4,9 @@ A kernel gets all T rows of a flat batch, the base's module, the packed edits of
 changes. It knows no rank, no alpha and no method's name. There are two ways of running the same formula:
 
 - by span: one pair of matmuls for each adapter's rows. This is differentiable; training and prefill use it.
-- gathered: each row gathers its adapter's stacked tensors, and all rows run in one `bmm`. Decoding of many short spans uses it (no
-  gradients).
+- gathered: each row gathers its adapter's tensors, and all rows run in one `bmm`. Decoding of many short spans uses it (no gradients).
+
+LoRA on a GPU has a third way, products grouped by adapter (`grouped`).
 
 Dimensions: T rows, I in, O out, R rank or bottleneck, S adapters ("slots") of this batch.
 """
@@ -22,28 +23,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.ops import native, native_inference, native_training
-from trimtab.ops.grouped import GroupedLora
+from trimtab.ops.dropout import dropout
+from trimtab.ops.grouped import GroupedLora, add_lora
 from trimtab.ops.names import NON_LINEARITIES
 
 GATHER_ROWS_PER_SPAN = 4
 """Gather instead of looping where spans are this short on average: one bmm then beats many tiny matmuls."""
 
 
-def dropout(x: Tensor, p: float, seed: int | None, site: int) -> Tensor:
-    """Inverted dropout whose mask depends on (seed, site) only: an adapter sees the same masks alone and among others, and again in the
-    backward."""
-    if seed is None or p == 0.0:
-        return x
-    generator = torch.Generator(x.device).manual_seed((seed * 1_000_003 + site) % 2**63)
-    keep = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - p, generator=generator)
-    return x * keep.mul_(1.0 / (1.0 - p))
+def add_noise(x_TH: Tensor, noise: Sequence[tuple[int, int, int, float]]) -> Tensor:
+    """Add to rows a..b what a generator of that seed draws uniformly in ±bound, for each (a, b, seed, bound)."""
+    if not noise:
+        return x_TH
+    added_TH = torch.zeros_like(x_TH)
+    for a, b, seed, bound in noise:
+        added_TH[a:b].uniform_(-bound, bound, generator=torch.Generator(x_TH.device).manual_seed(seed))
+    return x_TH + added_TH
 
 
-def gathers(rows: Any) -> bool:
-    """Whether to run gathered: no gradients wanted, several spans, all short."""
+def gathers(rows: Any, packs: Any) -> bool:
+    """Whether to run gathered: no gradients wanted, several spans in each part that is gathered, all short."""
     return (
         not torch.is_grad_enabled()
-        and len(rows.spans) > 1
+        and len(rows.spans) > max(1, 2 * len(packs.tables))
         and sum(s.stop - s.start for s in rows.spans) <= GATHER_ROWS_PER_SPAN * len(rows.spans)
     )
 
@@ -70,11 +72,16 @@ def lora(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
     """y = base(x) + (x Aᵀ) Bᵀ on each span; A [R, I], B [O, R] with the scaling folded in. The product BA is never formed."""
     if native.available(x_TI):
         return _lora_native(x_TI, base(x_TI), packs, rows)
-    if gathers(rows):
+    if not torch.is_grad_enabled() and len(rows.spans) > max(1, 2 * len(packs.tables)) and (found := packs.in_groups) is not None:
         y_TO = base(x_TI)
-        where, slots = rows.touched
-        shrunk = torch.bmm(packs.stacked("A")[slots], x_TI[where].unsqueeze(-1))
-        y_TO[where] += torch.bmm(packs.stacked("B")[slots], shrunk).squeeze(-1)
+        for A_NRI, B_NOR, slots in found:
+            add_lora(x_TI, y_TO, A_NRI, B_NOR, rows.of_slots(slots))
+        return y_TO
+    if gathers(rows, packs):
+        y_TO = base(x_TI)
+        for stacked, where, slots in packs.gathered(rows):
+            shrunk = torch.bmm(stacked("A")[slots], x_TI[where].unsqueeze(-1))
+            y_TO[where] += torch.bmm(stacked("B")[slots], shrunk).squeeze(-1)
         return y_TO
     factors = [t for p in packs.items for t in (p.tensors["A"], p.tensors["B"])]
     return _LoraSpans.apply(None if base.plain else base(x_TI), x_TI, base, rows, tuple(p.dropout for p in packs.items), *factors)
@@ -84,7 +91,7 @@ def lora_grouped(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
     """`lora` without dropout, with gradients: all adapters of a padded rank in one product each way (`ops.grouped`)."""
     stacks = [t for s in packs.grouped for t in (s.A, s.B)]
     where = [rows.of_slots(s.slots) for s in packs.grouped]
-    return GroupedLora.apply(x_TI, None if base.plain else base(x_TI), base, where, *stacks)
+    return GroupedLora.apply(None if base.plain else base(x_TI), x_TI, base, where, *stacks)
 
 
 def _lora_native(x_TI: Tensor, y_TO: Tensor, packs: Any, rows: Any) -> Tensor:
@@ -124,7 +131,7 @@ class _LoraSpans(torch.autograd.Function):
         shrunk = []
         for span in rows.spans:
             A, B, y = factors[2 * span.slot], factors[2 * span.slot + 1], y_TO[span.start : span.stop]
-            x = dropout(x_TI[span.start : span.stop], dropouts[span.slot], span.seed, base.site)
+            x = dropout(x_TI[span.start : span.stop], dropouts[span.slot], rows.keys(span), base.site)
             if native_training.takes_lora(x, y, A, B):
                 shrunk.append(native_training.lora(x, A, B, y))
             else:
@@ -145,7 +152,8 @@ class _LoraSpans(torch.autograd.Function):
         for span, t_R in zip(ctx.rows.spans, shrunk, strict=True):
             a, p, part = 2 * span.slot, ctx.dropouts[span.slot], slice(span.start, span.stop)
             x, to = x_TI[part], None if dx_TI is None else dx_TI[part]
-            keep = dropout(torch.ones_like(x), p, span.seed, ctx.site) if p and span.seed is not None else None
+            keys_R = ctx.rows.keys(span)
+            keep = dropout(torch.ones_like(x), p, keys_R, ctx.site) if p and keys_R is not None else None
             dx = to if keep is None or to is None else torch.zeros_like(to)
             x = x if keep is None else x * keep
             made = _LoraSpans._of_span(dy_TO[part], x, t_R, factors[a], factors[a + 1], dx, ctx.needs_input_grad[5 + a])
@@ -178,17 +186,17 @@ def dora(x_TI: Tensor, base: Any, packs: Any, rows: Any) -> Tensor:
     Without dropout W x̃ is base(x) without its bias, which costs no second matmul.
     """
     y_TO = base(x_TI)
-    if gathers(rows):
-        where, slots = rows.touched
-        x_RI, y = x_TI[where], y_TO[where]
-        plain = y if base.bias_O is None else y - base.bias_O
-        shrunk = torch.bmm(packs.stacked("A")[slots], x_RI.unsqueeze(-1))
-        y_TO[where] = y + packs.stacked("g")[slots] * plain + torch.bmm(packs.stacked("B")[slots], shrunk).squeeze(-1)
+    if gathers(rows, packs):
+        for stacked, where, slots in packs.gathered(rows):
+            x_RI, y = x_TI[where], y_TO[where]
+            plain = y if base.bias_O is None else y - base.bias_O
+            shrunk = torch.bmm(stacked("A")[slots], x_RI.unsqueeze(-1))
+            y_TO[where] = y + stacked("g")[slots] * plain + torch.bmm(stacked("B")[slots], shrunk).squeeze(-1)
         return y_TO
 
     def edit(span: Any, y: Tensor) -> Tensor:
         pack, x = packs.items[span.slot], x_TI[span.start : span.stop]
-        x_drop = dropout(x, pack.dropout, span.seed, base.site)
+        x_drop = dropout(x, pack.dropout, rows.keys(span), base.site)
         plain = base.matrix.matmul(x_drop) if x_drop is not x else y if base.bias_O is None else y - base.bias_O
         return y + pack.tensors["g"] * plain + (x_drop @ pack.tensors["A"].T) @ pack.tensors["B"].T
 
@@ -229,10 +237,10 @@ def _scale(x: Tensor, packs: Any, rows: Any) -> Tensor:
         for s in long:
             native_inference.scale(scaled[s.start : s.stop], _slot_of(s), packs)
         return scaled
-    if gathers(rows):
-        where, slots = rows.touched
+    if gathers(rows, packs):
         scaled = x.clone()
-        scaled[where] = (x[where] * (1.0 + packs.stacked("g")[slots])).to(x.dtype)
+        for stacked, where, slots in packs.gathered(rows):
+            scaled[where] = (x[where] * (1.0 + stacked("g")[slots])).to(x.dtype)
         return scaled
     return by_span(x, rows, lambda s, x: (x * (1.0 + packs.items[s.slot].tensors["g"])).to(x.dtype))
 
@@ -263,15 +271,15 @@ class Bottleneck:
         h = x_TI if self.parallel else y_TO
         if native.available(h, y_TO):
             return self._native(h, y_TO, base, packs, rows)
-        if gathers(rows):
-            where, slots = rows.touched
-            D, d, U, u = (packs.stacked(n)[slots] for n in ("D", "d", "U", "u"))
-            hidden = f(torch.baddbmm(d.unsqueeze(-1), D, h[where].unsqueeze(-1)))
-            y_TO[where] += torch.baddbmm(u.unsqueeze(-1), U, hidden).squeeze(-1)
+        if gathers(rows, packs):
+            for stacked, where, slots in packs.gathered(rows):
+                D, d, U, u = (stacked(n)[slots] for n in ("D", "d", "U", "u"))
+                hidden = f(torch.baddbmm(d.unsqueeze(-1), D, h[where].unsqueeze(-1)))
+                y_TO[where] += torch.baddbmm(u.unsqueeze(-1), U, hidden).squeeze(-1)
             return y_TO
 
         def edit(span: Any, y_RO: Tensor) -> Tensor:
-            return self._edited(x_TI[span.start : span.stop] if self.parallel else y_RO, y_RO, packs, span, base.site)
+            return self._edited(x_TI[span.start : span.stop] if self.parallel else y_RO, y_RO, packs, rows, span, base.site)
 
         return by_span(y_TO, rows, edit)
 
@@ -284,13 +292,13 @@ class Bottleneck:
             if native_inference.runs_on_tiles(h):
                 native_inference.bottleneck(h_RI, y_RO, _slot_of(span), packs, self.number)
             else:
-                y_RO.copy_(self._edited(h_RI, y_RO, packs, span, base.site))
+                y_RO.copy_(self._edited(h_RI, y_RO, packs, rows, span, base.site))
         return y_TO
 
-    def _edited(self, h_RI: Tensor, y_RO: Tensor, packs: Any, span: Any, site: int) -> Tensor:
+    def _edited(self, h_RI: Tensor, y_RO: Tensor, packs: Any, rows: Any, span: Any, site: int) -> Tensor:
         pack = packs.items[span.slot]
         t = pack.tensors
-        inside = dropout(ACTIVATIONS[self.activation](F.linear(h_RI, t["D"], t["d"])), pack.dropout, span.seed, site)
+        inside = dropout(ACTIVATIONS[self.activation](F.linear(h_RI, t["D"], t["d"])), pack.dropout, rows.keys(span), site)
         return y_RO + F.linear(inside, t["U"], t["u"])
 
 

@@ -83,9 +83,17 @@ def has_tiles() -> bool:
 
 @cache
 def attends_flat() -> bool:
-    """Whether `native_attention` runs here: on matrix tiles, or where the processor has none in registers that multiply bfloat16."""
+    """Whether `native_attention` and the products of `native_quantized` in bfloat16 run here: on matrix tiles, or where the processor has
+    none in registers that multiply bfloat16."""
     library = load()[0]
     return library is not None and bool(library.trimtab_attends())
+
+
+def copies_weights() -> bool:
+    """Whether inference multiplies by copies of dense bfloat16 matrices: in the layout of matrix tiles, or in that of torch's library where
+    `attends_flat` is false. Told by the processor, so that nothing is built for it."""
+    has = {name: getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("amx_tile", "avx512_bf16")}
+    return find_compiler()[0] is not None and (has["amx_tile"] or not has["avx512_bf16"])
 
 
 def advise_huge(memory: Tensor) -> None:

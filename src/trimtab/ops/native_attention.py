@@ -20,8 +20,6 @@ from trimtab.ops import native
 
 WIDEST = 128
 """The largest head size that the kernel is tried at."""
-
-
 PIECE = 256
 """Queries of a long sequence that a thread computes at a time where no gradients are wanted."""
 Sequences = Sequence[tuple[int, int, Sequence[tuple[int, int]]]]

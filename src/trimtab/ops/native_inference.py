@@ -1,5 +1,5 @@
-"""The kernels of inference, where a step has few rows: what lies between the matmuls, attention over the KV cache, edits, and matmuls by
-weights laid out for matrix tiles.
+"""The kernels of inference, where a step has few rows: what lies between the matmuls, attention over the KV cache, and edits. The matmuls
+are in `native_quantized`.
 
 T rows, H query heads, G key heads, D head size, I inputs, O outputs, R rank. See `native` for when they can run.
 """
@@ -13,27 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.ops.native import advise_huge, function, has_tiles
-
-
-class PackedWeight:
-    """A frozen bfloat16 weight [O, I], I a multiple of 32, laid out as tiles read it: a copy, read as one stream."""
-
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None):
-        (self.outputs, self.inputs), self.bias_O = weight_OI.shape, bias_O
-        self.packed = torch.empty(-(-self.outputs // 32) * 32 * self.inputs, dtype=torch.bfloat16)
-        advise_huge(self.packed)
-        weight_OI = weight_OI.contiguous()
-        function("pack", torch.bfloat16, "ppii")(weight_OI.data_ptr(), self.packed.data_ptr(), self.inputs, self.outputs)
-        self._run = function("matmul", torch.bfloat16, "pipppiiii")
-        self._addresses = self.packed.data_ptr(), 0 if bias_O is None else bias_O.data_ptr()
-
-    def __call__(self, x_TI: Tensor) -> Tensor:
-        """x Wᵀ + b, accumulated in fp32; what a row gives does not depend on the rows beside it."""
-        T = x_TI.shape[0]
-        y = torch.empty(T, self.outputs, dtype=torch.bfloat16)
-        self._run(x_TI.data_ptr(), x_TI.stride(0), *self._addresses, y.data_ptr(), self.outputs, T, self.inputs, self.outputs)
-        return y
+from trimtab.ops.native import function, has_tiles
 
 
 def add_rms_norm(x_TH: Tensor, y_TH: Tensor | None, weight_H: Tensor, eps: float) -> Tensor:

@@ -1,6 +1,6 @@
 """All layers of a forward in one native call: what the decode path runs where few rows enter and their edits are LoRA, IA³ and bottlenecks.
 
-Here is only what the call is told: addresses, laid out as cpp/layers.cpp reads them. It needs bfloat16 and matrix tiles.
+Here is only what the call is told: addresses, laid out as cpp/layers.cpp reads them. It needs bfloat16, and a processor that multiplies it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from trimtab.ops import native
-from trimtab.ops.native_inference import BottleneckParts, LoraParts, PackedWeight, ScaleParts
+from trimtab.ops.native_inference import BottleneckParts, LoraParts, ScaleParts
+from trimtab.ops.native_quantized import Projection
 
-WEIGHTS = ("input_norm", "mlp_norm", "q_norm", "k_norm", "qkv", "qkv_bias", "o", "o_bias", "gate_up", "gate_up_bias", "down", "down_bias")
+WEIGHTS = ("input_norm", "mlp_norm", "q_norm", "k_norm", "qkv", "o", "gate_up", "down")
 Addresses = ctypes.c_void_p
 
 
@@ -46,15 +47,14 @@ class LayerWeights:
 
     norms: tuple[Tensor, Tensor]
     head_norms: tuple[Tensor, Tensor] | None
-    projections: tuple[PackedWeight, PackedWeight, PackedWeight, PackedWeight]
+    projections: tuple[Projection, Projection, Projection, Projection]
     scaling: float
     window: int | None
 
     def struct(self) -> _Layer:
         q_k = self.head_norms or (None, None)
-        packed = [t for p in self.projections for t in (p.packed, p.bias_O)]
-        addresses = [None if t is None else t.data_ptr() for t in (*self.norms, *q_k, *packed)]
-        return _Layer(*addresses, self.scaling, self.window or 0)
+        vectors = [None if t is None else t.data_ptr() for t in (*self.norms, *q_k)]
+        return _Layer(*vectors, *(p.address for p in self.projections), self.scaling, self.window or 0)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,11 @@ from torch import Tensor
 
 from trimtab.ops.attend import attention
 from trimtab.ops.moving import upload
+from trimtab.ops.native_attention import Sequences
 
 log = logging.getLogger(__name__)
+
+Verdict = tuple[Callable[..., Tensor] | None, str]
 
 DEVICES, DTYPES = ("cuda",), (torch.bfloat16, torch.float16)
 """Where the kernel runs; elsewhere nothing is tried."""
@@ -32,19 +35,25 @@ SEQUENCES = ((0, 1), (0, 5), (3, 4), (7, 1), (7, 40), (0, 150))
 
 
 @dataclass(frozen=True)
-class VarlenIndex:
-    """Sequences of flat rows, in the order of their rows. end_q, end_k: [N + 1] int32, where each one's queries and keys begin and end.
-    key_S: the pool's rows that are the keys, sequence by sequence; None where these are all rows, each its own key."""
+class Ends:
+    """Sequences of flat rows, in the order of their rows. end_q, end_k: [N + 1] int32, where each one's queries and keys begin and end,
+    side by side."""
 
     end_q: Tensor
     end_k: Tensor
     longest_q: int
     longest_k: int
+
+
+@dataclass(frozen=True)
+class VarlenIndex(Ends):
+    """key_S: the pool's rows that are the keys, sequence by sequence; None where these are all rows, each its own key."""
+
     key_S: Tensor | None
 
 
-def varlen_index(runs: Sequence[tuple[int, int, Sequence[tuple[int, int]]]], device: torch.device) -> VarlenIndex:
-    """runs: (first row, end, ranges of its keys in the pool, which end with its own rows) of each sequence; together all rows in order."""
+def varlen_index(runs: Sequences, device: torch.device) -> VarlenIndex:
+    """runs: together all rows, in order."""
     queries = np.array([stop - start for start, stop, _ in runs])
     keys = [np.concatenate([np.arange(a, b) for a, b in ranges]) for _, _, ranges in runs]
     lengths = np.array([len(k) for k in keys])
@@ -61,17 +70,25 @@ def varlen_attention(
     """softmax(scaling · q kᵀ) v of each sequence, causal, its queries at the end of its keys; [T, H, D]. window: keys at distance ≥ window
     are not read. kernel: torch's `varlen_attn`, or what has its signature."""
     k, v = (x[: len(q_THD)] if index.key_S is None else x.index_select(0, index.key_S) for x in (k_pool, v_pool))
+    return call(kernel, q_THD, k.contiguous(), v.contiguous(), index, scaling, window)
+
+
+def call(
+    kernel: Callable[..., Tensor], q_THD: Tensor, k: Tensor, v: Tensor, index: Ends, scaling: float, window: int | None, **pages: Any
+) -> Tensor:
+    """The kernel's call. k, v: [..., H, D]. pages: what it is told of a paged cache."""
     return kernel(
         q_THD.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
+        k,
+        v,
         index.end_q,
         index.end_k,
         index.longest_q,
         index.longest_k,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),  # the kernel counts keys before a query's own, and 0 after it: causal
-        enable_gqa=q_THD.shape[1] != k.shape[1],
+        enable_gqa=q_THD.shape[1] != k.shape[-2],
+        **pages,
     )
 
 
@@ -87,31 +104,46 @@ def verdict(device: torch.device, dtype: torch.dtype, head_dim: int, repeat: int
     return _trusted(device, dtype, head_dim, repeat)[1]
 
 
-def _find() -> Callable[..., Any]:
+def find() -> Callable[..., Any]:
     """torch's kernel. ImportError before torch 2.10."""
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn
 
 
-@cache
-def _trusted(device: torch.device, dtype: torch.dtype, head_dim: int, repeat: int) -> tuple[Callable[..., Tensor] | None, str]:
-    what = f"attention on {device} in {str(dtype).removeprefix('torch.')}, heads of {head_dim}, {repeat} to a key"
+def verified(what: str, compare: Callable[[Callable[..., Tensor], int | None], None], windows: Sequence[int | None], level: int) -> Verdict:
+    """torch's kernel, if `compare` raises nothing for it with any of these windows, else None; and in words what was found, which is
+    logged. level: of the line that says that it is not used."""
     try:
-        kernel = _find()
-        for window in (None, 4):
-            _compare(kernel, device, dtype, head_dim, repeat, window)
+        kernel = find()
+        with torch.inference_mode(False):  # a first use may be in that mode, in which nothing has gradients
+            for window in windows:
+                compare(kernel, window)
     except Exception as error:  # whatever goes wrong in there, there is another way to compute it
         said = str(error).strip().splitlines()
-        text = f"{what}: batched matmuls ({type(error).__name__}: {said[0] if said else ''})"
-        log.warning("%s", text)
+        text = f"{what}: batched matmuls ({type(error).__name__}: {said[0][:160] if said else ''})"
+        log.log(level, "%s", text)
         return None, text
-    log.info("%s: torch's varlen kernel", what)
-    return kernel, f"{what}: torch's varlen kernel"
+    text = f"{what}: torch's varlen kernel"
+    log.info("%s", text)
+    return kernel, text
+
+
+def check_equal(name: str, ours: Tensor, exact: Tensor, window: int | None) -> None:
+    """ArithmeticError where the kernel's result differs from the formula's in fp32."""
+    off = float((ours.float() - exact).abs().max() / exact.abs().max())
+    if not off <= TOLERANCE[ours.dtype]:  # NaN too
+        raise ArithmeticError(f"{name} is off by {off:.2g}{'' if window is None else ' with a window'}")
+
+
+@cache
+def _trusted(device: torch.device, dtype: torch.dtype, head_dim: int, repeat: int) -> Verdict:
+    what = f"attention on {device} in {str(dtype).removeprefix('torch.')}, heads of {head_dim}, {repeat} to a key"
+    return verified(what, partial(_compare, device, dtype, head_dim, repeat), (None, 4), logging.WARNING)
 
 
 def _compare(
-    kernel: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, head_dim: int, repeat: int, window: int | None
+    device: torch.device, dtype: torch.dtype, head_dim: int, repeat: int, kernel: Callable[..., Tensor], window: int | None
 ) -> None:
     """ArithmeticError where the kernel's output or a gradient is not the formula's."""
     heads, rows, stored = 2, sum(n for _, n in SEQUENCES), max(p for p, _ in SEQUENCES)
@@ -142,6 +174,4 @@ def _compare(
             out = run(*leaves)
             results.append([out.detach(), *torch.autograd.grad(out, leaves, d_out.to(kind))])
     for name, ours, exact in zip(("the output", "dQ", "dK", "dV"), *results, strict=True):
-        off = float((ours.float() - exact).abs().max() / exact.abs().max())
-        if not off <= TOLERANCE[dtype]:  # NaN too
-            raise ArithmeticError(f"{name} is off by {off:.2g}{'' if window is None else ' with a window'}")
+        check_equal(name, ours, exact, window)

@@ -1,7 +1,7 @@
 """Which requests are admitted: a tenant's answers at a time, its tokens a minute, and the number of answers of the whole server.
 
 This is decided before a prompt is tokenized, in microseconds, from counters in memory, so a refusal costs next to nothing. It knows tenants
-and numbers, but no prompts, adapters or engine. Several server processes count separately.
+and numbers, but no prompts, adapters or engine. Servers that share tenants hold parts of their limits (`leases.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Literal, get_args
 
 from trimtab.errors import LimitError, OverloadedError, TrimtabError
+from trimtab.serve.leases import Leases, OutOfTokens, Unshared
 from trimtab.serve.places import FIRST_GUESS, MEMORY, Answer, Places
 from trimtab.serve.tenant import LOCAL, Tenant
 
@@ -26,7 +27,7 @@ FIRST_TOKENS = 256.0
 FREE_PARTS = 4
 """A tenant holds at most this many times the answers that then remain free: four fifths if it is alone, four ninths each if there are two.
 So there is room for the next tenant."""
-Reason = Literal["concurrency", "tokens", "full", "draining"]
+Reason = Literal["concurrency", "tokens", "full", "draining", "database"]
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Ticket:
 class Admission:
     """Counters of all tenants. max_open: answers that the server holds at a time, queued ones included. places: those of them that are
     computed at a time, by default all. max_wait: seconds that an answer may have to wait for a place, as far as can be told when it comes;
-    None: any. Safe for any number of threads."""
+    None: any. leases: parts of the tenants' limits, where they are shared. Safe for any number of threads."""
 
     def __init__(
         self,
@@ -87,6 +88,7 @@ class Admission:
         *,
         places: int | None = None,
         max_wait: float | None = None,
+        leases: Leases | None = None,
     ):
         if max_open < 1:
             raise TrimtabError(f"max_open = {max_open}: must be at least 1")
@@ -94,6 +96,7 @@ class Admission:
         self.rejects: Counter[Reason] = Counter(dict.fromkeys(get_args(Reason), 0))
         """How many requests were refused, by reason, since the start. Each reason is there, so that other threads may go through them."""
         self._lock = threading.Lock()
+        self.leases = leases
         self._holdings: dict[str, _Holding] = {}
         self._open, self._draining = 0, False
 
@@ -113,12 +116,14 @@ class Admission:
         now = self._clock()
         with self._lock:
             holding = self._holdings.get(tenant.id) or _Holding()
-            self._refuse_if_over(tenant, holding, n, now)
+            self._refuse_if_over(tenant, holding, n, now, known=False)
+            charged = n * holding.tokens if estimate is None else float(estimate)
+            if self.leases is not None:
+                self.leases.take(tenant, n, charged)
             self._holdings[tenant.id] = holding
             holding.open += n
             holding.weight = tenant.weight
             self._open += n
-            charged = n * holding.tokens if estimate is None else float(estimate)
             if holding.bucket is not None:
                 holding.bucket.level -= charged
             return Ticket(tenant, n, charged, now, self._places.enter(now, n), self._close)
@@ -130,19 +135,27 @@ class Admission:
             late = self.max_wait is not None and self._places.wait(self._clock(), 1) > self.max_wait
             return late or self._open + 1 > self.max_open
 
+    def most(self, tenant: Tenant) -> int:
+        """Answers that a request of this tenant may have at most."""
+        return min(self.max_open, tenant.max_concurrent or self.max_open)
+
     def refuse_if_over(self, tenant: Tenant) -> None:
-        """What `admit` would raise for one answer, without letting it in."""
+        """What `admit` would raise for one answer, without letting it in. Where limits are shared, only if it is over the limits
+        themselves: `admit` is called after this server's part has been made larger."""
         with self._lock:
-            self._refuse_if_over(tenant, self._holdings.get(tenant.id) or _Holding(), 1, self._clock())
+            self._refuse_if_over(tenant, self._holdings.get(tenant.id) or _Holding(), 1, self._clock(), known=True)
 
     def drain(self) -> None:
         """From now on no request is admitted. Running ones are not touched."""
         self._draining = True
 
     def tokens_left(self, tenant: Tenant) -> float | None:
-        """What the tenant may use at this moment, below 0 where it is overdrawn; None if it has no limit."""
+        """What the tenant may use at this moment, below 0 where it is overdrawn; None if it has no limit. Of shared limits: this server's
+        part."""
         if tenant.tokens_per_minute is None:
             return None
+        if self.leases is not None:
+            return self.leases.tokens_left(tenant)
         with self._lock:
             holding = self._holdings.get(tenant.id)
             if holding is None or holding.bucket is None:
@@ -150,13 +163,23 @@ class Admission:
             holding.bucket.fill(tenant.tokens_per_minute, self._clock())
             return holding.bucket.level
 
-    def _refuse_if_over(self, tenant: Tenant, holding: _Holding, n: int, now: float) -> None:
+    def _refuse_if_over(self, tenant: Tenant, holding: _Holding, n: int, now: float, *, known: bool) -> None:
         """The tenant's own limits are checked first, so that it hears of them even while the server is full."""
-        bound = min(self.max_open, tenant.max_concurrent or self.max_open)
+        bound = self.most(tenant)
         if not 1 <= n <= bound:
             raise TrimtabError(f"n = {n}: must be from 1 to {bound} here", fix="ask for fewer answers at a time")
         if self._draining:
             raise self._overloaded("draining", "the server is shutting down", self._places.seconds)
+        if self.leases is None:
+            self._refuse_if_over_alone(tenant, holding, n, now)
+        else:
+            self._refuse_if_over_shared(tenant, n, known)
+        late = self.max_wait is not None and self._places.wait(now, n) > self.max_wait
+        if self._open + n > self.max_open or (late and not self._within_share(tenant, holding, n)):
+            raise self._overloaded("full", "the server is full", self._places.wait(now, n))
+        self._refuse_if_it_leaves_no_room(tenant, holding, n)
+
+    def _refuse_if_over_alone(self, tenant: Tenant, holding: _Holding, n: int, now: float) -> None:
         if tenant.max_concurrent is not None and holding.open + n > tenant.max_concurrent:
             self.rejects["concurrency"] += 1
             raise LimitError(
@@ -165,10 +188,14 @@ class Admission:
                 retry_after=_wait(holding.seconds, holding.open),
             )
         self._refuse_if_out_of_tokens(tenant, holding, now)
-        late = self.max_wait is not None and self._places.wait(now, n) > self.max_wait
-        if self._open + n > self.max_open or (late and not self._within_share(tenant, holding, n)):
-            raise self._overloaded("full", "the server is full", self._places.wait(now, n))
-        self._refuse_if_it_leaves_no_room(tenant, holding, n)
+
+    def _refuse_if_over_shared(self, tenant: Tenant, n: int, known: bool) -> None:
+        assert self.leases is not None
+        try:
+            self.leases.refuse_if_over(tenant, n, known=known)
+        except LimitError as error:
+            self.rejects["database" if isinstance(error, Unshared) else "tokens" if isinstance(error, OutOfTokens) else "concurrency"] += 1
+            raise
 
     def _refuse_if_it_leaves_no_room(self, tenant: Tenant, holding: _Holding, n: int) -> None:
         """Does not apply to a local server, which has no other tenants, nor to a tenant without answers, which may come as long as there is
@@ -223,6 +250,8 @@ class Admission:
             if holding.bucket is not None and ticket.tenant.tokens_per_minute is not None:
                 holding.bucket.fill(ticket.tenant.tokens_per_minute, now)
                 holding.bucket.level += ticket.estimate - tokens
+            if self.leases is not None:
+                self.leases.give(ticket.tenant, ticket.n, ticket.estimate - tokens)
 
 
 def _wait(seconds: float, open_answers: int) -> float:

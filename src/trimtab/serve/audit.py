@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trimtab.errors import TrimtabError
+from trimtab.serve.database import default_path, is_url
 from trimtab.serve.keys import redacted, redacted_in
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,11 @@ class AuditError(TrimtabError):
 
 
 def audit_path(database: str | Path) -> Path:
-    """Where the audit log of a tenants database is: beside it."""
+    """Where the audit log of a tenants database is: beside the file; of a database by URL each machine has its own, where the file would
+    be."""
+    if is_url(database):
+        database = default_path()
+        database.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     return Path(database).with_suffix(".audit.jsonl")
 
 

@@ -28,6 +28,12 @@ def chain_next(before: bytes, tokens: Sequence[int]) -> bytes:
     return _hash([before, array("q", tokens).tobytes()])
 
 
+def chain_activated(before: bytes, digest: str, at: int) -> bytes:
+    """Stands before the first block in which an aLoRA is on, from token `at` of the sequence; the blocks before are the base's. The same
+    tokens may be activated elsewhere in a longer prompt."""
+    return _hash([before, b"activated", digest.encode(), at.to_bytes(8, "little")])
+
+
 def _hash(fields: Iterable[bytes]) -> bytes:
     """Each field with its length before it, so that no two lists of fields give the same bytes."""
     digest = sha256()
@@ -64,6 +70,11 @@ class BlockPool:
     def cached(self) -> int:
         """Free blocks that hold a known prefix."""
         return len(self._cached)
+
+    @property
+    def digests(self) -> list[str]:
+        """The adapters of which it knows blocks."""
+        return list(self._by_digest)
 
     def held(self, block: int) -> bool:
         return self._holders[block] > 0

@@ -7,6 +7,7 @@ version to its end. An adapter of another tenant is answered like one that does 
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trimtab.errors import AdapterError, NotFoundError, TrimtabError
+from trimtab.serve.composed import base_is_no_part, check, composed, names_in
 from trimtab.serve.served import FolderAdapter, Served, StoredAdapter, below
-from trimtab.serve.tenant import EVERYTHING, NAME, Tenant
+from trimtab.serve.tenant import EVERYTHING, Tenant
 from trimtab.store.names import NoSuchAdapter, Ref
 from trimtab.store.registry import Store
 from trimtab.store.version import Version
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MAX_NAME = 256
+LOADED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,62})?", re.ASCII)
+"""Names under which adapters are loaded, as people write them: My-Adapter_V1, org/name."""
 MAX_LOADED = 1000
 """Adapters that a tenant may have loaded from folders at a time."""
 
@@ -59,9 +63,10 @@ class _Loaded:
 class Catalog:
     """What can be asked for. store: None if there is none. folders: under which `load` may read, none: `load` is off.
 
-    base_names: the base's names for clients, none: its own. evict: hears the digest of an adapter that no loaded name stands for any more,
-    to free its memory once nobody uses it. Under one of the folders, a tenant may load what lies in a subfolder named after one of its
-    namespaces; an admin tenant may load all. Safe for any number of threads.
+    base_names: the base's names for clients, none: its own. evict: hears the digest of an adapter that no loaded name stands for any
+    more, to free its memory once nobody uses it; not of one of the store, which others ask for by its own name. Under one of the
+    folders, a tenant may load what lies in a subfolder named after one of its namespaces; an admin tenant may load all. Safe for any
+    number of threads.
     """
 
     def __init__(
@@ -93,7 +98,8 @@ class Catalog:
         """The adapter that this tenant means by this name; None for the base. NotFoundError if it has none of that name.
 
         A name is the base's, that of an adapter the tenant has loaded, "name[@selector]" in the first of its namespaces that has it, or
-        "namespace/name[@selector]". The selector is a version, an alias or a digest; without one, the newest version is meant.
+        "namespace/name[@selector]". The selector is a version, an alias or a digest; without one, the newest version is meant. Or it is a
+        sum of such names, "name+0.5*other".
         """
         if model in self.base_names:
             return None
@@ -101,24 +107,40 @@ class Catalog:
             loaded = self._loaded.get((tenant.id, model))
         if loaded is not None:
             return loaded.servable
+        if (parts := names_in(model)) is not None:
+            return self.compose(parts, tenant)
         version = self._version(model, tenant)
         if version is None or self.store is None:
             raise _unknown(model)
         return StoredAdapter(version, self.store, self.base)
 
+    def compose(self, parts: Sequence[tuple[str, float]], tenant: Tenant) -> Served | None:
+        """The sum of these adapters of this tenant, each with its scale; None where nothing is left of it but the base. NotFoundError, the
+        same as of one name alone, if the tenant lacks one of them."""
+        check(parts)
+        found = [(self.find(name, tenant), scale) for name, scale in parts]
+        for (name, _), (part, _) in zip(parts, found, strict=True):
+            if part is None:
+                raise base_is_no_part(name)
+        return composed((part, scale) for part, scale in found if part is not None)
+
     def models(self, tenant: Tenant, after: str = "") -> Iterator[ModelInfo]:
         """What this tenant may ask for: the base's names, what it has loaded, the newest version of each adapter in its namespaces
         that was not made for another base. Read as they are asked for. after: the id of one of them, to go on behind it."""
         base = self.base_names[0]
-        began = self.base_names.index(after) + 1 if after in self.base_names else 0 if not after else len(self.base_names)
-        yield from (ModelInfo(n, self._started, base) for n in self.base_names[began:])
-        stored = after if "/" in after and after not in self.base_names else ""
+        if not after or after in self.base_names:
+            began = self.base_names.index(after) + 1 if after else 0
+            yield from (ModelInfo(n, self._started, base) for n in self.base_names[began:])
+            after = ""
         with self._lock:
-            mine = [(name, x) for (owner, name), x in sorted(self._loaded.items()) if owner == tenant.id and not stored]
-        behind = "" if after in self.base_names else after
-        yield from (ModelInfo(name, x.created, x.servable.ref, base, x.servable.digest) for name, x in mine if name > behind)
-        for v in self._stored(tenant, stored):
-            if not (v.fingerprint and self.base.fingerprint) or v.fingerprint == self.base.fingerprint:
+            loaded = (tenant.id, after) in self._loaded
+        if loaded or "/" not in after:  # else it is one of the store, and these have all been listed
+            with self._lock:
+                mine = [(name, x) for (owner, name), x in sorted(self._loaded.items()) if owner == tenant.id and name > after]
+            yield from (ModelInfo(name, x.created, x.servable.ref, base, x.servable.digest) for name, x in mine)
+            after = ""
+        for v in self._stored(tenant, after):
+            if self.base.base_differs or not (v.fingerprint and self.base.fingerprint) or v.fingerprint == self.base.fingerprint:
                 yield ModelInfo(v.name, _seconds(v.created), v.ref, base, v.digest)
 
     def _stored(self, tenant: Tenant, after: str) -> Iterator[Version]:
@@ -133,28 +155,50 @@ class Catalog:
                 except AdapterError as error:
                     log.error("an adapter of the store cannot be read", extra={"told": {"adapter": name.path, "error": error.message}})
 
-    def load(self, name: str, path: str | Path, tenant: Tenant) -> None:
-        """Read and check an adapter's folder and give it a name that this tenant alone sees. Reads all of it: call it off the event loop.
+    def created(self, model: str, found: Served, tenant: Tenant) -> int:
+        """When what a name stands for was loaded or published, in seconds since 1970."""
+        with self._lock:
+            loaded = self._loaded.get((tenant.id, model))
+        if loaded is not None and loaded.servable is found:
+            return loaded.created
+        return _seconds(found.version.created) if isinstance(found, StoredAdapter) else self._started
+
+    def load(self, name: str, path: str | Path, tenant: Tenant, *, inplace: bool = False) -> None:
+        """Read and check an adapter, a folder or one of the store, and give it a name that this tenant alone sees. Reads all of it: call it
+        off the event loop. inplace: a name that this tenant has loaded stands for it from the next request on.
 
         AdapterError if it is refused or the name is taken; NotFoundError, the same one, where there is no such folder, it is not under
         an allowed one, or it is not this tenant's.
         """
+        with self._lock:
+            again = inplace and (tenant.id, name) in self._loaded
+        if not again:
+            self._check_free(name, tenant)
+        servable = self._source(path, tenant)
+        servable.load()  # refused now, not at the first request
+        if again:
+            self.replace(name, servable, tenant)
+        else:
+            self.put(name, servable, tenant)
+
+    def _source(self, path: str | Path, tenant: Tenant) -> Served:
+        """The adapter that a path, or a name in the store, means to this tenant."""
+        if self.store is not None and (version := self._version(str(path), tenant)) is not None:
+            return StoredAdapter(version, self.store, self.base)
         if not self.folders:
             raise AdapterError(
-                "this server loads no adapters from folders", fix="publish it to the store, or start the server with a folder"
+                "this server loads no adapters from folders", fix="publish it to the store, or start the server with --adapters-from"
             )
-        self._check_free(name, tenant)
         inside = below(self.folders, str(path), None if tenant.admin else tenant.namespaces)
         if inside is None:
             shown = repr(str(path)[:MAX_NAME])
             raise NotFoundError(f"there is no adapter folder {shown} that this key may load", fix="give the folder's whole path")
-        servable = FolderAdapter.read(*inside, self.base)
-        servable.load()  # refused now, not at the first request
-        self.put(name, servable, tenant)
+        return FolderAdapter.read(*inside, self.base)
 
     def put(self, name: str, servable: Served, tenant: Tenant) -> None:
-        """Give an adapter a name that this tenant alone sees; AdapterError if the name is taken."""
-        self._check_free(name, tenant)
+        """Give an adapter a name that this tenant alone sees; AdapterError if the name is taken. That an adapter of the store is found by
+        it without its namespace does not take it: `find` then means this one, and the other still has its whole name."""
+        self._check_free(name, tenant, in_store="/" in name)
         with self._lock:
             if self._loaded.setdefault((tenant.id, name), entry := _Loaded(servable, int(time.time()))) is not entry:
                 raise _taken(name)
@@ -176,16 +220,21 @@ class Catalog:
             if new is not None:
                 self._loaded[tenant.id, name] = new
             used = {x.servable.digest for x in self._loaded.values()}
-        if old.servable.digest not in used:
+        if old.servable.digest not in used and not isinstance(old.servable, StoredAdapter):
             self._evict(old.servable.digest)
 
-    def _check_free(self, name: str, tenant: Tenant) -> None:
-        if not NAME.fullmatch(name):
-            raise AdapterError(f"{name[:MAX_NAME]!r} is no name for an adapter", fix="at most 63 of a-z 0-9 . _ -, a letter or digit first")
+    def _check_free(self, name: str, tenant: Tenant, *, in_store: bool = True) -> None:
+        if not LOADED.fullmatch(name):
+            raise AdapterError(
+                f"{name[:MAX_NAME]!r} is no name for an adapter",
+                fix="at most 63 of A-Z a-z 0-9 . _ -, a letter or digit first, or two such parts with a slash between",
+            )
         with self._lock:
             mine = [n for owner, n in self._loaded if owner == tenant.id]
-        if name in (*self.base_names, *mine) or self._version(name, tenant) is not None:
+        if name in (*self.base_names, *mine):
             raise _taken(name)
+        if in_store and (version := self._version(name, tenant)) is not None:
+            raise AdapterError(f"there is a model {name!r} already: {version.ref} of the store", fix="choose another name")
         if len(mine) >= MAX_LOADED:
             raise AdapterError(f"{MAX_LOADED} adapters are loaded from folders already", fix="unload some first")
 
@@ -193,9 +242,7 @@ class Catalog:
         """Looked up only if the tenant may see the namespace, so that neither the message nor the time reveals what others have."""
         path, at, selector = model.partition("@")
         namespace, slash, name = path.rpartition("/")
-        if len(model) > MAX_NAME or (at and not selector) or (slash and not tenant.sees(namespace)):
-            return None
-        if self.store is None:
+        if self.store is None or len(model) > MAX_NAME or (at and not selector) or (slash and not tenant.sees(namespace)):
             return None
         if slash or EVERYTHING not in tenant.namespaces:
             return next((v for ns in ([namespace] if slash else tenant.namespaces) if (v := self._lookup(ns, name, selector))), None)

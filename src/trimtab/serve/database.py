@@ -1,31 +1,26 @@
-"""The server's own database: one SQLite file in WAL mode, opened safely, its schema brought up to date.
+"""The server's own database: what tenants, keys, usage and shared limits are kept in. Its tables, and what may be done with it.
 
-A file that is not ours, is damaged, or was made by a later trimtab is refused and never written. A file that was replaced (a backup that
-was moved to its place) is opened anew at the next use; while there is none that can be read, every use is refused.
+It is one SQLite file (`sqlite.py`) that all processes of a machine share, or a PostgreSQL database (`postgres.py`) for several machines.
+Statements are written once, in words that both know; values stand at question marks.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sqlite3
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from trimtab.errors import TrimtabError
 from trimtab.serve.tenant import Tenant
 
-APPLICATION_ID = 0x54524954  # "TRIT": tells our file from any other program's
-BUSY_SECONDS = 10.0
-FOLLOW_SECONDS = 0.1
-"""How long a new file at the path is waited for that somebody holds: everybody waits meanwhile, the server's event loop among them."""
-SIDE_FILES = ("-wal", "-shm")
-
-MIGRATIONS: tuple[tuple[str, ...], ...] = (
+APPLICATION_ID = 0x54524954  # "TRIT": tells our database from any other program's
+COUNTED = ("tenants", "keys")
+"""Tables whose changes are counted in `generation`, by triggers. So a writing of usage makes nobody read all keys again."""
+TABLES: tuple[tuple[str, ...], ...] = (
     (
         # A removed tenant's row stays, so that its usage keeps its owner; its name may be taken again, its id never.
         """CREATE TABLE tenants (
@@ -58,208 +53,110 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             completion_tokens INTEGER NOT NULL,
             PRIMARY KEY (tenant, day, adapter)
         ) WITHOUT ROWID""",
-        # Counts changes of tenants and keys, so that a writing of usage makes nobody read all keys again.
         "CREATE TABLE generation (number INTEGER NOT NULL)",
         "INSERT INTO generation VALUES (1)",
-        *(
-            f"CREATE TRIGGER {table}_{verb.lower()} AFTER {verb} ON {table} BEGIN UPDATE generation SET number = number + 1; END"
-            for table in ("tenants", "keys")
-            for verb in ("INSERT", "UPDATE", "DELETE")
-        ),
+    ),
+    (
+        # Servers that share the limits of tenants (leases.py). seen: seconds since 1970, by the database's clock.
+        "CREATE TABLE replicas (id TEXT PRIMARY KEY, seen REAL NOT NULL)",
+        # What a replica holds of a tenant's limits. slots: answers that may be under way there; running: those that are; tokens: that may
+        # be used there.
+        """CREATE TABLE leases (
+            replica TEXT NOT NULL REFERENCES replicas (id) ON DELETE CASCADE,
+            tenant TEXT NOT NULL,
+            slots INTEGER NOT NULL,
+            running INTEGER NOT NULL,
+            tokens REAL NOT NULL,
+            PRIMARY KEY (replica, tenant)
+        ) WITHOUT ROWID""",
+        # Tokens of a tenant that no replica holds, at the time `filled`.
+        "CREATE TABLE buckets (tenant TEXT PRIMARY KEY, level REAL NOT NULL, filled REAL NOT NULL) WITHOUT ROWID",
     ),
 )
-"""Statements that lead from version i to i + 1 of the schema. Only ever appended to."""
+"""What leads from version i to i + 1 of the schema, in SQLite's words, without the triggers. Only ever appended to."""
 
 TENANT_COLUMNS = "t.id, t.name, t.namespaces, t.max_concurrent, t.tokens_per_minute, t.weight, t.admin"
+URLS = ("postgresql://", "postgres://")
+T = TypeVar("T")
+H = TypeVar("H")
 
 
 class DatabaseError(TrimtabError):
-    """The database cannot be used: damaged, another program's, from a later version, not readable."""
+    """The database cannot be used: damaged, another program's, from a later version, not readable, not reached."""
 
     http_status = 503
 
 
-@dataclass(eq=False)
-class Handle:
-    """One connection of a `Database`. opened: how often it was made, so that its user sees that the file is another one."""
+class Cursor(Protocol):
+    """What a statement gives."""
 
-    connection: sqlite3.Connection
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    opened: int = 1
+    @property
+    def rowcount(self) -> int: ...
+    def fetchone(self) -> Any: ...
+    def fetchall(self) -> list[Any]: ...
+    def __iter__(self) -> Iterator[Any]: ...
 
 
-class Database:
-    """All connections of a process to the file at a path. Any number of threads."""
+class Connection(Protocol):
+    """Runs statements; a question mark stands for each value."""
 
-    def __init__(self, path: str | Path, *, create: bool = False):
-        """DatabaseError if there is no file (unless create), or one that is not ours to use."""
-        self.path = Path(path)
-        connect(self.path, create=create).close()
-        self._handles: list[Handle] = []
-        self._lock = threading.Lock()
-        self._identity: tuple[int, int] | None = self._there()
-        self._side_files: set[int] = set()  # inode numbers
+    def execute(self, statement: str, values: Sequence[Any] = ..., /) -> Cursor: ...
 
-    def handle(self) -> Handle:
-        """A connection more, to be used through `use` and given back with `close`."""
-        with self._lock:
-            self._handles.append(Handle(connect(self.path)))
-            self._side_files |= self._numbers()
-            return self._handles[-1]
 
-    @contextmanager
-    def use(self, handle: Handle) -> Iterator[sqlite3.Connection]:
-        """The connection, to the file that is at the path now. One thread at a time."""
-        self.follow()
-        with handle.lock, explained(self.path):
-            yield handle.connection
+class Watch(ABC, Generic[T]):
+    """Something that is read from tenants and keys, and read again when these have changed."""
 
-    def close(self, handle: Handle) -> None:
-        with self._lock, handle.lock:
-            self._handles.remove(handle)
-            handle.connection.close()
+    @abstractmethod
+    def value(self) -> T:
+        """As of now. Microseconds: it may be asked on an event loop. DatabaseError where it is not known."""
 
-    def _there(self) -> tuple[int, int]:
-        try:
-            found = os.stat(self.path)
-        except OSError as error:
-            fix = "put it back, or start the server anew with another one"
-            raise DatabaseError(f"the tenants database {self.path} is gone: {error.strerror}", fix=fix) from error
-        return found.st_dev, found.st_ino
+    @abstractmethod
+    def refresh(self) -> None:
+        """What this process has just written is in `value` from now on."""
 
-    def _numbers(self) -> set[int]:
-        return {os.stat(f).st_ino for f in map(self._side_file, SIDE_FILES) if f.exists()}
+    @abstractmethod
+    def close(self) -> None: ...
 
-    def _side_file(self, end: str) -> Path:
-        return self.path.with_name(self.path.name + end)
 
-    def _drop_side_files(self) -> None:
-        """Those that were there while ours were open; others came with the new file."""
-        for file in map(self._side_file, SIDE_FILES):
-            with suppress(FileNotFoundError):
-                if file.stat().st_ino in self._side_files:
-                    file.unlink()
+class Database(ABC, Generic[H]):
+    """All connections of a process to one database. Any number of threads."""
+
+    now: ClassVar[str]
+    """A statement that gives the seconds since 1970 by a clock that all who share the database see."""
+
+    @abstractmethod
+    def handle(self, *, durable: bool = True) -> H:
+        """A connection more, to be given back with `close`. durable: what it has written survives a power cut."""
+
+    @abstractmethod
+    def reading(self, handle: H) -> AbstractContextManager[Connection]:
+        """Its connection, for one thread at a time."""
+
+    @abstractmethod
+    def writing(self, handle: H) -> AbstractContextManager[Connection]:
+        """Its connection, in a transaction: all of the block's changes, or none. There is one writer at a time among all processes."""
+
+    @abstractmethod
+    def watch(self, read: Callable[[Connection], T]) -> Watch[T]: ...
+
+    @abstractmethod
+    def close(self, handle: H) -> None: ...
 
     def follow(self) -> None:
-        """Open the file anew if it is another one; DatabaseError if that fails.
-
-        The old file's side files (-wal, -shm) still lie at the path, and SQLite would read the new file through them: what they hold is
-        written into the old file first, then they go.
-        """
-        if self._there() == self._identity:
-            return
-        with self._lock, ExitStack() as locks:
-            if (identity := self._there()) == self._identity:
-                return
-            for handle in self._handles:
-                locks.enter_context(handle.lock)
-                with suppress(sqlite3.Error):
-                    handle.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-                handle.connection.close()
-            self._drop_side_files()
-            patience = 0.0 if self._identity is None else FOLLOW_SECONDS  # once; then each use only looks
-            self._identity = None  # nobody gets in before all of them are open
-            for handle in self._handles:
-                handle.connection = connect(self.path, busy_seconds=patience)
-                handle.opened += 1
-            for handle in self._handles:
-                handle.connection.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")
-            self._side_files = self._numbers()
-            self._identity = identity  # where it was replaced again meanwhile, the next use sees that
+        """Notice that the database was replaced by another one."""
 
 
-def connect(path: Path, *, create: bool = False, busy_seconds: float = BUSY_SECONDS) -> sqlite3.Connection:
-    """An open connection, for any thread but one at a time, the schema up to date. create: make the file (mode 0600) where there is none.
-    busy_seconds: how long it waits for others, now and later.
+def default_path() -> Path:
+    """${XDG_DATA_HOME:-~/.local/share}/trimtab/tenants.db"""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "trimtab" / "tenants.db"
 
-    DatabaseError if there is no file, or one that is not ours to use.
-    """
-    if create:
-        _create_file(path)
-    elif not path.is_file():
-        raise DatabaseError(f"no tenants database at {path}", fix="make one: trimtab tenants add NAME --db " + str(path))
-    with explained(path):
-        connection = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
-        try:
-            _check_owner(connection, path)
-            connection.execute("PRAGMA journal_mode = WAL").fetchone()
-            connection.execute("PRAGMA synchronous = FULL")  # a revocation must survive a power cut
-            connection.execute("PRAGMA foreign_keys = ON")
-            _migrate(connection, path)
-        except BaseException:
-            connection.close()
-            raise
-    return connection
+
+def is_url(where: str | Path) -> bool:
+    """Whether this names a PostgreSQL database; everything else is the path of a file."""
+    return str(where).startswith(URLS)
 
 
 def tenant_of(row: Sequence[Any]) -> Tenant:
     """A row of TENANT_COLUMNS as a tenant."""
     tenant_id, name, namespaces, max_concurrent, tokens_per_minute, weight, admin = row
     return Tenant(tenant_id, name, tuple(json.loads(namespaces)), max_concurrent, tokens_per_minute, weight, bool(admin))
-
-
-@contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """All of the block's changes, or none. Waits up to BUSY_SECONDS for other writers."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield connection
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:  # a full disk may have ended it already
-            connection.execute("ROLLBACK")
-        raise
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """SQLite's errors as ours, with the file's name."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        fix = "look at the disk and at who else holds the file; it was not changed"
-        raise DatabaseError(f"the tenants database {path} cannot be used: {error}", fix=fix) from error
-    except sqlite3.DatabaseError as error:
-        fix = "restore it from a backup, or move it away and make a new one; it was not changed"
-        raise DatabaseError(f"{path} is damaged, or no tenants database: {error}", fix=fix) from error
-
-
-def _create_file(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # SQLite gives its side files the same mode
-    except FileExistsError:
-        if not path.is_file():
-            raise DatabaseError(f"{path} is no file", fix="give --db the name of a file") from None
-    except OSError as error:
-        raise DatabaseError(f"cannot make {path}: {error.strerror}", fix="give --db a file in a folder that can be written") from error
-
-
-def _check_owner(connection: sqlite3.Connection, path: Path) -> None:
-    """Before anything is written: is this file empty, or ours? One transaction: another process may be making it just now."""
-    connection.execute("BEGIN")
-    owner = connection.execute("PRAGMA application_id").fetchone()[0]
-    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    connection.execute("COMMIT")
-    if owner == APPLICATION_ID or (not owner and not tables):
-        return
-    raise DatabaseError(f"{path} is another program's database", fix="give --db another file")
-
-
-def _migrate(connection: sqlite3.Connection, path: Path) -> None:
-    def version() -> int:
-        return int(connection.execute("PRAGMA user_version").fetchone()[0])
-
-    if version() == len(MIGRATIONS):
-        return
-    with transaction(connection):
-        found = version()  # again: another process may have been faster
-        if found > len(MIGRATIONS):
-            raise DatabaseError(
-                f"{path} has schema version {found}; this trimtab knows up to {len(MIGRATIONS)}", fix="use the trimtab that wrote it"
-            )
-        for statements in MIGRATIONS[found:]:
-            for statement in statements:
-                connection.execute(statement)
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from trimtab.errors import TrimtabError
 from trimtab.serve.blocks import BlockPool
+from trimtab.serve.composed import parts_of
 from trimtab.serve.open_requests import OpenRequests
 from trimtab.serve.request import Delta, FinishReason, Request, Token, Usage
 from trimtab.serve.residency import Residency
@@ -77,11 +78,14 @@ class Ending:
                 self.finish(live, "cancelled")
 
     def evict(self, digest: str) -> None:
-        """Let go of an adapter, and of what the cache has of it. Requests that wait for it still get it; then it goes again."""
-        self.pool.forget(digest)
-        self.residency.evict(digest)
-        if any(live.digest == digest and live.resident is None for live in self.requests):
-            self.departing.add(digest)
+        """Let go of an adapter, of the sums that it is part of, and of what the cache has of them. Requests that wait for it still get it;
+        then it goes again."""
+        asked = [live.digest for live in self.requests if live.digest is not None and live.resident is None]
+        for one in {d for d in (digest, *self.pool.digests, *self.residency.digests, *asked) if d == digest or digest in parts_of(d)}:
+            self.pool.forget(one)
+            self.residency.evict(one)
+            if one in asked:
+                self.departing.add(one)
 
 
 def tell(observer: Callable[..., None], *facts: object) -> None:

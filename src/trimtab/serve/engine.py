@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from threading import Event, Lock, Thread
 
@@ -21,19 +21,23 @@ from trimtab.errors import TrimtabError
 from trimtab.model import Base
 from trimtab.ops import native
 from trimtab.serve.blocks import BlockPool, chain_start
-from trimtab.serve.config import EngineConfig, make_budgets
+from trimtab.serve.config import EngineConfig, fitted, make_budgets
+from trimtab.serve.drafts import Drafts
 from trimtab.serve.ending import Ending, OnFinish
-from trimtab.serve.grammars import Grammars
+from trimtab.serve.grammars import Grammars, Matcher
 from trimtab.serve.open_requests import OpenRequests
-from trimtab.serve.request import Request, Servable, Sink, Usage
+from trimtab.serve.prompt_rows import prompt_rows
+from trimtab.serve.request import Grammar, Request, SamplingParams, Servable, Sink, Usage
 from trimtab.serve.residency import LOADERS, Residency, Resident
 from trimtab.serve.results import Collector, Result
 from trimtab.serve.runner import Runner
 from trimtab.serve.sampling import Sampler, make_draw
 from trimtab.serve.scheduler import Scheduler
-from trimtab.serve.sequence import Live, ServingError
+from trimtab.serve.sequence import Live, ServingError, adapters_of
 from trimtab.serve.stats import EngineStats, StepFacts, TokenCounts
 from trimtab.serve.step import Step
+from trimtab.serve.step_cost import StepCost
+from trimtab.serve.watch import Watch
 
 __all__ = ["Engine", "EngineConfig"]
 
@@ -54,8 +58,8 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         loader: Executor | None = None,
     ):
-        self.base, self.config, self.clock = base, config or EngineConfig(), clock
-        size = self.config.block_size
+        self.base, self.config, self.clock = base, fitted(config or EngineConfig(), base), clock
+        size = self.config.block
         budgets = make_budgets(self.config, base, Runner.bytes_per_block(base, size))
         self.pool = BlockPool(budgets.kv_blocks)
         self.runner = Runner(base, blocks=self.pool.total, block_size=size)
@@ -65,7 +69,8 @@ class Engine:
         self._own_loader = loader is None
         self._loader = loader or ThreadPoolExecutor(LOADERS, thread_name_prefix="trimtab-load", initializer=native.compute_alone)
         self.residency = Residency(base, budgets.adapter_bytes, self._loader, self.forward_lock, wake, self._freed)
-        self.scheduler = Scheduler(self.config, self.pool, self.residency, min(base.spec.max_positions, self.pool.total * size))
+        cost = StepCost.measured(self.runner, self.pool) if self.config.speculate else None
+        self.scheduler = Scheduler(self.config, self.pool, self.residency, min(base.spec.max_positions, self.pool.total * size), cost)
         self.sampler = Sampler(base.spec.vocab_size, base.stop_ids, base.device)
         self.decoder = Decoder(base.tokenizer)
         self.grammars = Grammars(base.tokenizer, base.spec.vocab_size, base.stop_ids, wake)
@@ -107,17 +112,22 @@ class Engine:
         p = request.sampling
         digest = None if request.adapter is None else request.adapter.digest
         tenant = None if self.config.share_prefix_across_tenants else request.tenant
-        matcher = None if p.grammar is None else self.grammars.matcher(p.grammar, request.tenant)
+        matcher = None if p.grammar is None else self._matcher(request, p.grammar)
+        trigger = None if p.grammar is None or matcher is None else p.grammar.trigger
         live = Live(
             request,
             sink,
-            self.decoder.stream(p.stop, p.min_tokens),
-            make_draw(p, request.prompt, matcher),
+            self.decoder.stream(p.stop, p.min_tokens, self._shown(p), p.with_stop),
+            make_draw(p, request.prompt, matcher if trigger is None else None),
             matcher,
             serial=0,
             arrived=self.clock(),
-            chain=chain_start(self.base.fingerprint, digest, tenant, request.cache_salt, self.config.block_size),
+            chain=chain_start(self.base.fingerprint, digest, tenant, request.cache_salt, self.config.block),
+            base_chain=chain_start(self.base.fingerprint, None, tenant, request.cache_salt, self.config.block),
             tokens=list(request.prompt),
+            drafts=Drafts(len(request.prompt)) if self.config.speculate and p.grammar is None else None,
+            watch=None if trigger is None else Watch(trigger, self.decoder.stream(shown=self._shown(p))),
+            rows=prompt_rows(request),
         )
         try:
             self.requests.enter(live, self.scheduler.running, lambda: self._step.begin(live))
@@ -125,6 +135,20 @@ class Engine:
             if matcher is not None:
                 matcher.close()  # nobody else would
             raise
+
+    def _matcher(self, request: Request, grammar: Grammar) -> Matcher | None:
+        """Follows its grammar; None where that cannot be followed and need not."""
+        try:
+            return self.grammars.matcher(grammar, request.tenant)
+        except TrimtabError as error:
+            if not grammar.loose:
+                raise
+            _log.info("request %s goes on without its grammar: %s", request.id, error.message)
+            return None
+
+    def _shown(self, p: SamplingParams) -> Collection[int]:
+        """Control tokens that are part of an answer's text."""
+        return self.decoder.special.keys() if p.all_shown else p.shown
 
     def cancel(self, request_id: str) -> None:
         """End a request, wherever it is; nothing where there is none."""
@@ -148,7 +172,8 @@ class Engine:
     def stats(self) -> EngineStats:
         """Where everything stands now."""
         s, r, p = self.scheduler, self.residency, self.pool
-        running, loading = len(s.running), s.loading_count
+        running, loading = len(s.running), s.queues.loading_count
+        live = list(self.requests)
         return EngineStats(
             running=running,
             waiting=max(0, len(self.requests) - running - loading),
@@ -166,6 +191,8 @@ class Engine:
             evictions=r.evictions,
             load_seconds=r.load_seconds,
             preemptions=s.preemptions,
+            drafted_tokens=s.drafted,
+            accepted_tokens=self._step.accepted,
             prefix_query_tokens=s.query_tokens,
             prefix_hit_tokens=s.hit_tokens,
             prompt_tokens=self._tokens.prompt,
@@ -174,11 +201,13 @@ class Engine:
             step_errors=self._step.errors,
             tenant_tokens=dict(self._tokens.by_tenant),
             rows_by_path=dict(self.base.attached.cached_rows),
+            adapters_running=adapters_of(r for r in live if r.where == "running"),
+            adapters_waiting=adapters_of(r for r in live if r.where != "running"),
         )
 
     def memory(self) -> ServingMemory:
         """What serving takes at most, beside the process itself."""
-        blocks = self.pool.total * Runner.bytes_per_block(self.base, self.config.block_size)
+        blocks = self.pool.total * Runner.bytes_per_block(self.base, self.config.block)
         return memory_of_server(self.base, blocks, self.residency.budget_bytes, self.config.max_step_rows)
 
     # ---- who drives it ----
@@ -234,7 +263,7 @@ class Engine:
         assert not self.requests, f"open requests: {sorted(self.requests.by_id)}"
         assert self.pool.used == 0, f"{self.pool.used} KV blocks are held by nobody"
         assert self.residency.leases == 0, f"{self.residency.leases} leases are held by nobody"
-        assert not self.scheduler.waiting_count and not self.scheduler.loading_count
+        assert not self.scheduler.waiting_count and not self.scheduler.queues.loading_count
 
     def _until(self, done: Callable[[], bool], deadline: float = float("inf")) -> bool:
         """Step, or let the thread step, until `done` or the deadline; whether it was done."""

@@ -7,8 +7,8 @@ loaded. Places and blocks are the scheduler's matter.
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 
 from trimtab.serve.sequence import Live
@@ -19,13 +19,13 @@ MIN_CHUNK = 128
 
 
 class Entrance:
-    """One step's admissions. waiting: each tenant's queue, in which `close` leaves all that did not enter. returning: oldest arrival first.
-    lease: whether a sequence's adapter is loaded, and now held for it. counters: tokens served to each tenant, by weight. left: rows of
-    this step for each tenant that has to hold back. budget: rows for prompts."""
+    """One step's admissions. waiting: each tenant's queue, which whoever enters leaves. returning: oldest arrival first. lease: whether a
+    sequence's adapter is loaded, and now held for it. counters: tokens served to each tenant, by weight. left: rows of this step for each
+    tenant that has to hold back. budget: rows for prompts."""
 
     def __init__(
         self,
-        waiting: dict[str, deque[Live]],
+        waiting: Mapping[str, Sequence[Live]],
         returning: Iterable[Live],
         lease: Callable[[Live], bool],
         counters: Mapping[str, float],
@@ -41,7 +41,7 @@ class Entrance:
         for live in returning:
             if live.unsaid is None:
                 self._back.setdefault(live.request.tenant, []).append(live)
-        self._passed: dict[str, list[Live]] = {}  # in front of their queues; their adapters are not loaded
+        self._passed = Counter[str]()  # how many in front of each queue cannot enter: their adapters are not loaded
         self._stuck: set[str] = set()
         self._order = list[tuple[float, str]]()
         self._line_up()
@@ -82,10 +82,6 @@ class Entrance:
         """It has its share, and finds nothing more in this step."""
         self._stuck.add(tenant)
 
-    def close(self) -> None:
-        for tenant, passed in self._passed.items():
-            self._waiting.setdefault(tenant, deque()).extendleft(reversed(passed))
-
     def _line_up(self) -> None:
         """Everybody who may be next. Later entries with an old counter are passed over."""
         self._order = [(self._counters[t], t) for t in {*self._waiting, *self._back}]
@@ -101,9 +97,9 @@ class Entrance:
     def _first(self, tenant: str) -> Live | None:
         if back := self._back.get(tenant):
             return back[0]
-        queue = self._waiting.get(tenant)
-        while queue:
-            if self._lease(queue[0]):
-                return queue[0]
-            self._passed.setdefault(tenant, []).append(queue.popleft())
+        queue = self._waiting.get(tenant, ())
+        while self._passed[tenant] < len(queue):
+            if self._lease(live := queue[self._passed[tenant]]):
+                return live
+            self._passed[tenant] += 1
         return None

@@ -21,6 +21,7 @@ KEPT_BYTES = 16 << 20
 """Memory that compiled grammars may take which nobody uses at the moment."""
 WHITESPACE = r"[ \n]{0,16}"
 """Between the parts of a JSON answer: bounded, since a model may write blanks for ever."""
+_NAMES = {"calls": "the grammar of these tools"}
 LEXER_FUEL, MAX_SIZE, MAX_STATES = 500_000, 100_000, 50_000
 """llguidance's limits, below its own; a state takes 1 to 2 kB. They bound time loosely: a unit of fuel may take 100 ns or 3 µs."""
 
@@ -87,14 +88,14 @@ class Compiler:
         )
         matcher = llguidance.LLMatcher(self._ours, _source(kind, text), log_level=0, limits=limits)
         if matcher.is_error():
-            raise GrammarError(f"this {kind} cannot be followed: {_short(matcher.get_error())}")
+            raise GrammarError(f"{_NAMES.get(kind, f'this {kind}')} cannot be followed: {_short(matcher.get_error())}")
         return matcher
 
 
 def check_size(kind: str, text: str) -> None:
     """GrammarError where the text is larger than any that is read."""
     if len(text) > MAX_CHARS:
-        raise GrammarError(f"the {kind} has {len(text)} characters, at most {MAX_CHARS} are taken")
+        raise GrammarError(f"{_NAMES.get(kind, f'the {kind}')} has {len(text)} characters, at most {MAX_CHARS} are taken")
 
 
 def resident_bytes() -> int:
@@ -111,6 +112,8 @@ def _source(kind: str, text: str) -> str:
 
     if kind == "regex":
         return LLMatcher.grammar_from_regex(text)
+    if kind == "calls":
+        return LLMatcher.grammar_from_lark(text)
     if kind == "choice":
         return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c) for c in _choices(text)))
     schema = {"type": "object"} if kind == "json_object" else _parse(kind, text)

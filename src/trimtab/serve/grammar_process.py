@@ -23,8 +23,6 @@ from trimtab.serve.grammar import Compiler, Matcher
 
 START_S = 60.0
 """Processor seconds of the start."""
-NICE = 19
-"""The lowest priority: two processes that compile for seconds take 3% of the cores from the server's step."""
 HEAD = struct.Struct("<cIII")
 """kind of message, id of the matcher, tokens that follow, bytes that follow them."""
 REPLY = struct.Struct("<cII")
@@ -38,7 +36,6 @@ def message(kind: bytes, matcher: int, tokens: array[int], data: bytes = b"") ->
 
 
 def main() -> None:
-    os.nice(NICE)
     inp, out = sys.stdin.buffer, sys.stdout.buffer
     matchers: dict[int, Matcher] = {}
     signal.setitimer(signal.ITIMER_PROF, START_S)  # its signal ends the process

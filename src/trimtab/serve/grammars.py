@@ -23,10 +23,6 @@ from hashlib import sha256
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from trimtab.errors import OverloadedError, TrimtabError
 from trimtab.serve.grammar import GrammarError, check_size
 from trimtab.serve.grammar_pool import IDLE_S, Process, idle, process_for
@@ -79,9 +75,9 @@ class Matcher:
         """Through no fault of the grammar."""
         self.error, self.ours = f"grammars cannot be followed here: {why}", True
 
-    def advance(self, token: int) -> None:
-        """A token was chosen; it is `ready` again later."""
-        self.grammars.advance(self, token)
+    def advance(self, *tokens: int) -> None:
+        """Tokens were chosen; it is `ready` again later."""
+        self.grammars.advance(self, tokens)
 
     def close(self) -> None:
         self.grammars.close(self)
@@ -123,11 +119,11 @@ class Grammars:
                 self._open(made, process)
         return made
 
-    def advance(self, matcher: Matcher, token: int) -> None:
+    def advance(self, matcher: Matcher, tokens: Sequence[int]) -> None:
         with self._news:
-            matcher.tokens.append(token)
+            matcher.tokens.extend(tokens)
             if matcher.process is not None:
-                self._ask(matcher, message(b"a", matcher.number, matcher.tokens[-1:]))
+                self._ask(matcher, message(b"a", matcher.number, array("I", tokens)))
 
     def close(self, matcher: Matcher) -> None:
         """Nobody needs it any more."""
@@ -351,14 +347,3 @@ def _take(matcher: Matcher, status: bytes, answer: bytes) -> None:
     matcher.mask, matcher.done = answer if status == b"+" else b"", status == b"="
     if status == b"-":
         matcher.error = answer.decode("utf-8", "replace") or "no reason given"
-
-
-def masks(matchers: Sequence[Any], vocab_size: int) -> Tensor:
-    """Which tokens may come next [n, V] bool, on the CPU."""
-    words = (vocab_size + 31) // 32
-    rows = [np.frombuffer(m.mask or bytes(4 * words), dtype=np.uint8) for m in matchers]
-    bits = np.unpackbits(np.stack(rows), axis=1, bitorder="little")[:, :vocab_size]
-    return torch.from_numpy(bits).bool()
-
-
-__all__ = ["GrammarError", "Grammars", "Matcher", "masks"]

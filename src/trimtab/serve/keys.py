@@ -1,8 +1,8 @@
 """API keys: `id.secret`. The id is public and finds the row; of the secret only a sha256 is kept, and it is compared in constant time.
 
 A plain hash is enough: the secret has 256 random bits, so there is nothing to guess that a slow hash would protect. All keys are held in
-memory, and read again when the database says that tenants or keys have changed. That is asked at every request, so a revocation counts
-from the next request on, in every process.
+memory, and read again when tenants or keys have changed (`Watch`): a revocation counts from the next request on, in every process that
+shares a SQLite file, and within the bounds of `postgres.py` where servers share a PostgreSQL database.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import logging
 import math
 import re
 import secrets
-import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
 from trimtab.errors import AuthError
-from trimtab.serve.database import TENANT_COLUMNS, Database, DatabaseError, tenant_of
+from trimtab.serve.database import TENANT_COLUMNS, Connection, Database, DatabaseError, tenant_of
 from trimtab.serve.tenant import LOCAL, Tenant
 
 log = logging.getLogger(__name__)
@@ -94,11 +93,9 @@ def hash_secret(secret: str) -> bytes:
 class Keyring:
     """The keys in force, for reading. Any number of threads."""
 
-    def __init__(self, database: Database, clock: Callable[[], float]):
-        self._database, self._clock = database, clock
-        self._handle = database.handle()  # of its own: data_version shows only what other connections have changed
-        self._opened, self._data_version, self._generation = 0, -1, -1
-        self._known: dict[str, tuple[bytes, float, Tenant]] = {}
+    def __init__(self, database: Database[Any], clock: Callable[[], float]):
+        self._clock, self._watch = clock, database.watch(_in_force)
+        self.refresh, self.close = self._watch.refresh, self._watch.close
 
     def authenticate(self, text: str | None) -> Tenant:
         """The tenant whose key this is. AuthError, the same whatever is wrong with the key: unknown, wrong secret, expired, revoked.
@@ -107,7 +104,7 @@ class Keyring:
             raise AuthError("no API key was given", fix="send the header Authorization: Bearer <key>")
         key_id, given = split_key(text)
         try:
-            kept, end, tenant = self._current().get(key_id, (NOBODY, -math.inf, LOCAL))
+            kept, end, tenant = self._watch.value().get(key_id, (NOBODY, -math.inf, LOCAL))
         except DatabaseError as error:
             log.error("keys cannot be checked", extra={"told": {"error": error.message}})
             raise DatabaseError("API keys cannot be checked at the moment", fix="try again later") from error
@@ -115,26 +112,11 @@ class Keyring:
             return tenant
         raise AuthError("this API key is not valid", fix="check the key, or ask for a new one")
 
-    def _current(self) -> dict[str, tuple[bytes, float, Tenant]]:
-        """id -> (hash, end, tenant) of every key in force, as of now."""
-        with self._database.use(self._handle) as db:
-            if self._handle.opened != self._opened:  # the numbers of another file say nothing
-                self._opened, self._data_version, self._generation = self._handle.opened, -1, -1
-            data_version = db.execute("PRAGMA data_version").fetchone()[0]
-            if data_version != self._data_version:  # usage is written often; only the generation says that keys have changed
-                generation = db.execute("SELECT number FROM generation").fetchone()[0]
-                if generation != self._generation:
-                    self._known = self._read(db)
-                self._data_version, self._generation = data_version, generation
-            return self._known
 
-    @staticmethod
-    def _read(db: sqlite3.Connection) -> dict[str, tuple[bytes, float, Tenant]]:
-        rows = db.execute(
-            f"SELECT k.id, k.secret_sha256, k.expires, {TENANT_COLUMNS} FROM keys k JOIN tenants t ON t.id = k.tenant "
-            "WHERE k.revoked IS NULL AND t.removed IS NULL"
-        )
-        return {key_id: (kept, math.inf if expires is None else expires, tenant_of(rest)) for key_id, kept, expires, *rest in rows}
-
-    def close(self) -> None:
-        self._database.close(self._handle)
+def _in_force(db: Connection) -> dict[str, tuple[bytes, float, Tenant]]:
+    """id -> (hash, end, tenant) of every key that is neither revoked nor a removed tenant's."""
+    rows = db.execute(
+        f"SELECT k.id, k.secret_sha256, k.expires, {TENANT_COLUMNS} FROM keys k JOIN tenants t ON t.id = k.tenant "
+        "WHERE k.revoked IS NULL AND t.removed IS NULL"
+    )
+    return {key_id: (kept, math.inf if expires is None else expires, tenant_of(rest)) for key_id, kept, expires, *rest in rows}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trimtab.methods import Method
+from trimtab.methods import Head, Method
 from trimtab.store import Adapter
 
 if TYPE_CHECKING:
@@ -29,18 +29,19 @@ class Snapshot:
     method: Method = field(repr=False, compare=False)
     params: Mapping[str, Tensor] = field(repr=False, compare=False)
     base: Base = field(repr=False, compare=False)
+    head: Head | None = field(default=None, repr=False, compare=False)
 
     def load(self) -> Adapter:
-        return Adapter(self.base, self.method, dict(self.params))
+        return Adapter(self.base, self.method, dict(self.params), head=self.head)
 
 
-def snapshot(ref: str, base: Base, method: Method, params: Mapping[str, Tensor]) -> Snapshot:
+def snapshot(ref: str, base: Base, method: Method, params: Mapping[str, Tensor], head: Head | None = None) -> Snapshot:
     """The adapter as it would be saved now: training-time aids folded away, tensors copied, so that the next step does not change it.
     Call it between two steps."""
     with torch.no_grad():
         method, exported = method.export(params)
         copied = {key: t.detach().clone() for key, t in exported.items()}
-    return Snapshot(ref, digest_of(method, copied), method, copied, base)
+    return Snapshot(ref, digest_of(method, copied), method, copied, base, head)
 
 
 def digest_of(method: Method, params: Mapping[str, Tensor]) -> str:

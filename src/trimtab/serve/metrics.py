@@ -1,13 +1,14 @@
 """What Prometheus reads at /metrics: vLLM's names with a prefix of our own, and metrics that only a server of many adapters has.
 
-`trimtab:e2e_request_latency_seconds` means the same as `vllm:e2e_request_latency_seconds`, so dashboards work after the prefix is replaced.
-The prefix is our own because a scraper that finds `vllm:` may rely on everything that vLLM has. Current values and totals are read from the
-engine on request; times are observed as requests end. Labels are bounded: the model's name, a fixed list of reasons, and MAX_TENANTS
-tenants.
+`trimtab_e2e_request_latency_seconds` means the same as `vllm:e2e_request_latency_seconds`, so dashboards work after the prefix is replaced.
+On request metrics that vLLM has too have vLLM's names, for dashboards and gateways that know only those; `vllm:lora_requests_info` is one
+more of these, by which gateways route. Current values and totals are read from the engine on request; times are observed as requests end.
+Labels are bounded: the model's name, a fixed list of reasons, and MAX_TENANTS tenants.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import get_args
@@ -23,12 +24,23 @@ from trimtab.serve.request import FinishReason, Request, Usage
 from trimtab.serve.stats import EngineStats, StepFacts
 from trimtab.serve.usage import UsageBook
 
-PREFIX = "trimtab:"
+PREFIX, VLLM_PREFIX = "trimtab_", "vllm:"
+OF_VLLM = frozenset(
+    (
+        *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries", "prefix_cache_hits"),
+        *("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"),
+        *("num_preemptions", "prompt_tokens", "generation_tokens", "request_success", "time_to_first_token_seconds"),
+        *("inter_token_latency_seconds", "request_time_per_output_token_seconds", "e2e_request_latency_seconds"),
+        *("request_queue_time_seconds", "request_prompt_tokens", "request_generation_tokens", "iteration_tokens"),
+    )
+)
+IN_VLLM = {"iteration_tokens": "iteration_tokens_total"}
+"""Where vLLM's name is none that Prometheus' conventions have."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-MAX_TENANTS = 100
+MAX_TENANTS = MAX_ADAPTERS = 100
 OTHER = "(other)"
 """The label of all tenants beyond the first MAX_TENANTS, and of reasons that are not in REASONS; no tenant can have this name."""
-REASONS = ("auth", "forbidden", "not_found", "invalid", "too_large", "concurrency", "tokens", "full", "draining", OTHER)
+REASONS = ("auth", "forbidden", "not_found", "invalid", "too_large", "concurrency", "tokens", "full", "draining", "database", OTHER)
 FINISHED = {"cancelled": "abort"}
 """Where vLLM has another word for how a request ended."""
 
@@ -40,7 +52,9 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50
 
 
 class Metrics:
-    """The metrics of one server, in a registry of its own. model: the base's name. stats: the engine's, asked at each reading.
+    """The metrics of one server, in a registry of its own. model: the base's name. stats: the engine's, asked at each reading. vllm: under
+    vLLM's names where it has them. max_running: answers at a time, which may all have adapters of their own. block_size: tokens of a KV
+    block.
 
     Give `finished` and `stepped` to the engine as its on_finish and on_step, and call `rejected` for what is refused by others than
     `admission`. ignored: requests with fields that nobody read; count them there.
@@ -54,8 +68,12 @@ class Metrics:
         admission: Admission | None = None,
         audit: Audit | None = None,
         usage: UsageBook | None = None,
+        vllm: bool = False,
+        max_running: int = 0,
+        block_size: int = 0,
     ):
-        self.registry, self._model = CollectorRegistry(), model
+        self.registry, self._model, self._vllm, self._max_running = CollectorRegistry(), model, vllm, max_running
+        self._block_size = block_size
         self._stats, self._admission, self._audit, self._usage = stats, admission, audit, usage
         # Each key is there from the start: these grow on other threads while `_read` goes through them.
         self._rejects = Counter[str](dict.fromkeys(REASONS, 0))
@@ -67,7 +85,7 @@ class Metrics:
         self._whole = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", WHOLE)
         self._queue = self._histogram("request_queue_time_seconds", "From arrival until the request first ran.", WHOLE)
         self._prompt = self._histogram("request_prompt_tokens", "Tokens of prompts.", TOKENS)
-        self._rows = self._histogram("iteration_tokens_total", "Token rows of a step.", TOKENS)
+        self._rows = self._histogram("iteration_tokens", "Token rows of a step.", TOKENS)
         self._completion = self._histogram("request_generation_tokens", "Tokens of answers.", TOKENS)
         self.registry.register(_Reading(self._read))
 
@@ -107,7 +125,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def _histogram(self, name: str, says: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(PREFIX + name, says, ["model_name"], buckets=buckets, registry=self.registry).labels(self._model)
+        return Histogram(self._name(name), says, ["model_name"], buckets=buckets, registry=self.registry).labels(self._model)
 
     def _read(self) -> Iterable[Metric]:
         s = self._stats()
@@ -122,6 +140,8 @@ class Metrics:
         yield self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", s.prefix_query_tokens)
         yield self._counter("prefix_cache_hits", "Prompt tokens found there.", s.prefix_hit_tokens)
         yield self._counter("num_preemptions", "Requests that lost their KV blocks and began again.", s.preemptions)
+        yield self._counter("spec_decode_num_draft_tokens", "Tokens that were drafted and verified.", s.drafted_tokens)
+        yield self._counter("spec_decode_num_accepted_tokens", "Those of them that were right.", s.accepted_tokens)
         yield self._counter("prompt_tokens", "Prompt tokens of requests that have begun.", s.prompt_tokens)
         yield self._counter("generation_tokens", "New tokens.", s.generation_tokens)
         yield self._counter("engine_steps", "Forwards of the engine.", s.steps)
@@ -131,6 +151,24 @@ class Metrics:
         yield from self._read_adapters(s)
         yield from self._read_tenants(s.tenant_tokens)
         yield from self._read_server()
+        if self._vllm:
+            yield self._adapters_info(s)
+            yield self._cache_info(s)
+
+    def _adapters_info(self, s: EngineStats) -> Metric:
+        """vLLM's: the adapters of running and of waiting requests as labels; the value is the time."""
+        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        family = GaugeMetricFamily(VLLM_PREFIX + "lora_requests_info", "Adapters of running and waiting requests.", labels=labels)
+        told = [redacted(",".join(names[:MAX_ADAPTERS])) for names in (s.adapters_running, s.adapters_waiting)]
+        family.add_metric([str(self._max_running), *told], time.time())
+        return family
+
+    def _cache_info(self, s: EngineStats) -> Metric:
+        """vLLM's: how the KV cache is cut, as labels. Gateways find out by it which prompts a server may still hold."""
+        says = "Size and number of the KV blocks."
+        family = GaugeMetricFamily(VLLM_PREFIX + "cache_config_info", says, labels=["block_size", "num_gpu_blocks"])
+        family.add_metric([str(self._block_size), str(s.kv_blocks_total)], 1)
+        return family
 
     def _read_adapters(self, s: EngineStats) -> Iterable[Metric]:
         yield self._gauge("adapters_resident", "Adapters in memory.", s.adapters_resident)
@@ -157,7 +195,10 @@ class Metrics:
         if self._admission is not None:
             rejects.update({str(reason): count for reason, count in self._admission.rejects.items()})
             yield self._gauge("open_answers", "Answers that have been admitted and not ended.", self._admission.open)
-        yield self._counter("requests_with_ignored_fields", "Requests with fields that the server does not know.", self.ignored)
+            if (leases := self._admission.leases) is not None:
+                yield self._gauge("servers", "Servers that share the limits of tenants, this one included.", leases.servers)
+                yield self._gauge("limits_failing", "1 while shared limits cannot be exchanged.", bool(leases.problem))
+        yield self._counter("requests_with_ignored_fields", "Requests with fields that nobody reads.", self.ignored)
         yield self._labelled("requests_rejected", "Requests refused before they reached the engine, by reason.", "reason", rejects)
         if self._audit is not None:
             yield self._gauge("audit_failing", "1 while the audit log cannot be written.", bool(self._audit.problem))
@@ -165,18 +206,21 @@ class Metrics:
         if self._usage is not None:
             yield self._gauge("usage_failing", "1 while usage is kept in memory because it cannot be written.", bool(self._usage.problem))
 
+    def _name(self, name: str) -> str:
+        return VLLM_PREFIX + IN_VLLM.get(name, name) if self._vllm and name in OF_VLLM else PREFIX + name
+
     def _gauge(self, name: str, says: str, value: float) -> Metric:
-        family = GaugeMetricFamily(PREFIX + name, says, labels=["model_name"])
+        family = GaugeMetricFamily(self._name(name), says, labels=["model_name"])
         family.add_metric([self._model], value)
         return family
 
     def _counter(self, name: str, says: str, value: float) -> Metric:
-        family = CounterMetricFamily(PREFIX + name, says, labels=["model_name"])
+        family = CounterMetricFamily(self._name(name), says, labels=["model_name"])
         family.add_metric([self._model], value)
         return family
 
     def _labelled(self, name: str, says: str, label: str, values: Mapping[str, int]) -> Metric:
-        family = CounterMetricFamily(PREFIX + name, says, labels=["model_name", label])
+        family = CounterMetricFamily(self._name(name), says, labels=["model_name", label])
         for key, value in values.items():
             family.add_metric([self._model, redacted(key)], value)
         return family

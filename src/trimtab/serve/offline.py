@@ -20,10 +20,10 @@ from trimtab.data.json_files import read_jsonl
 from trimtab.data.rows import Dropped
 from trimtab.errors import DataError, TrimtabError, nearest
 from trimtab.model import Base
+from trimtab.serve.composed import served_sum
 from trimtab.serve.engine import Engine
 from trimtab.serve.request import Grammar, Request, SamplingParams, Servable
 from trimtab.serve.results import Result
-from trimtab.serve.served import served
 
 BASE = "base"
 """The name of the base itself, where an adapter is asked for."""
@@ -44,7 +44,8 @@ class Message(BaseModel, frozen=True, strict=True, extra="forbid"):
 
 
 class Line(BaseModel, frozen=True, strict=True, extra="forbid"):
-    """One prompt. adapter: a folder, a name in the store, or "base". What is None is as the caller's defaults have it."""
+    """One prompt. adapter: a folder, a name in the store, a sum (name+0.5*other), or "base". What is None is as the caller's defaults have
+    it."""
 
     prompt: str | None = None
     messages: list[Message] | None = None
@@ -98,7 +99,7 @@ def answer_file(
     """
     lines = read_lines(path)
     names = dict.fromkeys(line.adapter or adapter for _, line in lines)
-    named = {name: None if name == BASE else served(name, engine.base, store) for name in names}
+    named = {name: None if name == BASE else served_sum(name, engine.base, store) for name in names}
     requests, problems = [], []
     for n, (origin, line) in enumerate(lines):
         try:

@@ -19,18 +19,36 @@ if TYPE_CHECKING:
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS, MAX_STOP_CHARS = 16, 256
+MAX_BIASES, MAX_BIAS = 1024, 100.0
 
+Pooling = Literal["mean", "last", "head"]
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 """stop: an end token, a stop text or a finished grammar. length: max_tokens, or the base has no positions left."""
 
 
 @dataclass(frozen=True)
-class Grammar:
-    """A constraint on the whole answer. kind: json_schema (text: the schema as JSON), json_object (text: ""), regex, choice (text: a JSON
-    list of strings)."""
+class Trigger:
+    """Where a grammar begins to bind. text: what an answer must say before. token: the token that says it alone, if there is one. at_start:
+    only where the answer begins with it, white space apart."""
 
-    kind: Literal["json_schema", "json_object", "regex", "choice"]
+    text: str
+    token: int | None = None
+    at_start: bool = False
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A constraint on an answer. kind: json_schema (text: the schema as JSON), json_object (text: ""), regex, choice (text: a JSON list of
+    strings), calls (text: as `bases.call_grammar` gives it).
+
+    trigger: None if it binds from the first token on; else free text may come before, and the grammar is one of the trigger's token and
+    what follows, or of a text that has the trigger somewhere. loose: where it cannot be followed the answer goes on without it.
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "calls"]
     text: str = ""
+    trigger: Trigger | None = None
+    loose: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +59,10 @@ class SamplingParams:
     max_tokens: new tokens at most. top_k 0 is off; min_p: least probability relative to the likeliest token. presence and frequency
     penalties are OpenAI's (over new tokens), repetition_penalty is Keskar et al. 2019's (arXiv:1909.05858, over prompt and new tokens).
     stop: texts that end the answer and are not part of it. logprobs: None, or how many of the likeliest alternatives come with each token.
-    ignore_eos: end tokens do not end the answer (for measurements). min_tokens: the answer has at least so many tokens.
+    ignore_eos: end tokens do not end the answer (for measurements). min_tokens: the answer has at least so many tokens. shown: control
+    tokens that are part of the answer's text. max_tokens 0: the prompt is computed, and the answer is empty. prompt_logprobs: as logprobs,
+    for the tokens of the prompt. logit_bias: (token, what is added to its logit). with_stop: the stop text or token that ends the answer
+    is part of it. all_shown: all control tokens are.
     """
 
     max_tokens: int = 64
@@ -59,19 +80,26 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     grammar: Grammar | None = None
+    shown: tuple[int, ...] = ()
+    prompt_logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    with_stop: bool = False
+    all_shown: bool = False
 
     def __post_init__(self) -> None:
         problems = [
             f"{name} = {getattr(self, name)}: {rule}"
             for name, rule, good in (
-                ("max_tokens", "must be at least 1", self.max_tokens >= 1),
+                ("max_tokens", "must be at least 0", self.max_tokens >= 0),
                 ("min_tokens", "must be between 0 and max_tokens", 0 <= self.min_tokens <= self.max_tokens),
                 ("temperature", "must be in [0, 100]", 0.0 <= self.temperature <= 100.0),
                 ("presence_penalty", "must be in [-2, 2]", -2.0 <= self.presence_penalty <= 2.0),
                 ("frequency_penalty", "must be in [-2, 2]", -2.0 <= self.frequency_penalty <= 2.0),
                 ("repetition_penalty", "must be a finite number above 0", 0.0 < self.repetition_penalty < math.inf),
                 ("seed", "must be in [0, 2**63)", self.seed is None or 0 <= self.seed < 2**63),
-                ("logprobs", f"must be in [0, {MAX_TOP_LOGPROBS}]", self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS),
+                ("logprobs", f"must be in [0, {MAX_TOP_LOGPROBS}]", 0 <= (self.logprobs or 0) <= MAX_TOP_LOGPROBS),
+                ("prompt_logprobs", f"must be in [0, {MAX_TOP_LOGPROBS}]", 0 <= (self.prompt_logprobs or 0) <= MAX_TOP_LOGPROBS),
+                ("logit_bias", f"at most {MAX_BIASES} tokens", len(self.logit_bias) <= MAX_BIASES),
                 ("stop", f"at most {MAX_STOPS} texts", len(self.stop) <= MAX_STOPS),
                 ("stop", f"texts have 1 to {MAX_STOP_CHARS} characters", all(1 <= len(s) <= MAX_STOP_CHARS for s in self.stop)),
             )
@@ -98,7 +126,10 @@ class Request:
     """One answer.
 
     id: unique among running requests. tenant, weight: the tenant to which it counts, and that tenant's weight. deadline: time.monotonic()
-    after which it ends with "deadline"; None: never. cache_salt: separates prefix-cache entries further ("": by tenant only).
+    after which it ends with "deadline"; None: never. cache_salt: separates prefix-cache entries further ("": by tenant only). like: the id
+    of a request with the same prompt and adapter that was submitted before: this one waits until that one's prompt is computed, and shares
+    it. pooling: what comes of the prompt's hidden states, after the final norm: their mean over its tokens, that of its last token,
+    or the scores that the adapter's own head gives of it.
     """
 
     id: str
@@ -109,6 +140,8 @@ class Request:
     weight: float = 1.0
     deadline: float | None = None
     cache_salt: str = ""
+    like: str = ""
+    pooling: Pooling | None = None
 
     def check(self, vocab_size: int, longest: int) -> None:
         """TrimtabError if it can never run. longest: the longest possible sequence, in tokens."""
@@ -117,8 +150,12 @@ class Request:
             problems.append("the prompt is empty")
         elif not 0 <= min(self.prompt) <= max(self.prompt) < vocab_size:
             problems.append(f"the prompt has token ids outside 0..{vocab_size - 1}")
+        if not all(0 <= i < vocab_size for i, _ in self.sampling.logit_bias):
+            problems.append(f"logit_bias has token ids outside 0..{vocab_size - 1}")
         if len(self.prompt) > longest:
             problems.append(f"the prompt has {len(self.prompt)} tokens; at most {longest} fit: positions of the base, or its KV blocks")
+        if self.pooling == "head" and self.adapter is None:
+            problems.append("the base has no head that could score texts")
         if not 0.0 < self.weight < math.inf:
             problems.append(f"weight = {self.weight}: must be a finite number above 0")
         if problems:
@@ -127,12 +164,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Token:
-    """One new token. logprob (natural log, of the model's distribution before temperature and cuts) and top, the likeliest alternatives
-    [(id, logprob), …], are there where they were asked for."""
+    """A new token, or one of the prompt. logprob (natural log, of the model's distribution before temperature and cuts) and top, the
+    likeliest alternatives [(id, logprob), …], are there where they were asked for; the first token of a prompt has none. rank: of a
+    prompt's token, 1 for the likeliest."""
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,13 +186,18 @@ class Usage:
 @dataclass(frozen=True)
 class Delta:
     """The new part of an answer. text: what the new tokens add; text that may be the start of a stop text, or half a character, is held
-    back. tokens: the new tokens, end tokens included. finish: set on the last delta, with usage, and with error if finish is "error"."""
+    back. tokens: the new tokens, end tokens included. finish: set on the last delta, with usage, and with error if finish is "error".
+    prompt: the next tokens of the prompt, where their log-probabilities were asked for; all of them come before the first new one. vector:
+    where pooling was asked for, once: fp32, little endian. labels: of a head's scores, beside them."""
 
     text: str = ""
     tokens: tuple[Token, ...] = ()
     finish: FinishReason | None = None
     usage: Usage = field(default_factory=Usage)
     error: TrimtabError | None = None
+    prompt: tuple[Token, ...] = ()
+    vector: bytes = b""
+    labels: tuple[str, ...] = ()
 
 
 Sink = Callable[[Delta], None]

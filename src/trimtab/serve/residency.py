@@ -14,29 +14,39 @@ from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from threading import Lock
 
-from trimtab.errors import AdapterError, TrimtabError
+from trimtab.errors import AdapterError, OverloadedError, TrimtabError
+from trimtab.forward.arena import Arena
 from trimtab.forward.packs import PackedAdapter
+from trimtab.methods import Head
 from trimtab.model import Base
 from trimtab.serve.request import Servable
 from trimtab.store import Adapter
 
 LOADERS = 2
 """Loads at once. So many adapters at most stand beside the budget, read and waiting for room."""
+RETRY_S = 2.0
+"""When a request may come again whose adapter could not be read for want of threads."""
 GUESS_PART = 0.125
 """Of the budget: what an adapter is taken for before any has been loaded."""
 
 
 @dataclass(eq=False)
 class Resident:
-    """An adapter in memory. bytes: of its packed tensors. leases: how many requests use it. leaving: it gets no new ones, and goes with the
-    last. purge: what else is kept of its digest goes too."""
+    """An adapter in memory. bytes: of its packed tensors. head: what its own head scores. leases: how many requests use it. leaving: it
+    gets no new ones, and goes with the last. purge: what else is kept of its digest goes too."""
 
     digest: str
     packed: PackedAdapter
     bytes: int
+    head: Head | None = None
     leases: int = 0
     leaving: bool = False
     purge: bool = False
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of what its head scores; none without one."""
+        return () if self.head is None else self.head.labels
 
 
 @dataclass(frozen=True)
@@ -70,10 +80,12 @@ class Residency:
         self.load_seconds = 0.0
         self._largest: int | None = None  # bytes of the largest adapter that was loaded
         self._forward_lock, self._pack_lock = forward_lock, Lock()
+        self._arena = None if base.device.type == "cpu" else Arena(budget_bytes, base.device)
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently leased first
         self._leaving: list[Resident] = []
         self._wanted: OrderedDict[str, Servable] = OrderedDict()  # loads that have not begun
         self._loading: set[str] = set()
+        self._handed: dict[str, Servable] = {}  # of these, those that no thread has taken; who removes one answers for it
         self._ended: SimpleQueue[Loaded] = SimpleQueue()
         self._parked: deque[Loaded] = deque()  # read, but there is no room yet
         self._leave_at_once: set[str] = set()
@@ -96,6 +108,11 @@ class Residency:
     @property
     def leases(self) -> int:
         return sum(r.leases for r in [*self._resident.values(), *self._leaving])
+
+    @property
+    def digests(self) -> list[str]:
+        """The adapters that are there, or on their way."""
+        return [*self._resident, *(r.digest for r in self._leaving), *self._wanted, *self._loading, *(p.digest for p in self._parked)]
 
     @property
     def busy(self) -> bool:
@@ -186,6 +203,8 @@ class Residency:
                 return True
             self._let_leave(self.bytes + new.bytes - self.budget_bytes)
             return False
+        if self._arena is not None:  # it was read into memory of its own, since there may have been no room before
+            new.packed = new.packed.moved_to(self._arena)
         self._resident[new.digest] = new
         self._fresh.append(new)
         return True
@@ -229,14 +248,24 @@ class Residency:
         while self._wanted and not self._parked and len(self._loading) < LOADERS:
             digest, adapter = self._wanted.popitem(last=False)
             self._loading.add(digest)
-            self.loader.submit(self._run, digest, adapter)
+            self._handed[digest] = adapter
+            try:
+                self.loader.submit(self._run, digest)
+            except RuntimeError as error:  # no more threads; one that is there may have taken it, or takes it later
+                if self._handed.pop(digest, None) is not None:
+                    full = OverloadedError(f"adapters cannot be read now: {error}", fix="try again later", retry_after=RETRY_S)
+                    self._ended.put(Loaded(digest, error=full))
+                    self.wake()
 
-    def _run(self, digest: str, adapter: Servable) -> None:
+    def _run(self, digest: str) -> None:
         """On a loader's thread."""
+        if (adapter := self._handed.pop(digest, None)) is None:
+            return
         began = time.perf_counter()
         try:
-            packed = self._pack(adapter.load())
-            ended = Loaded(digest, Resident(digest, packed, packed_bytes(packed)))
+            loaded = adapter.load()
+            packed = self._pack(loaded)
+            ended = Loaded(digest, Resident(digest, packed, packed_bytes(packed), loaded.head))
         except TrimtabError as error:
             ended = Loaded(digest, error=error)
         except Exception as error:  # whatever a file or a store does: it fails this adapter alone
@@ -259,9 +288,12 @@ class Residency:
 
 
 def packed_bytes(packed: PackedAdapter) -> int:
-    """Memory of an adapter's packed tensors; a tensor that several places share counts once."""
+    """Memory of an adapter's packed tensors; a tensor that several places share counts once, a row of an arena with its padding."""
     tensors = [t for edit in packed.edits.values() for t in edit.tensors.values()]
+    if packed.placed is not None:
+        tensors = [packed.placed.arena.row(packed.placed.layout, packed.placed.row)]
     tensors += packed.stored_prefix() or ()
+    tensors += (packed.head or {}).values()
     if packed.prefix is not None and packed.prefix.embeds_NH is not None:
         tensors.append(packed.prefix.embeds_NH)
     return sum({(t.data_ptr(), t.numel()): t.nbytes for t in tensors}.values())

@@ -1,8 +1,8 @@
 """What a request asks of sampling besides the draw itself. A row's token depends on its logits, its own settings, its own past and its own
 generator.
 
-The order is as in vLLM: log-probabilities of the unchanged distribution; no end tokens before min_tokens; grammar; penalties; then
-`decode.sampling`, as everywhere. A grammar decides where its answer may end, and min_tokens has no effect beside one.
+The order is as in vLLM: log-probabilities of the unchanged distribution; logit_bias; no end tokens before min_tokens; grammar; penalties;
+then `decode.sampling`, as everywhere. A grammar decides where its answer may end, and min_tokens has no effect beside one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from trimtab import ops
 from trimtab.decode.sampling import choose, greedy
-from trimtab.serve.grammars import Matcher, masks
+from trimtab.decode.scoring import likelihoods
+from trimtab.serve.grammars import Matcher
 from trimtab.serve.request import SamplingParams, Token
 
 
@@ -34,11 +35,20 @@ class Draw:
     slot: int = -1
     plain: bool = field(init=False)
     penalised: bool = field(init=False)
+    biased: np.ndarray = field(init=False)
+    bias: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         p = self.params
         self.penalised = p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
-        self.plain = greedy(p) and not (self.penalised or self.matcher or p.min_tokens) and p.logprobs is None
+        self.biased = np.array([i for i, _ in p.logit_bias], dtype=np.int64)
+        self.bias = np.array([b for _, b in p.logit_bias], dtype=np.float32)
+        self.follow(self.matcher)
+
+    def follow(self, matcher: Matcher | None) -> None:
+        """From now on its tokens are those that this matcher allows."""
+        p, self.matcher = self.params, matcher
+        self.plain = greedy(p) and not (self.penalised or self.matcher or p.min_tokens or p.logit_bias) and p.logprobs is None
 
 
 def make_draw(params: SamplingParams, prompt: Sequence[int], matcher: Matcher | None = None) -> Draw:
@@ -65,7 +75,7 @@ class Sampler:
         if special:
             chosen, fine, *logprobs = rest
             made = [Token(i) for i in chosen]
-            for r, own, values, index in zip(asked, *logprobs, strict=True) if asked else ():
+            for r, own, values, index in zip(asked, *logprobs, strict=True):
                 k = draws[special[r]].params.logprobs or 0
                 made[r] = Token(chosen[r], own, tuple(zip(index[:k], values[:k], strict=True)))
             for i, token, good in zip(special, made, fine, strict=True):
@@ -73,6 +83,12 @@ class Sampler:
         for draw in draws:
             draw.new += 1
         return tokens
+
+    @torch.inference_mode()
+    def likeliest(self, logits_NV: Tensor) -> list[Token | None]:
+        """What `__call__` gives for rows of plain draws, whatever these are; None if a row holds a number that is not finite."""
+        best, ids = ops.to_host(list(ops.largest(logits_NV)))
+        return [Token(i) if math.isfinite(b) else None for i, b in zip(ids, best, strict=True)]
 
     def release(self, draw: Draw) -> None:
         """The sequence has ended."""
@@ -91,12 +107,17 @@ class Sampler:
         if asked:
             row_A = ops.index(asked, raw_RV.device)
             most = max(mine[r].params.logprobs or 0 for r in asked)
-            found += _logprobs(raw_RV[row_A], id_R[row_A], min(most, self.vocab_size))
+            found += likelihoods(raw_RV[row_A], id_R[row_A], min(most, self.vocab_size))
         return found
 
     def _shaped(self, raw_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
-        """Logits after bans, grammars and penalties; `raw_RV` stays as it is."""
+        """Logits after biases, bans, grammars and penalties; `raw_RV` stays as it is."""
         logits_RV = raw_RV
+        if biased := [r for r, d in enumerate(draws) if len(d.biased)]:
+            rows = np.repeat(biased, [len(draws[r].biased) for r in biased])
+            ids, bias = (np.concatenate([getattr(draws[r], name) for r in biased]) for name in ("biased", "bias"))
+            row_B, id_B, bias_B = ops.upload([rows, ids, bias], raw_RV.device)
+            logits_RV = logits_RV.index_put((row_B, id_B), bias_B, accumulate=True)
         early = [r for r, d in enumerate(draws) if d.new < d.params.min_tokens and d.matcher is None]
         if early:
             banned = [{*self.stop_ids, *(i for i in draws[r].params.stop_token_ids if i < self.vocab_size)} for r in early]
@@ -104,17 +125,17 @@ class Sampler:
             logits_RV = logits_RV.index_put((row_E, id_E), raw_RV.new_full((), -torch.inf)) if len(id_E) else logits_RV
         bound = [(r, d.matcher) for r, d in enumerate(draws) if d.matcher is not None]
         if bound:
-            rows, allowed = np.array([r for r, _ in bound]), masks([m for _, m in bound], self.vocab_size).numpy()
+            rows, allowed = np.array([r for r, _ in bound]), masks([m for _, m in bound], self.vocab_size)
             row_B, allowed_BV = ops.upload([rows, allowed], raw_RV.device)
             logits_RV = logits_RV.index_copy(0, row_B, logits_RV[row_B].masked_fill(~allowed_BV, -torch.inf))
         return self._penalties.apply(logits_RV, draws)
 
 
-def _logprobs(raw_AV: Tensor, id_A: Tensor, most: int) -> list[Tensor]:
-    """Log-probabilities under the untouched distribution: of these tokens [A], and of the `most` likeliest [A, most], with their ids."""
-    lse_A1 = raw_AV.logsumexp(-1, keepdim=True)
-    values_AK, index_AK = raw_AV.topk(most)
-    return [(raw_AV.gather(1, id_A[:, None]) - lse_A1)[:, 0], values_AK - lse_A1, index_AK]
+def masks(matchers: Sequence[Matcher], vocab_size: int) -> np.ndarray:
+    """Which tokens may come next [n, V] bool."""
+    words = (vocab_size + 31) // 32
+    rows = [np.frombuffer(m.mask or bytes(4 * words), dtype=np.uint8) for m in matchers]
+    return np.unpackbits(np.stack(rows), axis=1, bitorder="little")[:, :vocab_size].astype(bool)
 
 
 class _Penalties:

@@ -1,178 +1,132 @@
 """Decides what runs in a step: continuous batching, with chunked prefill over a paged KV cache.
 
-Sequences that decode come first, then prompts, in chunks, up to a number of rows. Tenants take turns by their counters. The requests of a
-tenant run in order, except that a request whose adapter is not loaded yet lets others pass. When KV blocks run out, the newest sequence is
-preempted: it gives up its blocks and is computed again later. The newest sequence of a tenant that holds more than its share is preempted
-as well, as soon as a tenant with less than its share has a request (`shares.py`). So no tenant waits for a whole answer of another.
-Where tenants compete, a tenant with many rows gets some of them in each step, in turns (`turns.py`). Forwards, sampling and sinks are not
-known here.
+Sequences that decode come first, then prompts, in chunks, up to a number of rows. Requests wait in `queues.py`; `entrance.py` says who is
+next. When KV blocks run out, the newest sequence is preempted: it gives up its blocks and is computed again later. The newest sequence of a
+tenant that holds more than its share is preempted as well, as soon as a tenant with less than its share has a request (`shares.py`). So no
+tenant waits for a whole answer of another. Where tenants compete, a tenant with many rows gets some of them in each step, in turns
+(`turns.py`). Forwards, sampling and sinks are not known here.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
+from math import inf
 
-from trimtab.errors import TrimtabError
 from trimtab.serve.blocks import BlockPool
 from trimtab.serve.config import EngineConfig
 from trimtab.serve.entrance import Entrance
 from trimtab.serve.fairness import Fairness
+from trimtab.serve.queues import Queues
 from trimtab.serve.residency import Residency
 from trimtab.serve.sequence import Live
 from trimtab.serve.shares import Shares
-from trimtab.serve.turns import ELSEWHERE, ON_CPU, RECENT_S, row_limits
-
-LOOKAHEAD = 16
-"""Adapters that are loading, or loaded for requests that wait: others are not read, but for one of each tenant that has none."""
-LOOKAHEAD_PART = 0.5
-"""Part of the adapters' budget that these may take, so that they leave room for those of other tenants."""
+from trimtab.serve.step_cost import StepCost
+from trimtab.serve.turns import ELSEWHERE, LATELY_S, ON_CPU, RECENT_S, row_limits
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """`rows` tokens of a sequence that enter this step."""
+    """`rows` tokens of a sequence that enter this step, and drafts of those that may follow."""
 
     live: Live
     rows: int
+    drafts: Sequence[int] = ()
+
+
+PAYS = 1.05
+"""How much more a step with drafts is to give, since what it gives is estimated, and since drafts' logits take time too."""
 
 
 class Scheduler:
-    """Queues, and the sequences that run. max_length: tokens of one sequence, virtual ones included."""
+    """The queues, and the sequences that run. max_length: tokens of one sequence, virtual ones included. step_cost: drafts are made by it;
+    None: none are."""
 
-    def __init__(self, config: EngineConfig, pool: BlockPool, residency: Residency, max_length: int):
+    def __init__(self, config: EngineConfig, pool: BlockPool, residency: Residency, max_length: int, step_cost: StepCost | None = None):
+        self.step_cost = step_cost
         self.config, self.pool, self.residency, self.max_length = config, pool, residency, max_length
         self.bounds = ON_CPU if residency.base.device.type == "cpu" else ELSEWHERE
         self.fairness = Fairness()
+        self.queues = Queues(residency, self.fairness, max_length)
         self.running: list[Live] = []  # oldest arrival first
-        self.loading: dict[str, list[Live]] = {}
-        self.preemptions = self.query_tokens = self.hit_tokens = self._steps = 0
-        self._waiting: dict[str, deque[Live]] = {}
+        self.preemptions = self.drafted = self.query_tokens = self.hit_tokens = self._steps = 0
         self._returning: list[Live] = []  # oldest arrival first
-        self._leased: set[Live] = set()  # those that wait and hold a lease
-        self._seen: dict[str, float] = {}  # when a tenant was last there
+        self._seen: dict[str, float] = {}  # when the two tenants were last there who were so last
         self._promised = 0  # blocks that those who run will still take, while others enter
-        self.refused: dict[Live, TrimtabError] = {}  # those that can never run, until they are removed
 
     @property
     def waiting_count(self) -> int:
-        return sum(map(len, self._waiting.values())) + len(self._returning)
-
-    @property
-    def loading_count(self) -> int:
-        return sum(map(len, self.loading.values()))
+        return sum(map(len, self.queues.waiting.values())) + len(self._returning)
 
     # ---- coming and going ----
 
     def add(self, live: Live) -> None:
         """A new request, at the end of its tenant's queue."""
-        live.where = "waiting"
         self.fairness.arrive(live.request.tenant)
-        self._waiting.setdefault(live.request.tenant, deque()).append(live)
+        self.queues.add(live)
 
     def remove(self, live: Live) -> None:
         """Out, wherever it is; what it holds is free again."""
         if live.where == "new":
             live.where = "ended"
             return
-        if live.where == "waiting":
-            self._leave_queue(live)
-        elif live.where == "loading":
-            self._leave_loading(live)
+        if live.where in ("waiting", "loading"):
+            self.queues.remove(live)
         elif live.where == "returning":
             self._returning.remove(live)
         else:
             self.running.remove(live)
         live.where = "ended"
-        self.refused.pop(live, None)
         self._give_back(live)
         if live.resident is not None:
             self.residency.release(live.resident)
             live.resident = None
         self.fairness.leave(live.request.tenant)
 
-    def _take_loaded(self) -> None:
-        """Take up loads that have ended: who waited for them is next in its tenant's queue."""
-        ready: list[Live] = []
-        for ended in self.residency.collect(self.loading):
-            for live in self.loading.get(ended.digest, ()):
-                if ended.error is not None:
-                    self.refused[live] = ended.error
-                elif self._lease(live):
-                    ready.append(live)
-        self.residency.settle()
-        for live in sorted(ready, key=lambda r: -r.serial):
-            self._leave_loading(live)
-            live.where = "waiting"
-            self._waiting.setdefault(live.request.tenant, deque()).appendleft(live)
-
-    def _lease(self, live: Live) -> bool:
-        """Whether its adapter is in memory, and now held for it."""
-        if live.digest is not None and live.resident is None:
-            live.resident = self.residency.lease(live.digest)
-            if live.resident is None:
-                return False
-            live.virtual = live.resident.packed.virtual_tokens
-            self._leased.add(live)
-        if live.total > self.max_length:
-            self.refused[live] = TrimtabError(
-                f"the prompt has {len(live.tokens)} tokens and its adapter {live.virtual} virtual ones, {live.total} in all;"
-                f" at most {self.max_length} fit",
-                fix="shorten the prompt",
-            )
-        return live not in self.refused
-
-    def _leave_queue(self, live: Live) -> None:
-        queue = self._waiting[live.request.tenant]
-        queue.remove(live)
-        if not queue:
-            del self._waiting[live.request.tenant]
-        self._leased.discard(live)
-
-    def _leave_loading(self, live: Live) -> None:
-        assert live.digest is not None
-        self.loading[live.digest].remove(live)
-        if not self.loading[live.digest]:
-            del self.loading[live.digest]
-
     # ---- a step ----
 
     def schedule(self, now: float) -> list[Work]:
         """What runs next: decodes, then chunks of prompts. Sequences that enter get their blocks."""
-        self._start_loads()
-        self._take_loaded()
+        self.queues.start_loads()
+        self.queues.take_loaded()
         rows: dict[Live, int] = {}
         prefills = [live for live in self.running if live.remaining > 1 and live.unsaid is None]
-        left = self._rows_left(prefills)
-        with_prompts = {live.request.tenant for live in [*prefills, *self._returning]} | self._waiting.keys()
+        left = self._rows_left(prefills, now)
+        with_prompts = {live.request.tenant for live in [*prefills, *self._returning]} | self.queues.waiting.keys()
         self._decode(rows, left, {tenant: n // 2 for tenant, n in left.items() if tenant in with_prompts})
-        budget = self._prompt_rows(self.config.max_step_rows - len(rows), now)
+        budget = self.config.max_step_rows - len(rows)
         self._admit(prefills, budget, rows, left, now)
         self._share(prefills, budget, rows, left)
         if left:
             self._decode(rows, left, {})
         self._steps += 1
-        return [Work(live, n) for live, n in rows.items()]
+        drafts = {} if self.step_cost is None else self._speculate(self.step_cost, rows, left)
+        return [Work(live, n, drafts.get(live, ())) for live, n in rows.items()]
 
-    def _rows_left(self, prefills: list[Live]) -> dict[str, int]:
+    def _rows_left(self, prefills: list[Live], now: float) -> dict[str, int]:
         """Rows of this step for each tenant; empty if none has to hold back for others."""
+        if (alone_s := self._alone(now)) > LATELY_S:
+            return {}
+        most = min(self.config.max_step_rows, self.bounds.recent_rows if alone_s <= RECENT_S else self.bounds.lately_rows)
         wanted: dict[str, int] = {}
         weights: dict[str, float] = {}
-        next_ones = [queue[0] for queue in self._waiting.values() if not self._must_load(queue[0])]
         decoding = (live for live in self.running if live.remaining == 1 and live.unsaid is None)
-        for live in [*prefills, *next_ones, *self._returning, *decoding]:
-            tenant, most = live.request.tenant, self.config.max_step_rows
-            wanted[tenant] = min(most, wanted.get(tenant, 0) + live.remaining)
+        for live in chain(prefills, self._returning, decoding, *(islice(self.queues.ready(t), most + 1) for t in self.queues.waiting)):
+            tenant = live.request.tenant
+            wanted[tenant] = wanted.get(tenant, 0) + live.remaining
             weights[tenant] = live.request.weight
-        return row_limits(wanted, weights, self.bounds.read_rows)
+        return row_limits(wanted, weights, self.bounds.read_rows, most)
 
-    def _prompt_rows(self, room: int, now: float) -> int:
-        """Rows for prompts in this step, of so many that are left."""
-        there = {live.request.tenant for live in [*self.running, *self._returning]} | self._waiting.keys()
-        self._seen = {t: at for t, at in self._seen.items() if now - at < RECENT_S} | dict.fromkeys(there, now)
-        return min(room, self.bounds.prompt_rows) if len(self._seen) > 1 else room
+    def _alone(self, now: float) -> float:
+        """Seconds for which no second tenant was there."""
+        there = {live.request.tenant for live in [*self.running, *self._returning]} | self.queues.waiting.keys()
+        seen = sorted((self._seen | dict.fromkeys(there, now)).items(), key=lambda tenant: -tenant[1])[:2]
+        self._seen = dict(seen)
+        return now - seen[1][1] if len(seen) > 1 else inf
 
     def _decode(self, rows: dict[Live, int], left: dict[str, int], kept: dict[str, int]) -> None:
         """A row for each sequence that decodes, as far as its tenant has more left than are kept (for its prompts); who has waited longest
@@ -192,7 +146,7 @@ class Scheduler:
         for live in sorted(prefills, key=lambda p: (p.remaining, p.serial)):
             tenant = live.request.tenant
             most = -(-left[tenant] // own[tenant]) if tenant in left else budget
-            chunk = min(live.remaining, budget // others, most)
+            chunk = min(live.alike, budget // others, most)
             others -= 1
             own[tenant] -= 1
             if live.where == "running" and chunk and (chunk := self._room(live, chunk, rows)):
@@ -200,10 +154,49 @@ class Scheduler:
                 budget -= chunk
                 _take(left, tenant, chunk)
 
+    def _speculate(self, cost: StepCost, rows: dict[Live, int], left: dict[str, int]) -> dict[Live, list[int]]:
+        """Drafts for sequences that decode, out of their tenant's rows and of blocks that nobody else needs: of all that could be drafted
+        the likeliest, as many as make the step give most tokens a second. A step of R rows takes cost(R) seconds and gives `told` tokens
+        without drafts; a draft gives one more with its probability. None, unless that is PAYS times what the step gives without."""
+        total, told = sum(rows.values()), sum(n == live.remaining for live, n in rows.items())
+        offers: dict[Live, list[tuple[int, float]]] = {}
+        for live in (live for live, n in rows.items() if n == live.remaining == 1 and live.drafts is not None):
+            assert live.drafts is not None
+            most = min(live.request.sampling.max_tokens - live.new - 1, self.max_length - live.total, self.config.max_step_rows - total)
+            offers[live] = live.drafts.next(live.tokens, most)
+        likeliest = sorted(((likely, live) for live, offer in offers.items() for _, likely in offer), key=lambda o: -o[0])
+        if not likeliest:
+            return {}
+        gained, best, counts = 0.0, PAYS * told / cost(total), Counter[Live]()
+        for n, (likely, _) in enumerate(likeliest, 1):
+            gained += likely
+            if (told + gained) / cost(total + n) > best:
+                best, counts = (told + gained) / cost(total + n), Counter(live for _, live in likeliest[:n])
+        found: dict[Live, list[int]] = {}
+        for live, n in counts.items():
+            tenant = live.request.tenant
+            if (n := min(n, self.config.max_step_rows - total, left.get(tenant, n), self._spare(live))) > 0:
+                found[live] = [token for token, _ in offers[live][:n]]
+                self.drafted += n
+                self.fairness.charge(tenant, live.request.weight, tokens_in=n)
+                total += n
+                live.blocks.extend(self.pool.take(max(0, self._missing(live, 1 + n))))
+                _take(left, tenant, n)
+        return found
+
+    def _missing(self, live: Live, rows: int) -> int:
+        """Blocks that a running sequence lacks for so many rows more."""
+        return -(-(live.past + rows) // self.config.block) - len(live.blocks)
+
+    def _spare(self, live: Live) -> int:
+        """Rows for drafts: in its own blocks, and in a further one where the pool has more than those who run may need next."""
+        room = len(live.blocks) * self.config.block - live.past - 1
+        return room + self.config.block if self.pool.available > len(self.running) else room
+
     def _room(self, live: Live, chunk: int, rows: dict[Live, int]) -> int:
         """Blocks for `chunk` more tokens of a running sequence, taken from others if need be; how many of them have room."""
-        size = self.config.block_size
-        missing = -(-(live.past + chunk) // size) - len(live.blocks)
+        size = self.config.block
+        missing = self._missing(live, chunk)
         while missing > self.pool.available and (gone := self._gives_way(live)) is not None:
             rows.pop(gone, None)
             self._preempt(gone)
@@ -233,47 +226,13 @@ class Scheduler:
 
     # ---- entering ----
 
-    def _start_loads(self) -> None:
-        """Have the adapters read of those who are next, a tenant after the other. At most LOOKAHEAD adapters, and at most a part of the
-        budget, so that a long queue does not turn memory over. But each tenant always has one, whatever others have."""
-        tenants = self.fairness.order(t for t, queue in self._waiting.items() if self._must_load(queue[0]))
-        if not tenants:
-            return
-        ahead: dict[str, set[str]] = {}
-        for live in [*self._leased, *(live for waiting in self.loading.values() for live in waiting)]:
-            assert live.digest is not None
-            ahead.setdefault(live.request.tenant, set()).add(live.digest)
-        while tenants:
-            tenants = [t for t in tenants if self._start_load(t, ahead)]
-
-    def _start_load(self, tenant: str, ahead: dict[str, set[str]]) -> bool:
-        """Whether the adapter of the tenant's next is being read now. ahead: adapters that are loading or held by those who wait."""
-        if tenant not in self._waiting or not self._must_load(live := self._waiting[tenant][0]):
-            return False
-        assert live.digest is not None and live.request.adapter is not None
-        all_ahead = set[str]().union(*ahead.values())
-        room = LOOKAHEAD_PART * self.residency.budget_bytes
-        enough = len(all_ahead) >= LOOKAHEAD or self.residency.bytes_of(all_ahead) >= room
-        if live.digest not in all_ahead and enough and ahead.get(tenant):
-            return False
-        ahead.setdefault(tenant, set()).add(live.digest)
-        self._leave_queue(live)
-        live.where = "loading"
-        self.loading.setdefault(live.digest, []).append(live)
-        self.residency.load(live.request.adapter)
-        return True
-
-    def _must_load(self, live: Live) -> bool:
-        return live.digest is not None and live.resident is None and not self.residency.holds(live.digest)
-
     def _admit(self, prefills: list[Live], budget: int, rows: dict[Live, int], left: dict[str, int], now: float) -> None:
         """Let sequences in while there is a place, rows worth a chunk, and blocks for the whole prompt. For a tenant that has less than its
         share, who has more makes way."""
-        if not self._waiting and not self._returning:
+        if not self.queues.waiting and not self._returning:
             return
-        heads = (queue[0] for queue in self._waiting.values())
-        shares = Shares(self.running, [*self._returning, *heads], places=self.config.max_running, blocks=self.pool.total)
-        entrance = Entrance(self._waiting, self._returning, self._lease, self.fairness.counters, shares, budget, left)
+        shares = Shares(self.running, [*self._returning, *self.queues.heads()], places=self.config.max_running, blocks=self.pool.total)
+        entrance = Entrance(self.queues.waiting, self._returning, self.queues.lease, self.fairness.counters, shares, budget, left)
         for prompt in prefills:
             entrance.claim(prompt)
         self._promised = sum(map(self._owed, self.running))
@@ -290,11 +249,10 @@ class Scheduler:
                 break  # what comes free is for this one
             else:
                 entrance.stuck(live.request.tenant)
-        entrance.close()
 
     def _get_in(self, live: Live, shares: Shares, rows: dict[Live, int], entrance: Entrance) -> bool:
         """Whether it runs now, after others were preempted if needed."""
-        tenant, size = live.request.tenant, self.config.block_size
+        tenant, size = live.request.tenant, self.config.block
         while (full := len(self.running) >= self.config.max_running) or not self._enter(live):
             gone = shares.to_make_way(tenant, 0 if full else -(-live.total // size), self.fairness.counters)
             if gone is None:
@@ -308,19 +266,19 @@ class Scheduler:
 
     def _owed(self, live: Live) -> int:
         """Blocks that a running sequence will still take: for its prompt, and one for what it writes."""
-        return -(-live.total // self.config.block_size) - len(live.blocks) + 1
+        return -(-live.total // self.config.block) - len(live.blocks) + 1
 
     def _enter(self, live: Live) -> bool:
         """Whether there was room: then it runs, with the blocks that are known already, and with those of its virtual tokens."""
-        size, pool = self.config.block_size, self.pool
-        known = pool.find(live.key(i, size) for i in range((live.total - 1) // size)) if self.config.prefix_cache else []
+        size, pool = self.config.block, self.pool
+        known = pool.find(live.key(i, size) for i in range(live.shareable // size)) if self.config.prefix_cache else []
         free = pool.available - sum(not pool.held(b) for b in known)
         if free < -(-live.total // size) - len(known) + self._promised:
             return False
         if live.where == "returning":
             self._returning.remove(live)
         else:
-            self._leave_queue(live)
+            self.queues.remove(live)
         live.where = "running"
         insort(self.running, live, key=lambda r: r.serial)
         pool.share(known)
@@ -337,12 +295,12 @@ class Scheduler:
 
     def computed(self, work: Work) -> None:
         """The rows have run: what they filled can be found by others from now on."""
-        live, size = work.live, self.config.block_size
+        live, size = work.live, self.config.block
         live.ran = self._steps
         live.past += work.rows
         if self.config.prefix_cache:
             while (live.published + 1) * size <= live.past:
-                self.pool.publish(live.blocks[live.published], live.key(live.published, size), live.digest)
+                self.pool.publish(live.blocks[live.published], live.key(live.published, size), live.owner(live.published, size))
                 live.published += 1
 
 

@@ -23,7 +23,8 @@ class StepFacts:
 class EngineStats:
     """Where everything stands, and counts since the start. waiting: those that wait for a place or were preempted. tenant_tokens: tenant ->
     (prompt tokens, new tokens) of the requests that have begun. rows_by_path: how many rows have run in each of the forward's ways
-    (`forward.batch.Way`)."""
+    (`forward.batch.Way`). adapters_running, adapters_waiting: names of those that requests of either kind use, each once.
+    """
 
     running: int
     waiting: int
@@ -41,6 +42,8 @@ class EngineStats:
     evictions: int
     load_seconds: float
     preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
     prefix_query_tokens: int
     prefix_hit_tokens: int
     prompt_tokens: int
@@ -49,6 +52,8 @@ class EngineStats:
     step_errors: int
     tenant_tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
     rows_by_path: dict[str, int] = field(default_factory=dict)
+    adapters_running: tuple[str, ...] = ()
+    adapters_waiting: tuple[str, ...] = ()
 
 
 class TokenCounts:

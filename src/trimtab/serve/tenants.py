@@ -1,4 +1,4 @@
-"""Tenants and their keys in one SQLite file that all server processes and the command line share: adding, changing, removing.
+"""Tenants and their keys in a database that all server processes and the command line share: adding, changing, removing.
 
 Knows nothing of HTTP, adapters or the engine, and writes no audit log: whoever acts for an administrator does that (`serve/audit.py`).
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +15,10 @@ from pathlib import Path
 from types import TracebackType
 
 from trimtab.errors import ConfigError, NotFoundError, nearest
-from trimtab.serve.database import TENANT_COLUMNS, Database, tenant_of, transaction
+from trimtab.serve.database import TENANT_COLUMNS, Connection, default_path, tenant_of
 from trimtab.serve.keys import Key, Keyring, hash_secret, make_key
+from trimtab.serve.leases import Leases
+from trimtab.serve.opening import open_database
 from trimtab.serve.tenant import DEFAULT_CONCURRENT, LOCAL, NAME, Forbidden, Tenant, check
 from trimtab.serve.usage import UsageBook, UsageRow
 
@@ -28,24 +28,27 @@ DEFAULT_GRACE_SECONDS = 24 * 3600.0
 KEY_COLUMNS = "id, tenant, created, expires, revoked"
 
 
-def default_path() -> Path:
-    """${XDG_DATA_HOME:-~/.local/share}/trimtab/tenants.db"""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "trimtab" / "tenants.db"
-
-
 class Tenants:
     """The tenants of one database. Safe for any number of threads and processes. A context manager, or `close()`: usage is then written.
 
-    authenticate(text) -> Tenant: whose key this is; AuthError, the same whatever is wrong. usage: an open `UsageBook` on the same file.
+    authenticate(text) -> Tenant: whose key this is; AuthError, the same whatever is wrong. usage: an open `UsageBook` on the same database.
     """
 
-    def __init__(self, path: str | Path, *, create: bool = False, clock: Callable[[], float] = time.time):
-        """DatabaseError if there is no file (unless create), or one that is damaged, another program's or from a later version."""
-        self.path, self._clock = Path(path), clock
-        self._database = Database(self.path, create=create)
+    def __init__(self, where: str | Path, *, create: bool = False, clock: Callable[[], float] = time.time):
+        """where: a file, or a PostgreSQL database's URL. DatabaseError if there is none (unless create), or one that is damaged, another
+        program's or from a later version."""
+        self.where, self._clock = where, clock
+        self._database = open_database(where, create=create)
         self._handle = self._database.handle()
         self._keyring, self.usage = Keyring(self._database, clock), UsageBook(self._database, clock=clock)
         self.authenticate = self._keyring.authenticate
+        self.leases: Leases | None = None
+
+    def share_limits(self) -> Leases:
+        """From now on this process is one of the servers that share the tenants' limits, until `close`."""
+        self.leases = Leases(self._database)
+        self.leases.start()
+        return self.leases
 
     def __enter__(self) -> Tenants:
         return self
@@ -56,6 +59,8 @@ class Tenants:
     def close(self) -> None:
         """Writes the usage that is pending. DatabaseError if that fails."""
         try:
+            if self.leases is not None:
+                self.leases.close()
             self.usage.close()
         finally:
             self._keyring.close()
@@ -143,6 +148,7 @@ class Tenants:
     def revoke_key(self, key_id: str) -> Key:
         """At once and for good. NotFoundError if there is no such key; revoking twice changes nothing."""
         with self._writing() as db:
+            _key(db, key_id)
             db.execute("UPDATE keys SET revoked = ? WHERE id = ? AND revoked IS NULL", (self._clock(), key_id))
             return _key(db, key_id)
 
@@ -154,7 +160,7 @@ class Tenants:
                 Key(*row) for row in db.execute(f"SELECT {KEY_COLUMNS} FROM keys WHERE tenant = ? ORDER BY created, id", (tenant.id,))
             )
 
-    def _new_key(self, db: sqlite3.Connection, tenant_id: str, lifetime: float | None) -> tuple[Key, str]:
+    def _new_key(self, db: Connection, tenant_id: str, lifetime: float | None) -> tuple[Key, str]:
         key_id, secret = make_key()
         now = self._clock()
         key = Key(key_id, tenant_id, now, None if lifetime is None else now + lifetime)
@@ -165,13 +171,14 @@ class Tenants:
         return key, f"{key_id}.{secret}"
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._database.use(self._handle) as db, transaction(db):
+    def _writing(self) -> Iterator[Connection]:
+        with self._database.writing(self._handle) as db:
             yield db
+        self._keyring.refresh()
 
     @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._database.use(self._handle) as db:
+    def _reading(self) -> Iterator[Connection]:
+        with self._database.reading(self._handle) as db:
             yield db
 
 
@@ -179,16 +186,17 @@ def _settings(tenant: Tenant) -> tuple[str, int | None, int | None, float, int]:
     return json.dumps(tenant.namespaces), tenant.max_concurrent, tenant.tokens_per_minute, tenant.weight, int(tenant.admin)
 
 
-def _required(db: sqlite3.Connection, name: str) -> Tenant:
-    row = db.execute(f"SELECT {TENANT_COLUMNS} FROM tenants t WHERE name = ? AND removed IS NULL", (name,)).fetchone()
+def _required(db: Connection, name: str) -> Tenant:
+    found = f"SELECT {TENANT_COLUMNS} FROM tenants t WHERE name = ? AND removed IS NULL"
+    row = db.execute(found, (name,)).fetchone() if NAME.fullmatch(name) else None  # PostgreSQL takes no NUL
     if row is None:
         known = [r[0] for r in db.execute("SELECT name FROM tenants WHERE removed IS NULL")]
         raise NotFoundError(f"there is no tenant {name!r}{nearest(name, known)}", fix="see them with: trimtab tenants list")
     return tenant_of(row)
 
 
-def _key(db: sqlite3.Connection, key_id: str) -> Key:
-    row = db.execute(f"SELECT {KEY_COLUMNS} FROM keys WHERE id = ?", (key_id,)).fetchone()
+def _key(db: Connection, key_id: str) -> Key:
+    row = None if "\0" in key_id else db.execute(f"SELECT {KEY_COLUMNS} FROM keys WHERE id = ?", (key_id,)).fetchone()
     if row is None:
         shown = key_id.partition(".")[0]  # a whole key, secret and all, may have been given by mistake: it goes into no log
         raise NotFoundError(f"there is no key with the id {shown!r}", fix="give the part before the dot; trimtab tenants list shows them")

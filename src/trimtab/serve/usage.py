@@ -7,15 +7,15 @@ killed process (not SIGTERM, where the server closes) loses counts, those of the
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from trimtab.errors import TrimtabError
-from trimtab.serve.database import Database, transaction
+from trimtab.serve.database import Connection, Database
 
 FLUSH_SECONDS = 2.0
 log = logging.getLogger(__name__)
@@ -36,9 +36,9 @@ class UsageRow:
 
 
 class UsageBook:
-    """Adds up in memory and writes in batches. Any number of threads, and of processes on one file."""
+    """Adds up in memory and writes in batches. Any number of threads, and of processes on one database."""
 
-    def __init__(self, database: Database, *, flush_seconds: float = FLUSH_SECONDS, clock: Callable[[], float] = time.time):
+    def __init__(self, database: Database[Any], *, flush_seconds: float = FLUSH_SECONDS, clock: Callable[[], float] = time.time):
         self.flush_seconds, self.clock = flush_seconds, clock
         self.problem = ""
         self._database, self._handle = database, database.handle()
@@ -64,7 +64,7 @@ class UsageBook:
             if not taken:
                 return
             try:
-                with self._database.use(self._handle) as db, transaction(db):
+                with self._database.writing(self._handle) as db:
                     for key, counts in taken.items():
                         _write(db, key, counts)
             except BaseException:
@@ -79,7 +79,7 @@ class UsageBook:
         query = """SELECT t.name, u.day, u.adapter, u.requests, u.prompt_tokens, u.completion_tokens
             FROM usage u JOIN tenants t ON t.id = u.tenant
             WHERE (? = '' OR t.name = ?) AND u.day >= ? AND (? = '' OR u.day <= ?) ORDER BY t.name, t.id, u.day, u.adapter"""
-        with self._writing, self._database.use(self._handle) as db:
+        with self._writing, self._database.reading(self._handle) as db:
             return [UsageRow(*row) for row in db.execute(query, (tenant, tenant, since, until, until))]
 
     def close(self) -> None:
@@ -105,16 +105,16 @@ class UsageBook:
                 self.problem = error.message
 
 
-def _write(db: sqlite3.Connection, key: tuple[str, str, str], counts: Counts) -> None:
-    try:
-        db.execute(
-            """INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
-            requests = requests + excluded.requests,
-            prompt_tokens = prompt_tokens + excluded.prompt_tokens,
-            completion_tokens = completion_tokens + excluded.completion_tokens""",
-            (*key, *counts),
-        )
-    except sqlite3.IntegrityError:  # no such tenant: one bad row must not hold up all others for ever
+def _write(db: Connection, key: tuple[str, str, str], counts: Counts) -> None:
+    written = db.execute(
+        """INSERT INTO usage SELECT ?, ?, ?, ?, ?, ? WHERE EXISTS (SELECT 1 FROM tenants WHERE id = ?)
+        ON CONFLICT (tenant, day, adapter) DO UPDATE SET
+        requests = usage.requests + excluded.requests,
+        prompt_tokens = usage.prompt_tokens + excluded.prompt_tokens,
+        completion_tokens = usage.completion_tokens + excluded.completion_tokens""",
+        (*key, *counts, key[0]),
+    ).rowcount
+    if not written:  # one bad row must not hold up all others for ever
         log.error("usage of an unknown tenant is not kept", extra={"told": {"tenant": key[0]}})
 
 

@@ -68,7 +68,7 @@ def carry_bottleneck(options: Mapping[str, Any], tensors: Tensors, base: Base) -
     )
     places = {layer.attention_output: f"{layer.name}.attention_adapters" for layer in spec.layers}
     if options["output_adapter"]:
-        places |= {layer.mlp: f"{layer.name}.output_adapters" for layer in spec.layers}
+        places |= {layer.mlp: f"{layer.name}.output_adapters" for layer in spec.layers if layer.mlp is not None}
     sites = method.sites(spec)
     theirs = {
         s.key(t): f"{places[s.name]}.adapters.{tensors.name}.{t.replace('adapter_down.', 'adapter_down.0.')}"

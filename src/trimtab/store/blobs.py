@@ -24,6 +24,10 @@ MEMORY_BYTES = 2**28
 """Larger blobs are given out as an unnamed file on the store's disk, where it can be written, rather than in memory."""
 
 
+class Missing(Refusal):
+    """There is no such file."""
+
+
 @dataclass
 class Staged:
     """A whole file in tmp. anew: there was no good blob under its digest when it was written, so it was flushed to disk."""
@@ -100,12 +104,10 @@ class Blobs:
 
     def _chunks(self, blob: Descriptor, path: Path | None = None) -> Iterator[bytes]:
         """A blob's bytes. Refusal, at the latest behind the last chunk, where they are not those of its digest and size."""
-        sha, left = hashlib.sha256(), blob.size
+        sha = hashlib.sha256()
         with self.open_unhashed(blob, path) as (file, _):
-            while left:
-                chunk = read_exactly(file, min(CHUNK, left), f"blob {blob.digest}")
+            for chunk in pieces(file, blob.size, f"blob {blob.digest}"):
                 sha.update(chunk)
-                left -= len(chunk)
                 yield chunk
         _compare(blob, f"sha256:{sha.hexdigest()}")
 
@@ -154,15 +156,7 @@ class Staging:
 
     def copy(self, file: int, size: int, name: str) -> Staged:
         """The next `size` bytes of an open file. Refusal if it ends before."""
-
-        def chunks() -> Iterator[bytes]:
-            left = size
-            while left:
-                chunk = read_exactly(file, min(CHUNK, left), name)
-                left -= len(chunk)
-                yield chunk
-
-        return self.write(chunks())
+        return self.write(pieces(file, size, name))
 
     def write(self, chunks: Iterable[bytes], *, time_ns: int | None = None) -> Staged:
         """time_ns: the file's time, for one that will not be a blob."""
@@ -227,11 +221,11 @@ def _compare(blob: Descriptor, digest: str) -> None:
 
 @contextmanager
 def open_regular(path: Path, what: str) -> Iterator[tuple[int, int]]:
-    """(descriptor, size) of a regular file. Refusal if it is missing, a link, or anything else."""
+    """(descriptor, size) of a regular file. Missing if there is none; Refusal if it is a link, or anything else."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise Refusal(f"{what} is missing") from None
+        raise Missing(f"{what} is missing") from None
     except OSError as error:
         reason = "is a symbolic link, which is not followed" if path.is_symlink() else f"cannot be opened: {error.strerror}"
         raise Refusal(f"{what} {reason}") from error
@@ -244,11 +238,18 @@ def open_regular(path: Path, what: str) -> Iterator[tuple[int, int]]:
         os.close(file)
 
 
-def read_whole(path: Path, limit: int, what: str) -> tuple[bytes, os.stat_result]:
+def read_whole(path: Path, limit: int, what: str) -> bytes:
+    """A regular file. Missing if there is none; Refusal if it is anything else, or larger than `limit` bytes."""
     with open_regular(path, what) as (file, size):
         if size > limit:
             raise Refusal(f"{what} has {size:,} bytes; at most {limit:,} are read")
-        return read_exactly(file, size, what), os.fstat(file)
+        return read_exactly(file, size, what)
+
+
+def pieces(file: int, size: int, name: str) -> Iterator[bytes]:
+    """The next `size` bytes of an open file, CHUNK at a time. Refusal if it ends before."""
+    for at in range(0, size, CHUNK):
+        yield read_exactly(file, min(CHUNK, size - at), name)
 
 
 def is_still(path: Path, file: int) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from trimtab.bases.locate import HUB_ID
-from trimtab.methods import LoraConfig, Method
+from trimtab.methods import Head, LoraConfig, Method
 from trimtab.methods.base import Site
 
 CARD = "README.md"
@@ -32,13 +32,20 @@ MAX_SPAN, MAX_BLOCK = 200, 8000
 """Characters of one value and of the settings that a card shows; trimtab.json has the rest."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank."""
+PIPELINES = {"SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
+AUTO = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
 PLAIN_NAME = re.compile(r"[\w./@:~-]{1,200}", re.ASCII)
 
 
-def make_card(method: Method, note: Mapping[str, Any], sites: Sequence[Site], weights_bytes: int) -> bytes:
+def make_card(method: Method, note: Mapping[str, Any], sites: Sequence[Site], weights_bytes: int, head: Head | None = None) -> bytes:
     """The card of an adapter. note: trimtab.json's content. sites: those of its tensors. weights_bytes: of adapter_model.safetensors."""
     body = "\n".join(
-        [*_front_matter(method, note), *_facts(method, note, sites, weights_bytes), *_scores(note), *_uses(method, note, sites)]
+        [
+            *_front_matter(method, note, head),
+            *_facts(method, note, sites, weights_bytes, head),
+            *_scores(note),
+            *_uses(method, note, sites, head),
+        ]
     )
     data = (body.rstrip() + "\n\n").encode("utf-8", "replace")
     return data + MARK.format(hashlib.sha256(data).hexdigest()).encode()
@@ -56,7 +63,7 @@ def is_untouched(card: Path) -> bool:
 # ---- its parts, in order ----
 
 
-def _front_matter(method: Method, note: Mapping[str, Any]) -> Iterator[str]:
+def _front_matter(method: Method, note: Mapping[str, Any], head: Head | None) -> Iterator[str]:
     """What the hub reads. Its base_model must be a hub id; other names are left to the table below."""
     name = _base_name(note)
     yield "---"
@@ -65,12 +72,12 @@ def _front_matter(method: Method, note: Mapping[str, Any]) -> Iterator[str]:
         yield "base_model_relation: adapter"
     if method.in_peft:
         yield "library_name: peft"
-    yield "pipeline_tag: text-generation"
+    yield f"pipeline_tag: {PIPELINES[head.task] if head else 'text-generation'}"
     yield f"tags: [trimtab, {method.name}]"
     yield "---"
 
 
-def _facts(method: Method, note: Mapping[str, Any], sites: Sequence[Site], weights_bytes: int) -> Iterator[str]:
+def _facts(method: Method, note: Mapping[str, Any], sites: Sequence[Site], weights_bytes: int, head: Head | None) -> Iterator[str]:
     base, run = note.get("base") or {}, note.get("run") or {}
     tensors = [shape for s in sites for shape in s.shapes.values()]
     numbers = sum(prod(shape) for shape in tensors)
@@ -81,6 +88,8 @@ def _facts(method: Method, note: Mapping[str, Any], sites: Sequence[Site], weigh
     yield f"| base's fingerprint | {_span(base.get('fingerprint') or 'not known')} |"
     yield f"| method | {method.name} (`{method.peft_type}`) |"
     yield f"| parameters | {numbers:,} in {len(tensors):,} tensors, {weights_bytes:,} bytes |"
+    if head is not None:
+        yield f"| head | {_span(head.module)}, {len(head.labels):,} scores: {_span(', '.join(head.labels))} |"
     if run.get("data_digest"):
         yield f"| training rows | {_span(run['data_digest'])} |"
     yield f"| made | {_span(note.get('created'))} by trimtab {_span(note.get('trimtab'))} |"
@@ -105,34 +114,40 @@ def _scores(note: Mapping[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def _uses(method: Method, note: Mapping[str, Any], sites: Sequence[Site]) -> Iterator[str]:
+def _uses(method: Method, note: Mapping[str, Any], sites: Sequence[Site], head: Head | None) -> Iterator[str]:
     """How to load it, and what it cannot do."""
     name = _base_name(note)
     shown = name if name and PLAIN_NAME.fullmatch(name) else "BASE"
     yield "## Use\n"
     yield "`FOLDER` is this folder. trimtab loads it on the base with the fingerprint above and refuses any other base, tokenizer or chat"
     yield "template.\n"
-    yield from _block("bash", f'trimtab generate --base {shlex.quote(shown)} --adapter FOLDER "…"')
+    command = "generate" if head is None else "score"
+    yield from _block("bash", f'trimtab {command} --base {shlex.quote(shown)} --adapter FOLDER "…"')
     code = f'import trimtab\n\nbase = trimtab.load_base({json.dumps(shown)})\nadapter = trimtab.Adapter.load("FOLDER", base)\n'
-    yield from _block("python", code + 'print(base.generate(["…"], adapters=[adapter])[0])')
-    yield from _in_peft(method, shown)
+    call = (
+        'base.generate(["…"], adapters=[adapter])[0]' if head is None else 'base.scores([base.tokenizer("…")["input_ids"]], [adapter])[0]'
+    )
+    yield from _block("python", f"{code}print({call})")
+    yield from _in_peft(method, shown, head)
     yield from _in_vllm(method, sites, shown)
     if not method.mergeable:
         yield "It cannot be merged into the base's weights.\n"
 
 
-def _in_peft(method: Method, base: str) -> Iterator[str]:
+def _in_peft(method: Method, base: str, head: Head | None) -> Iterator[str]:
     if not method.in_peft:
         yield "peft has no such method and cannot load this folder.\n"
         return
     yield "With peft, which does not check that the base is the right one:\n"
     known = _on_hub(base)
     where = json.dumps(base) if known else f"trimtab.load_base({json.dumps(base)}).path"
+    auto = AUTO[head.task] if head else "AutoModelForCausalLM"
+    labels = f", num_labels={len(head.labels)}" if head else ""
     yield from _block(
         "python",
         ("" if known else "import trimtab\n")
-        + "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        + f"model = AutoModelForCausalLM.from_pretrained({where})\n"
+        + f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+        + f"model = {auto}.from_pretrained({where}{labels})\n"
         + 'model = PeftModel.from_pretrained(model, "FOLDER")',
     )
 

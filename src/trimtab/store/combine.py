@@ -72,7 +72,7 @@ def combine(
     """
     weights = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
     _check_arguments(adapters, weights, how, rank, density)
-    exported = [Adapter(a.base, *a.method.export(a.params)) for a in adapters]
+    exported = [Adapter(a.base, *a.method.export(a.params), head=a.head) for a in adapters]
     _check_together(exported, how)
     if how == "exact" and not isinstance(exported[0].method, LoraConfig):
         add = sum_ia3 if isinstance(exported[0].method, IA3Config) else sum_bottleneck
@@ -82,6 +82,23 @@ def combine(
         combined, report = _combine_lora(exported, weights, how, rank, density, seed)
     combined.verified = all(a.verified for a in adapters)
     return combined, report
+
+
+def summed(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Σ wᵢ · adapterᵢ exactly, of LoRA or IA³, without a report. AdapterError that names what has no such sum."""
+    exported = [Adapter(a.base, *a.method.export(a.params), head=a.head) for a in adapters]
+    _check_together(exported, "exact")
+    first = exported[0].method
+    if isinstance(first, IA3Config):
+        made = sum_ia3(exported, weights)
+    elif isinstance(first, LoraConfig):
+        each = [(w, factors_of(a)) for w, a in zip(weights, exported, strict=True)]
+        names = [name for name in exported[0].base.spec.modules if any(name in found for _, found in each)]
+        sums = {name: side_by_side([found[name].scaled(w) for w, found in each if name in found]) for name in names}
+        made = lora_from_factors(exported[0].base, sums)
+    else:
+        raise AdapterError(f"adapters of {first.name} cannot be composed in a request: only those of lora and of ia3 are")
+    return Adapter(exported[0].base, *made, verified=all(a.verified for a in adapters))
 
 
 def _check_arguments(adapters: Sequence[Adapter], weights: Sequence[float], how: str, rank: int | None, density: float) -> None:
@@ -121,6 +138,10 @@ def _check_together(adapters: Sequence[Adapter], how: str) -> None:
             problems.append(f"adapter {i + 1} is on another base ({here.name or 'unnamed'}) than the first ({there.name or 'unnamed'})")
         if getattr(adapter.method, "use_dora", False):
             problems.append(f"adapter {i + 1} is a DoRA: it divides by the norm of W + BA, so what it adds is no sum with what others add")
+        if experts := [s.name for s in adapter.sites if s.experts]:
+            problems.append(f"adapter {i + 1} acts on experts ({experts[0]}), and their factors are not added up")
+        if adapter.method.invocation:
+            problems.append(f"adapter {i + 1} is an aLoRA: it is on after its invocation tokens alone, and a sum is on for every token")
         if saved := [s.name for s in adapter.sites if s.saved]:
             problems.append(
                 f"adapter {i + 1} holds {', '.join(saved[:4])} trained in full: a copy replaces a module and cannot be added up"

@@ -40,7 +40,7 @@ def sum_bottleneck(adapters: Sequence[Adapter], weights: Sequence[float]) -> tup
     _refuse_different(methods)
     spec, widths = adapters[0].base.spec, [a.sites[0].rank for a in adapters]
     houlsby = any(m.variant == "houlsby" for m in methods)
-    layers = sorted({layer for a in adapters for layer, name in enumerate(spec.mlps) if name in {s.name for s in a.sites}})
+    layers = sorted({layer for a in adapters for layer, of in enumerate(spec.layers) if of.mlp in {s.name for s in a.sites}})
     method = BottleneckConfig(
         variant="houlsby" if houlsby else methods[0].variant,
         reduction_factor=reduction_factor(spec.hidden_size, sum(widths)),

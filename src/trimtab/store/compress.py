@@ -51,6 +51,13 @@ def compress(adapter: Adapter, *, rank: int | None = None, error: float | None =
     if not isinstance(adapter.method, LoraConfig):
         fix = "store it in half precision instead: save(dtype='bfloat16')"
         raise AdapterError(f"a {adapter.method.name} adapter has no low-rank weight change to truncate", fix=fix)
+    if adapter.method.invocation:
+        raise AdapterError("an aLoRA is not truncated: what is written would be on for every token")
+    if adapter.method.target_parameters:
+        raise AdapterError(
+            "an adapter that acts on experts is not truncated: each expert has factors of its own",
+            fix="store it in half precision instead: save(dtype='bfloat16')",
+        )
     if adapter.method.use_dora:
         raise AdapterError(
             "a DoRA adapter is not truncated: its magnitudes were trained with the norm of W + BA, which another BA changes",
@@ -61,9 +68,12 @@ def compress(adapter: Adapter, *, rank: int | None = None, error: float | None =
         U, sizes, Vh = factors.svd()
         kept = min(rank, factors.rank) if rank is not None else _smallest_rank(sizes, error or 0.0)
         after[name] = balanced(U, sizes, Vh, kept)
-    saved: dict[str, dict[str, Tensor]] = {s.name: {t: adapter.params[s.key(t)] for t in s.shapes} for s in adapter.sites if s.saved}
+    saved: dict[str, dict[str, Tensor]] = {
+        s.name: {t: adapter.params[s.key(t)] for t in s.shapes} for s in adapter.sites if s.saved and not s.head
+    }
     method, params = lora_from_factors(adapter.base, after, saved)
-    small = Adapter(adapter.base, method, params, info=adapter.info, verified=adapter.verified)
+    params |= {s.key(t): adapter.params[s.key(t)] for s in adapter.sites if s.head for t in s.shapes}
+    small = Adapter(adapter.base, method, params, info=adapter.info, verified=adapter.verified, head=adapter.head)
     got = factors_of(small)
     apart = {name: (distance(got[name], f), f.norm()) for name, f in before.items()}
     report = CompressReport(

@@ -66,6 +66,7 @@ def method_from_config(config: Mapping[str, Any], spec: Spec, where: str) -> tup
     fields = {f.name for f in dataclasses.fields(cls)}
     if kind == "PREFIX_TUNING":
         fields -= {"prefix_projection", "encoder_hidden_size"}  # what is saved is the projection's output
+    fields -= {"init_lora_weights"}  # where training started
     known_keys = COMMON | IGNORED.get(kind, frozenset()) | CHECKED.get(kind, frozenset()) | fields
     problems = [
         f"{key} = {short_repr(value)} is not supported" for key, value in config.items() if key not in known_keys and not _neutral(value)
@@ -163,7 +164,7 @@ def _virtual_problems(config: Mapping[str, Any], spec: Spec, warnings: list[str]
     prefix = config["peft_type"] == "PREFIX_TUNING"
     wanted = {"num_transformer_submodules": 1, "num_layers": spec.num_layers, "token_dim": spec.kv_width if prefix else spec.hidden_size}
     if prefix:
-        wanted["num_attention_heads"] = spec.num_kv_heads
+        wanted["num_attention_heads"] = spec.kv_shape[0]
     problems = [
         f"{k} = {short_repr(config[k])}: this base needs {v}" for k, v in wanted.items() if config.get(k) is not None and config[k] != v
     ]
@@ -174,8 +175,9 @@ def _virtual_problems(config: Mapping[str, Any], spec: Spec, warnings: list[str]
 
 def _fields(cls: type[Method], config: Mapping[str, Any]) -> dict[str, Any]:
     """The config's values for the method's fields; null and peft's other spellings of "not set" left out."""
-    names = [f.name for f in dataclasses.fields(cls)]
-    return {n: config[n] for n in names if n in config and not (config[n] is None or (config[n] == [] and n != "feedforward_modules"))}
+    meant = {"feedforward_modules"} | ({"target_modules"} if config.get("target_parameters") else set())  # where an empty list means: none
+    names = [f.name for f in dataclasses.fields(cls) if f.name != "init_lora_weights"]
+    return {n: config[n] for n in names if n in config and not (config[n] is None or (config[n] == [] and n not in meant))}
 
 
 def _read_lora(config: Mapping[str, Any], spec: Spec, warnings: list[str]) -> Method:

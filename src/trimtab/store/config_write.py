@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.bases.spec import Spec
-from trimtab.methods import IA3Config, LoraConfig, Method, PrefixTuningConfig, PromptTuningConfig
+from trimtab.methods import Head, IA3Config, LoraConfig, Method, PrefixTuningConfig, PromptTuningConfig
 from trimtab.methods.base import Site
 
 PEFT_VERSION = "0.21.2"
 """The version whose keys are written."""
 
 
-def config_from_method(method: Method, sites: Sequence[Site], spec: Spec, base_name: str | None) -> dict[str, Any]:
+def config_from_method(
+    method: Method, sites: Sequence[Site], spec: Spec, base_name: str | None, head: Head | None = None
+) -> dict[str, Any]:
     """What adapter_config.json says of a method on a base: peft's keys, or trimtab's own fields for a method that peft lacks."""
     config: dict[str, Any] = {
         "peft_type": method.peft_type,
-        "task_type": "CAUSAL_LM",
+        "task_type": head.task if head else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "auto_mapping": None,
@@ -26,23 +28,24 @@ def config_from_method(method: Method, sites: Sequence[Site], spec: Spec, base_n
     if not method.in_peft:
         fields = method.to_dict()
         assert not config.keys() & fields.keys(), f"a field of {type(method).__name__} has the name of one of peft's own keys"
-        return config | fields
+        return config | fields | ({"modules_to_save": [head.module]} if head else {})
     config["peft_version"] = PEFT_VERSION
     if isinstance(method, LoraConfig):
         return config | _lora_config(method, sites, spec)
     if isinstance(method, IA3Config):
         return config | _ia3_config(method, sites, spec)
-    return config | _virtual_config(method, spec)
+    return config | _virtual_config(method, spec) | {"modules_to_save": [head.module] if head else None}
 
 
 def _targets(method: LoraConfig | IA3Config, sites: Sequence[Site], default: Sequence[str]) -> str | list[str]:
     """target_modules as peft resolves it to the same modules. Anything that peft might read otherwise is written as the full names."""
     plain = method.exclude_modules is None and getattr(method, "layers_to_transform", None) is None
+    plain = plain and not (method.target_modules == "all-linear" and any(s.head for s in sites))  # peft takes some heads for one of them
     if plain and method.target_modules is None:
         return list(default)
     if plain and (method.target_modules == "all-linear" or not isinstance(method.target_modules, str)):
         return method.target_modules if isinstance(method.target_modules, str) else list(method.target_modules or ())
-    return [s.name for s in sites if not s.saved]
+    return [s.name for s in sites if not s.saved and not s.experts]
 
 
 def _targeted_config(method: LoraConfig | IA3Config, sites: Sequence[Site], spec: Spec) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def _lora_config(method: LoraConfig, sites: Sequence[Site], spec: Spec) -> dict[
     return _targeted_config(method, sites, spec) | {
         "r": method.r,
         "lora_alpha": _whole(method.alpha),
-        "lora_dropout": method.lora_dropout,
+        "lora_dropout": 0.0 if method.target_parameters else method.lora_dropout,  # which peft refuses there, even without training
         "target_modules": _targets(method, sites, spec.defaults.lora_targets),
         "rank_pattern": dict(method.rank_pattern),
         "alpha_pattern": alphas,
@@ -68,8 +71,8 @@ def _lora_config(method: LoraConfig, sites: Sequence[Site], spec: Spec) -> dict[
         "lora_bias": False,
         "init_lora_weights": True,
         "trainable_token_indices": None,
-        "target_parameters": None,
-        "alora_invocation_tokens": None,
+        "alora_invocation_tokens": list(method.invocation) or None,
+        "target_parameters": list(method.target_parameters) if method.target_parameters else None,
         "layer_replication": None,
         "megatron_config": None,
         "megatron_core": "megatron.core",
@@ -102,8 +105,8 @@ def _virtual_config(method: Method, spec: Spec) -> dict[str, Any]:
     if isinstance(method, PromptTuningConfig):
         # RANDOM: on loading, peft would otherwise ask for the tokenizer of TEXT only to overwrite what it makes of it
         start = {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None, "tokenizer_kwargs": None}
-        return config | start | {"token_dim": spec.hidden_size, "num_attention_heads": spec.num_heads}
-    shape = {"token_dim": spec.kv_width, "num_attention_heads": spec.num_kv_heads}
+        return config | start | {"token_dim": spec.hidden_size, "num_attention_heads": spec.layers[0].num_heads}
+    shape = {"token_dim": spec.kv_width, "num_attention_heads": spec.kv_shape[0]}
     return config | shape | {"encoder_hidden_size": spec.kv_width, "prefix_projection": False}
 
 

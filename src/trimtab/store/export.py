@@ -76,7 +76,7 @@ def export(adapter: Adapter, folder: str | Path, format: str = "peft", *, base_n
     if format == "merged":
         merged = merge_into(adapter, folder)
         return ExportReport(merged.folder, format, _sizes(merged.folder), None, ("transformers",), merged.relative, merged.allowed)
-    adapter = Adapter(adapter.base, *adapter.method.export(adapter.params), verified=adapter.verified)
+    adapter = Adapter(adapter.base, *adapter.method.export(adapter.params), verified=adapter.verified, head=adapter.head)
     _refuse(adapter, format)
     with staged(folder) as work:
         if format == "gguf":
@@ -102,11 +102,16 @@ def _refuse(adapter: Adapter, format: str) -> None:
     """AdapterError, with every reason, if a format cannot hold an adapter."""
     if format == "peft":
         problems = [] if adapter.method.in_peft else [f"peft has no {adapter.method.name} adapters"]
-        fix = "trimtab loads it: save it as it is"
+        problems += [f"it has a head, whose folder peft reads as it is ({adapter.head.task})"] if adapter.head else []
+        fix = "save it as it is"
     else:
         problems = _plain_lora_problems(adapter.method, adapter.sites, adapter.base)
         problems += (gguf_problems if format == "gguf" else _vllm_problems)(adapter)
-        fix = "merge it instead: format merged" if adapter.method.mergeable else "serve it beside the base: `trimtab serve`"
+        fix = (
+            "merge it instead: format merged"
+            if adapter.method.mergeable and not adapter.method.invocation
+            else "serve it beside the base: `trimtab serve`"
+        )
     if problems:
         raise AdapterError(f"this {adapter.method.name} adapter cannot be exported for {format}", problems=problems, fix=fix)
 
@@ -116,6 +121,8 @@ def _plain_lora_problems(method: Any, sites: Sequence[Site], base: Base) -> list
     if not isinstance(method, LoraConfig):
         return [f"it knows LoRA, and this is {method.name}"]
     problems = ["it has no DoRA"] if method.use_dora else []
+    problems += ["its LoRA is on for every token, and this aLoRA after its invocation tokens alone"] if method.invocation else []
+    problems += ["its LoRA acts on modules, and this one also on parameters of experts"] if method.target_parameters else []
     problems += [f"it has no modules_to_save, and {s.name} was trained in full" for s in sites if s.saved]
     for site in sites:
         if not site.saved and site.name in (base.spec.embedding, base.spec.head):

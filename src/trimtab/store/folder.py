@@ -15,15 +15,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from trimtab.errors import AdapterError, ConfigError, first_of
-from trimtab.methods import METHODS, Method
+from trimtab.methods import METHODS, Head, Method
 from trimtab.methods.base import Site
 from trimtab.store.config_read import method_from_config
 from trimtab.store.contents import TYPES, Contents, read_contents
 from trimtab.store.files import AdapterFolder, Refusal, digest_of, read_exactly
 from trimtab.store.header import Entry, read_header
+from trimtab.store.heads import differs, head_in, leftovers, without_head
 from trimtab.store.keys import renaming, todays_names
-from trimtab.store.note import fit_problems, method_of, recorded_fingerprint
-from trimtab.store.tensors import PREFIX, copies_of_base, expected, layout_problems, value_problems
+from trimtab.store.note import fit_problems, head_of, method_of, other_base, recorded_fingerprint
+from trimtab.store.tensors import PREFIX, as_peft_has, copies_of_base, expected, layout_problems, value_problems
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,13 +43,15 @@ log = logging.getLogger(__name__)
 
 class Read(NamedTuple):
     """An adapter as its folder holds it. params: by `Site.key`, fp32, on the CPU. info: trimtab.json's content. verified: whether that
-    vouches for the folder on this base. warnings: what the folder says and what was left out, one line each."""
+    vouches for the folder on this base. warnings: what the folder says and what was left out, one line each. head: its own head, whose
+    tensors are among params."""
 
     method: Method
     params: dict[str, Tensor]
     info: dict[str, Any]
     verified: bool
     warnings: tuple[str, ...]
+    head: Head | None = None
 
 
 def read_opened(folder: AdapterFolder, base: Base, where: str) -> Read:
@@ -68,7 +71,7 @@ def read_opened(folder: AdapterFolder, base: Base, where: str) -> Read:
         log.warning("%s: %s", where, warning)
     recorded = recorded_fingerprint(said.note) if said.note is not None else None
     verified = bool(recorded) and recorded == base.fingerprint
-    return Read(said.method, params, said.note or {}, verified, warnings)
+    return Read(said.method, params, said.note or {}, verified, warnings, said.head)
 
 
 def check_layout(folder: AdapterFolder, base: Base, where: str) -> None:
@@ -93,15 +96,22 @@ class _Said(NamedTuple):
     note: dict[str, Any] | None
     config_bytes: bytes
     warnings: tuple[str, ...]
+    head: Head | None
 
 
 def _said(folder: AdapterFolder, base: Base, where: str) -> _Said:
     config, config_bytes, note, warnings = _read_json(folder, where)
     if note is not None:
-        fix = "load it on the base, tokenizer and template of its training"
+        fix = "load it on the base, tokenizer and template of its training; --base-differs (base_differs=True) takes it on another base, "
+        fix += "such as the same one in another precision"
         refuse(f"{where} does not fit this base", fit_problems(note, base), fix=fix)
-    method, strange = _method(config, note, base, where)
-    return _Said(method, _sites(method, base, where), note, config_bytes, (*warnings, *strange))
+        warnings += other_base(note, base)
+    head = _collected(lambda: head_in(config, folder, WEIGHTS, where), where) if note is None else head_of(note, where)
+    if note is not None and differs(config, head):
+        raise _contradiction(where)
+    method, strange = _method(without_head(config) if head else config, note, base, where)
+    sites = _sites(method, base, where) + ([head.site(base.spec)] if head else [])
+    return _Said(method, sites, note, config_bytes, (*warnings, *strange), head)
 
 
 def survey(folder: AdapterFolder, where: str) -> tuple[dict[str, Any], dict[str, Any] | None, list[Entry]]:
@@ -114,8 +124,8 @@ def survey(folder: AdapterFolder, where: str) -> tuple[dict[str, Any], dict[str,
     if not isinstance(kind, str) or kind not in METHODS:
         fix = f"methods there are: {', '.join(METHODS)}"
         raise AdapterError(f"{where}: peft_type = {str(kind)[:80]!r} is not a method that trimtab has", fix=fix)
-    if note is not None and _noted_method(note, where).peft_type != kind:
-        raise AdapterError(f"{where}: adapter_config.json and trimtab.json describe different adapters", fix="fetch or copy it anew")
+    if note is not None and (_noted_method(note, where).peft_type != kind or differs(config, head_of(note, where))):
+        raise _contradiction(where)
 
     entries, digest, odd, zero = _collected(lambda: _look_at_values(folder), where)
     if note is not None:
@@ -188,8 +198,12 @@ def _method(config: Mapping[str, Any], note: Mapping[str, Any] | None, base: Bas
     same = described.peft_type == method.peft_type and _sites(described, base, where) == _sites(method, base, where)
     # where peft has the method, its other spellings of one thing are seen at the sites; else the config holds the very fields
     if not same or not method.in_peft:
-        raise AdapterError(f"{where}: adapter_config.json and trimtab.json describe different adapters", fix="fetch or copy it anew")
+        raise _contradiction(where)
     return method, warnings
+
+
+def _contradiction(where: str) -> AdapterError:
+    return AdapterError(f"{where}: adapter_config.json and trimtab.json describe different adapters", fix="fetch or copy it anew")
 
 
 def _noted_method(note: Mapping[str, Any], where: str) -> Method:
@@ -224,8 +238,12 @@ def _read_tensors(folder: AdapterFolder, said: _Said, base: Base, where: str) ->
 
 def _layout(entries: list[Entry], said: _Said, base: Base, where: str) -> tuple[dict[str, str], dict[str, str]]:
     """(names in the file -> today's, those that are the base's own). In a folder of ours no name is other than today's."""
-    names = todays_names((e.name for e in entries), base.spec) if said.note is None else {e.name: e.name for e in entries}
+    names = {e.name: e.name for e in entries}
+    if said.note is None:
+        names = {old: as_peft_has(new, said.sites) for old, new in todays_names(names, base.spec).items()}
     entries = [e if names[e.name] == e.name else replace(e, name=names[e.name]) for e in entries]
+    unread = leftovers(entries, said.head)
+    entries = [e for e in entries if e.name not in unread]
     copies = copies_of_base(entries, said.sites, base)
     problems = layout_problems(entries, said.sites, copies)
     refuse(f"{where} is refused", problems, fix="check that config, weights and base belong together")

@@ -29,19 +29,20 @@ def training_leftovers(config: Mapping[str, Any]) -> list[str]:
 def without_strangers(fields: Mapping[str, Any], spec: Spec) -> tuple[dict[str, Any], list[str]]:
     """A config's fields, of the right types, without names that match no module of the base; and a warning for each option with such names.
 
-    Where nothing would be left of target_modules it stays as it is, for the method to refuse.
+    Where nothing would be left to act on, the option stays as it is, for the method to refuse.
     """
     found, warnings = dict(fields), list[str]()
     if saved := found.get("modules_to_save"):
         found["modules_to_save"], stray = _saved_names(saved, spec)
         warnings += [f"modules_to_save: {_listed(stray)} in this base, left out"] if stray else []
-    for option in ("target_modules", "feedforward_modules", "exclude_modules"):
+    for option in ("target_modules", "target_parameters", "feedforward_modules", "exclude_modules"):
         wanted = found.get(option)
         if not wanted or wanted == "all-linear" or (isinstance(wanted, str) and regex_problem(wanted)):
             continue
         names = [wanted] if isinstance(wanted, str) else list(wanted)
         kept = [n for n in names if any(matches(m, wanted if isinstance(wanted, str) else [n]) for m in spec.modules)]
-        if len(kept) == len(names) or (option == "target_modules" and not kept):
+        last = option == "target_modules" or (option == "target_parameters" and not found.get("target_modules"))
+        if len(kept) == len(names) or (last and not kept):
             continue
         warnings.append(f"{option}: {_listed(n for n in names if n not in kept)} in this base, left out")
         found[option] = kept if kept or option == "feedforward_modules" else None

@@ -72,7 +72,7 @@ def read_gguf(file: Path, adapter: Adapter, spec: Spec) -> dict[str, Tensor]:
 def _placed(adapter: Adapter, spec: Spec) -> Iterator[tuple[Site, str, int]]:
     """(site, llama.cpp's name of the module, how many heads its rows are reordered in; 0: not at all)."""
     names: Any = gguf.get_tensor_name_map(ARCHITECTURES[spec.model_type], spec.num_layers)
-    heads = {"q_proj": spec.num_heads, "k_proj": spec.num_kv_heads}
+    heads = {"q_proj": spec.layers[0].num_heads, "k_proj": spec.layers[0].num_kv_heads}
     for site in adapter.sites:
         name = names.get_name(site.name)
         assert name is not None, f"the gguf package has no name for {site.name}"

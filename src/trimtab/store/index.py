@@ -70,11 +70,16 @@ def is_sorted(head: bytes, size: int) -> bool:
     return head.startswith(f'{HEAD}{size:0{DIGITS}}"'.encode())
 
 
-def parse_index(data: bytes, what: str = "index.json") -> tuple[Index, list[str]]:
-    """The index, and everything in it that cannot be. Where there is any, the index must not be trusted, and never be written back."""
+def parse_index(data: bytes, what: str = "index.json", *, of: str | None = None) -> tuple[Index, list[str]]:
+    """The index, and everything in it that cannot be. Where there is any, the index must not be trusted, and never be written back.
+
+    of: the path of the one name that it must have, where it is a change of that name (`refs.py`).
+    """
     index, problems = _parse(data)
     if not problems and is_sorted(data[:LINE], len(data)) and index.to_bytes() != data:
         problems.append("index.json is damaged: its lines are not as they were written")
+    if not problems and of is not None and index.names.keys() != {of}:
+        problems.append(f"index.json is not of {of}")
     return index, [p.replace("index.json", what, 1) for p in problems]
 
 

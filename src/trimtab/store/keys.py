@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 
 from trimtab.bases.spec import Spec
+from trimtab.methods.head import NAMES
 from trimtab.store.files import Refusal
 from trimtab.store.tensors import PREFIX
 
@@ -67,8 +68,8 @@ def renaming(found: dict[str, str]) -> list[str]:
 
 
 def _roots(spec: Spec) -> dict[str, str]:
-    """First part of each module's name behind ROOTS -> what stands before it in this base: "layers" -> "model."."""
-    found: dict[str, str] = {}
+    """First part of each module's name behind ROOTS -> what stands before it in this base: "layers" -> "model."; nothing before heads."""
+    found: dict[str, str] = dict.fromkeys(NAMES, "")
     for module in spec.modules:
         first, rest = _split(module)
         found[first] = module.removesuffix(rest)

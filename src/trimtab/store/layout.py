@@ -26,7 +26,7 @@ from trimtab.atomic import take_name
 from trimtab.errors import AdapterError
 from trimtab.store.blobs import Blobs, Staging, read_whole
 from trimtab.store.files import Refusal, parse_json
-from trimtab.store.names import NoSuchAdapter, is_word
+from trimtab.store.names import NoSuchAdapter
 
 VERSION = {"imageLayoutVersion": "1.0.0"}
 LOCK_SECONDS = 120.0
@@ -45,16 +45,6 @@ class Mark(NamedTuple):
     @classmethod
     def of(cls, status: os.stat_result) -> Mark:
         return cls(status.st_ino, status.st_mtime_ns, status.st_size)
-
-
-def change_file(path: str) -> str:
-    """Where the change of a name waits, beneath the root; `changed_path` gives its path by the file's name."""
-    return f"changes/{path.replace('/', '@')}.json"
-
-
-def changed_path(file: str) -> str | None:
-    namespace, _, name = file.removesuffix(".json").partition("@")
-    return f"{namespace}/{name}" if file.endswith(".json") and is_word(namespace) and is_word(name) else None
 
 
 class Layout:
@@ -94,8 +84,7 @@ class Layout:
     def _refuse_strange(self) -> None:
         """Refuse a layout that another version wrote, or in which something is not what it must be."""
         try:
-            said, _ = read_whole(self.root / "oci-layout", 4096, "oci-layout")
-            document = parse_json(said, "oci-layout")
+            document = parse_json(read_whole(self.root / "oci-layout", 4096, "oci-layout"), "oci-layout")
         except (Refusal, OSError) as error:
             raise AdapterError(f"{self.root} is no store that can be read: {error}", fix="name another store") from error
         if document != VERSION:
@@ -156,11 +145,6 @@ class Layout:
             return self.mark(), os.lstat(self.changes).st_mtime_ns
         except FileNotFoundError:
             return self.mark(), 0
-
-    def read_index(self, limit: int) -> tuple[bytes, Mark]:
-        """Refusal if it is not a plain file or too large."""
-        data, status = read_whole(self.index, limit, "index.json")
-        return data, Mark.of(status)
 
     def write_index(self, data: Iterable[bytes], stage: Staging) -> None:
         """Commit: from here on, whatever happens, readers see this state or the one before. Call it under the lock."""

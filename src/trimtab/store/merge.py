@@ -22,9 +22,11 @@ from torch import Tensor
 
 from trimtab.bases.by_layer import in_float32_by_layer
 from trimtab.bases.copies import copied
+from trimtab.bases.folder import read_json
 from trimtab.bases.progress import quiet_transformers
 from trimtab.bases.text_tower import load_causal
-from trimtab.bases.weights import claimed, norm_weight, weight_of
+from trimtab.bases.weights import Weight, claimed, norm_weight, weight_of
+from trimtab.bases.weights.experts import Experts
 from trimtab.errors import NotMergeable
 from trimtab.methods import Method
 from trimtab.methods.base import Site
@@ -34,6 +36,8 @@ from trimtab.store.staging import staged
 if TYPE_CHECKING:
     from trimtab.store.in_memory import AdapterInMemory
 
+AT_A_TIME = 2**22
+"""Numbers of a matrix that are merged in fp32 at once, where its rows do not depend on each other."""
 PROBE_LENGTHS = (1, 7, 24)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 """Largest RMS difference of logits, relative to the spread of the logits, that rounding the merged weights to a dtype explains."""
@@ -45,7 +49,8 @@ class MergeReport:
 
     max_difference: of any logit, merged model against base with adapter. relative: RMS difference over the logits' spread. allowed: what
     `relative` may be at most, since the weights were rounded. dtype: of the written weights. untied: whether the output head got weights of
-    its own, because the adapter changes it or the embedding.
+    its own, because the adapter changes it or the embedding. quantized: in which format the base was, if it was merged into the dense
+    matrices of its folder.
     """
 
     folder: Path
@@ -54,6 +59,7 @@ class MergeReport:
     allowed: float
     dtype: str
     untied: bool
+    quantized: str = ""
 
 
 def merge_into(adapter: AdapterInMemory, folder: str | Path) -> MergeReport:
@@ -63,6 +69,11 @@ def merge_into(adapter: AdapterInMemory, folder: str | Path) -> MergeReport:
     adapter do. AdapterError if the folder holds files already.
     """
     base = adapter.base
+    if adapter.head is not None:
+        raise NotMergeable(
+            f"the adapter has a head of its own ({adapter.head.module}), and the base has no module for it",
+            fix="use it beside the base: `trimtab score`, Base.scores",
+        )
     method, params = adapter.method.export(adapter.params)
     sites = method.sites(base.spec)
     _refuse_unmergeable(base, method, sites)
@@ -72,7 +83,10 @@ def merge_into(adapter: AdapterInMemory, folder: str | Path) -> MergeReport:
         sizes = {m.name: max(math.prod(shape) for shape in m.parameters.values()) for m in base.spec.modules.values()}
         for site in sorted(sites, key=lambda s: -sizes[s.name]):  # a large matrix gets its fp32 copy while the others are still in files
             tensors = {t: params[site.key(t)].detach().cpu() for t in site.shapes}
-            _merge_site(model.get_submodule(site.name), method, site, tensors, base.spec.model_type)
+            if site.experts:
+                _merge_experts(model, method, site, tensors)
+            else:
+                _merge_site(model.get_submodule(site.name), method, site, tensors, base.spec.model_type)
         dtype = model.dtype
         model.save_pretrained(work)
         if base.tokenizer is not None:
@@ -87,23 +101,28 @@ def merge_into(adapter: AdapterInMemory, folder: str | Path) -> MergeReport:
                 f"{relative:.3g} of their spread (allowed for {dtype}: {allowed:g})",
                 fix="serve the adapter beside the base; or merge on the base loaded and stored in float32",
             )
-    return MergeReport(Path(folder), largest, relative, allowed, str(dtype).removeprefix("torch."), untied)
+    return MergeReport(Path(folder), largest, relative, allowed, str(dtype).removeprefix("torch."), untied, base.packed_as)
 
 
 def _refuse_unmergeable(base: Base, method: Method, sites: list[Site]) -> None:
     if any(not s.name for s in sites):
         reason = f"a {method.name} adapter puts keys and values before token 0, and no weight of the base can stand for those"
         raise NotMergeable(reason, fix="serve the adapter beside the base")
-    if not method.mergeable:
+    if not method.mergeable or method.invocation:
         site = sites[0]
         method.merge(site, torch.empty(0), None, {})  # raises, with the method's own reason
         raise NotMergeable(f"{method.name} adapters cannot be merged into the base")
     stored = {m.name for s in sites if (m := base.attached.weights.of.get(s.name)) is not None and not m.stored_dense}
-    if stored:
+    if stored and not _has_dense_source(base):
         raise NotMergeable(
             f"the base's weights are stored as {', '.join(sorted(stored))}: a merged matrix would have to be rounded to that anew",
-            fix="merge on the same base loaded unquantised; or serve the adapter beside this one",
+            fix="merge on the same base unquantised (--base THAT --base-differs); or serve the adapter beside this one",
         )
+
+
+def _has_dense_source(base: Base) -> bool:
+    """Whether a base that is packed in memory was made of a folder whose matrices are dense."""
+    return base.path is not None and not read_json(base.path / "config.json").get("quantization_config")
 
 
 def fresh_copy(base: Base) -> Any:
@@ -137,13 +156,17 @@ def _merge_site(module: Any, method: Method, site: Site, params: dict[str, Tenso
     if matrix is None:
         norm_H = norm_weight(module)
         merged, bias_O = method.merge(site, norm_H, bias, params)
-        norm_H.copy_(_rounded(merged, norm_H.dtype, site))
+        _finite(norm_H.copy_(merged), site)
+    elif method.of_rows(site, params, slice(1)) is not None:
+        _merge_rows(matrix, method, site, params)
+        return
     else:
         merged, bias_O = method.merge(site, matrix.dense(), bias, params)
-        matrix.write(_rounded(merged, matrix.dtype, site))
+        matrix.write(merged)  # which rounds: there is no third matrix
+        _finite(matrix.dense(), site)
     if bias is not None:
         assert bias_O is not None, f"{type(method).__name__}.merge lost the bias of {site.name}"
-        bias.copy_(_rounded(bias_O, bias.dtype, site))
+        _finite(bias.copy_(bias_O), site)
     elif bias_O is not None and bool(bias_O.any()):
         raise NotMergeable(
             f"{site.name} has no bias in this {model_type} base, and what the {method.name} adapter adds there is one",
@@ -151,11 +174,34 @@ def _merge_site(module: Any, method: Method, site: Site, params: dict[str, Tenso
         )
 
 
-def _rounded(merged: Tensor, dtype: torch.dtype, site: Site) -> Tensor:
-    rounded = merged.to(dtype)
-    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(rounded)):  # of a large matrix, `isfinite` makes three more
-        raise NotMergeable(f"{site.name}: merged values do not fit {dtype}", fix="serve the adapter beside the base")
-    return rounded
+def _merge_rows(matrix: Weight, method: Method, site: Site, params: dict[str, Tensor]) -> None:
+    """A few rows at a time: the matrix of a large vocabulary is never in memory in fp32."""
+    count, width = matrix.shape
+    step = max(1, AT_A_TIME // width)
+    for first in range(0, count, step):
+        rows = slice(first, min(first + step, count))
+        part = method.of_rows(site, params, rows)
+        assert part is not None
+        merged, _ = method.merge(site, matrix.dense(rows), None, part)
+        matrix.write(merged, rows)
+    _finite(matrix.dense(), site)
+
+
+@torch.no_grad()
+def _merge_experts(model: Any, method: Method, site: Site, params: dict[str, Tensor]) -> None:
+    """All experts of one parameter, in fp32 at once."""
+    module, _, name = site.name.rpartition(".")
+    experts = Experts(model.get_submodule(module), name)
+    dense_EOI = torch.stack([experts.dense(e).float() for e in range(site.experts)])
+    merged, _ = method.merge(site, dense_EOI, None, params)
+    for e, weight_OI in enumerate(merged):
+        experts.write(e, weight_OI)
+        _finite(experts.dense(e), site)
+
+
+def _finite(written: Tensor, site: Site) -> None:
+    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(written)):  # of a large matrix, `isfinite` makes three more
+        raise NotMergeable(f"{site.name}: merged values do not fit {written.dtype}", fix="serve the adapter beside the base")
 
 
 @torch.no_grad()
@@ -167,10 +213,11 @@ def _difference(adapter: AdapterInMemory, folder: Path) -> tuple[float, float]:
 
 
 def in_float32(adapter: AdapterInMemory) -> AdapterInMemory:
-    """The same adapter on a base that computes in fp32 on the CPU: its own, or `fresh_in_float32`. In bf16 two right ways of computing a
+    """The same adapter on a base that computes in fp32 on the CPU: its own, or `fresh_in_float32`, whose matrices are those of the base's
+    folder also where the base was quantised while it was loaded. In bf16 two right ways of computing a
     trained adapter may differ by a fifth of the logits' spread, which would hide a wrong weight and refuse right ones."""
     base = adapter.base
-    if base.dtype == torch.float32 and base.device.type == "cpu":
+    if base.dtype == torch.float32 and base.device.type == "cpu" and not (base.packed_as and _has_dense_source(base)):
         return adapter
     with quiet_transformers():
         model = fresh_in_float32(base)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from trimtab.errors import AdapterError
-from trimtab.methods import METHODS, Method
+from trimtab.methods import METHODS, Head, Method
 from trimtab.store.config_read import type_problems
 from trimtab.version import __version__
 
@@ -21,7 +21,9 @@ _TOKENIZERS: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
 """tokenizer -> (its size, its digest): hashing a large vocabulary takes longer than loading an adapter."""
 
 
-def make_note(method: Method, base: Base, files: Mapping[str, str], run: Mapping[str, Any] | None) -> dict[str, Any]:
+def make_note(
+    method: Method, base: Base, files: Mapping[str, str], run: Mapping[str, Any] | None, head: Head | None = None
+) -> dict[str, Any]:
     """files: name -> "sha256:…". run: settings, metrics, the data's digest; whatever JSON can hold."""
     return {
         "format": FORMAT,
@@ -30,7 +32,9 @@ def make_note(method: Method, base: Base, files: Mapping[str, str], run: Mapping
         "method": method.name,
         "peft_type": method.peft_type,
         "fields": method.to_dict(),
-        "base": {"name": base.name or None, "fingerprint": base.fingerprint or None},
+        "base": {"name": base.name or None, "fingerprint": base.fingerprint or None}
+        | ({"quantized": found} if (found := base.packed_as) else {}),
+        **({"head": head.to_dict()} if head else {}),
         **_digests(base),
         "files": dict(files),
         "run": _plain(run or {}),
@@ -75,21 +79,35 @@ def method_of(note: Mapping[str, Any], where: str) -> Method:
     return METHODS[kind].from_dict(fields, where=f"{where}: trimtab.json")
 
 
+def head_of(note: Mapping[str, Any], where: str) -> Head | None:
+    """The head that a note describes; None where it has none. AdapterError if it cannot be read."""
+    if note.get("head") is None:
+        return None
+    head = Head.from_dict(note["head"])
+    if head is None:
+        raise AdapterError(f"{where}: trimtab.json describes a head that cannot be read", fix="fetch or copy the adapter anew")
+    return head
+
+
 def fit_problems(note: Mapping[str, Any], base: Base) -> list[str]:
     """What says that an adapter was made for another base, tokenizer or chat template; only what both sides know is compared."""
-    problems = []
-    recorded, here = recorded_fingerprint(note), base.fingerprint or None
-    if recorded and here and recorded != here:
-        name = (note.get("base") or {}).get("name")
-        problems.append(
-            f"base: it was trained on {name or 'a base'} with fingerprint {recorded}; this one, {base.name or 'unnamed'}, has {here}"
-        )
+    problems = [] if base.base_differs else other_base(note, base)
     mine = _digests(base)
     consequences = {"tokenizer": "the same text would give other tokens", "chat_template": "prompts would not look as they did in training"}
     for key, consequence in consequences.items():
         if note.get(key) and mine[key] and note[key] != mine[key]:
             problems.append(f"{key}: it was trained with {note[key]}; this base has {mine[key]}, so {consequence}")
     return problems
+
+
+def other_base(note: Mapping[str, Any], base: Base) -> list[str]:
+    """That an adapter was trained on a base of another fingerprint, in one line; no line where it was not, or one side does not know."""
+    recorded, here, then = recorded_fingerprint(note), base.fingerprint or None, note.get("base") or {}
+    if not (recorded and here and recorded != here):
+        return []
+    was, now = (f" in {form}" if form else "" for form in (then.get("quantized"), base.packed_as))
+    trained = f"base: it was trained on {then.get('name') or 'a base'}{was} with fingerprint {recorded}"
+    return [f"{trained}; this one, {base.name or 'unnamed'}{now}, has {here}"]
 
 
 def recorded_fingerprint(note: Mapping[str, Any]) -> str | None:

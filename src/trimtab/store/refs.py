@@ -23,12 +23,12 @@ from threading import Lock
 
 from trimtab.atomic import sync, take_name
 from trimtab.store import index as index_module
-from trimtab.store.blobs import open_regular, read_whole
+from trimtab.store.blobs import Missing, open_regular, read_whole
 from trimtab.store.files import Refusal, read_exactly
 from trimtab.store.index import LINE, MAX_INDEX_BYTES, Index, is_sorted, parse_index
-from trimtab.store.layout import Layout, Mark, change_file, changed_path
+from trimtab.store.layout import Layout, Mark
 from trimtab.store.name import Name
-from trimtab.store.names import Ref, missing
+from trimtab.store.names import Ref, is_word, missing
 from trimtab.store.sorted_index import SortedIndex
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,16 @@ MOST = 512
 NEAR = 500
 """Paths from each of the places where a name that is missing may have been meant."""
 END_OF_PATHS = "~"
+
+
+def change_file(path: str) -> str:
+    """Where the change of a name waits, beneath the root; `changed_path` gives its path by the file's name."""
+    return f"changes/{path.replace('/', '@')}.json"
+
+
+def changed_path(file: str) -> str | None:
+    namespace, _, name = file.removesuffix(".json").partition("@")
+    return f"{namespace}/{name}" if file.endswith(".json") and is_word(namespace) and is_word(name) else None
 
 
 class Refs:
@@ -89,14 +99,10 @@ class Refs:
         """A name whose change waits."""
         file = change_file(path)
         try:
-            data, _ = read_whole(self._layout.root / file, MAX_INDEX_BYTES, file)
-        except Refusal:
-            if os.path.lexists(self._layout.root / file):
-                raise
+            data = read_whole(self._layout.root / file, MAX_INDEX_BYTES, file)
+        except Missing:
             return None
-        index, problems = parse_index(data, file)
-        if not problems and index.names.keys() != {path}:
-            problems = [f"{file} is not of {path}"]
+        index, problems = parse_index(data, file, of=path)
         if problems:
             raise Refusal("\n".join(problems))
         return index.names[path]

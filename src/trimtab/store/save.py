@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import ConfigError, nearest
-from trimtab.methods import Method
+from trimtab.methods import Head, Method
 from trimtab.store.card import CARD, is_untouched, make_card
 from trimtab.store.config_write import config_from_method
 from trimtab.store.note import make_note
 from trimtab.store.staging import staged
-from trimtab.store.tensors import file_key, value_problems
+from trimtab.store.tensors import expected, value_problems
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +31,7 @@ def write_folder(
     base: Base,
     run: Mapping[str, Any] | None = None,
     dtype: str = "float32",
+    head: Head | None = None,
 ) -> Path:
     """Write an adapter as peft's folder plus trimtab.json and a card, in one step: a whole folder is there, or what was there before.
 
@@ -41,19 +42,19 @@ def write_folder(
     from safetensors.torch import save as format_tensors
 
     method, params = method.export(params)
-    sites = method.sites(base.spec)
-    tensors = {file_key(s, t): params[s.key(t)].detach().to("cpu", torch.float32).contiguous() for s in sites for t in s.shapes}
+    sites = method.sites(base.spec) + ([head.site(base.spec)] if head else [])
+    tensors = {name: params[key].detach().to("cpu", torch.float32).contiguous() for name, (key, _) in expected(sites).items()}
     where = f"cannot save {target}"
     refuse(where, value_problems(tensors, {}, base, edits=False), fix="train again from the last good checkpoint")
     tensors = _rounded(tensors, dtype, where)
-    config = config_from_method(method, sites, base.spec, base.name or (str(base.path) if base.path else None))
+    config = config_from_method(method, sites, base.spec, base.name or (str(base.path) if base.path else None), head)
     files = {
         CONFIG: json.dumps(dict(sorted(config.items())), indent=2).encode() + b"\n",
         WEIGHTS: format_tensors(tensors, metadata={"format": "pt"}),
     }
-    note = make_note(method, base, {name: digest_of(data) for name, data in files.items()}, run)
+    note = make_note(method, base, {name: digest_of(data) for name, data in files.items()}, run, head)
     files[NOTE] = json.dumps(note, indent=2, allow_nan=False).encode() + b"\n"
-    files[CARD] = make_card(method, note, sites, len(files[WEIGHTS]))
+    files[CARD] = make_card(method, note, sites, len(files[WEIGHTS]), head)
     replaceable = (*REPLACEABLE, CARD) if is_untouched(Path(target) / CARD) else REPLACEABLE
     with staged(target, may_replace=replaceable) as work:
         for name, data in files.items():

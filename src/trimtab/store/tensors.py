@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."
 """What peft puts before a module's name."""
+OUTER = "base_model."
 
 
 def file_key(site: Site, tensor: str) -> str:
@@ -27,7 +28,13 @@ def file_key(site: Site, tensor: str) -> str:
 
 def expected(sites: Sequence[Site]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """name in the file -> (name in `Adapter.params`, shape)."""
-    return {file_key(s, t): (s.key(t), shape) for s in sites for t, shape in s.shapes.items()}
+    return {as_peft_has(file_key(s, t), sites): (s.key(t), shape) for s in sites for t, shape in s.shapes.items()}
+
+
+def as_peft_has(name: str, sites: Sequence[Site]) -> str:
+    """A tensor's name, where a head stands beside virtual tokens: peft wraps no modules there, so that its prefix is shorter."""
+    wrapped = any(s.name and not s.head for s in sites)
+    return name if wrapped or not name.startswith(PREFIX) else OUTER + name.removeprefix(PREFIX)
 
 
 def copies_of_base(entries: Sequence[Entry], sites: Sequence[Site], base: Base) -> dict[str, str]:

@@ -7,13 +7,14 @@ import stat
 from dataclasses import dataclass
 
 from trimtab.errors import AdapterError
+from trimtab.store.blobs import read_whole
 from trimtab.store.files import Refusal
 from trimtab.store.index import MAX_INDEX_BYTES, Index, parse_index
-from trimtab.store.layout import PARTS, Layout, changed_path
+from trimtab.store.layout import PARTS, Layout
 from trimtab.store.manifest import MANIFEST_TYPE, Descriptor, Manifest, parse_manifest
 from trimtab.store.name import Entry, Name
 from trimtab.store.names import DIGEST
-from trimtab.store.refs import Refs
+from trimtab.store.refs import Refs, changed_path
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def _names(layout: Layout, problems: list[str]) -> dict[str, Name]:
         except Refusal as reason:
             problems += str(reason).splitlines()
     try:
-        data, _ = layout.read_index(MAX_INDEX_BYTES)
+        data = read_whole(layout.index, MAX_INDEX_BYTES, "index.json")
     except Refusal as reason:
         problems.append(str(reason))
         data = Index().to_bytes()

@@ -32,10 +32,11 @@ class Held:
     def work(self, generates: bool, chooses: bool) -> float:
         """Of judging one contestant: a pass for the loss; prompts and answers, of their references' lengths; prompts and labels."""
         share = self.asked / len(self.examples) if self.examples else 0.0
-        answers = sum(min(self.max_new_tokens, int(e.supervised.sum())) for e in self.examples) * share
-        prompts = self.tokens * share - answers
-        written = prompts + DECODED * answers if generates else 0.0
-        return self.tokens + written + (prompts + self.labels * answers if chooses and self.labels else 0.0)
+        written = sum(min(self.max_new_tokens, e.targets) for e in self.examples) * share
+        prompts = self.tokens * share - written
+        answers = written or self.max_new_tokens * self.asked  # of prompts alone it is not known how long they are
+        generated = prompts + DECODED * answers if generates else 0.0
+        return self.tokens + generated + (prompts + self.labels * answers if chooses and self.labels else 0.0)
 
 
 @dataclass(frozen=True)

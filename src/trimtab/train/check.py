@@ -1,5 +1,6 @@
-"""What a run would train on and what it would cost, without training: everything is read, no weights are loaded, and nothing is written
-but the cache of tokens, with which training then begins.
+"""What a run would train on and what it would cost, without training: everything is read, and no weights are loaded.
+
+Nothing is written but caches: of tokens, with which training then begins; of a base or data set that is fetched or unpacked for it.
 
     report = check("run.yaml")
     report.errors, report.warnings       # an error is what would stop the run, or train on nothing; a warning is what may spoil it
@@ -15,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,11 @@ from transformers import AutoTokenizer
 from trimtab.bases import BUNDLED_NAMES, locate, resolve_device, resolve_dtype
 from trimtab.bases.locate import HUB_ID
 from trimtab.bases.progress import quiet_transformers
+from trimtab.bases.recipes import GGUF
 from trimtab.bases.shapes import Architecture, read_architecture
 from trimtab.bases.spec import Spec
-from trimtab.cost.estimate import estimate_run, virtual_tokens
+from trimtab.cost.estimate import estimate_run
+from trimtab.cost.room import Need, virtual_tokens
 from trimtab.data import (
     Dropped,
     Example,
@@ -37,16 +41,18 @@ from trimtab.data import (
     prompt_and_reference,
     template_warnings,
 )
-from trimtab.data.dataset import FIXES, Hear, Reading, tokenizer_state
 from trimtab.data.labels import labels_among
+from trimtab.data.reading import FIXES, Hear, Reading, tokenizer_state
 from trimtab.data.token_store import Examples
 from trimtab.errors import BaseError, ConfigError, DataError, Mistakes
 from trimtab.paths import user_path
+from trimtab.train.balance import answer_findings
 from trimtab.train.config import RunConfig, unreadable
+from trimtab.train.dry import DRY, reward_findings
 from trimtab.train.findings import SHOWN, CheckReport, Finding, Level, Rendered, SourceCounts, Split, SplitCounts
 from trimtab.train.options import DataConfig
 from trimtab.train.overlap import Contamination, Repeats, turns
-from trimtab.train.prepare import row_options
+from trimtab.train.prepare import INVOKE, row_options, uninvoked
 from trimtab.train.resume import refuse_no_folder
 
 BAD_MASKS = ("nothing supervised", "everything supervised")
@@ -59,8 +65,12 @@ def check(run: RunConfig | Mapping[str, Any] | str | Path, *, rows: int = 2, sta
 
     TrimtabError where the run file or the base cannot be read; what is wrong with data and variants is collected as findings.
     """
+    return checked(RunConfig.of(run), rows=rows, status=status)[0]
+
+
+def checked(run: RunConfig, *, rows: int = 0, status: Status = lambda text: None) -> tuple[CheckReport, Need | None]:
+    """(`check`'s report; what decides the run's memory, None where no variant has rows)."""
     start = time.perf_counter()
-    run = RunConfig.of(run)
     device, tokenizer, architecture = _base_of(run, status)
     report = CheckReport(run.base, architecture.parameters, architecture.spec.max_positions)
     report.findings += _template_findings(tokenizer) + _run_findings(run)
@@ -70,12 +80,14 @@ def check(run: RunConfig | Mapping[str, Any] | str | Path, *, rows: int = 2, sta
         splits = data[name]
         report.rendered += [_render(s, tokenizer) for e in _first(splits[0], rows) for s in e.segments]
         report.findings += seen.findings(splits)
-        report.findings += _fit(run, name, splits, tokenizer, architecture.spec) + _label_findings(name, config, splits)
+        report.findings += _fit(run, name, splits, tokenizer, architecture.spec) + _label_findings(run, name, config, splits)
+        mine = [v for v in run.variants if v.data == name]
+        report.findings += [*answer_findings(splits, mine, config), *reward_findings(run.root, splits[0].asked, mine)]
     status("estimating memory and time")
-    estimate_run(run, architecture, data, device, report)
+    need = estimate_run(run, architecture, data, device, report)
     report.findings.sort(key=lambda f: ("error", "warning", "note").index(f.level))
     report.seconds = round(time.perf_counter() - start, 3)
-    return report
+    return report, need
 
 
 # ---- the base ------------------------------------------------------------
@@ -90,7 +102,7 @@ def _base_of(run: RunConfig, status: Status) -> tuple[torch.device, Any, Archite
         resolve_dtype(run.dtype, device)
     with mistakes.noted():
         status(f"reading {run.base}")
-        tokenizer, architecture = read_base(run.base, status)
+        tokenizer, architecture = read_base(run.base, status, run.quantize)
     if mistakes.errors:
         with mistakes.noted():
             refuse_no_folder(run.out)
@@ -99,7 +111,7 @@ def _base_of(run: RunConfig, status: Status) -> tuple[torch.device, Any, Archite
     return device, tokenizer, architecture
 
 
-def read_base(name: str, status: Status) -> tuple[Any, Architecture]:
+def read_base(name: str, status: Status, quantize: str | None = None) -> tuple[Any, Architecture]:
     """(tokenizer, shape) of a base without its weights. Of a hub id that is not here, only the small files are fetched. BaseError where it
     cannot be found or read."""
     on_hub = (
@@ -108,8 +120,8 @@ def read_base(name: str, status: Status) -> tuple[Any, Architecture]:
         and HUB_ID.fullmatch(name)
         and not name.endswith(".gguf")
     )
-    source = name if on_hub else str(locate(name, status))
-    architecture = read_architecture(source)
+    source = name if on_hub else str(locate(name, status, packed=quantize == GGUF))
+    architecture = read_architecture(source, None if quantize == GGUF else quantize)
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -155,6 +167,8 @@ class _Seen:
         self._repeats.add(row, said)
         for contamination in self._against:
             contamination.add(row, said)
+        if row.asked is not None and len(self._train.asked) < DRY:
+            self._train.asked.append(row.asked)
         if self._labels and (answer := answer_of(row)) is not None:
             self._train.answers.add(answer)
 
@@ -251,11 +265,15 @@ def _first(split: Split, rows: int) -> Iterator[Example]:
 
 
 def _render(example: Example, tokenizer: Any) -> Rendered:
-    """Decoded run by run: text and mask are the ids' own, not the row's."""
-    runs = []
-    for flag, places in groupby(range(len(example.ids)), key=lambda i: bool(example.supervised[i])):
-        ids = example.ids[list(places)].tolist()
-        runs.append((str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)), flag))
+    """Decoded run by run: text and mask are the ids' own, not the row's. A further segment is shown from where it differs from the one
+    before it."""
+    runs: list[tuple[str, bool]] = []
+    for segment in example.segments:
+        runs += [("\n… ", False)] if runs else []
+        marked = zip(segment.supervised[segment.shared :].tolist(), segment.ids[segment.shared :].tolist(), strict=True)
+        for flag, pairs in groupby(marked, key=itemgetter(0)):
+            ids = [i for _, i in pairs]
+            runs.append((str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)), flag))
     return Rendered(example.origin, tuple(runs))
 
 
@@ -263,11 +281,13 @@ def _render(example: Example, tokenizer: Any) -> Rendered:
 
 
 def _fit(run: RunConfig, name: str, splits: Sequence[Split], tokenizer: Any, spec: Spec) -> list[Finding]:
-    """Rows that do not fit the base's positions beside a variant's virtual tokens, which would stop the run at its start; and test prompts
-    that leave little room for an answer."""
-    virtual = {v.name: virtual_tokens(v) for v in run.variants if v.data == name}
-    most = max(virtual.values(), default=0)
-    beside = f" with the {most} virtual tokens of {max(virtual, key=lambda n: virtual[n])}" if most else ""
+    """Rows that do not fit the base's positions beside a variant's virtual tokens and the answers that it draws, and rows that do not call
+    its aLoRA, which would stop the run at its start; and test prompts that leave little room for an answer."""
+    mine = [v for v in run.variants if v.data == name]
+    virtual = max(map(virtual_tokens, mine), default=0)
+    taken = {v.name: virtual_tokens(v) + v.objective.answer_tokens for v in mine}
+    most = max(taken.values(), default=0)
+    beside = f" with the {most} more that {max(taken, key=lambda n: taken[n])} takes" if most else ""
     found = []
     for split in splits:
         long = np.flatnonzero(split.examples.longest + most > spec.max_positions)
@@ -276,20 +296,24 @@ def _fit(run: RunConfig, name: str, splits: Sequence[Split], tokenizer: Any, spe
             message = f"{len(long)} rows are longer than the base's {spec.max_positions} positions{beside}"
             fix = f"set max_length to {spec.max_positions - most} or less."
             found.append(Finding("error", split.where, message, items, len(long), fix))
-    room = spec.max_positions - most - run.evaluate.max_new_tokens + 1
+    room = spec.max_positions - virtual - run.evaluate.max_new_tokens + 1
     for split in splits if run.evaluate.generate else ():
         asking = [row for row in split.rows[: run.evaluate.max_rows] if split.name == "test" and answer_of(row) is not None]
         prompts = [(row.origin, len(prompt_and_reference(row, tokenizer)[0])) for row in asking]
         if short := [f"{origin}: {n} tokens" for origin, n in prompts if n > room]:
-            message = f"{len(short)} prompts leave less room than {run.evaluate.max_new_tokens} new tokens{beside}: their answers end early"
+            message = f"{len(short)} prompts leave less room than {run.evaluate.max_new_tokens} new tokens: their answers end early"
             found.append(Finding.of("warning", split.where, message, short, "shorten them, or lower evaluate.max_new_tokens."))
+    for v in mine:
+        if without := uninvoked(v, splits[0].examples):
+            message = f"{len(without)} rows lack the invocation of their aLoRA"
+            found.append(Finding.of("error", f"variants.{v.name}", message, without, f"{INVOKE}."))
     return found
 
 
-def _label_findings(name: str, config: DataConfig, splits: Sequence[Split]) -> list[Finding]:
+def _label_findings(run: RunConfig, name: str, config: DataConfig, splits: Sequence[Split]) -> list[Finding]:
     """Labels that cannot be had from the training rows, or that no held-out row has."""
-    if config.labels == "auto" and not splits[0].examples:
-        return []  # why, is said where they should be
+    if (config.labels == "auto" and not splits[0].examples) or any(v.data == name and v.objective.reads_head for v in run.variants):
+        return []  # why, is said where they should be; labels of heads are roles of rows
     try:
         labels = labels_among(splits[0].answers, f"data.{name}") if config.labels == "auto" else config.labels or []
     except DataError as e:

@@ -63,6 +63,11 @@ def folder_of(out: Path) -> Path:
     return out / "checkpoints"
 
 
+def named(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
 def steps_of(out: Path) -> list[Path]:
     """The checkpoints' folders, newest first."""
     found = [p for p in folder_of(out).iterdir() if NAME.fullmatch(p.name)] if folder_of(out).is_dir() else []
@@ -71,7 +76,7 @@ def steps_of(out: Path) -> list[Path]:
 
 def write_checkpoint(out: Path, moment: Moment, identity: Mapping[str, Any], variants: Sequence[Variant], keep: int) -> Path:
     """Write a checkpoint, then remove all but the newest `keep`. TrimtabError where it cannot be written; nothing of it is left then."""
-    target = folder_of(out) / f"step-{moment.step:08d}"
+    target = folder_of(out) / named(moment.step)
     facts = {v.name: {"progress": asdict(v.progress), "epoch": v.rows.epoch, "position": v.rows.position} for v in variants}
     state = {"version": VERSION, "moment": asdict(moment), "identity": identity, "variants": facts}
     with staged(target) as work:

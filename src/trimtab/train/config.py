@@ -13,17 +13,24 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trimtab.data import Source, has_bleu, peek_source, sources_in
+from trimtab.data import has_bleu, peek_source, sources_in
+from trimtab.data.sources import KEYS as SOURCE_KEYS
+from trimtab.data.sources import Source
 from trimtab.errors import ConfigError, DataError, TrimtabError, nearest
 from trimtab.foreign import method_answer
 from trimtab.methods import BY_NAME, Method
 from trimtab.methods.targets import as_list, listed
-from trimtab.objectives import OBJECTIVES, Objective, Sft
+from trimtab.objectives import OBJECTIVES, Objective, Sft, directions
 from trimtab.paths import user_path
+from trimtab.train.changes import with_changes
+from trimtab.train.optimizers import WITHOUT_ADAM
 from trimtab.train.options import VALIDATION, DataConfig, EvalOptions, RunOptions, TrainOptions, VariantConfig
 from trimtab.train.runfile import explain, read_yaml, shown, unknown_keys
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+WITHOUT_MATRICES = ("ia3", "prompt", "prefix")
+"""Methods whose tensors are vectors of modules, or what stands before token 0."""
 
 
 class RunConfig(RunOptions):
@@ -37,10 +44,10 @@ class RunConfig(RunOptions):
         return run if isinstance(run, RunConfig) else cls.from_dict(run)
 
     @classmethod
-    def load(cls, path: str | Path) -> RunConfig:
-        """Read a run file. ConfigError that lists everything wrong with it."""
+    def load(cls, path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
+        """Read a run file. changes: values that replace the file's, each "key.key=value". ConfigError that lists all that is wrong."""
         path = Path(path)
-        content = read_yaml(path, "run file")
+        content = with_changes(read_yaml(path, "run file"), changes, str(path))
         return cls.from_dict(content, root=path.parent, where=str(path))
 
     @classmethod
@@ -102,7 +109,7 @@ HOMES = {
     **dict.fromkeys(TrainOptions.model_fields, _VARIANT),
     **dict.fromkeys(EvalOptions.model_fields, "under `evaluate`"),
     **dict.fromkeys(DataConfig.model_fields, "in a data set, under `data`"),
-    **dict.fromkeys((f.name for f in dataclasses.fields(Source)), "in a source of a data set"),
+    **dict.fromkeys(SOURCE_KEYS, "in a source of a data set"),
     **dict.fromkeys((n for n in (*RunConfig.model_fields, "defaults") if n not in ("root", "data", "seed")), "at the top of the run file"),
 }
 """Where each key of a run file stands."""
@@ -133,10 +140,10 @@ def _data(name: str, value: Any, problems: list[str]) -> DataConfig | None:
     if "train" not in splits:
         problems.append(f"{where}: 'train' is missing")
     try:
-        return DataConfig(**{"train": [], **splits}, labels=value.get("labels"))
+        return DataConfig(**{"train": [], **splits}, labels=value.get("labels"), split=value.get("split"))
     except ValidationError as e:
         problems += explain(e, where)
-        return DataConfig(**{"train": [], **splits})
+        return DataConfig(**{n: [dataclasses.replace(s, held=0) for s in sources] for n, sources in {"train": [], **splits}.items()})
 
 
 def _options(fields: Mapping[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
@@ -176,9 +183,17 @@ def _variant(name: str, value: Any, defaults: Mapping[str, Any], data: Mapping[s
     objective = _objective(where, fields, problems)
     method = _method(where, fields, [type(objective)] if objective else OBJECTIVES.values(), problems)
     own = _options(fields, where, problems)
-    options = TrainOptions(**{**defaults, **own})
+    judged_by = {"valid_metric": objective.judged_by} if objective else {}
+    options = TrainOptions(**{**judged_by, **defaults, **own})
     problems += [f"{where}.{p}" for p in _misfits(options, fields, method, data.get(source), source)]
     if method is None or objective is None:
+        return None
+    no_loss = {"loss"} if objective.sampled_at is None else set()
+    if options.valid_metric in directions().keys() - objective.metrics.keys() - no_loss:
+        has = ", ".join(objective.metrics) or "none of its own"
+        problems.append(f"{where}.valid_metric = {options.valid_metric!r}: no metric of objective {objective.name}, which has {has}")
+    if objective.reads_head and method.name == "full":
+        problems.append(f"{where}.objective = {objective.name!r}: a head is a part of an adapter, and method full has none")
         return None
     return VariantConfig(name=name, data=source, method=method, options=options, objective=objective)
 
@@ -194,7 +209,7 @@ def _objective(where: str, fields: Mapping[str, Any], problems: list[str]) -> Ob
         return cls(**{k: v for k, v in fields.items() if k in (f.name for f in dataclasses.fields(cls))})
     except ConfigError as e:
         problems += [f"{where}.{p}" for p in e.problems]
-        return cls()
+        return cls.some()
 
 
 def _method(where: str, fields: Mapping[str, Any], objectives: Iterable[type[Objective]], problems: list[str]) -> Method | None:
@@ -226,6 +241,14 @@ def _misfits(options: TrainOptions, own: Mapping[str, Any], method: Method | Non
     found = []
     if options.loraplus_lr_ratio is not None and method is not None and method.name != "lora":
         found.append(f"loraplus_lr_ratio = {options.loraplus_lr_ratio}: LoRA+ needs method lora, this is {method.name}")
+    if options.optimizer == "muon" and method is not None and method.name in WITHOUT_MATRICES:
+        found.append(f"optimizer = 'muon': {method.name} has no matrices of modules, which is what Muon steps; AdamW would do all")
+    if options.optimizer == "muon" and getattr(method, "target_parameters", None):
+        found.append("optimizer = 'muon': target_parameters keep the matrices of all experts in one tensor, which Muon would step as one")
+    if options.optimizer == "sgd" and options.lr is None:
+        found.append("optimizer = 'sgd': the presets are for optimizers that scale their steps: write lr")
+    if options.optimizer in WITHOUT_ADAM:
+        found += [f"{k}: {options.optimizer} has no such rate: take it away" for k in ADAM if k in own]
     if data is not None and not data.valid:
         found += [f"{k}: data.{source} has no valid rows: add `valid` to it" for k in VALIDATION if k in own]
     elif data is not None and options.valid_metric == "label_accuracy" and data.labels is None:
@@ -239,6 +262,9 @@ def _rooted(fields: dict[str, Any], root: Path, problems: list[str]) -> dict[str
     out = fields.get("out")
     if not isinstance(out, str | Path):
         return fields
+    if isinstance(out, str) and "://" in out:
+        problems.append(f"out = {shown(out)}: it is an address, and a run writes into a folder of this machine")
+        return fields | {"out": Path(out)}
     try:
         return fields | {"out": user_path(out, ConfigError, "out", root)}
     except ConfigError as e:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,14 +29,22 @@ from trimtab.data import (
     summarise_dropped,
     valid_json,
 )
+from trimtab.data.prompts_alone import Asked
 from trimtab.decode.generate import Sampling, generate
 from trimtab.errors import DataError
 from trimtab.forward.attached import Attached
 from trimtab.forward.packs import Mix
+from trimtab.memory import release_freed
 from trimtab.model import Base
 from trimtab.objectives import Counts, Objective, Sft
+from trimtab.objectives.base import Taught
+from trimtab.objectives.grpo import Grpo
+from trimtab.places.place import ONE_PROCESS, Place
+from trimtab.train.called import Called, Caller
 from trimtab.train.labels import Ballot, label_likelihoods
-from trimtab.train.losses import Part, Reference, mean_losses
+from trimtab.train.losses import Part, Reference
+from trimtab.train.measure import base_log_probabilities, mean_losses, probe
+from trimtab.train.rewarding import Rewarding
 
 SAMPLES = 5
 
@@ -55,23 +64,26 @@ class Contestant:
 @dataclass(frozen=True)
 class Question:
     """A held-out row as a prompt and the answer that it should get. written: how the base writes that answer. choices: the row under each
-    label of its data set."""
+    label of its data set. called: the calls that it should make, where it has tools."""
 
     prompt: Sequence[int]
     reference: str
     written: Written = field(default_factory=Written)
     choices: Sequence[Example] = ()
+    called: Called | None = None
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """A data set's held-out rows: examples to measure the loss on, questions for those of them that have an answer, and its labels.
-    reference: the base's log-probabilities of the examples, where an objective needs them."""
+    references: what the base or a teacher says of the examples, where an objective needs it, by `Objective.taught_by`. asked: of each
+    example that is a prompt alone, what rewards are told of it."""
 
     examples: Sequence[Example]
     questions: Sequence[Question] = ()
     labels: Sequence[str] = ()
-    reference: Reference = field(default_factory=dict)
+    references: Mapping[Taught | None, Reference] = field(default_factory=dict)
+    asked: Sequence[Asked] = ()
 
 
 @dataclass
@@ -102,8 +114,9 @@ def ask(
     assert len(by_id) == len(rows), "rows of two sources that were read under one number"
     asking = [by_id[e.row] for e in examples if answer_of(by_id[e.row]) is not None]
     choices = label_examples(asking, labels, tokenizer, vocab_size) if labels else [[] for _ in asking]
-    questions = [Question(*asked(row, tokenizer), found) for row, found in zip(asking, choices, strict=True)]
-    return HeldOut(examples, questions, labels)
+    questions = [Question(*asked(row, tokenizer), found, Called.of(row)) for row, found in zip(asking, choices, strict=True)]
+    told = [row.asked for e in examples if (row := by_id[e.row]).asked is not None]
+    return HeldOut(examples, questions, labels, asked=[a for a in told if a is not None])
 
 
 def read_held_out(
@@ -112,53 +125,87 @@ def read_held_out(
     labels: Sequence[str] | Literal["auto"] = (),
     max_rows: int | None = None,
     warning: Callable[[str], None] = lambda text: None,
+    objectives: Sequence[Objective] = (),
+    max_tokens: int = 4096,
 ) -> HeldOut:
     """The first rows of a file, a folder or a hub data set, to judge by. labels: "auto" for the distinct answers of its rows. warning:
-    hears which rows were left out, and what no row uses. DataError."""
+    hears which rows were left out, and what no row uses. objectives: by which contestants are judged; all read rows alike. max_tokens: of a
+    forward that computes the base's log-probabilities, where one of these needs them. DataError."""
     source = Source(path)
     longest, vocab = base.spec.max_positions, base.spec.vocab_size
     dataset = load_examples(
-        [source], base.tokenizer, root=Path(), max_length=longest, vocab_size=vocab, last_turn_only=True, keep_rows=True
+        [source],
+        base.tokenizer,
+        root=Path(),
+        max_length=longest,
+        vocab_size=vocab,
+        last_turn_only=True,
+        keep_rows=True,
+        parts=objectives[0].parts if objectives else Objective.parts,
     )
     for note in dataset.notes:
         warning(note)
     if dataset.dropped:
         warning(f"{path}: left out {'; '.join(summarise_dropped(dataset.dropped))}")
     found = find_labels(dataset.rows, path) if labels == "auto" else labels
-    return ask(dataset.examples[:max_rows], dataset.rows, found, base.tokenizer, path, vocab)
+    held = ask(examples := dataset.examples[:max_rows], dataset.rows, found, base.tokenizer, path, vocab)
+    needed = any(o.needs_reference for o in objectives)
+    return replace(held, references={None: base_log_probabilities(base.attached, examples, max_tokens)}) if needed else held
 
 
 @dataclass(frozen=True)
 class Judge:
-    """How contestants are judged. max_new_tokens: of an answer. max_tokens: of a forward. on_answer(tokens so far): called at times."""
+    """How contestants are judged. max_new_tokens: of an answer. max_tokens: of a forward. on_answer(tokens so far): called at times. base:
+    the frozen model, where contestants are another one's. rewarding: asks the rewards of contestants that learn from their own answers.
+    place: whose ranks share the rows."""
 
     tokenizer: Any
     stop_ids: set[int]
     max_new_tokens: int
     max_tokens: int
     on_answer: Callable[[int], None] | None = None
+    base: Attached | None = None
+    rewarding: Rewarding | None = None
+    place: Place = ONE_PROCESS
 
     def judge(self, attached: Attached, mix: Mix, fields: Mapping[str, Sequence[Contestant]], held: Mapping[str, HeldOut]) -> Results:
         """Loss, answers, labels and scores. fields: who is judged on each data set of `held`."""
+        release_freed()  # what training freed lies in pieces that the answers' cache does not fit into
         who = [(d, c) for d in fields for c in fields[d]]
-        judged = [(d, c, c.objective) for d, c in who if c.objective is not None]
-        parts = [Part(c.member, held[d].examples, o, Counts.of(held[d].examples), held[d].reference) for d, c, o in judged]
-        found = zip(judged, mean_losses(attached, mix, parts, self.max_tokens), strict=True)
+        judged = [(d, c, c.objective) for d, c in who if c.objective is not None and c.objective.sampled_at is None]
+        parts = [
+            Part(c.member, held[d].examples, o, Counts.of(held[d].examples), held[d].references.get(o.taught_by)) for d, c, o in judged
+        ]
+        found = zip(judged, mean_losses(attached, mix, self._probed(attached, mix, parts), self.max_tokens, self.place), strict=True)
         reported = {(d, c.name): o.report(outcome.loss, outcome.metrics) for (d, c, o), outcome in found}
+        rewarded = self._rewarded(attached, mix, [(d, c, held[d]) for d, c in who if isinstance(c.objective, Grpo)])
         asking = [(c.member, q) for d, c in who if c.generates for q in held[d].questions]
         said = iter(self._answers(attached, mix, asking))
         polled = [(d, c, q) for d, c in who if c.chooses and held[d].labels for q in held[d].questions]
-        chosen = iter(label_likelihoods(attached, mix, [Ballot(c.member, q.choices) for _, c, q in polled], self.max_tokens))
+        ballots = [Ballot(c.member, q.choices) for _, c, q in polled]
+
+        def vote(numbers: Sequence[int]) -> Sequence[list[float]]:
+            return label_likelihoods(attached, mix, [ballots[i] for i in numbers], self.max_tokens)
+
+        chosen = iter(self.place.each([b.longest for b in ballots], vote))
         results: Results = {d: {} for d in fields}
         for d, c in who:
             h = held[d]
             answers = [next(said) for _ in h.questions] if c.generates else []
             labels = [_likeliest(next(chosen), h.labels) for _ in h.questions] if c.chooses and h.labels else []
             scores = {**reported.get((d, c.name), {}), "rows": len(h.examples)}
-            results[d][c.name] = self._result(scores, h.questions, answers, labels)
+            results[d][c.name] = rewarded.get((d, c.name)) or self._result(scores, h.questions, answers, labels)
         return results
 
-    def _answers(self, attached: Attached, mix: Mix, questions: Sequence[tuple[int, Question]]) -> list[list[int]]:
+    def _probed(self, attached: Attached, mix: Mix, parts: Sequence[Part]) -> list[Part]:
+        """The parts with what their objectives want to know of all rows before the loss."""
+        asked = {n: found for n, p in enumerate(parts) if (found := p.objective.probes(p.examples))}
+        sequences = [(parts[n].member, found) for n, found in asked.items()]
+        sums = probe(attached, self.base or attached, mix, sequences, self.max_tokens, self.place) if asked else []
+        told = dict(zip(asked, sums, strict=True))
+        return [replace(p, probes_P=told.get(n)) for n, p in enumerate(parts)]
+
+    def _answers(self, attached: Attached, mix: Mix, questions: Sequence[tuple[int, Question]]) -> Sequence[list[int]]:
         """Greedy answers, all contestants and questions in one continuous mixed batch."""
         count = 0
 
@@ -171,7 +218,54 @@ class Judge:
         if not questions:
             return []
         members, prompts = [m for m, _ in questions], [q.prompt for _, q in questions]
-        return generate(attached, mix, members, prompts, Sampling(self.max_new_tokens), self.stop_ids, token)
+        stop_ids = self.stop_ids | (self._caller.stop_ids if any(q.called for _, q in questions) else set())
+        return self._generated(attached, mix, members, prompts, [Sampling(self.max_new_tokens)] * len(prompts), stop_ids, token)
+
+    def _generated(
+        self,
+        attached: Attached,
+        mix: Mix,
+        members: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        how: Sequence[Sampling],
+        stop_ids: set[int],
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> Sequence[list[int]]:
+        """What `generate` gives each prompt."""
+
+        def work(numbers: Sequence[int]) -> Sequence[list[int]]:
+            if not numbers:
+                return []
+            who, asked, each = [members[i] for i in numbers], [prompts[i] for i in numbers], [how[i] for i in numbers]
+            return generate(attached, mix, who, asked, each, stop_ids, on_token)
+
+        return self.place.each([len(p) + h.max_new_tokens for p, h in zip(prompts, how, strict=True)], work)
+
+    def _rewarded(self, attached: Attached, mix: Mix, who: Sequence[tuple[str, Contestant, HeldOut]]) -> dict[tuple[str, str], Result]:
+        """The likeliest answers to prompts alone, and the mean of their rewards."""
+        if self.rewarding is None or not who:
+            return {}
+        asking = [(c, c.objective, e) for _, c, h in who for e in h.examples if isinstance(c.objective, Grpo)]
+        prompts, how = [e.ids.tolist() for _, _, e in asking], [Sampling(o.max_completion_length) for _, o, _ in asking]
+        rewarding = self.rewarding
+        said = iter(self._generated(attached, mix, [c.member for c, _, _ in asking], prompts, how, rewarding.stop_ids))
+        found = {}
+        for d, c, h in who:
+            assert isinstance(c.objective, Grpo)
+            answers = [next(said) for _ in h.examples]
+            scores, rewards = self.place.once(partial(rewarding.scores, c.objective, h.asked, h.examples, answers))
+            texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
+            rows = zip(h.examples, h.asked, texts, rewards, strict=True)
+            predictions = [
+                {"prompt": str(self.tokenizer.decode(e.ids.tolist())), "reference": a.reference_text, "answer": text, "reward": reward}
+                for e, a, text, reward in rows
+            ]
+            found[d, c.name] = Result({**scores, "rows": len(h.examples)}, predictions)
+        return found
+
+    @cached_property
+    def _caller(self) -> Caller:
+        return Caller(self.tokenizer)
 
     def _result(self, scores: dict[str, Any], questions: Sequence[Question], answers: Sequence[list[int]], labels: Sequence[str]) -> Result:
         """Scores are of contents; a prediction shows the answer as it was generated, with what the chat template writes around it."""
@@ -180,6 +274,8 @@ class Judge:
         predictions: list[dict[str, Any]] = []
         if answers:
             scores |= score(contents, references)
+            made = [self._caller.is_right(q.called, q.prompt, ids) for q, ids in zip(questions, answers, strict=True) if q.called]
+            scores |= {"tool_calls": round(100 * sum(made) / len(made), 2)} if made else {}
         if labels:
             right = sum(label == r.strip() for label, r in zip(labels, references, strict=True))
             scores["label_accuracy"] = round(100 * right / len(labels), 2)

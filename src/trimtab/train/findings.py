@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trimtab.data import Row
+from trimtab.data.prompts_alone import Asked
 from trimtab.data.token_store import Examples
 
 SHOWN = 10
@@ -19,7 +20,7 @@ Level = Literal["error", "warning", "note"]
 @dataclass
 class Split:
     """A split as read: the examples of the rows that are left, and those that an epoch draws. rows: of a held-out split. answers: of train,
-    where labels are to be found in them."""
+    where labels are to be found in them. asked: the first of train that are prompts alone."""
 
     data: str
     name: str
@@ -28,6 +29,7 @@ class Split:
     examples: Examples = field(default_factory=lambda: Examples([]))
     epoch: Examples = field(default_factory=lambda: Examples([]))
     starts: list[int] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
 
     @property
     def where(self) -> str:
@@ -113,7 +115,7 @@ class VariantEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of the whole run. forward_tokens: rows of its largest forward. memory_bytes: (least, most), see `estimate.memory_bytes`; the
+    """Of the whole run. forward_tokens: rows of its largest forward. memory_bytes: (least, most), see `room.memory_bytes`; the
     process itself holds process_bytes besides. probe_flops: matmul speed measured here, per second. seconds: of all steps.
     judging_seconds: of validation and of the scores at the end. answers: texts that are generated for those scores."""
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
-from trimtab.data import find_labels
+from trimtab.data.labels import labels_among
 from trimtab.forward.batch import BASE
 from trimtab.forward.packs import Mix
 from trimtab.objectives import Objective
+from trimtab.rewards.asked import Rewarded
 from trimtab.store import Adapter
 from trimtab.train.evaluate import Contestant, HeldOut, Judge, Results, ask, samples, write_predictions
 from trimtab.train.full import FullVariant
 from trimtab.train.listen import Listener
-from trimtab.train.prepare import Prepared, reference_of
+from trimtab.train.prepare import Prepared
 from trimtab.train.report import peak_memory_gb, variant_summary
+from trimtab.train.rewarding import Rewarding
 from trimtab.train.variant import Variant
 
 Scores = dict[str, dict[str, Any]]
@@ -24,7 +26,7 @@ Scores = dict[str, dict[str, Any]]
 def adapter_of(prepared: Prepared, variant: Variant) -> Adapter:
     """The trained adapter, as it is saved and served."""
     method, params = variant.method.export(variant.trained())
-    return Adapter(prepared.base, method, params)
+    return Adapter(prepared.base, method, params, head=variant.head)
 
 
 def test_rows(prepared: Prepared) -> dict[str, HeldOut]:
@@ -32,7 +34,7 @@ def test_rows(prepared: Prepared) -> dict[str, HeldOut]:
     return {name: held_out(prepared, name, "test") for name, splits in prepared.data.items() if splits.test}
 
 
-def evaluate(prepared: Prepared, adapters: dict[str, Adapter], held: dict[str, HeldOut], listener: Listener) -> Scores:
+def evaluate(prepared: Prepared, adapters: dict[str, Adapter], held: dict[str, HeldOut], rewarded: Rewarded, listener: Listener) -> Scores:
     """Scores of the base and of all variants on test rows; their predictions go into the run folder."""
     run, base = prepared.run, prepared.base
     mix, numbers = base.mix(list(adapters.values()))
@@ -46,7 +48,16 @@ def evaluate(prepared: Prepared, adapters: dict[str, Adapter], held: dict[str, H
     def on_answer(n: int) -> None:
         listener.status(f"scoring on held-out rows: {n} tokens")
 
-    judge = Judge(base.tokenizer, base.stop_ids, run.evaluate.max_new_tokens, run.max_tokens, on_answer)
+    judge = Judge(
+        base.tokenizer,
+        base.stop_ids,
+        run.evaluate.max_new_tokens,
+        run.max_tokens,
+        on_answer,
+        base.attached,
+        Rewarding(base, rewarded),
+        prepared.place,
+    )
     results = judge.judge(base.attached, mix, fields, held)
     for v in prepared.variants:
         if isinstance(v, FullVariant) and (data := v.config.data) in held:
@@ -56,14 +67,15 @@ def evaluate(prepared: Prepared, adapters: dict[str, Adapter], held: dict[str, H
 
 
 def _shared(prepared: Prepared, data: str) -> Objective | None:
-    """The objective of a data set's variants, by which the base is scored too; None where they differ: such losses do not compare."""
+    """The objective of a data set's variants, by which the base is scored too; None where they differ, since such losses do not compare,
+    and where they read a head, which the base has not."""
     first, *others = [v.config.objective for v in prepared.variants if v.config.data == data]
-    return first if all(o == first for o in others) else None
+    return first if all(o == first for o in others) and not first.reads_head else None
 
 
 def _scores(prepared: Prepared, results: Results) -> Scores:
     """The scores with their first predictions, and the path of all of them in the run folder."""
-    paths = write_predictions(prepared.run.out / "predictions", results)
+    paths = prepared.place.once(lambda: write_predictions(prepared.run.out / "predictions", results))
     scored: Scores = {}
     for data, by_name in results.items():
         for name, result in by_name.items():
@@ -77,12 +89,12 @@ def held_out(prepared: Prepared, name: str, split: Literal["valid", "test"]) -> 
     """A data set's valid or test rows: to measure the loss on, and as questions to answer. DataError where labels do not fit them."""
     run, config, dataset = prepared.run, prepared.run.data[name], getattr(prepared.data[name], split)
     assert dataset is not None
-    labels = config.labels or []
+    labels = [] if any(v.objective.reads_head for v in run.variants if v.data == name) else config.labels or []
     if labels == "auto":
-        labels = find_labels(prepared.data[name].train.rows, f"data.{name}")
+        labels = labels_among(prepared.data[name].answers, f"data.{name}")
     base, where, examples = prepared.base, f"data.{name}.{split}", dataset.examples[: run.evaluate.max_rows]
     held = ask(examples, dataset.rows, labels, base.tokenizer, where, base.spec.vocab_size)
-    return replace(held, reference=reference_of(run, name, examples, base))
+    return replace(held, references=prepared.references.get((name, split), {}))
 
 
 def save(prepared: Prepared, adapters: dict[str, Adapter]) -> dict[str, int]:
@@ -122,7 +134,7 @@ def summarise(prepared: Prepared, scored: Scores, sizes: dict[str, int], seconds
     return {
         "base": run.base,
         "base_parameters": base.spec.num_parameters,
-        "base_bytes": sum(p.numel() * p.element_size() for p in base.model.parameters()),
+        "base_bytes": base.spec.weight_bytes(base.dtype),
         "base_fingerprint": fingerprints,
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": str(base.device),

@@ -26,7 +26,9 @@ class FullVariant(Variant):
     """Every weight trains. The model computes in the base's dtype; the optimizer steps fp32 masters, which are copied back after each
     step."""
 
-    def __init__(self, config: VariantConfig, base: Base, examples: Sequence[Example], seed: int, max_tokens: int, reference: Reference):
+    def __init__(
+        self, config: VariantConfig, base: Base, examples: Sequence[Example], seed: int, max_tokens: int, reference: Reference | None
+    ):
         if stored := {m.name for m in base.attached.weights.of.values() if not m.stored_dense}:
             raise ConfigError(
                 f"full fine-tuning cannot train weights that are stored as {', '.join(sorted(stored))}",
@@ -36,7 +38,8 @@ class FullVariant(Variant):
         attached.activation_checkpointing = base.attached.activation_checkpointing
         attached.row_wise.become(base.attached.row_wise)
         self.weights = dict(attached.model.named_parameters())  # tied weights appear once
-        super().__init__(config, attached, [], {k: w.float() for k, w in self.weights.items()}, examples, seed, max_tokens, reference)
+        masters = {k: w.float() for k, w in self.weights.items()}
+        super().__init__(config, attached, [], masters, examples, seed, max_tokens, reference, base.attached)
         for w in self.weights.values():
             w.requires_grad_()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from trimtab.bases.shapes import Architecture
 from trimtab.cost.plan import plan
@@ -33,13 +34,13 @@ class Cost:
 
 def plan_groups(run: RunConfig, base: Base, longest: int, memory_gb: float | None) -> list[Group]:
     """Consecutive trials that fit `memory_gb` together, of about equal number; all in one group where it is None. longest: tokens of the
-    longest row. ConfigError that names each trial that does not fit the base, or does not fit the memory even alone.
+    longest row, all its sequences. ConfigError that names each trial that does not fit the base, or does not fit the memory even alone.
 
     The estimate: the base as it is loaded, what each trial owns, and the activations of the greediest. The process itself (0.4 GB) and an
     allocator's slack come on top: on a CPU, glibc's heap kept up to 0.7 times as much again over some 10 steps of six LoRAs.
     """
     costs = _costs(run, base, longest)
-    fixed = base.spec.num_parameters * base.dtype.itemsize
+    fixed = base.spec.weight_bytes(base.dtype)
 
     def needs(names: Sequence[str]) -> int:
         return fixed + sum(costs[n].own for n in names) + max(costs[n].activations for n in names)
@@ -66,22 +67,26 @@ def _split(names: Sequence[str], fits: Callable[[list[str]], bool]) -> list[list
 
 def _costs(run: RunConfig, base: Base, longest: int) -> dict[str, Cost]:
     """What each trial costs. With P trainable parameters and b bytes of the base's dtype it owns P·(4 weights + b packed + 4 gradients +
-    8 moments + 4 best so far); full fine-tuning has its own copy and gradients in the base's dtype, 2·b. Activations: see `cost.plan`,
-    at the tokens of one forward."""
+    4 best so far), the first two again for a start that it subtracts, and its optimizer's state; full fine-tuning has its own copy and
+    gradients in the base's dtype, 2·b. Activations: see `cost.plan`, at the tokens of one forward."""
     rows = sum(v.options.batch_size * v.options.gradient_accumulation_steps for v in run.variants)
     tokens = max(longest, min(run.max_tokens, rows * longest))
     shape = Architecture(base.name, base.spec, base.spec.num_parameters, base.dtype)
-    costs, problems = {}, []
+    length, costs, problems = min(longest, base.spec.max_positions), {}, []
     for v in run.variants:
         try:
             dtype, again = str(base.dtype).removeprefix("torch."), run.activation_checkpointing
-            p = plan(shape, v.method, dtype=dtype, batch_tokens=tokens, sequence_length=longest, activation_checkpointing=again)
+            options: dict[str, Any] = {"dtype": dtype, "activation_checkpointing": again, "device": base.device}
+            options |= {"optimizer": v.options.optimizer, "head": v.objective.head}
+            p = plan(shape, v.method, batch_tokens=tokens, sequence_length=length, **options)
         except ConfigError as e:
             more = f" (and {len(e.problems) - 1} more)" if len(e.problems) > 1 else ""
             problems.append(f"trial {v.name}: {e.message}: {e.problems[0]}{more}" if e.problems else f"trial {v.name}: {e.message}")
             continue
-        copies = (2 if isinstance(v.method, FullConfig) else 1) * base.dtype.itemsize
-        costs[v.name] = Cost(p.trainable * (4 + 4 + 8 + (4 if v.options.keep_best else 0) + copies), p.activation_bytes)
+        b, full = base.dtype.itemsize, isinstance(v.method, FullConfig)
+        state = p.optimizer_bytes - (4 * p.trainable if full and b < 4 else 0)  # a plan counts fp32 masters among it
+        own = (p.trainable * (4 + 2 * b) if full else p.weight_bytes) + 4 * p.trainable * (1 + v.options.keep_best)
+        costs[v.name] = Cost(own + state, p.activation_bytes)
     if problems:
         raise ConfigError("these trials do not fit the base", problems=problems, fix="take these values out of sweep.search")
     return costs

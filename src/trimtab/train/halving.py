@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trimtab.train.options import lower_is_better
+
 if TYPE_CHECKING:
     from trimtab.train.variant import Variant
 
@@ -47,5 +49,5 @@ def end_worst(halving: Halving, validated: Iterable[Variant]) -> list[Variant]:
 def _badness(v: Variant) -> tuple[float, float]:
     metric, last = v.config.options.valid_metric, v.progress.valid[-1]
     value, loss = last[metric], last["loss"]
-    bad = math.inf if value is None else value if metric == "loss" else -value
+    bad = math.inf if value is None else value if lower_is_better(metric) else -value
     return bad, math.inf if loss is None else loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from trimtab.bases.shapes import Architecture
 from trimtab.cost.estimate import fitting_tokens
 from trimtab.errors import AdapterError, TrimtabError
 from trimtab.memory import explained
-from trimtab.train.checkpoint import Checkpoint, Moment, restore_variants, write_checkpoint
+from trimtab.places.place import RankLost
+from trimtab.train.checkpoint import Checkpoint, Moment, folder_of, named, restore_variants, write_checkpoint
 from trimtab.train.interrupt import Interrupted, Stop
 from trimtab.train.listen import Listener
+from trimtab.train.options import steps_of
 from trimtab.train.prepare import Prepared
-from trimtab.train.report import Metrics
+from trimtab.train.report import Metrics, Unwritten
 
 
 class Keeper:
@@ -28,28 +30,59 @@ class Keeper:
         self.step, self.seconds = (start.moment.step, start.moment.seconds) if start else (0, 0.0)
         self.saved: Path | None = start.path if start else None
         path = prepared.run.out / "metrics.jsonl"
-        self.metrics = Metrics(path, start.moment.metrics.size if start else 0, listener.warning)
+        keep = start.moment.metrics.size if start else 0
+        recent = 4 * len(prepared.variants)  # a step and a validation of two joint steps: no rank is further ahead of another
+        self.metrics = Metrics(path, keep, listener.warning) if prepared.place.first else Unwritten(path, recent)
+        self._stood: list[Callable[[], bool]] = []
         if start is None:
             return
         restore_variants(start, prepared.variants)
         for rejected, reason in start.rejected.items():
             listener.warning(f"{rejected.name} does not verify and was set aside: {reason}; going on from {start.path.name}")
-        if self.metrics.position != start.moment.metrics:
+        if isinstance(self.metrics, Metrics) and self.metrics.position != start.moment.metrics:
             listener.warning(f"{path} is not what it was when {start.path.name} was written: its lines may have gaps")
 
     def after_step(self, seconds: float, stop: Stop) -> None:
         """Count a joint step; write a checkpoint where one is due: every so many steps, at the end, and before Interrupted."""
+        self._stood = []
         self.step, self.seconds = self.step + 1, self.seconds + seconds
         every = self.prepared.run.checkpoint_every
+        every = every and steps_of(every, max(v.total_steps for v in self.prepared.variants))
         ended = not any(v.live for v in self.prepared.variants)
-        if stop.signum or (every is not None and (ended or self.step % every == 0)):
+        signum = self.prepared.place.most(stop.signum)
+        if signum or (every is not None and (ended or self.step % every == 0)):
             self._save()
-        if stop.signum:
-            raise Interrupted(stop.signum, f" after step {self.step}")
+        if signum:
+            raise Interrupted(signum, f" after step {self.step}")
+
+    def before_step(self) -> None:
+        """Remember where the variants stand, so that a step which is not completed can be taken back."""
+        self._stood = [v.standing() for v in self.prepared.variants]
+
+    @contextmanager
+    def rescued(self) -> Iterator[None]:
+        """While steps run: if a rank is lost, the first of the others saves what all had before the step that cannot be completed, or
+        after one that was. RankLost says where."""
+        try:
+            yield
+        except RankLost as lost:
+            taken_back = [back() for back in self._stood]
+            if not all(taken_back):
+                self.step += 1
+            there_already = folder_of(self.prepared.run.out) / named(self.step)
+            if there_already.exists():
+                self.saved = there_already
+            else:
+                self._save()
+            there = f"what was trained is safe in {self.saved}" if self.saved else "nothing was saved yet"
+            raise RankLost(f"{lost.message}; {there}", fix=lost.fix) from lost
 
     def _save(self) -> None:
-        """Write a checkpoint. A disk that is full does not end the run: the next one may find room, and the last one is still there."""
+        """Write a checkpoint, on the first rank that lives. A disk that is full does not end the run: the next one may find room, and the
+        last one is still there."""
         run = self.prepared.run
+        if not self.prepared.place.leads:
+            return
         try:
             moment = Moment(self.step, self.seconds, self.metrics.secure())
             self.saved = write_checkpoint(run.out, moment, self.identity, self.prepared.variants, run.keep_checkpoints)
@@ -66,8 +99,7 @@ class Keeper:
 
     def _what_fits(self) -> str:
         prepared, run = self.prepared, self.prepared.run
-        data = {name: vars(splits).values() for name, splits in prepared.data.items()}
-        longest = max(int(d.examples.longest.max()) for splits in data.values() for d in splits if d is not None)
+        longest = max(int(d.examples.tokens.max()) for splits in prepared.data.values() for d in splits.read.values())
         base = prepared.base
         shape = Architecture(base.name, base.spec, base.spec.num_parameters, base.dtype)
         tokens = fitting_tokens(run, shape, [v.config for v in prepared.variants], base.dtype, longest)

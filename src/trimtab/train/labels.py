@@ -19,7 +19,7 @@ from trimtab.data import Example
 from trimtab.decode.cached import Fed, continue_prompts
 from trimtab.forward.attached import Attached
 from trimtab.forward.packs import Mix
-from trimtab.train.losses import Targets, log_probabilities
+from trimtab.train.targets import Targets, log_probabilities
 
 MAX_SLOTS = 64
 """Prompts in the cache together at most."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.train.halving import HALVED
-from trimtab.train.past import LOWER_IS_BETTER
+from trimtab.train.options import lower_is_better
 from trimtab.train.trials import Sweep, Trial
 
 STATES = ("finished", "halved", "diverged")
@@ -26,7 +26,7 @@ def rank(sweep: Sweep, trained: Mapping[str, tuple[str, Mapping[str, Any]]]) -> 
     metric = sweep.options.metric
     entries = [_entry(t, metric, *trained[t.name]) for t in sweep.trials]
     losses = {t.name: _figure(trained[t.name][1], "loss") for t in sweep.trials}
-    entries.sort(key=lambda e: (*_order(e, metric in LOWER_IS_BETTER), math.inf if (x := losses[e["trial"]]) is None else x))
+    entries.sort(key=lambda e: (*_order(e, lower_is_better(metric)), math.inf if (x := losses[e["trial"]]) is None else x))
     rows = [{"rank": i} | e for i, e in enumerate(entries, 1)]
     first = rows[0]
     base = next((v["valid"]["base"].get(metric) for _, v in trained.values() if "valid" in v), None)

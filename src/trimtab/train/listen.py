@@ -44,3 +44,10 @@ class Silent:
     def warning(self, text: str) -> None:
         """Logged: a run that had to fall back, or cannot write, is never silent."""
         logging.getLogger("trimtab").warning(text)
+
+
+class Deaf(Silent):
+    """The listener of a rank that is not the first, whose own is told the same."""
+
+    def warning(self, text: str) -> None:
+        """The first rank's listener has it."""

@@ -8,20 +8,23 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab import bases
 from trimtab.atomic import clear_unfinished
+from trimtab.bases.unchanged import Watch
 from trimtab.errors import BaseError, Mistakes
 from trimtab.memory import explained
 from trimtab.methods import FullConfig
 from trimtab.model import Base, load_base
+from trimtab.places.place import ONE_PROCESS, Place
+from trimtab.rewards.asked import Rewarded
 from trimtab.store import Adapter
 from trimtab.store.registry import Store
 from trimtab.train.ahead import Ahead
-from trimtab.train.before import note_mistakes
+from trimtab.train.before import note_mistakes, refuse_too_much
 from trimtab.train.beside import Beside, alone
 from trimtab.train.config import RunConfig
 from trimtab.train.evaluate import HeldOut
@@ -31,16 +34,28 @@ from trimtab.train.halving import Halving
 from trimtab.train.heap import Heap
 from trimtab.train.interrupt import Stop
 from trimtab.train.keeper import Keeper
-from trimtab.train.listen import Listener, Silent
+from trimtab.train.listen import Deaf, Listener, Silent
 from trimtab.train.page import write_page
 from trimtab.train.prepare import prepare, set_up, warn_of_rows
 from trimtab.train.publish import open_store, publish_variants, refuse_unpublished
 from trimtab.train.report import write_json
-from trimtab.train.resume import find_start, identity, occupied, refuse_changes, refuse_other_content, settings
+from trimtab.train.resume import (
+    find_start,
+    identity,
+    is_longer,
+    occupied,
+    refuse_changes,
+    refuse_idle,
+    refuse_other_content,
+    refuse_shorter,
+    settings,
+)
+from trimtab.train.rollouts import Rollouts
 from trimtab.train.sinks import tracking
 from trimtab.train.step import run_step
-from trimtab.train.validate import Validator, ahead
+from trimtab.train.validate import Validator, ahead, is_owed
 from trimtab.train.variant import StepBatch, Variant
+from trimtab.version import __version__
 
 
 @dataclass
@@ -60,73 +75,94 @@ def train(
     base: Base | None = None,
     listener: Listener | None = None,
     resume: bool = False,
+    extend: bool = False,
     stop: Stop | None = None,
     halving: Halving | None = None,
     store: str | Path | None = None,
     beside: Beside = alone,
+    place: Place = ONE_PROCESS,
 ) -> Report:
     """Train every variant of a run together on one frozen base, score it, save it under the run's `out`.
 
     run: a RunConfig, a run file's path, or a mapping of its shape. base: one that is loaded already. resume: go on from the newest good
-    checkpoint in `out`; a run that was interrupted before its first one starts anew, one that has finished is returned as it is. stop: asks
-    a run to end early, which it does with a checkpoint and Interrupted. halving: ends the worst variants at its rungs; what it is, is no
-    part of the run file, so one that resumes must be given the same. store: the folder of the store that a run with `store` publishes to,
-    `default_root()` where None; one that fails at the end costs nothing but the publishing, which a resumed run makes good. beside: what
-    uses base and variants between steps. TrimtabError where the run file, the data, the base, the store or the disk is at fault; nothing is
-    written into `out` before all of the former have been read and checked.
+    checkpoint in `out`; a run that was interrupted before its first one starts anew, one that has finished is returned as it is. extend:
+    with resume, more epochs or steps than before may be asked for, of a finished run too. stop: asks a run to end early, which it does with
+    a checkpoint and Interrupted. halving: ends the worst variants at its rungs; what it is, is no part of the run file, so one that resumes
+    must be given the same. store: the folder of the store that a run with `store` publishes to, `default_root()` where None; one that fails
+    at the end costs nothing but the publishing, which a resumed run makes good. beside: what uses base and variants between steps. place:
+    where it runs; every rank calls `train` with the same arguments, and only the first one writes and is heard.
+    TrimtabError where the run file, the data, the base, the store or the disk is at fault; nothing is written into `out` before all of the
+    former have been read and checked.
     """
     run = RunConfig.of(run)
-    listener, stop = listener or Silent(), stop or Stop()
-    if resume and (run.out / "summary.json").exists():
-        return finished(run, base, listener, store)
+    listener, stop = (listener or Silent()) if place.first else Deaf(), stop or Stop()
+    if resume and (run.out / "summary.json").exists() and not (extend and is_longer(run)):
+        return finished(run, base, listener, store, place)
     start, mistakes = None, Mistakes()
     with mistakes.noted():
-        start = find_start(run, resume)
-    note_mistakes(run, base.spec if base else None, mistakes)
+        start = find_start(run, resume, extend)
+    shape = note_mistakes(run, base, mistakes)
     mistakes.refuse("this run cannot start")
     target = open_store(run, store)
+    refuse_too_much(run, shape, listener.warning, loaded=base is not None, sharers=place.here)
     if resume:
         listener.status(f"going on after step {start.moment.step}" if start else f"{run.out} holds no checkpoint, so the run starts anew")
     listener.status(f"loading {run.base}")
-    base = base or load_base(run.base, dtype=run.dtype, device=run.device)
-    before = bases.fingerprint_model(base.model)
+    base = base or load_base(run.base, dtype=run.dtype, device=place.device(run.device), quantize=run.quantize)
+    watch = Watch(base.model)
     set_up(run, base, listener)
     with explained("reading rows and making the variants", "train fewer variants together, on fewer rows, or make memory free"):
-        prepared = prepare(run, base)
+        prepared = prepare(run, base, place)
         warn_of_rows(prepared, listener)
-        validator, tests = Validator(prepared, halving), test_rows(prepared)
-    what = identity(prepared, before)
+        rewarded = Rewarded(run.root, listener.warning)
+        validator, tests = Validator(prepared, rewarded, halving), test_rows(prepared)
+    what = identity(prepared, watch.before)
     if start is not None:
         refuse_changes(start.identity["content"], what["content"], "the base or the data have changed since the checkpoint")
-    with occupied(run.out, start):
+        refuse_shorter(start, prepared)
+    refuse_idle(prepared)
+    place.agree(what["settings"] | what["content"] | {"checkpoint": start and start.path.name, "version": __version__})
+    with occupied(run.out, start) if place.first else nullcontext(), rewarded:
+        place.once(lambda: (run.out / "summary.json").unlink(missing_ok=True))  # of one that is extended: it has not finished any more
         keeper = Keeper(prepared, what, start, listener)
         with keeper.metrics:
-            _steps(keeper, validator, ahead(validator, tests), listener, stop, beside)
-        return _conclude(keeper, what, before, tests, target, listener)
+            _steps(keeper, validator, ahead(validator, tests), rewarded, listener, stop, beside)
+        return _conclude(keeper, what, watch, tests, rewarded, target, listener)
 
 
 def _conclude(
-    keeper: Keeper, what: dict[str, Any], before: str, tests: dict[str, HeldOut], target: Store | None, listener: Listener
+    keeper: Keeper,
+    what: dict[str, Any],
+    watch: Watch,
+    tests: dict[str, HeldOut],
+    rewarded: Rewarded,
+    target: Store | None,
+    listener: Listener,
 ) -> Report:
-    """Save what was trained, score it, publish it. before: the base's fingerprint before the first step."""
+    """Save what was trained, score it, publish it. watch: the base before the first step."""
     prepared = keeper.prepared
     run, base = prepared.run, prepared.base
     adapters = {v.name: adapter_of(prepared, v) for v in prepared.variants if not isinstance(v, FullVariant)}
     with keeper.explained():
-        sizes = save(prepared, adapters)
-    after = bases.fingerprint_model(base.model)
+        sizes = prepared.place.once(lambda: save(prepared, adapters))
+    before, after = watch.before, watch.now(base.model)
     if after != before:
         raise _changed(run, before, after)
     with keeper.explained():
         listener.status("scoring on held-out rows")
         with keeper.within_memory("scoring on held-out rows"):
-            scored = evaluate(prepared, adapters, tests, listener)
-        note_scores(prepared, adapters, scored)
-        fingerprints = {"before": before, "after": after}
-        summary = summarise(prepared, scored, sizes, keeper.seconds, fingerprints) | what
-        write_json(run.out / "summary.json", summary)
-        write_page([run.out], run.out / "report.html")
-        _publish(run, target, base, summary, listener)
+            scored = evaluate(prepared, adapters, tests, rewarded, listener)
+
+        def write() -> dict[str, Any]:
+            note_scores(prepared, adapters, scored)
+            fingerprints = {"before": before, "after": after}
+            summary = summarise(prepared, scored, sizes, keeper.seconds, fingerprints) | what
+            write_json(run.out / "summary.json", summary)
+            write_page([run.out], run.out / "report.html")
+            _publish(run, target, base, summary, listener)
+            return summary
+
+        summary = prepared.place.once(write)
     return Report(run.out, summary, adapters, base)
 
 
@@ -139,20 +175,24 @@ def _changed(run: RunConfig, before: str, after: str) -> BaseError:
     )
 
 
-def finished(run: RunConfig, base: Base | None, listener: Listener, store: str | Path | None = None) -> Report:
+def finished(run: RunConfig, base: Base | None, listener: Listener, store: str | Path | None = None, place: Place = ONE_PROCESS) -> Report:
     """The report of a run that has nothing left to do but to publish what is not yet. ConfigError where the run file, the data or the base
     have changed since."""
     summary = json.loads((run.out / "summary.json").read_text(encoding="utf-8"))
     refuse_changes(summary.get("settings", {}), settings(run), f"the run in {run.out} is finished, and its run file has changed since")
-    base = base or load_base(run.base, dtype=run.dtype or summary.get("dtype"), device=run.device)
+    base = base or load_base(run.base, dtype=run.dtype or summary.get("dtype"), device=place.device(run.device), quantize=run.quantize)
     if "content" in summary:
         what = f"the run in {run.out} is finished, and its base or its data have changed since"
         refuse_other_content(run, base, summary["content"], what, listener)
-    clear_unfinished(run.out)
-    if not (run.out / "report.html").exists():  # killed, or out of disk, after the summary
-        write_page([run.out], run.out / "report.html")
-    listener.status(f"the run in {run.out} is finished, there is nothing left to do")
-    _publish(run, open_store(run, store), base, summary, listener)
+
+    def complete() -> None:
+        clear_unfinished(run.out)
+        if not (run.out / "report.html").exists():  # killed, or out of disk, after the summary
+            write_page([run.out], run.out / "report.html")
+        listener.status(f"the run in {run.out} is finished, there is nothing left to do")
+        _publish(run, open_store(run, store), base, summary, listener)
+
+    place.once(complete)
     names = [v.name for v in run.variants if not isinstance(v.method, FullConfig)]
     return Report(run.out, summary, {n: Adapter.load(run.out / "adapters" / n, base) for n in names}, base)
 
@@ -166,21 +206,28 @@ def _publish(run: RunConfig, store: Store | None, base: Base, summary: dict[str,
         refuse_unpublished(run, store, problems)
 
 
-def _steps(keeper: Keeper, validator: Validator, before: Ahead, listener: Listener, stop: Stop, beside: Beside) -> None:
+def _steps(keeper: Keeper, validator: Validator, before: Ahead, rewarded: Rewarded, listener: Listener, stop: Stop, beside: Beside) -> None:
     """Step all live variants together until each has finished or stopped, keeping checkpoints. Interrupted where `stop` asks for it."""
-    run, variants = keeper.prepared.run, keeper.prepared.variants
+    run, variants, place = keeper.prepared.run, keeper.prepared.variants, keeper.prepared.place
     listener.begin({v.name: v.total_steps for v in variants}, before)
     heap = Heap(sparing=run.activation_checkpointing)
-    tracked = tracking(run.track, run.out, keeper.identity["settings"], keeper.metrics, listener.warning)
-    with tracked as metrics, stop.held(), beside(keeper.prepared) as between:
+    tracked = tracking(run.track if place.first else (), run.out, keeper.identity["settings"], keeper.metrics, listener.warning)
+    rollouts = Rollouts(keeper.prepared, rewarded)
+    with tracked as metrics, stop.held(), beside(keeper.prepared) as between, keeper.rescued():
+        if owing := [v for v in variants if is_owed(v)]:
+            validator.after_step(owing, metrics, listener)
         while live := [v for v in variants if v.live]:
             start = time.perf_counter()
-            batches = {v: v.next_batch() for v in live}
             with keeper.within_memory("training"):
-                found = run_step(batches, run.max_tokens)
+                keeper.before_step()
+                batches = {v: v.next_batch() for v in live}
+                batches = rollouts.filled(batches)
+                found = run_step(batches, run.max_tokens, place)
                 tokens, elapsed = sum(b.tokens for b in batches.values()), time.perf_counter() - start
-                shares = {v: elapsed * b.tokens / tokens for v, b in batches.items()}
-                logged = {v: v.step(f.loss, f.grad_norm, batches[v], shares[v]) | f.metrics for v, f in found.items()}
+                shares = {v: elapsed * (b.tokens / tokens if tokens else 1 / len(batches)) for v, b in batches.items()}
+                logged = {
+                    v: v.step(f.loss, f.grad_norm, batches[v], shares[v]) | f.metrics | dict(batches[v].metrics) for v, f in found.items()
+                }
             heap.after_step()
             seconds = time.perf_counter() - start
             for v, b in batches.items():

@@ -1,11 +1,11 @@
-"""The losses of several members' rows in one mixed forward, each by its own objective; and such forwards over many rows, without gradients.
+"""The losses of several members' rows in one mixed forward, each by its own objective.
 
 Rows whose objective knows their weights beforehand take one pass over the output head, the others two (`ops.loss`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,45 +15,83 @@ from torch import Tensor
 
 from trimtab import ops
 from trimtab.data import Example
+from trimtab.data.rows import RowId
 from trimtab.forward.attached import Attached
-from trimtab.forward.batch import BASE, Batch, Piece, make_batch
+from trimtab.forward.batch import Batch
+from trimtab.forward.heads import member_scores
 from trimtab.forward.packs import Mix
 from trimtab.objectives import Counts, Objective, Segments
-from trimtab.ops import loss as kernels
-from trimtab.ops.layer import Matrix
+from trimtab.train.samples import samples_of
+from trimtab.train.targets import Targets, lay_out, log_probabilities, supervised_loss
 
-Reference = Mapping[Example, Tensor]
-"""Segment -> the base's log-probabilities of its supervised tokens, nats, fp32, on the CPU."""
+
+@dataclass(frozen=True)
+class Reference:
+    """The base's log-probabilities of the supervised tokens of rows, [N]; a teacher's of its K likeliest tokens there, [N, K].
+
+    values: nats, fp32, on the CPU, the segments of a row one after the other. begins: where each row's begin, by its identity: of a row
+    nothing else is kept. tokens: int32 [N, K], a teacher's. source: what the teacher was, as a digest.
+    """
+
+    values: Tensor
+    begins: Mapping[RowId, int]
+    tokens: Tensor | None = None
+    source: str = ""
+
+    def of(self, rows: Sequence[Example], device: torch.device) -> Tensor:
+        """[R] or [R, K], of these rows' segments in order."""
+        return self._of(self.values, rows).to(device)
+
+    def tokens_of(self, rows: Sequence[Example], device: torch.device) -> Tensor:
+        """int64 [R, K]"""
+        assert self.tokens is not None
+        return self._of(self.tokens, rows).to(device, torch.int64)
+
+    def _of(self, values: Tensor, rows: Sequence[Example]) -> Tensor:
+        places = [self.begins[e.row] for e in rows]
+        return torch.cat([values[a : a + e.targets] for a, e in zip(places, rows, strict=True)])
 
 
 @dataclass(frozen=True)
 class Part:
     """Rows of one member in one forward. counts: of all rows over which the loss is a mean. reference: of the rows' segments, where the
-    objective needs it. seed: of dropout; None where there is none."""
+    objective needs it. probes_P: see `Segments`. seeds: of each row's dropout; None where there is none. noise: of each segment's
+    embeddings (see `Piece`); empty where there is none."""
 
     member: int
     examples: Sequence[Example]
     objective: Objective
     counts: Counts
-    reference: Reference = field(default_factory=dict)
-    seed: int | None = None
+    reference: Reference | None = None
+    probes_P: Tensor | None = None
+    seeds: Sequence[int] | None = None
+    noise: Sequence[tuple[int, float]] = ()
 
     @property
     def segments(self) -> list[Example]:
         return [s for e in self.examples for s in e.segments]
 
+    @property
+    def seeded(self) -> list[tuple[int, Example, int | None]]:
+        """(member, segment, seed) of every segment."""
+        seeds: Sequence[int | None] = self.seeds or [None] * len(self.examples)
+        return [(self.member, s, seed) for e, seed in zip(self.examples, seeds, strict=True) for s in e.segments]
+
     def described(self, device: torch.device) -> Segments:
         """What the objective knows of the segments."""
         targets = tuple(int(s.supervised.sum()) for s in self.segments)
-        return Segments(tuple(s.role for s in self.segments), targets, self.counts, device)
+        samples = samples_of(self.segments, device) if self.objective.sampled_at is not None else None
+        return Segments(tuple(s.role for s in self.segments), targets, self.counts, device, self.probes_P, samples)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Loss and metrics of some rows; those of parts of the same rows add up."""
+    """Loss and metrics of some rows; those of parts of the same rows add up. logps: of a part's answers, at the first of several steps on
+    them; they do not add up."""
 
     loss: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    logps: Sequence[float] = ()
 
     def __add__(self, other: Outcome) -> Outcome:
         metrics = {k: self.metrics.get(k, 0.0) + other.metrics.get(k, 0.0) for k in {**self.metrics, **other.metrics}}
@@ -74,163 +112,142 @@ class Unread:
 
 def forward_loss(attached: Attached, mix: Mix, parts: Sequence[Part]) -> tuple[Tensor, Unread]:
     """(Σ of all parts' losses, with the graph; each part's outcome) in one mixed forward."""
-    seeds = {p.member: p.seed for p in parts if p.seed is not None and p.member != BASE}
-    laid, batch = _lay_out(attached, mix, [(p.member, s) for p in parts for s in p.segments], seeds)
+    noise: list[tuple[int, float] | None] = []
+    for p in parts:
+        noise += p.noise or [None] * len(p.segments)
+    laid, batch = lay_out(attached, mix, [s for p in parts for s in p.seeded], noise)
     hidden_TH = attached.forward(batch)
-    described = [p.described(attached.device) for p in parts]
-    weights = [p.objective.nll_weights(d) for p, d in zip(parts, described, strict=True)]
     of = [n for n, p in enumerate(parts) for _ in p.segments]  # the part of each segment
-    order = [(of[i], start, segment) for i, start, segment in laid]
-    totals, numbers = list[Tensor](), list[Tensor]()
-    places = list[tuple[int, int, int]]()  # (part, begin and end of a segment) in the first of the numbers
-    names = dict[int, list[str]]()  # part -> what each of its numbers is
-    if known := [(n, start, s) for n, start, s in order if weights[n] is not None]:
-        targets = Targets.of([(start, s) for _, start, s in known], attached.device)
-        scale_R = torch.cat([w for n in dict.fromkeys(n for n, _, _ in known) if (w := weights[n]) is not None])
-        total, nll_R = supervised_loss(attached, hidden_TH, batch, targets, scale_R)
-        totals.append(total)
-        numbers.append(nll_R * scale_R)
-        places = [(n, a, b) for (n, _, _), (a, b) in zip(known, targets.runs, strict=True)]
-    if unknown := [(n, start, s) for n, start, s in order if weights[n] is None]:
-        targets = Targets.of([(start, s) for _, start, s in unknown], attached.device)
-        logp_R = log_probabilities(attached, hidden_TH, batch, targets)
-        owners = list(dict.fromkeys(n for n, _, _ in unknown))
-        for n, own_R in zip(owners, logp_R.split([sum(described[n].targets) for n in owners]), strict=True):
-            loss, metrics = parts[n].objective.loss(own_R, _reference_of(parts[n], attached.device), described[n])
-            totals.append(loss)
-            names[n] = list(metrics)
-            found = [loss, *(torch.as_tensor(m, device=loss.device) for m in metrics.values())]
-            numbers.append(torch.stack([f.detach().to(loss.dtype) for f in found]))
-
-    def told(read: Sequence[Any]) -> list[Outcome]:
-        losses, rest = [0.0] * len(parts), iter(read)
-        scaled = next(rest) if places else []
-        for n, a, b in places:
-            losses[n] += sum(scaled[a:b])
-        outcomes = [Outcome(loss) for loss in losses]
-        for n, (loss, *metrics) in zip(names, rest, strict=True):
-            outcomes[n] = Outcome(loss, dict(zip(names[n], metrics, strict=True)))
-        return outcomes
-
-    return sum(totals[1:], totals[0]), Unread(numbers, told)
-
-
-def _lay_out(
-    attached: Attached, mix: Mix, segments: Sequence[tuple[int, Example]], seeds: Mapping[int, int]
-) -> tuple[list[tuple[int, int, Example]], Batch]:
-    """((place among `segments`, its first row, segment) in the order of rows, the batch). Segments of a member keep their order, so those
-    of a part follow each other."""
-    pieces = [Piece(torch.from_numpy(s.ids.astype(np.int64)), member) for member, s in segments]
-    batch = make_batch(pieces, mix, device=attached.device, max_positions=attached.spec.max_positions, seeds=seeds)
-    laid = [(i, start, s) for i, ((start, _), (_, s)) in enumerate(zip(batch.where, segments, strict=True))]
-    return sorted(laid, key=lambda x: x[1]), batch
-
-
-def _reference_of(part: Part, device: torch.device) -> Tensor | None:
-    if not part.objective.needs_reference:
-        return None
-    return torch.cat([part.reference[s] for s in part.segments]).to(device)
+    computed = _Computed(attached, batch, hidden_TH, [(of[i], start, segment) for i, start, segment in laid])
+    losses = _Losses(parts, [p.described(attached.device) for p in parts])
+    aims, weights = {n: parts[n].objective for n in computed.parts}, losses.weights()
+    headed = [n for n, aim in aims.items() if aim.reads_head]
+    taught = {n: by.temperature for n, aim in aims.items() if (by := aim.taught_by)}
+    drawn = {n: heat for n, aim in aims.items() if (heat := aim.sampled_at) is not None}
+    _add_weighted(computed, losses, {n: w for n in aims if (w := weights[n]) is not None})
+    _add_headed(computed, losses, headed)
+    _add_taught(computed, losses, taught)
+    _add_drawn(computed, losses, drawn)
+    _add_others(computed, losses, [n for n in aims if weights[n] is None and n not in {*headed, *taught, *drawn}])
+    return sum(losses.totals[1:], losses.totals[0]), Unread(losses.numbers, losses.told)
 
 
 @dataclass(frozen=True)
-class Targets:
-    """The supervised rows of a batch, ascending. rows, row_R: the flat row that predicts. target_R: the token it predicts. runs: each
-    segment's part of R, in the order of rows."""
+class _Computed:
+    """A forward's hidden states. order: (part, first row, segment), in the order of rows; a part's follow each other."""
 
-    rows: list[int]
-    row_R: Tensor
-    target_R: Tensor
-    runs: list[tuple[int, int]]
+    attached: Attached
+    batch: Batch
+    hidden_TH: Tensor
+    order: Sequence[tuple[int, int, Example]]
 
-    @classmethod
-    def of(cls, segments: Sequence[tuple[int, Example]], device: torch.device) -> Targets:
-        """segments: (first row, segment), in the order of rows. The token at place t is predicted by the row before it; place 0 is never a
-        target."""
-        rows: list[int] = []
-        targets: list[int] = []
-        runs: list[tuple[int, int]] = []
-        for start, e in segments:
-            places = np.flatnonzero(e.supervised)
-            places = places[places > 0]
-            runs.append((len(rows), len(rows) + len(places)))
-            rows += (start + places - 1).tolist()
-            targets += e.ids[places].tolist()
-        row_R, target_R = ops.upload([np.array(rows, dtype=np.int64), np.array(targets, dtype=np.int64)], device)
-        return cls(rows, row_R, target_R, runs)
+    @property
+    def parts(self) -> list[int]:
+        """Those that have rows, in the order of these."""
+        return list(dict.fromkeys(n for n, _, _ in self.order))
+
+    def targets(self, parts: Collection[int]) -> Targets:
+        """Of these parts."""
+        chosen = set(parts)
+        return Targets.of([(start, s) for n, start, s in self.order if n in chosen], self.attached.device)
+
+    def log_probabilities(self, targets: Targets, temperature: float = 1.0) -> Tensor:
+        return log_probabilities(self.attached, self.hidden_TH, self.batch, targets, temperature)
 
 
-def supervised_loss(attached: Attached, hidden_TH: Tensor, batch: Batch, targets: Targets, scale_R: Tensor) -> tuple[Tensor, Tensor]:
-    """(Σ scale · nll, nll_R). The frozen, unedited head forms its gradient in the forward; a head that trains goes through autograd."""
-    if _trains(attached, batch):
-        nll_R = -_log_probabilities_by_autograd(attached, hidden_TH, batch, targets)
-        return (nll_R * scale_R).sum(), nll_R.detach()
-    return kernels.supervised_loss(*_at_head(attached, hidden_TH, targets), scale_R, attached.spec.final_softcap)
+@dataclass
+class _Losses:
+    """What is found of the parts. totals: losses, with the graph. numbers: losses and metrics (see `Unread`). places: (part, begin and end
+    of a segment) in the first of the numbers, where weights were known. names: of the others, in order: part -> its metrics. kept: parts
+    whose log-probabilities stand behind their numbers."""
+
+    parts: Sequence[Part]
+    described: Sequence[Segments]
+    totals: list[Tensor] = field(default_factory=list)
+    numbers: list[Tensor] = field(default_factory=list)
+    places: list[tuple[int, int, int]] = field(default_factory=list)
+    names: dict[int, list[str]] = field(default_factory=dict)
+    kept: set[int] = field(default_factory=set)
+
+    def weights(self) -> list[Tensor | None]:
+        """The weights of each part's log-probabilities, where its objective knows them."""
+        asked = zip(self.parts, self.described, strict=True)
+        return [None if p.objective.reads_head else p.objective.nll_weights(d) for p, d in asked]
+
+    def add(self, n: int, logp_R: Tensor, ref_R: Tensor | None = None) -> None:
+        """The loss and the metrics of a part. logp_R: scores, where its objective reads a head."""
+        objective, segments = self.parts[n].objective, self.described[n]
+        loss, metrics = objective.loss(logp_R, ref_R, segments)
+        if objective.reads_head and not torch.is_grad_enabled():
+            metrics = metrics | objective.sums(logp_R, segments)
+        self.totals.append(loss)
+        self.names[n] = list(metrics)
+        found = [loss, *(torch.as_tensor(m, device=loss.device) for m in metrics.values())]
+        self.numbers.append(torch.stack([f.detach().to(loss.dtype) for f in found]))
+        if objective.steps_on_rows > 1 and segments.samples is not None and segments.samples.old_R is None:
+            self.kept.add(n)
+            self.numbers.append(logp_R.detach())
+
+    def split(self, parts: Sequence[int], logp_R: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(a part, its own log-probabilities), of parts whose rows follow each other."""
+        return zip(parts, logp_R.split([sum(self.described[n].targets) for n in parts]), strict=True)
+
+    def told(self, read: Sequence[Any]) -> list[Outcome]:
+        """The outcome of each part, from the numbers as they are read."""
+        losses, rest = [0.0] * len(self.parts), iter(read)
+        scaled = next(rest) if self.places else []
+        for n, a, b in self.places:
+            losses[n] += sum(scaled[a:b])
+        outcomes = [Outcome(loss) for loss in losses]
+        for n, names in self.names.items():
+            loss, *metrics = next(rest)
+            outcomes[n] = Outcome(loss, dict(zip(names, metrics, strict=True)), next(rest) if n in self.kept else ())
+        return outcomes
 
 
-def log_probabilities(attached: Attached, hidden_TH: Tensor, batch: Batch, targets: Targets) -> Tensor:
-    """log p [R] of the targets, nats, fp32, with the graph."""
-    if _trains(attached, batch):
-        return _log_probabilities_by_autograd(attached, hidden_TH, batch, targets)
-    return kernels.log_probabilities(*_at_head(attached, hidden_TH, targets), attached.spec.final_softcap)
+def _add_weighted(computed: _Computed, losses: _Losses, weights: Mapping[int, Tensor]) -> None:
+    """Parts whose weights are known: the loss is made in the one pass over the output head."""
+    if not weights:
+        return
+    targets, scale_R = computed.targets(weights), torch.cat(list(weights.values()))
+    total, nll_R = supervised_loss(computed.attached, computed.hidden_TH, computed.batch, targets, scale_R)
+    losses.totals.append(total)
+    losses.numbers.append(nll_R * scale_R)
+    owners = [n for n, _, _ in computed.order if n in weights]
+    losses.places = [(n, a, b) for n, (a, b) in zip(owners, targets.runs, strict=True)]
 
 
-def _at_head(attached: Attached, hidden_TH: Tensor, targets: Targets) -> tuple[Tensor, Matrix, Tensor | None, Tensor]:
-    """(the rows that predict a target, the head's matrix and bias, the targets)."""
-    return (
-        hidden_TH[targets.row_R],
-        attached.head_weight,
-        attached.head_module.bias,
-        targets.target_R,
-    )
+def _add_headed(computed: _Computed, losses: _Losses, parts: Sequence[int]) -> None:
+    """Parts that read the scores of the adapter's own head."""
+    for n in parts:
+        rows = [start + int(t) for m, start, s in computed.order if m == n for t in np.flatnonzero(s.supervised)]
+        losses.add(n, member_scores(computed.attached, computed.hidden_TH, computed.batch, losses.parts[n].member, rows))
 
 
-def _trains(attached: Attached, batch: Batch) -> bool:
-    """Whether the head is edited, or trained itself."""
-    return attached.spec.head in batch.mix.groups or attached.head_weight.trained
+def _add_taught(computed: _Computed, losses: _Losses, temperatures: Mapping[int, float]) -> None:
+    """Parts that have a teacher: the log-probabilities of its likeliest tokens."""
+    for n, temperature in temperatures.items():
+        part = losses.parts[n]
+        assert part.reference is not None
+        targets = computed.targets([n])
+        of_teacher = part.reference.tokens_of(part.examples, computed.attached.device)
+        own_RK = computed.log_probabilities(replace(targets, target_R=of_teacher), temperature)
+        losses.add(n, own_RK, part.reference.of(part.examples, computed.attached.device))
 
 
-def _log_probabilities_by_autograd(attached: Attached, hidden_TH: Tensor, batch: Batch, targets: Targets) -> Tensor:
-    """Chunk by chunk, with gradients to whatever the head computes with."""
-    hidden_RH, found = hidden_TH[targets.row_R], []
-    for a in range(0, len(hidden_RH), kernels.LOSS_ROWS):
-        b = min(a + kernels.LOSS_ROWS, len(hidden_RH))
-        logits = attached.head(hidden_RH[a:b], batch, targets.rows[a:b]).float()
-        found.append(-torch.nn.functional.cross_entropy(logits, targets.target_R[a:b], reduction="none"))
-    return torch.cat(found)
+def _add_drawn(computed: _Computed, losses: _Losses, temperatures: Mapping[int, float]) -> None:
+    """Parts whose answers the variant has drawn: those of a temperature together."""
+    for temperature in sorted(set(temperatures.values())):
+        parts = [n for n, t in temperatures.items() if t == temperature]
+        for n, own_R in losses.split(parts, computed.log_probabilities(computed.targets(parts), temperature)):
+            losses.add(n, own_R)
 
 
-# ---- many rows, without gradients ------------------------------------------------------------
-
-
-@torch.no_grad()
-def mean_losses(attached: Attached, mix: Mix, asked: Sequence[Part], max_tokens: int) -> list[Outcome]:
-    """The outcome of each part, all packed together into forwards of at most max_tokens tokens."""
-    outcomes = [Outcome()] * len(asked)
-    for chunk in _chunks([(n, e) for n, part in enumerate(asked) for e in part.examples], max_tokens):
-        _, unread = forward_loss(attached, mix, [replace(asked[n], examples=[e]) for n, e in chunk])
-        for (n, _), outcome in zip(chunk, unread.read(), strict=True):
-            outcomes[n] += outcome
-    return outcomes
-
-
-@torch.no_grad()
-def base_log_probabilities(attached: Attached, examples: Sequence[Example], max_tokens: int) -> Reference:
-    """The base's log-probabilities of all segments. A function of these arguments alone, so that a resumed run has the same to the bit."""
-    found: dict[Example, Tensor] = {}
-    for chunk in _chunks([(0, e) for e in dict.fromkeys(examples)], max_tokens):
-        laid, batch = _lay_out(attached, Mix([]), [(BASE, s) for _, e in chunk for s in e.segments], {})
-        targets = Targets.of([(start, s) for _, start, s in laid], attached.device)
-        logp_R = log_probabilities(attached, attached.forward(batch), batch, targets).cpu()
-        found |= {s: logp_R[a:b] for (_, _, s), (a, b) in zip(laid, targets.runs, strict=True)}
-    return found
-
-
-def _chunks(todo: list[tuple[int, Example]], max_tokens: int) -> Iterator[list[tuple[int, Example]]]:
-    """Rows of one forward each, the longest first."""
-    todo = sorted(todo, key=lambda x: x[1].tokens)
-    while todo:
-        chunk = [todo.pop()]
-        tokens = chunk[0][1].tokens
-        while todo and (tokens := tokens + todo[-1][1].tokens) <= max_tokens:
-            chunk.append(todo.pop())
-        yield chunk
+def _add_others(computed: _Computed, losses: _Losses, parts: Sequence[int]) -> None:
+    """Parts that are compared with the base's log-probabilities, or with nothing."""
+    if not parts:
+        return
+    for n, own_R in losses.split(parts, computed.log_probabilities(computed.targets(parts))):
+        part = losses.parts[n]
+        reference = part.reference if part.objective.needs_reference else None
+        losses.add(n, own_R, reference.of(part.examples, computed.attached.device) if reference else None)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.data import Row
+from trimtab.data.calls import said_by
 from trimtab.train.findings import SHOWN, Finding
 
 NGRAM, NEAR_SHARE, BOILERPLATE_ROWS = 13, 0.5, 10
@@ -51,20 +52,23 @@ class Turn:
 
 
 def turns(row: Row) -> list[Turn]:
-    """Each assistant turn, its prompt being all turns before it; a plain text is a prompt without an answer. The prompt's digests go on
-    from one turn to the next, so that long conversations cost what their length costs."""
+    """Each assistant turn, its prompt being all turns before it. A prompt without an answer is one turn: so is a plain text, and a row that
+    is a prompt alone or that a head reads. The prompt's digests go on from one turn to the next, so that long conversations cost what their
+    length costs."""
     messages = row.conversation
     read = _Prompt()
     if messages is None:
         read.go_on(row.text or "", words(row.text or ""))
         return [read.turn("", ())]
-    answers, found = frozenset(row.answers), list[Turn]()
+    answers = frozenset(row.answers if row.asked is None and row.read is None else ())
+    found = list[Turn]()
     for i, message in enumerate(messages):
-        said = words(message["content"])
+        text = said_by(message)
+        said = words(text)
         if i in answers:
-            found.append(read.turn(message["content"], said))
-        read.go_on(message["content"], said)
-    return found
+            found.append(read.turn(text, said))
+        read.go_on(text, said)
+    return found or [read.turn("", ())]
 
 
 class _Prompt:
@@ -96,6 +100,10 @@ def _of(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
+def _number(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
 class Repeats:
     """Rows of one split that repeat an earlier one, word for word or in all but case, blanks and punctuation."""
 
@@ -103,11 +111,11 @@ class Repeats:
         self._exact, self._folded, self._worded = array("Q"), array("Q"), bytearray()
 
     def add(self, row: Row, said: Sequence[Turn]) -> None:
-        """said: the row's turns."""
-        folded = b"".join(turn.folded for turn in said)
-        self._exact.append(int.from_bytes(hashlib.blake2b(row.content_key(), digest_size=8).digest(), "little"))
-        self._folded.append(int.from_bytes(hashlib.blake2b(folded, digest_size=8).digest(), "little"))
-        self._worded.append(any(turn.worded for turn in said))
+        """said: the turns of the row's first segment."""
+        every = [*said, *(turn for other in row.others for turn in turns(other))]
+        self._exact.append(_number(b"\n".join(s.content_key() for s in row.segments)))
+        self._folded.append(_number(b"".join(turn.folded for turn in every)))
+        self._worded.append(any(turn.worded for turn in every))
 
     def findings(self, where: str, origin: Callable[[int], str]) -> list[Finding]:
         """origin: of the row that was added as number n."""

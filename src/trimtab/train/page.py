@@ -19,8 +19,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from trimtab.atomic import atomic_write
+from trimtab.objectives import aimed_at
 from trimtab.train.charts import COLOURS, Curve, Point, line_chart, scatter_chart, short, smooth, swatch
-from trimtab.train.past import LOWER_IS_BETTER, PERCENT, PastRun, PastVariant, doubts, numbers, read_runs, title
+from trimtab.train.past import HIGHER_IS_BETTER, LOWER_IS_BETTER, PERCENT, PastRun, PastVariant, doubts, numbers, read_runs, title
 
 COSTS = {
     "trainable": ("trainable parameters", 1.0, True),
@@ -28,6 +29,10 @@ COSTS = {
     "seconds": ("training, s", 1.0, False),
 }
 """What a variant costs: the axis' title, the unit in it, logarithmic or not."""
+
+
+EVERY_STEP = {"variant", "step", "epoch", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "seconds", "tokens_per_s"}
+"""What a line of metrics.jsonl has whatever the objective."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,8 @@ def score_table(who: Sequence[Shown], runs: Sequence[PastRun]) -> dict[str, Any]
     ]
     entries += [(s.label, s, s.past.scores) for s in who]
     columns = list(dict.fromkeys(c for _, _, scores in entries for c in scores))
-    best = {c: _best(c, [scores[c] for _, _, scores in entries if c in scores]) for c in columns}
+    apart = {"loss"} if len({aimed_at(s.past.facts.get("fields") or {}) for s in who}) > 1 else set()  # by objective: these do not compare
+    best = {c: None if c in apart else _best(c, [scores[c] for _, _, scores in entries if c in scores]) for c in columns}
     rows = [Row(label, s, scores, frozenset(c for c in scores if scores[c] == best[c])) for label, s, scores in entries]
     lower, percent = ([c for c in columns if c in those] for those in (LOWER_IS_BETTER, PERCENT))
     return {"columns": columns, "rows": rows, "lower": lower, "percent": percent}
@@ -121,7 +127,7 @@ def score_table(who: Sequence[Shown], runs: Sequence[PastRun]) -> dict[str, Any]
 
 def _best(column: str, values: Sequence[float]) -> float | None:
     """The best value; None where there is nothing to choose between, or nobody says which way is better."""
-    if len(set(values)) < 2 or column not in LOWER_IS_BETTER | PERCENT:
+    if len(set(values)) < 2 or column not in LOWER_IS_BETTER | HIGHER_IS_BETTER:
         return None
     return (min if column in LOWER_IS_BETTER else max)(values)
 
@@ -131,7 +137,7 @@ def _loss_charts(data: str, who: Sequence[Shown], n: int, sets: int) -> list[tup
     curves = []
     for s in who:
         raw = [(float(line["step"]), float(line["loss"])) for line in s.past.steps]
-        dots = [(float(line["step"]), float(line["valid_loss"])) for line in s.past.valid]
+        dots = [(float(line["step"]), float(line["valid_loss"])) for line in s.past.valid if line["valid_loss"] is not None]
         curves.append(Curve(s.number, s.label, smooth(raw), raw if len(raw) >= 40 else (), dots, bool(s.past.facts.get("stopped"))))
     values = [y for c in curves for part in (c.points, c.dots) for _, y in part]
     log = min(values) > 0 and max(values) / min(values) > 6
@@ -144,13 +150,17 @@ def _loss_charts(data: str, who: Sequence[Shown], n: int, sets: int) -> list[tup
 
 
 def _small(s: Shown) -> dict[str, Any]:
-    """A variant's learning rate and gradient norm."""
+    """A variant's learning rate, gradient norm, and what its objective reports."""
     charts = {}
-    for field, name in (("lr", "learning rate"), ("grad_norm", "gradient norm")):
+    told = dict.fromkeys(k for line in s.past.steps for k in line if k not in EVERY_STEP)
+    for field, name in (("lr", "learning rate"), ("grad_norm", "gradient norm"), *((k, title(k)) for k in told)):
         points = [(float(line["step"]), y) for line in s.past.steps if (y := numbers(line).get(field)) is not None]
         log = field == "grad_norm"
-        curve = Curve(s.number, s.label, smooth(points), points if len(points) >= 40 else ())
-        charts[name] = line_chart([curve], title=f"{name} of {s.label}", y_title=name, size=(300, 130), log=log, key=f"{field}{s.number}")
+        held = [(float(line["step"]), y) for line in s.past.valid if (y := numbers(line).get(f"valid_{field}")) is not None]
+        curve = Curve(s.number, s.label, smooth(points), points if len(points) >= 40 else (), held)
+        charts[name] = line_chart(
+            [curve], title=f"{name} of {s.label}", y_title=name, size=(300, 130), log=log, key=f"{field.replace('/', '-')}{s.number}"
+        )
     return {"shown": s, "charts": charts}
 
 

@@ -14,13 +14,15 @@ from typing import Any
 
 from trimtab.data import SCORES
 from trimtab.errors import ConfigError
+from trimtab.objectives import directions
+from trimtab.train.options import CHOICE
 
 Line = dict[str, Any]
 
 TITLES = {"token_f1": "F1", "rouge_l": "ROUGE-L", "bleu": "BLEU", "valid_json": "valid JSON"}
-LOWER_IS_BETTER = {"loss", "perplexity"}
-PERCENT = {*SCORES, "label_accuracy"}
-"""The scores of answers: the higher, the better. Of an objective's own metrics nobody says which way is better, or that they are shares."""
+LOWER_IS_BETTER = {name for name, higher in directions().items() if not higher}
+HIGHER_IS_BETTER = {name for name, higher in directions().items() if higher} | {*SCORES, CHOICE, "tool_calls"}
+PERCENT = {*SCORES, CHOICE, "tool_calls"}
 _NOT_SCORES = {"rows", "samples"}
 
 
@@ -154,7 +156,8 @@ def _metrics(path: Path) -> tuple[dict[str, list[Line]], dict[str, list[Line]], 
         try:
             line = json.loads(text)
             name, step, event = str(line["variant"]), int(line["step"]), line.get("event")
-            loss = float(line["valid_loss" if event == "valid" else "loss"])
+            told = line["valid_loss" if event == "valid" else "loss"]
+            loss = 0.0 if told is None and "valid_reward" in line else float(told)
         except (ValueError, KeyError, TypeError, AttributeError):  # torn, another event, or a validation without a finite loss
             continue
         if not math.isfinite(loss):

@@ -6,9 +6,8 @@ import hashlib
 import json
 import math
 import os
-import resource
-import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +16,7 @@ from typing import Any, Self
 import torch
 
 from trimtab.atomic import atomic_write
+from trimtab.memory import peak_resident_bytes
 from trimtab.train.variant import Variant
 
 
@@ -82,12 +82,42 @@ class Metrics:
             del self._pending[: self._file.write(self._pending)]
 
 
+class Unwritten:
+    """The metrics of a rank that is not the first: that one writes them, until it dies. recent: how many of the last lines may then be
+    missing."""
+
+    def __init__(self, path: Path, recent: int):
+        self.path, self._lines = path, deque[dict[str, Any]](maxlen=recent)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open."""
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._lines.append(line)
+
+    def secure(self) -> Mark:
+        """The position in the file of the first rank, which has died, with the lines that it lacks."""
+
+        def name(line: Mapping[str, Any]) -> tuple[Any, ...]:
+            return line["variant"], line["step"], line.get("event")
+
+        data = self.path.read_bytes() if self.path.exists() else b""
+        with Metrics(self.path, len(data)) as metrics:
+            there = {name(json.loads(line)) for line in data[: metrics.position.size].splitlines()}
+            for line in self._lines:
+                if name(line) not in there:
+                    metrics.write(line)
+            return metrics.secure()
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """The process's peak resident memory, or on CUDA the device's peak allocation, in GB (10⁹ bytes)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return peak_resident_bytes() / 1e9
 
 
 def variant_summary(variant: Variant, scores: dict[str, Any], adapter_bytes: int) -> dict[str, Any]:
@@ -101,7 +131,7 @@ def variant_summary(variant: Variant, scores: dict[str, Any], adapter_bytes: int
         "data": variant.config.data,
         "lr": variant.config.lr,
         "steps": p.step,
-        "trainable": sum(t.numel() for t in variant.params.values()),
+        "trainable": sum(t.numel() for t in variant.trained_params.values()),
         "adapter_bytes": adapter_bytes,
         "tokens": p.tokens,
         "supervised_tokens": p.supervised_tokens,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from trimtab.atomic import clear_unfinished, is_unfinished, take_name
 from trimtab.bases import fingerprint_model
 from trimtab.errors import ConfigError, DataError
 from trimtab.model import Base
+from trimtab.objectives.grpo import Grpo
 from trimtab.paths import user_path
+from trimtab.rewards.asked import file_of
 from trimtab.train.checkpoint import Checkpoint, Damaged, folder_of, newest_checkpoint, steps_of
 from trimtab.train.config import RunConfig
 from trimtab.train.listen import Listener
@@ -22,8 +25,18 @@ from trimtab.train.prepare import Prepared, Splits, read_splits
 
 FREE = {"out", "root", "variants", "checkpoint_every", "keep_checkpoints", "track", "store", "activation_checkpointing"}
 """Keys of a run that a resumed one may change, since no number depends on them; variants are compared one by one."""
-BEFORE = {"compile": False}
+BEFORE = {"compile": False, "quantize": None}
 """What settings were that older checkpoints do not name, as there was no choice."""
+UNSAID: Mapping[str, Any] = {
+    "optimizer": "adamw",
+    "neftune_noise_alpha": None,
+    "init_lora_weights": True,
+    "alora_invocation_tokens": None,
+    "target_parameters": None,
+    "target_experts": None,
+    "distil_temperature": 1.0,
+}
+"""What settings of a variant are that older checkpoints do not name; they are left out where they are so."""
 LEFT_OVER = ("adapters", "checkpoints", "metrics.jsonl", "tensorboard", "wandb")
 """What a run leaves that was interrupted before its first checkpoint."""
 
@@ -35,8 +48,16 @@ def settings(run: RunConfig) -> dict[str, Any]:
         v.name: {"data": v.data, "method": v.method.name, **v.method.to_dict(), **v.aim, **v.options.model_dump(mode="json"), "lr": v.lr}
         for v in run.variants
     }
+    for settings_of in content["variants"].values():
+        for key in [k for k, value in UNSAID.items() if k in settings_of and settings_of[k] == value]:
+            del settings_of[key]
     # of several variants the order counts too: it is the order of rows in the joint batch, and sums of floats depend on it
     content["order of variants"] = [v.name for v in run.variants]
+    for source in (s for d in content["data"].values() for split in ("train", "valid", "test") for s in d[split]):
+        for key in [k for k in ("limit", "held", "held_out") if not source[k]]:
+            del source[key]  # as in checkpoints from before there were these
+    for data in content["data"].values():
+        del data["split"]  # its sources have it
     found: dict[str, Any] = {}
     for key, value in _flat(json.loads(json.dumps(content)), ""):
         while key in found:  # names hold dots: the field r of a variant v.rank_pattern, and the key r of v's rank_pattern
@@ -53,6 +74,11 @@ def identity(prepared: Prepared, fingerprint: str) -> dict[str, Any]:
         for split in ("train", "valid", "test"):
             if (dataset := getattr(splits, split)) is not None:
                 content[f"data.{name}.{split}"] = dataset.digest
+    content |= {f"teacher.{v.name}": v.reference.source for v in prepared.variants if v.reference and v.reference.source}
+    for v in prepared.variants:
+        if isinstance(v.config.objective, Grpo):
+            files = {r.reward: file for r in v.config.objective.rewards if (file := file_of(r, prepared.run.root)) is not None}
+            content |= {f"reward.{v.name}.{name}": hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
     return {"settings": settings(prepared.run), "content": content}
 
 
@@ -61,7 +87,7 @@ def refuse_other_content(run: RunConfig, base: Base, then: Mapping[str, Any], wh
 
     Rows that cannot be read any more are only warned of: what they have taught is there all the same.
     """
-    data, then = dict[str, Splits](), {k: v for k, v in then.items() if k != "device"}
+    data, then = dict[str, Splits](), {k: v for k, v in then.items() if k != "device" and not k.startswith(("teacher.", "reward."))}
     for name in dict.fromkeys(v.data for v in run.variants):
         try:
             data[name] = read_splits(run, name, run.data[name], base)
@@ -72,8 +98,39 @@ def refuse_other_content(run: RunConfig, base: Base, then: Mapping[str, Any], wh
     refuse_changes(then, {k: v for k, v in now.items() if k != "device"}, what)
 
 
-def find_start(run: RunConfig, resume: bool) -> Checkpoint | None:
-    """The checkpoint that the run goes on from, or None where it starts anew.
+def _lengths(run: RunConfig) -> dict[str, Any]:
+    """The settings that say how long a run is, by their keys in `settings`."""
+    return {f"variants.{v.name}.{key}": getattr(v.options, key) for v in run.variants for key in ("epochs", "max_steps")}
+
+
+def is_longer(run: RunConfig) -> bool:
+    """Whether the run file asks a finished run for other epochs or steps than it had."""
+    then = json.loads((run.out / "summary.json").read_text(encoding="utf-8")).get("settings", {})
+    return any(then.get(key) != value for key, value in _lengths(run).items())
+
+
+def refuse_shorter(start: Checkpoint, prepared: Prepared) -> None:
+    """ConfigError where variants are asked for fewer steps than they have made."""
+    done = {v.name: int(start.variants[v.name]["progress"]["step"]) for v in prepared.variants}
+    short = [
+        f"variants.{v.name}: {v.total_steps} steps are asked for, {n} are done"
+        for v in prepared.variants
+        if (n := done[v.name]) > v.total_steps
+    ]
+    if short:
+        raise ConfigError("a run can be extended, not cut", problems=short, fix="ask for more epochs or steps, or start a run of its own")
+
+
+def refuse_idle(prepared: Prepared) -> None:
+    """ConfigError where there are more ranks than rows in a step of all variants, so that some would have nothing to do."""
+    rows = sum(v.config.options.rows_of_step(len(v.rows.examples)) * max(1, v.config.objective.answers) for v in prepared.variants)
+    if prepared.place.ranks > rows:
+        fix = f"start at most {rows} ranks, or raise batch_size or gradient_accumulation_steps"
+        raise ConfigError(f"{prepared.place.ranks} ranks share the rows of a step, and a step of this run has {rows}", fix=fix)
+
+
+def find_start(run: RunConfig, resume: bool, extend: bool = False) -> Checkpoint | None:
+    """The checkpoint that the run goes on from, or None where it starts anew. extend: epochs and steps may differ from those before.
 
     ConfigError where `out` holds something else, where no checkpoint verifies, or where the run file has changed since.
     """
@@ -92,7 +149,9 @@ def find_start(run: RunConfig, resume: bool) -> Checkpoint | None:
         fix = f"put a good copy into {folder_of(out)}, or start anew with another `out`"
         raise ConfigError(f"no checkpoint in {folder_of(out)} verifies", problems=str(reasons).splitlines(), fix=fix) from None
     if found is not None:
-        refuse_changes(found.identity["settings"], settings(run), "the run file has changed since its checkpoint")
+        free = _lengths(run) if extend else {}
+        then, now = ({k: v for k, v in s.items() if k not in free} for s in (found.identity["settings"], settings(run)))
+        refuse_changes(then, now, "the run file has changed since its checkpoint")
         return found
     others = [n for n in names if n not in LEFT_OVER and not is_unfinished(n)]
     others += [f"adapters/{p.name}" for p in (out / "adapters").glob("*") if not is_unfinished(p.name)]
@@ -121,7 +180,12 @@ def refuse_changes(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -
     keys = [k for k in dict.fromkeys([*then, *now]) if then.get(k) != now.get(k) or (k in then) != (k in now)]
     if keys:
         problems = [f"{k}: was {then[k]!r}" if k not in now else f"{k}: was {then.get(k)!r}, is {now[k]!r}" for k in keys]
-        raise ConfigError(what, problems=problems, fix="undo the change, or start a run of its own with another `out`")
+        raise ConfigError(what, problems=problems, fix=_fix(keys))
+
+
+def _fix(keys: Sequence[str]) -> str:
+    more = ", or train on with --extend" if all(k.endswith((".epochs", ".max_steps")) for k in keys) else ""
+    return f"undo the change{more}, or start a run of its own with another `out`"
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from __future__ import annotations
 import re
 import reprlib
 import stat
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,29 @@ MAX_BYTES = 2**22
 def read_yaml(path: Path, what: str) -> Any:
     """The content of a YAML file. what: its kind, for the message. ConfigError where it cannot be read, is not YAML, or has a key twice."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe may never end, and data paths start at the file's folder
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe may never end, and data paths start at the file's folder
             raise ConfigError(f"cannot read the {what} {path}: it is not a file", fix="write it to a file and name that")
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(MAX_BYTES + 1) if status.st_size else b""  # size 0: empty, or made up by the kernel and perhaps without end
         if len(data) > MAX_BYTES:
             raise ConfigError(
                 f"the {what} {path} is longer than {MAX_BYTES:,} bytes", fix="name the YAML file; rows belong into data files"
             )
         return yaml.load(data.decode("utf-8"), Loader=_UniqueKeys)
-    except (OSError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"the {what} {path} is not UTF-8: byte 0x{data[e.start]:02x} at {e.start}", fix="save it as UTF-8") from None
+    except OSError as e:
         raise ConfigError(f"cannot read the {what} {path}: {e}") from None
     except RecursionError:
         raise ConfigError(f"{path} is nested too deeply to be a {what}", fix="see docs/run-file.md for its shape") from None
     except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that is none, a number of 5,000 digits
         raise ConfigError(f"{path} is not YAML: {e}") from None
+
+
+def read_value(text: str) -> Any:
+    """One value as a run file would have it: `1e-3` is a number. yaml.YAMLError or ValueError where it is none."""
+    return yaml.load(text, Loader=_UniqueKeys)
 
 
 _SHORT = reprlib.Repr()
@@ -65,12 +74,20 @@ def explain(error: ValidationError, where: str) -> list[str]:
     ]
 
 
+MERGE = "tag:yaml.org,2002:merge"
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML keeps the last of two equal keys in silence; two variants of one name would lose the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        if any(key.tag == MERGE for key, _ in node.value):  # a few lines of merges can make more keys than memory holds
+            raise yaml.constructor.ConstructorError(
+                None, None, "merge keys (<<) are not read; options that variants share stand under `defaults`", node.start_mark
+            )
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+        counted = Counter(k for k in keys if isinstance(k, Hashable))  # the others are refused below
+        twice = sorted(str(k) for k, n in counted.items() if n > 1)
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice in one mapping", node.start_mark)
         return super().construct_mapping(node, deep)

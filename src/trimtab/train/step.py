@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from trimtab import ops
+from trimtab.data import Example
 from trimtab.forward.batch import BASE
 from trimtab.forward.packs import Mix
+from trimtab.places.place import ONE_PROCESS, Place
 from trimtab.train.losses import Outcome, Part, Unread, forward_loss
-from trimtab.train.variant import MicroBatch, StepBatch, Variant
+from trimtab.train.measure import probe
+from trimtab.train.variant import MicroBatch, StepBatch, Variant, cut
 
 Item = tuple[Variant, MicroBatch]
 
@@ -30,20 +33,54 @@ class Found:
     grad_norm: float
 
 
-def run_step(batches: Mapping[Variant, StepBatch], max_tokens: int) -> dict[Variant, Found]:
-    """Forward and backward of every batch; gradients are left on the variants' parameters. All numbers are read at the end, at once."""
+def run_step(batches: Mapping[Variant, StepBatch], max_tokens: int, place: Place = ONE_PROCESS) -> dict[Variant, Found]:
+    """Forward and backward of every batch; gradients are left on the variants' parameters. All numbers are read at the end, at once. A
+    variant that takes several steps on its answers remembers their log-probabilities at the first. place: whose ranks take a share of the
+    rows each, and have the sums of all rows afterwards."""
     outcomes = {v: Outcome() for v in batches}
-    items = [(v, m) for v, b in batches.items() for m in b.micro_batches]
-    groups = _pack(items, max_tokens)
-    unread = [_run(group, batches) for group in groups]
+    probes = _probe(batches, max_tokens, place)
+    groups = _pack(_shared_out(batches, place), max_tokens)
+    unread = [_run(group, batches, probes) for group in groups]
+    place.add_gradients(_leaves(v) for v in batches)
     numbers = ops.to_host([*(t for u in unread for t in u.numbers), *gradient_norms(list(batches))])
-    at = 0
+    at, variants = 0, list(batches)
+    said: list[tuple[int, list[int], Sequence[float]]] = []  # (variant, numbers of its rows, log-probabilities)
     for group, u in zip(groups, unread, strict=True):
-        for (variant, _), outcome in zip(group, u.told(numbers[at : at + len(u.numbers)]), strict=True):
+        for (variant, rows), outcome in zip(group, u.told(numbers[at : at + len(u.numbers)]), strict=True):
             outcomes[variant] += outcome
+            if outcome.logps and variant.drawn:
+                number = {id(row): i for i, row in enumerate(variant.drawn.rows)}
+                said.append((variants.index(variant), [number[id(e)] for e in rows.examples], outcome.logps))
         at += len(u.numbers)
     norms = numbers[at:]
-    return {v: Found(o.loss, o.metrics, norm) for (v, o), norm in zip(outcomes.items(), norms, strict=True)}
+    for n, places, logps in place.added([said])[0]:
+        drawn = variants[n].drawn
+        assert drawn is not None
+        variants[n].drawn = drawn.remembering([drawn.rows[i] for i in places], logps)
+    summed = place.added(list(outcomes.values()))
+    return {v: Found(o.loss, o.metrics, norm) for v, o, norm in zip(outcomes, summed, norms, strict=True)}
+
+
+def _shared_out(batches: Mapping[Variant, StepBatch], place: Place) -> list[Item]:
+    """The micro-batches of this rank: of its share of all variants' rows together."""
+    if place.ranks == 1:
+        return [(v, m) for v, b in batches.items() for m in b.micro_batches]
+    rows = [(v, e, seed) for v, b in batches.items() for m in b.micro_batches for e, seed in zip(m.examples, m.seeds, strict=True)]
+    own: dict[Variant, list[tuple[Example, int]]] = {}
+    for i in place.share([e.tokens for _, e, _ in rows]):
+        v, e, seed = rows[i]
+        own.setdefault(v, []).append((e, seed))
+    return [
+        (v, MicroBatch([mine[i][0] for i in part], [mine[i][1] for i in part]))
+        for v, mine in own.items()
+        for part in cut([e for e, _ in mine], v.max_tokens)
+    ]
+
+
+def _leaves(v: Variant) -> Iterable[Tensor]:
+    """What trains; the gradients of a model of its own are moved to it first."""
+    v.gradients()
+    return v.trained_params.values()
 
 
 def gradient_norms(variants: Sequence[Variant]) -> list[Tensor]:
@@ -72,13 +109,27 @@ def _pack(items: Iterable[Item], max_tokens: int) -> list[list[Item]]:
     return groups
 
 
-def _run(group: Sequence[Item], batches: Mapping[Variant, StepBatch]) -> Unread:
+@torch.no_grad()
+def _probe(batches: Mapping[Variant, StepBatch], max_tokens: int, place: Place) -> dict[Variant, Tensor]:
+    """What the objectives of some variants want to know of a step before its loss, without gradients: variants of one model together."""
+    asked = {v: found for v, b in batches.items() if (found := v.config.objective.probes(b.examples))}
+    told: dict[Variant, Tensor] = {}
+    for attached in dict.fromkeys(v.attached for v in asked):
+        who = [v for v in asked if v.attached is attached]
+        packed = [v.pack() for v in who]
+        mix = Mix([p for p in packed if p is not None])
+        sequences = [(member, asked[v]) for member, v in zip(_number(packed), who, strict=True)]
+        told |= zip(who, probe(attached, who[0].base, mix, sequences, max_tokens, place), strict=True)
+    return told
+
+
+def _run(group: Sequence[Item], batches: Mapping[Variant, StepBatch], probes: Mapping[Variant, Tensor]) -> Unread:
     """One forward and backward. Returns each variant's part of its loss."""
     packed = [v.pack() for v, _ in group]
     members = _number(packed)
     mix = Mix([p for p in packed if p is not None])
     parts = [
-        Part(m, rows.examples, v.config.objective, batches[v].counts, v.reference, rows.seed)
+        Part(m, rows.examples, v.config.objective, batches[v].counts, v.reference, probes.get(v), rows.seeds, v.noise(rows))
         for (v, rows), m in zip(group, members, strict=True)
     ]
     total, unread = forward_loss(group[0][0].attached, mix, parts)

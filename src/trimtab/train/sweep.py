@@ -18,13 +18,15 @@ from typing import Any
 
 from trimtab import bases
 from trimtab.atomic import clear_unfinished, is_unfinished
+from trimtab.bases.shapes import Architecture
+from trimtab.cost.room import at_most
 from trimtab.errors import ConfigError, Mistakes, TrimtabError
 from trimtab.forward.batch import BASE
 from trimtab.forward.packs import Mix
 from trimtab.methods import FullConfig
 from trimtab.model import Base, load_base
 from trimtab.store import Adapter
-from trimtab.train.before import note_mistakes
+from trimtab.train.before import note_mistakes, refuse_too_much
 from trimtab.train.config import RunConfig
 from trimtab.train.evaluate import Contestant, Judge, write_predictions
 from trimtab.train.finish import held_out
@@ -37,6 +39,7 @@ from trimtab.train.page import write_page
 from trimtab.train.prepare import Prepared, Splits, read_splits, refuse_long
 from trimtab.train.report import write_json
 from trimtab.train.resume import identity, refuse_changes, refuse_no_folder, refuse_other_content, settings
+from trimtab.train.teachers import references_of
 from trimtab.train.trials import Sweep
 
 WHAT, BOARD = "sweep.json", "leaderboard.json"
@@ -71,13 +74,15 @@ def sweep(
     mistakes = Mistakes()
     with mistakes.noted():
         _refuse_occupied(run.out, resume)
-    note_mistakes(run, base.spec if base else None, mistakes, "trial {}")
+    shape = note_mistakes(run, base, mistakes, "trial {}")
     mistakes.refuse("this sweep cannot start")
+    together = run if what.options.memory_gb is None or shape is None else _greediest(run, shape)
+    refuse_too_much(together, shape, listener.warning, loaded=base is not None)
     listener.status(f"loading {run.base}")
-    base = base or load_base(run.base, dtype=run.dtype, device=run.device)
+    base = base or load_base(run.base, dtype=run.dtype, device=run.device, quantize=run.quantize)
     data = {run.variants[0].data: read_splits(run, run.variants[0].data, run.data[run.variants[0].data], base)}
     refuse_long(run, base, data)
-    longest = max(int(s.train.examples.longest.max()) for s in data.values())
+    longest = max(int(s.train.examples.tokens.max()) for s in data.values())
     notes = [*_rungs(what, data), *_doubts(what)]
     groups = plan_groups(run, base, longest, what.options.memory_gb)
     if len(groups) > 1 and what.options.halving:
@@ -112,6 +117,12 @@ def _train(
 # ---- before training ------------------------------------------------------------
 
 
+def _greediest(run: RunConfig, shape: Architecture) -> RunConfig:
+    """The run of the trial that could need most memory alone. With `memory_gb` trials train in groups, each of which asks for itself."""
+    alone = [_part(run, Group("", [v.name], 0)) for v in run.variants]
+    return max(alone, key=lambda one: at_most(one, shape).bytes()[1])
+
+
 def _refuse_occupied(out: Path, resume: bool) -> None:
     """ConfigError where `out` holds anything but this sweep, begun."""
     refuse_no_folder(out)
@@ -129,7 +140,7 @@ def _rungs(what: Sweep, data: Mapping[str, Splits]) -> Iterator[str]:
     halving = what.options.halving
     if halving is None:
         return
-    steps = {v.name: v.options.total_steps(len(data[v.data].train.examples)) for v in what.run.variants}
+    steps = {v.name: v.options.total_steps(len(data[v.data].train.examples), v.objective.steps_on_rows) for v in what.run.variants}
     if max(steps.values()) <= halving.every:
         raise ConfigError(
             f"sweep.halving.every = {halving.every}: no trial has more than {max(steps.values())} steps, so none would be stopped",
@@ -148,6 +159,8 @@ def _doubts(what: Sweep) -> Iterator[str]:
     wanted = what.options.trials or 0
     if len(what.trials) + what.left_out < wanted:
         yield f"the search has no more than {len(what.trials)} distinct trials, fewer than trials = {wanted}"
+    if what.options.metric == "loss" and len({v.objective for v in what.run.variants}) > 1:
+        yield "trials differ in their objective, and losses of different objectives do not compare: name another sweep.metric"
 
 
 def _agree(what: Sweep, base: Base, data: dict[str, Splits], groups: Sequence[Group]) -> None:
@@ -190,7 +203,9 @@ def _finished(what: Sweep, base: Base | None, listener: Listener) -> SweepReport
     out = what.run.out
     then = json.loads((out / WHAT).read_text(encoding="utf-8"))
     refuse_changes(then["settings"], _settings(what), f"the sweep in {out} is finished, and its file has changed since")
-    base = base or load_base(what.run.base, dtype=what.run.dtype or then["content"].get("dtype"), device=what.run.device)
+    base = base or load_base(
+        what.run.base, dtype=what.run.dtype or then["content"].get("dtype"), device=what.run.device, quantize=what.run.quantize
+    )
     changed = f"the sweep in {out} is finished, and its base or its data have changed since"
     refuse_other_content(what.run, base, then["content"], changed, listener)
     listener.status(f"the sweep in {out} is finished, there is nothing left to do")
@@ -205,10 +220,11 @@ def _group(group: Group, summary: Mapping[str, Any]) -> dict[str, Any]:
 def _test(run: RunConfig, base: Base, data: dict[str, Splits], name: str, folder: Path) -> dict[str, Any] | None:
     """Scores of the base and the winner on the test rows, None where there are none; their predictions go into `out`."""
     (winner,) = (v for v in run.variants if v.name == name)
-    if data[winner.data].test is None:
+    if (rows := data[winner.data].test) is None:
         return None
-    held = {winner.data: held_out(Prepared(run, base, data, []), winner.data, "test")}
-    judge = Judge(base.tokenizer, base.stop_ids, run.evaluate.max_new_tokens, run.max_tokens)
+    said = references_of(run.model_copy(update={"variants": [winner]}), base, {winner.data: {"test": rows}})
+    held = {winner.data: held_out(Prepared(run, base, data, [], said), winner.data, "test")}
+    judge = Judge(base.tokenizer, base.stop_ids, run.evaluate.max_new_tokens, run.max_tokens, base=base.attached)
     generates, objective, full = run.evaluate.generate, winner.objective, isinstance(winner.method, FullConfig)
     field = [Contestant("base", BASE, generates, objective=objective)]
     mix, members = base.mix([] if full else [Adapter.load(folder, base)])

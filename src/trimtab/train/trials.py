@@ -17,6 +17,7 @@ import yaml
 
 from trimtab.errors import ConfigError
 from trimtab.methods import BY_NAME
+from trimtab.train.changes import with_changes
 from trimtab.train.config import RunConfig, unreadable
 from trimtab.train.options import TrainOptions, VariantConfig
 from trimtab.train.runfile import read_yaml
@@ -49,10 +50,10 @@ class Sweep:
     left_out: int
 
     @classmethod
-    def load(cls, path: str | Path) -> Sweep:
-        """Read a sweep file. ConfigError that lists everything wrong with it."""
+    def load(cls, path: str | Path, changes: Sequence[str] = ()) -> Sweep:
+        """Read a sweep file. changes: as in `RunConfig.load`. ConfigError that lists everything wrong with it."""
         path = Path(path)
-        content = read_yaml(path, "sweep file")
+        content = with_changes(read_yaml(path, "sweep file"), changes, str(path))
         return cls.from_dict(content, root=path.parent, where=str(path))
 
     @classmethod
@@ -132,9 +133,11 @@ def _draw(generator: random.Random, said: Any, whole: bool) -> Any:
 
 
 def _whole(field: str, options: SweepOptions) -> bool:
-    """Whether a field takes whole numbers only."""
+    """Whether whole numbers are drawn for a field: where it takes no others, or takes both and is searched between such."""
     if field in TrainOptions.model_fields:
-        return "float" not in str(TrainOptions.model_fields[field].annotation)
+        kinds, said = str(TrainOptions.model_fields[field].annotation), options.search[field]
+        ends = said.values() if isinstance(said, Mapping) else ()
+        return "float" not in kinds or ("int" in kinds and all(isinstance(x, int) for x in ends))
     owners = [*methods_of(options), *objectives_of(options)]
     return not any(f.name == field and "float" in str(f.type) for owner in owners for f in dataclasses.fields(owner))
 

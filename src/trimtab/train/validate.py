@@ -16,37 +16,49 @@ from trimtab.errors import DataError
 from trimtab.forward.attached import Attached
 from trimtab.forward.batch import BASE
 from trimtab.forward.packs import Mix
+from trimtab.objectives import Counts
+from trimtab.rewards.asked import Rewarded
 from trimtab.train.ahead import Ahead, Held
 from trimtab.train.evaluate import Contestant, HeldOut, Judge, Results
 from trimtab.train.finish import adapter_of, held_out
 from trimtab.train.full import FullVariant
 from trimtab.train.halving import Halving, end_worst
 from trimtab.train.listen import Listener
+from trimtab.train.options import lower_is_better
 from trimtab.train.prepare import Prepared
+from trimtab.train.rewarding import Rewarding
 from trimtab.train.sinks import Sink
 from trimtab.train.variant import Variant
 
-CHOICE = "label_accuracy"
-
 
 class Validator:
-    """Validates a run's variants. halving: ends the worst of them at its rungs. DataError where a data set's valid rows or labels cannot be
-    judged; made before training begins."""
+    """Validates a run's variants. rewarded: asks rewards. halving: ends the worst of them at its rungs. DataError where a data set's valid
+    rows or labels cannot be judged; made before training begins."""
 
-    def __init__(self, prepared: Prepared, halving: Halving | None = None):
+    def __init__(self, prepared: Prepared, rewarded: Rewarded, halving: Halving | None = None):
         self.prepared, self.halving, base, run = prepared, halving, prepared.base, prepared.run
         self.held: dict[str, HeldOut] = {name: held_out(prepared, name, "valid") for name, s in prepared.data.items() if s.valid}
         problems = [problem for v in prepared.variants if (problem := self._unfit(v))]
         if problems:
             raise DataError("these variants cannot be validated", problems=problems, fix="name another valid_metric, or other valid rows")
-        self.judge = Judge(base.tokenizer, base.stop_ids, run.evaluate.max_new_tokens, run.max_tokens)
+        self.judge = Judge(
+            base.tokenizer,
+            base.stop_ids,
+            run.evaluate.max_new_tokens,
+            run.max_tokens,
+            base=base.attached,
+            rewarding=Rewarding(base, rewarded),
+            place=prepared.place,
+        )
 
     def _unfit(self, v: Variant) -> str | None:
         """Why the metric of a variant cannot be computed from its valid rows."""
         metric, held = v.config.options.valid_metric, self.held.get(v.config.data)
-        if held is None or metric == "loss":
-            return None
         where = f"variants.{v.name}.valid_metric = {metric!r}: data.{v.config.data}.valid"
+        if held is not None and (why := v.config.objective.unjudged(metric, Counts.of(held.examples).segments_of)):
+            return f"{where}: {why}"
+        if held is None or not any(v.config.asks):
+            return None
         references = [q.reference for q in held.questions]
         if not references:
             return f"{where} holds plain text, which has no answers to judge"
@@ -72,7 +84,8 @@ class Validator:
                 v.restore_best()
 
     def _judge(self, due: Sequence[Variant]) -> Results:
-        """Results of the variants, and of the base for data sets on which it has not been judged yet, which their progress then holds."""
+        """Results of the variants, and of the base for data sets on which it has not been judged yet, which their progress then holds. What
+        reads a head has no base to compare with."""
         adapters = {v.name: adapter_of(self.prepared, v) for v in due if not isinstance(v, FullVariant)}
         mix, numbers = self.prepared.base.mix(list(adapters.values()))
         member = dict(zip(adapters, numbers, strict=True))
@@ -82,7 +95,7 @@ class Validator:
                 fields[v.config.data].append(_contestant(v.name, member[v.name], [v]))
         base_of: dict[Variant, str] = {}
         for v in due:
-            if not self._base_valid(v) and v not in base_of:
+            if not self._base_valid(v) and v not in base_of and not v.config.objective.reads_head:
                 alike = self._alike(v)
                 base_of |= dict.fromkeys(alike, name := f"base of {v.name}")  # no variant has such a name
                 fields[v.config.data].append(_contestant(name, BASE, alike))
@@ -112,10 +125,14 @@ def is_due(v: Variant) -> bool:
     return not p.stopped and (p.step % every(v) == 0 or p.step == v.total_steps)
 
 
+def is_owed(v: Variant) -> bool:
+    """Whether a validation that was due is missing: the run ended between the step and it, as where a rank was lost."""
+    return v.progress.step > 0 and is_due(v) and all(x["step"] != v.progress.step for x in v.progress.valid)
+
+
 def every(v: Variant) -> int:
     """Steps between validations."""
-    o = v.config.options
-    return o.eval_every or o.epoch_steps(len(v.rows.examples))
+    return v.config.options.eval_steps(len(v.rows.examples), v.config.objective.steps_on_rows)
 
 
 def ahead(validator: Validator, tests: Mapping[str, HeldOut]) -> Ahead:
@@ -124,6 +141,8 @@ def ahead(validator: Validator, tests: Mapping[str, HeldOut]) -> Ahead:
     judged = [v for v in variants if v.config.data in validator.held]
 
     def work(held: HeldOut, contestant: Contestant) -> float:
+        if contestant.objective is not None and contestant.objective.answer_tokens:
+            return Held(held.examples, len(held.examples), 0, contestant.objective.answer_tokens).work(True, False)
         rows = Held(held.examples, len(held.questions), len(held.labels), run.evaluate.max_new_tokens)
         return rows.work(contestant.generates, contestant.chooses)
 
@@ -143,7 +162,7 @@ def record(v: Variant, scores: dict[str, Any]) -> dict[str, Any]:
     o, p = v.config.options, v.progress
     value, earlier = scores[o.valid_metric], [x["step"] for x in ties(v)]
     improved = value is not None and (
-        p.best_metric is None or (value < p.best_metric if o.valid_metric == "loss" else value > p.best_metric)
+        p.best_metric is None or (value < p.best_metric if lower_is_better(o.valid_metric) else value > p.best_metric)
     )
     tied = value is not None and value == p.best_metric
     better = improved or (tied and _finite(scores["loss"]) < _finite(_loss_at(v, p.best_step)))
@@ -180,9 +199,8 @@ def _finite(loss: float | None) -> float:
 
 def _contestant(name: str, member: int, judged_by: Sequence[Variant]) -> Contestant:
     """Answers and labels are asked for only where a variant's metric needs them. judged_by: variants of one objective."""
-    metrics = {v.config.options.valid_metric for v in judged_by}
-    objective = judged_by[0].config.objective
-    return Contestant(name, member, generates=bool(metrics - {"loss", CHOICE}), chooses=CHOICE in metrics, objective=objective)
+    generates, chooses = (any(asked) for asked in zip(*(v.config.asks for v in judged_by), strict=True))
+    return Contestant(name, member, generates=generates, chooses=chooses, objective=judged_by[0].config.objective)
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, Any]:

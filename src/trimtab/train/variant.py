@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,12 @@ from torch import Tensor
 from trimtab.data import Example, order
 from trimtab.forward.attached import Attached
 from trimtab.forward.packs import PackedAdapter
+from trimtab.methods import Head
 from trimtab.methods.base import Method, Site
 from trimtab.objectives import Counts
+from trimtab.train.drawn import Drawn
 from trimtab.train.losses import Reference
+from trimtab.train.optimizers import Optimizers
 from trimtab.train.options import VariantConfig
 
 LORA_B = "lora_B.weight"
@@ -29,10 +32,10 @@ LORA_B = "lora_B.weight"
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of an optimizer step that enter one forward together. seed: of their dropout."""
+    """Rows of an optimizer step that enter one forward together. seeds: of each row's dropout and noise."""
 
     examples: Sequence[Example]
-    seed: int
+    seeds: Sequence[int]
 
     @property
     def tokens(self) -> int:
@@ -41,10 +44,13 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """All rows of one optimizer step, cut into micro-batches. counts: what the loss is a mean over."""
+    """All rows of one optimizer step, in the order in which they were drawn, and cut into micro-batches. counts: what the loss is a mean
+    over. metrics: what is known of the rows before the step. Rows that are prompts to be answered first have no micro-batches yet."""
 
+    examples: Sequence[Example]
     micro_batches: Sequence[MicroBatch]
     counts: Counts
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -103,9 +109,10 @@ class Progress:
 class Variant:
     """One adapter under training.
 
-    attached: the model that it runs on: the shared base, or (full fine-tuning) its own. params: fp32 leaves, by `Site.key`. best: the
-    tensors of the best validation, on the CPU; None where there is none or where params are these. reference: the base's log-probabilities
-    of the rows, where the objective needs them.
+    attached: the model that it runs on: the shared base, or (full fine-tuning) its own. base: the shared one. params: fp32 leaves, by
+    `Site.key`; trained_params: those that train. best: the tensors of the best validation, on the CPU; None where there is none or where
+    params are these. reference: what the base or a teacher says of the rows, where the objective needs it. drawn: answers of its own that
+    it is learning from. head: its own, where the objective reads one.
     """
 
     def __init__(
@@ -118,24 +125,22 @@ class Variant:
         seed: int,
         max_tokens: int,
         reference: Reference | None = None,
+        base: Attached | None = None,
+        head: Head | None = None,
     ):
-        self.reference: Reference = reference or {}
+        self.reference, self.base, self.head = reference, base or attached, head
         self.config, self.attached, self.sites, self.max_tokens = config, attached, sites, max_tokens
         self.seed = config.options.seed if config.options.seed is not None else seed
-        self.params = {k: p.detach().clone().requires_grad_() for k, p in params.items()}
+        self.params = {k: p.detach().clone() for k, p in params.items()}
+        fixed = {s.key(name) for s in sites for name in s.fixed}
+        self.trained_params = {k: p.requires_grad_() for k, p in self.params.items() if k not in fixed}
         self.rows = Rows(examples, config.options.batch_size, self.seed)
         o = config.options
-        self.total_steps = o.total_steps(len(examples))
-        self.optimizer = torch.optim.AdamW(
-            self._groups(),
-            lr=config.lr,
-            betas=(o.adam_beta1, o.adam_beta2),
-            eps=o.adam_epsilon,
-            weight_decay=o.weight_decay,
-            fused=True,
-        )
+        self.total_steps = o.total_steps(len(examples), config.objective.steps_on_rows)
+        self.optimizers = Optimizers(o, self._groups(), attached.spec)
         self.progress = Progress()
         self.best: dict[str, Tensor] | None = None
+        self.drawn: Drawn | None = None
 
     @property
     def name(self) -> str:
@@ -150,14 +155,14 @@ class Variant:
         p = self.progress
         return not p.stopped and not p.finished_early and p.step < self.total_steps
 
-    def _groups(self) -> list[dict[str, Any]]:
+    def _groups(self) -> list[tuple[dict[str, Tensor], float]]:
         """Parameters with the ratio of their rate to the schedule's: 1, and LoRA+'s for the B matrices (Hayou et al. 2024)."""
         ratio = self.config.options.loraplus_lr_ratio
         if ratio is None:
-            return [{"params": list(self.params.values()), "ratio": 1.0}]
+            return [(self.trained_params, 1.0)]
         keys = {site.key(LORA_B) for site in self.sites if not site.saved and LORA_B in site.shapes}
-        b, others = ([p for k, p in self.params.items() if (k in keys) is inside] for inside in (True, False))
-        return [{"params": others, "ratio": 1.0}, {"params": b, "ratio": ratio}]
+        b, others = ({k: p for k, p in self.trained_params.items() if (k in keys) is inside} for inside in (True, False))
+        return [(others, 1.0), (b, ratio)]
 
     def pack(self) -> PackedAdapter | None:
         """The adapter as this forward runs it, with the graph to its parameters; None where the rows are the model's own (full
@@ -165,18 +170,36 @@ class Variant:
         return self.attached.pack(self.method, self.params, self.sites)
 
     def next_batch(self) -> StepBatch:
-        """Draw the rows of the next optimizer step."""
+        """Draw the rows of the next optimizer step; of an objective that samples, prompts, or the answers that it still learns from."""
+        if self.drawn is not None:
+            return self.batch_of(self.drawn.rows, self.drawn.counts)
         examples = [e for _ in range(self.config.options.gradient_accumulation_steps) for e in self.rows.take()]
-        cut = enumerate(_cut(examples, self.max_tokens))
-        micro_batches = [MicroBatch(rows, _dropout_seed(self.seed, self.progress.step, i)) for i, rows in cut]
-        return StepBatch(micro_batches, Counts.of(examples))
+        if self.config.objective.sampled_at is not None:
+            return StepBatch(examples, [], Counts.of(examples))
+        return self.batch_of(examples, Counts.of(examples))
+
+    def batch_of(self, rows: Sequence[Example], counts: Counts, metrics: Mapping[str, float] | None = None) -> StepBatch:
+        """These rows as a step, cut into micro-batches."""
+        seeds = [_row_seed(self.seed, self.progress.step, i) for i in range(len(rows))]
+        micro_batches = [MicroBatch([rows[i] for i in part], [seeds[i] for i in part]) for part in cut(rows, self.max_tokens)]
+        return StepBatch(rows, micro_batches, counts, metrics or {})
+
+    def noise(self, rows: MicroBatch) -> list[tuple[int, float]]:
+        """NEFTune's noise of each segment of some rows: (seed, bound α / √(tokens · width)); empty without it. The seed is the row's and
+        the segment's number in the row."""
+        alpha, width = self.config.options.neftune_noise_alpha, self.attached.spec.hidden_size
+        if alpha is None:
+            return []
+        segments = [(seed + i, s) for seed, e in zip(rows.seeds, rows.examples, strict=True) for i, s in enumerate(e.segments)]
+        return [(seed, alpha / math.sqrt(len(s.ids) * width)) for seed, s in segments]
 
     def learning_rate(self) -> float:
         """The rate of the next step: linear warm-up from 0, then the schedule down to 0 at the last step."""
         o, step = self.config.options, self.progress.step
-        if step < o.warmup_steps:
-            return self.config.lr * (step + 1) / o.warmup_steps
-        done = (step - o.warmup_steps) / max(1, self.total_steps - o.warmup_steps)
+        warmup = o.warmup(self.total_steps)
+        if step < warmup:
+            return self.config.lr * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.total_steps - warmup)
         return self.config.lr * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[o.schedule]
 
     def step(self, loss: float, norm: float, batch: StepBatch, seconds: float) -> dict[str, float]:
@@ -191,11 +214,13 @@ class Variant:
             return {"loss": loss, "grad_norm": norm, "lr": self.learning_rate()}
         if norm > self.config.options.max_grad_norm:
             torch._foreach_mul_(self.gradients(), self.config.options.max_grad_norm / (norm + 1e-6))
+        if not batch.micro_batches:  # answers of which none is better than another: a gradient of 0, and the optimizer's own motion
+            for t in self.trained_params.values():
+                t.grad = torch.zeros_like(t)
         lr = self.learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["ratio"]
-        self.optimizer.step()
+        self.optimizers.step(lr)
         self.clear()
+        self.drawn = self.drawn and self.drawn.after_step()
         p.step, p.tokens, p.seconds = p.step + 1, p.tokens + batch.tokens, p.seconds + seconds
         p.supervised_tokens += batch.counts.targets
         p.losses.append(loss)
@@ -206,33 +231,49 @@ class Variant:
         return [p.grad for p in self.params.values() if p.grad is not None]
 
     def clear(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizers.clear()
+
+    def standing(self) -> Callable[[], bool]:
+        """Before a step: what takes it back. It says whether it has: a step that was made stays."""
+        step, epoch, position, drawn = self.progress.step, self.rows.epoch, self.rows.position, self.drawn
+
+        def back() -> bool:
+            if self.progress.step == step:
+                self.rows.seek(epoch, position)
+                self.drawn = drawn
+                self.clear()
+            return self.progress.step == step
+
+        return back
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the rest of the run depends on, not copied: "param/KEY", "best/KEY" and the optimizer's "exp_avg/KEY", ….
 
-        There is no more state than these, `progress` and the place in `rows`: the order of rows, dropout and the learning rate are
+        There is no more state than these, `progress` and the place in `rows`: the order of rows, dropout, draws and the learning rate are
         functions of seed and step, and no random number generator outlives a step.
         """
         found = {f"param/{k}": p.detach() for k, p in self.params.items()}
-        for k, p in self.params.items():
-            found |= {f"{name}/{k}": t for name, t in self.optimizer.state.get(p, {}).items()}
+        found |= {f"{kind}/{key}": t for kind, key, t in self.optimizers.state()}
+        found |= {f"drawn/{k}": t for k, t in (self.drawn.tensors() if self.drawn else {}).items()}
         return found | {f"best/{k}": t for k, t in (self.best or {}).items()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take on what `state` gave; the tensors are copied."""
-        self.optimizer.state.clear()
-        best = {}
+        self.optimizers.forget()
+        best, drawn = dict[str, Tensor](), dict[str, Tensor]()
         for name, tensor in state.items():
             kind, _, key = name.partition("/")
             if kind == "param":
                 self.params[key].copy_(tensor)
             elif kind == "best":
                 best[key] = tensor.to("cpu", copy=True)
-            else:  # a fused AdamW keeps its count of steps, too, where the parameter is
-                self.optimizer.state[self.params[key]][kind] = tensor.to(self.params[key].device, copy=True)
+            elif kind == "drawn":
+                drawn[key] = tensor
+            else:
+                self.optimizers.restore(kind, key, tensor)
         self.best = best or None
+        self.drawn = Drawn.of(drawn) if drawn else None
 
     def keep(self) -> None:
         """Remember the tensors as they stand as the best so far."""
@@ -251,20 +292,21 @@ class Variant:
         return {k: p.detach() for k, p in self.params.items()}
 
 
-def _cut(examples: Sequence[Example], max_tokens: int) -> Iterator[list[Example]]:
-    """Micro-batches of at most max_tokens tokens; rows of similar length together, so attention pads little. A row is never cut: its
-    segments stay together, and a longer one stands alone."""
-    part: list[Example] = []
+def cut(examples: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
+    """The numbers of the rows of micro-batches of at most max_tokens tokens; rows of similar length together, so attention pads little. A
+    row is never cut: its segments stay together, and a longer one stands alone."""
+    part: list[int] = []
     tokens = 0
-    for e in sorted(examples, key=lambda e: e.tokens):
-        if part and tokens + e.tokens > max_tokens:
+    for i in sorted(range(len(examples)), key=lambda i: examples[i].tokens):
+        if part and tokens + examples[i].tokens > max_tokens:
             yield part
             part, tokens = [], 0
-        part.append(e)
-        tokens += e.tokens
+        part.append(i)
+        tokens += examples[i].tokens
     if part:
         yield part
 
 
-def _dropout_seed(seed: int, step: int, micro_batch: int) -> int:
-    return int.from_bytes(hashlib.sha256(np.array([seed, step, micro_batch], dtype=np.int64).tobytes()).digest()[:4], "little")
+def _row_seed(seed: int, step: int, row: int) -> int:
+    """row: its place in the step's order."""
+    return int.from_bytes(hashlib.sha256(np.array([seed, step, row], dtype=np.int64).tobytes()).digest()[:4], "little")

@@ -13,7 +13,8 @@ Dimensions: T rows, I inputs, O outputs. An embedding is the matrix of the outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trimtab.errors import BaseError
@@ -21,6 +22,8 @@ from trimtab.errors import BaseError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from trimtab.ops.quantized import PackedMatrix
 
 FORMATS: dict[str, type[Weight]] = {}
 """name -> class, filled by definition of the classes."""
@@ -72,8 +75,13 @@ class Weight:
         return False
 
     @property
+    def packed(self) -> PackedMatrix | None:
+        """The matrix for the kernels of `ops.quantized`, where it is in a format of theirs."""
+        return None
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that the matrix takes as it is stored."""
+        """Bytes of memory that the matrix takes."""
         return sum(t.nbytes for t in self.stored().values())
 
     def matmul(self, x_TI: Tensor, bias_O: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -94,8 +102,8 @@ class Weight:
         shape and bytes of each, in the order of names, so two formats of one matrix differ in it."""
         raise NotImplementedError
 
-    def write(self, weight_OI: Tensor) -> None:
-        """Put another matrix in place, rounded to `dtype`. Only where `stored_dense`."""
+    def write(self, weight_OI: Tensor, rows: slice = slice(None)) -> None:
+        """Put another matrix, or other rows, in place, rounded to `dtype`. Only where `stored_dense`."""
         raise NotImplementedError
 
     def untie(self) -> None:
@@ -121,17 +129,27 @@ def weight_of(module: Any, where: str = "") -> Weight:
     return found
 
 
-def state_with(model: Any, told: Callable[[Weight], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A model's `state_dict()` in which each matrix is what `told` gives for it (name after the module's -> tensor), however it is kept in
-    memory."""
-    state: dict[str, Tensor] = model.state_dict()
+def stored_parts(model: Any) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """`stored_state` in parts, each made when it is called. Some formats pack a matrix anew to give what its file has: whoever lets go of
+    a part before the next has one such copy in memory, not one of the whole base."""
+    left: dict[str, Tensor] = model.state_dict()
     for name, module in model.named_modules():
         if (weight := claimed(module)) is not None:
             for part in module.state_dict():
                 if part != "bias":
-                    state.pop(f"{name}.{part}", None)
-            state |= {f"{name}.{part}": tensor for part, tensor in told(weight).items()}
-    return state
+                    left.pop(f"{name}.{part}", None)
+            yield partial(_stored_at, name, weight)
+    for name, tensor in left.items():
+        yield {name: tensor}.copy
+
+
+def _stored_at(name: str, weight: Weight) -> dict[str, Tensor]:
+    return {f"{name}.{part}": tensor for part, tensor in weight.stored().items()}
+
+
+def stored_state(model: Any) -> dict[str, Tensor]:
+    """A model's `state_dict()` in which each matrix is what its format stores, whatever else the module keeps in memory."""
+    return {name: tensor for part in stored_parts(model) for name, tensor in part().items()}
 
 
 def norm_weight(module: Any) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trimtab import ops
 from trimtab.bases.weights.base import Weight
 from trimtab.bases.weights.passing import Passing
+from trimtab.memory import release_mapped
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -80,12 +81,13 @@ class Dense(Weight):
         return {"weight": self._parameters["weight"]}
 
     @torch.no_grad()
-    def write(self, weight_OI: Tensor) -> None:
-        self._weight_OI.copy_(weight_OI)
+    def write(self, weight_OI: Tensor, rows: slice = slice(None)) -> None:
+        self._weight_OI[rows].copy_(weight_OI)
 
     def untie(self) -> None:
         own = self._parameters["weight"]
         self.module.weight = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
+        release_mapped(own.data_ptr(), own.nbytes)
 
 
 def _is_conv1d(module: Any) -> bool:

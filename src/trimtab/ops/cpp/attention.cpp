@@ -12,7 +12,6 @@
 namespace {
 
 const int64_t SEQUENCE = 4;  // numbers of a sequence: its first row, its queries, where its keys start in `keys`, how many
-const float LOG2_E = 1.44269504088896341f;
 
 struct Rows {  // [rows, heads, D], the heads of a row side by side
     bf16* at;
@@ -118,8 +117,8 @@ void softmax_backward(const Block& b, float* s, const float* dp, float c, const 
             save(ds + (j + i) * BLOCK, row[i]);
         }
         bf16* to = ds_pairs + j / BLOCK * 2 * WHOLE + j % BLOCK / 2 * BLOCK;
-        save(to, pairs(row[0], row[1], 0));
-        save(to + WHOLE, pairs(row[0], row[1], 1));
+        save(to, interleaved(row[0], row[1], 0));
+        save(to + WHOLE, interleaved(row[0], row[1], 1));
     }
 }
 

@@ -8,17 +8,7 @@
 namespace {
 
 constexpr int64_t CHUNK = 512, TILE = 16, AHEAD = 2 * TILE, ROWS = 8;  // tokens; rows that read a chunk together
-constexpr float NOTHING = -1e30f, LOG2_E = 1.44269504089f, LN_2 = 0.69314718056f;  // NOTHING: what a score that is none counts as
-
-// A thread's memory, kept between calls.
-struct Memory {
-    std::unique_ptr<char[]> bytes;
-    size_t size = 0;
-    char* of(size_t wanted) {
-        if (wanted + 64 > size) bytes.reset(new char[size = wanted + 64]);
-        return bytes.get() + -size_t(bytes.get()) % 64;
-    }
-};
+constexpr float NOTHING = -1e30f;  // what a score that is none counts as
 
 // Numbers of a part [most, total, sums], whose sums are as many as fill registers.
 inline int64_t part_size(int64_t D) { return 2 + (D + 31) / 32 * 32; }
@@ -242,12 +232,12 @@ template <class V, int SIDE> struct Wide {
     // The parts of all heads of `heads` key heads, of n tokens' keys and values. ahead: how far behind these lies what is
     // asked for meanwhile, 0 for nothing.
     static void part(const V* q, const V* const* keys, const V* const* values, int64_t n, int64_t ahead, int64_t heads, int64_t rep, int64_t D,
-                     float scaling, Memory& memory, float* out) {
+                     float scaling, Scratch& memory, float* out) {
         const int64_t sets = (rep + SIDE - 1) / SIDE, tiles = (n + TILE - 1) / TILE, all = heads * sets, laid = Wide::laid(D);
         const int64_t line = D * sizeof(V), size = part_size(D);
-        float* scores_at = (float*)memory.of(all * (CHUNK * SIDE + 16) * sizeof(float) + all * laid * sizeof(V));
-        float* most = scores_at + all * CHUNK * SIDE;
-        V* queries = (V*)(most + 16 * all);
+        memory.reserve(all * (CHUNK * SIDE + 16) * sizeof(float) + all * laid * sizeof(V));
+        float *scores_at = memory.take<float>(all * CHUNK * SIDE), *most = memory.take<float>(16 * all);
+        V* queries = memory.take<V>(all * laid);
         for (int64_t g = 0; g < heads; g++) lay_out(q + g * rep * D, rep, D, queries + g * sets * laid);
         for (int64_t i = 0; i < 16 * all; i++) most[i] = NOTHING;
         for (int64_t tile = 0; tile < tiles; tile++) {
@@ -287,8 +277,9 @@ template <class V, int SIDE> struct Wide {
 // The same for any D and processor.
 template <class V> struct Plain {
     static void part(const V* q, const V* const* keys, const V* const* values, int64_t n, int64_t, int64_t heads, int64_t rep, int64_t D,
-                     float scaling, Memory& memory, float* out) {
-        float* scores = (float*)memory.of(n * sizeof(float));
+                     float scaling, Scratch& memory, float* out) {
+        memory.reserve(n * sizeof(float));
+        float* scores = memory.take<float>(n);
         for (int64_t h = 0; h < heads * rep; h++) {
             const V* query = q + h * D;
             const int64_t offset = h / rep * D;
@@ -316,7 +307,7 @@ template <class V> struct Plain {
 };
 
 template <class V> void part(const V* q, const V* const* keys, const V* const* values, int64_t n, int64_t ahead, int64_t heads, int64_t rep,
-                             int64_t D, float scaling, Memory& memory, float* out) {
+                             int64_t D, float scaling, Scratch& memory, float* out) {
 #ifdef __AVX512BF16__
     if (D % 8 == 0) {
         (rep == 1 ? Wide<V, 1>::part : Wide<V, 4>::part)(q, keys, values, n, ahead, heads, rep, D, scaling, memory, out);

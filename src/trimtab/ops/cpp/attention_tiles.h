@@ -13,20 +13,6 @@ namespace {
 
 constexpr int64_t BLOCK = 32, TILE = 16, WHOLE = TILE * BLOCK;  // a tile holds 16 x 16 floats, or 16 rows of 32 bfloat16
 
-// A thread's memory, kept between calls: fresh pages would cost more than the arithmetic.
-struct Scratch {
-    std::unique_ptr<char[]> memory;
-    size_t size = 0, used = 0;
-    void reserve(size_t bytes) {
-        if (bytes + 64 > size) memory.reset(new char[size = bytes + 64]);
-        used = -size_t(memory.get()) % 64;
-    }
-    template <class X> X* take(int64_t count) {
-        X* found = (X*)(memory.get() + used);
-        used += (count * sizeof(X) + 63) / 64 * 64;
-        return found;
-    }
-};
 thread_local Scratch scratch;
 
 inline int64_t whole_blocks(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
@@ -39,36 +25,10 @@ inline void copy(const bf16* from, int64_t D, bf16* to) {
     for (int64_t d = 0; d < D; d += BLOCK) save(to + d, load(from + d));
 }
 
-// Two rows of 32 as pairs (a[i], b[i]): `half` 0 the first 16, 1 the others.
-inline __m512i pairs(__m512i a, __m512i b, int half) {
-    alignas(64) static const int16_t order[2][32] = {
-        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
-    return _mm512_permutex2var_epi16(a, load(order[half]), b);
-}
-
 inline __m512i pairs(__m512 a, __m512 b) {  // two rows of 16
     alignas(64) static const int16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return _mm512_permutexvar_epi16(load(order), narrow(a, b));
-}
-
-inline void transpose(__m512i* r) {  // 16 x 16 of 32 bits
-    __m512i t[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) {
-        const __m512i a = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), b = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
-        const __m512i d = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd), e = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-        r[c] = _mm512_shuffle_i32x4(a, b, 0x88), r[8 + c] = _mm512_shuffle_i32x4(a, b, 0xdd);
-        r[4 + c] = _mm512_shuffle_i32x4(d, e, 0x88), r[12 + c] = _mm512_shuffle_i32x4(d, e, 0xdd);
-    }
 }
 
 // What a multiplication reads, made of rows [32, D] that lie one after the other:
@@ -88,7 +48,7 @@ template <bool turned> inline void paired(const bf16* rows, int64_t D, bf16* to)
     for (int64_t d = 0; d < D; d += BLOCK)
         for (int half = 0; half < 2; half++, to += WHOLE) {
             __m512i r[16];
-            for (int i = 0; i < 16; i++) r[i] = pairs(load(rows + 2 * i * D + d), load(rows + (2 * i + 1) * D + d), half);
+            for (int i = 0; i < 16; i++) r[i] = interleaved(load(rows + 2 * i * D + d), load(rows + (2 * i + 1) * D + d), half);
             if (turned) transpose(r);
             for (int i = 0; i < 16; i++) save(to + i * BLOCK, r[i]);
         }

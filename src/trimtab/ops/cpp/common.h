@@ -36,10 +36,27 @@ template <class V> static inline float rounded(float f) {
     return up(v);
 }
 
+// A thread's memory, kept between calls: fresh pages would cost more than the arithmetic.
+struct Scratch {
+    std::unique_ptr<char[]> memory;
+    size_t size = 0, used = 0;
+    void reserve(size_t bytes) {
+        if (bytes + 64 > size) memory.reset(new char[size = bytes + 64]);
+        used = -size_t(memory.get()) % 64;
+    }
+    template <class X> X* take(int64_t count) {
+        X* found = (X*)(memory.get() + used);
+        used += (count * sizeof(X) + 63) / 64 * 64;
+        return found;
+    }
+};
+
 // Ask for memory that is read soon.
 static inline void fetch(const void* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
+
+constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.69314718055994531f;
 
 // e^(x - k ln2) for the whole number k nearest to x / ln2, a polynomial on [-ln2/2, ln2/2]; F: a float, or several.
 template <class F> static inline F exp_rest(F x, F k) {
@@ -55,7 +72,7 @@ template <class F> static inline F exp_rest(F x, F k) {
 
 // e^x to 2 ulp; below -87 it is 0, above 88 it stays.
 static inline float fast_exp(float x) {
-    const float clipped = std::min(std::max(x, -87.0f), 88.0f), k = std::nearbyint(clipped * 1.44269504088896341f);
+    const float clipped = std::min(std::max(x, -87.0f), 88.0f), k = std::nearbyint(clipped * LOG2_E);
     int32_t bits = (int32_t(k) + 127) << 23;
     float scale;
     std::memcpy(&scale, &bits, 4);
@@ -73,6 +90,33 @@ static inline __m512 power_of_two(__m512 x) {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314695e-1f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, k);
+}
+
+// Two rows of 32 as pairs (a[i], b[i]): `half` 0 the first 16, 1 the others.
+static inline __m512i interleaved(__m512i a, __m512i b, int half) {
+    alignas(64) static const int16_t order[2][32] = {
+        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+    return _mm512_permutex2var_epi16(a, _mm512_load_si512(order[half]), b);
+}
+
+// Rows and columns of 16 x 16 words change places.
+static inline void transpose(__m512i* r) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        const __m512i a = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), b = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd), e = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+        r[c] = _mm512_shuffle_i32x4(a, b, 0x88), r[8 + c] = _mm512_shuffle_i32x4(a, b, 0xdd);
+        r[4 + c] = _mm512_shuffle_i32x4(d, e, 0x88), r[12 + c] = _mm512_shuffle_i32x4(d, e, 0xdd);
+    }
 }
 #endif
 

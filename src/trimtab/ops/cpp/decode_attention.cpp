@@ -54,7 +54,7 @@ template <class V>
 void attend(const V* q, int64_t q_stride, const V* k_pool, const V* v_pool, V* out, float scaling, const AttentionWork& work) {
     const int64_t H = work.H, G = work.G, D = work.D, rep = H / G, size = part_size(D), block = work.paging.block;
     const int64_t count = work.items.size();
-    static thread_local Memory memory, own;
+    static thread_local Scratch memory, own;
     const V* tokens[2 * (CHUNK + ROWS) + AHEAD + TILE];
     // pointers to tokens from.. of a row, at the first key head of an item
     const auto find = [&](const AttentionWork::Item& item, const V* pool, int64_t from, int64_t n, const V** to) {
@@ -84,7 +84,8 @@ void attend(const V* q, int64_t q_stride, const V* k_pool, const V* v_pool, V* o
             if (a >= b) continue;
             const int64_t first = item.head * rep, heads = item.heads * rep;
             const bool one = work.count[t] == 1;
-            float* to = one ? (float*)own.of(heads * size * sizeof(float)) : work.parts.get() + ((work.first_part[t] + item.chunk) * H + first) * size;
+            if (one) own.reserve(heads * size * sizeof(float));
+            float* to = one ? own.take<float>(heads * size) : work.parts.get() + ((work.first_part[t] + item.chunk) * H + first) * size;
             part(q + t * q_stride + first * D, tokens + a - from, tokens + n + a - from, b - a, t == item.row ? AHEAD : 0, item.heads, rep, D,
                  scaling * LOG2_E, memory, to);
             for (int64_t h = 0; one && h < heads; h++) combine(to + h * size, 1, 0, out + (t * H + first + h) * D, D);

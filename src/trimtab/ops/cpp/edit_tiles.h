@@ -8,23 +8,6 @@
 #include "inference.h"
 
 #ifdef TILES
-// Rows and columns of 16 x 16 words change places.
-static inline void transpose(__m512i* r) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int j = 0; j < 4; j++) {
-        const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x44), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xee);
-        const __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x44), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xee);
-        t[j] = _mm512_shuffle_i32x4(a, c, 0x88), t[4 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-        t[8 + j] = _mm512_shuffle_i32x4(b, d, 0x88), t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-    }
-    for (int i = 0; i < 16; i++) r[i] = t[i];
-}
-
 // One thread's rows of one adapter. I is a multiple of 32; R at most `ranks`.
 class TiledRows {
   public:
@@ -133,15 +116,13 @@ class TiledRows {
         configured = key;
     }
 
-    static __mmask32 first(int64_t width) { return width >= 32 ? ~0u : (1u << width) - 1; }
-
     static void expand_row(const bf16* rounded, float* f, const bf16* B, int64_t R, int64_t O, bf16* y, const bf16* ahead) {
         for (int64_t r = 0; r < R; r++) f[r] = up(rounded[r]);
         const __m512i upper = _mm512_set1_epi32(0xffff0000);
         const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
                                                3, 18, 2, 17, 1, 16, 0);
         for (int64_t o = 0; o < O; o += 32) {
-            const __mmask32 mask = first(O - o);
+            const __mmask32 mask = first_lanes(O - o);
             if (ahead) fetch(ahead + R * o, R * 64);
             __m512 even = _mm512_setzero_ps(), odd = even;  // outputs of even and of odd number
             for (int64_t block = 0; block < R; block += 32) {
@@ -169,13 +150,10 @@ class TiledRows {
             for (int i = 0; i < 2; i++) c.shape(i, n, 64), c.shape(i + 3, height, 64);
             c.shape(2, n, 4 * height);
         });
-        const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34,
-                                             2, 33, 1, 32, 0);
-        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
         alignas(64) bf16 left[512], right[512];
         alignas(64) float sums[16 * 32];
         for (int64_t o = 0; o < O; o += 32) {
-            const __mmask32 mask = first(O - o);
+            const __mmask32 mask = first_lanes(O - o);
             _tile_zero(0);
             _tile_zero(1);
             for (int64_t block = 0; block < R; block += 32) {
@@ -183,8 +161,8 @@ class TiledRows {
                     const int64_t r = block + 2 * p;
                     const __m512i a = r < R ? _mm512_maskz_loadu_epi16(mask, B + r * O + o) : _mm512_setzero_si512();
                     const __m512i b = r + 1 < R ? _mm512_maskz_loadu_epi16(mask, B + (r + 1) * O + o) : _mm512_setzero_si512();
-                    _mm512_store_si512(left + 32 * p, _mm512_permutex2var_epi16(a, low, b));
-                    _mm512_store_si512(right + 32 * p, _mm512_permutex2var_epi16(a, high, b));
+                    _mm512_store_si512(left + 32 * p, interleaved(a, b, 0));
+                    _mm512_store_si512(right + 32 * p, interleaved(a, b, 1));
                 }
                 _tile_loadd(2, t + block, padded * 2);
                 _tile_loadd(3, left, 64);

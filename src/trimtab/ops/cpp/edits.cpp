@@ -37,14 +37,14 @@ static inline float dot(const bf16* a, const bf16* b, int64_t n) {
         y = _mm512_dpbf16_ps(y, bits(a + i + 32), bits(b + i + 32));
     }
     for (; i < n; i += 32) {
-        const __mmask32 m = n - i >= 32 ? ~0u : (1u << (n - i)) - 1;
+        const __mmask32 m = first_lanes(n - i);
         x = _mm512_dpbf16_ps(x, (__m512bh)_mm512_maskz_loadu_epi16(m, a + i), (__m512bh)_mm512_maskz_loadu_epi16(m, b + i));
     }
     return _mm512_reduce_add_ps(_mm512_add_ps(x, y));
 }
 static inline void expand(const float* f, const bf16* B, const bf16* ahead, int64_t R, int64_t O, bf16* to, int64_t n) {
     for (int64_t o = 0; o < n; o += 32) {
-        const __mmask32 m = n - o >= 32 ? ~0u : (1u << (n - o)) - 1;
+        const __mmask32 m = first_lanes(n - o);
         __m512 low = _mm512_setzero_ps(), high = low;
         for (int64_t r = 0; r < R; r += 2) {
             const bool odd = r + 1 < R;
@@ -56,8 +56,8 @@ static inline void expand(const float* f, const bf16* B, const bf16* ahead, int6
             high = _mm512_dpbf16_ps(high, hi(a, b), weights);
         }
         const __m512i y = _mm512_maskz_loadu_epi16(m, to + o);
-        const __m512 y0 = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(y)), 16));
-        const __m512 y1 = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(y, 1)), 16));
+        const __m512 y0 = widened(_mm512_castsi512_si256(y));
+        const __m512 y1 = widened(_mm512_extracti64x4_epi64(y, 1));
         const __m512bh sum = _mm512_cvtne2ps_pbh(_mm512_add_ps(y1, second_half(low, high)), _mm512_add_ps(y0, first_half(low, high)));
         _mm512_mask_storeu_epi16(to + o, m, (__m512i)sum);
     }

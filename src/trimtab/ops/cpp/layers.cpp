@@ -1,14 +1,15 @@
-// All layers of a forward in one call: Llama and its kin, bfloat16 on matrix tiles, few rows, LoRA, IA3 and bottleneck adapters beside the base.
+// All layers of a forward in one call: Llama and its kin, bfloat16, few rows, weights dense or quantised, LoRA, IA3 and bottleneck adapters beside the base.
 // A step of few rows otherwise spends as long between kernels as in the small ones. H hidden, I inside the MLP.
 
 #include <map>
 
-#include "inference.h"
+#include "quantized.h"
 
-#ifdef TILES
+#ifdef __AVX512BF16__
 // As ops/stack.py lays them out.
 struct Layer {
-    const bf16 *input_norm, *mlp_norm, *q_norm, *k_norm, *qkv, *qkv_bias, *o, *o_bias, *gate_up, *gate_up_bias, *down, *down_bias;
+    const bf16 *input_norm, *mlp_norm, *q_norm, *k_norm;
+    const Projection *qkv, *o, *gate_up, *down;
     double scaling;
     int64_t window;
 };
@@ -62,37 +63,65 @@ static void edit(const Step& s, int64_t place, const bf16* x, bf16* y, int64_t i
     }
 }
 
-static void run(const Layer* layers, const Shape& f, const Step& s) {
+// So many rows go through a layer at a time: what lies between its matrices stays in a core's own cache, and the next rows find the matrices
+// in the cache that all cores share.
+const int64_t AT_A_TIME = 128;
+
+// The step's rows from `first` on, at most AT_A_TIME of them.
+static Step part(const Step& whole, const Shape& f, int64_t first) {
+    Step s = whole;
+    s.T = std::min(AT_A_TIME, whole.T - first);
+    s.x += first * f.hidden, s.out += first * f.hidden, s.cos += first * f.head_dim, s.sin += first * f.head_dim;
+    s.write += first, s.paging.sequence += first, s.paging.length += first;
+    if (s.edits) s.slot += first;
+    return s;
+}
+
+// Layer i: x += y of the layer before, then its attention is added, and y [T, hidden] is what its MLP gives. memory: of what lies between.
+static void layer(const Layer& l, const Shape& f, const Step& s, int64_t i, const AttentionWork& work, bf16* y, bf16* memory) {
     const int64_t T = s.T, H = f.hidden, I = f.inside, attended = f.heads * f.head_dim, qkv_width = attended + 2 * f.kv_heads * f.head_dim;
+    bf16 *h = memory, *qkv = h + T * H, *a = qkv + T * qkv_width, *gate_up = a + T * attended, *inner = gate_up + 2 * T * I;
+    bf16 *keys = s.keys + i * s.pool, *values = s.values + i * s.pool;
+    add_rms_norm(s.x, i ? y : nullptr, l.input_norm, h, T, H, float(f.eps));
+    project(*l.qkv, h, H, qkv, qkv_width, T);
+    edit(s, PLACES * i, h, qkv, H, qkv_width);
+    rotate_and_write(qkv, qkv_width, s.cos, s.sin, l.q_norm, l.k_norm, float(f.eps), keys, values, s.write, T, f.heads, f.kv_heads, f.head_dim);
+    attend(qkv, qkv_width, keys, values, a, float(l.scaling), work);
+    edit_input(s, PLACES * i + 1, a, attended);
+    project(*l.o, a, attended, y, H, T);
+    edit(s, PLACES * i + 1, a, y, attended, H);
+    add_rms_norm(s.x, y, l.mlp_norm, h, T, H, float(f.eps));
+    edit_input(s, PLACES * i + 4, h, H);
+    project(*l.gate_up, h, H, gate_up, 2 * I, T);
+    edit(s, PLACES * i + 2, h, gate_up, H, 2 * I);
+    swiglu(gate_up, inner, T, I);
+    edit_input(s, PLACES * i + 3, inner, I);
+    project(*l.down, inner, I, y, H, T);
+    edit(s, PLACES * i + 3, inner, y, I, H);
+    edit(s, PLACES * i + 4, h, y, H, H);
+}
+
+static void run(const Layer* layers, const Shape& f, const Step& whole) {
+    const int64_t H = f.hidden, width = H + 2 * (f.heads + f.kv_heads) * f.head_dim + 3 * f.inside;
     static thread_local std::vector<bf16> scratch;
-    scratch.resize(T * (2 * H + qkv_width + attended + 3 * I));
-    bf16 *h = scratch.data(), *y = h + T * H, *qkv = y + T * H, *a = qkv + T * qkv_width, *gate_up = a + T * attended, *inner = gate_up + 2 * T * I;
-    std::map<int64_t, AttentionWork> works;  // by window
-    for (int64_t i = 0; i < f.layers; i++) works.try_emplace(layers[i].window, s.paging, T, f.heads, f.kv_heads, f.head_dim, layers[i].window);
-    as_team(true, [=, &works] {
-        for (int64_t i = 0; i < f.layers; i++) {
-            const Layer& l = layers[i];
-            bf16 *keys = s.keys + i * s.pool, *values = s.values + i * s.pool;
-            add_rms_norm(s.x, i ? y : nullptr, l.input_norm, h, T, H, float(f.eps));
-            matmul(h, H, l.qkv, l.qkv_bias, qkv, qkv_width, T, H, qkv_width);
-            edit(s, PLACES * i, h, qkv, H, qkv_width);
-            rotate_and_write(qkv, qkv_width, s.cos, s.sin, l.q_norm, l.k_norm, float(f.eps), keys, values, s.write, T, f.heads, f.kv_heads,
-                             f.head_dim);
-            attend(qkv, qkv_width, keys, values, a, float(l.scaling), works.at(l.window));
-            edit_input(s, PLACES * i + 1, a, attended);
-            matmul(a, attended, l.o, l.o_bias, y, H, T, attended, H);
-            edit(s, PLACES * i + 1, a, y, attended, H);
-            add_rms_norm(s.x, y, l.mlp_norm, h, T, H, float(f.eps));
-            edit_input(s, PLACES * i + 4, h, H);
-            matmul(h, H, l.gate_up, l.gate_up_bias, gate_up, 2 * I, T, H, 2 * I);
-            edit(s, PLACES * i + 2, h, gate_up, H, 2 * I);
-            swiglu(gate_up, inner, T, I);
-            edit_input(s, PLACES * i + 3, inner, I);
-            matmul(inner, I, l.down, l.down_bias, y, H, T, I, H);
-            edit(s, PLACES * i + 3, inner, y, I, H);
-            edit(s, PLACES * i + 4, h, y, H, H);
+    scratch.resize(whole.T * H + std::min(AT_A_TIME, whole.T) * width);
+    bf16 *y = scratch.data(), *memory = y + whole.T * H;
+    std::vector<Step> parts;
+    for (int64_t t = 0; t < whole.T; t += AT_A_TIME) parts.push_back(part(whole, f, t));
+    std::map<int64_t, std::vector<AttentionWork>> works;  // by window, of each part
+    for (int64_t i = 0; i < f.layers; i++) {
+        auto [at, fresh] = works.try_emplace(layers[i].window);
+        for (const Step& s : parts)
+            if (fresh) at->second.emplace_back(s.paging, s.T, f.heads, f.kv_heads, f.head_dim, layers[i].window);
+    }
+    as_team(true, [&f, &parts, &works, layers, y, memory] {
+        for (int64_t i = 0; i < f.layers; i++)
+            for (size_t p = 0; p < parts.size(); p++)
+                layer(layers[i], f, parts[p], i, works.at(layers[i].window)[p], y + int64_t(p) * AT_A_TIME * f.hidden, memory);
+        for (size_t p = 0; p < parts.size(); p++) {
+            const Step& s = parts[p];
+            add_rms_norm(s.x, y + int64_t(p) * AT_A_TIME * f.hidden, s.norm, s.out, s.T, f.hidden, float(f.eps));
         }
-        add_rms_norm(s.x, y, s.norm, s.out, T, H, float(f.eps));
     });
 }
 

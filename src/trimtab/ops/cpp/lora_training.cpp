@@ -11,13 +11,11 @@ namespace {
 
 const int64_t BLOCK = 128;
 
-// Memory of the calling thread, kept between calls: fresh pages would cost more than the arithmetic. use: a number for each.
+// Memory of the calling thread. use: a number for each.
 template <class X> X* kept(int use, int64_t count) {
-    static thread_local std::unique_ptr<char[]> memory[3];
-    static thread_local int64_t size[3];
-    const int64_t bytes = count * sizeof(X) + 64;
-    if (bytes > size[use]) memory[use].reset(new char[size[use] = bytes]);
-    return (X*)(((uintptr_t)memory[use].get() + 63) / 64 * 64);
+    static thread_local Scratch memory[3];
+    memory[use].reserve(count * sizeof(X));
+    return memory[use].take<X>(count);
 }
 
 // Tiles 0 and 1: sums, `rows` by 16; 4: a left side, `rows` by `depth`; 6 and 7: right sides, `depth` by 16, two rows in one.

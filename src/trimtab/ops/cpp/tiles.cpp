@@ -107,7 +107,7 @@ extern "C" {
 
 int64_t trimtab_tiles() { return may_tile(); }
 
-// Whether the attention of attention.cpp runs here.
+// Whether products of bfloat16 run here: the attention of attention.cpp, the one call of layers.cpp.
 int64_t trimtab_attends() {
 #if defined(__AVX512BF16__) && !defined(TILES)
     return 1;
@@ -117,9 +117,6 @@ int64_t trimtab_attends() {
 }
 
 #ifdef TILES
-void matmul_bf16(void* x, int64_t x_stride, void* W, void* bias, void* y, int64_t y_stride, int64_t M, int64_t K, int64_t O) {
-    as_team(true, [=] { matmul((const bf16*)x, x_stride, (const bf16*)W, (const bf16*)bias, (bf16*)y, y_stride, M, K, O); });
-}
 void pack_bf16(void* W, void* to, int64_t K, int64_t O) { pack((const bf16*)W, (bf16*)to, K, O); }
 #endif
 }

@@ -8,7 +8,7 @@ static inline Lanes sigmoid(Lanes x) {
     Lanes y = -x;
     y = y < -87.0f ? Lanes{} - 87.0f : y;
     y = y > 88.0f ? Lanes{} + 88.0f : y;
-    const Lanes k = (y * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // to the nearest integer
+    const Lanes k = (y * LOG2_E + 12582912.0f) - 12582912.0f;  // to the nearest integer
     const Bits power = (Bits)(k + 12583039.0f) << 23;  // 2^k: the low bits of that sum are k + 127
     const Lanes d = 1.0f + exp_rest(y, k) * (Lanes)power;
 #ifdef __AVX512BF16__

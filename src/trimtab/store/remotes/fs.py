@@ -23,10 +23,10 @@ from trimtab.atomic import atomic_write
 from trimtab.errors import AdapterError, nearest
 from trimtab.store.files import MAX_JSON_BYTES, digest_of
 from trimtab.store.index import Index, parse_index
-from trimtab.store.layout import change_file
 from trimtab.store.manifest import MANIFEST_TYPE, Descriptor
 from trimtab.store.name import Entry, Name
 from trimtab.store.names import LATEST, NoSuchAdapter, Ref
+from trimtab.store.refs import change_file
 from trimtab.store.remotes.address import CREDENTIALS, OTHER_CREDENTIALS, FolderAddress, redacted
 from trimtab.store.remotes.fetch import Transient, patiently
 from trimtab.store.remotes.source import Source
@@ -97,28 +97,33 @@ class FolderRemote:
             yield piece
 
     def _index(self, path: str) -> tuple[Index, str]:
-        """Every tag, those of the name `path` as they are now; and the file that says so of that name."""
-        change = self._tags(change_file(path))
-        index = self._tags(INDEX) or Index()
-        return (index, INDEX) if change is None else (index.with_name(change.names[path]), change_file(path))
+        """The tags of the name `path` as they are now, which may stand among all others, and the file that has them."""
+        change = self._tags(change_file(path), of=path)
+        return (self._tags(INDEX) or Index(), INDEX) if change is None else (change, change_file(path))
 
-    def _tags(self, file: str) -> Index | None:
-        """What a file says; None where there is no such file."""
+    def _tags(self, file: str, of: str | None = None) -> Index | None:
+        """What a file says, where it is to be of one name alone; None where there is no such file."""
         path = f"{self._root}/{file}"
         size = patiently(lambda: self._size(path), self.where)
         if size is None:
             return None
         if size > MAX_INDEX_BYTES:
             raise AdapterError(f"{self.where}: {file} has {size:,} bytes; at most {MAX_INDEX_BYTES:,} are read")
-        index, problems = parse_index(patiently(lambda: self._cat(path), self.where), file)
+        data = patiently(lambda: self._cat(path), self.where)
+        if data is None:  # folded into index.json meanwhile
+            return None
+        index, problems = parse_index(data, file, of=of)
         if problems:
             fix = "see whether the URL names a folder that adapters were pushed to"
             raise AdapterError(f"{self.where}: its {file} is refused", problems=problems[:12], fix=fix)
         return index
 
-    def _cat(self, path: str) -> bytes:
+    def _cat(self, path: str) -> bytes | None:
         with self._speaking():
-            return bytes(self._fs.cat_file(path, start=0, end=MAX_INDEX_BYTES))
+            try:
+                return bytes(self._fs.cat_file(path, start=0, end=MAX_INDEX_BYTES))
+            except FileNotFoundError:
+                return None
 
     def _size(self, path: str) -> int | None:
         with self._speaking():
@@ -160,8 +165,7 @@ class FolderRemote:
                 )
                 if wanted == name:
                     return [str(ref), *(f"{ref.path}@{a}" for a in aliases)]
-                said = index.with_name(wanted) if file == INDEX else Index({ref.path: wanted})
-                self._put_small(f"{self._root}/{file}", said.to_bytes())
+                self._put_small(f"{self._root}/{file}", index.with_name(wanted).to_bytes())
         raise AdapterError(f"{self.where}: others keep overwriting its {INDEX}", fix="push again")
 
     def _tag(self, version: Version) -> tuple[Ref, list[str]]:

@@ -1,0 +1,324 @@
+"""Bases whose linear layers are packed: read as folders have them, or quantised while they are read.
+
+transformers builds the model and reads what is dense. Where a layer will be packed, it finds a place without a matrix (`_Waiting`), so no
+dense matrix is ever made there. The packed tensors are mapped from the files; a matrix that is quantised is read, packed and let go.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from trimtab.bases.folder import read_header, weight_files
+from trimtab.bases.recipes import BITS
+from trimtab.bases.spec import Kind
+from trimtab.bases.weights import four_bit, fp8, gguf_blocks, int4, int8, mxfp4
+from trimtab.bases.weights.experts import parameters_of_experts, put_experts
+from trimtab.bases.weights.packed import KINDS, PackedLinear
+from trimtab.errors import BaseError, first_of
+from trimtab.memory import release_mapped
+
+Read = Callable[[Mapping[str, Tensor], tuple[int, int], Tensor | None, torch.dtype, Mapping[str, Any]], PackedLinear]
+_METHOD = "trimtab"
+_DENSE = ("BF16", "F16", "F32", "F64")
+"""safetensors' names of dtypes in which matrices are stored as they are."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a program writes packed layers, or the experts alone. marks: ends of tensors' names that only packed ones have. read: tensors by
+    their names after the module's, shape, bias, dtype, the folder's `quantization_config` -> the layer; ValueError where they do not fit
+    each other."""
+
+    marks: tuple[str, ...]
+    read: Read
+    experts: bool = False
+
+
+def _plain(read: Callable[..., PackedLinear]) -> Read:
+    return lambda tensors, shape, bias, dtype, _: read(tensors, shape, bias, dtype)
+
+
+STORED: Mapping[str, Stored] = {
+    "bitsandbytes_4bit": Stored((".weight.absmax",), _plain(four_bit.read)),
+    "bitsandbytes_8bit": Stored((".SCB",), _plain(int8.read)),
+    "fp8": Stored((".weight_scale_inv",), fp8.read),
+    "gptq": Stored((".qweight",), int4.read_gptq),
+    "awq": Stored((".qweight",), int4.read_awq),
+    "mxfp4": Stored(("_blocks",), mxfp4.read, experts=True),
+    "gguf": Stored(tuple(f".{name}" for name in gguf_blocks.BLOCKS), _plain(gguf_blocks.read)),
+}
+"""`quant_method` of a config, with the number of bits where one program has two ways -> how its layers are read."""
+
+
+def method_of(settings: Mapping[str, Any]) -> str:
+    """The key of `STORED` for a `quantization_config`. BaseError where that program's layers are not read."""
+    method = str(settings.get("quant_method"))
+    if method == "bitsandbytes" or settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        method = "bitsandbytes_8bit" if settings.get("load_in_8bit") else "bitsandbytes_4bit"
+    if method not in STORED:
+        raise BaseError(
+            f"the base is quantised in a way that trimtab does not read: quant_method {method!r}",
+            fix=f"use a base that is quantised with one of {', '.join(STORED)}, or the dense one with `quantize: nf4`",
+        )
+    return method
+
+
+def bits_of(settings: Mapping[str, Any]) -> float:
+    """How many bits an entry of a packed layer takes, as far as a `quantization_config` tells."""
+    if method_of(settings) == "bitsandbytes_4bit":
+        return BITS["nf4-double" if settings.get("bnb_4bit_use_double_quant") else "nf4"]
+    if method_of(settings) in ("gptq", "awq"):
+        size = settings.get("group_size") or 128
+        return 4 + (40 / size if size > 0 else 0)
+    if method_of(settings) == "mxfp4":
+        return 4.25
+    return float(settings.get("bits", 8)) if method_of(settings) == "gguf" else 8.0
+
+
+def kinds_of(settings: Mapping[str, Any]) -> tuple[Kind, ...]:
+    """What a folder with this `quantization_config` has packed, as kinds of a `Spec`'s modules."""
+    return ("experts",) if STORED[method_of(settings)].experts else ("linear",)
+
+
+def settings_of(config: Any) -> dict[str, Any] | None:
+    """A config's `quantization_config` as a dict; None where the base is dense."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    made: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    method_of(made)
+    return made
+
+
+def without_settings(config: Any) -> Any:
+    """A config without its `quantization_config`: how to read the weights is `Packing`'s to know."""
+    vars(config).pop("quantization_config", None)
+    return config
+
+
+class Packing:
+    """Of one load: which layers are packed, and from what. settings: the folder's `quantization_config`; quantize: a format of
+    `recipes.BITS`; at most one of both. renamed: what the model calls a name of the files. experts: whether these are quantised too."""
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        settings: Mapping[str, Any] | None,
+        quantize: str | None,
+        renamed: Mapping[str, str],
+        experts: bool = True,
+    ):
+        self._with_experts = experts
+        self._made: dict[str, PackedLinear] = {}
+        self.folder, self.dtype, self.settings, self.quantize = folder, dtype, settings, quantize
+        self.stored = None if settings is None else STORED[method_of(settings)]
+        self._renamed = renamed
+        self._tensors = {t.name: t for file in weight_files(folder) for t in read_header(file)}
+
+    def prepare(self, model: Any) -> None:
+        """Put places without matrices where layers will be packed."""
+        self._names = {self._named(name, model): name for name in self._tensors}
+        experts = parameters_of_experts(model)
+        self._experts = list(experts)
+        self._quantized = set(experts) if self.quantize is not None and self._with_experts else set[str]()
+        for name in list(self._chosen(model, set(experts))):
+            if name in experts:
+                module, own = experts[name]
+                put_experts(module, own, _Waiting.for_experts(module, own))
+            else:
+                model.set_submodule(name, _Waiting.of(model.get_submodule(name)))
+
+    def packs(self, parameter: str) -> bool:
+        """Whether this parameter of experts is quantised once transformers has read it."""
+        return parameter in self._quantized
+
+    def pack(self, model: Any, parameter: str, dense: Tensor) -> None:
+        """Quantise a parameter of experts, [E, O, I] or [E, I, O]. It gets its place in `fill`: before that transformers would take what is
+        computed of stored tensors for tensors that are missing."""
+        assert self.quantize is not None
+        at, _, name = parameter.rpartition(".")
+        module = model.get_submodule(at)
+        rows = (dense.transpose(1, 2) if module.is_transposed else dense).flatten(0, 1)
+        put_experts(module, name, _Waiting.for_experts(module, name))
+        self._made[parameter] = KINDS[self.quantize].of_matrix(rows.to(self.dtype), None, self.dtype)
+
+    def fill(self, model: Any) -> None:
+        """Put packed layers into the places. BaseError, with all that is wrong, where what is stored cannot be read."""
+        problems: list[str] = []
+        with ExitStack() as stack:
+            files = sorted({t.file for t in self._tensors.values()})
+            opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
+
+            def tensor(name: str) -> Tensor:
+                found: Tensor = opened[self._tensors[name].file].get_tensor(name)
+                return found
+
+            for name, module in list(model.named_modules()):
+                if not isinstance(module, _Waiting):
+                    continue
+                try:
+                    packed = self._made.pop(name) if name in self._made else self._packed(name, module, tensor)
+                    packed.experts = module.experts
+                    model.set_submodule(name, packed)
+                except ValueError as error:
+                    problems.append(f"{name}: {error}")
+        for name in self._experts:  # in the order of the class's parameters, which is in the names of peft's files
+            at, _, own = name.rpartition(".")
+            parts = model.get_submodule(at)._modules
+            if own in parts:
+                parts[own] = parts.pop(own)
+        if problems:
+            raise BaseError(
+                f"packed weights of the base in {self.folder} cannot be read",
+                problems=first_of(problems, 10),
+                fix="fetch the folder anew, or check that config.json belongs to these weights.",
+            )
+
+    def _packed(self, name: str, waiting: _Waiting, tensor: Callable[[str], Tensor]) -> PackedLinear:
+        shape = waiting.out_features, waiting.in_features
+        if self.stored is None:
+            weight = tensor(self._names[f"{name}.weight"])
+            if tuple(weight.shape) != shape:
+                raise ValueError(f"weight is {list(weight.shape)} where {list(shape)} belongs")
+            assert self.quantize is not None
+            made = KINDS[self.quantize].of_matrix(weight.to(self.dtype), waiting.bias, self.dtype)
+            release_mapped(weight.data_ptr(), weight.nbytes)
+            return made
+        assert self.settings is not None
+        before = f"{name}_" if self.stored.experts else f"{name}."
+        own = {n.removeprefix(before): stored for n, stored in self._names.items() if n.startswith(before)}
+        settings = {**self.settings, "experts": waiting.experts}
+        return self.stored.read({n: tensor(s) for n, s in own.items() if n != "bias"}, shape, waiting.bias, self.dtype, settings)
+
+    def _chosen(self, model: Any, experts: set[str]) -> Iterable[str]:
+        """The linear layers, or parameters of experts, that the files have packed; or the linear layers of the decoder layers, but for
+        routers, where they are quantised here."""
+        head = model.get_output_embeddings()
+        if self.stored is not None:
+            marked = {n.removesuffix(mark) for n in self._names for mark in self.stored.marks if n.endswith(mark)}
+            linear = experts if self.stored.experts else {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            if strange := sorted(marked - linear):
+                raise BaseError(
+                    f"the base in {self.folder} has packed weights where its model has no linear layer: {', '.join(strange[:5])}",
+                    fix="use a base whose linear layers alone are quantised, or the dense one with `quantize: nf4`",
+                )
+            self._refuse_bare(model, marked)
+            return sorted(marked)
+        routers = {f"{n}.{c}" for n, m in model.named_modules() if hasattr(m, "experts") for c, _ in m.named_children()}
+        found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and n not in routers]
+        return [n for n, m in found if re.search(r"\.\d+\.", n) and f"{n}.weight" in self._names]
+
+    def _refuse_bare(self, model: Any, marked: set[str]) -> None:
+        """BaseError where a parameter outside the packed layers is stored in 8 bits: transformers would take these codes for the matrix."""
+        stored = {n: self._tensors[self._names[n]].dtype for n, _ in model.named_parameters() if n in self._names}
+        bare = [f"{n} is {dtype}" for n, dtype in stored.items() if dtype not in _DENSE and n.rpartition(".")[0] not in marked]
+        if bare:
+            raise BaseError(
+                f"the base in {self.folder} has packed weights without the tensors that tell what they mean",
+                problems=first_of(bare, 10),
+                fix="fetch the folder anew; where scales are of a kind that trimtab does not read, use the dense base with `quantize: nf4`",
+            )
+
+    def _named(self, name: str, model: Any) -> str:
+        """What the model calls a tensor of the files."""
+        for pattern, put in self._renamed.items():
+            if re.search(pattern, name):
+                return re.sub(pattern, put, name)
+        prefix = model.base_model_prefix
+        inside = hasattr(model, prefix) and not hasattr(model, name.split(".")[0])
+        return f"{prefix}.{name}" if inside else name
+
+
+class _Waiting(nn.Module):
+    """A linear layer whose matrix is still to come, or the matrices of some experts, one below the other."""
+
+    def __init__(self, outputs: int, inputs: int, bias: nn.Parameter | None, experts: int):
+        super().__init__()
+        self.in_features, self.out_features, self.bias, self.experts = inputs, outputs, bias, experts
+
+    @classmethod
+    def of(cls, linear: Any) -> _Waiting:
+        return cls(linear.out_features, linear.in_features, linear.bias, 0)
+
+    @classmethod
+    def for_experts(cls, module: Any, name: str) -> _Waiting:
+        experts, *sides = module.get_parameter(name).shape
+        outputs, inputs = reversed(sides) if module.is_transposed else sides
+        return cls(experts * outputs, inputs, None, experts)
+
+
+class _PackExperts(ConversionOps):
+    """What transformers does with a parameter of experts that it has read, and put together of files for each expert."""
+
+    def __init__(self, packing: Packing):
+        self.packing = packing
+
+    def convert(
+        self, input_dict: dict[str, Any], *, model: Any = None, full_layer_name: str = "", missing_keys: Any = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        (found,) = input_dict.values()
+        self.packing.pack(model, full_layer_name, found[0] if isinstance(found, list) else found)
+        missing_keys.discard(full_layer_name)
+        return {}
+
+
+@register_quantization_config(_METHOD)
+class _Config(QuantizationConfigMixin):
+    """What transformers calls back during a load."""
+
+    def __init__(self, packing: Packing):
+        self.quant_method, self.packing = _METHOD, packing
+
+
+@register_quantizer(_METHOD)
+class _Quantizer(HfQuantizer):
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.quantization_config.packing.prepare(model)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.quantization_config.packing.fill(model)
+        return model
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return self.quantization_config.packing.packs(param_name)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _PackExperts(self.quantization_config.packing)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def forget_quantization(model: Any) -> None:
+    """Make a model an ordinary one in transformers' eyes: whoever multiplies by its matrices asks the modules."""
+    for holder, names in (
+        (model.config, ("quantization_config", "_is_quantized")),
+        (model, ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions")),
+    ):
+        for name in names:
+            if name in vars(holder):
+                delattr(holder, name)
+
+
+def packing_options(packing: Packing) -> dict[str, Any]:
+    """The options of `from_pretrained` with which a load is packed."""
+    return {"quantization_config": _Config(packing)}

@@ -1,0 +1,142 @@
+"""What packed formats share: the module that stands in a linear layer's place, and a `Weight` that multiplies by `ops.quantized`.
+
+A format of this kind says what its tensors mean (`parts`), how they are read from a folder, and, for some, how a dense matrix becomes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.bases.weights.base import Weight
+from trimtab.ops import quantized
+from trimtab.ops.quantized import PackedMatrix
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose matrix [O, I] is packed. Its buffers are the tensors of its files, with ":" for each "." in a name.
+
+    form: the format's name. dtype: that of inputs and results. block: see `PackedMatrix`. derived: what is computed of the stored tensors,
+    and is not stored itself. experts: where it holds the matrices of so many experts, one below the other, in a parameter's place.
+    """
+
+    experts: int = 0
+
+    def __init__(
+        self,
+        form: str,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        stored: Mapping[str, Tensor],
+        bias: Tensor | None,
+        *,
+        block: int,
+        block_rows: int = 1,
+        derived: Mapping[str, Tensor] | None = None,
+    ):
+        super().__init__()
+        self.form, (self.out_features, self.in_features), self.compute_dtype = form, shape, dtype
+        self.block, self.block_rows = block, block_rows
+        for name, tensor in stored.items():
+            self.register_buffer(name.replace(".", ":"), tensor)
+        for name, tensor in (derived or {}).items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        return quantized.product(self.matrix, x_TI, self.bias)
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        shape = self.out_features, self.in_features
+        return PackedMatrix(KINDS[self.form].kind, shape, self.compute_dtype, KINDS[self.form].parts(self), self.block, self.block_rows)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.form}"
+
+
+KINDS: dict[str, type[Packed]] = {}
+"""format's name -> class, for the packed ones."""
+
+
+class Packed(Weight):
+    """A packed matrix. `read` and `of_matrix` raise ValueError, in words, where tensors do not fit each other."""
+
+    kind: ClassVar[str] = ""
+    """Of `PackedMatrix`; the format's name unless it says another."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" in cls.__dict__:
+            cls.kind = cls.kind or cls.name
+            KINDS[cls.name] = cls
+
+    @classmethod
+    def claims(cls, module: Any) -> bool:
+        return isinstance(module, PackedLinear) and module.form == cls.name
+
+    @classmethod
+    def of_linear(cls, linear: nn.Linear) -> nn.Module:
+        return cls.of_matrix(linear.weight.detach(), linear.bias, linear.weight.dtype)
+
+    @classmethod
+    def of_matrix(cls, weight_OI: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+        """A layer with this matrix, quantised. dtype: what it computes in."""
+        raise NotImplementedError
+
+    @classmethod
+    def parts(cls, module: PackedLinear) -> dict[str, Tensor]:
+        """`PackedMatrix.parts` of a module."""
+        raise NotImplementedError
+
+    @property
+    def packed(self) -> PackedMatrix:
+        """The matrix, for kernels."""
+        return self.module.matrix  # type: ignore[no-any-return]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.module.out_features, self.module.in_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.compute_dtype  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.buffers()).device  # type: ignore[no-any-return]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for name, t in self.module.state_dict().items() if name != "bias")
+
+    def matmul(self, x_TI: Tensor, bias_O: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        return quantized.product(self.packed, x_TI, bias_O, out)
+
+    def matmul_t(self, dy_TO: Tensor) -> Tensor:
+        return quantized.product_t(self.packed, dy_TO)
+
+    def dense(self, rows: Any = None) -> Tensor:
+        return quantized.dense(self.packed, rows)
+
+    def stored(self) -> dict[str, Tensor]:
+        kept = self.module.state_dict()
+        return {name.replace(":", "."): tensor for name, tensor in kept.items() if name != "bias"}
+
+
+def expect(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]) -> None:
+    """ValueError, with all that is wrong, where a tensor is missing or has another shape or dtype than these."""
+    wrong = []
+    for name, (shape, dtypes) in shapes.items():
+        found = tensors.get(name)
+        if found is None:
+            wrong.append(f"no tensor {name}")
+        elif tuple(found.shape) != shape or found.dtype not in dtypes:
+            kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+            has = f"{list(found.shape)} {str(found.dtype).removeprefix('torch.')}"
+            wrong.append(f"{name} is {has} where {list(shape)} {kinds} belongs")
+    if wrong:
+        raise ValueError("; ".join(wrong))

@@ -1,0 +1,199 @@
+"""vLLM's /classify and /score: what an adapter's own head says of texts, and of answers to questions."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
+from starlette.responses import Response
+
+from trimtab.http.ask import adapter_of
+from trimtab.http.auth import Caller, S, caller
+from trimtab.http.embeddings import Inputs, Texts, inputs_of, pooled
+from trimtab.http.errors import Fault, documented
+from trimtab.http.fields import Body, NotSupported, Text
+from trimtab.http.limits import read_body
+from trimtab.http.prompts import answer_ids, text_ids
+from trimtab.http.schema import takes
+from trimtab.http.send import WholeAnswer
+from trimtab.http.services import Services
+from trimtab.http.steps import headers_of
+from trimtab.serve.request import Delta
+from trimtab.serve.served import Served
+from trimtab.serve.tenants import Tenant
+
+router = APIRouter(dependencies=[Depends(caller)])
+ERRORS = documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
+
+
+class Scored(Body):
+    """What both routes take."""
+
+    model: str = Field(min_length=1, max_length=256, description="An adapter with a head.")
+    use_activation: bool | None = Field(None, description="false: scores as the head gives them, no probabilities.")
+    activation: bool | None = Field(None, description="vLLM's older name of use_activation.")
+
+    user: Any = Field(None, description="Changes nothing.")
+    priority: Any = Field(None, description="vLLM's. Changes nothing.")
+    truncate_prompt_tokens: NotSupported = None
+
+    @property
+    def raw(self) -> bool:
+        return False in (self.use_activation, self.activation)
+
+
+class ClassifyBody(Scored):
+    """POST /classify"""
+
+    input: Inputs = Field(description="A text, texts, token ids, or lists of token ids.")
+    add_special_tokens: bool | None = Field(True, description="false: no start token comes before a text.")
+    messages: NotSupported = None
+
+
+class ScoreBody(Scored):
+    """POST /v1/score. One question for all answers, or one for each."""
+
+    text_1: Text | Texts | None = Field(None, description="A question, or questions.")
+    text_2: Text | Texts | None = Field(None, description="An answer, or answers.")
+    queries: Text | Texts | None = Field(None, description="vLLM's newer name of text_1.")
+    documents: Text | Texts | None = Field(None, description="vLLM's newer name of text_2.")
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> ScoreBody:
+        if (self.text_1 is None) == (self.queries is None) or (self.text_2 is None) == (self.documents is None):
+            raise PydanticCustomError("missing", "must have text_1 and text_2, or queries and documents")
+        return self
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each answer with its question. Fault (400) where their numbers do not go together."""
+        left, right = (
+            [given] if isinstance(given, str) else given or [] for given in (self.text_1 or self.queries, self.text_2 or self.documents)
+        )
+        if len(left) not in (1, len(right)):
+            text = f"text_1: {len(left)} questions for {len(right)} answers; give one, or one for each"
+            raise Fault(text, param="queries" if self.text_1 is None else "text_1", code="invalid_value")
+        return list(zip(left * len(right) if len(left) == 1 else left, right, strict=True))
+
+
+BODIES = (ClassifyBody, ScoreBody)
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+
+
+class Class(BaseModel):
+    """label: the likeliest. probs: of all labels, in the head's order."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class ClassifyReply(BaseModel):
+    id: str
+    object: str
+    created: int
+    model: str
+    data: list[Class]
+    usage: Usage
+
+
+class Score(BaseModel):
+    index: int
+    object: str
+    score: float
+
+
+class ScoreReply(BaseModel):
+    id: str
+    object: str
+    created: int
+    model: str
+    data: list[Score]
+    usage: Usage
+
+
+@router.post("/classify", responses=ERRORS | {200: {"model": ClassifyReply}}, openapi_extra=takes(ClassifyBody))
+async def classify(request: Request, tenant: Caller, s: S) -> Response:
+    """The label of each text, with the probability of each label: softmax, or the sigmoid of a head with one score."""
+    body = await read_body(request, ClassifyBody, s)
+    adapter = await _adapter(request, body, tenant, s)
+    ids = await text_ids(inputs_of(body.input), tenant, s, start=body.add_special_tokens is not False, param="input")
+
+    def told(i: int, delta: Delta) -> dict[str, Any]:
+        probs = _scores(delta, body.raw)
+        return {"index": i, "label": delta.labels[int(probs.argmax())], "probs": probs.tolist(), "num_classes": len(probs)}
+
+    return await _answered(request, "classify", body, ids, told, adapter, tenant, s)
+
+
+@router.post("/score", include_in_schema=False)
+@router.post("/v1/score", responses=ERRORS | {200: {"model": ScoreReply}}, openapi_extra=takes(ScoreBody))
+async def score(request: Request, tenant: Caller, s: S) -> Response:
+    """How good each answer to its question is, by a head with one score: its sigmoid."""
+    body = await read_body(request, ScoreBody, s)
+    pairs = body.pairs
+    adapter = await _adapter(request, body, tenant, s)
+    ids = await answer_ids(pairs, "text_2" if body.documents is None else "documents", tenant, s)
+
+    def told(i: int, delta: Delta) -> dict[str, Any]:
+        if len(delta.labels) != 1:
+            text = f"model: its head has {len(delta.labels)} labels, and a score is one number; POST /classify tells of labels"
+            raise Fault(text, param="model", code="invalid_value")
+        return {"index": i, "object": "score", "score": float(_scores(delta, body.raw)[0])}
+
+    return await _answered(request, "score", body, ids, told, adapter, tenant, s)
+
+
+async def _adapter(request: Request, body: Scored, tenant: Tenant, s: Services) -> Served:
+    """Whose head is asked. Fault: 404 where there is no such adapter, 400 where it is the base."""
+    request.scope["trimtab.record"].model = body.model
+    adapter = await adapter_of(body.model, tenant, s)
+    if adapter is None:
+        raise Fault("model: the base has no head that could score texts; name an adapter", param="model", code="invalid_value")
+    s.admission.refuse_if_over(tenant)  # before the texts are tokenized
+    return adapter
+
+
+async def _answered(
+    request: Request,
+    what: str,
+    body: Scored,
+    ids: Sequence[list[int]],
+    told: Callable[[int, Delta], dict[str, Any]],
+    adapter: Served,
+    tenant: Tenant,
+    s: Services,
+) -> Response:
+    found = await pooled(request, ids, "head", adapter, tenant, s)
+    head = {"id": f"{what}-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": body.model}
+    tokens = sum(map(len, ids))
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
+
+    def written() -> bytes:
+        return json.dumps(head | {"data": [told(i, d) for i, d in enumerate(found)], "usage": usage}).encode()
+
+    answer = await s.words_work.run(tenant.name, written)
+    return WholeAnswer(answer, request.scope["trimtab.record"], s.life, write_s=s.limits.write_s, headers=headers_of(adapter, s))
+
+
+def _scores(delta: Delta, raw: bool) -> np.ndarray:
+    """Probabilities [K] as transformers' pipelines and vLLM form them: softmax, of one score its sigmoid."""
+    score_K = np.frombuffer(delta.vector, dtype="<f4").astype(np.float64)
+    if raw:
+        return score_K
+    with np.errstate(over="ignore"):
+        e_K = np.exp(score_K - score_K.max())
+        return e_K / e_K.sum() if len(e_K) > 1 else 1.0 / (1.0 + np.exp(-score_K))

@@ -1,0 +1,171 @@
+"""Two servers over one database of tenants, as processes: keys, usage and limits across them, and what is left when one is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.http.common import TEXT, post, site
+from tests.http.process import Served, serving
+from tests.serve.databases import KINDS, postgres
+from trimtab.http.assemble import Asked
+from trimtab.serve.exchange import LEASE_SECONDS
+from trimtab.serve.leases import Leases
+from trimtab.serve.opening import open_database
+from trimtab.serve.tenants import Tenants
+
+LONG = TEXT | {"max_tokens": 200, "ignore_eos": True, "stream": True}
+MOST = 5
+ROUTE = "/v1/completions"
+
+
+@pytest.fixture(params=KINDS)
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str | Path]:
+    with ExitStack() as stack:
+        yield tmp_path / "t.db" if request.param == "sqlite" else stack.enter_context(postgres()).database()
+
+
+def key_of(tenants: Tenants, name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {tenants.create_key(name)[1]}"}
+
+
+def until(holds: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@dataclass
+class Seen:
+    """What clients met. answers: (first byte, last byte) of whole ones; others: status or error of each request that got none."""
+
+    answers: list[tuple[float, float]] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+
+async def client(urls: list[str], key: dict[str, str], seen: Seen, end: float) -> None:
+    """Asks one server after the other; every request ends within 30 s, or httpx.ReadTimeout ends the test."""
+    async with httpx.AsyncClient(timeout=30, headers=key) as c:
+        while time.monotonic() < end:
+            urls.append(urls.pop(0))
+            try:
+                async with c.stream("POST", urls[0] + ROUTE, json=LONG) as r:
+                    first, text = 0.0, ""
+                    async for piece in r.aiter_text():
+                        first, text = first or time.monotonic(), text + piece
+                if r.status_code == 200:
+                    assert text.rstrip().endswith("[DONE]")
+                    seen.answers.append((first, time.monotonic()))
+                else:
+                    assert "error" in text and int(r.headers["retry-after"]) >= 0
+                    seen.others.append(str(r.status_code))
+                    await asyncio.sleep(0.05)
+            except (httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError, httpx.WriteError) as error:
+                seen.others.append(type(error).__name__)
+                await asyncio.sleep(0.05)
+
+
+def most_at_once(answers: list[tuple[float, float]]) -> int:
+    events = sorted([(a, 1) for a, _ in answers] + [(b, -1) for _, b in answers])
+    open_, most = 0, 0
+    for _, change in events:
+        open_ += change
+        most = max(most, open_)
+    return most
+
+
+async def load(servers: list[Served], key: dict[str, str], seen: Seen, seconds: float, kill: Served | None = None) -> None:
+    end = time.monotonic() + seconds
+    tasks = [asyncio.create_task(client([s.url for s in servers], key, seen, end)) for _ in range(3 * MOST)]
+    await asyncio.sleep(seconds / 2)
+    if kill is not None:
+        kill.process.send_signal(signal.SIGKILL)
+    await asyncio.gather(*tasks)
+
+
+def test_a_request_waits_for_its_part_and_is_refused_what_another_server_holds(tmp_path: Path) -> None:
+    with Tenants(tmp_path / "t.db", create=True) as tenants:
+        two, key = tenants.add("acme", max_concurrent=2), key_of(tenants, "acme")
+        tenants.share_limits()
+        other = Leases(open_database(tmp_path / "t.db"))
+        with site(Asked(tenants=tenants)) as s:
+
+            def status(prompts: int = 1) -> int:
+                """Of a request with so many answers. It may have nothing to begin with: it waits then."""
+                other.sync()
+                return post(s.app, ROUTE, TEXT | {"prompt": ["a"] * prompts, "max_tokens": 1}, **key).status_code
+
+            assert status(2) == 200
+            assert other.short(two, 2)
+            until(lambda: other.sync() or not other.short(two, 2), 20)
+            other.take(two, 2, 0)
+            assert status() == 429 and s.services.admission.open == 0
+            other.give(two, 2, 0)
+            until(lambda: status(2) == 200, 20)
+        other.close()
+
+
+@pytest.mark.slow
+def test_two_servers_are_one_to_their_tenants(where: str | Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    with Tenants(where, create=True) as tenants, ExitStack() as stack:
+        tenants.add("acme", max_concurrent=MOST)
+        tenants.add("root", admin=True)
+        acme, root = key_of(tenants, "acme"), key_of(tenants, "root")
+        a, b = (stack.enter_context(serving(tiny_llama_folder, tmp_path, "--tenants", where)) for _ in range(2))
+        for s in (a, b):
+            for _ in range(2):
+                assert httpx.post(s.url + ROUTE, json=TEXT, headers=acme, timeout=30).status_code == 200
+
+        def counted() -> bool:
+            return sum(row["requests"] for row in httpx.get(f"{b.url}/admin/usage", headers=root).json()) == 4
+
+        until(counted, 10)
+        made = httpx.post(f"{a.url}/admin/tenants/acme/keys", json={}, headers=root).json()
+        short = {"Authorization": f"Bearer {made['key']}"}
+        until(lambda: httpx.get(f"{b.url}/v1/models", headers=short).status_code == 200, 5)
+        assert httpx.delete(f"{b.url}/admin/keys/{made['id']}", headers=root).status_code == 200
+        assert httpx.get(f"{b.url}/v1/models", headers=short).status_code == 401
+        until(lambda: httpx.get(f"{a.url}/v1/models", headers=short).status_code == 401, 2)
+
+        seen = Seen()
+        asyncio.run(load([a, b], acme, seen, 6))
+        assert len(seen.answers) > MOST and most_at_once(seen.answers) <= MOST
+        assert set(seen.others) <= {"429"}, seen.others
+        seen = Seen()
+        asyncio.run(load([a, b], acme, seen, 6, kill=a))
+        assert set(seen.others) <= {"429", "ConnectError", "ReadError", "RemoteProtocolError", "WriteError"}, seen.others
+        assert most_at_once(seen.answers) <= MOST
+
+        def all_at_b() -> bool:
+            seen = Seen()
+            asyncio.run(load([b], acme, seen, 1))
+            assert most_at_once(seen.answers) <= MOST
+            return most_at_once(seen.answers) == MOST
+
+        until(all_at_b, LEASE_SECONDS + 10)
+        assert b.stop() == 0
+
+
+@pytest.mark.slow
+def test_metrics_on_a_port_of_their_own_need_no_key(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    from trimtab.http.server import bind
+
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    with Tenants(tmp_path / "t.db", create=True) as tenants:
+        tenants.add("acme")
+    options = ("--tenants", tmp_path / "t.db", "--metrics", "vllm", "--metrics-port", str(port))
+    with serving(tiny_llama_folder, tmp_path, *options) as served:
+        told = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        assert "vllm:lora_requests_info{" in told and 'vllm:cache_config_info{block_size="16"' in told and "trimtab_servers{" in told
+        assert httpx.get(f"{served.url}/metrics").status_code == 401
+        assert served.stop() == 0

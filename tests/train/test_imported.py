@@ -1,0 +1,452 @@
+"""Settings of other programs, and files of rows, become run files. What is expected was written by hand from those programs' documents."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+import yaml
+from click.testing import CliRunner
+
+from trimtab.cli import main
+from trimtab.errors import DataError
+from trimtab.train import RunConfig
+from trimtab.train.imported import content, read_settings, run_text
+from trimtab.train.imported.carry import Carry
+from trimtab.train.initial import guess
+from trimtab.train.initial import run_text as first_file
+
+AXOLOTL = """
+base_model: org/base
+datasets:
+  - {path: rows.jsonl, type: chat_template, field_messages: talk, message_property_mappings: {role: from, content: value}, split: train}
+  - {path: org/set, name: en, type: alpaca, split: "train[:10%]"}
+val_set_size: 0.05
+output_dir: ./out
+adapter: qlora
+load_in_4bit: true
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+sequence_len: 2048
+sample_packing: true
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+num_epochs: 3
+optimizer: adamw_torch_fused
+lr_scheduler: constant_with_warmup
+learning_rate: 2e-5
+warmup_ratio: 0.1
+bf16: auto
+tf32: true
+gradient_checkpointing: true
+flash_attention: true
+wandb_project:
+made_up_key: 3
+"""
+LLAMA_FACTORY = """
+model_name_or_path: org/base
+stage: sft
+finetuning_type: lora
+lora_target: q_proj,v_proj
+dataset: talks,pairs
+dataset_dir: data
+template: qwen
+cutoff_len: 512
+max_samples: 100
+learning_rate: 1.0e-4
+warmup_ratio: 0.1
+lr_scheduler_type: cosine
+bf16: true
+val_size: 0.1
+mask_history: true
+"""
+TRL = """
+model_name_or_path: org/base
+dataset_name: org/set
+use_peft: true
+lora_target_modules: all-linear
+learning_rate: 2.0e-4
+per_device_train_batch_size: 4
+assistant_only_loss: true
+"""
+UNSLOTH = """
+model: unsloth/base
+data: {dataset: org/set, format_type: auto}
+training: {training_type: lora, max_seq_length: 512, load_in_4bit: false, num_epochs: 1, learning_rate: 0.0002, batch_size: 2,
+  random_seed: 7, gradient_accumulation_steps: 4, warmup_steps: 5, max_steps: 0, weight_decay: 0.001,
+  gradient_checkpointing: unsloth, optim: adamw_torch}
+lora: {lora_r: 64, lora_alpha: 16, lora_dropout: 0.0, target_modules: "q_proj,v_proj", use_rslora: true}
+logging: {enable_wandb: false}
+"""
+
+
+def _read(folder: Path, text: str, name: str = "settings.yml", data: str | None = None) -> Carry:
+    (folder / name).write_text(text)
+    return read_settings(folder / name, data=data)
+
+
+def _run(carry: Carry) -> dict[str, Any]:
+    """The run file's content as YAML gives it, which `RunConfig` must take."""
+    assert not carry.refused
+    found = yaml.safe_load(run_text(carry, "settings.yml"))
+    RunConfig.from_dict(found, root=carry.folder)
+    return dict(found)
+
+
+def _lost(carry: Carry) -> set[str]:
+    return {note.key for note in carry.lost}
+
+
+def test_axolotl(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"talk": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}))
+    carry = _read(tmp_path, AXOLOTL)
+    run = _run(carry)
+    assert run["base"] == "org/base" and run["out"] == "./out" and run["activation_checkpointing"] is True
+    assert run["data"] == {
+        "rows": {
+            "train": [{"path": "rows.jsonl", "columns": {"messages": "talk"}}, {"path": "hf:org/set:en", "split": "train[:10%]"}],
+            "split": 0.05,
+        }
+    }
+    assert run["variants"]["lora"] == {
+        "data": "rows", "method": "lora", "batch_size": 2, "gradient_accumulation_steps": 4, "epochs": 3, "lr": 2e-5, "max_length": 2048,
+        "warmup_steps": 0.1, "schedule": "constant", "r": 32, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear",
+    }  # fmt: skip
+    assert run["quantize"] == "nf4-double" and {"sample_packing", "datasets[1].type", "made_up_key"} <= _lost(carry)
+    assert not carry.given, "every key is looked at"
+    named = {n.key for n in [*carry.idle, *carry.lost]}
+    assert {"tf32", "flash_attention"} <= named and "wandb_project" not in named
+
+
+@pytest.mark.parametrize(
+    ("rl", "columns"),
+    [
+        ("dpo", {"prompt": "instruction", "chosen": "chosen_response", "rejected": "rejected_response"}),
+        ("kto", {"prompt": "instruction"}),  # axolotl's prompt_strategies/kto/llama3.py: instruction and completion
+    ],
+)
+def test_preferences_of_axolotl(tmp_path: Path, rl: str, columns: dict[str, str]) -> None:
+    rows = "datasets: [{path: org/set, type: llama3.argilla}]"
+    run = _run(_read(tmp_path, f"base_model: b\nadapter: lora\nlora_r: 8\nlearning_rate: 1e-5\nrl: {rl}\n{rows}"))
+    assert run["variants"]["lora"]["objective"] == rl and run["data"]["rows"]["train"] == [{"path": "hf:org/set", "columns": columns}]
+
+
+def test_full_fine_tuning_and_defaults_of_axolotl(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"chapter": "x"}')
+    rows = "datasets: [{path: t.jsonl, type: completion, field: chapter}]"
+    run = _run(_read(tmp_path, f"base_model: b\nlearning_rate: 1e-5\n{rows}\nlr_scheduler: constant\nwarmup_ratio: 0.1"))
+    v = run["variants"]["full"]
+    assert (v["method"], v["batch_size"], v["epochs"], v["schedule"]) == ("full", 1, 1, "constant")
+    assert "warmup_steps" not in v and "target_modules" not in v
+    assert run["data"]["rows"] == {"train": [{"path": "t.jsonl", "columns": {"text": "chapter"}}]}
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("rl: no_such_thing", "rl"),
+        ("adapter: oft", "adapter"),
+        ("relora: true", "relora"),
+        ("datasets: [{path: t.jsonl, type: my.own.module}]", "datasets[0].type"),
+        ("datasets: []", "datasets"),
+        ("lora_model_dir: x", "lora_model_dir"),
+    ],
+)
+def test_another_training_is_refused(tmp_path: Path, line: str, key: str) -> None:
+    settings = {"base_model": "b", "learning_rate": 1e-5, "datasets": [{"path": "hf:a/b", "type": "alpaca"}]}
+    (tmp_path / "s.yml").write_text(yaml.safe_dump(settings | yaml.safe_load(line)))
+    assert [n.key for n in read_settings(tmp_path / "s.yml").refused] == [key]
+    result = CliRunner().invoke(main, ["import-config", str(tmp_path / "s.yml"), "--out", str(tmp_path / "run.yaml")])
+    assert result.exit_code == 2 and not (tmp_path / "run.yaml").exists()
+
+
+def test_llama_factory(tmp_path: Path) -> None:
+    info = {
+        "talks": {"file_name": "talks.json", "formatting": "sharegpt", "columns": {"messages": "dialog"}},
+        "pairs": {"hf_hub_url": "org/pairs", "subset": "en", "num_samples": 50, "columns": {"prompt": "q", "response": "a"}},
+    }
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "data" / "talks.json").write_text(
+        json.dumps([{"dialog": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}])
+    )
+    carry = _read(tmp_path, LLAMA_FACTORY)
+    run = _run(carry)
+    talks = {"path": str(tmp_path / "data" / "talks.json"), "columns": {"conversations": "dialog"}, "limit": 100}
+    pairs = {"path": "hf:org/pairs:en", "columns": {"instruction": "q", "output": "a"}, "limit": 50}
+    assert run["data"]["rows"] == {"train": [talks, pairs], "split": 0.1}
+    v = run["variants"]["lora"]
+    assert (v["r"], v["lora_alpha"], v["lora_dropout"], v["target_modules"]) == (8, 16, 0.0, ["q_proj", "v_proj"])
+    assert (v["epochs"], v["batch_size"], v["max_length"], v["last_turn_only"]) == (3, 8, 512, True)
+    assert run["dtype"] == "bfloat16" and {"template", "cutoff_len"} <= _lost(carry)
+
+
+def test_trl(tmp_path: Path) -> None:
+    run = _run(_read(tmp_path, TRL))
+    v = run["variants"]["lora"]
+    assert (v["r"], v["lora_alpha"], v["lora_dropout"], v["target_modules"]) == (16, 32, 0.05, "all-linear")
+    assert (v["epochs"], v["schedule"], v["max_length"], v["batch_size"]) == (3, "linear", 1024, 4)
+    assert run["activation_checkpointing"] is True and run["data"]["rows"]["train"] == ["hf:org/set"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"), [("SFTConfig", "completion_only_loss: true"), ("DPOConfig", "beta: 0.1"), ("KTOConfig", "desirable_weight: 1.0")]
+)
+def test_what_a_file_of_trl_leaves_out_is_what_trl_takes(tmp_path: Path, kind: str, line: str) -> None:
+    """By the configs of the installed TRL."""
+    (variant,) = RunConfig.from_dict(
+        _run(_read(tmp_path, f"model_name_or_path: b\ndataset_name: org/set\nuse_peft: true\n{line}")), root=tmp_path
+    ).variants
+    theirs = {f.name: f.default for f in dataclasses.fields(getattr(trl, kind)) + dataclasses.fields(trl.ModelConfig)}
+    assert variant.objective.name == kind.removesuffix("Config").lower()
+    options = {
+        "learning_rate": "lr",
+        "num_train_epochs": "epochs",
+        "per_device_train_batch_size": "batch_size",
+        "lr_scheduler_type": "schedule",
+    }
+    options |= {n: n for n in ("gradient_accumulation_steps", "max_length", "warmup_steps", "weight_decay", "max_grad_norm")}
+    options |= {n: n for n in ("adam_beta1", "adam_beta2", "adam_epsilon")}
+    assert {n: getattr(variant.options, ours) for n, ours in options.items()} == {n: theirs[n] for n in options}
+    method = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "use_rslora", "use_dora": "use_dora"}
+    assert {n: getattr(variant.method, ours) for n, ours in method.items()} == {n: theirs[n] for n in method}
+    mine = {f.name for f in dataclasses.fields(variant.objective)} & theirs.keys()
+    assert {n: getattr(variant.objective, n) for n in mine - {"loss_type"}} == {n: theirs[n] for n in mine - {"loss_type"}}
+
+
+def test_groups_of_trl(tmp_path: Path) -> None:
+    """A batch of TRL counts answers; what a file leaves out is what TRL's config has."""
+    text = (
+        "model_name_or_path: b\ndataset_name: org/set\nuse_peft: true\nreward_funcs: [my.lib.close]\nuse_vllm: true\nscale_rewards: false"
+    )
+    carry = _read(tmp_path, f"{text}\nper_device_train_batch_size: 4\ngradient_accumulation_steps: 4\nsteps_per_generation: 8")
+    run = content(carry)
+    v = run["variants"]["lora"]
+    assert (v["batch_size"], v["gradient_accumulation_steps"], v["rewards"]) == (2, 1, [{"reward": "my/lib.py:close"}])
+    assert {"reward_funcs", "steps_per_generation"} <= _lost(carry) and "use_vllm" not in _lost(carry)
+    v["rewards"][0]["trusted"] = True  # by whoever trusts that code
+    objective = RunConfig.from_dict(run, root=tmp_path).variants[0].objective
+    theirs = {f.name: f.default for f in dataclasses.fields(trl.GRPOConfig)}
+    mine = {f.name for f in dataclasses.fields(objective)} & theirs.keys() - {"scale_rewards", "min_p"}
+    assert {n: getattr(objective, n) for n in mine} == {n: theirs[n] for n in mine} and len(mine) >= 12
+    assert objective.scale_rewards == "none"  # type: ignore[attr-defined]
+
+
+def test_groups_of_axolotl(tmp_path: Path) -> None:
+    inner = "{num_generations: 4, reward_funcs: [r.f], reward_weights: [0.5], use_vllm: true, epsilon: 0.1, beta: 0.04, nothing: 1}"
+    carry = _read(
+        tmp_path,
+        f"base_model: b\nadapter: lora\nlearning_rate: 1e-5\nrl: grpo\nmicro_batch_size: 8\ntrl: {inner}\ndatasets: [{{path: o/s}}]",
+    )
+    v = content(carry)["variants"]["lora"]
+    assert (v["objective"], v["batch_size"], v["num_generations"], v["epsilon"], v["beta"]) == ("grpo", 2, 4, 0.1, 0.04)
+    assert v["rewards"] == [{"reward": "r.py:f", "weight": 0.5}] and {"trl.nothing", "trl.reward_funcs"} <= _lost(carry)
+    assert not carry.refused
+
+
+def test_unsloth(tmp_path: Path) -> None:
+    run = _run(_read(tmp_path, UNSLOTH))
+    v = run["variants"]["lora"]
+    assert (v["r"], v["lora_alpha"], v["use_rslora"], v["target_modules"]) == (64, 16, True, ["q_proj", "v_proj"])
+    assert (v["epochs"], v["warmup_steps"], v["seed"], v["max_length"]) == (1, 5, 7, 512) and "max_steps" not in v
+
+
+def test_the_config_of_an_adapter(tmp_path: Path) -> None:
+    peft = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "org/base",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+        "bias": "none",
+    }
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    run = _run(_read(tmp_path, json.dumps(peft | {"task_type": "CAUSAL_LM", "inference_mode": True}), "adapter_config.json", "rows.jsonl"))
+    assert run["variants"]["lora"] == {"data": "rows", "method": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    assert [n.key for n in _read(tmp_path, json.dumps(peft)).refused] == ["data"]
+
+
+def test_paths_start_at_the_run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings, rows and run file in three folders; called from a fourth."""
+    for name in ("conf", "rows", "out/runs", "data"):
+        (tmp_path / name).mkdir(parents=True)
+    row = '{"instruction": "a", "output": "b"}'
+    for file in ("rows/r.jsonl", "data/r.jsonl"):
+        (tmp_path / file).write_text(row)
+    (tmp_path / "data" / "dataset_info.json").write_text('{"mine": {"file_name": "r.jsonl"}}')
+    lora = "model_name_or_path: b\ntemplate: qwen\nfinetuning_type: lora"
+    settings = {
+        "axolotl": "base_model: b\nlearning_rate: 1e-5\ndatasets: [{path: ../rows/r.jsonl, type: alpaca}]",
+        "llama": f"{lora}\ndataset: mine\ndataset_dir: data",
+        "trl": "model_name_or_path: b\ndataset_name: rows/r.jsonl",
+    }
+    monkeypatch.chdir(tmp_path)
+    for name, text in settings.items():
+        (tmp_path / "conf" / f"{name}.yml").write_text(text)
+        result = CliRunner().invoke(main, ["import-config", f"conf/{name}.yml", "--out", f"out/runs/{name}.yml"])
+        assert result.exit_code == 0, result.output
+        (source,) = next(iter(RunConfig.load(tmp_path / "out/runs" / f"{name}.yml").data.values())).train
+        assert (tmp_path / "out/runs" / source.path).read_text() == row, name
+
+
+@pytest.mark.parametrize("line", ["eval_steps: 50", "load_best_model_at_end: false"])
+def test_validation_without_rows_needs_nothing(tmp_path: Path, line: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text('{"pairs": {"hf_hub_url": "org/pairs"}}')
+    llama_factory = "model_name_or_path: b\ntemplate: qwen\ndataset: pairs\ndataset_dir: data\n"
+    for text in (TRL, llama_factory, UNSLOTH):
+        carry = _read(tmp_path, text + line)
+        assert _run(carry)["variants"] and line.partition(":")[0] in {note.key for note in carry.idle}
+
+
+def test_parts_of_all_steps_are_named(tmp_path: Path) -> None:
+    parts = "logging_steps: 0.1\nsave_steps: 0.25\neval_steps: 0.25\nsave_total_limit: 2"
+    for text in (AXOLOTL, TRL):
+        carry = _read(tmp_path, text + parts)
+        assert {"logging_steps"} <= _lost(carry) and not {"save_steps", "eval_steps"} & _lost(carry)
+        run = _run(carry)
+        assert run["keep_checkpoints"] == 2 and run["checkpoint_every"] == 0.25 and "log_every" not in run
+
+
+def test_so_often_an_epoch_is_a_part_of_all_steps(tmp_path: Path) -> None:
+    """As axolotl computes it: 1 / (evals_per_epoch · num_epochs)."""
+    run = _run(_read(tmp_path, AXOLOTL + "evals_per_epoch: 4\nsaves_per_epoch: 2"))
+    assert run["variants"]["lora"]["eval_every"] == pytest.approx(1 / 12) and run["checkpoint_every"] == pytest.approx(1 / 6)
+    once = _run(_read(tmp_path, AXOLOTL.replace("num_epochs: 3", "num_epochs: 1") + "evals_per_epoch: 1\nsaves_per_epoch: 1"))
+    assert "checkpoint_every" not in once and "eval_every" not in once["variants"]["lora"], "1.0 would be every step"
+    half = _run(_read(tmp_path, AXOLOTL.replace("num_epochs: 3", "num_epochs: 0.5") + "evals_per_epoch: 2\nsaves_per_epoch: 2"))
+    assert "checkpoint_every" not in half and "eval_every" not in half["variants"]["lora"]
+
+
+def test_rewards_of_axolotl_train_a_head(tmp_path: Path) -> None:
+    steps = AXOLOTL.replace("type: chat_template", "type: stepwise_supervised, step_separator: STEP").replace(
+        ", field_messages: talk, message_property_mappings: {role: from, content: value}", ""
+    )
+    steps = steps.replace('  - {path: org/set, name: en, type: alpaca, split: "train[:10%]"}\n', "process_reward_model: true\n")
+    carry = _read(tmp_path, steps.replace("STEP", '"\\n"'))
+    assert _run(carry)["variants"]["lora"]["objective"] == "stepwise" and "datasets[0].step_separator" not in _lost(carry)
+    refused = _read(tmp_path, steps.replace("STEP", '" "')).refused
+    assert [n.key for n in refused] == ["datasets[0].step_separator"]
+    full = _read(tmp_path, steps.replace("STEP", '"\\n"').replace("adapter: qlora", "")).refused
+    assert [n.key for n in full] == ["adapter"] and "head" in full[0].why
+
+
+@pytest.mark.parametrize(
+    ("value", "ours"),
+    [
+        *((name, "adamw8bit") for name in ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "adamw_torch_8bit")),
+        *((name, None) for name in ("adamw_torch", "paged_adamw_32bit", "adamw_apex_fused", "lion_8bit", "galore_adamw")),
+        ("adafactor", "adafactor"),
+        ("muon", "muon"),
+        ("sgd", "sgd"),
+    ],
+)
+def test_optimizers(tmp_path: Path, value: str, ours: str | None) -> None:
+    """transformers' `OptimizerNames`, and axolotl's own. What there is none of is named."""
+    trainer = TRL + f"optim: {value}\nadam_beta1: 0.8\nneftune_noise_alpha: 5"
+    for text in (AXOLOTL.replace("adamw_torch_fused", value) + "adam_beta1: 0.8\nneftune_noise_alpha: 5", trainer):
+        carry = _read(tmp_path, text)
+        (variant,) = _run(carry)["variants"].values()
+        assert (variant.get("optimizer"), variant["neftune_noise_alpha"]) == (ours, 5)
+        assert ("adam_beta1" in variant) == (ours not in ("adafactor", "sgd"))
+        assert any(key in _lost(carry) for key in ("optim", "optimizer")) == (value in ("lion_8bit", "galore_adamw"))
+
+
+def test_double_quantisation_and_starts(tmp_path: Path) -> None:
+    """axolotl packs with nf4 and double quantisation unless `bnb_config_kwargs` says otherwise."""
+    carry = _read(tmp_path, AXOLOTL + "peft_init_lora_weights: pissa")
+    variant = _run(carry)["variants"]["lora"]
+    assert variant["init_lora_weights"] == "pissa" and "lora_dropout" not in variant and "lora_dropout" in _lost(carry)
+    plain = "bnb_config_kwargs: {bnb_4bit_use_double_quant: false, bnb_4bit_quant_type: fp4}"
+    assert _run(_read(tmp_path, AXOLOTL + plain))["quantize"] == "fp4"
+    nested = TRL + "load_in_4bit: true\nuse_bnb_nested_quant: true"
+    assert _run(_read(tmp_path, nested))["quantize"] == "nf4-double"
+
+
+def test_strict_and_strangers(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "a.yml").write_text(AXOLOTL)
+    (tmp_path / "b.yml").write_text("who: knows")
+    for args, code in ((["a.yml"], 0), (["a.yml", "--strict"], 2), (["b.yml"], 2), (["b.yml", "--from", "axolotel"], 2)):
+        assert CliRunner().invoke(main, ["import-config", str(tmp_path / args[0]), *args[1:]]).exit_code == code
+    said = json.loads(CliRunner().invoke(main, ["import-config", str(tmp_path / "a.yml"), "--json"]).stdout)
+    assert said["run"] == json.loads(json.dumps(content(read_settings(tmp_path / "a.yml")), default=str))
+
+
+def _rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "columns"),
+    [
+        ({"Question": "a", "Answer": "b", "id": 3}, "prompt", {"prompt": "Question", "completion": "Answer"}),
+        ({"text": "a", "intent": "b"}, "label", {"text": "text", "label": "intent"}),
+        ({"instruction": "a", "input": "", "output": "b"}, "instruction", {}),
+        ({"chat": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "messages", {"messages": "chat"}),
+        ({"body": "a"}, "text", {"text": "body"}),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "dpo", {}),
+        ({"prompt": "a", "completion": "b", "label": True}, "kto", {}),
+        ({"text": "a", "label": 1}, "label", {"text": "text", "label": "label"}),
+    ],
+)
+def test_columns_are_guessed(tmp_path: Path, row: dict[str, Any], form: str, columns: dict[str, str]) -> None:
+    _rows(tmp_path / "r.jsonl", [row] * 3)
+    found = guess("r.jsonl", tmp_path)
+    assert (found.form, found.columns) == (form, columns)
+    RunConfig.from_dict(yaml.safe_load(first_file(found, "smollm2-135m-instruct")), root=tmp_path)
+
+
+def test_files_that_only_have_a_split_s_name_are_left_out(tmp_path: Path) -> None:
+    """As references of e2e: their columns are no row's."""
+    talk = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    _rows(tmp_path / "d" / "train.jsonl", talk * 3)
+    _rows(tmp_path / "d" / "valid.jsonl", [{"mr": "a", "refs": ["b"]}])
+    _rows(tmp_path / "d" / "test.jsonl", [{"prompt": "a", "completion": "b"}])
+    found = guess("d", tmp_path)
+    assert found.splits.keys() == {"train", "test"} and "d/valid.jsonl is left out: its columns are mr, refs" in found.said
+    assert not any(said.startswith("valid rows") for said in found.said)
+
+
+def test_folders_of_folders_are_named(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        _rows(tmp_path / name / "train.jsonl", [{"text": "a"}])
+    (tmp_path / "README.txt").write_text("what this is")
+    with pytest.raises(DataError, match="holds folders with rows: a, b"):
+        guess(".", tmp_path)
+
+
+def test_labels_of_few_rows_make_a_run_file(tmp_path: Path) -> None:
+    _rows(tmp_path / "r.jsonl", [{"text": f"words {i}", "label": ["buy", "sell"][i % 2]} for i in range(10)])
+    found = guess("r.jsonl", tmp_path)
+    assert found.labels
+    RunConfig.from_dict(yaml.safe_load(first_file(found, "smollm2-135m-instruct")), root=tmp_path)
+
+
+def test_a_first_run_file(tmp_path: Path) -> None:
+    rows = [{"utterance": f"words {i}", "category": ["buy", "sell", "ask"][i % 3]} for i in range(60)]
+    for name in ("intents-train.jsonl", "intents-test.jsonl"):
+        _rows(tmp_path / "d" / name, rows)
+    out = tmp_path / "run.yaml"
+    assert CliRunner().invoke(main, ["init", str(tmp_path / "d"), "--out", str(out)]).exit_code == 0
+    run, text = yaml.safe_load(out.read_text()), out.read_text()
+    assert run["data"] == {
+        "intents": {
+            "train": {"path": "d/intents-train.jsonl", "columns": {"text": "utterance", "label": "category"}},
+            "test": {"path": "d/intents-test.jsonl", "columns": {"text": "utterance", "label": "category"}},
+            "split": 0.1,
+            "labels": "auto",
+        }
+    }
+    assert "3 distinct answers" in text and "held out" in text
+    RunConfig.load(out)
+    again = CliRunner().invoke(main, ["init", str(tmp_path / "d"), "--out", str(out)])
+    assert again.exit_code == 2 and out.read_text() == text
