@@ -1,4 +1,4 @@
-"""`trimtab plan`: what methods cost on a base, from its architecture alone."""
+"""`trimtab plan`: what methods cost on a base, from its architecture alone; and what they, or a run file, take on devices of a kind."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ Examples:
   trimtab plan llama-2-7b
   trimtab plan llama-2-7b --method lora --set r=16 --set 'target_modules=[q_proj, v_proj]'
   trimtab plan ./my-model/config.json --method prefix -o num_virtual_tokens=50 --json
+  trimtab plan llama-3.1-8b --method lora --device h100-80gb --ranks 8 --price-per-hour 3
+  trimtab plan examples/halyard.yaml --device l4-24gb
+  trimtab plan --devices
 """
 
 
@@ -35,7 +38,12 @@ class _MethodOption(click.Option):
 
 
 @click.command(epilog=EXAMPLE)
-@click.argument("base")
+@click.argument("base", required=False, metavar="BASE|RUN.yaml")
+@click.option("--device", help="Training and serving on devices of this kind, by their data sheets; cpu: this machine, measured.")
+@click.option("--devices", "table", is_flag=True, help="Print the devices that are known, with the source of their figures.")
+@click.option("--ranks", default=1, show_default=True, help="With --device: processes that train together, or servers; a device each.")
+@click.option("--price-per-hour", type=float, help="With --device: of one device, in any currency.")
+@click.option("--share-of-peak", type=float, help="With --device: part of its TFLOP/s that is reached, if you have measured it.")
 @click.option("--method", cls=_MethodOption, metavar="NAME")
 @click.option("-o", "--set", "fields", multiple=True, metavar="FIELD=VALUE", help="A field of the method, as in a run file. Repeatable.")
 @click.option("--all", "everything", is_flag=True, help="Beside --method, show the other methods at their presets too.")
@@ -54,7 +62,12 @@ class _MethodOption(click.Option):
 @click.option("--labels", type=click.IntRange(min=1), help="Each adapter has a head over so many labels, a reward over one.")
 @json_option("Print JSON; sizes in bytes.")
 def plan(
-    base: str,
+    base: str | None,
+    device: str | None,
+    table: bool,
+    ranks: int,
+    price_per_hour: float | None,
+    share_of_peak: float | None,
     method: str | None,
     fields: tuple[str, ...],
     everything: bool,
@@ -67,13 +80,37 @@ def plan(
 
     BASE is a known shape (llama-2-7b, qwen3-8b, …), the bundled base, a folder or its config.json, a .gguf file, or a hub id.
     Parameters and file sizes are exact; memory is an estimate. MB and GB are 10^6 and 10^9 bytes.
+
+    With --device it says instead what fits where, tokens a second and cost, for training and for serving, and what that assumes. Then a
+    run file may stand in the place of BASE: its rows are read, and all its variants train together.
     """
+    from trimtab.cli.plan_device import Fleet, is_run_file, plan_base, plan_run, show_table
+    from trimtab.errors import ConfigError
+
+    if table:
+        show_table(as_json)
+        return
+    if base is None:
+        raise ConfigError("no base is named", fix="trimtab plan BASE, or trimtab plan RUN.yaml --device NAME")
+    fleet = Fleet(device or "cpu", ranks, price_per_hour, share_of_peak)
+    if is_run_file(base):
+        plan_run(base, fleet, as_json)
+        return
+    if device is None and (ranks != 1 or price_per_hour is not None or share_of_peak is not None):
+        raise ConfigError(
+            "--ranks, --price-per-hour and --share-of-peak say something about devices, but none is named", fix="add --device NAME"
+        )
+    if device is not None:
+        method, everything = method or "lora", False
     methods = _methods(method, fields, everything)
     from trimtab.bases.shapes import read_architecture
     from trimtab.cost.plan import plan as make_plan
     from trimtab.methods.head import Head, unnamed
 
     architecture, head = read_architecture(base, quantize), Head(unnamed(labels)) if labels else None
+    if device is not None:
+        plan_base(architecture, methods[0], head, fleet, as_json, **options)
+        return
     plans = [make_plan(architecture, m, head=head, **options) for m in methods]
     if as_json:
         click.echo(json.dumps({"base": base, "base_parameters": architecture.parameters, "plans": [p.to_dict() for p in plans]}, indent=2))

@@ -22,7 +22,7 @@ from trimtab.cost.room import HEAP, NOTHING_FITS, ROW_BYTES, Need, Pass, drawing
 from trimtab.data import answer_of, order
 from trimtab.data.token_store import Examples
 from trimtab.errors import ConfigError, DataError
-from trimtab.methods import FullConfig
+from trimtab.methods import FullConfig, Method
 from trimtab.train.ahead import DECODED, Held, validations
 from trimtab.train.config import RunConfig
 from trimtab.train.findings import CheckReport, Estimate, Finding, Split, VariantEstimate
@@ -143,8 +143,7 @@ def _judging(
 
 def _variant(run: RunConfig, v: VariantConfig, split: Split, base: Architecture, dtype: str) -> tuple[VariantEstimate, CostPlan]:
     """One variant's steps, tokens and plan. Steps are counted as training counts them; tokens are those of as many mean steps."""
-    o, spec = v.options, base.spec
-    aim = v.objective
+    o, aim = v.options, v.objective
     answers = aim.answers * aim.answer_tokens  # at most, to each row
     lengths = split.epoch.tokens + answers
     at = order(len(lengths), o.seed if o.seed is not None else run.seed, 0)
@@ -154,14 +153,9 @@ def _variant(run: RunConfig, v: VariantConfig, split: Split, base: Architecture,
     tokens = int(lengths.sum() * steps * o.gradient_accumulation_steps / len(batches))
     costs, bare = (plan(base, v.method, dtype=dtype, batch_tokens=1, sequence_length=1, head=h) for h in (aim.head, None))
     supervised = 0.0 if aim.reads_head else (int(split.epoch.targets.sum()) + answers * len(lengths)) / lengths.sum()
-    # Frozen linears cost 2 FLOPs a parameter and token in the forward and 2 in the backward; the output head works on supervised rows only.
-    # Activation checkpointing runs the layers' forward once more.
-    table, body = spec.vocab_size * spec.hidden_size, _body(base)
-    adapter = 0 if isinstance(v.method, FullConfig) or virtual_tokens(v) else bare.trainable  # a head computes few rows
-    per_token = (6 if isinstance(v.method, FullConfig) else 4) * (body + supervised * table) + 6 * adapter
-    per_token += 2 * (body + adapter) if run.activation_checkpointing else 0
-    per_token += 2 * (body + supervised * table) * aim.passes_before
-    per_token += 2 * (body + table) * DECODED * answers * len(lengths) / lengths.sum() / aim.steps_on_rows
+    per_token = flops_per_token(base, v.method, bare.trainable, supervised, again=run.activation_checkpointing)
+    per_token += 2 * (_body(base) + supervised * _table(base)) * aim.passes_before
+    per_token += 2 * (_body(base) + _table(base)) * DECODED * answers * len(lengths) / lengths.sum() / aim.steps_on_rows
     estimate = VariantEstimate(
         name=v.name,
         method=v.method.name,
@@ -179,6 +173,19 @@ def _variant(run: RunConfig, v: VariantConfig, split: Split, base: Architecture,
     return estimate, costs
 
 
+def flops_per_token(base: Architecture, method: Method, trainable: int, supervised: float, *, again: bool = False) -> float:
+    """FLOPs of training on one token, without attention's scores. trainable: numbers of the adapter, without a head, which computes few
+    rows. supervised: the part of tokens that reach the output head. again: with activation checkpointing.
+
+    Frozen linears cost 2 FLOPs a parameter and token in the forward and 2 in the backward. Activation checkpointing runs the layers'
+    forward once more.
+    """
+    body = _body(base)
+    adapter = 0 if isinstance(method, FullConfig) or hasattr(method, "num_virtual_tokens") else trainable
+    per_token = (6 if isinstance(method, FullConfig) else 4) * (body + supervised * _table(base)) + 6 * adapter
+    return per_token + (2 * (body + adapter) if again else 0)
+
+
 def fitting_tokens(run: RunConfig, base: Architecture, variants: Sequence[VariantConfig], dtype: torch.dtype, length: int) -> int | None:
     """The largest half, quarter, … of `max_tokens` whose forwards fit the memory that is free, beside what is held already; None where none
     does, since a row longer than that runs alone."""
@@ -194,7 +201,12 @@ def fitting_tokens(run: RunConfig, base: Architecture, variants: Sequence[Varian
 
 def _body(base: Architecture) -> int:
     """Parameters between embedding and head."""
-    return base.parameters - base.spec.vocab_size * base.spec.hidden_size * (1 if base.spec.tied_head else 2)
+    return base.parameters - _table(base) * (1 if base.spec.tied_head else 2)
+
+
+def _table(base: Architecture) -> int:
+    """Parameters of the head."""
+    return base.spec.vocab_size * base.spec.hidden_size
 
 
 def probe_flops(spec: Spec, dtype: torch.dtype, device: torch.device) -> float:
