@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     from trimtab.errors import TrimtabError
     from trimtab.methods import BottleneckConfig, FullConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
     from trimtab.model import Base, load_base
+    from trimtab.python.training import check, sweep, train
     from trimtab.store import Adapter
-    from trimtab.train import RunConfig, train
+    from trimtab.store.registry import Store
+    from trimtab.train import RunConfig
+    from trimtab.train.callbacks import Callback
+    from trimtab.train.interrupt import Interrupted
 else:
     load_on_first_use(__name__)
 
@@ -32,14 +36,19 @@ __all__ = [
     "Adapter",
     "Base",
     "BottleneckConfig",
+    "Callback",
     "FullConfig",
     "IA3Config",
+    "Interrupted",
     "LoraConfig",
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "RunConfig",
+    "Store",
     "TrimtabError",
     "__version__",
+    "check",
     "load_base",
+    "sweep",
     "train",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -26,22 +27,39 @@ def load_on_first_use(package: str) -> None:
         for alias in node.names
     }
     module.__class__ = LazyPackage
-    vars(module).update(__getattr__=_loader(module, homes), __lazy__=frozenset(homes))
+    vars(module).update(__getattr__=_loader(module, homes), __lazy__=frozenset(homes), __homes__=homes)
 
 
 class LazyPackage(ModuleType):
-    """A package that has both a function `load` and a file `load.py`: importing the file must not hide the function. A package that can
-    itself be called (`trimtab.train`) may."""
+    """A package that has both a function `load` and a file `load.py`: importing the file must not hide the function. A package of that name
+    (`trimtab.train`) stands in the function's place and can be called as it."""
 
     __lazy__: frozenset[str]
+    __homes__: Mapping[str, str]
 
     def __setattr__(self, name: str, value: object) -> None:
-        hides = name in self.__lazy__ and isinstance(value, ModuleType) and not callable(value)
-        if not hides:
+        hides = name in self.__lazy__ and isinstance(value, ModuleType)
+        if hides and hasattr(value, "__path__"):
+            _let_call(value, lambda: getattr(import_module(self.__homes__[name]), name))
+        if not hides or hasattr(value, "__path__"):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self.__lazy__})
+
+
+def _let_call(package: Any, function: Callable[[], Callable[..., Any]]) -> None:
+    """Make a package callable as a function, which is loaded at the first call; `help` and notebooks see the function's signature."""
+
+    class Called(type(package)):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return function()(*args, **kwargs)
+
+        @property
+        def __signature__(self) -> inspect.Signature:
+            return inspect.signature(function())
+
+    package.__class__ = Called
 
 
 def _loader(module: ModuleType, homes: dict[str, str]) -> Callable[[str], Any]:

@@ -319,8 +319,9 @@ class Base:
 
 
 def load_base(
-    name_or_path: str,
+    name_or_path: str | torch.nn.Module,
     *,
+    tokenizer: Any = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     quantize: str | None = None,
@@ -328,12 +329,49 @@ def load_base(
 ) -> Base:
     """Load a base and freeze it: a bundled name ("smollm2-135m-instruct"), a folder, a hub id, or a .gguf file.
 
+    It may also be a causal language model of transformers that is loaded already, with its `tokenizer`. It stays as it is, in its dtype and
+    on its device, but it is frozen, in eval mode, and cannot be called by itself any more. A model that was given before is the same Base.
+
     dtype: by default bfloat16 if the hardware multiplies it natively, else float32. device: by default CUDA if there is one. quantize: a
     format in which the linear layers of a dense base are packed while they are read: nf4, fp4, int8, nf4-double or fp4-double.
     base_differs: take adapters that were trained on another base, as on this one in another precision. BaseError if the base cannot be
     found, read or supported; the message says what there is instead.
     """
+    if isinstance(name_or_path, torch.nn.Module):
+        if given := [n for n, v in (("dtype", dtype), ("device", device), ("quantize", quantize)) if v is not None]:
+            raise ConfigError(f"{', '.join(given)}: of a base that is loaded here, and a model was given", fix="load the model so")
+        return _around(name_or_path, tokenizer, base_differs)
+    if tokenizer is not None:
+        raise ConfigError(f"a tokenizer was given beside {name_or_path!r}, which has its own", fix="give a loaded model, or no tokenizer")
     loaded = bases.load(name_or_path, dtype=dtype, device=device, quantize=quantize)
     return Base(
         loaded.model, loaded.tokenizer, name=loaded.name, path=loaded.path, fingerprint=loaded.fingerprint, base_differs=base_differs
     )
+
+
+IN_MEMORY = "a model in memory"
+"""What a base is called that came as a model without a name."""
+KNOWN_AS = "_trimtab_base"
+"""The attribute in which a model that was given keeps its Base, so that both go together."""
+
+
+def _around(model: Any, tokenizer: Any, base_differs: bool) -> Base:
+    """The Base of a model that is loaded already. It has a path only where a folder holds the very tensors: merging reads them there."""
+    known: Base | None = vars(model).get(KNOWN_AS)
+    if known is not None:
+        if tokenizer is not None and tokenizer is not known.tokenizer:
+            raise ConfigError("this model is a base already, with another tokenizer", fix="give the same tokenizer, or load the model anew")
+        known.base_differs = base_differs or known.base_differs
+        return known
+    if hasattr(model, "peft_config"):
+        raise ConfigError("the model has adapters of peft", fix="give the model without them: `peft_model.unload()`")
+    if tokenizer is None or not hasattr(model, "config"):
+        what = "its tokenizer is missing" if hasattr(model, "config") else f"a {type(model).__name__} is no model of transformers"
+        raise ConfigError(f"the base is a loaded model, and {what}", fix="give model and tokenizer: base=model, tokenizer=tokenizer")
+    name, fingerprint = str(getattr(model, "name_or_path", "") or IN_MEMORY), bases.fingerprint_model(model)
+    folder = Path(name)
+    same = folder.is_dir() and bases.fingerprint_folder(folder) == fingerprint
+    model.eval().requires_grad_(False)
+    base = Base(model, tokenizer, name=name, path=folder if same else None, fingerprint=fingerprint, base_differs=base_differs)
+    vars(model)[KNOWN_AS] = base
+    return base

@@ -188,7 +188,7 @@ def test_a_root_in_words_and_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert RunConfig.from_dict(run_file(tmp_path, {"v": LORA}, out="~/runs"), root="elsewhere").out == tmp_path / "runs"
 
 
-def test_a_mapping_is_a_run_and_rows_are_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mapping_is_a_run_and_rows_alone_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import trimtab
     from tests.train.common import tiny_base
 
@@ -197,14 +197,12 @@ def test_a_mapping_is_a_run_and_rows_are_answered(tmp_path: Path, monkeypatch: p
     report = trimtab.train(content, base=tiny_base())
     assert report.out == Path("out") and (tmp_path / "out" / "summary.json").is_file()
     rows = [{"prompt": "a", "completion": "b"}]
-    with pytest.raises(ConfigError, match=r"data\.a\.train\[0\]: a row is given where a source belongs.*JSON lines"):
-        trimtab.train(content | {"data": {"a": {"train": rows}}}, base=tiny_base())
+    with pytest.raises(ConfigError, match=r"data\.a\.train: one row: rows stand in a list"):
+        trimtab.train(content | {"out": "other", "data": {"a": {"train": rows[0]}}}, base=tiny_base())
     with pytest.raises(ConfigError, match=r"expected a mapping .* found list"):
         trimtab.train(rows, base=tiny_base())  # type: ignore[arg-type]
     datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
     for table in (datasets.Dataset.from_list(rows), pandas.DataFrame(rows)):
-        with pytest.raises(ConfigError, match=rf"data\.a\.train: a {type(table).__name__} is given .*to_json"):
-            trimtab.train(content | {"data": {"a": {"train": table}}}, base=tiny_base())
         with pytest.raises(ConfigError, match=f"found {type(table).__name__}"):
             trimtab.train(table, base=tiny_base())
 

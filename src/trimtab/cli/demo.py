@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-import trimtab
 from trimtab.cli import show
 from trimtab.cli.options import json_option
 from trimtab.cli.terminal import Terminal
@@ -59,7 +59,7 @@ def demo(out: Path | None, as_json: bool) -> None:
 
 def examples() -> Path:
     """The examples folder: inside the package in an installation, beside src/ in a checkout."""
-    package = Path(trimtab.__file__).parent
+    package = Path(str(sys.modules["trimtab"].__file__)).parent
     folder = package.parents[1] / "examples" if package.parent.name == "src" else package / "examples"
     if (folder / "desks.yaml").is_file():
         return folder

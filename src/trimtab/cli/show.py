@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -121,6 +122,9 @@ class Lines:
         self.pace.end(variant)
         self.warning(f"{variant} has stopped: {reason}")
 
+    def saved(self, step: int, folder: Path) -> None:
+        """Not shown."""
+
     def warning(self, text: str) -> None:
         print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
@@ -180,6 +184,9 @@ class Bars:
         self.pace.end(variant)
         self._end(variant, "[yellow]stopped[/]")
         self.warning(f"{variant} has stopped: {reason}")
+
+    def saved(self, step: int, folder: Path) -> None:
+        """Not shown."""
 
     def warning(self, text: str) -> None:
         self.progress.console.print("[yellow]warning:[/]", Text(text), highlight=False)

@@ -191,22 +191,24 @@ def _words(file: Path, out: Path | None, root: Path | None, changes: Sequence[st
 
 
 @contextmanager
-def stopping(stop: Stop, quiet: bool = False) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the run to stop; a second one is the system's to handle. What stood before is put back at the end. quiet:
-    without a word to the user."""
+def stopping(stop: Stop, quiet: bool = False, signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the run to stop; a second one is handled as before. What stood before is put back at the end. quiet: without a
+    word to the user."""
     if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread handle signals
         yield
         return
 
     def handle(signum: int, frame: object) -> None:
-        for s in SIGNALS:
-            signal.signal(s, signal.SIG_DFL)
+        for s in signals:
+            signal.signal(s, signal.SIG_DFL if signals == SIGNALS else before[s])
         text = "\nending after this step, with a checkpoint; once more ends at once\n" if stop.stepping else "\n"
         if not quiet:
             os.write(2, (SHOW_CURSOR * sys.stderr.isatty() + text).encode())  # print may be what the signal has interrupted
         stop.ask(signum)
 
-    before = {s: signal.signal(s, handle) for s in SIGNALS}
+    before = {s: signal.getsignal(s) for s in signals}
+    for s in signals:
+        signal.signal(s, handle)
     try:
         yield
     finally:

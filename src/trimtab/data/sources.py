@@ -1,4 +1,4 @@
-"""Where rows come from: a `Source` names a file, a folder or a hub dataset, and `read_source` reads it."""
+"""Where rows come from: a `Source` names a file, a folder or a hub dataset, or holds rows of the program; `read_source` reads it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import PlainSerializer
 
 from trimtab.bases.template import BadRow
 from trimtab.data.documents import TEXT_SUFFIXES, text_files
 from trimtab.data.formats import READERS, SUFFIXES, holds_something, hub_fingerprint, read_hub
-from trimtab.data.forms import check_columns, form_of, unused, used_columns
+from trimtab.data.forms import COLUMNS, check_columns, form_of, unused, used_columns
+from trimtab.data.given import GivenRows, is_table
 from trimtab.data.keys import Repeated
 from trimtab.data.opened import digest
 from trimtab.data.pairs import PAIR_COLUMNS
@@ -28,22 +31,26 @@ from trimtab.foreign import answer
 from trimtab.paths import user_path
 
 HUB = "hf:"
+ROWS = "rows"
+"""What messages call rows that a program gives."""
+_HOLDERS = frozenset(("path", "rows"))
 
 
 @dataclass(frozen=True)
 class Source:
     """One source of rows.
 
-    path: a file, a folder of Markdown/text, or "hf:org/name" ("hf:org/name:config"); relative paths start at the run file's folder. weight:
-    how often an epoch draws each of its rows (2: twice; 0.5: a fixed half of them). format: jsonl, json, csv, parquet or text, if the
-    suffix does not say it. columns: our column name -> the file's. system: a system turn for rows that have none. split: of a hub dataset
-    ("train"); or a number: so many of the rows (below 1: this part of them) are held out as valid rows. trusted: control tokens in its
-    plain text are read as such. limit: only the first so many rows are read.
+    path: a file, a folder of Markdown/text, or "hf:org/name" ("hf:org/name:config"); relative paths start at the run file's folder. rows:
+    in the place of a path, what a program has: a list of dicts, a generator, a DataFrame, a `datasets.Dataset`. They are read at once: this
+    is then a `GivenRows`, and path is what messages call it. weight: how often an epoch draws each of its rows (2: twice; 0.5: a fixed half
+    of them). format: jsonl, json, csv, parquet or text, if the suffix does not say it. columns: our column name -> the file's. system: a
+    system turn for rows that have none. split: of a hub dataset ("train"); or a number: so many of the rows (below 1: this part of them)
+    are held out as valid rows. trusted: control tokens in its plain text are read as such. limit: only the first so many rows are read.
 
     held: a number that was given as `split`. held_out: this is the source of those valid rows. Neither is a key of run files.
     """
 
-    path: str
+    path: str = ""
     weight: float = 1.0
     format: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -53,9 +60,12 @@ class Source:
     limit: int | None = None
     held: float = 0
     held_out: bool = False
+    rows: Annotated[Any, PlainSerializer(lambda rows: None)] = None  # no setting: the digest of a data set says which rows it has
 
     def __post_init__(self) -> None:
         problems = []
+        if self.rows is not None and self.path == "":
+            object.__setattr__(self, "path", ROWS)
         if not isinstance(self.path, str) or not self.path.removeprefix(HUB):
             problems.append(f"path = {self.path!r}: not the name of a file, a folder or hf:org/name")
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 < self.weight < math.inf:
@@ -68,12 +78,28 @@ class Source:
         problems += [f"trusted = {v!r}: neither true nor false" for v in (self.trusted,) if type(v) is not bool]
         if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
             problems.append(f"limit = {self.limit!r}: not a number of rows, at least 1")
+        if self.rows is not None and not problems:
+            problems += self._take_rows()
         if not isinstance(self.split, str | None):
             problems += [f"split = {self.split!r}: {text}" for text in (part_problem(self.split),) if text]
             object.__setattr__(self, "held", self.split)
             object.__setattr__(self, "split", None)
         if problems:
             raise ConfigError(f"the source {self.path!r} cannot be used", problems=problems)
+
+    def _take_rows(self) -> list[str]:
+        """Read the rows that were given, once; what is wrong with them."""
+        if isinstance(self.rows, GivenRows):
+            return []
+        if not (is_table(self.rows) or isinstance(self.rows, list | tuple)):
+            return [f"rows = {reprlib.repr(self.rows)}: not a list of dicts, a generator, a DataFrame or a Dataset"]
+        if self.format is not None or isinstance(self.split, str):
+            return [f"{key}: of files and of data sets of the hub; these are rows" for key in ("format", "split") if getattr(self, key)]
+        try:
+            object.__setattr__(self, "rows", GivenRows(self.rows, self.limit))
+        except ConfigError as e:
+            return e.among_others()
+        return []
 
 
 def part_problem(part: Any) -> str:
@@ -101,39 +127,68 @@ def parse_sources(value: Any, *, where: str = "data") -> list[Source]:
 
 def sources_in(value: Any, where: str) -> tuple[list[Source], list[str]]:
     """(the sources that can be told from `value`, what is wrong with the others)."""
-    items = list(value) if isinstance(value, list | tuple) else [value]
+    several = isinstance(value, list | tuple) and not holds_rows(value)
+    items = list(value) if several else [value]
     if not items:
         return [], [f"{where} names no source: name a file, a folder or hf:org/name"]
-    sources, problems = list[Source](), list[str]()
+    sources, problems, tables = list[Source](), list[str](), 0
     for i, item in enumerate(items):
-        at = f"{where}[{i}]" if isinstance(value, list | tuple) else where
+        at = f"{where}[{i}]" if several else where
+        if holds_rows(item):
+            item = {"rows": item}
         if isinstance(item, Source):
             sources.append(item)
         elif isinstance(item, str | Path):
             sources.append(Source(str(item)))
-        elif isinstance(item, Mapping) and not _OF_A_ROW.isdisjoint(item):
-            problems.append(f"{at}: {_AS_FILES.format('a row')}")
-            break  # so are the others
-        elif any(hasattr(item, name) for name in ("columns", "column_names")):
-            problems.append(f"{at}: {_AS_FILES.format(f'a {type(item).__name__}')}")
-        elif not isinstance(item, Mapping) or "path" not in item:
+        elif isinstance(item, Mapping) and any(map(is_table, item.values())) and "rows" not in item:
+            problems.append(f"{at}: several splits, {', '.join(map(str, item))}: give one of them")
+        elif isinstance(item, Mapping) and _is_row(item):
+            problems.append(f"{at}: one row: rows stand in a list")
+        elif not isinstance(item, Mapping) or _HOLDERS.isdisjoint(item):
             unknown = [k for k in item if k not in KEYS] if isinstance(item, Mapping) else []
             hints = "".join(f"; {k!r}{hint}" for k in unknown if (hint := answer(k, KEYS)))
-            problems.append(f"{at} = {reprlib.repr(item)}: neither a path nor a mapping with a path{hints}")
+            problems.append(f"{at} = {reprlib.repr(item)}: neither a path, nor rows, nor a mapping with one of them{hints}")
         else:
             problems += [f"{at}: unknown key {key!r}{answer(key, KEYS)}" for key in item if key not in KEYS]
+            if item.keys() >= _HOLDERS:
+                problems.append(
+                    f"{at}: `path` and `rows` are both given: take one of them away; rows that have a column `path` stand in `rows`"
+                )
+                continue
+            named = {k: v for k, v in item.items() if k in KEYS}
+            if item.get("rows") is not None:
+                tables += 1
+                named["path"] = ROWS if tables == 1 else f"{ROWS} {tables}"
             try:
-                sources.append(Source(**{k: v for k, v in item.items() if k in KEYS}))
+                sources.append(Source(**named))
             except ConfigError as e:
                 problems += [f"{at}: {p}" for p in e.problems]
     return sources, problems
 
 
-_OF_A_ROW = frozenset(("messages", "conversations", "prompt", "completion", "instruction", "text"))
-_AS_FILES = (
-    "{} is given where a source belongs; sources are files: write the rows as JSON lines, a row a line "
-    "(of a DataFrame: to_json(path, orient='records', lines=True); of a Dataset: to_json(path)), and name that path"
-)
+def holds_rows(value: Any) -> bool:
+    """Whether a value is rows: a table, or a list of rows rather than of sources, which its first item decides."""
+    listed = isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping) and _is_row(value[0])
+    return listed or is_table(value) or isinstance(value, GivenRows)
+
+
+def taken(data: Any) -> Any:
+    """`data` as a run file has it, with the rows in it read: a generator can be read only once."""
+    if holds_rows(data):
+        return GivenRows(data)
+    if isinstance(data, Mapping) and holds_rows(data.get("rows")) and not isinstance(data["rows"], GivenRows):
+        limit = data.get("limit")
+        return {**data, "rows": GivenRows(data["rows"], limit if type(limit) is int and limit > 0 else None)}
+    if isinstance(data, Mapping):
+        return {name: taken(value) for name, value in data.items()}
+    return [taken(item) for item in data] if isinstance(data, list | tuple) else data
+
+
+def _is_row(item: Mapping[Any, Any]) -> bool:
+    """Whether a mapping is a row rather than a source with a key that is misspelt: it has a column."""
+    if not _HOLDERS.isdisjoint(item):
+        return False
+    return any(key in COLUMNS or not answer(key, KEYS) for key in item if key not in KEYS)
 
 
 def peek_source(source: Source, root: Path, parts: Parts = whole) -> None:
@@ -221,6 +276,8 @@ def content_of(source: Source, root: Path) -> tuple[str, bytes] | None:
     none: what is missing, or a data set that does not say which it is. The files of a folder have names of their own, so that their
     folder's place is part of its digest."""
     how = [source.format, sorted(source.columns.items()), source.system, source.trusted, source.limit]
+    if source.rows is not None:
+        return source.path, hashlib.sha256(json.dumps([*how, source.rows.digest]).encode()).digest()
     if source.path.startswith(HUB):
         name, mark = source.path.removeprefix(HUB), hub_fingerprint(source.path.removeprefix(HUB), _hub_split(source))
         return (source.path, hashlib.sha256(json.dumps([*how, name, _hub_split(source), mark]).encode()).digest()) if mark else None
@@ -238,6 +295,8 @@ def content_of(source: Source, root: Path) -> tuple[str, bytes] | None:
 
 def text_bytes(source: Source, root: Path) -> int:
     """Bytes of a source's text at most: the size of its files, more than any memory where that does not say it (Parquet, the hub)."""
+    if source.rows is not None:
+        return int(source.rows.nbytes)
     path = user_path(source.path, DataError, "path", root)
     if source.path.startswith(HUB) or "parquet" in (source.format, SUFFIXES.get(path.suffix.lower())):
         return 1 << 60
@@ -281,6 +340,8 @@ def records_of(source: Source, root: Path) -> Records:
 
 
 def _all(source: Source, root: Path) -> Records:
+    if source.rows is not None:
+        return source.rows.records(source.path)
     if source.path.startswith(HUB):
         return read_hub(source.path.removeprefix(HUB), _hub_split(source))
     path = user_path(source.path, DataError, "path", root)

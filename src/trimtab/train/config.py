@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from trimtab.data import has_bleu, peek_source, sources_in
 from trimtab.data.sources import KEYS as SOURCE_KEYS
-from trimtab.data.sources import Source
+from trimtab.data.sources import Source, holds_rows
 from trimtab.errors import ConfigError, DataError, TrimtabError, nearest
 from trimtab.foreign import method_answer
 from trimtab.methods import BY_NAME, Method
@@ -73,6 +73,7 @@ class RunConfig(RunOptions):
             problems += unknown_keys(scoring, EvalOptions.model_fields, "evaluate", HOMES)
             fields["evaluate"] = {k: v for k, v in scoring.items() if k in EvalOptions.model_fields}
         defaults = _defaults(fields.pop("defaults", None), problems)
+        fields["data"] = named_data(fields.get("data"))
         data = {name: _data(name, value, problems) for name, value in _mapping(fields, "data", problems)}
         variants = [_variant(name, value, defaults, data, problems) for name, value in _mapping(fields, "variants", problems)]
         rest = {k: v for k, v in fields.items() if k in known and k not in ("data", "variants")}
@@ -125,8 +126,23 @@ def _mapping(fields: dict[str, Any], key: str, problems: list[str]) -> list[tupl
     return [(n, v) for n, v in value.items() if n not in bad]
 
 
+ONLY = "data"
+"""The name of the data set of a run that has one and gives it no name."""
+
+
+def named_data(data: Any) -> Any:
+    """The data sets by name, where `data` is rows, or the splits of one data set."""
+    if holds_rows(data):
+        return {ONLY: {"train": data}}
+    if isinstance(data, Mapping) and "train" in data and not (isinstance(data["train"], Mapping) and "train" in data["train"]):
+        return {ONLY: data}
+    return data
+
+
 def _data(name: str, value: Any, problems: list[str]) -> DataConfig | None:
     where = f"data.{name}"
+    if holds_rows(value):
+        value = {"train": value}
     if not isinstance(value, Mapping):
         problems.append(f"{where}: expected a mapping with train, valid, test, found {shown(value)}")
         return None
@@ -140,7 +156,8 @@ def _data(name: str, value: Any, problems: list[str]) -> DataConfig | None:
     if "train" not in splits:
         problems.append(f"{where}: 'train' is missing")
     try:
-        return DataConfig(**{"train": [], **splits}, labels=value.get("labels"), split=value.get("split"))
+        shared = {k: value[k] for k in ("columns", "system", "labels", "split") if value.get(k) is not None}
+        return DataConfig(**{"train": [], **splits}, **shared)
     except ValidationError as e:
         problems += explain(e, where)
         return DataConfig(**{n: [dataclasses.replace(s, held=0) for s in sources] for n, sources in {"train": [], **splits}.items()})
@@ -170,13 +187,17 @@ def _defaults(value: Any, problems: list[str]) -> dict[str, Any]:
 
 def _variant(name: str, value: Any, defaults: Mapping[str, Any], data: Mapping[str, Any], problems: list[str]) -> VariantConfig | None:
     where = f"variants.{name}"
+    if isinstance(value, Method):
+        value = {"method": value}
+    if isinstance(value, Mapping) and isinstance(method := value.get("method"), Method):
+        value = {**method.to_dict(), **value, "method": method.name}
     if not isinstance(value, Mapping):
         problems.append(f"{where}: expected a mapping, found {shown(value)}")
         return None
     if name == "base":
         problems.append(f"{where}: 'base' stands for the base among the scores: name the variant otherwise")
     fields = dict(value)
-    source = fields.pop("data", None)
+    source = fields.pop("data", next(iter(data)) if len(data) == 1 else None)
     if not isinstance(source, str) or source not in data:
         problems.append(f"{where}.data = {shown(source)}{nearest(str(source), data)}: one of {', '.join(data)}")
         source = ""

@@ -90,6 +90,8 @@ class Keeper:
             newest = f"the newest is {self.saved.name}" if self.saved else "there is none yet"
             reason = error.message if isinstance(error, AdapterError) else str(error)
             self.listener.warning(f"no checkpoint after step {self.step}, the run goes on ({newest}): {reason}")
+        else:
+            self.listener.saved(self.step, self.saved)
 
     @contextmanager
     def within_memory(self, doing: str) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -13,13 +14,14 @@ if TYPE_CHECKING:
 class Listener(Protocol):
     """Is told of a run. status: a stage begins. begin: training begins, with the steps of each variant, and what else the run will do.
     step: a variant has made a step (the line of metrics.jsonl). valid: a variant has been validated (its line). stopped: a variant has
-    stopped, and why. warning: the run goes on, but the user should know."""
+    stopped, and why. saved: a checkpoint has been written after this joint step. warning: the run goes on, but the user should know."""
 
     def status(self, text: str) -> None: ...
     def begin(self, steps: Mapping[str, int], ahead: Ahead) -> None: ...
     def step(self, line: Mapping[str, Any]) -> None: ...
     def valid(self, line: Mapping[str, Any]) -> None: ...
     def stopped(self, variant: str, reason: str) -> None: ...
+    def saved(self, step: int, folder: Path) -> None: ...
     def warning(self, text: str) -> None: ...
 
 
@@ -40,6 +42,9 @@ class Silent:
 
     def stopped(self, variant: str, reason: str) -> None:
         """Not shown; summary.json has it."""
+
+    def saved(self, step: int, folder: Path) -> None:
+        """Not shown."""
 
     def warning(self, text: str) -> None:
         """Logged: a run that had to fall back, or cannot write, is never silent."""

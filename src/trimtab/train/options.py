@@ -138,13 +138,16 @@ SplitName: TypeAlias = Literal["train", "valid", "test"]
 class DataConfig(Strict):
     """One data set: train, and optionally valid and test; each a path, or a list of sources with weights.
 
-    split: so many rows of each training source (below 1: this part of them) are held out as valid rows; a source's own `split` goes first.
+    columns, system: of every source that has none of its own. split: so many rows of each training source (below 1: this part of them) are
+    held out as valid rows; a source's own `split` goes first.
     labels: of a classification, to be judged by their likelihoods: a list, or "auto" for the distinct answers of the training rows.
     """
 
     train: list[Source]
     valid: list[Source] = []
     test: list[Source] = []
+    columns: dict[str, str] = {}
+    system: str | None = None
     split: float | None = None
     labels: list[str] | Literal["auto"] | None = None
 
@@ -159,6 +162,9 @@ class DataConfig(Strict):
         """Give the training sources their split, and make sources of what they hold out."""
         if self.split is not None and (text := part_problem(self.split)):
             raise ValueError(f"split = {self.split}: {text}")
+        for name in ("train", "valid", "test"):
+            shared = [replace(s, columns=s.columns or self.columns, system=s.system or self.system) for s in getattr(self, name)]
+            object.__setattr__(self, name, shared)
         train = [replace(s, held=s.held or self.split or 0) for s in self.train]
         valid = [replace(s, weight=1.0, held_out=True) for s in train if s.held]
         if valid and self.valid and self.valid != valid:

@@ -54,10 +54,11 @@ def settings(run: RunConfig) -> dict[str, Any]:
     # of several variants the order counts too: it is the order of rows in the joint batch, and sums of floats depend on it
     content["order of variants"] = [v.name for v in run.variants]
     for source in (s for d in content["data"].values() for split in ("train", "valid", "test") for s in d[split]):
-        for key in [k for k in ("limit", "held", "held_out") if not source[k]]:
+        for key in [k for k in ("limit", "held", "held_out", "rows") if not source[k]]:
             del source[key]  # as in checkpoints from before there were these
     for data in content["data"].values():
-        del data["split"]  # its sources have it
+        for key in ("split", "columns", "system"):
+            del data[key]  # its sources have it
     found: dict[str, Any] = {}
     for key, value in _flat(json.loads(json.dumps(content)), ""):
         while key in found:  # names hold dots: the field r of a variant v.rank_pattern, and the key r of v's rank_pattern

@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
+from trimtab.data.sources import taken
 from trimtab.errors import ConfigError
 from trimtab.methods import BY_NAME
 from trimtab.train.changes import with_changes
-from trimtab.train.config import RunConfig, unreadable
+from trimtab.train.config import RunConfig, named_data, unreadable
 from trimtab.train.options import TrainOptions, VariantConfig
 from trimtab.train.runfile import read_yaml
 from trimtab.train.search import SweepOptions, hyperparameters, methods_of, objectives_of, read_options
@@ -63,7 +64,7 @@ class Sweep:
             raise ConfigError(f"{where} has no `sweep`", fix="add it (see examples/sweep.yaml); a run file is trained with `trimtab train`")
         if "variants" in content:
             raise ConfigError(f"{where} has `variants` beside `sweep`", fix="remove them: sweep.search says what is tried")
-        root = Path(root)
+        root, content = Path(root), _filled(content)
         try:
             options = read_options(content, where)
         except ConfigError as e:
@@ -89,6 +90,15 @@ class Sweep:
         content |= {"out": f"{content['out']}-{name}", "data": {data: self.content["data"][data]}, "variants": {name: trial.fields}}
         plain = json.loads(json.dumps(content, default=str))  # what YAML knows no name for, and no two uses of one list
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=140, default_flow_style=None)
+
+
+def _filled(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A sweep file with its rows read, its only data set named, and named in what all trials share."""
+    content = {**content, "data": named_data(taken(content.get("data")))}
+    data, said = content["data"], content["sweep"]
+    if isinstance(data, Mapping) and len(data) == 1 and isinstance(said, Mapping) and isinstance(said.get("variant"), Mapping):
+        content["sweep"] = {**said, "variant": {"data": next(iter(data)), **said["variant"]}}
+    return content
 
 
 def _trials(options: SweepOptions, content: Mapping[str, Any]) -> Iterator[Trial]:

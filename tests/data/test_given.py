@@ -1,0 +1,233 @@
+"""Rows that a program gives, compared with the same rows read by plain Python: what is supervised, what is dropped, what is refused."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import gc
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.data.common import write_jsonl
+from tests.tiny import tiny_tokenizer
+from trimtab.data import Source, load_examples, parse_sources, read_source
+from trimtab.data.given import GivenRows
+from trimtab.errors import ConfigError, DataError
+
+TALKS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": f"n {i} " + "xé🙂"[: i % 4]}, {"role": "assistant", "content": f"a {i}\n"}] for i in range(7)
+]
+ROWS: list[dict[str, Any]] = [{"messages": talk, "topic": None if n % 2 else "x"} for n, talk in enumerate(TALKS)]
+
+
+def generator(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    yield from rows
+
+
+def frame(rows: list[dict[str, Any]]) -> Any:
+    return pytest.importorskip("pandas").DataFrame(rows)
+
+
+def dataset(rows: list[dict[str, Any]]) -> Any:
+    return pytest.importorskip("datasets").Dataset.from_list(rows)
+
+
+def table(rows: list[dict[str, Any]]) -> Any:
+    return pytest.importorskip("pyarrow").Table.from_pylist(rows)
+
+
+CONTAINERS: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
+    "list": list,
+    "generator": generator,
+    "DataFrame": frame,
+    "Dataset": dataset,
+    "arrow": table,
+    "in torch's format": lambda rows: dataset(rows).with_format("torch"),
+    "streamed": lambda rows: dataset(rows).to_iterable_dataset(),
+    "arrays in a frame": lambda rows: frame(rows).assign(messages=[np.array(r["messages"], dtype=object) for r in rows]),
+}
+
+
+def by_hand(talk: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+    """The ids of a conversation, and which are the answer's: by transformers' own template and tokenizer."""
+    tokenizer = tiny_tokenizer()
+    asked = tokenizer.apply_chat_template(talk[:-1], add_generation_prompt=True, tokenize=False)
+    parts = (asked, talk[-1]["content"] + "<|im_end|>", "\n")  # what the template writes behind an answer is not the answer's
+    assert "".join(parts) == tokenizer.apply_chat_template(talk, tokenize=False)
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in parts]
+    return sum(ids, []), [n == 1 for n, part in enumerate(ids) for _ in part]
+
+
+def only(value: Any, **keys: Any) -> Source:
+    (source,) = parse_sources({"rows": value, **keys} if keys else value)
+    return source
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_each_container_gives_the_tokens_that_its_rows_have(container: str, own_cache: Path) -> None:
+    source = only(CONTAINERS[container](ROWS))
+    found = load_examples([source], tiny_tokenizer(), root=Path(), max_length=64)
+    assert [(e.ids.tolist(), e.supervised.tolist()) for e in found.examples] == [by_hand(talk) for talk in TALKS]
+    assert [(e.origin, e.row) for e in found.examples] == [(f"rows[{n}]", (0, n)) for n in range(len(TALKS))]
+    assert found.notes == ["rows: not used: topic (4 rows)"]  # reported, as of a file
+
+
+def test_a_row_that_cannot_be_used_is_named_and_the_others_stay(own_cache: Path) -> None:
+    recursive: dict[str, Any] = {"prompt": "a"}
+    recursive["completion"] = recursive
+    rows: list[Any] = [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": ""},
+        "a text",
+        recursive,
+        {1: "x", "1": "y", "prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": object()},
+        {"prompt": "a", "completion": "b", "weight": 0.5},
+    ]
+    used, dropped = read_source(only(r for r in rows), Path())
+    assert [r.origin for r in used] == ["rows[0]"]
+    reasons = {d.origin: d.reason for d in dropped}
+    assert list(reasons) == [f"rows[{n}]" for n in range(1, 7)]
+    for origin, words in (
+        ("rows[1]", "empty"),
+        ("rows[3]", "Circular reference"),
+        ("rows[4]", "'1' stands twice"),
+        ("rows[6]", "weight: "),
+    ):
+        assert words in reasons[origin], reasons[origin]
+
+
+def test_values_that_json_lacks_are_what_tables_mean_by_them() -> None:
+    pandas = pytest.importorskip("pandas")
+    given: list[dict[Any, Any]] = [
+        {"a": float("nan"), "b": np.float32(1.5), "c": np.int64(3), "d": np.array([[1, 2]]), "e": pandas.NA, "f": pandas.NaT},
+        {"a": datetime.date(2026, 1, 2), "b": decimal.Decimal("1.10"), "c": (1, float("inf")), "d": Path("x"), "e": b"\xff", 5: True},
+    ]
+    read = [record for _, record in GivenRows(given).records("rows")]  # type: ignore[misc]
+    assert read[0] == {"a": None, "b": 1.5, "c": 3, "d": [[1, 2]], "e": None, "f": None}
+    assert read[1] == {"a": "2026-01-02", "b": "1.10", "c": [1, None], "d": "x", "e": {"a value of type": "builtins.bytes"}, "5": True}
+
+
+def test_labels_of_a_dataset_come_by_name() -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]))
+    data = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
+    assert [r[1]["label"] for r in GivenRows(data).records("x")] == ["yes", "no", -1]  # type: ignore[index]
+
+
+def test_rows_are_taken_once_and_stay_as_they_were_given(own_cache: Path) -> None:
+    asked: list[int] = []
+
+    def counted() -> Iterator[dict[str, Any]]:
+        for n in range(5):
+            asked.append(n)
+            yield {"prompt": "a", "completion": f"b {n}"}
+
+    source = only(counted())
+    assert asked == [0, 1, 2, 3, 4]
+    rows = [{"prompt": "a", "completion": "b 0"}]
+    kept = only(rows)
+    rows[0]["completion"] = "changed"
+    rows.append({"prompt": "more", "completion": "rows"})
+    assert [r.completion for r in read_source(kept, Path())[0]] == ["b 0"]
+    for _ in range(2):
+        assert [r.completion for r in read_source(source, Path())[0]] == [f"b {n}" for n in range(5)]
+    assert asked == [0, 1, 2, 3, 4]
+
+
+def test_a_generator_without_end_is_read_as_far_as_its_limit() -> None:
+    def endless() -> Iterator[dict[str, str]]:
+        while True:
+            yield {"prompt": "a", "completion": "b"}
+
+    assert len(read_source(only(endless(), limit=3), Path())[0]) == 3
+
+
+def test_many_rows_are_read_back_whole_by_several_at_a_time() -> None:
+    rows = [{"text": f"{n} " + "y" * (n * 37 % 5000)} for n in range(2000)]  # lines that lie across the pieces that are read
+    given = GivenRows(rows)
+    one, other = given.records("a"), given.records("b")
+    pairs = list(zip(one, other, strict=True))
+    assert [a[1] for a, _ in pairs] == rows and [b[1] for _, b in pairs] == rows  # type: ignore[index]
+
+
+def test_the_cache_goes_by_content(own_cache: Path) -> None:
+    def files() -> set[str]:
+        return {p.name for p in (own_cache / "tokens").glob("*.tokens")}
+
+    def load(rows: Any, **keys: Any) -> None:
+        load_examples([only(rows, **keys)], tiny_tokenizer(), root=Path(), max_length=64)
+
+    load(ROWS)
+    first = files()
+    load(generator(ROWS))
+    assert files() == first and len(first) == 1
+    load([*ROWS[:-1], {"messages": TALKS[0]}])
+    load(ROWS, system="Be brief.")
+    assert len(files()) == 3
+
+
+def test_the_file_of_rows_is_closed_with_them() -> None:
+    before = set(Path("/proc/self/fd").iterdir())
+    given = GivenRows(ROWS)
+    assert set(Path("/proc/self/fd").iterdir()) - before
+    del given
+    gc.collect()
+    assert not set(Path("/proc/self/fd").iterdir()) - before
+
+
+def test_lists_mix_and_options_hold(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "more.jsonl", [{"prompt": "f", "completion": "g"}])
+    pairs = [{"question": "a", "reply": "b"}]
+    mapped = {"rows": pairs, "columns": {"prompt": "question", "completion": "reply"}, "weight": 2, "system": "S"}
+    sources = parse_sources([mapped, str(path), {"rows": generator(ROWS)}])
+    assert [s.path for s in sources] == ["rows", str(path), "rows 2"]
+    (row,), _ = read_source(sources[0], Path())
+    assert (row.prompt, row.completion, row.system, sources[0].weight) == ("a", "b", "S", 2)
+    assert read_source(sources[2], Path(), 2)[0][3].origin == "rows 2[3]"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"prompt": "a", "completion": "b"}, "one row: rows stand in a list"),
+        ([{"pth": "x.jsonl"}], "neither a path, nor rows.*'pth' \\(did you mean 'path'"),
+        ({"path": "x", "rows": [{"text": "a"}]}, "`path` and `rows` are both given"),
+        ({"rows": [{"text": "a"}], "format": "csv"}, "format: of files"),
+        ({"rows": [{"text": "a"}], "wieght": 2}, "'wieght' \\(did you mean 'weight'"),
+        ({"rows": 5}, "rows = 5: not a list of dicts"),
+        ({"train": (x for x in ()), "test": (x for x in ())}, "several splits, train, test: give one of them"),
+    ],
+)
+def test_what_is_no_source_is_refused_by_name(value: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_sources(value)
+
+
+def test_no_rows_and_columns_that_nothing_reads_are_said() -> None:
+    with pytest.raises(DataError, match="rows holds no rows"):
+        read_source(only(generator([])), Path())
+    with pytest.raises(DataError, match=r"rows: no training form found in its columns: question, answer"):
+        read_source(only([{"question": "a", "answer": "b"}]), Path())
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(ConfigError, match="names a column twice: text"):
+        parse_sources(pandas.DataFrame([["a", "b"]], columns=["text", "text"]))
+
+
+def test_an_error_of_a_generator_is_the_users_own() -> None:
+    def broken() -> Iterator[dict[str, str]]:
+        yield {"text": "a"}
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        parse_sources(broken())
+
+
+def test_messages_as_json_text_are_read_as_in_files() -> None:
+    (row,), _ = read_source(only([{"messages": json.dumps(TALKS[0])}]), Path())
+    assert list(row.messages or ()) == TALKS[0]
