@@ -60,7 +60,7 @@ def by_hand(talk: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
     parts = (asked, talk[-1]["content"] + "<|im_end|>", "\n")  # what the template writes behind an answer is not the answer's
     assert "".join(parts) == tokenizer.apply_chat_template(talk, tokenize=False)
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in parts]
-    return sum(ids, []), [n == 1 for n, part in enumerate(ids) for _ in part]
+    return [i for part in ids for i in part], [n == 1 for n, part in enumerate(ids) for _ in part]
 
 
 def only(value: Any, **keys: Any) -> Source:

@@ -128,6 +128,9 @@ class Lines:
     def warning(self, text: str) -> None:
         print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
+    def note(self, text: str) -> None:
+        print(f"note: {printable(text)}", file=sys.stderr, flush=True)
+
     def valid(self, line: Mapping[str, Any]) -> None:
         self.pace.valid(line)
         if line.get("finished_early"):
@@ -190,6 +193,9 @@ class Bars:
 
     def warning(self, text: str) -> None:
         self.progress.console.print("[yellow]warning:[/]", Text(text), highlight=False)
+
+    def note(self, text: str) -> None:
+        self.progress.console.print("[cyan]note:[/]", Text(text), highlight=False)
 
     def valid(self, line: Mapping[str, Any]) -> None:
         self.pace.valid(line)

@@ -83,3 +83,6 @@ class Calling:
 
     def warning(self, text: str) -> None:
         self._listener.warning(text)
+
+    def note(self, text: str) -> None:
+        self._listener.note(text)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class Listener(Protocol):
     """Is told of a run. status: a stage begins. begin: training begins, with the steps of each variant, and what else the run will do.
     step: a variant has made a step (the line of metrics.jsonl). valid: a variant has been validated (its line). stopped: a variant has
-    stopped, and why. saved: a checkpoint has been written after this joint step. warning: the run goes on, but the user should know."""
+    stopped, and why. saved: a checkpoint has been written after this joint step. warning: the run goes on, but the user should know. note:
+    what `trimtab check` calls so: nothing is wrong, and it may not be what was meant."""
 
     def status(self, text: str) -> None: ...
     def begin(self, steps: Mapping[str, int], ahead: Ahead) -> None: ...
@@ -23,6 +24,7 @@ class Listener(Protocol):
     def stopped(self, variant: str, reason: str) -> None: ...
     def saved(self, step: int, folder: Path) -> None: ...
     def warning(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
 
 
 class Silent:
@@ -50,9 +52,16 @@ class Silent:
         """Logged: a run that had to fall back, or cannot write, is never silent."""
         logging.getLogger("trimtab").warning(text)
 
+    def note(self, text: str) -> None:
+        """Logged too: what rows hold and nothing uses is never passed over."""
+        logging.getLogger("trimtab").warning("note: %s", text)
+
 
 class Deaf(Silent):
     """The listener of a rank that is not the first, whose own is told the same."""
 
     def warning(self, text: str) -> None:
+        """The first rank's listener has it."""
+
+    def note(self, text: str) -> None:
         """The first rank's listener has it."""

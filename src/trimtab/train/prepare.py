@@ -204,13 +204,13 @@ def make_variant(run: RunConfig, base: Base, config: VariantConfig, examples: Se
 
 
 def warn_of_rows(prepared: Prepared, listener: Listener) -> None:
-    """Say which rows were left out, what no row uses, and what about the template may spoil training."""
+    """Say which rows were left out, what no row uses, and what about the template may spoil training: in the words of `check`."""
     warnings = {w for splits in prepared.data.values() for w in splits.train.warnings if not w.startswith("note:")}
     for warning in sorted(warnings):
         listener.warning(warning)
     for name, splits in prepared.data.items():
         for split, dataset in splits.read.items():
             for note in dataset.notes:
-                listener.warning(f"data.{name}.{split}: {note}")
+                listener.note(f"data.{name}.{split}: {note}")
             if dataset.dropped:
                 listener.warning(f"data.{name}.{split}: left out {'; '.join(summarise_dropped(dataset.dropped))}")
