@@ -3,6 +3,7 @@
 # make check      format, lint, types, floors
 # make test       the fast tests;  make test-slow: those that convert or run the bundled base
 # make bench      side-by-side measurements
+# make page       build the page of web/ into the package; needs node and npm, which nothing else does
 # Another interpreter: make setup PYTHON=/path/to/python3.12
 
 SHELL := /bin/bash
@@ -20,7 +21,7 @@ PROGRESS := { n=0; steps='^ +(Downloading|Using|Preparing|Getting|Installing|Att
 	elif [[ $$line == "Installing collected"* ]]; then echo "all $$n are here; unpacking them, which pip does in silence"; \
 	elif [[ ! $$line =~ $$steps && ! $$line =~ $$others ]]; then printf '%s\n' "$$line"; fi; done; }
 
-.PHONY: setup demo check format test test-slow bench clean
+.PHONY: setup demo check format test test-slow bench page clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -60,6 +61,9 @@ bench: setup
 	$(BIN)/python bench/train_joint.py
 	$(BIN)/python bench/serve_mixed.py
 	@echo "bench/train_vs_trl.py needs the peer's own environment: docs/benchmarks.md has the command"
+
+page:
+	cd web && npm ci --ignore-scripts && npm run build
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,4 +1,5 @@
-"""Past runs (finished, killed, or still running), as their folders describe them. Reads summary.json and metrics.jsonl, never weights.
+"""Past runs (finished, killed, or still running), as their folders describe them. Reads summary.json, metrics.jsonl and run.json, never
+weights.
 
 `report.html` and `trimtab compare` use this; neither knows a file name.
 """
@@ -24,6 +25,8 @@ LOWER_IS_BETTER = {name for name, higher in directions().items() if not higher}
 HIGHER_IS_BETTER = {name for name, higher in directions().items() if higher} | {*SCORES, CHOICE, "tool_calls"}
 PERCENT = {*SCORES, CHOICE, "tool_calls"}
 _NOT_SCORES = {"rows", "samples"}
+PLAN = "run.json"
+"""What a run writes at its start: its settings, and how many steps each variant is to make."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +89,29 @@ def read_runs(folders: Sequence[Path]) -> list[PastRun]:
         fix = "name folders that `trimtab train` has written (a run file's `out`)"
         raise ConfigError("not a run folder" if len(problems) == 1 else "not run folders", problems=problems, fix=fix)
     return [_read(f, name) for f, name in zip(unique, _names(unique), strict=True)]
+
+
+def read_without_metrics(folder: Path) -> PastRun:
+    """One run without the lines of its metrics, which may be many; only where nothing else tells of its variants are they read. ConfigError
+    where the folder is not a run's."""
+    if problem := _problem(folder):
+        raise ConfigError("not a run folder", problems=[problem], fix="name a folder that `trimtab train` has written (a run file's `out`)")
+    summary = _summary(folder / "summary.json")
+    entries = summary.get("variants") or {name: {"steps": 0} for name in plan_of(folder).get("steps") or {}}
+    if not entries:
+        return _read(folder, folder.name)
+    run = PastRun(folder, folder.name, summary)
+    run.variants.extend(PastVariant(run, name, facts, (), ()) for name, facts in entries.items())
+    return run
+
+
+def plan_of(folder: Path) -> dict[str, Any]:
+    """What the run wrote at its start; empty for a run of before trimtab did so."""
+    try:
+        content = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and isinstance(content.get("steps"), dict) else {}
 
 
 def doubts(runs: Sequence[PastRun]) -> list[str]:

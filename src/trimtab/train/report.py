@@ -1,4 +1,4 @@
-"""What a run leaves beside its adapters: metrics.jsonl while it goes, summary.json at the end."""
+"""What a run leaves beside its adapters: run.json at its start, metrics.jsonl while it goes, summary.json at the end."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 
 from trimtab.atomic import atomic_write
 from trimtab.memory import peak_resident_bytes
+from trimtab.train.prepare import Prepared
 from trimtab.train.variant import Variant
 
 
@@ -118,6 +119,19 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return peak_resident_bytes() / 1e9
+
+
+def plan(prepared: Prepared) -> dict[str, Any]:
+    """run.json, with the run's settings beside it: what is known before the first step. steps: of each variant, if nothing
+    ends it early."""
+    base = prepared.base
+    return {
+        "base": prepared.run.base,
+        "base_parameters": base.spec.num_parameters,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": str(base.device),
+        "steps": {v.name: v.total_steps for v in prepared.variants},
+    }
 
 
 def variant_summary(variant: Variant, scores: dict[str, Any], adapter_bytes: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from trimtab.rewards.asked import file_of
 from trimtab.train.checkpoint import Checkpoint, Damaged, folder_of, newest_checkpoint, steps_of
 from trimtab.train.config import RunConfig
 from trimtab.train.listen import Listener
+from trimtab.train.past import PLAN
 from trimtab.train.prepare import Prepared, Splits, read_splits
 
 FREE = {"out", "root", "variants", "checkpoint_every", "keep_checkpoints", "track", "store", "activation_checkpointing"}
@@ -37,7 +38,7 @@ UNSAID: Mapping[str, Any] = {
     "distil_temperature": 1.0,
 }
 """What settings of a variant are that older checkpoints do not name; they are left out where they are so."""
-LEFT_OVER = ("adapters", "checkpoints", "metrics.jsonl", "tensorboard", "wandb")
+LEFT_OVER = ("adapters", "checkpoints", "metrics.jsonl", PLAN, "tensorboard", "wandb")
 """What a run leaves that was interrupted before its first checkpoint."""
 
 

@@ -1,0 +1,325 @@
+"""Run folders as the page shows them, finished or being written: which there are, what they hold, new lines of their metrics, answers.
+
+Everything is read from files at each call, and nothing is written. A folder is named by an id that the page can send whatever the folder
+is called; only folders that `found` lists can be read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import ConfigError, NotFoundError, printable
+from trimtab.train.past import HIGHER_IS_BETTER, LOWER_IS_BETTER, PERCENT, PastRun, numbers, plan_of, read_without_metrics, title
+
+DEPTH, MAX_FOLDERS, MAX_RUNS = 4, 20_000, 2_000
+"""How deep below the given folder runs are looked for, and of how many folders and runs."""
+CHUNK = 1 << 20
+"""Bytes of metrics.jsonl that one call reads."""
+MARKED = 4096
+"""Bytes before a position by which it is seen that the file is still the one that was read so far."""
+QUIET_S = 60.0
+"""Where the system tells no locks, a run whose metrics are older is not taken to be running."""
+MAX_ANSWERS, MAX_TEXT = 10_000, 20_000
+"""Rows of a file of answers that are read, and characters of a text that are shown."""
+
+
+class RunFolders:
+    """The run folders at and below `root`. ConfigError if that is no folder. Safe for any number of threads."""
+
+    def __init__(self, root: Path):
+        if not root.is_dir():
+            raise ConfigError(
+                f"{root}: {'a file' if root.exists() else 'there is no such folder'}", fix="name a folder that holds run folders"
+            )
+        self.root = root.resolve()
+
+    def found(self) -> dict[str, Path]:
+        """id -> run folder."""
+        return {hashlib.sha256(os.fsencode(path)).hexdigest()[:16]: path for path in _walk(self.root)}
+
+    def list(self) -> list[dict[str, Any]]:
+        """A line of each run, the one that was written last first."""
+        lines = [_line(key, path, self._name(path)) for key, path in self.found().items()]
+        return sorted(lines, key=lambda line: (line["state"] != "running", -line["changed"]))
+
+    def folder(self, key: str) -> Path:
+        """The folder of an id. NotFoundError if no run has it."""
+        if (path := self.found().get(key)) is None:
+            raise NotFoundError("there is no such run folder any more", fix="go back to the list of runs")
+        return path
+
+    def show(self, key: str) -> dict[str, Any]:
+        """What a run is: settings, variants, scores, costs."""
+        folder = self.folder(key)
+        run = read_without_metrics(folder)
+        plan = plan_of(folder)
+        told = run.summary or plan
+        settings, own = _settings(told.get("settings") or {}, [v.name for v in run.variants] or list(plan.get("steps") or {}))
+        facts = ("base", "base_parameters", "dtype", "device", "seconds", "tokens", "tokens_per_s", "peak_memory_gb")
+        variants = _variants(run, plan, own)
+        base_scores = {data: numbers(scores) for data, scores in (run.summary.get("base_scores") or {}).items()}
+        scores = dict.fromkeys(name for found in (*(v["scores"] for v in variants), *base_scores.values()) for name in found)
+        return {
+            "id": key,
+            "name": self._name(folder),
+            "path": printable(str(folder)),
+            "state": _state(folder),
+            "settings": settings,
+            "base_fingerprint": run.summary.get("base_fingerprint") or {},
+            "base_scores": base_scores,
+            "scores": _meanings(scores),
+            "variants": variants,
+            "answers": _answered(run),
+            **{name: told.get(name) for name in facts},
+        }
+
+    def metrics(self, key: str, start: int, mark: str) -> dict[str, Any]:
+        """The lines from byte `start` on, as columns; at most CHUNK bytes (`more`: there are more). mark: what the call before gave as
+        `mark`; if the file is another one by now, as after a resume, everything is read from the start (`restart`)."""
+        path = self.folder(key) / "metrics.jsonl"
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            restart = start > size or (start > 0 and _mark(file, start) != mark)
+            start = 0 if restart else start
+            file.seek(start)
+            data = file.read(CHUNK)
+            end = data.rfind(b"\n") + 1
+            if not end and len(data) == CHUNK:
+                raise ConfigError(
+                    f"{path.name} has a line of more than {CHUNK:,} bytes at byte {start}", fix="no run of trimtab writes such a line"
+                )
+            following = start + end
+            return {
+                "variants": _columns(data[:end]),
+                "next": following,
+                "mark": _mark(file, following),
+                "more": following < size and end > 0 and len(data) == CHUNK,
+                "restart": restart,
+                "state": _state(path.parent),
+            }
+
+    def answers(self, key: str, data: str, who: str, start: int, count: int) -> dict[str, Any]:
+        """Held-out rows of a data set with what base and variants answered, those first that most got wrong. who: of this one alone.
+        NotFoundError if nobody has answered them."""
+        folder = self.folder(key)
+        run = read_without_metrics(folder)
+        files = {name: path for name, path in _prediction_files(run).get(data, {}).items() if who in ("", name)}
+        if not files:
+            raise NotFoundError("there are no answers to these rows", fix="they are written at the end of a run that has test rows")
+        rows: list[dict[str, Any]] = []
+        for name, path in files.items():
+            for n, line in enumerate(_lines(path)):
+                if n == len(rows):
+                    rows.append({"row": n, "prompt": _text(line.get("prompt")), "reference": _text(line.get("reference")), "answers": {}})
+                told: dict[str, Any] = {"text": _text(line.get("answer")), "right": _right(line)}
+                rows[n]["answers"][name] = told | ({"reward": line["reward"]} if isinstance(line.get("reward"), int | float) else {})
+        rows.sort(key=lambda row: (-_share_wrong(row["answers"]), row["row"]))
+        wrong = {name: sum(r["answers"][name]["right"] is False for r in rows if name in r["answers"]) for name in files}
+        return {"rows": rows[start : start + count], "total": len(rows), "wrong": wrong}
+
+    def _name(self, path: Path) -> str:
+        """As people know it: from `root`, or the folder's own name."""
+        return printable(str(path.relative_to(self.root)) if path != self.root else path.name)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Run folders, in the order of their paths. What is inside of one is not looked at; links are followed, each folder once."""
+    seen: set[tuple[int, int]] = set()
+    waiting, runs = [(root, 0)], 0
+    while waiting and runs < MAX_RUNS and len(seen) < MAX_FOLDERS:
+        folder, depth = waiting.pop()
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = {e.name: e for e in os.scandir(folder)}
+        except OSError:
+            continue  # it has gone, or is not ours to read
+        if any(n in entries and entries[n].is_file() for n in ("summary.json", "metrics.jsonl")):
+            runs += 1
+            yield folder
+        elif depth < DEPTH:
+            inner = sorted((e.name for e in entries.values() if not e.name.startswith(".") and e.is_dir()), reverse=True)
+            waiting += [(folder / name, depth + 1) for name in inner]
+
+
+def _state(folder: Path) -> str:
+    """ "finished", "running", or "stopped" where nobody works on it any more."""
+    if (folder / "summary.json").is_file():
+        return "finished"
+    try:
+        with Path("/proc/locks").open() as file:  # of a running `trimtab train`; asking for the lock itself would disturb one that starts
+            inode = folder.stat().st_ino
+            if any(" FLOCK " in line and line.split()[5].endswith(f":{inode}") for line in file if line.count(":") >= 3):
+                return "running"
+    except (OSError, IndexError):
+        pass
+    try:
+        return "running" if time.time() - (folder / "metrics.jsonl").stat().st_mtime < QUIET_S else "stopped"
+    except OSError:
+        return "stopped"
+
+
+def _line(key: str, folder: Path, name: str) -> dict[str, Any]:
+    """What the list says of a run, without reading its metrics."""
+    summary = _json(folder / "summary.json")
+    told = summary or plan_of(folder)
+    changed = max((p.stat().st_mtime for n in ("summary.json", "metrics.jsonl") if (p := folder / n).is_file()), default=0.0)
+    variants = summary.get("variants") or told.get("steps") or {}
+    methods = {str(v.get("method")) for v in variants.values() if isinstance(v, dict) and v.get("method")}
+    methods |= {str(v) for k, v in (told.get("settings") or {}).items() if k.startswith("variants.") and k.endswith(".method")}
+    return {
+        "id": key,
+        "name": name,
+        "path": printable(str(folder)),
+        "state": _state(folder),
+        "base": told.get("base"),
+        "variants": len(variants),
+        "methods": sorted(methods),
+        "seconds": summary.get("seconds"),
+        "tokens": summary.get("tokens"),
+        "changed": changed,
+    }
+
+
+def _variants(run: PastRun, plan: Mapping[str, Any], own: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The variants of a run, those too that have made no step yet."""
+    entries: dict[str, Mapping[str, Any]] = {name: {"steps": 0} for name in plan.get("steps") or {}}
+    entries |= {v.name: v.facts for v in run.variants}
+    taken = ("steps", "stopped", "trainable", "adapter_bytes", "seconds", "tokens", "tokens_per_s", "saved_step")
+    found = []
+    for name, facts in entries.items():
+        settings = own.get(name) or {
+            "method": facts.get("method"),
+            "data": facts.get("data"),
+            "lr": facts.get("lr"),
+            **(facts.get("fields") or {}),
+        }
+        valid = facts.get("valid") or {}
+        found.append(
+            {
+                "name": name,
+                "data": facts.get("data") or settings.get("data"),
+                "method": facts.get("method") or settings.get("method"),
+                "settings": {k: v for k, v in settings.items() if v is not None and v != {}},
+                "total_steps": (plan.get("steps") or {}).get(name) or (facts.get("steps") if run.finished else None),
+                "scores": numbers(facts.get("scores")),
+                "valid": {k: valid.get(k) for k in ("metric", "best", "best_step", "finished_early", "base")},
+                **{k: facts.get(k) for k in taken},
+            }
+        )
+    return found
+
+
+def _meanings(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Of each score: its title, whether it is a percentage, and which way is better ("higher", "lower", None: neither)."""
+    better = {**dict.fromkeys(LOWER_IS_BETTER, "lower"), **dict.fromkeys(HIGHER_IS_BETTER, "higher")}
+    return {n: {"title": title(n), "percent": n in PERCENT, "better": better.get(n)} for n in names}
+
+
+def _settings(flat: Mapping[str, Any], names: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(settings of the run, of each variant). flat: dotted key -> value; a name may hold dots, so the longest that fits is meant."""
+    longest = sorted(names, key=len, reverse=True)
+    run: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {n: {} for n in names}
+    for key, value in flat.items():
+        name = next((n for n in longest if key.startswith(f"variants.{n}.")), None)
+        if name is None:
+            run[key] = value
+        else:
+            own[name][key.removeprefix(f"variants.{name}.")] = value
+    return run, own
+
+
+def _columns(data: bytes) -> dict[str, dict[str, dict[str, list[float | None]]]]:
+    """variant -> "steps" and "valid" -> field -> its numbers, None where a line has none. Lines that are no JSON are left out."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for text in data.splitlines():
+        try:
+            line = json.loads(text)
+            kind = {None: "steps", "valid": "valid"}[line.get("event")]
+            found.setdefault(str(line["variant"]), {"steps": [], "valid": []})[kind].append(line)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return {name: {kind: _table(lines) for kind, lines in kinds.items()} for name, kinds in found.items()}
+
+
+def _table(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    fields = dict.fromkeys(k for line in lines for k, v in line.items() if isinstance(v, int | float))
+    return {f: [_number(line.get(f)) for line in lines] for f in fields}
+
+
+def _number(value: Any) -> float | None:
+    """A number as it is, yes and no as 1 and 0."""
+    return int(value) if isinstance(value, bool) else value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _mark(file: Any, end: int) -> str:
+    file.seek(max(0, end - MARKED))
+    return hashlib.sha256(file.read(min(end, MARKED))).hexdigest()[:16]
+
+
+def _prediction_files(run: PastRun) -> dict[str, dict[str, Path]]:
+    """data set -> "base" and variants -> the file of their answers. A path that leads out of the run folder is not followed."""
+    inside = (run.folder / "predictions").resolve()
+    entries = [(data, "base", scores) for data, scores in (run.summary.get("base_scores") or {}).items()]
+    entries += [(v.data, v.name, v.facts.get("scores") or {}) for v in run.variants]
+    found: dict[str, dict[str, Path]] = {}
+    for data, name, scores in entries:
+        if (
+            isinstance(path := scores.get("predictions"), str)
+            and (file := (run.folder / path).resolve()).parent == inside
+            and file.is_file()
+        ):
+            found.setdefault(data, {})[name] = file
+    return found
+
+
+def _answered(run: PastRun) -> dict[str, list[str]]:
+    return {data: list(files) for data, files in _prediction_files(run).items()}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for n, text in enumerate(file):
+            if n == MAX_ANSWERS:
+                return
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = {}
+            yield line if isinstance(line, dict) else {}
+
+
+def _right(line: Mapping[str, Any]) -> bool | None:
+    """Whether an answer is right; None where that is no question of right and wrong, as with rewards."""
+    told = line.get("label_correct", line.get("correct"))
+    return told if isinstance(told, bool) else None
+
+
+def _share_wrong(answers: Mapping[str, Mapping[str, Any]]) -> float:
+    """Among the variants, or of the base where it is alone."""
+    judged = [a["right"] for name, a in answers.items() if name != "base"] or [a["right"] for a in answers.values()]
+    return sum(right is False for right in judged) / max(1, len(judged))
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is not there or holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,50 @@
+"""`trimtab studio` as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from tests.http.process import first_line
+from tests.train.past import run_folder, variant
+from trimtab.cli import main
+
+
+def test_a_folder_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["studio", str(tmp_path / "absent")])
+    assert result.exit_code == 2 and "absent" in result.output and "fix:" in result.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_it_shows_runs_until_ctrl_c(tmp_path: Path, host: str) -> None:
+    run_folder(tmp_path / "r", {"v": variant()})
+    log = tmp_path / "log"
+    with log.open("w") as errors:
+        command = [sys.executable, "-m", "trimtab", "studio", str(tmp_path), "--port", "0", "--json", "--host", host]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            url, _, token = first_line(process, log)["url"].partition("#key=")
+            url = url.replace("0.0.0.0", "127.0.0.1")
+            assert httpx.get(url).headers["content-security-policy"].startswith("default-src 'none'")
+            answer = httpx.get(f"{url}studio/runs", headers={"authorization": f"Bearer {token}"} if token else {})
+            assert [r["name"] for r in answer.raise_for_status().json()["runs"]] == ["r"]
+            if host == "0.0.0.0":
+                assert len(token) >= 32 and httpx.get(f"{url}studio/runs").status_code == 401
+            else:
+                assert token == "" and httpx.get(f"{url}studio/runs", headers={"host": "evil.example"}).status_code == 403
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) in (0, 130)
+        finally:
+            process.kill()
+            process.wait(10)
+            assert process.stdout is not None
+            process.stdout.close()
+    assert "Traceback" not in log.read_text()

@@ -1,0 +1,276 @@
+"""What the page reads of run folders, compared with the files read by a plain loop, while they grow, are cut, or lie."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.common import METHODS, run_file, tiny_base
+from tests.train.past import HOSTILE, run_folder, variant
+from trimtab.errors import ConfigError, NotFoundError
+from trimtab.train import RunConfig, follow, train
+from trimtab.train.follow import RunFolders
+
+
+def key_of(folders: RunFolders, name: str) -> str:
+    (key,) = [line["id"] for line in folders.list() if line["name"] == name]
+    return str(key)
+
+
+def read_all(folders: RunFolders, key: str, start: int = 0, mark: str = "") -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """variant -> kind -> field -> numbers, as a page that reads piece by piece puts them together; and the pieces."""
+    pieces, whole = [], {}
+    while True:
+        piece = folders.metrics(key, start, mark)
+        pieces.append(piece)
+        for name, kinds in piece["variants"].items():
+            for kind, columns in kinds.items():
+                for field, values in columns.items():
+                    whole.setdefault(name, {}).setdefault(kind, {}).setdefault(field, []).extend(values)
+        start, mark = piece["next"], piece["mark"]
+        if not piece["more"]:
+            return whole, pieces
+
+
+def plainly(path: Path) -> dict[str, Any]:
+    """The same from the file, line by line."""
+    whole: dict[str, Any] = {}
+    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        kind = "valid" if line.get("event") == "valid" else "steps"
+        for field, value in line.items():
+            if isinstance(value, (int, float)):
+                whole.setdefault(line["variant"], {}).setdefault(kind, {}).setdefault(field, []).append(value)
+    return whole
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one real run."""
+    folder = tmp_path_factory.mktemp("runs")
+    variants = {"lo.ra": METHODS["lora"] | {"data": "a", "eval_every": 2}, "ia3": METHODS["ia3"] | {"data": "b"}}
+    content = run_file(folder, variants, checkpoint_every=None)
+    content["data"]["a"]["valid"] = "a-test.jsonl"
+    train(RunConfig.from_dict(content, root=folder), base=tiny_base())
+    return folder
+
+
+def test_a_real_run_is_shown_as_its_files_have_it(trained: Path):
+    folders = RunFolders(trained)
+    (line,) = folders.list()
+    summary = json.loads((trained / "out" / "summary.json").read_text())
+    assert (line["name"], line["state"], line["variants"], line["methods"]) == ("out", "finished", 2, ["ia3", "lora"])
+    shown = folders.show(line["id"])
+    by_name = {v["name"]: v for v in shown["variants"]}
+    assert (
+        by_name["lo.ra"]["settings"] | {"method": "lora", "r": 4, "lora_dropout": 0.2, "lr": 1e-2, "data": "a"}
+        == by_name["lo.ra"]["settings"]
+    )
+    assert by_name["lo.ra"]["saved_step"] == summary["variants"]["lo.ra"]["saved_step"] and by_name["ia3"]["total_steps"] == 5
+    assert by_name["ia3"]["scores"]["loss"] == summary["variants"]["ia3"]["scores"]["loss"]
+    assert shown["base_scores"]["a"]["loss"] == summary["base_scores"]["a"]["loss"]
+    assert shown["scores"]["loss"]["better"] == "lower" and shown["scores"]["exact_match"] == {
+        "title": "exact match",
+        "percent": True,
+        "better": "higher",
+    }
+    assert not [k for k in shown["settings"] if k.startswith("variants.")]
+    assert shown["answers"] == {"a": ["base", "lo.ra"], "b": ["base", "ia3"]}
+    whole, _ = read_all(folders, line["id"])
+    expected = plainly(trained / "out" / "metrics.jsonl")
+    for name, kinds in expected.items():
+        for kind, columns in kinds.items():
+            for field in ("step", "loss", "lr", "tokens", "valid_loss", "best"):
+                if field in columns:
+                    assert whole[name][kind][field] == columns[field], (name, kind, field)
+    assert whole["lo.ra"]["valid"]["step"] == [2, 4, 5]
+
+
+@pytest.mark.parametrize("size", [180, 1000, 5000])
+def test_pieces_of_any_size_add_up_to_the_file(trained: Path, size: int, monkeypatch: pytest.MonkeyPatch):
+    folders = RunFolders(trained)
+    key = key_of(folders, "out")
+    whole, (only,) = read_all(folders, key)
+    monkeypatch.setattr(follow, "CHUNK", max(size, max(map(len, (trained / "out" / "metrics.jsonl").read_bytes().splitlines())) + 1))
+    parts, pieces = read_all(folders, key)
+    assert {n: {k: c["step"] for k, c in kinds.items() if c} for n, kinds in parts.items()} == {
+        n: {k: c["step"] for k, c in kinds.items() if c} for n, kinds in whole.items()
+    }
+    assert pieces[-1]["next"] == only["next"] == (trained / "out" / "metrics.jsonl").stat().st_size
+    assert len(pieces) > 1 or size == 5000
+
+
+def test_only_what_is_new_is_read_and_a_torn_line_waits(tmp_path: Path):
+    run_folder(tmp_path / "r", {"v": variant()}, steps=4, summary=False)
+    folders, path = RunFolders(tmp_path), tmp_path / "r" / "metrics.jsonl"
+    key = key_of(folders, "r")
+    first = folders.metrics(key, 0, "")
+    line = json.dumps({"variant": "v", "step": 5, "loss": 1.5, "note": "text", "norm": float("nan")})
+    with path.open("a") as file:
+        file.write(line[:20])
+    torn = folders.metrics(key, first["next"], first["mark"])
+    assert torn["variants"] == {} and torn["next"] == first["next"] and not torn["restart"] and not torn["more"]
+    with path.open("a") as file:
+        file.write(line[20:] + "\n[1]\nnot json\n" + json.dumps({"variant": "w", "step": 1, "loss": 2, "event": "other"}) + "\n")
+    more = folders.metrics(key, torn["next"], torn["mark"])
+    assert more["variants"] == {"v": {"steps": {"step": [5], "loss": [1.5], "norm": [None]}, "valid": {}}}
+
+
+@pytest.mark.parametrize("longer", [False, True])
+def test_a_file_that_was_written_anew_is_read_from_its_start(tmp_path: Path, longer: bool):
+    """As a resume does, which cuts the file at the checkpoint and goes on: it may be as long as before, with other numbers."""
+    run_folder(tmp_path / "r", {"v": variant()}, steps=6, summary=False)
+    folders, path = RunFolders(tmp_path), tmp_path / "r" / "metrics.jsonl"
+    key = key_of(folders, "r")
+    first = folders.metrics(key, 0, "")
+    lines = path.read_text().splitlines(keepends=True)
+    changed = lines[:3] + [x.replace('"lr": 0.001', '"lr": 0.002') for x in lines[3:]]
+    path.write_text("".join(changed + lines * longer))
+    again = folders.metrics(key, first["next"], first["mark"])
+    assert again["restart"] and again["variants"]["v"]["steps"]["lr"][:6] == [0.001] * 3 + [0.002] * 3
+    path.write_text("".join(lines[:2]))
+    shorter = folders.metrics(key, again["next"], again["mark"])
+    assert shorter["restart"] and shorter["variants"]["v"]["steps"]["step"] == [1, 2]
+
+
+def test_runs_are_found_at_any_place_and_nothing_else(tmp_path: Path):
+    for name in ("a", "deep/er/b", HOSTILE.replace("/", ""), os.fsdecode(b"byte\xff")):
+        run_folder(tmp_path / name, {"v": variant()})
+    run_folder(tmp_path / "a" / "inside", {"v": variant()})
+    run_folder(tmp_path / ".cache" / "c", {"v": variant()})
+    (tmp_path / "deep" / "loop").symlink_to(tmp_path)
+    outside = run_folder(tmp_path.parent / f"{tmp_path.name}-linked", {"v": variant()})
+    (tmp_path / "linked").symlink_to(outside)
+    names = {line["name"] for line in RunFolders(tmp_path).list()}
+    assert names == {"a", "deep/er/b", HOSTILE.replace("/", ""), "byte\\udcff", "linked"}
+    assert json.dumps(RunFolders(tmp_path).list()).isascii()
+    assert [line["name"] for line in RunFolders(tmp_path / "a").list()] == ["a"], "the folder itself may be a run"
+
+
+@pytest.mark.parametrize("key", ["", ".", "..", "../x", "/etc", "0" * 16])
+def test_only_a_listed_run_is_read(tmp_path: Path, key: str):
+    run_folder(tmp_path / "runs" / "r", {"v": variant()})
+    run_folder(tmp_path / "x", {"v": variant()})
+    folders = RunFolders(tmp_path / "runs")
+    for read in (folders.show, lambda k: folders.metrics(k, 0, ""), lambda k: folders.answers(k, "a", "", 0, 10)):
+        with pytest.raises(NotFoundError, match="no such run"):
+            read(key)
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "absent"):
+        with pytest.raises(ConfigError, match=name):
+            RunFolders(tmp_path / name)
+
+
+def answered(folder: Path, **files: list[dict[str, Any]]) -> Path:
+    """A run whose variants v and w and base have answered; files: name -> lines."""
+    made = {n: variant(scores={"loss": 1.0, "predictions": f"predictions/a-{n}.jsonl"}) for n in ("v", "w")}
+    base = {"a": {"loss": 3.0, "predictions": "predictions/a-base.jsonl"}}
+    run_folder(folder, made, base_scores=base)
+    (folder / "predictions").mkdir()
+    for name, lines in files.items():
+        (folder / "predictions" / f"a-{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return folder
+
+
+def told(reference: str, answer: str, **more: Any) -> dict[str, Any]:
+    return {"prompt": f"what is {reference}?", "reference": reference, "answer": answer, "correct": answer == reference} | more
+
+
+def test_answers_come_wrong_ones_first(tmp_path: Path):
+    rows = ["0", "1", "2", "3"]
+    given = {"base": ["x", "x", "x", "x"], "v": ["0", "x", "x", "3"], "w": ["0", "1", "x", "x"]}
+    answered(tmp_path / "r", **{n: [told(r, a) for r, a in zip(rows, answers, strict=True)] for n, answers in given.items()})
+    folders = RunFolders(tmp_path)
+    key = key_of(folders, "r")
+    found = folders.answers(key, "a", "", 0, 10)
+    assert [row["row"] for row in found["rows"]] == [2, 1, 3, 0], "two wrong, one wrong in the order of rows, none; the base does not count"
+    assert (found["total"], found["wrong"]) == (4, {"base": 4, "v": 2, "w": 2})
+    assert found["rows"][0]["answers"]["v"] == {"text": "x", "right": False} and found["rows"][0]["prompt"] == "what is 2?"
+    assert [r["row"] for r in folders.answers(key, "a", "", 1, 2)["rows"]] == [1, 3]
+    assert [r["row"] for r in folders.answers(key, "a", "w", 0, 4)["rows"]] == [2, 3, 0, 1]
+    with pytest.raises(NotFoundError):
+        folders.answers(key, "b", "", 0, 10)
+
+
+def test_answers_of_labels_and_rewards(tmp_path: Path):
+    lines = [told("yes", "no", label="yes", label_correct=True), {"prompt": "p", "reference": None, "answer": "free", "reward": 0.25}]
+    answered(tmp_path / "r", v=lines)
+    folders = RunFolders(tmp_path)
+    rows = {r["row"]: r["answers"]["v"] for r in folders.answers(key_of(folders, "r"), "a", "", 0, 10)["rows"]}
+    assert rows == {0: {"text": "no", "right": True}, 1: {"text": "free", "right": None, "reward": 0.25}}
+
+
+@pytest.mark.parametrize("path", ["../secret.jsonl", "/etc/passwd", "predictions/../../secret.jsonl", "predictions/link.jsonl"])
+def test_a_summary_that_points_elsewhere_is_not_followed(tmp_path: Path, path: str):
+    folder = answered(tmp_path / "r", base=[told("1", "1")])
+    (tmp_path / "secret.jsonl").write_text(json.dumps(told("secret", "secret")) + "\n")
+    (folder / "predictions" / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["variants"]["v"]["scores"]["predictions"] = path
+    (folder / "summary.json").write_text(json.dumps(summary))
+    folders = RunFolders(tmp_path)
+    assert folders.show(key_of(folders, "r"))["answers"] == {"a": ["base"]}
+    assert "secret" not in json.dumps(folders.answers(key_of(folders, "r"), "a", "", 0, 10))
+
+
+def test_a_run_that_holds_its_folder_is_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = run_folder(tmp_path / "r", {"v": variant()}, summary=False)
+    monkeypatch.setattr(follow, "QUIET_S", -1.0)
+    folders = RunFolders(tmp_path)
+    assert [x["state"] for x in folders.list()] == ["stopped"]
+    code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-S", "-c", code, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout and holder.stdout.readline()
+        assert [x["state"] for x in folders.list()] == ["running"]
+        assert holder.stdin
+        holder.stdin.close()
+    assert [x["state"] for x in folders.list()] == ["stopped"]
+    (folder / "summary.json").write_text(json.dumps({"variants": {"v": variant()}}))
+    assert [x["state"] for x in folders.list()] == ["finished"]
+
+
+class Seen(Exception):
+    pass
+
+
+class Looks:
+    """A listener that looks at the run folder after the first step, and ends the run."""
+
+    def __init__(self, root: Path):
+        self.root, self.shown = root, None
+
+    def step(self, line: Any) -> None:
+        folders = RunFolders(self.root)
+        self.shown = folders.show(folders.list()[0]["id"])
+        raise Seen
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+
+def test_settings_and_steps_are_known_from_the_first_step_on(tmp_path: Path):
+    content = run_file(tmp_path, {"v": METHODS["lora"] | {"data": "a"}}, checkpoint_every=None)
+    looks = Looks(tmp_path)
+    with pytest.raises(Seen):
+        train(RunConfig.from_dict(content, root=tmp_path), base=tiny_base(), listener=looks)
+    assert looks.shown is not None
+    (v,) = looks.shown["variants"]
+    assert looks.shown["state"] == "running" and looks.shown["base"] == "tiny-llama"
+    assert (v["total_steps"], v["settings"]["r"], v["settings"]["lr"], v["method"]) == (5, 4, 1e-2, "lora")
+    report = train(RunConfig.from_dict(content, root=tmp_path), base=tiny_base(), resume=True)  # run.json is in nobody's way
+    assert report.summary["variants"]["v"]["steps"] == 5
+
+
+def test_a_run_from_before_run_json_is_shown_by_its_metrics(tmp_path: Path):
+    run_folder(tmp_path / "r", {"v": variant()}, steps=7, summary=False)
+    folders = RunFolders(tmp_path)
+    shown = folders.show(key_of(folders, "r"))
+    assert [(v["name"], v["steps"], v["total_steps"]) for v in shown["variants"]] == [("v", 7, None)]

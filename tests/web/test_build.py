@@ -1,0 +1,85 @@
+"""What is shipped is what the sources give, and axe has nothing against it. Both need npm and its registry."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.past import run_folder, variant
+from tests.web.common import ROOT, Visit, browser, serving
+from trimtab.http.studio import create_studio
+from trimtab.http.studio_auth import Shown
+from trimtab.train.follow import RunFolders
+
+WEB, BUILT = ROOT / "web", ROOT / "src" / "trimtab" / "web" / "page"
+OWN = ("src", "index.html", "package.json", "package-lock.json", "tsconfig.json", "vite.config.ts")
+
+
+@pytest.fixture(scope="module")
+def front_end(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of web/ with what it depends on."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    folder = tmp_path_factory.mktemp("front") / "web"
+    folder.mkdir()
+    for name in OWN:
+        (shutil.copytree if (WEB / name).is_dir() else shutil.copy)(WEB / name, folder / name)
+    command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        pytest.skip("npm does not reach its registry")
+    if done.returncode != 0 and re.search(r"ENOTFOUND|ECONNREFUSED|ETIMEDOUT|EAI_AGAIN|E40[34]", done.stderr):
+        pytest.skip("npm does not reach its registry")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_versions_are_pinned_and_no_registry_is_named():
+    package, lock = (json.loads((WEB / name).read_text()) for name in ("package.json", "package-lock.json"))
+    wanted = package["dependencies"] | package["devDependencies"]
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in wanted.values()), wanted
+    assert {name: lock["packages"][f"node_modules/{name}"]["version"] for name in wanted} == wanted
+    assert all("integrity" in p for path, p in lock["packages"].items() if path)
+    assert not re.search(r"resolved|https?://(?!opencollective|github|paulmillr|feross|tidelift)", (WEB / "package-lock.json").read_text())
+
+
+@pytest.mark.slow
+def test_what_is_shipped_is_what_the_sources_give(front_end: Path, tmp_path: Path):
+    for command in (["npx", "tsc", "--noEmit"], ["npx", "vite", "build", "--outDir", str(tmp_path), "--emptyOutDir"]):
+        done = subprocess.run(command, cwd=front_end, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    made, kept = ({str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()} for root in (tmp_path, BUILT))
+    assert made.keys() == kept.keys()
+    assert [name for name in made if made[name] != kept[name]] == [], "run `make page`"
+
+
+@pytest.mark.slow
+def test_axe_finds_nothing(front_end: Path, tmp_path: Path):
+    run_folder(tmp_path / "done", {"v": variant(), "w": variant(stopped="the loss is nan")})
+    run_folder(tmp_path / "live", {"v": variant()}, summary=False)
+    source = (front_end / "node_modules" / "axe-core" / "axe.min.js").read_text()
+    found: dict[str, Any] = {}
+    with browser() as chromium, serving(create_studio(Shown(RunFolders(tmp_path)))) as url:
+        for scheme in ("light", "dark"):
+            for width in (1280, 390):
+                with Visit(chromium, url, scheme=scheme, width=width, bypass_csp=True) as page:
+                    page.get_by_role("link", name="done").wait_for()
+                    found[f"list {scheme} {width}"] = faults(page, source)
+                    page.get_by_role("link", name="done").click()
+                    page.get_by_role("heading", name="Settings").wait_for()
+                    found[f"run {scheme} {width}"] = faults(page, source)
+    assert {k: v for k, v in found.items() if v} == {}
+
+
+def faults(page: Any, axe: str) -> list[str]:
+    """What axe finds on a page, by its rules of WCAG 2.2 A and AA and of good practice."""
+    page.evaluate(f"() => {{ {axe} }}")
+    result = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    return [f"{v['id']}: {n['html'][:160]} {n['failureSummary'][-200:]}" for v in result["violations"] for n in v["nodes"]]

@@ -1,0 +1,221 @@
+"""The screen of runs in a real browser: curves that grow, zoom and keys, hostile texts, every width, both schemes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.past import run_folder, variant
+from tests.web.common import Visit, browser, is_harmless, refuse_overflow, serving
+from trimtab.http.studio import create_studio
+from trimtab.http.studio_auth import Shown
+from trimtab.train.follow import RunFolders
+
+pytestmark = pytest.mark.slow
+EVIL = '<img src=x onerror="window.hacked=1"></td><script>window.hacked=2</script>javascript:alert(1)\'"&amp;{{7*7}}'
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as started:
+        yield started
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def site(folder: Path) -> Iterator[str]:
+    folder.mkdir()
+    with serving(create_studio(Shown(RunFolders(folder)))) as url:
+        yield url
+
+
+def answers(folder: Path, rows: int, **said: str) -> None:
+    """Files of answers of base and variants to `rows` rows, and where summary.json names them; said: name -> what it answers."""
+    (folder / "predictions").mkdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    for n, (name, text) in enumerate(said.items()):
+        prompt = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQuestion {}<|im_end|>\n<|im_start|>assistant\n"
+        lines = [{"prompt": prompt.format(i), "reference": "4", "answer": text, "correct": text == "4"} for i in range(rows)]
+        path = folder / "predictions" / f"{n}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        scores = summary["base_scores"]["a"] if name == "base" else summary["variants"][name]["scores"]
+        scores["predictions"] = f"predictions/{n}.jsonl"
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def lines(name: str, steps: range, loss: float) -> str:
+    made = [
+        {
+            "variant": name,
+            "step": s,
+            "epoch": 0,
+            "loss": loss,
+            "grad_norm": 1.0,
+            "lr": 1e-3,
+            "tokens": 7,
+            "seconds": 2.0,
+            "tokens_per_s": 3.5,
+        }
+        for s in steps
+    ]
+    return "".join(json.dumps(line) + "\n" for line in made)
+
+
+def test_a_running_run_is_followed(chromium: Any, folder: Path, site: str):
+    run = run_folder(folder / "live", {"v": variant()}, steps=40, summary=False)
+    plan = {
+        "base": "tiny",
+        "steps": {"v": 200},
+        "settings": {"seed": 3, "variants.v.method": "lora", "variants.v.r": 4, "variants.v.data": "a"},
+    }
+    (run / "run.json").write_text(json.dumps(plan))
+    with Visit(chromium, site) as page:
+        page.get_by_role("link", name="live").click()
+        page.get_by_role("heading", name="live running").wait_for()
+        page.get_by_text("40 of 200 steps").wait_for()
+        chart = page.get_by_role("application", name="Loss, nats a target")
+        assert "1 line: v ends at" in chart.get_attribute("aria-label")
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(lines("v", range(41, 61), 0.125))
+        page.get_by_text("60 of 200 steps").wait_for()
+        page.get_by_label("Smoothing").fill("0")
+        chart.focus()
+        page.keyboard.press("End")
+        tip = page.locator(".tip")
+        tip.wait_for()
+        assert tip.inner_text().split("\n")[0] == "step 60" and "0.125" in tip.inner_text()
+        for _ in range(20):
+            page.keyboard.press("ArrowLeft")
+        assert tip.inner_text().startswith("step 40") and "0.7413" in tip.inner_text()
+        page.get_by_role("button", name="tokens", exact=True).click()
+        chart.focus()
+        page.keyboard.press("End")
+        assert tip.inner_text().startswith(f"tokens {40 * 10 + 20 * 7}"), "the tokens of all its steps"
+        page.get_by_role("button", name="seconds", exact=True).click()
+        assert page.get_by_role("cell", name="lora").count() == 2, "in scores and in settings, from run.json"
+        (run / "metrics.jsonl").write_text(lines("v", range(1, 6), 3.5))  # a resume from an early checkpoint
+        page.get_by_text("5 of 200 steps").wait_for()
+
+
+def test_the_kept_step_and_the_zoom(chromium: Any, folder: Path, site: str):
+    run_folder(folder / "done", {"v": variant(saved_step=30), "w": variant(saved_step=60)})
+    with Visit(chromium, site) as page:
+        page.get_by_role("link", name="done").click()
+        chart = page.get_by_role("application", name="Loss, nats a target")
+        chart.scroll_into_view_if_needed()
+        everything = page.get_by_role("button", name="Show all")
+        assert everything.is_disabled()
+        over = chart.locator(".u-over").bounding_box()
+        y = over["y"] + over["height"] / 2
+        page.mouse.move(over["x"] + over["width"] * 0.25, y)
+        page.mouse.down()
+        page.mouse.move(over["x"] + over["width"] * 0.5, y, steps=4)
+        page.mouse.up()
+        page.locator(".controls button:enabled", has_text="Show all").wait_for()
+        chart.focus()
+        tip = page.locator(".tip")
+        ends = []
+        for key in ("Home", "End"):
+            page.keyboard.press(key)
+            ends.append(int(tip.inner_text().split("\n")[0].removeprefix("step ")))
+        assert 15 <= ends[0] <= 17 and 29 <= ends[1] <= 31, ends
+        page.keyboard.press("Escape")
+        assert everything.is_disabled()
+        page.keyboard.press("End")
+        assert tip.inner_text().startswith("step 60")
+        kept = page.get_by_role("region", name="Scores on a").get_by_role("row").filter(has_text="30 of 60")
+        assert kept.count() == 1 and "v" in kept.inner_text()
+        page.get_by_role("button", name="w", exact=True).click()
+        assert page.get_by_role("rowheader", name="w", exact=True).count() == 0, "the legend hides a variant everywhere"
+
+
+def test_runs_are_compared_by_what_differs(chromium: Any, folder: Path, site: str):
+    for name, r in (("one", 4), ("two", 8)):
+        settings = {"seed": 0, "variants.v.method": "lora", "variants.v.r": r, "variants.v.data": "a", "max_tokens": 64 * r}
+        run_folder(folder / name, {"v": variant()}, settings=settings)
+    with Visit(chromium, site) as page:
+        for name in ("one", "two"):
+            page.get_by_label(f"Compare {name}").check()
+        assert (
+            page.locator("code").inner_text() == f"trimtab compare {folder / 'one'} {folder / 'two'}"
+            or "two" in page.locator("code").inner_text()
+        )
+        page.get_by_role("link", name="Compare 2 runs").click()
+        table = page.get_by_role("region", name="Settings of variants")
+        table.wait_for()
+        assert [x.inner_text() for x in table.get_by_role("rowheader").all()] == ["r"]
+        assert sorted(x.inner_text() for x in table.get_by_role("cell").all()) == ["4", "8"]
+        ofruns = page.get_by_role("region", name="Settings of runs")
+        assert [x.inner_text() for x in ofruns.get_by_role("rowheader").all()] == ["max_tokens"]
+        page.get_by_label("those that are equal too").check()
+        assert {"r", "method", "data"} <= {x.inner_text() for x in table.get_by_role("rowheader").all()}
+        assert page.get_by_role("region", name="Scores on a").get_by_role("row", name="base").count() == 1, "they measured the same base"
+
+
+def test_answers_are_bubbles_and_come_page_by_page(chromium: Any, folder: Path, site: str):
+    run_folder(folder / "r", {"v": variant(), "w": variant()})
+    answers(folder / "r", 13, base="five", v="4", w="nine")
+    with Visit(chromium, site) as page:
+        page.get_by_role("link", name="r", exact=True).click()
+        rows = page.get_by_role("article")
+        rows.first.wait_for()
+        assert rows.count() == 10
+        assert rows.first.locator(".who").all_inner_texts() == ["system", "user"]
+        assert "im_start" not in rows.first.inner_text() and "✓ equal" in rows.first.inner_text() and "✗ differs" in rows.first.inner_text()
+        page.get_by_role("button", name="3 more of 3").click()
+        rows.nth(12).wait_for()
+        page.get_by_label("Answers of").select_option("v")
+        page.get_by_text("Wrong: v 0.").wait_for()
+        assert page.locator("article dt").count() == 20
+        assert page.get_by_text("Wrong: v 0.").count() == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_hostile_texts_are_texts_at_every_width(chromium: Any, folder: Path, site: str, scheme: str):
+    made = variant(data="a", stopped=EVIL, method=EVIL, fields={EVIL: EVIL})
+    run = run_folder(
+        folder / EVIL.replace("/", ""), {EVIL: made, "w": variant()}, base=EVIL, settings={EVIL: EVIL, f"variants.{EVIL}.x": EVIL}
+    )
+    answers(run, 2, base=EVIL, **{EVIL: EVIL, "w": "w" * 300})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"variant": EVIL, "step": 61, "loss": 1.0, EVIL: 2.0}) + "\n")
+    for width in (1440, 1024, 390):
+        with Visit(chromium, site, width=width, scheme=scheme) as page:
+            page.locator("tbody tr").wait_for()
+            is_harmless(page, EVIL.replace("/", ""))
+            refuse_overflow(page)
+            page.locator("tbody a").click()
+            page.get_by_role("article").first.wait_for()
+            page.get_by_label("those that are equal too").check()
+            page.get_by_role("application").first.hover()
+            page.locator(".tip").wait_for()
+            is_harmless(page, EVIL)
+            refuse_overflow(page)
+
+
+def test_the_token_stays_in_memory(chromium: Any, folder: Path, tmp_path: Path):
+    run_folder(folder / "r", {"v": variant()})
+    with serving(create_studio(Shown(RunFolders(folder), token="s3cret"))) as url:
+        with Visit(chromium, url, "#key=s3cret") as page:
+            page.get_by_role("link", name="r", exact=True).wait_for()
+            assert "s3cret" not in page.url
+            kept = page.evaluate("[JSON.stringify(localStorage), JSON.stringify(sessionStorage), document.cookie, history.length]")
+            assert kept[:3] == ["{}", "{}", ""]
+        visit = Visit(chromium, url)
+        page = visit.page
+        page.get_by_role("heading", name="A key is needed").wait_for()
+        page.get_by_label("Key", exact=True).fill("s3cret")
+        page.get_by_role("button", name="Use this key").click()
+        page.get_by_role("link", name="r", exact=True).wait_for()
+        page.reload()
+        page.get_by_role("heading", name="A key is needed").wait_for()
+        visit.context.close()
+        assert all("401" in told for told in visit.wrong), visit.wrong

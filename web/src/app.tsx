@@ -1,0 +1,106 @@
+// The frame: which screens there are here, the key, and the screen that the address names.
+
+import { useEffect, useState } from "preact/hooks";
+import { type About, get, onKeyWanted, setKey, takeKeyFromAddress } from "./api";
+import { Failure, useLoaded } from "./parts";
+import { link, useRoute } from "./route";
+import { RunList } from "./runs/list";
+import { RunPage } from "./runs/run";
+
+takeKeyFromAddress();
+
+interface Screen {
+  name: string;
+  title: string;
+  there: (about: About) => boolean;
+}
+
+const SCREENS: Screen[] = [{ name: "runs", title: "Runs", there: (a) => a.runs }];
+
+export function App() {
+  const route = useRoute();
+  const { found: about, error } = useLoaded((signal) => get<About>("studio/about", {}, signal), []);
+  const [asked, setAsked] = useState(false);
+  const [keyed, setKeyed] = useState(0); // counts keys given, so that screens load anew
+  useEffect(() => onKeyWanted(() => setAsked(true)), []);
+
+  const screens = about ? SCREENS.filter((s) => s.there(about)) : [];
+  const here = screens.find((s) => s.name === route[0]) ?? screens[0];
+  useEffect(() => {
+    document.title = here ? `${[...route.slice(1, 2), here.title].join(" · ")} · trimtab` : "trimtab";
+  }, [here, route.join("/")]);
+
+  return (
+    <>
+      <a class="skip" href="#main" onClick={(e) => (e.preventDefault(), document.getElementById("main")?.focus())}>
+        Skip to content
+      </a>
+      <header class="top">
+        <a class="brand" href={link()} aria-label="trimtab: first screen">
+          trimtab
+        </a>
+        <nav aria-label="Screens">
+          {screens.map((s) => (
+            <a key={s.name} href={link(s.name)} aria-current={s === here ? "page" : undefined}>
+              {s.title}
+            </a>
+          ))}
+        </nav>
+        {about?.keyed && (
+          <button type="button" class="quiet" onClick={() => setAsked(true)}>
+            Key
+          </button>
+        )}
+      </header>
+      <main id="main" tabIndex={-1}>
+        {error ? <Failure error={error} /> : null}
+        {asked && (
+          <KeyForm
+            onGiven={() => {
+              setAsked(false);
+              setKeyed(keyed + 1);
+            }}
+            onClosed={() => setAsked(false)}
+          />
+        )}
+        {here && <Shown key={`${here.name} ${keyed}`} screen={here.name} route={route.slice(1)} />}
+      </main>
+      {about && <footer class="bottom">trimtab {about.version}</footer>}
+    </>
+  );
+}
+
+function Shown({ screen, route }: { screen: string; route: string[] }) {
+  if (screen === "runs") return route[0] ? <RunPage key={route[0]} ids={route[0].split("+")} /> : <RunList />;
+  return null;
+}
+
+function KeyForm({ onGiven, onClosed }: { onGiven: () => void; onClosed: () => void }) {
+  const [text, setText] = useState("");
+  return (
+    <form
+      class="card key-form"
+      aria-labelledby="key-title"
+      onSubmit={(event) => {
+        event.preventDefault();
+        setKey(text);
+        onGiven();
+      }}
+    >
+      <h2 id="key-title">A key is needed</h2>
+      <p class="note">It is kept in this page's memory only. Reloading the page forgets it.</p>
+      <div class="row">
+        <label class="grow">
+          <span>Key</span>
+          <input type="password" autoComplete="off" value={text} onInput={(e) => setText(e.currentTarget.value)} autoFocus />
+        </label>
+        <button type="submit" class="main" disabled={!text.trim()}>
+          Use this key
+        </button>
+        <button type="button" onClick={onClosed}>
+          Cancel
+        </button>
+      </div>
+    </form>
+  );
+}

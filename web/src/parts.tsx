@@ -1,0 +1,143 @@
+// What several screens show: commands to copy, errors, tables that become cards on a phone.
+
+import type { ComponentChildren } from "preact";
+import { useCallback, useEffect, useRef, useState } from "preact/hooks";
+
+/** A command line that does what is shown or done here, with a button that copies it. */
+export function Command({ text, says }: { text: string; says?: string }) {
+  const [copied, setCopied] = useState(false);
+  const copy = async () => {
+    try {
+      await navigator.clipboard.writeText(text);
+      setCopied(true);
+      setTimeout(() => setCopied(false), 1500);
+    } catch {
+      setCopied(false); // a browser that does not allow it: the text can be selected
+    }
+  };
+  return (
+    <div class="command">
+      {says && <span class="command-says">{says}</span>}
+      <code tabIndex={0}>{text}</code>
+      <button type="button" class="quiet" onClick={copy} aria-label={`Copy: ${text.slice(0, 60)}`}>
+        {copied ? "Copied" : "Copy"}
+      </button>
+    </div>
+  );
+}
+
+export function Failure({ error }: { error: unknown }) {
+  return (
+    <p class="failure" role="alert">
+      {error instanceof Error ? error.message : String(error)}
+    </p>
+  );
+}
+
+export function Empty({ children }: { children: ComponentChildren }) {
+  return <div class="empty">{children}</div>;
+}
+
+export function Section({ title, id, aside, children }: { title: string; id: string; aside?: ComponentChildren; children: ComponentChildren }) {
+  return (
+    <section class="card" aria-labelledby={id}>
+      <div class="card-head">
+        <h2 id={id}>{title}</h2>
+        {aside}
+      </div>
+      {children}
+    </section>
+  );
+}
+
+export interface Column<Row> {
+  key: string;
+  title: string;
+  cell: (row: Row) => ComponentChildren;
+  number?: boolean;
+  class?: (row: Row) => string | undefined;
+}
+
+/** A table whose first column names the row. On a phone each row is a card, and each cell says what it is. */
+export function Table<Row>({
+  label,
+  columns,
+  rows,
+  rowKey,
+  rowClass,
+}: {
+  label: string;
+  columns: Column<Row>[];
+  rows: Row[];
+  rowKey: (row: Row) => string;
+  rowClass?: (row: Row) => string | undefined;
+}) {
+  return (
+    <div class="table-frame" role="region" aria-label={label} tabIndex={0}>
+      <table role="table">
+        <thead role="rowgroup">
+          <tr role="row">
+            {columns.map((c) => (
+              <th key={c.key} scope="col" role="columnheader" class={c.number ? "number" : undefined}>
+                {c.title}
+              </th>
+            ))}
+          </tr>
+        </thead>
+        <tbody role="rowgroup">
+          {rows.map((row) => (
+            <tr key={rowKey(row)} role="row" class={rowClass?.(row)}>
+              {columns.map((c, i) => {
+                const name = [c.number ? "number" : "", c.class?.(row) ?? ""].join(" ").trim() || undefined;
+                return i === 0 ? (
+                  <th key={c.key} scope="row" role="rowheader" class={name}>
+                    {c.cell(row)}
+                  </th>
+                ) : (
+                  <td key={c.key} role="cell" class={name} data-label={c.title}>
+                    <span class="cell">{c.cell(row)}</span>
+                  </td>
+                );
+              })}
+            </tr>
+          ))}
+        </tbody>
+      </table>
+    </div>
+  );
+}
+
+/** Calls `work` now and then every `ms`, not while the page is hidden, and never twice at a time. ms: null: once. */
+export function usePoll(work: () => Promise<void>, ms: number | null, depends: unknown[]): void {
+  const latest = useRef(work);
+  latest.current = work;
+  useEffect(() => {
+    let over = false;
+    let timer = 0;
+    const turn = async () => {
+      if (!document.hidden) await latest.current().catch(() => undefined);
+      if (!over && ms !== null) timer = window.setTimeout(turn, ms);
+    };
+    void turn();
+    return () => {
+      over = true;
+      clearTimeout(timer);
+    };
+  }, [ms, ...depends]);
+}
+
+export function useLoaded<T>(load: (signal: AbortSignal) => Promise<T>, depends: unknown[]) {
+  const [state, setState] = useState<{ found?: T; error?: unknown }>({});
+  const again = useRef(0);
+  const [count, setCount] = useState(0);
+  useEffect(() => {
+    const control = new AbortController();
+    load(control.signal).then(
+      (found) => !control.signal.aborted && setState({ found }),
+      (error: unknown) => !control.signal.aborted && setState({ error }),
+    );
+    return () => control.abort();
+  }, [count, ...depends]);
+  const reload = useCallback(() => setCount(++again.current), []);
+  return { ...state, reload };
+}

@@ -1,0 +1,149 @@
+// Held-out rows with what base and variants answered, as bubbles; those first that most variants got wrong.
+
+import { useEffect, useState } from "preact/hooks";
+import { get } from "../api";
+import { number } from "../format";
+import { Failure, Section } from "../parts";
+import { Name } from "./scores";
+import { turns } from "./turns";
+import type { RunFacts, Shown } from "./types";
+
+interface Answer {
+  text: string;
+  right: boolean | null;
+  reward?: number;
+}
+
+interface AnswerRow {
+  row: number;
+  prompt: string;
+  reference: string;
+  answers: Record<string, Answer>;
+}
+
+interface Found {
+  rows: AnswerRow[];
+  total: number;
+  wrong: Record<string, number>;
+}
+
+const PAGE = 10;
+
+export function Answers({ run, shown }: { run: RunFacts; shown: Shown[] }) {
+  const sets = Object.keys(run.answers);
+  const [chosen, setChosen] = useState(sets[0] ?? "");
+  const data = sets.includes(chosen) ? chosen : (sets[0] ?? "");
+  const [who, setWho] = useState("");
+  const [found, setFound] = useState<Found | null>(null);
+  const [error, setError] = useState<unknown>(null);
+  const [busy, setBusy] = useState(false);
+  const names = run.answers[data] ?? [];
+
+  const load = async (start: number, before: AnswerRow[]) => {
+    setBusy(true);
+    try {
+      const part = await get<Found>("studio/answers", { id: run.id, data, who: names.includes(who) ? who : "", start, count: PAGE });
+      setFound({ ...part, rows: [...before, ...part.rows] });
+      setError(null);
+    } catch (failed) {
+      setError(failed);
+    }
+    setBusy(false);
+  };
+  useEffect(() => {
+    setFound(null);
+    if (data) void load(0, []);
+  }, [run.id, data, who]);
+
+  if (!sets.length) return null;
+  const title = `Answers${shown.some((s) => s.run.id !== run.id) ? ` of ${run.name}` : ""}`;
+  return (
+    <Section
+      title={title}
+      id={`answers-${run.id}`}
+      aside={
+        <div class="controls">
+          {sets.length > 1 && (
+            <label class="pick">
+              <span>Rows</span>
+              <select aria-label="Answers to the rows of" value={data} onChange={(e) => setChosen(e.currentTarget.value)}>
+                {sets.map((s) => (
+                  <option key={s} value={s}>
+                    {s}
+                  </option>
+                ))}
+              </select>
+            </label>
+          )}
+          <label class="pick">
+            <span>Of</span>
+            <select aria-label="Answers of" value={names.includes(who) ? who : ""} onChange={(e) => setWho(e.currentTarget.value)}>
+              <option value="">all</option>
+              {names.map((n) => (
+                <option key={n} value={n}>
+                  {n}
+                </option>
+              ))}
+            </select>
+          </label>
+        </div>
+      }
+    >
+      {error ? <Failure error={error} /> : null}
+      {found && (
+        <p class="note">
+          {found.total} held-out rows, answered greedily, those first that most got wrong. Wrong:{" "}
+          {Object.entries(found.wrong)
+            .map(([name, count]) => `${name} ${count}`)
+            .join(", ")}
+          .
+        </p>
+      )}
+      {found?.rows.map((row) => <Row key={row.row} row={row} shown={shown.filter((s) => s.run.id === run.id)} />)}
+      {found && found.rows.length < found.total && (
+        <button type="button" disabled={busy} onClick={() => void load(found.rows.length, found.rows)}>
+          {Math.min(PAGE, found.total - found.rows.length)} more of {found.total - found.rows.length}
+        </button>
+      )}
+    </Section>
+  );
+}
+
+function Row({ row, shown }: { row: AnswerRow; shown: Shown[] }) {
+  return (
+    <article class="answer-row" aria-label={`Row ${row.row + 1}`}>
+      <div class="talk">
+        {turns(row.prompt).map((turn, i) => (
+          <div key={i} class={`bubble ${turn.role === "user" ? "user" : "other"}`}>
+            <span class="who">{turn.role}</span>
+            <div class="said">{turn.text}</div>
+          </div>
+        ))}
+      </div>
+      <dl class="said-list">
+        <div class="reference">
+          <dt>reference</dt>
+          <dd>{row.reference}</dd>
+        </div>
+        {Object.entries(row.answers).map(([name, answer]) => {
+          const variant = shown.find((s) => s.facts.name === name);
+          return (
+            <div key={name}>
+              <dt>
+                {variant ? <Name shown={variant} /> : name}
+                <Verdict answer={answer} />
+              </dt>
+              <dd>{answer.text || <em class="note">nothing</em>}</dd>
+            </div>
+          );
+        })}
+      </dl>
+    </article>
+  );
+}
+
+function Verdict({ answer }: { answer: Answer }) {
+  if (answer.reward !== undefined) return <span class="verdict">reward {number(answer.reward, 3)}</span>;
+  if (answer.right === null) return null;
+  return <span class={`verdict ${answer.right ? "right" : "wrong"}`}>{answer.right ? "✓ equal" : "✗ differs"}</span>;
+}

@@ -1,0 +1,132 @@
+// What the variants cost and score, one table for each data set, the base's row first.
+
+import type { ComponentChildren } from "preact";
+import { bytes, duration, number, quoted, short } from "../format";
+import { type Column, Command, Section, Table } from "../parts";
+import { Swatch } from "./swatch";
+import type { Metrics } from "./series";
+import type { Meaning, RunFacts, Shown } from "./types";
+
+interface Row {
+  key: string;
+  shown: Shown | null;
+  label: string;
+  scores: Record<string, number>;
+  base: Record<string, number>;
+}
+
+export function Scores({ shown, runs, metrics }: { shown: Shown[]; runs: RunFacts[]; metrics: Map<string, Metrics> }) {
+  const sets = [...new Set(shown.map((s) => s.facts.data ?? "data"))];
+  const meanings = Object.assign({}, ...runs.map((r) => r.scores)) as Record<string, Meaning>;
+  return (
+    <Section title="Scores and costs" id="scores">
+      <p class="note">On held-out test rows, percentages where a unit is %. The small number is the change from the base; bold is the best.</p>
+      {sets.map((data) => (
+        <OneSet key={data} data={data} shown={shown.filter((s) => (s.facts.data ?? "data") === data)} runs={runs} meanings={meanings} metrics={metrics} />
+      ))}
+      <Command text={`trimtab compare ${runs.map((r) => quoted(r.path)).join(" ")}`} says="In a terminal" />
+    </Section>
+  );
+}
+
+interface OneSetProps {
+  data: string;
+  shown: Shown[];
+  runs: RunFacts[];
+  meanings: Record<string, Meaning>;
+  metrics: Map<string, Metrics>;
+}
+
+function OneSet({ data, shown, runs, meanings, metrics }: OneSetProps) {
+  const bases = new Map<string, Row>();
+  for (const run of runs) {
+    const scores = run.base_scores[data];
+    if (!scores || Object.keys(scores).length === 0) continue;
+    const same = JSON.stringify(scores);
+    const known = bases.get(same);
+    if (known) known.label += `, ${run.name}`;
+    else bases.set(same, { key: `base ${run.id}`, shown: null, label: run.name, scores, base: {} });
+  }
+  const rows: Row[] = [...bases.values()].map((row) => ({ ...row, label: bases.size === 1 ? "base" : `base (${row.label})` }));
+  rows.push(...shown.map((s) => ({ key: String(s.number), shown: s, label: s.label, scores: s.facts.scores, base: s.run.base_scores[data] ?? {} })));
+  const names = [...new Set(rows.flatMap((r) => Object.keys(r.scores)))];
+  const best = new Map(names.map((n) => [n, bestOf(n, rows, meanings)]));
+  const columns: Column<Row>[] = [
+    {
+      key: "variant",
+      title: "variant",
+      cell: (r) => (r.shown ? <Name shown={r.shown} /> : r.label),
+    },
+    { key: "method", title: "method", cell: (r) => r.shown?.facts.method ?? "–" },
+    ...names.map((n): Column<Row> => {
+      const meaning = meanings[n];
+      return {
+        key: n,
+        title: `${n === "loss" ? "test loss" : (meaning?.title ?? n)}${meaning?.percent ? ", %" : ""}`,
+        number: true,
+        class: (r) => (r.scores[n] !== undefined && r.scores[n] === best.get(n) ? "best" : undefined),
+        cell: (r) => score(r, n, meaning),
+      };
+    }),
+    { key: "train", title: "train loss", number: true, cell: (r) => (r.shown ? number(lastLoss(r.shown, metrics), 3) : "–") },
+    { key: "kept", title: "kept step", number: true, cell: (r) => (r.shown ? keptStep(r.shown) : "–") },
+    { key: "trainable", title: "trainable", number: true, cell: (r) => short(r.shown?.facts.trainable) },
+    { key: "size", title: "size", number: true, cell: (r) => bytes(r.shown?.facts.adapter_bytes) },
+    { key: "time", title: "own time", number: true, cell: (r) => duration(r.shown?.facts.seconds) },
+  ];
+  const used = columns.filter((c) => c.key === "variant" || rows.some((r) => c.cell(r) !== "–"));
+  return (
+    <>
+      <h3>{data}</h3>
+      <Table label={`Scores on ${data}`} columns={used} rows={rows} rowKey={(r) => r.key} rowClass={(r) => (r.shown ? undefined : "base")} />
+      {names.length === 0 && <p class="note">Scores come at the end of a run that has test rows.</p>}
+    </>
+  );
+}
+
+export function Name({ shown }: { shown: Shown }) {
+  return (
+    <span class="variant">
+      <Swatch number={shown.number} />
+      <span>{shown.label}</span>
+      {shown.facts.stopped && (
+        <span class="state stopped" title={shown.facts.stopped}>
+          stopped
+        </span>
+      )}
+    </span>
+  );
+}
+
+function score(row: Row, name: string, meaning: Meaning | undefined): ComponentChildren {
+  const value = row.scores[name];
+  if (value === undefined) return "–";
+  const text = meaning?.percent ? value.toFixed(1) : number(value, 4);
+  const base = row.shown ? row.base[name] : undefined;
+  if (base === undefined) return text;
+  const change = value - base;
+  const sign = change > 0 ? "+" : change < 0 ? "−" : "±";
+  return (
+    <>
+      {text} <span class="delta">{sign + (meaning?.percent ? Math.abs(change).toFixed(1) : number(Math.abs(change), 3))}</span>
+    </>
+  );
+}
+
+function bestOf(name: string, rows: Row[], meanings: Record<string, Meaning>): number | null {
+  const values = rows.flatMap((r) => (r.scores[name] === undefined ? [] : [r.scores[name]!]));
+  const better = meanings[name]?.better;
+  if (!better || new Set(values).size < 2) return null;
+  return better === "higher" ? Math.max(...values) : Math.min(...values);
+}
+
+function lastLoss(s: Shown, metrics: Map<string, Metrics>): number | null {
+  const loss = metrics.get(s.run.id)?.variants.get(s.facts.name)?.steps.column("loss") ?? [];
+  const tail = loss.slice(-Math.max(1, Math.floor(loss.length / 10))).filter(Number.isFinite);
+  return tail.length ? tail.reduce((a, b) => a + b, 0) / tail.length : null;
+}
+
+function keptStep(s: Shown): string {
+  const { saved_step: saved, total_steps: total } = s.facts;
+  return saved === null || saved === undefined ? "–" : total && total !== saved ? `${saved} of ${total}` : String(saved);
+}

@@ -1,0 +1,80 @@
+// What the server tells of runs: see trimtab/train/follow.py.
+
+export type State = "running" | "finished" | "stopped";
+
+export interface RunLine {
+  id: string;
+  name: string;
+  path: string;
+  state: State;
+  base: string | null;
+  variants: number;
+  methods: string[];
+  seconds: number | null;
+  tokens: number | null;
+  changed: number;
+}
+
+export interface Meaning {
+  title: string;
+  percent: boolean;
+  better: "higher" | "lower" | null;
+}
+
+export interface VariantFacts {
+  name: string;
+  data: string | null;
+  method: string | null;
+  settings: Record<string, unknown>;
+  total_steps: number | null;
+  scores: Record<string, number>;
+  valid: { metric: string | null; best: number | null; best_step: number | null; finished_early: string | null };
+  steps: number | null;
+  stopped: string | null;
+  trainable: number | null;
+  adapter_bytes: number | null;
+  seconds: number | null;
+  tokens: number | null;
+  tokens_per_s: number | null;
+  saved_step: number | null;
+}
+
+export interface RunFacts {
+  id: string;
+  name: string;
+  path: string;
+  state: State;
+  settings: Record<string, unknown>;
+  base_fingerprint: { before?: string; after?: string };
+  base_scores: Record<string, Record<string, number>>;
+  scores: Record<string, Meaning>;
+  variants: VariantFacts[];
+  answers: Record<string, string[]>;
+  base: string | null;
+  base_parameters: number | null;
+  dtype: string | null;
+  device: string | null;
+  seconds: number | null;
+  tokens: number | null;
+  tokens_per_s: number | null;
+  peak_memory_gb: number | null;
+}
+
+export type Columns = Record<string, (number | null)[]>;
+
+export interface MetricsPart {
+  variants: Record<string, { steps: Columns; valid: Columns }>;
+  next: number;
+  mark: string;
+  more: boolean;
+  restart: boolean;
+  state: State;
+}
+
+/** A variant as the page shows it: number tells colour and dash, label the run too where there are several. */
+export interface Shown {
+  number: number;
+  label: string;
+  run: RunFacts;
+  facts: VariantFacts;
+}
