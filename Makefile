@@ -4,6 +4,8 @@
 # make test       the fast tests;  make test-slow: those that convert or run the bundled base
 # make bench      side-by-side measurements
 # make page       build the page of web/ into the package; needs node and npm, which nothing else does
+# make docs       the documentation site in build/site, manual pages in build/man
+# make release VERSION=0.2.0   stamps the version and cuts the changelog; make release-check builds wheel and sdist and checks them
 # Another interpreter: make setup PYTHON=/path/to/python3.12
 
 SHELL := /bin/bash
@@ -21,7 +23,7 @@ PROGRESS := { n=0; steps='^ +(Downloading|Using|Preparing|Getting|Installing|Att
 	elif [[ $$line == "Installing collected"* ]]; then echo "all $$n are here; unpacking them, which pip does in silence"; \
 	elif [[ ! $$line =~ $$steps && ! $$line =~ $$others ]]; then printf '%s\n' "$$line"; fi; done; }
 
-.PHONY: setup demo check format test test-slow bench page clean
+.PHONY: setup demo check format test test-slow bench page docs release release-check clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -41,14 +43,14 @@ demo: setup
 	$(BIN)/trimtab demo
 
 check: setup
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/ruff check src tests scripts
 	$(BIN)/mypy src
 	$(BIN)/python -m pytest -q tests/test_floors.py
 
 format: setup
-	$(BIN)/ruff format src tests
-	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests scripts
+	$(BIN)/ruff check --fix src tests scripts
 
 # Two tests at a time, each on one core; those of a file together, since they share what it loads.
 test: setup
@@ -64,6 +66,23 @@ bench: setup
 
 page:
 	cd web && npm ci --ignore-scripts && npm run build
+
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+docs: setup
+	$(INSTALL) -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m scripts.check_site build/site
+	$(BIN)/python -m scripts.man build/man
+	@echo "to read it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site 8001"
+
+release: setup
+	@if [ -z "$(VERSION)" ]; then echo "say which version: make release VERSION=0.2.0" >&2; exit 2; fi
+	$(BIN)/python -m scripts.release cut $(VERSION)
+
+release-check: setup
+	$(INSTALL) -e '.[release]'
+	$(BIN)/python -m scripts.release check
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -15,8 +15,8 @@ import pytest
 from trimtab.cli import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
-CODE = sorted(p for folder in ("src", "tests", "bench") for p in (ROOT / folder).rglob("*.py"))
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.md")])
+CODE = sorted(p for folder in ("src", "tests", "bench", "scripts") for p in (ROOT / folder).rglob("*.py"))
 COMMANDS = sorted((ROOT / "src" / "trimtab" / "cli").glob("*.py"))
 
 ROOM = 110
@@ -152,7 +152,7 @@ def test_commands_exist_with_their_options(page: Path) -> None:
 
 def test_files_that_are_named_exist() -> None:
     """`train/loop.py`, `loop.py`, tests/laws/test_law6_*.py: the project has a file whose path ends in this."""
-    tops = ("src", "tests", "bench", "docs", "examples")
+    tops = ("src", "tests", "bench", "docs", "examples", "scripts")
     files = [f"/{p.relative_to(ROOT)}" for top in tops for p in (ROOT / top).rglob("*") if "__pycache__" not in p.parts]
     missing = {}
     for page in PAGES:
@@ -161,6 +161,7 @@ def test_files_that_are_named_exist() -> None:
         named |= set(re.findall(rf"(?<![\w/.-])((?:{'|'.join(tops)})/[\w./*-]*\w)", text))
         named |= set(re.findall(r"(?<![\w/.`*-])(\w+\.py)\b", text))
         written = {n.rpartition("/")[2] for n in re.findall(r"in a file of its own, `([^`]+)`", text)}  # by readers of CONTRIBUTING.md
+        written |= set(re.findall(r'^```\w+ title="([^"]+)"', text, re.MULTILINE))  # by readers of a tutorial
         named = {n for n in named if not n.startswith("examples/runs") and n.rpartition("/")[2] not in written}
         gone = [n for n in named if not any(fnmatchcase(f, f"*/{n}") for f in files)]
         missing |= {str(page.relative_to(ROOT)): sorted(gone)} if gone else {}

@@ -39,6 +39,7 @@ COMMANDS = {
     "tenants": "Who may use a server: tenants, their API keys, what they have used.",
     "adapters": "Publish adapters into the store by name and version; list, compare, move and remove them.",
     "store": "The folder in which published adapters are kept: make, verify, clean it.",
+    "completion": "Print a script that completes trimtab's commands in bash, zsh or fish.",
 }
 
 

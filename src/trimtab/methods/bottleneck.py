@@ -35,8 +35,8 @@ class BottleneckConfig(Method):
     """Hyperparameters, under AdapterHub's names.
 
     variant: houlsby, pfeiffer or parallel. reduction_factor: hidden size over bottleneck size. non_linearity: relu, gelu, silu, tanh,
-    leakyrelu, sigmoid, linear. scaling: s. dropout: on the bottleneck's activations, in [0, 1). layers_to_transform: indices of the layers
-    to act on.
+    leakyrelu, sigmoid, linear. scaling: s, a factor of what is added. dropout: on the bottleneck's activations, in [0, 1).
+    layers_to_transform: indices of the layers to act on.
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"

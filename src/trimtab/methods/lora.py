@@ -43,8 +43,9 @@ class LoraConfig(TargetedMethod):
     target_modules: "all-linear" by default, which beats attention only at equal size ("LoRA Without Regret").
     rank_pattern, alpha_pattern: r and alpha for modules whose name ends in a match of the key (the first key that matches counts; one that
     matches no targeted module is refused, where peft ignores it).
-    layers_to_transform: the layers whose modules to act on. use_rslora, use_dora: the variants above. init_lora_weights: where A and B
-    start (`lora_start.py`). alora_invocation_tokens: the ids that activate an aLoRA, which each trained row must have.
+    layers_to_transform: the layers whose modules to act on. use_rslora: divide lora_alpha by √r, not by r. use_dora: DoRA, which trains the
+    lengths of the weights apart. init_lora_weights: where A and B start (`lora_start.py`). alora_invocation_tokens: the ids that activate
+    an aLoRA, which each trained row must have.
     target_parameters: parameters of experts ("mlp.experts.gate_up_proj"), beside target_modules; `target_modules: []` for these alone.
     target_experts: the numbers of the experts to act on; None: all. In a file the others are zeros.
     """

@@ -32,10 +32,11 @@ DEFAULT_TEXT = "Read the request with care and answer it briefly, in the form th
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuningConfig(Method):
-    """num_virtual_tokens: N. prefix_init: TEXT, RANDOM or ZERO. prefix_init_text: the text of TEXT, repeated or cut to N tokens.
+    """num_virtual_tokens: N, the tokens before each sequence. prefix_init: TEXT, RANDOM or ZERO. prefix_init_text: the text of TEXT,
+    repeated or cut to N tokens.
 
-    prefix_projection: train through the MLP, of hidden size encoder_hidden_size (None: the width of one layer's keys); it has its own
-    random start.
+    prefix_projection: train through the MLP, which has its own random start. encoder_hidden_size: the MLP's hidden size; None: the width
+    of one layer's keys.
     """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"

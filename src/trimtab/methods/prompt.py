@@ -26,8 +26,8 @@ INITS = ("SAMPLE_VOCAB", "TEXT", "RANDOM")
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuningConfig(Method):
-    """num_virtual_tokens: N. prompt_tuning_init: SAMPLE_VOCAB, TEXT or RANDOM. prompt_tuning_init_text: the text of TEXT, repeated or
-    cut to N tokens."""
+    """num_virtual_tokens: N, the embeddings before each sequence. prompt_tuning_init: SAMPLE_VOCAB, TEXT or RANDOM.
+    prompt_tuning_init_text: the text of TEXT, repeated or cut to N tokens."""
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     name: ClassVar[str] = "prompt"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Cpo(Preference):
-    """beta: how steep the loss is. label_smoothing: ε of `sigmoid`. cpo_alpha: weight of imitation."""
+    """beta: how steep the loss is. loss_type: the loss of a pair. label_smoothing: ε of `sigmoid`. cpo_alpha: weight of imitation."""
 
     name: ClassVar[str] = "cpo"
 

@@ -30,8 +30,9 @@ RARE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Distil(Objective):
-    """teacher: a base, or an adapter on the run's base: a folder, or a name in the store; "base": the run's base as it is. distil_beta: see
-    above. distil_temperature: logits of both are divided by it. teacher_tokens: K; 8 bytes are kept for each of a supervised token."""
+    """teacher: a base, or an adapter on the run's base: a folder, or a name in the store; "base": the run's base as it is. distil_beta:
+    0 is the forward KL divergence, 1 the reverse one, between them their generalised Jensen-Shannon divergence. distil_temperature: logits
+    of both are divided by it. teacher_tokens: K; 8 bytes are kept for each of a supervised token."""
 
     name: ClassVar[str] = "distil"
 

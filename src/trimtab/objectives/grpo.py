@@ -44,9 +44,13 @@ EPSILON = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Grpo(Objective):
-    """rewards: what answers are judged by. num_generations: G. max_completion_length: tokens of an answer at most. temperature, top_p,
-    top_k, min_p: of the draw. num_iterations: optimizer steps on the same answers. mask_truncated_completions: answers without an end do
-    not count. reward_time_limit: seconds for one call of a reward, unless the reward has its own."""
+    """rewards: what answers are judged by. loss_type: how the terms of tokens and answers are added up. importance_sampling_level:
+    whether a ratio is of a token or of an answer. scale_rewards: by whose standard deviation advantages are divided. beta: weight of the
+    distance from the base. epsilon: how far a ratio may move from 1. epsilon_high: the same, above 1; None: as epsilon. delta: the bound
+    of ratios whose advantage is negative; None: there is none. num_generations: G, answers to each prompt. max_completion_length: tokens
+    of an answer at most. temperature, top_p, top_k, min_p: of the draw. num_iterations: optimizer steps on the same answers.
+    mask_truncated_completions: answers without an end do not count. reward_time_limit: seconds for one call of a reward, unless the
+    reward has its own."""
 
     name: ClassVar[str] = "grpo"
     lr_scale: ClassVar[float] = 0.02

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Kto(Objective):
-    """beta: how dear the distance from the base is. desirable_weight, undesirable_weight: w_d and w_u; the paper wants w_d · desirable
-    rows : w_u · undesirable rows between 1 and 4/3."""
+    """beta: how dear the distance from the base is. loss_type: the loss of an answer. desirable_weight,
+    undesirable_weight: w_d and w_u; the paper wants w_d · desirable rows : w_u · undesirable rows between 1 and 4/3."""
 
     name: ClassVar[str] = "kto"
     needs_reference: ClassVar[bool] = True

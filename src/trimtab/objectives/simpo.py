@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Simpo(Preference):
-    """beta: how steep the loss is; 2 to 2.5 in the paper. simpo_gamma: γ, the margin; 0.5 to 1.6. label_smoothing: ε. cpo_alpha: weight of
-    imitation."""
+    """beta: how steep the loss is; 2 to 2.5 in the paper. simpo_gamma: γ, the margin; 0.5 to 1.6. label_smoothing: ε, the part of pairs
+    that count the wrong way round. cpo_alpha: weight of imitation."""
 
     name: ClassVar[str] = "simpo"
 

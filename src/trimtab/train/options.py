@@ -138,6 +138,8 @@ SplitName: TypeAlias = Literal["train", "valid", "test"]
 class DataConfig(Strict):
     """One data set: train, and optionally valid and test; each a path, or a list of sources with weights.
 
+    train: rows to train on. valid: rows for validation while the run trains. test: rows for the scores after training.
+
     columns, system: of every source that has none of its own. split: so many rows of each training source (below 1: this part of them) are
     held out as valid rows; a source's own `split` goes first.
     labels: of a classification, to be judged by their likelihoods: a list, or "auto" for the distinct answers of the training rows.
@@ -193,7 +195,10 @@ class EvalOptions(Strict):
 
 
 class VariantConfig(Strict):
-    """One variant: which data, which method, towards what, how it trains."""
+    """One variant: which data, which method, towards what, how it trains.
+
+    data: a name under `data` of the run. method: lora, ia3, bottleneck, prompt, prefix or full. objective: what it is trained towards.
+    """
 
     name: str
     data: str
@@ -222,13 +227,13 @@ class VariantConfig(Strict):
 class RunOptions(Strict):
     """A whole run; `RunConfig` reads it."""
 
-    base: str
-    out: Path
-    data: dict[str, DataConfig]
-    variants: list[VariantConfig]
-    seed: int = Field(0, ge=0)
-    dtype: str | None = None
-    device: str | None = None
+    base: str = Field(description="bundled name, folder, hub id, or .gguf file")
+    out: Path = Field(description="the run folder; it must be empty or absent")
+    data: dict[str, DataConfig] = Field(description="name -> data set")
+    variants: list[VariantConfig] = Field(description="name -> variant; all train together")
+    seed: int = Field(0, ge=0, description="for variants without a seed of their own, and for the choice of rows of fractional sources")
+    dtype: str | None = Field(None, description="of the base: float32, bfloat16, float16, auto (as stored); None: by the hardware")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1; None: CUDA if there is one")
     quantize: str | None = Field(
         None, description="pack the base's linear layers while it is loaded: nf4, fp4, int8, nf4-double, fp4-double"
     )
@@ -238,7 +243,7 @@ class RunOptions(Strict):
     )
     compile: bool = Field(False, description="compile the row-wise parts of the layers where no native kernels run them: on a GPU")
     log_every: int = Field(1, ge=1, description="a line in metrics.jsonl every so many steps")
-    evaluate: EvalOptions = EvalOptions()
+    evaluate: EvalOptions = Field(EvalOptions(), description="scores after training, and limits of validation")
     track: list[Literal["tensorboard", "wandb"]] = Field([], description="where the lines of metrics.jsonl go too: tensorboard, wandb")
     checkpoint_every: int | float | None = Field(
         100, gt=0, description="joint steps between checkpoints, and one at the end; below 1: this part of all; None: only on a signal"
