@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from tests.train.common import METHODS, run_file, tiny_base
 from trimtab.cli import main
-from trimtab.cli.train import tell_how_to_resume
+from trimtab.cli.stopping import tell_how_to_resume
 from trimtab.errors import AdapterError, ConfigError, TrimtabError
 from trimtab.store import Adapter
 from trimtab.store.registry import Store
@@ -167,5 +167,5 @@ def test_on_the_command_line(tmp_path: Path, tiny_llama_folder: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on_with_the_same_store(capsys: pytest.CaptureFixture[str]) -> None:
-    tell_how_to_resume("train", Path("run.yaml"), None, Path("my store"))
+    tell_how_to_resume("train", [Path("run.yaml")], None, Path("my store"))
     assert capsys.readouterr().err == "go on with: trimtab train run.yaml --store 'my store' --resume\n"

@@ -459,7 +459,7 @@ def test_a_resumed_sweep_ends_as_the_uninterrupted(grouped: SweepReport, tmp_pat
 
 def test_a_finished_sweep_is_returned_as_it_is(grouped: SweepReport, monkeypatch: pytest.MonkeyPatch) -> None:
     what = two_groups(grouped.out.parent)
-    monkeypatch.setattr("trimtab.train.sweep.train", None)
+    monkeypatch.setattr("trimtab.train.spread.train", None)
     assert sweep(what, base=tiny_base(), resume=True).leaderboard == json.loads(json.dumps(grouped.leaderboard))
     rows = grouped.out.parent / "a-valid.jsonl"
     before = rows.read_bytes()

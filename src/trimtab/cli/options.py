@@ -61,6 +61,15 @@ def json_option(help: str) -> Callable[[Command], Command]:
     return click.option("--json", "as_json", is_flag=True, help=help)
 
 
+def cluster_options(command: Command) -> Command:
+    """--ray and --cpus, as `address` and `cpus`."""
+    where = "Train on the nodes of this Ray cluster: HOST:PORT of its head, ray://HOST:PORT, auto, or local (this machine alone)."
+    command = click.option("--cpus", type=click.IntRange(1), metavar="N", help="With --ray: cores of a group; by default a node's.")(
+        command
+    )
+    return click.option("--ray", "address", metavar="ADDRESS", help=where)(command)
+
+
 set_option = click.option(
     "--set",
     "changes",

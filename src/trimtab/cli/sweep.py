@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from trimtab.cli import show
-from trimtab.cli.options import json_option, set_option
+from trimtab.cli.options import cluster_options, json_option, set_option
+from trimtab.cli.stopping import cluster_words, stopping, tell_how_to_resume
 from trimtab.cli.terminal import print_whole, say
-from trimtab.cli.train import stopping, tell_how_to_resume
 
 
 @click.command()
@@ -23,19 +24,31 @@ from trimtab.cli.train import stopping, tell_how_to_resume
 @click.option("--out", type=click.Path(path_type=Path), help="Write here instead of into the file's `out`.")
 @click.option("--resume", is_flag=True, help="Go on where the sweep in that folder was interrupted; what has finished is not repeated.")
 @set_option
+@cluster_options
 @json_option("Print leaderboard.json at the end, and no progress.")
 @click.pass_context
-def sweep(ctx: click.Context, sweep_file: Path, out: Path | None, resume: bool, changes: tuple[str, ...], as_json: bool) -> None:
+def sweep(
+    ctx: click.Context,
+    sweep_file: Path,
+    out: Path | None,
+    resume: bool,
+    changes: tuple[str, ...],
+    address: str | None,
+    cpus: int | None,
+    as_json: bool,
+) -> None:
     """Search for the best settings: train all trials of SWEEP_FILE together on one frozen base, and rank them by their valid rows.
 
     \b
     Example:
       trimtab sweep examples/sweep.yaml
       trimtab sweep examples/sweep.yaml --resume
+      trimtab sweep examples/sweep.yaml --ray auto
 
     A sweep file is a run file with `sweep` in place of `variants`: a template, lists or ranges of values, and optionally halving, which
     stops the worst trials early. The folder holds a run folder for each group of trials, leaderboard.json and report.html. Only the best
     trial, and the base, are scored on the test rows. Ctrl-C or SIGTERM ends a sweep after the current step, with a checkpoint.
+    With --ray the groups train on the nodes of a Ray cluster, which share the folder of `out`; one whose node is lost goes on elsewhere.
     """
     from trimtab.train.trials import Sweep
 
@@ -47,11 +60,24 @@ def sweep(ctx: click.Context, sweep_file: Path, out: Path | None, resume: bool, 
 
     stop = Stop()
     try:
-        with stopping(stop), show.listener(quiet=as_json) as listener:
-            report = run_sweep(what, listener=listener, resume=resume, stop=stop)
+        with ExitStack() as parts:
+            if address is None:
+                parts.enter_context(stopping(stop))
+                listener: Any = parts.enter_context(show.listener(quiet=as_json))
+                spread = None
+            else:
+                from trimtab.cli.show_cluster import display
+                from trimtab.cluster.nodes import connected
+                from trimtab.cluster.sweeping import OnRay
+
+                cluster = parts.enter_context(connected(address))
+                parts.enter_context(stopping(stop))
+                listener = parts.enter_context(display(quiet=as_json))
+                spread = OnRay(cluster, listener.board, cpus)
+            report = run_sweep(what, listener=listener, resume=resume, stop=stop, spread=spread)
     except Interrupted as e:
         say(str(e), err=True)
-        tell_how_to_resume("sweep", sweep_file, out, changes=changes)
+        tell_how_to_resume("sweep", [sweep_file], out, changes=changes, more=cluster_words(address, cpus))
         ctx.exit(e.exit_code)
     if as_json:
         click.echo(json.dumps(report.leaderboard, indent=1))

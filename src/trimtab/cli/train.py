@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import signal
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,21 +13,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trimtab.cli import show
-from trimtab.cli.options import json_option, set_option, store_option
+from trimtab.cli.options import cluster_options, json_option, set_option, store_option
+from trimtab.cli.stopping import stopping, tell_how_to_resume, words
 from trimtab.cli.terminal import say
 from trimtab.places.place import ONE_PROCESS, Place
 
 if TYPE_CHECKING:
     from trimtab.train.beside import Beside
-    from trimtab.train.interrupt import Stop
     from trimtab.train.listen import Listener
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SHOW_CURSOR = "\x1b[?25h"  # rich hides it; a second signal leaves no time to bring it back
 
 
 @click.command()
-@click.argument("run_file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("run_files", nargs=-1, required=True, metavar="RUN_FILE…", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder, instead of the run file's `out`; from the current folder.")
 @click.option("--resume", is_flag=True, help="Go on from the newest good checkpoint in the run folder.")
 @click.option(
@@ -56,9 +49,18 @@ SHOW_CURSOR = "\x1b[?25h"  # rich hides it; a second signal leaves no time to br
     metavar="K",
     help="With --ranks: start all ranks again, up to K times, where one has failed; they go on from the newest checkpoint.",
 )
+@cluster_options
 @json_option("Print summary.json at the end, and no progress.")
 @click.pass_context
-def train(ctx: click.Context, ranks: int | None, max_restarts: int, **options: Any) -> None:
+def train(
+    ctx: click.Context,
+    run_files: tuple[Path, ...],
+    ranks: int | None,
+    max_restarts: int,
+    address: str | None,
+    cpus: int | None,
+    **options: Any,
+) -> None:
     """Train every variant of RUN_FILE together on one frozen base, score it beside the base on the test rows, and save it.
 
     \b
@@ -74,9 +76,19 @@ def train(ctx: click.Context, ranks: int | None, max_restarts: int, **options: A
     tensors as they stand between two steps; requests wait for the step that runs, and the server ends with the training.
     With --ranks 4, four processes of this machine (on GPUs: a GPU each) share the rows of every step and train what one would. Several
     machines: `torchrun --nnodes 2 --nproc-per-node 8 … -m trimtab train RUN.yaml` on each of them. N may change with --resume.
+    With --ray ADDRESS each of several run files trains on a node of a Ray cluster; the nodes share the folders that the files name.
     Ctrl-C or SIGTERM ends a run after the current step, with a checkpoint (exit code 130 or 143); a second one ends it at once.
     """
-    asked = _Asked(**options)
+    if address is not None:
+        _refuse_beside_ray(run_files, ranks, options)
+        from trimtab.cli.train_ray import train_on_ray
+
+        del options["port"]
+        train_on_ray(ctx, run_files, address, cpus, **options)
+        return
+    if len(run_files) > 1:
+        raise click.UsageError("several run files train on a cluster, each on a node: --ray ADDRESS (--ray local: this machine alone)")
+    asked = _Asked(run_files[0], **options)
     if asked.extend and not asked.resume:
         raise click.UsageError("--extend is of no use without --resume")
     if max_restarts and ranks is None:
@@ -110,7 +122,17 @@ class _Asked:
     def words(self) -> list[str]:
         """The command's arguments."""
         flags = {"--resume": self.resume, "--extend": self.extend, "--json": self.as_json, f"--serve={self.port}": self.port is not None}
-        return [*_words(self.run_file, self.out, self.root, self.changes), *(flag for flag, given in flags.items() if given)]
+        return [*words([self.run_file], self.out, self.root, self.changes), *(flag for flag, given in flags.items() if given)]
+
+
+def _refuse_beside_ray(files: Sequence[Path], ranks: int | None, options: dict[str, Any]) -> None:
+    for name, given in (("--ranks", ranks is not None), ("--serve", options["port"] is not None)):
+        if given:
+            raise click.UsageError(f"{name} does not go with --ray, where a run file is one process on one node")
+    if options["extend"] and not options["resume"]:
+        raise click.UsageError("--extend is of no use without --resume")
+    if options["out"] is not None and len(files) > 1:
+        raise click.UsageError("--out is for one run file: each of several has its own `out`")
 
 
 def _place() -> AbstractContextManager[Place]:
@@ -147,7 +169,7 @@ def _train(ctx: click.Context, place: Place, asked: _Asked) -> None:
         say(f"{e}; {f'saved in {saved[0]}' if saved else 'nothing was saved yet'}", err=True)
         if place.here == place.ranks:  # of several machines, torchrun's command is the user's
             ranks = ["--ranks", str(place.ranks)] if place.ranks > 1 else []
-            tell_how_to_resume("train", asked.run_file, asked.out, asked.root, asked.changes, more=ranks)
+            tell_how_to_resume("train", [asked.run_file], asked.out, asked.root, asked.changes, more=ranks)
         ctx.exit(e.exit_code)
     if not place.first:
         return
@@ -173,44 +195,3 @@ def _serving(port: int, listener: Listener) -> AbstractContextManager[Beside]:
     from trimtab.cli.train_serve import serving
 
     return serving(port, listener)
-
-
-def tell_how_to_resume(
-    command: str, file: Path, out: Path | None, root: Path | None = None, changes: Sequence[str] = (), more: Sequence[str] = ()
-) -> None:
-    """Print the command that goes on where an interrupted one has stopped. changes: of --set. more: other options."""
-    again = ["trimtab", command, *_words(file, out, root, changes), *more, "--resume"]
-    say(f"go on with: {shlex.join(again)}", err=True)
-
-
-def _words(file: Path, out: Path | None, root: Path | None, changes: Sequence[str]) -> list[str]:
-    """The arguments that say what is trained, and where to."""
-    words = [str(file), *(["--out", str(out)] if out is not None else [])]
-    words += [word for change in changes for word in ("--set", change)]
-    return [*words, *(["--store", str(root)] if root is not None else [])]
-
-
-@contextmanager
-def stopping(stop: Stop, quiet: bool = False, signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the run to stop; a second one is handled as before. What stood before is put back at the end. quiet: without a
-    word to the user."""
-    if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread handle signals
-        yield
-        return
-
-    def handle(signum: int, frame: object) -> None:
-        for s in signals:
-            signal.signal(s, signal.SIG_DFL if signals == SIGNALS else before[s])
-        text = "\nending after this step, with a checkpoint; once more ends at once\n" if stop.stepping else "\n"
-        if not quiet:
-            os.write(2, (SHOW_CURSOR * sys.stderr.isatty() + text).encode())  # print may be what the signal has interrupted
-        stop.ask(signum)
-
-    before = {s: signal.getsignal(s) for s in signals}
-    for s in signals:
-        signal.signal(s, handle)
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from trimtab.cli.train import stopping
+from trimtab.cli.stopping import stopping
 from trimtab.errors import ConfigError
 from trimtab.methods import Method
 from trimtab.model import Base, load_base

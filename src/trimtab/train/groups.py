@@ -32,9 +32,10 @@ class Cost:
     activations: int
 
 
-def plan_groups(run: RunConfig, base: Base, longest: int, memory_gb: float | None) -> list[Group]:
-    """Consecutive trials that fit `memory_gb` together, of about equal number; all in one group where it is None. longest: tokens of the
-    longest row, all its sequences. ConfigError that names each trial that does not fit the base, or does not fit the memory even alone.
+def plan_groups(run: RunConfig, base: Base, longest: int, memory_gb: float | None, at_least: int = 1) -> list[Group]:
+    """Consecutive trials that fit `memory_gb` together, of about equal number; where it is None, all that `at_least` groups leave together.
+    longest: tokens of the longest row, all its sequences. at_least: how many groups there should be, as far as there are trials.
+    ConfigError that names each trial that does not fit the base, or does not fit the memory even alone.
 
     The estimate: the base as it is loaded, what each trial owns, and the activations of the greediest. The process itself (0.4 GB) and an
     allocator's slack come on top: on a CPU, glibc's heap kept up to 0.7 times as much again over some 10 steps of six LoRAs.
@@ -49,7 +50,8 @@ def plan_groups(run: RunConfig, base: Base, longest: int, memory_gb: float | Non
     if alone := [f"trial {n} needs {needs([n]) / 1e9:.3g} GB alone" for n in costs if needs([n]) > budget]:
         fix = "raise it, or lower max_tokens (tokens of one forward)"
         raise ConfigError(f"sweep.memory_gb = {memory_gb:g}: some trials do not fit", problems=alone, fix=fix)
-    groups = _split(list(costs), lambda names: needs(names) <= budget)
+    share = math.ceil(len(costs) / min(at_least, len(costs)))
+    groups = _split(list(costs), lambda names: len(names) <= share and needs(names) <= budget)
     most = math.ceil(len(costs) / len(groups))  # evenly: a last group of one trial would have nobody to halve
     even = _split(list(costs), lambda names: len(names) <= most and needs(names) <= budget)
     chosen = even if len(even) == len(groups) else groups

@@ -42,6 +42,10 @@ LEFT_OVER = ("adapters", "checkpoints", "metrics.jsonl", PLAN, "tensorboard", "w
 """What a run leaves that was interrupted before its first checkpoint."""
 
 
+class Occupied(ConfigError):
+    """Another process trains into the run folder, or has just done so."""
+
+
 def settings(run: RunConfig) -> dict[str, Any]:
     """Every setting that decides what a run computes and writes: dotted key -> plain JSON value."""
     content: dict[str, Any] = run.model_dump(mode="json", exclude=FREE)
@@ -203,9 +207,9 @@ def occupied(out: Path, start: Checkpoint | None) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"another process is training into out = {str(out)!r}", fix="wait for it, or stop it first") from None
+            raise Occupied(f"another process is training into out = {str(out)!r}", fix="wait for it, or stop it first") from None
         if steps_of(out)[:1] != ([*start.rejected, start.path][:1] if start else []):
-            raise ConfigError(f"another process has just trained into out = {str(out)!r}", fix="resume once more")
+            raise Occupied(f"another process has just trained into out = {str(out)!r}", fix="resume once more")
         for path in start.rejected if start else ():
             take_name(path, path.with_name(f"damaged-{path.name}-{os.urandom(4).hex()}"))
         for folder in (out, out / "adapters", folder_of(out)):

@@ -18,27 +18,25 @@ from typing import Any
 
 from trimtab import bases
 from trimtab.atomic import clear_unfinished, is_unfinished
-from trimtab.bases.shapes import Architecture
-from trimtab.cost.room import at_most
 from trimtab.errors import ConfigError, Mistakes, TrimtabError
 from trimtab.forward.batch import BASE
 from trimtab.forward.packs import Mix
 from trimtab.methods import FullConfig
 from trimtab.model import Base, load_base
 from trimtab.store import Adapter
-from trimtab.train.before import note_mistakes, refuse_too_much
+from trimtab.train.before import note_mistakes
 from trimtab.train.config import RunConfig
 from trimtab.train.evaluate import Contestant, Judge, write_predictions
 from trimtab.train.finish import held_out
-from trimtab.train.groups import Group, plan_groups
+from trimtab.train.groups import Group
 from trimtab.train.interrupt import Stop
 from trimtab.train.leaderboard import rank
 from trimtab.train.listen import Listener, Silent
-from trimtab.train.loop import train
 from trimtab.train.page import write_page
 from trimtab.train.prepare import Prepared, Splits, read_splits, refuse_long
 from trimtab.train.report import write_json
 from trimtab.train.resume import identity, refuse_changes, refuse_no_folder, refuse_other_content, settings
+from trimtab.train.spread import Here, Part, Spread, part_of
 from trimtab.train.teachers import references_of
 from trimtab.train.trials import Sweep
 
@@ -60,15 +58,17 @@ def sweep(
     listener: Listener | None = None,
     resume: bool = False,
     stop: Stop | None = None,
+    spread: Spread | None = None,
 ) -> SweepReport:
     """Train all trials of a sweep, rank them, score the best on the test rows.
 
-    what: a Sweep, or a sweep file's path. The other arguments are those of `train`; what has finished is not repeated on resume.
+    what: a Sweep, or a sweep file's path. spread: where its groups train, by default here. The other arguments are those of `train`; what
+    has finished is not repeated on resume.
     TrimtabError where the file, the data, the base or the disk is at fault, or a trial does not fit the base or the memory; nothing is
     written before all that has been checked.
     """
     what = what if isinstance(what, Sweep) else Sweep.load(what)
-    run, listener, stop = what.run, listener or Silent(), stop or Stop()
+    run, listener, stop, spread = what.run, listener or Silent(), stop or Stop(), spread or Here()
     if resume and (run.out / BOARD).exists():
         return _finished(what, base, listener)
     mistakes = Mistakes()
@@ -76,19 +76,18 @@ def sweep(
         _refuse_occupied(run.out, resume)
     shape = note_mistakes(run, base, mistakes, "trial {}")
     mistakes.refuse("this sweep cannot start")
-    together = run if what.options.memory_gb is None or shape is None else _greediest(run, shape)
-    refuse_too_much(together, shape, listener.warning, loaded=base is not None)
+    spread.refuse(what, shape, listener, loaded=base is not None)
     listener.status(f"loading {run.base}")
     base = base or load_base(run.base, dtype=run.dtype, device=run.device, quantize=run.quantize)
     data = {run.variants[0].data: read_splits(run, run.variants[0].data, run.data[run.variants[0].data], base)}
     refuse_long(run, base, data)
     longest = max(int(s.train.examples.tokens.max()) for s in data.values())
     notes = [*_rungs(what, data), *_doubts(what)]
-    groups = plan_groups(run, base, longest, what.options.memory_gb)
+    groups = spread.groups(what, base, longest)
     if len(groups) > 1 and what.options.halving:
         notes.append("trials are halved among those of their group, which need not be the worst of all")
     _agree(what, base, data, groups)
-    trained, costs = _train(what, groups, base, listener, resume, stop)
+    trained, costs = _train(what, spread, groups, base, listener, resume, stop)
     board = {"base": run.base, "notes": notes, "groups": costs} | rank(what, trained)
     with _explained():
         if board["best"] is not None:
@@ -100,27 +99,20 @@ def sweep(
 
 
 def _train(
-    what: Sweep, groups: Sequence[Group], base: Base, listener: Listener, resume: bool, stop: Stop
+    what: Sweep, spread: Spread, groups: Sequence[Group], base: Base, listener: Listener, resume: bool, stop: Stop
 ) -> tuple[dict[str, tuple[str, dict[str, Any]]], list[dict[str, Any]]]:
-    """Train group after group: (trial -> its group's folder and its entry in that one's summary.json, what each group cost)."""
-    trained, costs = dict[str, tuple[str, dict[str, Any]]](), list[dict[str, Any]]()
-    for n, group in enumerate(groups, 1):
-        listener.status(f"group {n} of {len(groups)}, {len(group.trials)} trials, about {group.estimated_bytes / 1e9:.1f} GB")
-        part = _part(what.run, group)
-        going_on = resume and part.out.exists()
-        summary = train(part, base=base, listener=listener, resume=going_on, stop=stop, halving=what.options.halving).summary
+    """Train all groups: (trial -> its group's folder and its entry in that one's summary.json, what each group cost)."""
+    trained, costs = dict[str, tuple[str, dict[str, Any]]](), dict[str, dict[str, Any]]()
+    runs = [(group, part_of(what.run, group)) for group in groups]
+    parts = [Part(group, run, resume and run.out.exists()) for group, run in runs]
+    for part, summary in spread.train(parts, base, listener, stop, what.options.halving):
+        group = part.group
         trained |= {n: (group.folder, v) for n, v in summary["variants"].items()}
-        costs.append(_group(group, summary))
-    return trained, costs
+        costs[group.folder] = _group(group, summary)
+    return trained, [costs[group.folder] for group in groups]
 
 
 # ---- before training ------------------------------------------------------------
-
-
-def _greediest(run: RunConfig, shape: Architecture) -> RunConfig:
-    """The run of the trial that could need most memory alone. With `memory_gb` trials train in groups, each of which asks for itself."""
-    alone = [_part(run, Group("", [v.name], 0)) for v in run.variants]
-    return max(alone, key=lambda one: at_most(one, shape).bytes()[1])
 
 
 def _refuse_occupied(out: Path, resume: bool) -> None:
@@ -185,14 +177,6 @@ def _settings(what: Sweep) -> dict[str, Any]:
     o = what.options
     halving = o.halving.model_dump() if o.halving else None
     return settings(what.run) | {"sweep.metric": o.metric, "sweep.halving": halving, "sweep.memory_gb": o.memory_gb}
-
-
-def _part(run: RunConfig, group: Group) -> RunConfig:
-    """A group's run. It has no test rows: whoever is scored on them, and how often, is the leaderboard's business. It publishes nothing:
-    `store` stands in the winner's run file."""
-    variants = [v for v in run.variants if v.name in group.trials]
-    data = {n: d.model_copy(update={"test": []}) for n, d in run.data.items()}
-    return run.model_copy(update={"out": run.out / group.folder, "data": data, "variants": variants, "store": None})
 
 
 # ---- after it ------------------------------------------------------------
