@@ -28,7 +28,7 @@ FLOORS = {
     **dict.fromkeys(["store", "data", "rewards"], 5),
     "objectives": 6,
     **dict.fromkeys(["cost", "train", "serve", "tryout"], 7),
-    **dict.fromkeys(["http", "cluster"], 8),
+    **dict.fromkeys(["http", "cluster", "fleet"], 8),
     "cli": 9,
     "python": 9.5,
     "__main__": 10,

@@ -1,0 +1,181 @@
+"""The speed of a base's own engine on this machine, from some seconds of its steps: decoding with few and many streams, with and without
+adapters of their own, prompts of several lengths, and adapters that are read meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trimtab.fleet.replica import Shape
+from trimtab.fleet.speed import Speed, Step, fit
+from trimtab.methods import LoraConfig, Method
+from trimtab.model import Base
+from trimtab.serve.engine import Engine, EngineConfig
+from trimtab.serve.request import Delta, Request, SamplingParams, Servable
+from trimtab.serve.residency import packed_bytes
+from trimtab.serve.runner import Runner
+from trimtab.serve.served import served
+from trimtab.serve.stats import StepFacts
+from trimtab.store import Adapter
+
+STREAMS = (1, 2, 4, 8, 16, 32, 64)
+PROMPTS = (16, 64, 256, 1024)
+DECODES, PROMPT_STEPS = 24, 4
+"""Steps of each kind that are timed. Their mean counts: beside other programs some steps take many times the median, and an answer is made
+of all of them."""
+SHORT, LONG, LONG_STREAMS = 16, 256, (1, 4, 8)
+"""Tokens of the prompts of streams whose decoding is timed, and how many streams have long ones."""
+LOADED = 6
+"""Adapters whose reading is timed."""
+
+
+@dataclass
+class _Driven:
+    """An engine whose steps are timed. adapters: packed and in memory, as many as there are streams."""
+
+    engine: Engine
+    adapters: Sequence[Servable]
+    facts: list[StepFacts] = field(default_factory=list)
+    asked: int = 0
+
+    def __post_init__(self) -> None:
+        self.engine.on_step = self.facts.append
+
+    def begin(self, streams: int, prompt: int, answer: int, own: int) -> None:
+        """So many requests, of which the first `own` have an adapter each and the others the base."""
+        vocabulary = self.engine.base.spec.vocab_size
+        for i in range(streams):
+            self.asked += 1
+            chosen = self.adapters[i] if i < own else None
+            limits = SamplingParams(max_tokens=answer, ignore_eos=True)
+            ids = tuple((self.asked * 31 + 7 * j) % min(200, vocabulary) for j in range(prompt))
+            self.engine.submit(Request(f"{self.asked}", ids, limits, chosen), _heard)
+
+    def finish(self) -> list[StepFacts]:
+        """All steps until nothing is open."""
+        del self.facts[:]
+        while self.engine.requests:
+            if not self.engine.step():
+                self.engine.requests.wake.wait(0.01)
+                self.engine.requests.wake.clear()
+        return list(self.facts)
+
+
+def _heard(delta: Delta) -> None:
+    if delta.error is not None:
+        raise delta.error
+
+
+def measure(
+    base: Base,
+    shape: Shape,
+    *,
+    method: Method | None = None,
+    status: Callable[[str], None] = lambda text: None,
+) -> tuple[Speed, int]:
+    """(speed, bytes of a packed adapter) of an engine of this shape with fresh adapters of `method`, by default LoRA of rank 16. Takes some
+    seconds to a minute, and as much memory as the engine needs for the largest kind of step."""
+    longest = base.spec.max_positions
+    streams = [n for n in STREAMS if n <= shape.max_running]
+    kinds = method or LoraConfig(r=16, target_modules="all-linear")
+    with tempfile.TemporaryDirectory(prefix="trimtab-measure-") as folder:
+        status("making adapters")
+        paths = [_written(base, kinds, Path(folder) / str(i), i) for i in range(max(streams) + LOADED)]
+        found = [served(str(path), base) for path in paths]
+        size = packed_bytes(base.pack(found[0].load()))
+        tokens = max(streams) * (SHORT + 4 * DECODES) + 8 * (LONG + 12 * DECODES) + 4096
+        config = EngineConfig(
+            kv_bytes=tokens * Runner.bytes_per_block(base, 1),
+            adapter_bytes=size * (len(found) + 2),
+            block_size=shape.block_size,
+            max_running=shape.max_running,
+            max_step_rows=shape.max_step_rows,
+            prefix_cache=False,
+        )
+        engine = Engine(base, config)
+        try:
+            driven = _Driven(engine, found[: max(streams)])
+            status("reading adapters")
+            load_s = _read(driven, found[: max(streams)])
+            steps = list(_steps(driven, streams, longest, shape, status))
+            status("decoding while adapters are read")
+            slowed = _slowed(driven, min(8, max(streams)), found[max(streams) :])
+        finally:
+            engine.close()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    source = f"measured on {base.name or 'the base'} here, {cores} cores, adapters of {size / 1e6:.3g} MB in memory, beside what else runs"
+    return fit(steps, source, load_s=load_s, slowed=slowed), size
+
+
+def _written(base: Base, method: Method, path: Path, seed: int) -> Path:
+    Adapter.create(base, method, seed=seed).save(path)
+    return path
+
+
+def _read(driven: _Driven, adapters: Sequence[Servable]) -> float:
+    """Seconds of a load, one after the other, while nothing else runs; the first one makes what is made once."""
+    took = []
+    for adapter in adapters:
+        before = driven.engine.residency.load_seconds
+        driven.engine.prefetch(adapter)
+        driven.engine.step()
+        while driven.engine.residency.busy:
+            driven.engine.requests.wake.wait(0.01)
+            driven.engine.requests.wake.clear()
+            driven.engine.step()
+        took.append(driven.engine.residency.load_seconds - before)
+    return statistics.fmean(took[1:] or took)
+
+
+def _steps(driven: _Driven, streams: Sequence[int], longest: int, shape: Shape, status: Callable[[str], None]) -> list[tuple[Step, float]]:
+    """Steps of many kinds, each with its mean time."""
+    found: list[tuple[Step, float]] = []
+    warm = streams[-1]
+    driven.begin(warm, 8, 3, warm)
+    driven.finish()
+    kinds = [(SHORT, n, own) for n in streams for own in sorted({0, n // 2, n})]
+    kinds += [(LONG, n, n) for n in LONG_STREAMS if n in streams and longest > LONG + DECODES]
+    for prompt, n, own in kinds:
+        status(f"decoding {n} streams after {prompt} tokens")
+        driven.begin(n, prompt, DECODES + 1, own)
+        decodes = [f.seconds for f in driven.finish() if not f.prefill_rows and f.decode_rows == n]
+        if decodes:
+            shared = own < n  # the others are the base's
+            found.append((Step(n, n, own + shared, n * (prompt + DECODES // 2)), statistics.fmean(decodes)))
+    for prompt in (p for p in PROMPTS if p < min(longest, shape.max_step_rows + 1)):
+        status(f"prompts of {prompt} tokens")
+        for n in (1, 4):
+            if n * prompt > shape.max_step_rows:
+                continue
+            took = list[float]()
+            for _ in range(PROMPT_STEPS):
+                driven.begin(n, prompt, 1, n)
+                took += [f.seconds for f in driven.finish() if f.prefill_rows == n * prompt]
+            if took:
+                found.append((Step(n * prompt, n, n, 0), statistics.fmean(took)))
+    return found
+
+
+def _slowed(driven: _Driven, streams: int, adapters: Sequence[Servable]) -> float:
+    """By how much longer steps take while adapters are read, as a part of what they take otherwise."""
+    driven.begin(streams, 8, 2 * DECODES, streams)
+    alone = statistics.fmean(f.seconds for f in driven.finish() if not f.prefill_rows)
+    beside: list[float] = []
+    driven.begin(streams, 8, 10 * DECODES, streams)
+    for adapter in adapters:
+        driven.engine.prefetch(adapter)
+    del driven.facts[:]
+    while driven.engine.requests:
+        busy = driven.engine.residency.busy
+        driven.engine.step()
+        if busy and driven.facts and not driven.facts[-1].prefill_rows:
+            beside.append(driven.facts[-1].seconds)
+        if not driven.engine.residency.busy and beside:
+            for live in list(driven.engine.requests):
+                driven.engine.cancel(live.request.id)
+    return max(0.0, statistics.fmean(beside) / alone - 1) if beside else 0.0
