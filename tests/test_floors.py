@@ -44,6 +44,7 @@ WEIGHTS = "trimtab.bases.weights"
 """Where a module's weight is read. Everybody else asks `weight_of` for a matrix and `norm_weight` for a norm's vector."""
 SHARES = {
     "serve": {"tenant", "request", "holding", "h", "self"},
+    "fleet": {"request"},
     "http": {"tenant"},
     "cli": {"tenant", "wanted", "s"},
     "data": {"source", "self"},

@@ -63,8 +63,7 @@ def simulate(on: OnBase, **options: Any) -> None:
     \b
     Example:
       trimtab simulate --adapters 1000 --tenants 20 --rate 4 --replicas 2
-      trimtab simulate --adapters 100000 --tenants 1000 --rate 60 --requests 100000 --replicas 8 --resident 256 \\
-        --step-ms 20 --row-us 30 --adapter-us 100 --load-ms 30 --routing hash --routing affinity
+      trimtab simulate --adapters 100000 --tenants 1000 --rate 100 --replicas 16 --step-ms 20 --row-us 30 --load-ms 30
 
     The servers' scheduler, queues, shares and memory of adapters are the real ones; time is simulated. How long a step and a load take is
     measured for about half a minute on --base, with fresh LoRAs of rank 16, on this machine; or it is given: --step-ms and its kin, or
