@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trimtab import bases
 from trimtab.bases.folder import read_json
+from trimtab.bases.sharding import shard
 from trimtab.bases.spec import Spec
 from trimtab.bases.template import encode_prompt, end_of_turn_id
 from trimtab.bases.weights import Weight, weight_of
@@ -31,6 +32,7 @@ from trimtab.forward.heads import head_scores
 from trimtab.forward.packs import Mix, PackedAdapter, together
 from trimtab.forward.proof import prove
 from trimtab.methods.base import Method, Site
+from trimtab.places.shards import Shards, visited
 
 
 class AdapterLike(Protocol):
@@ -92,6 +94,12 @@ class Base:
     def packed_as(self) -> str:
         """The formats of the matrices that are packed: "nf4"; "" where all are dense."""
         return ", ".join(sorted({w.name for w in self.attached.weights.of.values() if not w.stored_dense}))
+
+    def shard(self, shards: Shards) -> None:
+        """Keep this rank's part of the base alone. Every rank does so, and uses the base only as `places.shards` says."""
+        shard(self.model, self.spec, shards)
+        self.attached.weights.touch()
+        self.attached.drop_copies()
 
     # ---- forward ----
 
@@ -287,7 +295,9 @@ class Base:
                 f"modules_to_save: the weight of {name} is stored as {matrix.name}, and no copy of it can train",
                 fix="leave it out of modules_to_save, or load the base unquantised",
             )
-        return {n: p.detach().float().cpu().clone() for n, p in self.model.get_submodule(name).named_parameters(recurse=False)}
+        module = self.model.get_submodule(name)
+        visited(module)
+        return {n: p.detach().float().cpu().clone() for n, p in module.named_parameters(recurse=False)}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text. TrimtabError if the tokenizer has tokens that the embedding lacks, and the text needs one."""
@@ -326,6 +336,7 @@ def load_base(
     device: str | torch.device | None = None,
     quantize: str | None = None,
     base_differs: bool = False,
+    shards: Shards | None = None,
 ) -> Base:
     """Load a base and freeze it: a bundled name ("smollm2-135m-instruct"), a folder, a hub id, or a .gguf file.
 
@@ -334,8 +345,9 @@ def load_base(
 
     dtype: by default bfloat16 if the hardware multiplies it natively, else float32. device: by default CUDA if there is one. quantize: a
     format in which the linear layers of a dense base are packed while they are read: nf4, fp4, int8, nf4-double or fp4-double.
-    base_differs: take adapters that were trained on another base, as on this one in another precision. BaseError if the base cannot be
-    found, read or supported; the message says what there is instead.
+    base_differs: take adapters that were trained on another base, as on this one in another precision. shards: see `Base.shard`; a rank
+    reads its part alone, one layer after the other. BaseError if the base cannot be found, read or supported; the message says what there
+    is instead.
     """
     if isinstance(name_or_path, torch.nn.Module):
         if given := [n for n, v in (("dtype", dtype), ("device", device), ("quantize", quantize)) if v is not None]:
@@ -343,7 +355,7 @@ def load_base(
         return _around(name_or_path, tokenizer, base_differs)
     if tokenizer is not None:
         raise ConfigError(f"a tokenizer was given beside {name_or_path!r}, which has its own", fix="give a loaded model, or no tokenizer")
-    loaded = bases.load(name_or_path, dtype=dtype, device=device, quantize=quantize)
+    loaded = bases.load(name_or_path, dtype=dtype, device=device, quantize=quantize, shards=shards)
     return Base(
         loaded.model, loaded.tokenizer, name=loaded.name, path=loaded.path, fingerprint=loaded.fingerprint, base_differs=base_differs
     )

@@ -48,7 +48,7 @@ def test_what_does_not_fit_is_refused_before_loading_and_what_would_fit_does(
     free = int(0.8 * needed(content, tmp_path))
     for name in ("most_bytes", "available_bytes"):
         monkeypatch.setattr(room, name, lambda _: free)
-    monkeypatch.setattr("trimtab.train.loop.load_base", lambda *_, **__: pytest.fail("the base is loaded"))
+    monkeypatch.setattr("trimtab.train.before.load_base", lambda *_, **__: pytest.fail("the base is loaded"))
     with pytest.raises(OutOfMemory) as refused:
         train(RunConfig.from_dict(content, root=tmp_path))
     fixes = str(refused.value.fix).removeprefix("set ").partition(";")[0].split(", or ")

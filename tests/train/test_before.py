@@ -28,7 +28,7 @@ def no_base_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         pytest.fail("the base was loaded")
 
-    for where in ("trimtab.train.loop", "trimtab.train.sweep", "trimtab.model"):
+    for where in ("trimtab.train.before", "trimtab.train.sweep", "trimtab.model"):
         monkeypatch.setattr(import_module(where), "load_base", load)
 
 

@@ -536,7 +536,7 @@ def test_a_signal_is_no_error_of_the_library_that_it_interrupts(
         except Exception as error:
             raise ValueError("taken for an error of the model") from error
 
-    monkeypatch.setattr("trimtab.train.loop.load_base", slow)
+    monkeypatch.setattr("trimtab.train.before.load_base", slow)
     with pytest.raises(Interrupted) as caught:
         train(run, stop=stop)
     assert caught.value.exit_code == 143 and not run.out.exists()

@@ -28,6 +28,7 @@ from trimtab.bases.folder import StoredTensor, read_header, read_json, weight_fi
 from trimtab.bases.weights import stored_parts
 from trimtab.errors import BaseError
 from trimtab.ops.native import compute_alone
+from trimtab.places.shards import shards_of
 
 T = TypeVar("T")
 C = TypeVar("C")
@@ -86,10 +87,15 @@ def fingerprint_model(model: Any) -> str:
     head = state.get(OUTPUT_HEAD) if tied else None
     twice = head is not None and any(n != OUTPUT_HEAD and _is_same_memory(t, head) for n, t in state.items())
 
-    def content(part: Callable[[], dict[str, torch.Tensor]]) -> dict[str, str]:
-        return {name: _content_of_tensor(t) for name, t in part().items() if not (twice and name == OUTPUT_HEAD)}
+    shared_out = shards_of(model) is not None
 
-    return _combine({name: c for found in _each(stored_parts(model), content) for name, c in found.items()}, tied=tied)
+    def content(part: Callable[[], dict[str, torch.Tensor]]) -> dict[str, str]:
+        own = {name: t for name, t in part().items() if not (twice and name == OUTPUT_HEAD)}
+        return {name: _content_of_tensor(t.clone() if shared_out else t) for name, t in own.items()}  # numpy would keep a unit's memory
+
+    parts = stored_parts(model)
+    found = [content(part) for part in parts] if shared_out else _each(parts, content)  # a unit is there at a time
+    return _combine({name: c for own in found for name, c in own.items()}, tied=tied)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -161,7 +167,8 @@ def _content_of_tensor(tensor: torch.Tensor) -> str:
 
 
 def _is_same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
+    same = a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
+    return same and a.shape == b.shape and a.dtype == b.dtype
 
 
 def _is_tied(folder: Path) -> bool:

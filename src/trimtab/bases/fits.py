@@ -11,6 +11,7 @@ import torch
 from trimtab.bases.folder import read_header, read_json, weight_files
 from trimtab.bases.recipes import BITS, SMALLEST
 from trimtab.memory import OutOfMemory, free_bytes, obtainable_bytes
+from trimtab.places.shards import Shards
 
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes that loading converts, by safetensors' names."""
@@ -57,12 +58,18 @@ def most_bytes(device: torch.device) -> int:
     return available_bytes(device) if device.type == "cuda" else obtainable_bytes()
 
 
-def refuse_too_large(base: str, folder: Path, dtype: torch.dtype | str, device: torch.device, quantize: str | None = None) -> None:
+def refuse_too_large(
+    base: str, folder: Path, dtype: torch.dtype | str, device: torch.device, quantize: str | None = None, shards: Shards | None = None
+) -> None:
     """OutOfMemory, with what is needed, what is free and what would fit, where a base's weights cannot all be had in `dtype` on `device`.
-    base: as the user wrote it. quantize: see `weight_bytes`."""
+    base: as the user wrote it. quantize: see `weight_bytes`. shards: of ranks that share the base out, of which each has a part. A part of
+    what is mapped is a copy too, and ranks of one machine share its memory."""
 
     def needed(wanted: torch.dtype | str, quantize: str | None = None) -> int:
-        return weight_bytes(folder, wanted, quantize)[0 if device.type == "cuda" else 1]
+        whole, own = weight_bytes(folder, wanted, quantize)
+        if shards is not None:
+            return whole // shards.ranks * (shards.here if device.type == "cpu" else 1)
+        return whole if device.type == "cuda" else own
 
     free = most_bytes(device)
     if (need := needed(dtype, quantize)) <= free:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from trimtab.bases.recipes import GGUF, check_quantize
 from trimtab.bases.text_tower import load_causal
 from trimtab.errors import BaseError, ConfigError, TrimtabError, first_of, nearest
 from trimtab.memory import explained, ran_out
+from trimtab.places.shards import Shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
@@ -56,13 +57,14 @@ def load(
     quantize: str | None = None,
     experts: bool = True,
     progress: Progress | None = None,
+    shards: Shards | None = None,
 ) -> LoadedBase:
     """Find, fetch or convert, check and load the base `name_or_path` (bundled name, folder, .gguf file, hub id).
 
     dtype: "float32", "bfloat16", "float16", "auto" (as stored) or a torch dtype; None picks bfloat16 where the machine multiplies it
     natively, else float32. device: "cpu", "cuda", "cuda:1"; None picks cuda where there is one. quantize: a format that the linear layers
     are packed in while they are read ("nf4", "int8", …; "gguf" keeps the blocks of a .gguf file). experts: whether these are packed too.
-    progress: called with one line a slow step.
+    progress: called with one line a slow step. shards: share the base out over ranks while it is read; each of them calls this.
 
     Raises BaseError if the base cannot be found or read, ConfigError on a dtype or device that is not to be had, OutOfMemory, before a
     weight is read, if they do not fit.
@@ -73,13 +75,14 @@ def load(
     with reporting(progress) as report:
         path = locate(name_or_path, report, packed=quantize == GGUF)
     quantize = None if quantize == GGUF else quantize
-    refuse_too_large(name_or_path, path, wanted, on, quantize)
+    refuse_too_large(name_or_path, path, wanted, on, quantize, shards)
     hashing: AbstractContextManager[Future[str] | None] = (
         nullcontext() if quantize else _hashing(path)
     )  # reads the files that are read for the model
     with quiet_transformers(), explained(f"loading the base {name_or_path!r}", lambda: _what_fits(path, wanted)), hashing as hashed:
         tokenizer = _load_tokenizer(name_or_path, path)
-        model = _load_model(name_or_path, path, wanted, on, quantize, experts).eval().requires_grad_(False)
+        options = {"quantize": quantize, "experts": experts, "shards": shards}
+        model = _load_model(name_or_path, path, wanted, on, options).eval().requires_grad_(False)
         fingerprint = fingerprint_model(model) if hashed is None else hashed.result()
         return LoadedBase(name_or_path, path, model, tokenizer, fingerprint, model.dtype, on)
 
@@ -162,11 +165,11 @@ def _load_tokenizer(name: str, path: Path) -> Any:
         raise _unreadable(name, path, "tokenizer", error) from error
 
 
-def _load_model(name: str, path: Path, dtype: torch.dtype | str, device: torch.device, quantize: str | None, experts: bool) -> Any:
+def _load_model(name: str, path: Path, dtype: torch.dtype | str, device: torch.device, options: Mapping[str, Any]) -> Any:
     """The model on the device, with every weight from the files. transformers fills missing weights with random numbers; here they are an
     error."""
     try:
-        model, info = load_causal(path, device=device, dtype=dtype, quantize=quantize, experts=experts, output_loading_info=True)
+        model, info = load_causal(path, device=device, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:  # unknown model_type, wrong shapes, not a causal LM, code of its own: the text says which
         if isinstance(error, TrimtabError) or ran_out(error):
             raise

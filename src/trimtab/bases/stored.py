@@ -23,12 +23,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trimtab.bases.folder import read_header, weight_files
 from trimtab.bases.recipes import BITS
+from trimtab.bases.sharding import matrices_in, parts_of
 from trimtab.bases.spec import Kind
+from trimtab.bases.structure import read_spec
 from trimtab.bases.weights import four_bit, fp8, gguf_blocks, int4, int8, mxfp4
 from trimtab.bases.weights.experts import parameters_of_experts, put_experts
 from trimtab.bases.weights.packed import KINDS, PackedLinear
 from trimtab.errors import BaseError, first_of
 from trimtab.memory import release_mapped
+from trimtab.places.shards import Shards
 
 Read = Callable[[Mapping[str, Tensor], tuple[int, int], Tensor | None, torch.dtype, Mapping[str, Any]], PackedLinear]
 _METHOD = "trimtab"
@@ -111,7 +114,8 @@ def without_settings(config: Any) -> Any:
 
 class Packing:
     """Of one load: which layers are packed, and from what. settings: the folder's `quantization_config`; quantize: a format of
-    `recipes.BITS`; at most one of both. renamed: what the model calls a name of the files. experts: whether these are quantised too."""
+    `recipes.BITS`; at most one of both. renamed: what the model calls a name of the files. experts: whether these are quantised too.
+    by_layer: shares out what is read."""
 
     def __init__(
         self,
@@ -121,8 +125,9 @@ class Packing:
         quantize: str | None,
         renamed: Mapping[str, str],
         experts: bool = True,
+        by_layer: ByLayer | None = None,
     ):
-        self._with_experts = experts
+        self._with_experts, self._by_layer = experts, by_layer
         self._made: dict[str, PackedLinear] = {}
         self.folder, self.dtype, self.settings, self.quantize = folder, dtype, settings, quantize
         self.stored = None if settings is None else STORED[method_of(settings)]
@@ -131,6 +136,8 @@ class Packing:
 
     def prepare(self, model: Any) -> None:
         """Put places without matrices where layers will be packed."""
+        if self._by_layer is not None:
+            self._by_layer.prepare(model)
         self._names = {self._named(name, model): name for name in self._tensors}
         experts = parameters_of_experts(model)
         self._experts = list(experts)
@@ -145,6 +152,9 @@ class Packing:
     def packs(self, parameter: str) -> bool:
         """Whether this parameter of experts is quantised once transformers has read it."""
         return parameter in self._quantized
+
+    def get_ops(self) -> ConversionOps:
+        return _PackExperts(self)
 
     def pack(self, model: Any, parameter: str, dense: Tensor) -> None:
         """Quantise a parameter of experts, [E, O, I] or [E, I, O]. It gets its place in `fill`: before that transformers would take what is
@@ -174,6 +184,8 @@ class Packing:
                     packed = self._made.pop(name) if name in self._made else self._packed(name, module, tensor)
                     packed.experts = module.experts
                     model.set_submodule(name, packed)
+                    if self._by_layer is not None:
+                        self._by_layer.reached(name)
                 except ValueError as error:
                     problems.append(f"{name}: {error}")
         for name in self._experts:  # in the order of the class's parameters, which is in the names of peft's files
@@ -276,11 +288,60 @@ class _PackExperts(ConversionOps):
         return {}
 
 
+class ByLayer:
+    """Of a load that ranks share out: what has been read is, as soon as something of another part of the model is read. So a rank has its
+    own parts and one that is whole."""
+
+    def __init__(self, shards: Shards, device: torch.device):
+        self._shards, self._device = shards, device
+        self._parts: dict[str, nn.Module] = {}
+        self._whole: nn.Module | None = None
+
+    def __deepcopy__(self, memo: Any) -> ByLayer:
+        """transformers copies its options."""
+        return self
+
+    def prepare(self, model: Any) -> None:
+        names = {m: n for n, m in model.named_modules()}
+        self._parts = {names[part]: part for part in parts_of(model, read_spec(model))}
+
+    def packs(self, parameter: str) -> bool:
+        """Whether its reading is to be noticed."""
+        return self._part(parameter) is not None
+
+    def get_ops(self) -> ConversionOps:
+        return _Noticed(self)
+
+    def reached(self, name: str) -> None:
+        """Something of this name has been read."""
+        part = self._part(name)
+        if part is self._whole:
+            return
+        if self._whole is not None:
+            self._shards.add(self._whole, matrices_in(self._whole), self._device)
+        self._whole = part
+
+    def fill(self, model: Any) -> None:
+        """Nothing is left to be read."""
+
+    def _part(self, name: str) -> nn.Module | None:
+        return next((part for at, part in self._parts.items() if name == at or name.startswith(f"{at}.")), None)
+
+
+class _Noticed(ConversionOps):
+    def __init__(self, by_layer: ByLayer):
+        self.by_layer = by_layer
+
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str = "", **kwargs: Any) -> dict[str, Any]:
+        self.by_layer.reached(full_layer_name)
+        return input_dict
+
+
 @register_quantization_config(_METHOD)
 class _Config(QuantizationConfigMixin):
     """What transformers calls back during a load."""
 
-    def __init__(self, packing: Packing):
+    def __init__(self, packing: Packing | ByLayer):
         self.quant_method, self.packing = _METHOD, packing
 
 
@@ -298,7 +359,8 @@ class _Quantizer(HfQuantizer):
         return self.quantization_config.packing.packs(param_name)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _PackExperts(self.quantization_config.packing)
+        ops: ConversionOps = self.quantization_config.packing.get_ops()
+        return ops
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return False
@@ -319,6 +381,6 @@ def forget_quantization(model: Any) -> None:
                 delattr(holder, name)
 
 
-def packing_options(packing: Packing) -> dict[str, Any]:
+def packing_options(packing: Packing | ByLayer) -> dict[str, Any]:
     """The options of `from_pretrained` with which a load is packed."""
     return {"quantization_config": _Config(packing)}

@@ -12,8 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trimtab.bases.folder import read_header, weight_files
-from trimtab.bases.stored import Packing, forget_quantization, packing_options, settings_of, without_settings
+from trimtab.bases.sharding import shard
+from trimtab.bases.stored import ByLayer, Packing, forget_quantization, packing_options, settings_of, without_settings
+from trimtab.bases.structure import read_spec
 from trimtab.errors import BaseError, ConfigError
+from trimtab.places.shards import Shards
 
 IN_BOTH_DIRECTIONS = ("paligemma",)
 """Families that read a prompt in both directions, which their text tower alone does not."""
@@ -44,11 +47,17 @@ def text_config(config: Any) -> Any:
 
 
 def load_causal(
-    folder: Path, *, device: torch.device | None = None, quantize: str | None = None, experts: bool = True, **options: Any
+    folder: Path,
+    *,
+    device: torch.device | None = None,
+    quantize: str | None = None,
+    experts: bool = True,
+    shards: Shards | None = None,
+    **options: Any,
 ) -> Any:
     """What `AutoModelForCausalLM.from_pretrained` returns for a folder; for a multimodal one, its text tower. Layers that the folder has
     packed are packed; quantize: a format that dense ones are brought into, experts: experts too. device: where the weights go, dense ones
-    straight from the files; None: the CPU."""
+    straight from the files; None: the CPU. shards: share the model out while it is read."""
     options |= {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     settings, text = settings_of(config), text_config(config)
@@ -64,18 +73,23 @@ def load_causal(
             fix="leave `quantize` out, or use the dense base",
         )
     packed = settings is not None or quantize is not None
+    by_layer = None if shards is None else ByLayer(shards, device or torch.device("cpu"))
+    if by_layer is not None and not packed:
+        options |= packing_options(by_layer)
     if packed:
         dtype = text.dtype if options.get("dtype") == "auto" else options.get("dtype")
-        packing = Packing(folder, dtype or torch.float32, settings, quantize, NAMES if text is not config else {}, experts)
+        packing = Packing(folder, dtype or torch.float32, settings, quantize, NAMES if text is not config else {}, experts, by_layer)
         options |= {"config": without_settings(text), "dtype": packing.dtype} | packing_options(packing)
     there = device is not None and device.type != "cpu"
-    if there and not packed:
+    if there and not packed and shards is None:
         options["device_map"] = {"": device}
     made = AutoModelForCausalLM.from_pretrained(folder, **options)
     model: Any = made[0] if isinstance(made, tuple) else made
-    if packed:
+    if packed or by_layer is not None:
         forget_quantization(model)
-    if packed and there:
+    if shards is not None:
+        shard(model, read_spec(model), shards, device)
+    elif packed and there:
         model.to(device)
     if text is not config and hasattr(model, "_weight_conversions"):
         del model._weight_conversions  # by which the tower would be written under the names of the whole

@@ -15,29 +15,32 @@ from torch import Tensor
 
 from trimtab.bases.fingerprint import fingerprint_model
 from trimtab.bases.weights import stored_parts
+from trimtab.places.shards import shards_of
 
 WORDS = 1 << 24
 """Words that are multiplied at once."""
 
 
 class Watch:
-    """A model's weights at one moment. before: their fingerprint then."""
+    """A model's weights at one moment. before: their fingerprint then. Of what ranks share out, each watches its own."""
 
     def __init__(self, model: Any):
         self.before = fingerprint_model(model)
         self._seed = secrets.randbits(63)
-        self._sums = None if model.device.type == "cpu" else self._sum(model)
+        self._sums = None if model.device.type == "cpu" and shards_of(model) is None else self._sum(model)
 
     def now(self, model: Any) -> str:
-        """Their fingerprint now. On a device it is computed only if they have changed."""
+        """Their fingerprint now. Where there are sums, it is computed only if they have changed."""
         if self._sums is not None and torch.equal(self._sum(model), self._sums):
             return self.before
         return fingerprint_model(model)
 
     def _sum(self, model: Any) -> Tensor:
-        """Of each tensor, in the order of the modules; what is packed anew for it is let go before the next."""
-        seeds = count(self._seed)
-        return torch.stack([random_sum(tensor, next(seeds)) for part in stored_parts(model) for tensor in part().values()])
+        """Of each tensor, in the order of the modules; what is packed anew for it is let go before the next. Of a model that ranks share
+        out, of what this rank has."""
+        seeds, shards = count(self._seed), shards_of(model)
+        tensors = (t for part in stored_parts(model) for t in part().values()) if shards is None else shards.kept(model)
+        return torch.stack([random_sum(tensor, next(seeds)) for tensor in tensors])
 
 
 def random_sum(tensor: Tensor, seed: int) -> Tensor:

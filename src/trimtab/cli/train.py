@@ -16,6 +16,7 @@ from trimtab.cli import show
 from trimtab.cli.options import cluster_options, json_option, set_option, store_option
 from trimtab.cli.stopping import stopping, tell_how_to_resume, words
 from trimtab.cli.terminal import say
+from trimtab.errors import ConfigError
 from trimtab.places.place import ONE_PROCESS, Place
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     metavar="K",
     help="With --ranks: start all ranks again, up to K times, where one has failed; they go on from the newest checkpoint.",
 )
+@click.option("--shard", is_flag=True, help="With --ranks: each holds a part of the base, for bases that do not fit; as `shard: true`.")
 @cluster_options
 @json_option("Print summary.json at the end, and no progress.")
 @click.pass_context
@@ -57,6 +59,7 @@ def train(
     run_files: tuple[Path, ...],
     ranks: int | None,
     max_restarts: int,
+    shard: bool,
     address: str | None,
     cpus: int | None,
     **options: Any,
@@ -79,6 +82,10 @@ def train(
     With --ray ADDRESS each of several run files trains on a node of a Ray cluster; the nodes share the folders that the files name.
     Ctrl-C or SIGTERM ends a run after the current step, with a checkpoint (exit code 130 or 143); a second one ends it at once.
     """
+    if shard and ranks is None:
+        raise click.UsageError("--shard is of no use without --ranks; under torchrun, write `shard: true` in the run file")
+    if shard:
+        options["changes"] = (*options["changes"], "shard=true")
     if address is not None:
         _refuse_beside_ray(run_files, ranks, options)
         from trimtab.cli.train_ray import train_on_ray
@@ -156,6 +163,8 @@ def _train(ctx: click.Context, place: Place, asked: _Asked) -> None:
     from trimtab.train.checkpoint import steps_of
     from trimtab.train.interrupt import Interrupted, Stop
 
+    if asked.port is not None and run.shard and place.ranks > 1:
+        raise ConfigError("--serve: no rank holds the base that `shard` shares out", fix="leave --serve out, or take `shard` away")
     stop = Stop()
     try:
         with stopping(stop, quiet=not place.first), show.listener(quiet=asked.as_json or not place.first) as listener, ExitStack() as parts:

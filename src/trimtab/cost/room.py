@@ -61,7 +61,7 @@ class Pass:
 class Need:
     """What decides the memory of a run. dtype: the base's in memory. tokens: rows of each variant's largest step. longest: tokens of the
     longest row, whose sequences all enter one forward. passes: when it is judged. referred: bytes of what the base or a teacher says of
-    rows, which is computed first and kept."""
+    rows, which is computed first and kept. parts: how many ranks share the base out."""
 
     run: RunConfig
     base: Architecture
@@ -72,6 +72,7 @@ class Need:
     longest: int
     passes: Sequence[Pass]
     referred: int = 0
+    parts: int = 1
 
     @property
     def forward_tokens(self) -> int:
@@ -84,7 +85,7 @@ class Need:
         """(least, most), as `memory_bytes` says."""
         length = min(self.longest, self.base.spec.max_positions)
         args = (self.run, self.base, self.variants, self.dtype, self.device, self.forward_tokens, length, self.passes)
-        least, most = memory_bytes(*args)
+        least, most = memory_bytes(*args, self.parts)
         return least + self.referred, most + self.referred
 
     def fitting(self, free: int, held: int = 0) -> list[str]:
@@ -124,10 +125,12 @@ def memory_bytes(
     tokens: int,
     length: int,
     passes: Sequence[Pass],
+    parts: int = 1,
 ) -> tuple[int, int]:
     """(least, most) of a run whose forwards have `tokens` rows in sequences of `length`, and which is judged in `passes`:
 
-        base       once, and once more for each fully fine-tuned variant
+        base       once, and once more for each fully fine-tuned variant; of ranks that share it out, one of `parts`, and the two largest
+                   things that are brought together
         variants   tensors, gradients, moments, the best tensors where they are kept; packed for inference where they are judged
         inference  where answers or labels are asked for on a CPU, the weights in the layout that decoding reads there, of each model; for
                    the base's these take the place of what is mapped from its file, unless training reads that again
@@ -147,7 +150,7 @@ def memory_bytes(
             own = options | {"optimizer": v.options.optimizer, "head": v.objective.head}
             costs[kind] = plan(base, v.method, dtype=name, batch_tokens=tokens, sequence_length=length, **own)
         plans.append(costs[kind])
-    held = plans[0].base_bytes
+    held = plans[0].base_bytes if parts == 1 else part_bytes(spec, dtype, plans[0].base_bytes, parts)
     full = [p for p in plans if p.full is None]
     for v, p in zip(variants, plans, strict=True):
         held += p.weight_bytes + p.gradient_bytes + p.optimizer_bytes
@@ -156,11 +159,18 @@ def memory_bytes(
     virtual = max(map(virtual_tokens, variants), default=0)
     judged = max((one.bytes(spec, dtype, run.max_tokens, virtual, device) for one in passes), default=0)
     asking = [one for one in passes if one.asked]
-    if asking and device.type == "cpu":
+    if asking and device.type == "cpu" and parts == 1:
         twice = dtype != base.dtype or any(one.midway for one in asking)
         held += (twice + len(full)) * sum(packed_sizes(spec, dtype))
     rest = max(judged, *(p.activation_bytes for p in plans), *(4 * p.trainable for p in full))
     return held + rest, held + int(HEAP * rest)
+
+
+def part_bytes(spec: Spec, dtype: torch.dtype, base_bytes: int, parts: int) -> int:
+    """The most that a rank has of a base which so many ranks share out: its part, what it computes with (a layer, or the embedding), and
+    what comes next."""
+    embedding = spec.vocab_size * spec.hidden_size * dtype.itemsize
+    return base_bytes // parts + 2 * max(embedding, (base_bytes - embedding) // spec.num_layers)
 
 
 def virtual_tokens(variant: VariantConfig) -> int:
@@ -178,7 +188,7 @@ def refuse_without_room(
     this machine, each of which needs as much of its memory; a GPU is one rank's own.
     """
     device, base = at_most.device, at_most.base
-    mapped = device.type == "cpu" and at_most.dtype == base.dtype
+    mapped = device.type == "cpu" and at_most.dtype == base.dtype and at_most.parts == 1
     held = base.parameters * base.dtype.itemsize if loaded or mapped else 0
     sharers = sharers if device.type == "cpu" else 1
     most, free = most_bytes(device) // sharers, available_bytes(device) // sharers
@@ -197,7 +207,7 @@ def refuse_without_room(
     warning(f"this run may not fit: it needs {least / 1e9:.3g} to {high / 1e9:.3g} GB {said}; {fix}")
 
 
-def at_most(run: RunConfig, base: Architecture) -> Need:
+def at_most(run: RunConfig, base: Architecture, parts: int = 1) -> Need:
     """What a run could need, whatever its rows are, but for turns that a template rewrites: these may make a row longer than taken here."""
     device = resolve_device(run.device)
     dtype = resolve_dtype(run.dtype, device)
@@ -211,7 +221,7 @@ def at_most(run: RunConfig, base: Architecture) -> Need:
     passes = [Pass(run.max_tokens, sequence, MAX_LIVE * asks, run.evaluate.max_new_tokens, split == "valid") for split in held]
     passes += drawing([(v, sequence) for v in variants])
     kept = dtype if isinstance(dtype, torch.dtype) else base.dtype
-    return Need(run, base, variants, kept, device, tokens, longest, passes, _referred(run))
+    return Need(run, base, variants, kept, device, tokens, longest, passes, _referred(run), parts)
 
 
 def rows_of_step(variant: VariantConfig) -> int:

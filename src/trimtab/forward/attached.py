@@ -24,6 +24,7 @@ from trimtab.forward.hosted import Hosted
 from trimtab.forward.kv_cache import KVCache
 from trimtab.forward.packs import PackedAdapter
 from trimtab.methods.base import Method, Params, Site
+from trimtab.places.shards import shards_of
 
 
 class _Looked(local):
@@ -107,7 +108,7 @@ class Attached(Hosted):
     def _decode_path_for(self, batch: Batch) -> DecodePath | None:
         """The decode path, where there is one and the batch is one of inference with a cache."""
         cache = batch.plan.cache
-        if cache is None or torch.is_grad_enabled():
+        if cache is None or torch.is_grad_enabled() or shards_of(self.model) is not None:  # it reads all layers' weights at once
             return None
         if self._looked.cache() is not cache:  # a new computation
             self.weights.look()

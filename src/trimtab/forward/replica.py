@@ -20,6 +20,7 @@ from torch.nn.utils import skip_init
 
 from trimtab.bases.weights import claimed
 from trimtab.bases.weights.packed import PackedLinear
+from trimtab.places.shards import without_hooks
 
 WINDOW = 8
 """The sliding window of stand-ins whose original has one: short enough to matter within a few rows."""
@@ -85,6 +86,7 @@ def _stand_in(module: nn.Module, values: _Values, config: Any, replaced: Mapping
     made = copy.copy(module)
     fields = made.__dict__
     fields.pop("forward", None)
+    without_hooks(fields)
     fields["_parameters"] = {n: None if p is None else values.like(p, n) for n, p in module._parameters.items()}
     fields["_buffers"] = dict(module._buffers)
     packed = {n: m for n, m in module._modules.items() if isinstance(m, PackedLinear) and m.experts}

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from trimtab.places.shards import Shards
+
 T = TypeVar("T")
 
 
@@ -77,6 +79,10 @@ class Place:
 
     def agree(self, what: Mapping[str, Any]) -> None:
         """ConfigError that names the keys whose values differ from those of the first rank."""
+
+    def shards(self) -> Shards | None:
+        """What shares a base out over the ranks, the same at each call; None where this process holds all of it."""
+        return None
 
     def device(self, asked: str | torch.device | None) -> str | torch.device | None:
         """The device of this rank, where the run file asks for `asked` (None: the best that there is)."""

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from trimtab.errors import ConfigError, TrimtabError
 from trimtab.places.place import ONE_PROCESS, Place, RankLost
+from trimtab.places.shards import Shards
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -50,7 +51,9 @@ def joined() -> Iterator[Place]:
         backend = "cpu:gloo,cuda:nccl"
     store, rank, ranks = next(iter(rendezvous("env://")))
     dist.init_process_group(backend, store=PrefixStore("trimtab", store), rank=rank, world_size=ranks)
-    yield Ranks(store, numbers)
+    place = Ranks(store, numbers)
+    yield place
+    place.leave()
     dist.destroy_process_group()  # after an error the others may be gone, and the process ends anyway
 
 
@@ -71,10 +74,23 @@ class Ranks(Place):
     def __init__(self, store: Store, numbers: Mapping[str, int]):
         self.rank, self.ranks = numbers["RANK"], numbers["WORLD_SIZE"]
         self._local, self.here = numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"]
+        self._shards: Shards | None = None
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self._restarts, self._store = restarts, PrefixStore(f"trimtab/{restarts}", store)
         self._processes = self._gathered((socket.gethostname(), os.getpid()))
         self.lost: list[int] = []
+
+    def shards(self) -> Shards:
+        if self._shards is None:
+            self._shards = Shards(self.rank, self.ranks, self.here, self._noticing)
+        return self._shards
+
+    def leave(self) -> None:
+        """Before the process ends: hand out what others still want."""
+        if self._shards is not None:
+            with suppress(RuntimeError):  # the others may be gone
+                self._shards.meet()
+            self._shards.close()
 
     @property
     def leads(self) -> bool:
@@ -168,7 +184,15 @@ class Ranks(Place):
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """While ranks talk. RankLost, naming them, where some have ended."""
+        """While ranks talk, after all have computed what they have to."""
+        with self._noticing():
+            if self._shards is not None:
+                self._shards.meet()
+            yield
+
+    @contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """RankLost, naming them, where some have ended while ranks talk."""
         try:
             yield
         except RuntimeError as error:  # what torch.distributed raises where the other end of a connection is gone

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from trimtab.bases import BUNDLED_NAMES, resolve_device, resolve_dtype
 from trimtab.bases.locate import refuse_hopeless
 from trimtab.bases.shapes import PRESETS, Architecture, read_architecture
 from trimtab.cost.room import Need, at_most, refuse_without_room
 from trimtab.errors import BaseError, ConfigError, Mistakes
-from trimtab.model import Base
+from trimtab.methods import FullConfig
+from trimtab.model import Base, load_base
 from trimtab.paths import user_path
+from trimtab.places.place import ONE_PROCESS, Place
 from trimtab.train.config import RunConfig, unreadable
 from trimtab.train.dry import unrewarded
+from trimtab.train.listen import Listener
 
 
 def note_mistakes(run: RunConfig, base: Base | None, mistakes: Mistakes, called: str = "variants.{}") -> Architecture | None:
@@ -40,17 +44,42 @@ def note_mistakes(run: RunConfig, base: Base | None, mistakes: Mistakes, called:
     return shape
 
 
-def refuse_too_much(run: RunConfig, shape: Architecture | None, warning: Callable[[str], None], *, loaded: bool, sharers: int = 1) -> None:
+def refuse_too_much(
+    run: RunConfig, shape: Architecture | None, warning: Callable[[str], None], *, loaded: bool, place: Place = ONE_PROCESS
+) -> None:
     """OutOfMemory, with what would fit, where a run on a base of this shape cannot have the memory that it needs; see `cost.room`. What it
-    could need at most is known without its rows. They are read here only where that is more than is free. sharers: its ranks here."""
+    could need at most is known without its rows. They are read here only where that is more than is free. place: where it runs."""
+    parts = place.ranks if run.shard else 1
 
     def exact() -> Need | None:
         from trimtab.train.check import checked
 
-        return checked(run)[1]
+        need = checked(run)[1]
+        return need and replace(need, parts=parts)
 
     if shape is not None:
-        refuse_without_room(at_most(run, shape), exact, warning, loaded=loaded, sharers=sharers)
+        refuse_without_room(at_most(run, shape, parts), exact, warning, loaded=loaded, sharers=place.here)
+
+
+def refuse_sharded(run: RunConfig, place: Place) -> None:
+    """ConfigError where ranks share out the base and a variant trains all of it."""
+    said = "method full trains a copy of the whole base, which every rank would hold"
+    full = [f"variants.{v.name}: {said}" for v in run.variants if isinstance(v.method, FullConfig)]
+    if run.shard and place.ranks > 1 and full:
+        raise ConfigError("shard: true is for adapters", problems=full, fix="train an adapter there, or take `shard` away")
+
+
+def base_of(run: RunConfig, base: Base | None, place: Place, dtype: str | None, listener: Listener) -> Base:
+    """The run's base: the one that is loaded already, or loaded now. Where the run asks for it, the ranks share it out."""
+    shards = place.shards() if run.shard else None
+    if run.shard and shards is None:
+        listener.warning("shard: one process holds the whole base; with `--ranks N` each of N processes holds a part of it")
+    base = base or load_base(run.base, dtype=dtype, device=place.device(run.device), quantize=run.quantize, shards=shards)
+    if shards is not None:
+        base.shard(shards)
+        own, whole = shards.own_bytes / 1e9, shards.whole_bytes / 1e9
+        listener.status(f"{place.ranks} ranks share the base out: each holds {own:.3g} of {whole:.3g} GB")
+    return base
 
 
 def _shape_here(name: str) -> Architecture | None:

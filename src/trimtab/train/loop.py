@@ -18,13 +18,13 @@ from trimtab.bases.unchanged import Watch
 from trimtab.errors import BaseError, Mistakes
 from trimtab.memory import explained
 from trimtab.methods import FullConfig
-from trimtab.model import Base, load_base
+from trimtab.model import Base
 from trimtab.places.place import ONE_PROCESS, Place
 from trimtab.rewards.asked import Rewarded
 from trimtab.store import Adapter
 from trimtab.store.registry import Store
 from trimtab.train.ahead import Ahead
-from trimtab.train.before import note_mistakes, refuse_too_much
+from trimtab.train.before import base_of, note_mistakes, refuse_sharded, refuse_too_much
 from trimtab.train.beside import Beside, alone
 from trimtab.train.config import RunConfig
 from trimtab.train.evaluate import HeldOut
@@ -103,13 +103,15 @@ def train(
     with mistakes.noted():
         start = find_start(run, resume, extend)
     shape = note_mistakes(run, base, mistakes)
+    with mistakes.noted():
+        refuse_sharded(run, place)
     mistakes.refuse("this run cannot start")
     target = open_store(run, store)
-    refuse_too_much(run, shape, listener.warning, loaded=base is not None, sharers=place.here)
+    refuse_too_much(run, shape, listener.warning, loaded=base is not None, place=place)
     if resume:
         listener.status(f"going on after step {start.moment.step}" if start else f"{run.out} holds no checkpoint, so the run starts anew")
     listener.status(f"loading {run.base}")
-    base = base or load_base(run.base, dtype=run.dtype, device=place.device(run.device), quantize=run.quantize)
+    base = base_of(run, base, place, run.dtype, listener)
     watch = Watch(base.model)
     set_up(run, base, listener)
     with explained("reading rows and making the variants", "train fewer variants together, on fewer rows, or make memory free"):
@@ -182,7 +184,7 @@ def finished(run: RunConfig, base: Base | None, listener: Listener, store: str |
     have changed since."""
     summary = json.loads((run.out / "summary.json").read_text(encoding="utf-8"))
     refuse_changes(summary.get("settings", {}), settings(run), f"the run in {run.out} is finished, and its run file has changed since")
-    base = base or load_base(run.base, dtype=run.dtype or summary.get("dtype"), device=place.device(run.device), quantize=run.quantize)
+    base = base_of(run, base, place, run.dtype or summary.get("dtype"), listener)
     if "content" in summary:
         what = f"the run in {run.out} is finished, and its base or its data have changed since"
         refuse_other_content(run, base, summary["content"], what, listener)

@@ -237,6 +237,7 @@ class RunOptions(Strict):
     quantize: str | None = Field(
         None, description="pack the base's linear layers while it is loaded: nf4, fp4, int8, nf4-double, fp4-double"
     )
+    shard: bool = Field(False, description="ranks hold a part of the base's matrices each, and bring a layer together while it is used")
     max_tokens: int = Field(4096, ge=64, description="tokens of one forward: bounds memory, however many variants train together")
     activation_checkpointing: bool = Field(
         False, description="keep each layer's input only and run the layer again in the backward: less memory, a forward more a step"

@@ -24,7 +24,7 @@ from trimtab.train.listen import Listener
 from trimtab.train.past import PLAN
 from trimtab.train.prepare import Prepared, Splits, read_splits
 
-FREE = {"out", "root", "variants", "checkpoint_every", "keep_checkpoints", "track", "store", "activation_checkpointing"}
+FREE = {"out", "root", "variants", "checkpoint_every", "keep_checkpoints", "track", "store", "activation_checkpointing", "shard"}
 """Keys of a run that a resumed one may change, since no number depends on them; variants are compared one by one."""
 BEFORE = {"compile": False, "quantize": None}
 """What settings were that older checkpoints do not name, as there was no choice."""

@@ -140,11 +140,18 @@ def stored_parts(model: Any) -> Iterator[Callable[[], dict[str, Tensor]]]:
                     left.pop(f"{name}.{part}", None)
             yield partial(_stored_at, name, weight)
     for name, tensor in left.items():
-        yield {name: tensor}.copy
+        yield partial(_stored_plainly, model, name, tensor)
 
 
 def _stored_at(name: str, weight: Weight) -> dict[str, Tensor]:
     return {f"{name}.{part}": tensor for part, tensor in weight.stored().items()}
+
+
+def _stored_plainly(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    from trimtab.places.shards import visited
+
+    visited(model.get_submodule(name.rpartition(".")[0]))
+    return {name: tensor}
 
 
 def stored_state(model: Any) -> dict[str, Tensor]:

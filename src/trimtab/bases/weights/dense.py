@@ -15,6 +15,7 @@ from trimtab import ops
 from trimtab.bases.weights.base import Weight
 from trimtab.bases.weights.passing import Passing
 from trimtab.memory import release_mapped
+from trimtab.places.shards import visited
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -42,25 +43,28 @@ class Dense(Weight):
 
     @property
     def _weight_OI(self) -> Tensor:
+        visited(self.module)
         weight: Tensor = self._parameters["weight"]
         return weight.T if self._transposed else weight
 
     @property
     def shape(self) -> tuple[int, int]:
-        O, I = self._weight_OI.shape  # noqa: E741
-        return O, I
+        first, second = self._parameters["weight"].shape
+        return (second, first) if self._transposed else (first, second)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._weight_OI.dtype
+        dtype: torch.dtype = self._parameters["weight"].dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
-        return self._weight_OI.device
+        device: torch.device = self._parameters["weight"].device
+        return device
 
     @property
     def trained(self) -> bool:
-        return self._weight_OI.requires_grad
+        return bool(self._parameters["weight"].requires_grad)
 
     def matmul(self, x_TI: Tensor, bias_O: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         weight_OI = self._weight_OI
@@ -78,6 +82,7 @@ class Dense(Weight):
         return weight_OI if rows is None else weight_OI[rows]
 
     def stored(self) -> dict[str, Tensor]:
+        visited(self.module)
         return {"weight": self._parameters["weight"]}
 
     @torch.no_grad()

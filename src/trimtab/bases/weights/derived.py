@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab.bases.weights.base import Weight, weight_of
+from trimtab.places.shards import shards_of
 
 VALUES = 16
 """How many values of a tensor a close look compares, spread over all of it."""
@@ -96,6 +97,7 @@ class Weights:
         self.of: dict[str, Weight] = {name: weight_of(model.get_submodule(name), name) for name in matrices}
         tables = [table for m in model.modules() for table in (m._parameters, m._buffers)]
         self._places = [(table, name) for table in tables for name, tensor in table.items() if tensor is not None]
+        self._model = model
         self._stamp: Stamp | None = None
         self._generation, self._lock = 0, Lock()  # a server packs adapters beside the thread that computes
 
@@ -104,11 +106,17 @@ class Weights:
         with self._lock:
             if self._stamp is not None and not closely and self._stamp.unwritten():
                 return self._generation
-            now = [table[name] for table, name in self._places]
+            now = self._tensors()
             if self._stamp is None or not self._stamp.holds(now):
                 self._stamp = None  # the memory that it holds goes first
                 self._stamp, self._generation = Stamp(now), self._generation + 1
             return self._generation
+
+    def _tensors(self) -> list[Tensor]:
+        """All of the model's, as they are now. Those that ranks share out have no memory while they are not used: what this rank keeps of
+        them stands for them."""
+        shards = shards_of(self._model)
+        return [table[name] for table, name in self._places] if shards is None else shards.kept(self._model)
 
     def touch(self) -> None:
         """Say that the weights have been written to."""

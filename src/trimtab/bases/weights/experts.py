@@ -16,6 +16,7 @@ from trimtab import ops
 from trimtab.bases.weights.packed import PackedLinear
 from trimtab.ops import quantized
 from trimtab.ops.quantized import PackedMatrix
+from trimtab.places.shards import visited
 
 
 class Experts:
@@ -60,6 +61,7 @@ class Experts:
         """W [O, I] of one expert; never to be written to."""
         if (found := self._packed(expert)) is not None:
             return found if isinstance(found, Tensor) else quantized.dense(found)
+        visited(self.module)
         own = self._parameter[expert]
         return own.T if self.transposed else own
 

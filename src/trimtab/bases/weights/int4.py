@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.bases.weights.packed import Packed, PackedLinear, expect
+from trimtab.places.shards import visited
 
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -74,6 +75,7 @@ class Int4(Packed):
         return parts | ({"group": has("group")} if "group" in module._buffers else {})
 
     def stored(self) -> dict[str, Tensor]:
+        visited(self.module)
         has = self.module.get_buffer
         code_OI = torch.stack((has("codes") >> 4, has("codes") & 15), -1).flatten(1)
         found = {"qweight": self._pack_codes(code_OI), "scales": has("scales").T.to(self.module.scale_dtype).contiguous()}

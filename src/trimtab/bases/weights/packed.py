@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trimtab.bases.weights.base import Weight
 from trimtab.ops import quantized
 from trimtab.ops.quantized import PackedMatrix
+from trimtab.places.shards import visited
 
 
 class PackedLinear(nn.Module):
@@ -51,6 +52,7 @@ class PackedLinear(nn.Module):
 
     @property
     def matrix(self) -> PackedMatrix:
+        visited(self)
         shape = self.out_features, self.in_features
         return PackedMatrix(KINDS[self.form].kind, shape, self.compute_dtype, KINDS[self.form].parts(self), self.block, self.block_rows)
 
@@ -123,6 +125,7 @@ class Packed(Weight):
         return quantized.dense(self.packed, rows)
 
     def stored(self) -> dict[str, Tensor]:
+        visited(self.module)
         kept = self.module.state_dict()
         return {name.replace(":", "."): tensor for name, tensor in kept.items() if name != "bias"}
 

@@ -1,0 +1,252 @@
+"""Ranks that share a base out train what one process does, in every format, and have their part of the base and little else.
+
+The reference is the run in one process, which has the whole base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.places.forked import in_ranks
+from tests.places.test_lost import check_resumed, dying, read
+from tests.places.test_ranks import CASES, compare, quick
+from tests.store.common import SEQUENCES, stirred
+from tests.store.common import tiny_base as of_family
+from tests.tiny import FAMILIES, tiny_folder, tiny_tokenizer
+from tests.train.common import METHODS, run_file, tiny_base
+from trimtab.bases import fits
+from trimtab.bases.fingerprint import fingerprint_model
+from trimtab.bases.shapes import read_architecture
+from trimtab.bases.unchanged import Watch
+from trimtab.cli import main
+from trimtab.cost.room import at_most
+from trimtab.memory import OutOfMemory
+from trimtab.methods import LoraConfig
+from trimtab.model import Base
+from trimtab.places.place import Place
+from trimtab.places.shards import Shards, Unit
+from trimtab.train import RunConfig, train
+from trimtab.train.listen import Silent
+
+Config = Callable[[Path], RunConfig]
+
+
+def shared(config: Config) -> Config:
+    """The same run, but for what trains whole models, on ranks that share the base out."""
+
+    def changed(folder: Path) -> RunConfig:
+        run = config(folder)
+        return run.model_copy(update={"shard": True, "variants": [v for v in run.variants if v.method.name != "full"]})
+
+    return changed
+
+
+def follow(config: Config, ranks: int, folder: Path) -> None:
+    one, many = train(shared(config)(folder / "one" / "run"), base=tiny_base()), shared(config)(folder / "many" / "run")
+    assert in_ranks(ranks, lambda place: compare(one, many, place), folder / "log") == [0] * ranks, read(folder / "log")
+
+
+def test_two_ranks_follow_one(tmp_path: Path) -> None:
+    follow(quick, 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("quick", "ended_early")])
+def test_ranks_follow_one(name: str, ranks: int, tmp_path: Path) -> None:
+    follow(CASES[name], ranks, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "quantize"), [("bfloat16", None), ("float32", "nf4"), ("bfloat16", "nf4-double"), ("float32", "int8")])
+def test_formats_equal_ranks_that_have_the_whole_base(dtype: str, quantize: str | None, tmp_path: Path) -> None:
+    """To the bit: the same forwards run on the same numbers. The base is loaded layer by layer."""
+    base = str(tiny_folder(tmp_path / "base", dtype=torch.bfloat16))
+    keys = {"base": base, "dtype": dtype, "quantize": quantize, "activation_checkpointing": True, "evaluate": {"generate": False}}
+    variants = {n: m | {"data": "a"} for n, m in METHODS.items() if n in ("lora", "dora", "ia3", "prompt")}
+    runs = [RunConfig.from_dict(run_file(tmp_path / n, variants, **keys), root=tmp_path / n) for n in ("whole", "parts")]
+
+    def work(place: Place) -> None:
+        whole, parts = (train(run.model_copy(update={"shard": i == 1}), place=place) for i, run in enumerate(runs))
+        for name, adapter in whole.adapters.items():
+            for key, tensor in adapter.params.items():
+                assert torch.equal(parts.adapters[name].params[key], tensor), (name, key)
+        assert parts.base.fingerprint == whole.base.fingerprint
+        assert parts.base.packed_as == (quantize or "")
+
+    assert in_ranks(2, work, tmp_path / "log") == [0, 0], read(tmp_path / "log")
+
+
+@dataclass
+class Counted:
+    """How much of units is in memory at once, as it is counted where they come and go."""
+
+    now: int = 0
+    most: int = 0
+
+
+def counted(patch: pytest.MonkeyPatch) -> Counted:
+    found, make_room, free = Counted(), Unit.make_room, Unit.free
+
+    def come(unit: Unit) -> None:
+        found.now += unit.nbytes * (not unit.is_there)
+        found.most = max(found.most, found.now)
+        make_room(unit)
+
+    def go(unit: Unit) -> None:
+        found.now -= unit.nbytes * unit.is_there
+        free(unit)
+
+    patch.setattr(Unit, "make_room", come)
+    patch.setattr(Unit, "free", go)
+    return found
+
+
+def of_six_layers() -> Base:
+    config = AutoConfig.for_model("llama", **FAMILIES["llama"] | {"num_hidden_layers": 6})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Base(AutoModelForCausalLM.from_config(config).eval(), tiny_tokenizer())
+
+
+def test_a_rank_has_its_part_and_two_layers_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through forwards and backwards; and ranks may compute different things, as often as each likes."""
+
+    def work(place: Place) -> None:
+        whole, parts = of_six_layers(), of_six_layers()
+        matrices = sum(p.nbytes for p in whole.model.parameters() if p.dim() > 1)
+        seen = counted(monkeypatch)
+        shards = place.shards()
+        assert shards is not None
+        parts.shard(shards)
+        seen.now = seen.most = 0
+        assert 0 <= 3 * shards.own_bytes - matrices <= 3 * 64 * len(shards.units)
+        assert sum(u.whole.untyped_storage().nbytes() for u in shards.units) == 0
+        adapters = [stirred(b, LoraConfig(r=2, target_modules="all-linear")) for b in (whole, parts)]
+        for n in range(place.rank + 1):
+            grads = []
+            for base, adapter in zip((whole, parts), adapters, strict=True):
+                leaves = [p.requires_grad_() for p in adapter.params.values()]
+                logits = base.logits(SEQUENCES[n:], [adapter] * len(SEQUENCES[n:]), grad=True)
+                grads.append([logits[0], *torch.autograd.grad(logits[0].square().sum(), leaves)])
+            assert all(map(torch.equal, *grads))
+        assert place.added([1])[0] == 3
+        layer = next(u.nbytes for u in shards.units if u.number == 1)
+        assert layer <= seen.most <= 2 * max(u.nbytes for u in shards.units), (seen, layer)
+        assert place.rank == 0 or seen.most > layer  # the second time the next unit comes while one is used
+
+    assert in_ranks(3, work, tmp_path / "log") == [0, 0, 0], read(tmp_path / "log")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss", "gemma3n_text", "deepseek_v3"])
+def test_families(family: str, tmp_path: Path) -> None:
+    """Logits, gradients with and without layers that run again, and answers through a cache; of matrices that are transposed, of experts,
+    of embeddings for each layer, of layers that differ."""
+
+    def work(place: Place) -> None:
+        base, shards = of_family(family), place.shards()
+        assert shards is not None
+        before, whole = fingerprint_model(base.model), results(base, place.rank)
+        base.shard(shards)
+        assert fingerprint_model(base.model) == before
+        for a, b in zip(whole, results(base, place.rank), strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+        place.added([1])
+
+    assert in_ranks(2, work, tmp_path / "log") == [0, 0], read(tmp_path / "log")
+
+
+def results(base: Base, rank: int) -> list[Tensor]:
+    adapter, found = stirred(base, LoraConfig(r=2)), []
+    leaves = [p.requires_grad_() for p in adapter.params.values()]
+    for again in (False, True):
+        base.attached.activation_checkpointing = again
+        logits = base.logits(SEQUENCES[rank:], [adapter, None, adapter][rank:], grad=True)
+        found += [*logits, *torch.autograd.grad(sum(t.square().mean() for t in logits), leaves)]
+    answers = base.generate_ids(SEQUENCES[rank:], [adapter, None, adapter][rank:])
+    return [*(t.detach() for t in found), *(torch.tensor([float(i) for i in ids]) for ids in answers)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_rank_is_named_and_others_go_on_with_the_whole_base(victim: int, tmp_path: Path) -> None:
+    one, run = train(quick(tmp_path / "one"), base=tiny_base()), shared(quick)(tmp_path)
+
+    def work(place: Place) -> None:
+        with place.told():
+            train(run, base=tiny_base(), place=place, **{"beside": dying(3)} if place.rank == victim else {})
+
+    codes = in_ranks(2, work, tmp_path / "log" / "killed")
+    said = (tmp_path / "log" / "killed" / f"{1 - victim}.txt").read_text()
+    assert codes[victim] == -9 and codes[1 - victim] == 1, said
+    assert f"rank {victim} of 2" in said and "has ended" in said and "step-00000003" in said
+    check_resumed(quick if victim else shared(quick), tmp_path, one, 1 if victim else 3)
+
+
+def test_a_write_to_a_part_is_seen(tmp_path: Path) -> None:
+    def work(place: Place) -> None:
+        base, shards = tiny_base(), place.shards()
+        assert shards is not None
+        base.shard(shards)
+        watch, generation = Watch(base.model), base.attached.weights.look()
+        assert watch.before == fingerprint_model(tiny_base().model) == watch.now(base.model)
+        assert base.attached.weights.look() == generation
+        if place.rank:
+            shards.units[1].own.data[5] ^= 1
+        changed = watch.now(base.model)
+        assert (changed == watch.before) == (place.rank == 0)
+        place.added([1])
+
+    assert in_ranks(2, work, tmp_path / "log") == [0, 0], read(tmp_path / "log")
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    variants = {"all": METHODS["full"] | {"data": "a"}}
+    run = RunConfig.from_dict(run_file(tmp_path, variants, shard=True), root=tmp_path)
+
+    def work(place: Place) -> None:
+        with place.told():
+            train(run, base=tiny_base(), place=place)
+
+    assert in_ranks(2, work, tmp_path / "log") == [1, 1]
+    said = (tmp_path / "log" / "0.txt").read_text()
+    assert "variants.all: method full trains a copy of the whole base" in said and "take `shard` away" in said
+    (tmp_path / "run.yaml").write_text("bases: x\n")
+    heard = CliRunner().invoke(main, ["train", str(tmp_path / "run.yaml"), "--shard"])
+    assert heard.exit_code == 2 and "of no use without --ranks" in heard.output
+
+
+def test_one_process_says_that_it_has_the_whole_base(tmp_path: Path) -> None:
+    heard = list[str]()
+
+    class Told(Silent):
+        def warning(self, text: str) -> None:
+            heard.append(text)
+
+    run = shared(quick)(tmp_path).model_copy(update={"variants": shared(quick)(tmp_path).variants[:1]})
+    train(run, base=tiny_base(), listener=Told())
+    assert any("one process holds the whole base" in text for text in heard)
+
+
+def test_memory_is_asked_for_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_folder(tmp_path / "base")
+    whole = fits.weight_bytes(folder, torch.bfloat16)[1]
+    monkeypatch.setattr(fits, "obtainable_bytes", lambda: whole // 2)
+    there = Shards(0, 4, 1)
+    fits.refuse_too_large("b", folder, torch.bfloat16, torch.device("cpu"), shards=there)
+    with pytest.raises(OutOfMemory):
+        fits.refuse_too_large("b", folder, torch.bfloat16, torch.device("cpu"), shards=Shards(0, 4, 4))
+    shape = read_architecture("smollm2-135m-instruct")
+    content = run_file(tmp_path, {"v": METHODS["lora"] | {"data": "a"}}, dtype="bfloat16", evaluate={"generate": False})
+    run = RunConfig.from_dict(content, root=tmp_path)
+    saved = at_most(run, shape).bytes()[0] - at_most(run, shape, 4).bytes()[0]
+    assert saved == pytest.approx(2 * (0.75 * shape.parameters - 2 * 49152 * 576), rel=1e-3)  # the embedding is larger than a layer
