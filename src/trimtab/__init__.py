@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from trimtab.errors import TrimtabError
     from trimtab.methods import BottleneckConfig, FullConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
     from trimtab.model import Base, load_base
+    from trimtab.python.adapters import export, merge
+    from trimtab.python.scoring import compare, evaluate
+    from trimtab.python.serving import serve
     from trimtab.python.training import check, sweep, train
     from trimtab.store import Adapter
     from trimtab.store.registry import Store
@@ -48,7 +51,12 @@ __all__ = [
     "TrimtabError",
     "__version__",
     "check",
+    "compare",
+    "evaluate",
+    "export",
     "load_base",
+    "merge",
+    "serve",
     "sweep",
     "train",
 ]

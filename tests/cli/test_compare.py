@@ -189,7 +189,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     lines.stopped("b", "step 3: nan")
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "training a (2 steps), b (4 steps)"
-    assert said[-2] == "step 4/6  100 tokens/s  0:02 left  loss: a 1.500  b 1.500"
+    assert said[-2] == "step 2/4  100 tokens/s  0:02 left  loss: a 1.500  b 1.500"
     assert said[-1] == "warning: b has stopped: step 3: nan"
     assert lines.pace.over
 
@@ -216,6 +216,6 @@ def test_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     bars.status("scoring [x]")
     screen.print(bars.progress.get_renderable())
     shown = screen.file.getvalue()  # type: ignore[attr-defined]
-    for words in ("a ", "2/2", "b[bold]", "stopped", "all", "100 tokens/s  0:02 left", "scoring [x]"):
+    for words in ("a ", "2/2", "b[bold]", "stopped", "all ", "2/4 ", "100 tokens/s  0:02 left", "scoring [x]"):
         assert words in shown
     assert all(len(row) <= 80 for row in shown.splitlines())

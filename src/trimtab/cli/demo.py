@@ -86,7 +86,10 @@ def _system(run: Any, data: str) -> str:
 
 def print_report(console: Console, summary: Mapping[str, Any], said: Sequence[Mapping[str, str]], out: Path, seconds: float) -> None:
     """The table, the answers side by side, and what to do next."""
+    from trimtab.train.score_table import gain
+
     console.print(show.score_table(summary))
+    console.print(gain(summary), highlight=False, markup=False)
     before, after = (summary["base_fingerprint"][k] for k in ("before", "after"))
     same = "=" if before == after else "≠"
     console.print(f"the base before and after: {before[:23]}… {same} {after[:23]}…", highlight=False)

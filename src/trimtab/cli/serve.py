@@ -139,12 +139,12 @@ def _run(on: OnBase, asked: ServeOptions, adapters: dict[str, str], open_parts: 
 
     with on.before_loading(adapters.values()) as mistakes:
         with mistakes.noted():
-            _store(on.root)
+            store_at(on.root)
         with mistakes.noted():
             sock = open_parts.enter_context(server.bind(asked.host, asked.port))
     tenants = None if asked.local else open_parts.enter_context(_tenants(asked.database))
     audit = None if tenants is None else open_parts.enter_context(Audit(audit_path(tenants.where)))
-    store = _store(on.root)
+    store = store_at(on.root)
     port = sock.getsockname()[1]
     engine = _engine(on, asked)
     open_parts.callback(engine.close)
@@ -241,7 +241,7 @@ def _tenants(database: Path | str | None) -> Tenants:
     return Tenants(path, create=isinstance(path, str))  # an empty database that somebody names is meant to become ours
 
 
-def _store(root: Path | None) -> Store | None:
+def store_at(root: Path | None) -> Store | None:
     """The store at `root`, or the default one where there is one."""
     from trimtab.store.names import default_root
     from trimtab.store.registry import Store

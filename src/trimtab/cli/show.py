@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from trimtab.cli.terminal import Terminal
 from trimtab.errors import printable
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from trimtab.train.ahead import Ahead
 
 PLAIN_EVERY_S = 5.0
@@ -58,6 +59,11 @@ class Pace:
     def end(self, variant: str) -> None:
         """A variant goes no further: stopped, or finished early."""
         self.total[variant] = self.done[variant]
+
+    @property
+    def joint(self) -> tuple[int, int]:
+        """(steps done, steps in all) of the run: all variants that still train make each of them, so that it has as many as the longest."""
+        return max(self.done.values(), default=0), max(self.total.values(), default=0)
 
     @property
     def left(self) -> str:
@@ -113,7 +119,7 @@ class Lines:
         self.losses[line["variant"]] = line["loss"]
         if time.monotonic() - self.at >= PLAIN_EVERY_S or self.pace.over:
             self.at = time.monotonic()
-            done, total = sum(self.pace.done.values()), sum(self.pace.total.values())
+            done, total = self.pace.joint
             left = f"  {self.pace.left} left" if self.pace.left and not self.pace.over else ""
             losses = "  ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items())
             self._print(f"step {done}/{total}  {line['tokens_per_s']:.0f} tokens/s{left}  loss: {losses}")
@@ -167,7 +173,7 @@ class Bars:
         self.progress.remove_task(self.stage)
         self.pace, self.started = Pace(steps, ahead), time.monotonic()
         self.tasks = {name: self._row(name, n) for name, n in steps.items()}
-        self.whole = self._row("all", sum(steps.values()))
+        self.whole = self._row("all", self.pace.joint[1])
         self.stage = self._row("", None)  # the last line from now on: what comes after training
         self.progress.update(self.stage, visible=False)
 
@@ -177,7 +183,7 @@ class Bars:
         shown = "reward" if "reward" in line else "loss"  # of drawn answers, whose loss is about 0
         self._show(self.tasks[name], line["step"], self.pace.total[name], f"{shown} {line[shown]:.3f}")
         left = f"{self.pace.left} left" if self.pace.left and not self.pace.over else clock(time.monotonic() - self.started)
-        self._show(self.whole, sum(self.pace.done.values()), sum(self.pace.total.values()), f"{line['tokens_per_s']:.0f} tokens/s  {left}")
+        self._show(self.whole, *self.pace.joint, f"{line['tokens_per_s']:.0f} tokens/s  {left}")
 
     def _show(self, task: TaskID | None, done: int, total: int, note: str) -> None:
         if task is not None:
@@ -227,42 +233,13 @@ def validation(line: Mapping[str, Any]) -> str:
     return f"{line['variant']} step {line['step']}: valid loss {loss} (base {base}){judged}{best}{early}"
 
 
-SCORES = {"exact_match": "exact match", "token_f1": "F1"}
-
-
 def console() -> Terminal:
     """Standard output: as wide as the terminal, and wide enough for a table where there is none."""
     return Terminal() if sys.stdout.isatty() else Terminal(width=110)
 
 
 def score_table(summary: Mapping[str, Any]) -> Table:
-    """One row a variant: what it costs beside the base, and the loss and scores as "base → adapter"; summary.json holds all scores."""
-    table = Table(title=f"{summary['base']}: {summary['base_parameters']:,} parameters, {summary['base_bytes'] / 1e6:.0f} MB")
-    for column in ("variant", "method"):
-        table.add_column(column)
-    judged = {k for v in summary["variants"].values() for k in v["scores"]}
-    own = [k for k in ("reward", "rewards/accuracies", "rewards/margins", "accuracy", "macro_f1", "margin") if k in judged]
-    answered = {k: title for k, title in SCORES.items() if k in judged or not own}
-    for column in (
-        "trainable",
-        "MB",
-        "loss",
-        *(k.replace("rewards/", "reward ") for k in own),
-        *(f"{title}, %" for title in answered.values()),
-    ):
-        table.add_column(column, justify="right")
-    for name, v in summary["variants"].items():
-        before, after = summary["base_scores"].get(v["data"], {}), v["scores"]
-        share = v["trainable"] / summary["base_parameters"]
-        trainable = f"{v['trainable']:,} ({f'{100 * share:.2g}%' if share < 1 else 'all'})"
-        cells = [
-            _change(before.get(k), after.get(k), digits) for k, digits in (("loss", 2), *((k, 3) for k in own), *((k, 1) for k in answered))
-        ]
-        table.add_row(name, v["method"], trainable, f"{v['adapter_bytes'] / 1e6:.1f}", *cells)
-    return table
+    """A finished run's table for a terminal."""
+    from trimtab.train.score_table import score_table as scores_of
 
-
-def _change(before: float | None, after: float | None, digits: int) -> str:
-    if after is None:
-        return "–"
-    return f"[bold]{after:.{digits}f}[/]" if before is None else f"{before:.{digits}f}→[bold]{after:.{digits}f}[/]"
+    return scores_of(summary).rich()

@@ -10,8 +10,6 @@ from typing import Any
 
 import click
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
 
 from trimtab.cli import show
 from trimtab.cli.options import cluster_options, json_option, set_option
@@ -87,59 +85,19 @@ def sweep(
 
 def _show(board: Mapping[str, Any], out: Path) -> None:
     """The table, what to know of it, the best trial, and the run file that trains it alone."""
-    console, table = show.console(), _table(board)
+    from trimtab.train.leaderboard import table_of, told
+
+    console, table = show.console(), table_of(board).rich()
+    table.box, table.padding = SIMPLE_HEAD, (0, 1)
+    for column in table.columns:
+        column.no_wrap = True
     print_whole(console, table)
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    say(f"ranked by {_title(board)} of the valid rows alone; the base has {_number(board['base_valid'])}")
-    for note in board["notes"]:
-        say(f"note: {note}")
-    best = board["best"]
-    if best is None:
-        say("no trial has finished with a figure, so none is the best; metrics.jsonl says what happened")
-    else:
-        say(f"best: {best['trial']}, saved in {out / best['adapter']}")
-        if best["test"] is not None:
-            say(f"on the test rows, which played no part in the choice: {_tested(best)}")
-        say(f"the run file that trains it alone, to stand beside this one:\n\n{best['run_file']}")
+    for line in told(board, out):
+        say(line)
+    if board["best"] is not None:
+        say(f"the run file that trains it alone, to stand beside this one:\n\n{board['best']['run_file']}")
     say(f"saved in {out}: leaderboard.json, report.html, {', '.join(g['folder'] + '/' for g in board['groups'])}")
-
-
-def _table(board: Mapping[str, Any]) -> Table:
-    """A row for each trial, best first."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    searched = list(dict.fromkeys(k for t in board["trials"] for k in t["values"]))
-    for heading in ("", "trial", *searched):
-        table.add_column(escape(heading), no_wrap=True)
-    for heading in (f"valid {_title(board)}", "step", "steps", "s", "trainable"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for t in board["trials"]:
-        values = [escape(_value(t["values"][k])) if k in t["values"] else "–" for k in searched]
-        figure = _number(t["valid"])
-        figure = f"[bold]{figure}[/]" if board["best"] is not None and t["rank"] == 1 else figure
-        costs = (f"{t['step']}", f"{t['steps']}", f"{t['seconds']:.0f}", f"{t['parameters']:,}")
-        table.add_row(str(t["rank"]), escape(t["trial"]), *values, figure, *costs, t["state"])
-    return table
-
-
-def _title(board: Mapping[str, Any]) -> str:
-    return str(board["metric"]).replace("_", " ")
-
-
-def _tested(best: Mapping[str, Any]) -> str:
-    """The scores of base and winner, as "loss 2.310→1.204, …"."""
-    before, after = best["test"]["base"], best["test"][best["trial"]]
-    return ", ".join(
-        f"{k.replace('_', ' ')} {_number(before.get(k))}→{_number(x)}" for k, x in after.items() if k not in ("rows", "perplexity")
-    )
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
-
-
-def _value(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

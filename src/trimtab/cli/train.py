@@ -186,8 +186,12 @@ def _train(ctx: click.Context, place: Place, asked: _Asked) -> None:
         click.echo(json.dumps(report.summary, indent=1))
         return
     console = show.console()
+    from trimtab.train.score_table import gain
+
     console.print(show.score_table(report.summary))
     s = report.summary
+    if told := gain(s):
+        console.print(told, highlight=False, markup=False)
     console.print(
         f"{s['tokens']:,} tokens in {s['seconds']:.0f} s: {s['tokens_per_s']} tokens/s, peak memory {s['peak_memory_gb']} GB",
         highlight=False,

@@ -42,6 +42,7 @@ from trimtab.objectives.grpo import Grpo
 from trimtab.places.place import ONE_PROCESS, Place
 from trimtab.train.called import Called, Caller
 from trimtab.train.labels import Ballot, label_likelihoods
+from trimtab.train.listen import Listener, Silent
 from trimtab.train.losses import Part, Reference
 from trimtab.train.measure import base_log_probabilities, mean_losses, probe
 from trimtab.train.rewarding import Rewarding
@@ -121,17 +122,18 @@ def ask(
 
 def read_held_out(
     base: Base,
-    path: str,
+    source: Source | str,
     labels: Sequence[str] | Literal["auto"] = (),
     max_rows: int | None = None,
-    warning: Callable[[str], None] = lambda text: None,
+    listener: Listener | None = None,
     objectives: Sequence[Objective] = (),
     max_tokens: int = 4096,
 ) -> HeldOut:
-    """The first rows of a file, a folder or a hub data set, to judge by. labels: "auto" for the distinct answers of its rows. warning:
-    hears which rows were left out, and what no row uses. objectives: by which contestants are judged; all read rows alike. max_tokens: of a
-    forward that computes the base's log-probabilities, where one of these needs them. DataError."""
-    source = Source(path)
+    """The first rows of a source, or of a path, to judge by. labels: "auto" for the distinct answers of its rows. listener: hears which
+    rows were left out, and what no row uses. objectives: by which contestants are judged; all read rows alike. max_tokens: of a forward
+    that computes the base's log-probabilities, where one of these needs them. DataError."""
+    source = source if isinstance(source, Source) else Source(source)
+    path, listener = source.path, listener or Silent()
     longest, vocab = base.spec.max_positions, base.spec.vocab_size
     dataset = load_examples(
         [source],
@@ -144,9 +146,9 @@ def read_held_out(
         parts=objectives[0].parts if objectives else Objective.parts,
     )
     for note in dataset.notes:
-        warning(note)
+        listener.note(note)
     if dataset.dropped:
-        warning(f"{path}: left out {'; '.join(summarise_dropped(dataset.dropped))}")
+        listener.warning(f"{path}: left out {'; '.join(summarise_dropped(dataset.dropped))}")
     found = find_labels(dataset.rows, path) if labels == "auto" else labels
     held = ask(examples := dataset.examples[:max_rows], dataset.rows, found, base.tokenizer, path, vocab)
     needed = any(o.needs_reference for o in objectives)

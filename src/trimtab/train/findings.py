@@ -10,6 +10,7 @@ from typing import Any, Literal
 from trimtab.data import Row
 from trimtab.data.prompts_alone import Asked
 from trimtab.data.token_store import Examples
+from trimtab.tables import Table
 
 SHOWN = 10
 """Findings of one kind that are named by file and line; the others are counted."""
@@ -157,3 +158,29 @@ class CheckReport:
     def to_dict(self) -> dict[str, Any]:
         """All fields, as plain JSON values."""
         return dataclasses.asdict(self)
+
+    def tables(self) -> list[Table]:
+        """Sources, variants and findings."""
+        sources = [
+            [f"{s.data}.{s.split}", x.path, *(f"{n:,}" for n in (x.read, x.dropped, x.drawn, x.tokens, x.supervised))]
+            for s in self.splits
+            for x in s.sources
+        ]
+        variants = [
+            [v.name, v.method, v.data, f"{v.trainable:,}", f"{v.steps:,}", f"{v.tokens:,}", f"{v.seconds[0]:.0f} to {v.seconds[1]:.0f}"]
+            for v in self.variants
+        ]
+        found = [[f.level, f.where, "; ".join([f.message, *f.items, *([f"fix: {f.fix}"] if f.fix else [])])] for f in self.findings]
+        headings = ("split", "source", "rows", "dropped", "an epoch", "tokens", "supervised")
+        made = [Table(self.base, headings, sources, frozenset(("split", "source")))]
+        if variants:
+            headings = ("variant", "method", "data", "trainable", "steps", "tokens", "alone, s")
+            made.append(Table("", headings, variants, frozenset(("variant", "method", "data"))))
+        made += [Table("", ("level", "where", "what"), found, frozenset(("level", "where", "what")))] if found else []
+        return made
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self.tables()))
+
+    def _repr_html_(self) -> str:
+        return "".join(t.html() for t in self.tables())

@@ -8,9 +8,11 @@ equal ones that with the lower loss comes first.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from trimtab.tables import Cell, Table
 from trimtab.train.halving import HALVED
 from trimtab.train.options import lower_is_better
 from trimtab.train.trials import Sweep, Trial
@@ -65,3 +67,50 @@ def _order(entry: Mapping[str, Any], lower: bool) -> tuple[int, int, bool, float
     value = entry["valid"]
     later = -entry["steps"] if entry["state"] == "halved" else 0
     return STATES.index(entry["state"]), later, value is None, 0.0 if value is None else value if lower else -value
+
+
+def table_of(board: Mapping[str, Any]) -> Table:
+    """A row for each trial, best first."""
+    searched = list(dict.fromkeys(k for t in board["trials"] for k in t["values"]))
+    headings = ["", "trial", *searched, f"valid {_title(board)}", "step", "steps", "s", "trainable", "state"]
+    rows: list[list[Cell]] = []
+    for t in board["trials"]:
+        values = [_value(t["values"][k]) if k in t["values"] else "–" for k in searched]
+        costs = (f"{t['step']}", f"{t['steps']}", f"{t['seconds']:.0f}", f"{t['parameters']:,}")
+        rows.append([str(t["rank"]), t["trial"], *values, _number(t["valid"]), *costs, t["state"]])
+    return Table("", headings, rows, frozenset(("", "trial", "state", *searched)))
+
+
+def told(board: Mapping[str, Any], out: Path) -> Iterator[str]:
+    """What to know of a leaderboard, and its best trial, line by line. out: the sweep's folder."""
+    yield f"ranked by {_title(board)} of the valid rows alone; the base has {_number(board['base_valid'])}"
+    yield from (f"note: {note}" for note in board["notes"])
+    best = board["best"]
+    if best is None:
+        yield "no trial has finished with a figure, so none is the best; metrics.jsonl says what happened"
+        return
+    yield f"best: {best['trial']}, saved in {out / best['adapter']}"
+    if best["test"] is not None:
+        yield f"on the test rows, which played no part in the choice: {_tested(best)}"
+
+
+def _title(board: Mapping[str, Any]) -> str:
+    return str(board["metric"]).replace("_", " ")
+
+
+def _tested(best: Mapping[str, Any]) -> str:
+    """The scores of base and winner, as "loss 2.310→1.204, …"."""
+    before, after = best["test"]["base"], best["test"][best["trial"]]
+    return ", ".join(
+        f"{k.replace('_', ' ')} {_number(before.get(k))}→{_number(x)}" for k, x in after.items() if k not in ("rows", "perplexity")
+    )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from trimtab.places.place import ONE_PROCESS, Place
 from trimtab.rewards.asked import Rewarded
 from trimtab.store import Adapter
 from trimtab.store.registry import Store
+from trimtab.tables import Table
 from trimtab.train.ahead import Ahead
 from trimtab.train.before import base_of, note_mistakes, refuse_sharded, refuse_too_much
 from trimtab.train.beside import Beside, alone
@@ -52,6 +54,7 @@ from trimtab.train.resume import (
     settings,
 )
 from trimtab.train.rollouts import Rollouts
+from trimtab.train.score_table import fitting_measure, gain, score_table
 from trimtab.train.sinks import tracking
 from trimtab.train.step import run_step
 from trimtab.train.validate import Validator, ahead, is_owed
@@ -68,6 +71,17 @@ class Report:
     summary: dict[str, Any]
     adapters: dict[str, Adapter]
     base: Base
+
+    def table(self) -> Table:
+        """What each variant costs beside the base, and its scores."""
+        return score_table(self.summary)
+
+    def __str__(self) -> str:
+        return "\n".join(line for line in (str(self.table()), gain(self.summary), f"saved in {self.out}") if line)
+
+    def _repr_html_(self) -> str:
+        lines = [line for line in (gain(self.summary), f"saved in {self.out}") if line]
+        return self.table().html() + "".join(f"<p>{escape(line)}</p>" for line in lines)
 
 
 def train(
@@ -160,7 +174,8 @@ def _conclude(
         def write() -> dict[str, Any]:
             note_scores(prepared, adapters, scored)
             fingerprints = {"before": before, "after": after}
-            summary = summarise(prepared, scored, sizes, keeper.seconds, fingerprints) | what
+            fitting = {name: fitting_measure([q.reference for q in held.questions]) for name, held in tests.items() if held.questions}
+            summary = summarise(prepared, scored, sizes, keeper.seconds, fingerprints) | {"measures": fitting} | what
             write_json(run.out / "summary.json", summary)
             write_page([run.out], run.out / "report.html")
             _publish(run, target, base, summary, listener)

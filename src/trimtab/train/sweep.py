@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from trimtab.forward.packs import Mix
 from trimtab.methods import FullConfig
 from trimtab.model import Base, load_base
 from trimtab.store import Adapter
+from trimtab.tables import Table
 from trimtab.train.before import note_mistakes
 from trimtab.train.config import RunConfig
 from trimtab.train.evaluate import Contestant, Judge, write_predictions
 from trimtab.train.finish import held_out
 from trimtab.train.groups import Group
 from trimtab.train.interrupt import Stop
-from trimtab.train.leaderboard import rank
+from trimtab.train.leaderboard import rank, table_of, told
 from trimtab.train.listen import Listener, Silent
 from trimtab.train.page import write_page
 from trimtab.train.prepare import Prepared, Splits, read_splits, refuse_long
@@ -49,6 +51,16 @@ class SweepReport:
 
     out: Path
     leaderboard: dict[str, Any]
+
+    def table(self) -> Table:
+        """A row for each trial, best first."""
+        return table_of(self.leaderboard)
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.table()), *told(self.leaderboard, self.out)])
+
+    def _repr_html_(self) -> str:
+        return self.table().html() + "".join(f"<p>{escape(line)}</p>" for line in told(self.leaderboard, self.out))
 
 
 def sweep(

@@ -1,0 +1,88 @@
+"""A finished run as a table: what each variant costs beside the base, and the measure that fits its data before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trimtab.data import valid_json
+from trimtab.tables import Cell, Table
+
+TITLES = {"exact_match": "exact match", "token_f1": "F1"}
+OWN = ("reward", "rewards/accuracies", "rewards/margins", "accuracy", "macro_f1", "margin")
+"""Measures of objectives. They fit where there are some."""
+LONG_WORDS = 8
+"""Answers of more words, half of them, are free text: two that mean the same hardly ever have the same words."""
+
+
+def fitting_measure(references: Sequence[str]) -> str:
+    """The score that says how good answers are: of free text the words that they share with the reference, else whether they are equal."""
+    lengths = sorted(len(r.split()) for r in references)
+    is_free = lengths[len(lengths) // 2] > LONG_WORDS and valid_json(references, references) < 100.0
+    return "token_f1" if is_free else "exact_match"
+
+
+def measures_of(summary: Mapping[str, Any], data: str) -> list[str]:
+    """The scores by which the variants of a data set are shown: those of their objective, else the one that fits its answers; both where
+    an older summary does not name that."""
+    judged = {k for v in summary["variants"].values() if v["data"] == data for k in v["scores"]}
+    own = [k for k in OWN if k in judged]
+    if own and not judged & TITLES.keys():
+        return own
+    said = (summary.get("measures") or {}).get(data)
+    return own + ([said] if said else [k for k in TITLES if k in judged or not own])
+
+
+def score_table(summary: Mapping[str, Any]) -> Table:
+    """One row a variant. Loss and scores are "base → adapter"; a score that does not fit a variant's data is left out; summary.json holds
+    all of them."""
+    shown = {data: measures_of(summary, data) for data in dict.fromkeys(v["data"] for v in summary["variants"].values())}
+    columns = [k for k in (*OWN, *TITLES) if any(k in keys for keys in shown.values())]
+    headings = ["variant", "method", "trainable", "MB", "loss"]
+    headings += [f"{TITLES[k]}, %" if k in TITLES else k.replace("rewards/", "reward ") for k in columns]
+    rows: list[list[Cell]] = []
+    for name, v in summary["variants"].items():
+        before, after = summary["base_scores"].get(v["data"], {}), v["scores"]
+        share = v["trainable"] / summary["base_parameters"]
+        trainable = f"{v['trainable']:,} ({f'{100 * share:.2g}%' if share < 1 else 'all'})"
+        cells: list[Cell] = [
+            name,
+            v["method"],
+            trainable,
+            f"{v['adapter_bytes'] / 1e6:.1f}",
+            _change(before.get("loss"), after.get("loss"), 2),
+        ]
+        for k in columns:
+            fits = k in shown[v["data"]]
+            cells.append(_change(before.get(k), after.get(k) if fits else None, 1 if k in TITLES else 3))
+        rows.append(cells)
+    title = f"{summary['base']}: {summary['base_parameters']:,} parameters, {summary['base_bytes'] / 1e6:.0f} MB"
+    return Table(title, headings, rows, frozenset(("variant", "method")))
+
+
+def gain(summary: Mapping[str, Any]) -> str:
+    """What a run has gained and at what cost, in one sentence; "" where nothing was scored."""
+    gained = []
+    for name, v in summary["variants"].items():
+        before, after = summary["base_scores"].get(v["data"], {}), v["scores"]
+        for k in measures_of(summary, v["data"]):
+            if before.get(k) is not None and after.get(k) is not None:
+                digits = 0 if k in TITLES else 2
+                what = TITLES.get(k, k.replace("rewards/", "reward ").replace("_", " "))
+                unit = "%" if k in TITLES else ""
+                gained.append(f"{name} from {before[k]:.{digits}f} to {after[k]:.{digits}f}{unit} {what}")
+                break
+    if not gained:
+        return ""
+    trained = sum(v["trainable"] for v in summary["variants"].values())
+    size = sum(v["adapter_bytes"] for v in summary["variants"].values()) / 1e6
+    share = 100 * trained / summary["base_parameters"]
+    listed = f"{', '.join(gained[:-1])} and {gained[-1]}" if len(gained) > 1 else gained[0]
+    cost = f"{summary['seconds']:.0f} s of training, {size:.1f} MB of adapters and {share:.2g}% of the base's parameters"
+    return f"On rows that no adapter had seen, the run took {listed}, for {cost}."
+
+
+def _change(before: float | None, after: float | None, digits: int) -> Cell:
+    if after is None:
+        return "–"
+    return f"{after:.{digits}f}" if before is None else (f"{before:.{digits}f}", f"{after:.{digits}f}")
