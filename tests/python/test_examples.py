@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.tiny import tiny_folder
+from trimtab.train import RunConfig
 
 ROOT = Path(__file__).parent.parent.parent
 BUNDLED = "smollm2-135m-instruct"
@@ -23,6 +25,12 @@ PAGES = {
 
 def test_pages_with_examples_are_found() -> None:
     assert {Path("docs/guide.md"), Path("docs/python.md")} <= PAGES.keys()
+
+
+def test_the_readmes_run_is_that_of_the_example() -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    readme = RunConfig.from_dict(yaml.safe_load(text), root=ROOT / "examples")
+    assert readme == RunConfig.load(ROOT / "examples" / "halyard.yaml")
 
 
 @pytest.fixture

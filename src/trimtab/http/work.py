@@ -51,6 +51,10 @@ class Work:
                 raise OverloadedError(f"no thread for this request: {error}", fix="try again later", retry_after=RETRY_S) from error
         return await asyncio.wrap_future(future)
 
+    def close(self) -> None:
+        """End the threads, after the jobs that they have begun."""
+        self._pool.shutdown(cancel_futures=True)
+
     def _work(self) -> None:
         """On a thread of the pool: jobs, as long as there are any of tenants that no other thread works for."""
         while (found := self._next()) is not None:

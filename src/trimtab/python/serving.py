@@ -38,7 +38,7 @@ class BackgroundServer:
     def __init__(self, base: Base, engine: Engine, asked: Asked, sock: Any, adapters: Mapping[str, Adapter]):
         self._sock, self._engine, self._switch = sock, engine, sys.getswitchinterval()
         self.url = f"http://{HOST}:{sock.getsockname()[1]}"
-        services = services_of(engine, asked)
+        self._services = services = services_of(engine, asked)
         for name, adapter in adapters.items():
             services.catalog.put(name, snapshot(name, base, adapter.method, adapter.params, adapter.head), LOCAL)
         self.models = [services.base_name, *adapters, *(asked.adapters or {})]
@@ -64,6 +64,8 @@ class BackgroundServer:
             self._server.handle_exit(signal.SIGTERM, None)
             self._thread.join(drain_s + 2 * server.LAST_S)
         self._engine.close()
+        for work in (self._services.words_work, self._services.load_work, self._services.store_work):
+            work.close()
         self._sock.close()
         sys.setswitchinterval(self._switch)
 

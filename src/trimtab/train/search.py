@@ -87,8 +87,8 @@ def _template(options: SweepOptions, content: Mapping[str, Any]) -> Iterator[str
     found = found if isinstance(found, Mapping) else {}
     if data not in found:
         yield f"sweep.variant.data = {data!r}{nearest(str(data), found)}: one of {', '.join(map(str, found)) or 'none'}"
-    elif not isinstance(found[data], Mapping) or not found[data].get("valid"):
-        yield f"data.{data} has no valid rows, by which trials are ranked: add `valid` to it"
+    elif not isinstance(found[data], Mapping) or not (found[data].get("valid") or _holds_out(found[data])):
+        yield f"data.{data} has no valid rows, by which trials are ranked: add `valid` or `split` to it"
     defaults = content.get("defaults")
     said = {"sweep.variant": options.variant, "sweep.search": options.search, "defaults": defaults if isinstance(defaults, Mapping) else {}}
     for where, keys in said.items():
@@ -96,6 +96,13 @@ def _template(options: SweepOptions, content: Mapping[str, Any]) -> Iterator[str
             yield f"{where}.valid_metric: {FIXED['valid_metric']}"
         if options.halving and "eval_every" in keys:
             yield f"{where}.eval_every: with halving, validation comes every sweep.halving.every = {options.halving.every} steps"
+
+
+def _holds_out(data: Mapping[str, Any]) -> bool:
+    """Whether a data set or one of its training sources holds out valid rows."""
+    train = data.get("train")
+    sources = [data, *(train if isinstance(train, list | tuple) else [train])]
+    return any(isinstance(s, Mapping) and isinstance(s.get("split"), int | float) for s in sources)
 
 
 def _draws(options: SweepOptions) -> Iterator[str]:
