@@ -70,7 +70,7 @@ def gain(summary: Mapping[str, Any]) -> str:
                 digits = 0 if k in TITLES else 2
                 what = TITLES.get(k, k.replace("rewards/", "reward ").replace("_", " "))
                 unit = "%" if k in TITLES else ""
-                gained.append(f"{name} from {before[k]:.{digits}f} to {after[k]:.{digits}f}{unit} {what}")
+                gained.append(f"{what} of {name} went from {before[k]:.{digits}f} to {after[k]:.{digits}f}{unit}")
                 break
     if not gained:
         return ""
@@ -78,8 +78,8 @@ def gain(summary: Mapping[str, Any]) -> str:
     size = sum(v["adapter_bytes"] for v in summary["variants"].values()) / 1e6
     share = 100 * trained / summary["base_parameters"]
     listed = f"{', '.join(gained[:-1])} and {gained[-1]}" if len(gained) > 1 else gained[0]
-    cost = f"{summary['seconds']:.0f} s of training, {size:.1f} MB of adapters and {share:.2g}% of the base's parameters"
-    return f"On rows that no adapter had seen, the run took {listed}, for {cost}."
+    cost = f"{summary['seconds']:.0f} s of training and {size:.1f} MB of adapters, {share:.2g}% of the base's parameters"
+    return f"On the test rows, {listed}; that took {cost}."
 
 
 def _change(before: float | None, after: float | None, digits: int) -> Cell:
