@@ -1,4 +1,4 @@
-"""What every test stands on: no hub, two threads unless OMP_NUM_THREADS says otherwise, one tiny base folder a session."""
+"""What every test stands on: no hub, two threads unless OMP_NUM_THREADS says otherwise, one tiny base folder a session, a seed a test."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws without a generator of its own (a start of peft's, say) does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

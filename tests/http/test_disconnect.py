@@ -207,7 +207,7 @@ def swarm(s: Site, count: int, models: list[str], seed: int) -> dict[int | None,
     return seen
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(600, marks=[pytest.mark.slow, pytest.mark.alone])])
 def test_a_crowd_that_comes_and_goes_leaves_nothing(tmp_path, count: int):
     base = base_of()
     adapters = adapter_folders(tmp_path, base)

@@ -57,6 +57,7 @@ async def under_way(served: Served, c: httpx.AsyncClient, streams: int, whole: i
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_sigterm_drops_no_running_request(tiny_llama_folder: Path, tmp_path: Path):
     with serving(tiny_llama_folder, tmp_path, "--local") as served:
         expected = httpx.post(f"{served.url}/v1/completions", json=LONG).json()["choices"][0]["text"]
@@ -85,6 +86,7 @@ def test_sigterm_drops_no_running_request(tiny_llama_folder: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_what_takes_longer_than_the_drain_is_told_so(tiny_llama_folder: Path, tmp_path: Path):
     with serving(tiny_llama_folder, tmp_path, "--local", "--drain-seconds", "0.1") as served:
 
@@ -103,6 +105,7 @@ def test_what_takes_longer_than_the_drain_is_told_so(tiny_llama_folder: Path, tm
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_an_idle_server_ends_at_once(tiny_llama_folder: Path, tmp_path: Path):
     with serving(tiny_llama_folder, tmp_path, "--local") as served, httpx.Client(base_url=served.url) as c:
         assert c.get("/v1/models").status_code == 200  # and the connection stays open

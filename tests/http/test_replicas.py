@@ -136,6 +136,7 @@ def test_a_request_waits_for_its_part_and_is_refused_what_another_server_holds(t
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_two_servers_are_one_to_their_tenants(where: str | Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
     with Tenants(where, create=True) as tenants, ExitStack() as stack:
         tenants.add("acme", max_concurrent=MOST)
@@ -179,6 +180,7 @@ def test_two_servers_are_one_to_their_tenants(where: str | Path, tiny_llama_fold
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_metrics_on_a_port_of_their_own_need_no_key(tiny_llama_folder: Path, tmp_path: Path) -> None:
     from trimtab.http.server import bind
 
