@@ -16,6 +16,8 @@ from pathlib import Path
 
 import httpx
 
+from tests.http.namespaces import Namespace
+
 
 @dataclass
 class Served:
@@ -37,10 +39,12 @@ class Served:
 
 
 @contextmanager
-def serving(base: Path, folder: Path, *options: str | Path) -> Iterator[Served]:
-    """A server on a free port of 127.0.0.1; ended at the end, whatever has happened. folder: for its log."""
+def serving(base: Path, folder: Path, *options: str | Path, inside: Namespace | None = None) -> Iterator[Served]:
+    """A server on a free port of 127.0.0.1, or inside a network namespace of its own; ended at the end, whatever has happened. folder: for
+    its log."""
     log = folder / f"serve-{time.monotonic_ns()}.log"
     command = [
+        *(["ip", "netns", "exec", inside.name] if inside else []),
         sys.executable,
         "-m",
         "trimtab",
@@ -54,6 +58,7 @@ def serving(base: Path, folder: Path, *options: str | Path) -> Iterator[Served]:
         "--port",
         "0",
         "--json",
+        *(["--host", inside.address] if inside else []),
     ]
     with log.open("w") as errors:
         process = subprocess.Popen(

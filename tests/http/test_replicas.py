@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from tests.http.common import TEXT, post, site
+from tests.http.namespaces import Namespace, namespaces
 from tests.http.process import Served, serving
-from tests.serve.databases import KINDS, postgres
+from tests.serve.databases import KINDS, PORT, postgres
 from trimtab.http.assemble import Asked
 from trimtab.serve.exchange import LEASE_SECONDS
 from trimtab.serve.leases import Leases
@@ -28,10 +30,25 @@ MOST = 5
 ROUTE = "/v1/completions"
 
 
-@pytest.fixture(params=KINDS)
-def where(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str | Path]:
+@dataclass
+class Shared:
+    """where: the database, as this process reaches it. servers: as each server does, and the network namespace that the server is in."""
+
+    where: str | Path
+    servers: list[tuple[str | Path, Namespace | None]]
+
+
+@pytest.fixture(params=[*KINDS, "namespaces"])
+def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shared]:
     with ExitStack() as stack:
-        yield tmp_path / "t.db" if request.param == "sqlite" else stack.enter_context(postgres()).database()
+        if request.param == "namespaces":
+            spaces = stack.enter_context(namespaces(2))
+            where = stack.enter_context(postgres([s.outside for s in spaces])).database()
+            name = urlsplit(where).path
+            yield Shared(where, [(f"postgresql://trimtab@{s.outside}:{PORT}{name}", s) for s in spaces])
+        else:
+            path = tmp_path / "t.db" if request.param == "sqlite" else stack.enter_context(postgres()).database()
+            yield Shared(path, [(path, None)] * 2)
 
 
 def key_of(tenants: Tenants, name: str) -> dict[str, str]:
@@ -137,12 +154,13 @@ def test_a_request_waits_for_its_part_and_is_refused_what_another_server_holds(t
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_two_servers_are_one_to_their_tenants(where: str | Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_two_servers_are_one_to_their_tenants(shared: Shared, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    where = shared.where
     with Tenants(where, create=True) as tenants, ExitStack() as stack:
         tenants.add("acme", max_concurrent=MOST)
         tenants.add("root", admin=True)
         acme, root = key_of(tenants, "acme"), key_of(tenants, "root")
-        a, b = (stack.enter_context(serving(tiny_llama_folder, tmp_path, "--tenants", where)) for _ in range(2))
+        a, b = (stack.enter_context(serving(tiny_llama_folder, tmp_path, "--tenants", at, inside=space)) for at, space in shared.servers)
         for s in (a, b):
             for _ in range(2):
                 assert httpx.post(s.url + ROUTE, json=TEXT, headers=acme, timeout=30).status_code == 200

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 KINDS = ("sqlite", "postgres")
+PORT = 54321
 
 
 @cache
@@ -36,15 +37,19 @@ def missing() -> str:
 
 
 class Postgres:
-    """A server on a socket in a folder of its own, without a port. As root it runs as nobody else's user: PostgreSQL refuses root."""
+    """A server on a socket in a folder of its own, and on port PORT of the given addresses, which anybody may enter. As root it runs as
+    nobody else's user: PostgreSQL refuses root."""
 
-    def __init__(self) -> None:
+    def __init__(self, addresses: Sequence[str] = ()) -> None:
+        self._addresses = addresses
         self.folder = Path(tempfile.mkdtemp(prefix="trimtab-pg-"))
         self._user = next((u for u in ("postgres", "nobody") if os.getuid() == 0 and _exists(u)), "")
         if self._user:
             shutil.chown(self.folder, self._user)
         made = self._command("initdb", "-D", self.data, "-U", "trimtab", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
         subprocess.run(made, check=True, stdin=subprocess.DEVNULL, capture_output=True, cwd=self.folder, timeout=120)
+        with Path(self.data, "pg_hba.conf").open("a") as rules:
+            rules.writelines(f"host all all {address}/30 trust\n" for address in addresses)
         self.start()
         self._made = 0
 
@@ -55,7 +60,13 @@ class Postgres:
     def start(self) -> None:
         import psycopg
 
-        options = ("listen_addresses=", f"unix_socket_directories={self.folder}", "fsync=off", "max_connections=80")
+        options = (
+            f"listen_addresses={','.join(self._addresses)}",
+            f"port={PORT}",
+            f"unix_socket_directories={self.folder}",
+            "fsync=off",
+            "max_connections=80",
+        )
         command = self._command("postgres", "-D", self.data, *(x for o in options for x in ("-c", o)))
         with (self.folder / "log").open("a") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder)
@@ -87,7 +98,7 @@ class Postgres:
         return self._url(f"t{self._made}")
 
     def _url(self, name: str) -> str:
-        return f"postgresql://trimtab@/{name}?host={self.folder}"
+        return f"postgresql://trimtab@/{name}?host={self.folder}&port={PORT}"
 
     def _command(self, program: str, *arguments: str) -> list[str]:
         folder = programs()
@@ -97,11 +108,11 @@ class Postgres:
 
 
 @contextmanager
-def postgres() -> Iterator[Postgres]:
+def postgres(addresses: Sequence[str] = ()) -> Iterator[Postgres]:
     """A server for a while; the test is skipped, with the reason, where there is none."""
     if why := missing():
         pytest.skip(why)
-    server = Postgres()
+    server = Postgres(addresses)
     try:
         yield server
     finally:
