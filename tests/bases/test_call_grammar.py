@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
 from trimtab.bases import call_grammar
-from trimtab.bases.call_grammar import CallGrammar, TooLarge, types_of
+from trimtab.bases.call_grammar import CallGrammar, TooLarge, binding, types_of
 from trimtab.bases.calls import CallFormat, Tagged
 
 TAGGED = CallFormat("<f=", ">", "</f>", None, "<f=", True, Tagged("<p=", ">", "</p>"))
@@ -33,7 +34,7 @@ def assert_few(looked):
 
 def test_definitions_that_each_property_repeats_end_at_the_bound():
     schema = {
-        "$defs": {"a": {"type": "object", "description": "x" * 5000}},
+        "$defs": {"a": {"type": "object", "required": ["x" * 5000]}},
         "properties": {f"p{i}": {"$ref": "#/$defs/a"} for i in range(1000)},
     }
     made = grammar(schema)
@@ -53,3 +54,21 @@ def test_a_pattern_stands_between_slashes_as_it_is(pattern):
     own = body[1].removeprefix("(?:").partition(")</p>")[0].partition(")<\\/p>")[0]
     examples = ["a/b", r"a\/b", "//7", "a\nb"]
     assert [bool(re.fullmatch(own, t)) for t in examples] == [bool(re.fullmatch(pattern, t)) for t in examples]
+
+
+def test_a_grammar_has_of_a_schema_what_binds():
+    """A property may be called as a word that only says something, and a value may look like a schema."""
+    said = {"title": "T", "description": "D", "default": 3, "$comment": "C"}
+    odd = {"type": "object", **said, "properties": {"title": {"type": "string", **said}, "default": {"const": said}}, "required": ["title"]}
+    assert binding(odd) == {
+        "type": "object",
+        "properties": {"title": {"type": "string"}, "default": {"const": said}},
+        "required": ["title"],
+    }
+    places = {"anyOf": [odd, {"$ref": "#/$defs/a"}], "items": odd, "additionalProperties": odd, "not": odd, "prefixItems": [odd, True]}
+    assert json.dumps(binding({"$defs": {"a": odd}, **places, "enum": [said]})).count('"D"') == json.dumps([odd] * 6).count('"const"') + 1
+    assert binding({"additionalProperties": False, "items": False, "enum": [odd]}) == {
+        "additionalProperties": False,
+        "items": False,
+        "enum": [odd],
+    }

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.http.common import BASE, Site, post, site
 from tests.http.test_tools import base_with
+from trimtab.http.schema import ChatBody
+from trimtab.http.tools import sampled, tools_in
+from trimtab.http.words import words_of
+from trimtab.serve.grammars import Grammars
 from trimtab.serve.request import Delta, Request, SamplingParams
 
 HOSTILE = {"type": "object", "patternProperties": {f"^a{i}.*b{i}$": {"type": "string"} for i in range(40)}}
@@ -56,3 +62,44 @@ def test_a_plain_request_beside_hostile_tools_takes_its_own_steps(choice: str) -
         assert len(with_rows) <= len([f for f in alone if f[0]]) + 2  # its prompt may take turns
         assert len(found) - len(with_rows) <= 2, "steps went by without a row of the one that waits"
         assert max(all_rows for _, all_rows in with_rows[1:]) <= most
+
+
+def many_tools(count: int) -> list[dict[str, Any]]:
+    """As frameworks write them of functions: titles, descriptions and defaults are most of it."""
+    text = {"type": "string", "title": "Query", "description": "What to look for, in plain words. " * 4}
+    fields: dict[str, Any] = {
+        "query": text,
+        "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 10, "title": "Limit", "description": "At most so many."},
+        "unit": {"type": "string", "enum": ["celsius", "fahrenheit"], "title": "Unit"},
+        "since": {"anyOf": [{"type": "string", "format": "date-time"}, {"type": "null"}], "default": None, "title": "Since"},
+        "near": {"type": "array", "items": {"type": "object", "properties": {"x": {"type": "number"}, "of": text}, "required": ["x"]}},
+    }
+    schema = {"type": "object", "title": "Arguments", "properties": fields, "required": ["query", "limit"], "additionalProperties": False}
+    return [{"type": "function", "function": {"name": f"tool_number_{i}", "parameters": schema}} for i in range(count)]
+
+
+@pytest.mark.parametrize("template", ["qwen2_5", "qwen3_5_think", "llama3", "gptoss"])
+def test_as_many_ordinary_tools_as_a_request_may_have_can_be_forced(template: str) -> None:
+    """Their grammar is within the limits of its process, and follows a call of the last one."""
+    base = base_with(template)
+    words = words_of(base)
+    body = ChatBody.model_validate({"model": BASE, "messages": [{"role": "user", "content": "x"}], "tools": many_tools(128)})
+    body = body.model_copy(update={"tool_choice": "required"})
+    sampling = sampled(SamplingParams(max_tokens=9), tools_in(body, words), words, base.encode("x"))
+    assert sampling.grammar is not None and sampling.grammar.trigger is None
+    form = words.answers.calls
+    assert form is not None
+    t, given = form.tagged, {"query": "harbour", "limit": 7}
+    said = json.dumps(given) if t is None else "".join(t.key + key + t.value + str(value) + t.close for key, value in given.items())
+    call = form.before + "tool_number_127" + form.middle + said + form.after
+    ids = base.tokenizer(call, add_special_tokens=False)["input_ids"]
+    grammars = Grammars(base.tokenizer, words.vocab_size, base.stop_ids)
+    try:
+        matcher = grammars.matcher(sampling.grammar)
+        assert grammars.wait([matcher], 60) == {matcher} and not matcher.error
+        for i, token in enumerate(ids):
+            assert np.unpackbits(np.frombuffer(matcher.mask, dtype=np.uint8), bitorder="little")[token], call[: i + 1]
+            matcher.advance(token)
+            assert grammars.wait([matcher], 60) == {matcher} and not matcher.error
+    finally:
+        grammars.shutdown()

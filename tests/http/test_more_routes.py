@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from jinja2 import Environment
 
 from tests.http.common import CHAT, TEXT, Site, call, error_of, post
 from trimtab import __version__
@@ -75,6 +76,40 @@ def test_head_is_a_get(served: Site):
         head, get = call(served.app, "HEAD", path), call(served.app, "GET", path)
         assert (head.status_code, head.headers["content-length"]) == (200, get.headers["content-length"])
     assert call(served.app, "HEAD", "/v1/completions").status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [("/v1/models", "GET, HEAD"), ("/v1/completions", "POST"), ("/ping", "GET, HEAD, POST"), ("/v1/models/tiny", "GET, HEAD")],
+)
+def test_what_a_path_takes_is_what_it_says(served: Site, path: str, allowed: str):
+    """Of a refusal, and of OPTIONS. Each method that is named is tried: none of them is a 405, and all others are."""
+    assert call(served.app, "DELETE", path).headers["allow"] == call(served.app, "OPTIONS", path).headers["allow"] == allowed
+    methods = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+    assert [m for m in methods if call(served.app, m, path).status_code != 405] == allowed.split(", ")
+
+
+def test_a_client_can_write_prompts_with_what_the_server_tells_of_its_tokenizer(served: Site):
+    """As lm-eval's remote tokenizer does: the template, rendered by the client, and the ids of the end's text."""
+    tokenizer = served.engine.base.tokenizer
+    told = call(served.app, "GET", "/tokenizer_info").json()
+    assert (told["eos_token"], told["bos_token"], told["model_max_length"]) == (tokenizer.eos_token, tokenizer.bos_token, 512)
+    rendered = Environment().from_string(told["chat_template"]).render(messages=CHAT["messages"], add_generation_prompt=True)
+    ids = post(served.app, "/tokenize", {"prompt": rendered, "add_special_tokens": False}).json()["tokens"]
+    assert ids == post(served.app, "/tokenize", {"messages": CHAT["messages"]}).json()["tokens"]
+    end = post(served.app, "/tokenize", {"prompt": told["eos_token"], "add_special_tokens": False}).json()["tokens"]
+    assert end == [tokenizer.eos_token_id]
+
+
+def test_a_cut_that_cuts_nothing_is_taken(served: Site):
+    """`vllm bench serve` sends it with every text that it wants embedded."""
+    body = {"model": "tiny", "input": ["hello you"]}
+    plain, cut = (post(served.app, "/v1/embeddings", body | more) for more in ({}, {"truncate_prompt_tokens": -1}))
+    assert cut.status_code == 200 and cut.json()["data"] == plain.json()["data"] and "x-trimtab-ignored" not in cut.headers
+    for wrong in ({"truncate_prompt_tokens": 4}, {"truncate_prompt_tokens": -1, "input": "x" * 600}):
+        assert post(served.app, "/v1/embeddings", body | wrong).status_code == 400
+    assert post(served.app, "/v1/completions", TEXT | {"truncate_prompt_tokens": -1}).status_code == 200
+    assert error_of(post(served.app, "/v1/completions", TEXT | {"truncate_prompt_tokens": 2}), 400)["param"] == "truncate_prompt_tokens"
 
 
 def test_a_web_page_may_call_only_where_its_origin_is_named(served: Site):

@@ -259,3 +259,11 @@ def test_a_client_that_leaves_holds_nothing(served: Site, path: str):
 
     asyncio.run(run())
     served.idle()
+
+
+@pytest.mark.parametrize("tool", [{"type": "web_search_preview"}, {"type": "mcp", "server_label": "x"}, {"type": "custom", "name": "f"}])
+def test_a_tool_that_is_no_function_is_named_with_what_is_supported(served: Site, tool: dict[str, Any]):
+    """langchain's `bind_tools` passes OpenAI's own tools on as they are."""
+    for path, body in (("/v1/responses", {"model": BASE, "input": "hi"}), ("/v1/chat/completions", CHAT)):
+        error = error_of(post(served.app, path, body | {"tools": [tool]}), 400)
+        assert error["message"] == f"tools[0]: is of type {tool['type']}; only functions are supported", error

@@ -24,6 +24,12 @@ MOST_SCHEMAS = 64
 """Of a union that are looked at: they may refer to each other, so that there is no end of them."""
 SLASH = re.compile(r"\\.|[/\n]", re.DOTALL)
 """What ends a regular expression in a grammar, and what a backslash takes that away from."""
+SAID = frozenset({"$comment", "default", "deprecated", "description", "readOnly", "title", "writeOnly"})
+"""What a schema says to people and to the model: no answer is held to it, and it is most of an ordinary tool's text."""
+INNER = frozenset({"additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then"})
+INNER_LISTS = frozenset({"allOf", "anyOf", "items", "oneOf", "prefixItems"})
+INNER_MAPS = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
+"""Where schemas stand within a schema. What stands elsewhere is a value, whatever it looks like."""
 PYTHON = (("boolean", "True"), ("boolean", "False"), ("null", "None"))
 Schemas = Mapping[str, Mapping[str, Any]]
 
@@ -42,7 +48,7 @@ class CallGrammar:
     added: Mapping[str, int]
     tools: Schemas
     many: bool
-    most: int = 1 << 16
+    most: int = 1 << 18
     _rules: dict[str, None] = field(default_factory=dict)
     _size: int = 0
 
@@ -87,7 +93,7 @@ class CallGrammar:
         return "call"
 
     def _arguments(self, number: int, schema: Mapping[str, Any]) -> str:
-        schema = schema if "type" in schema else {"type": "object", **schema}
+        schema = binding(schema if "type" in schema else {"type": "object", **schema})
         return self._json(f"args{number}", schema) if self.form.tagged is None else self._tagged(f"args{number}", schema)
 
     def _tagged(self, name: str, schema: Mapping[str, Any]) -> str:
@@ -171,6 +177,21 @@ def _body(schema: Mapping[str, Any]) -> str:
     if not any(isinstance(n, int) for n in (least, most)):
         return "(?s:.*)"
     return f"(?s:.{{{least if isinstance(least, int) else 0},{most if isinstance(most, int) else ''}}})"
+
+
+def binding(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema without what binds nobody (`SAID`), at any depth."""
+    found: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in INNER_MAPS and isinstance(value, Mapping):
+            found[key] = {name: binding(of) if isinstance(of, Mapping) else of for name, of in value.items()}
+        elif key in INNER_LISTS and isinstance(value, list):
+            found[key] = [binding(of) if isinstance(of, Mapping) else of for of in value]
+        elif key in INNER and isinstance(value, Mapping):
+            found[key] = binding(value)
+        elif key not in SAID:
+            found[key] = value
+    return found
 
 
 def resolved(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:

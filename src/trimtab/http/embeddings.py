@@ -16,7 +16,7 @@ from starlette.responses import Response
 from trimtab.http.ask import deadline, model_of
 from trimtab.http.auth import Caller, S, caller
 from trimtab.http.errors import Fault, documented
-from trimtab.http.fields import Body, Ids, NotSupported, Text
+from trimtab.http.fields import Body, Ids, NotSupported, Text, Truncated
 from trimtab.http.limits import read_body
 from trimtab.http.prompts import text_ids
 from trimtab.http.schema import AdapterPart, takes
@@ -54,7 +54,7 @@ class EmbeddingsBody(Body):
     user: Any = Field(None, description="Changes nothing.")
     priority: Any = Field(None, description="vLLM's. Changes nothing.")
     messages: NotSupported = None
-    truncate_prompt_tokens: NotSupported = None
+    truncate_prompt_tokens: Truncated = None
 
 
 class Embedding(BaseModel):

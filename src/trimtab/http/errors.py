@@ -166,12 +166,12 @@ def unexpected(request_id: str) -> Fault:
 
 
 def _methods(app: FastAPI, request: Request) -> str:
-    """What a path takes. Where several routes have it, the framework itself names one route's methods."""
+    """What a path takes. Where several routes have it, the framework itself names one route's methods. HEAD is a GET (`limits.py`)."""
 
     def takes(method: str) -> bool:
         return any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in app.routes)
 
-    return ", ".join(m for m in ("DELETE", "GET", "PATCH", "POST", "PUT") if takes(m))
+    return ", ".join(m for m in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT") if takes("GET" if m == "HEAD" else m))
 
 
 def install(app: FastAPI) -> None:

@@ -96,6 +96,9 @@ def _biases(value: Any) -> Any:
 INTEGRAL = BeforeValidator(_integral)
 NONE_IF_FALSE = BeforeValidator(lambda value: None if value is False else value)
 NotSupported = Annotated[Any, off()]
+Truncated = Annotated[Any, off(-1)]
+"""vLLM's truncate_prompt_tokens. -1 asks to cut what is longer than the base has positions for. It changes nothing of what fits, and what
+does not fit is refused here."""
 Tokens = Annotated[int, Field(ge=0, lt=1 << 31), INTEGRAL]
 Schema = Annotated[dict[str, Any], _at_most(MAX_CHARS)]
 SchemaOrText = Annotated[

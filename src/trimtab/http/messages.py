@@ -106,9 +106,18 @@ class FunctionTool(Body):
     strict: bool | None = Field(None, description="true: arguments follow the schema under auto too, or the request fails.")
 
 
+def only_functions(value: Any) -> Any:
+    """OpenAI's other tools (custom, web_search, mcp) have other fields: that they are not supported is said before those are missed."""
+    if isinstance(value, dict) and isinstance(kind := value.get("type"), str) and kind != "function":
+        raise PydanticCustomError("no_function", "is of type {kind}; only functions are supported", {"kind": kind[:64]})
+    return value
+
+
 class Tool(Body):
     type: Literal["function"]
     function: FunctionTool
+
+    _functions = model_validator(mode="before")(only_functions)
 
 
 MAX_MESSAGES = 4096

@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from trimtab.http.fields import INTEGRAL, Body, NotSupported, Schema, Text, Tokens, TopLogprobs, off
-from trimtab.http.messages import MAX_MESSAGES, CalledFunction, FunctionTool, Message, Part, Tool, ToolCall, ToolChoice
+from trimtab.http.messages import MAX_MESSAGES, CalledFunction, FunctionTool, Message, Part, Tool, ToolCall, ToolChoice, only_functions
 from trimtab.http.schema import AdapterPart, ChatBody, JsonSchema, ResponseFormat, StreamOptions
 from trimtab.serve.composed import MAX_PARTS
 
@@ -73,6 +73,8 @@ class ResponsesTool(FunctionTool):
     """A function, flat as this route has it."""
 
     type: Literal["function"]
+
+    _functions = model_validator(mode="before")(only_functions)
 
 
 class TextFormat(Body):

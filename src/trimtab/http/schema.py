@@ -30,6 +30,7 @@ from trimtab.http.fields import (
     TokenId,
     Tokens,
     TopLogprobs,
+    Truncated,
     off,
 )
 from trimtab.http.messages import MAX_MESSAGES, Conversation, FunctionName, FunctionTool, Message, NamedTool, Tool, ToolChoice
@@ -143,7 +144,7 @@ class Sampled(Body):
         False, description="The answer begins with the prompt; in a chat with the last message, where that is an assistant's."
     )
 
-    truncate_prompt_tokens: NotSupported = None
+    truncate_prompt_tokens: Truncated = None
     bad_words: NotSupported = None
     allowed_token_ids: NotSupported = None
     logits_processors: NotSupported = None

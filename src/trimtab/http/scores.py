@@ -18,7 +18,7 @@ from trimtab.http.ask import adapter_of
 from trimtab.http.auth import Caller, S, caller
 from trimtab.http.embeddings import Inputs, Texts, inputs_of, pooled
 from trimtab.http.errors import Fault, documented
-from trimtab.http.fields import Body, NotSupported, Text
+from trimtab.http.fields import Body, NotSupported, Text, Truncated
 from trimtab.http.limits import read_body
 from trimtab.http.prompts import answer_ids, text_ids
 from trimtab.http.schema import takes
@@ -42,7 +42,7 @@ class Scored(Body):
 
     user: Any = Field(None, description="Changes nothing.")
     priority: Any = Field(None, description="vLLM's. Changes nothing.")
-    truncate_prompt_tokens: NotSupported = None
+    truncate_prompt_tokens: Truncated = None
 
     @property
     def raw(self) -> bool:

@@ -42,7 +42,7 @@ class Words:
     variables: names of those that the template reads and a request may set. vocab_size, max_positions, max_chars: limits of ids and
     prompts. A text with more than max_chars characters always has more tokens than there are positions. answers: how the base writes
     calls and reasoning. added: ids of added tokens by their texts. shown: control tokens that are part of an answer's text, since calls
-    or reasoning are told by them. call_ends: tokens that end an answer with calls alone."""
+    or reasoning are told by them. call_ends: tokens that end an answer with calls alone. told: what /tokenizer_info tells."""
 
     encode_chat: Callable[[list[dict[str, Any]], Mapping[str, Any], End], list[int]]
     encode_text: Callable[[str, bool], list[int]]
@@ -56,6 +56,7 @@ class Words:
     shown: tuple[int, ...] = ()
     call_ends: tuple[int, ...] = ()
     encode_answer: Callable[[str, str], list[int]] = lambda question, answer: []
+    told: Mapping[str, Any] = field(default_factory=dict)
 
 
 class TooLong(TrimtabError):

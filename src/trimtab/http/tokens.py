@@ -1,4 +1,4 @@
-"""vLLM's /tokenize and /detokenize: the ids that a prompt would have, and the text of ids."""
+"""vLLM's /tokenize, /detokenize and /tokenizer_info: the ids that a prompt would have, the text of ids, and what the tokenizer is."""
 
 from __future__ import annotations
 
@@ -28,6 +28,24 @@ class TokenizeReply(BaseModel):
 
 class DetokenizeReply(BaseModel):
     prompt: str
+
+
+class TokenizerReply(BaseModel):
+    """The texts of control tokens, and the chat template; null where there is none."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    model_max_length: int
+    chat_template: str | None
+
+
+@router.get("/tokenizer_info", responses=documented(401, 403, 429, 500, 503))
+async def tokenizer_info(s: S) -> TokenizerReply:
+    """What a client needs to write prompts of its own, as lm-eval does: with /tokenize it needs no tokenizer."""
+    return TokenizerReply(**s.words.told)
 
 
 @router.post("/tokenize", responses=ERRORS, openapi_extra=takes(TokenizeBody))

@@ -20,7 +20,7 @@ from trimtab.http.messages import AllowedTools, NamedTool
 from trimtab.http.prompts import shown_tools
 from trimtab.http.schema import ChatBody
 from trimtab.http.services import Words
-from trimtab.serve.grammar import MAX_CHARS
+from trimtab.serve.grammar import MAX_CALL_CHARS
 from trimtab.serve.request import Grammar, SamplingParams, Trigger
 
 TAIL = 256
@@ -104,7 +104,7 @@ def sampled(sampling: SamplingParams, tools: Tools | None, words: Words, prompt:
 def _grammar(tools: Tools, own: Grammar | None, form: AnswerFormat, words: Words, begun: str) -> Grammar:
     """Of an answer that may call tools, or has to. own: of its content. begun: the end of its prompt."""
     assert form.calls is not None
-    made = CallGrammar(form.calls, words.added, tools.schemas, tools.many, MAX_CHARS)
+    made = CallGrammar(form.calls, words.added, tools.schemas, tools.many, MAX_CALL_CHARS)
     reasoning = None if form.reasoning is not None and begun.endswith(form.reasoning[1]) else form.reasoning
     opened = reasoning is not None and begun.endswith(reasoning[0])
     if tools.forced:

@@ -64,7 +64,20 @@ def words_of(base: Base) -> Words:
         tuple(added[text] for text in template.special_texts if text in added and told_by(form, text) and added[text] not in base.stop_ids),
         tuple(added[end] for end in [form.calls.end if form.calls else None] if end in added and added[end] not in base.stop_ids),
         encode_answer,
+        told_of(base.tokenizer, positions),
     )
+
+
+def told_of(tokenizer: Any, positions: int) -> dict[str, Any]:
+    """What clients need to write prompts as the base reads them: the texts of its control tokens, and its chat template."""
+    texts = {name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    template = getattr(tokenizer, "chat_template", None)
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        **{name: None if text is None else str(text) for name, text in texts.items()},
+        "model_max_length": positions,
+        "chat_template": template.get("default") if isinstance(template, dict) else template,
+    }
 
 
 def told_by(form: AnswerFormat, special: str) -> bool:

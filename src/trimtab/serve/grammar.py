@@ -16,6 +16,8 @@ from typing import Any
 from trimtab.errors import TrimtabError
 
 MAX_CHARS = 65536
+MAX_CALL_CHARS = 4 * MAX_CHARS
+"""Of a grammar of tools, which has the schemas of all of them: 128 of 2,000 characters fit."""
 MAX_CHOICES = 1024
 KEPT_BYTES = 16 << 20
 """Memory that compiled grammars may take which nobody uses at the moment."""
@@ -94,8 +96,8 @@ class Compiler:
 
 def check_size(kind: str, text: str) -> None:
     """GrammarError where the text is larger than any that is read."""
-    if len(text) > MAX_CHARS:
-        raise GrammarError(f"{_NAMES.get(kind, f'the {kind}')} has {len(text)} characters, at most {MAX_CHARS} are taken")
+    if len(text) > (most := MAX_CALL_CHARS if kind == "calls" else MAX_CHARS):
+        raise GrammarError(f"{_NAMES.get(kind, f'the {kind}')} has {len(text)} characters, at most {most} are taken")
 
 
 def resident_bytes() -> int:
