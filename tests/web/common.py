@@ -19,6 +19,9 @@ from trimtab.http import server
 ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
+EVIL = '<img src=x onerror="window.hacked=1"></td><script>window.hacked=2</script>javascript:alert(1)\'"&amp;{{7*7}}'
+"""A name, row, answer or error that would do something if it were taken for markup."""
+
 
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:

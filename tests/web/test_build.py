@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 
+from tests.http.common import base_of, site
+from tests.store.common import stirred
 from tests.train.past import run_folder, variant
 from tests.web.common import ROOT, Visit, browser, serving
+from trimtab.http.assemble import Asked
 from trimtab.http.studio import create_studio
 from trimtab.http.studio_auth import Shown
+from trimtab.methods import LoraConfig
+from trimtab.store.registry import Store
 from trimtab.train.follow import RunFolders
 
 WEB, BUILT = ROOT / "web", ROOT / "src" / "trimtab" / "web" / "page"
@@ -52,7 +57,10 @@ def test_versions_are_pinned_and_no_registry_is_named():
 
 @pytest.mark.slow
 def test_what_is_shipped_is_what_the_sources_give(front_end: Path, tmp_path: Path):
-    for command in (["npx", "tsc", "--noEmit"], ["npx", "vite", "build", "--outDir", str(tmp_path), "--emptyOutDir"]):
+    for command in (
+        ["node", "node_modules/typescript/bin/tsc", "--noEmit"],
+        ["node", "node_modules/vite/bin/vite.js", "build", "--outDir", str(tmp_path), "--emptyOutDir"],
+    ):
         done = subprocess.run(command, cwd=front_end, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     made, kept = ({str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()} for root in (tmp_path, BUILT))
@@ -61,20 +69,47 @@ def test_what_is_shipped_is_what_the_sources_give(front_end: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_axe_finds_nothing(front_end: Path, tmp_path: Path):
+def test_axe_finds_nothing_with_runs(front_end: Path, tmp_path: Path):
     run_folder(tmp_path / "done", {"v": variant(), "w": variant(stopped="the loss is nan")})
     run_folder(tmp_path / "live", {"v": variant()}, summary=False)
     source = (front_end / "node_modules" / "axe-core" / "axe.min.js").read_text()
     found: dict[str, Any] = {}
     with browser() as chromium, serving(create_studio(Shown(RunFolders(tmp_path)))) as url:
-        for scheme in ("light", "dark"):
-            for width in (1280, 390):
-                with Visit(chromium, url, scheme=scheme, width=width, bypass_csp=True) as page:
-                    page.get_by_role("link", name="done").wait_for()
-                    found[f"list {scheme} {width}"] = faults(page, source)
-                    page.get_by_role("link", name="done").click()
-                    page.get_by_role("heading", name="Settings").wait_for()
-                    found[f"run {scheme} {width}"] = faults(page, source)
+        for scheme, width in (("light", 1280), ("dark", 390)):
+            with Visit(chromium, url, scheme=scheme, width=width, bypass_csp=True) as page:
+                page.get_by_role("link", name="done").wait_for()
+                found[f"list {scheme}"] = faults(page, source)
+                page.get_by_role("link", name="done").click()
+                page.get_by_role("heading", name="Settings").wait_for()
+                found[f"run {scheme}"] = faults(page, source)
+    assert {k: v for k, v in found.items() if v} == {}
+
+
+@pytest.mark.slow
+def test_axe_finds_nothing_with_a_server(front_end: Path, tmp_path: Path):
+    store = Store(tmp_path / "store", create=True)
+    for seed in (1, 2):
+        store.publish(stirred(base_of(), LoraConfig(r=4), seed=seed), "acme/support")
+    source = (front_end / "node_modules" / "axe-core" / "axe.min.js").read_text()
+    found: dict[str, Any] = {}
+    with browser() as chromium, site(Asked(store=store)) as made, serving(made.app) as url:
+        for scheme, width in (("light", 1280), ("dark", 390)):
+            with Visit(chromium, url, scheme=scheme, width=width, bypass_csp=True) as page:
+                page.get_by_label("acme/support", exact=True).wait_for()
+                page.get_by_label("Prompt").fill("hello there")
+                page.get_by_label("Tokens at most").fill("8")
+                page.get_by_label("Prompt").press("Control+Enter")
+                page.get_by_text("ended:").nth(1).wait_for()
+                found[f"playground {scheme}"] = faults(page, source)
+                page.get_by_role("link", name="Adapters").click()
+                page.get_by_role("link", name="acme/support@2").wait_for()
+                found[f"adapters {scheme}"] = faults(page, source)
+                page.get_by_role("link", name="acme/support@2").click()
+                page.get_by_role("heading", name="Files").wait_for()
+                found[f"adapter {scheme}"] = faults(page, source)
+                page.get_by_role("link", name="Serving").click()
+                page.get_by_role("application").nth(2).wait_for()
+                found[f"serving {scheme}"] = faults(page, source)
     assert {k: v for k, v in found.items() if v} == {}
 
 

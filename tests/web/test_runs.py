@@ -10,19 +10,12 @@ from typing import Any
 import pytest
 
 from tests.train.past import run_folder, variant
-from tests.web.common import Visit, browser, is_harmless, refuse_overflow, serving
+from tests.web.common import EVIL, Visit, is_harmless, refuse_overflow, serving
 from trimtab.http.studio import create_studio
 from trimtab.http.studio_auth import Shown
 from trimtab.train.follow import RunFolders
 
 pytestmark = pytest.mark.slow
-EVIL = '<img src=x onerror="window.hacked=1"></td><script>window.hacked=2</script>javascript:alert(1)\'"&amp;{{7*7}}'
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with browser() as started:
-        yield started
 
 
 @pytest.fixture
@@ -178,8 +171,8 @@ def test_answers_are_bubbles_and_come_page_by_page(chromium: Any, folder: Path, 
         assert page.get_by_text("Wrong: v 0.").count() == 1
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_hostile_texts_are_texts_at_every_width(chromium: Any, folder: Path, site: str, scheme: str):
+@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (1024, "dark"), (390, "light")])
+def test_hostile_texts_are_texts_at_every_width(chromium: Any, folder: Path, site: str, width: int, scheme: str):
     made = variant(data="a", stopped=EVIL, method=EVIL, fields={EVIL: EVIL})
     run = run_folder(
         folder / EVIL.replace("/", ""), {EVIL: made, "w": variant()}, base=EVIL, settings={EVIL: EVIL, f"variants.{EVIL}.x": EVIL}
@@ -187,18 +180,17 @@ def test_hostile_texts_are_texts_at_every_width(chromium: Any, folder: Path, sit
     answers(run, 2, base=EVIL, **{EVIL: EVIL, "w": "w" * 300})
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"variant": EVIL, "step": 61, "loss": 1.0, EVIL: 2.0}) + "\n")
-    for width in (1440, 1024, 390):
-        with Visit(chromium, site, width=width, scheme=scheme) as page:
-            page.locator("tbody tr").wait_for()
-            is_harmless(page, EVIL.replace("/", ""))
-            refuse_overflow(page)
-            page.locator("tbody a").click()
-            page.get_by_role("article").first.wait_for()
-            page.get_by_label("those that are equal too").check()
-            page.get_by_role("application").first.hover()
-            page.locator(".tip").wait_for()
-            is_harmless(page, EVIL)
-            refuse_overflow(page)
+    with Visit(chromium, site, width=width, scheme=scheme) as page:
+        page.locator("tbody tr").wait_for()
+        is_harmless(page, EVIL.replace("/", ""))
+        refuse_overflow(page)
+        page.locator("tbody a").click()
+        page.get_by_role("article").first.wait_for()
+        page.get_by_label("those that are equal too").check()
+        page.get_by_role("application").first.hover()
+        page.locator(".tip").wait_for()
+        is_harmless(page, EVIL)
+        refuse_overflow(page)
 
 
 def test_the_token_stays_in_memory(chromium: Any, folder: Path, tmp_path: Path):

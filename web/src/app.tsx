@@ -4,8 +4,11 @@ import { useEffect, useState } from "preact/hooks";
 import { type About, get, onKeyWanted, setKey, takeKeyFromAddress } from "./api";
 import { Failure, useLoaded } from "./parts";
 import { link, useRoute } from "./route";
+import { AdapterList, AdapterPage } from "./adapters/adapters";
+import { Playground } from "./playground/playground";
 import { RunList } from "./runs/list";
 import { RunPage } from "./runs/run";
+import { Serving } from "./serving/serving";
 
 takeKeyFromAddress();
 
@@ -15,7 +18,12 @@ interface Screen {
   there: (about: About) => boolean;
 }
 
-const SCREENS: Screen[] = [{ name: "runs", title: "Runs", there: (a) => a.runs }];
+const SCREENS: Screen[] = [
+  { name: "runs", title: "Runs", there: (a) => a.runs },
+  { name: "playground", title: "Playground", there: (a) => a.serves },
+  { name: "adapters", title: "Adapters", there: (a) => a.store },
+  { name: "serving", title: "Serving", there: (a) => a.serves },
+];
 
 export function App() {
   const route = useRoute();
@@ -63,16 +71,26 @@ export function App() {
             onClosed={() => setAsked(false)}
           />
         )}
-        {here && <Shown key={`${here.name} ${keyed}`} screen={here.name} route={route.slice(1)} />}
+        {about && here && <Shown key={`${here.name} ${keyed}`} about={about} screen={here.name} route={route.slice(1)} />}
       </main>
-      {about && <footer class="bottom">trimtab {about.version}</footer>}
+      {about && <footer class="bottom">
+          trimtab {about.version}
+          {about.serves && (
+            <>
+              {" · "}
+              <a href="docs">how to call this server</a>
+            </>
+          )}
+        </footer>}
     </>
   );
 }
 
-function Shown({ screen, route }: { screen: string; route: string[] }) {
+function Shown({ about, screen, route }: { about: About; screen: string; route: string[] }) {
   if (screen === "runs") return route[0] ? <RunPage key={route[0]} ids={route[0].split("+")} /> : <RunList />;
-  return null;
+  if (screen === "playground") return <Playground about={about} />;
+  if (screen === "adapters") return route[0] ? <AdapterPage key={route[0]} name={route[0]} /> : <AdapterList />;
+  return <Serving about={about} />;
 }
 
 function KeyForm({ onGiven, onClosed }: { onGiven: () => void; onClosed: () => void }) {

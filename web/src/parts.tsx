@@ -65,16 +65,19 @@ export function Table<Row>({
   rows,
   rowKey,
   rowClass,
+  narrow,
 }: {
   label: string;
   columns: Column<Row>[];
   rows: Row[];
   rowKey: (row: Row) => string;
   rowClass?: (row: Row) => string | undefined;
+  /** As wide as its cells, not as the page. */
+  narrow?: boolean;
 }) {
   return (
     <div class="table-frame" role="region" aria-label={label} tabIndex={0}>
-      <table role="table">
+      <table role="table" class={narrow ? "narrow" : undefined}>
         <thead role="rowgroup">
           <tr role="row">
             {columns.map((c) => (

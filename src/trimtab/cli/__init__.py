@@ -35,7 +35,7 @@ COMMANDS = {
     "merge": "Fold an adapter into the base's weights: an ordinary model folder.",
     "quantize": "Write a base with its linear layers in 4 or 8 bits, as bitsandbytes reads it.",
     "serve": "Serve the base and many adapters over OpenAI's HTTP API.",
-    "studio": "A page in the browser: runs while they train, their scores and answers.",
+    "studio": "A page in the browser: runs while they train, their answers, the store.",
     "simulate": "Several servers under traffic over many adapters: hit rate, load, latency, by routing.",
     "tenants": "Who may use a server: tenants, their API keys, what they have used.",
     "adapters": "Publish adapters into the store by name and version; list, compare, move and remove them.",

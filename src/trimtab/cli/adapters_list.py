@@ -15,9 +15,10 @@ from trimtab.cli.options import json_option, store_option
 from trimtab.cli.tables import print_table, shown
 from trimtab.cli.terminal import say
 from trimtab.cli.transfer import megabytes
+from trimtab.store.told import files_of, note_of, told_of
 
 if TYPE_CHECKING:
-    from trimtab.store.registry import Store, Version
+    from trimtab.store.version import Version
 
 
 BLOCK = 1000
@@ -54,7 +55,7 @@ def _print_json(versions: Iterable[Version]) -> None:
     """One array, an object at a time."""
     before = "[\n"
     for v in versions:
-        click.echo(before + indent(json.dumps(as_dict(v), indent=1), " "), nl=False)
+        click.echo(before + indent(json.dumps(told_of(v), indent=1), " "), nl=False)
         before = ",\n"
     click.echo("[]" if before == "[\n" else "\n]")
 
@@ -75,10 +76,10 @@ def show_version(ref: str, root: Path | None, as_json: bool) -> None:
 
     store = Store(root)
     version = store.resolve(ref)
-    note, versions = _note(store, version), store.versions(version.name)
+    note, versions = note_of(store, version), store.versions(version.name)
     if as_json:
-        files = {n: {"digest": f.digest, "bytes": f.size} for n, f in version.files.items()}
-        click.echo(json.dumps(as_dict(version) | {"files": files, "note": note, "versions": [v.version for v in versions]}, indent=1))
+        more = {"files": files_of(version), "note": note, "versions": [v.version for v in versions]}
+        click.echo(json.dumps(told_of(version) | more, indent=1))
         return
     for name, value in _facts(version, note):
         say(f"{name:<12} {value}")
@@ -96,34 +97,6 @@ NUMBERS = ("parameters", "size")
 def _cells(v: Version) -> tuple[str, ...]:
     numbers = f"{v.parameters:,}" if v.parameters is not None else "–"
     return ", ".join(v.aliases), shown(v.method or "–"), numbers, megabytes(v.size), shown(v.created[:16] or "–")
-
-
-def as_dict(v: Version) -> dict[str, Any]:
-    """A version as --json gives it."""
-    names = {"ref": v.ref, "name": v.name, "version": v.version, "aliases": list(v.aliases), "digest": v.digest}
-    return names | {
-        "method": v.method or None,
-        "base": v.base or None,
-        "fingerprint": v.fingerprint or None,
-        "parameters": v.parameters,
-        "bytes": v.size,
-        "created": v.created or None,
-    }
-
-
-def _note(store: Store, version: Version) -> dict[str, Any] | None:
-    """trimtab.json, which a peft folder does not have. AdapterError if it is damaged."""
-    from trimtab.errors import AdapterError
-    from trimtab.store.files import Refusal
-    from trimtab.store.folder import NOTE
-
-    if NOTE not in version.files:
-        return None
-    try:
-        with store.open(version) as folder:
-            return folder.read_json(NOTE)[0]
-    except Refusal as reason:
-        raise AdapterError(f"{version.ref} is refused: {reason}", fix="`trimtab store verify` lists all that is wrong") from reason
 
 
 def _facts(v: Version, note: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from trimtab.cli.adapters_list import as_dict
 from trimtab.cli.options import OnBase, device_option, dtype_option, json_option, store_option
 from trimtab.cli.terminal import say
+from trimtab.store.told import told_of
 
 
 @click.command("publish")
@@ -46,7 +46,7 @@ def publish(
     base = OnBase(base_name, dtype, device, quantize=quantize, base_differs=base_differs).open() if base_name is not None else None
     version = Store(root, create=True).publish(folder, name, base=base, aliases=aliases)
     if as_json:
-        click.echo(json.dumps(as_dict(version)))
+        click.echo(json.dumps(told_of(version)))
         return
     say(f"{version.ref} ({', '.join(version.aliases)}): {version.method or 'adapter'}, {version.size:,} bytes, {version.digest}")
     if not version.fingerprint and base is None:
@@ -70,7 +70,7 @@ def set_alias(ref: str, alias: str, root: Path | None, as_json: bool) -> None:
     store = Store(root)
     store.alias(ref, alias)
     version = store.resolve(ref)
-    click.echo(json.dumps(as_dict(version)) if as_json else f"{version.name}@{alias} is {version.ref}")
+    click.echo(json.dumps(told_of(version)) if as_json else f"{version.name}@{alias} is {version.ref}")
 
 
 @click.command("unalias")
@@ -109,6 +109,6 @@ def remove(ref: str, whole: bool, root: Path | None, as_json: bool) -> None:
 
     removed = Store(root).remove(ref, all=whole)
     if as_json:
-        click.echo(json.dumps([as_dict(v) for v in removed]))
+        click.echo(json.dumps([told_of(v) for v in removed]))
         return
     say(f"removed: {', '.join(v.ref for v in removed)}; `trimtab store gc` frees the space")

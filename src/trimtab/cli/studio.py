@@ -6,28 +6,34 @@ import json
 import secrets
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from trimtab.cli.options import json_option
+from trimtab.cli.options import json_option, store_option
 from trimtab.cli.serve import check_packages
 from trimtab.cli.terminal import say
+from trimtab.errors import Mistakes
+
+if TYPE_CHECKING:
+    from trimtab.store.registry import Store
 
 
 @click.command()
 @click.argument("runs", type=click.Path(path_type=Path), default=".")
+@store_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; elsewhere than here, a token is needed.")
 @click.option("--port", default=8050, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
 @json_option("Print the line that says where the page is as JSON.")
-def studio(runs: Path, host: str, port: int, as_json: bool) -> None:
-    """A page in the browser: the curves, scores and answers of all runs below the folder RUNS while they train.
+def studio(runs: Path, root: Path | None, host: str, port: int, as_json: bool) -> None:
+    """A page in the browser: the curves, scores and answers of all runs below the folder RUNS while they train, and the store's adapters.
 
     \b
     Example:
       trimtab studio examples/runs
 
     The page only reads. It needs no network, and nobody but this machine can open it. With --host it listens elsewhere too; the printed
-    address then holds a token, without which nothing is shown. Ctrl-C ends it.
+    address then holds a token, without which nothing is shown. Ctrl-C ends it. `trimtab serve` has the same page at /, for what it serves.
     """
     check_packages()
     import uvicorn
@@ -37,14 +43,29 @@ def studio(runs: Path, host: str, port: int, as_json: bool) -> None:
     from trimtab.http.studio_auth import Shown
     from trimtab.train.follow import RunFolders
 
-    folders = RunFolders(runs)
+    mistakes = Mistakes()
+    folders, store = None, None
+    with mistakes.noted():
+        folders = RunFolders(runs)
+    with mistakes.noted():
+        store = _store(root)
+    mistakes.refuse("this cannot be shown")
+    assert folders is not None
     with ExitStack() as open_parts:
         sock = open_parts.enter_context(server.bind(host, port))
         port = sock.getsockname()[1]
         local = host in server.LOOPBACK
         token = None if local else secrets.token_urlsafe(24)
-        app = create_studio(Shown(folders, token, server.local_hosts(port) if local else None))
+        app = create_studio(Shown(folders, store, token, server.local_hosts(port) if local else None))
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}/" + (f"#key={token}" if token else "")
         say(json.dumps({"url": where, "runs": str(folders.root)}) if as_json else f"showing the runs in {folders.root} at {where}")
         config = uvicorn.Config(app, ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False)
         uvicorn.Server(config).run([sock])
+
+
+def _store(root: Path | None) -> Store | None:
+    """The store at `root`, or the default one where there is one."""
+    from trimtab.store.names import default_root
+    from trimtab.store.registry import Store
+
+    return None if root is None and not (default_root() / "index.json").is_file() else Store(root)

@@ -11,7 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 
-from trimtab.http import adapters, admin, embeddings, health, openai, people, responses, scores, tokens
+from trimtab.http import adapters, admin, embeddings, health, openai, page, people, responses, scores, shelf, tokens
 from trimtab.http.embeddings import EmbeddingsBody
 from trimtab.http.errors import install
 from trimtab.http.limits import Gate
@@ -43,6 +43,8 @@ def create_app(services: Services, origins: Sequence[str] = ()) -> FastAPI:
     app = FastAPI(title="trimtab", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = services
     always = (
+        page.router,
+        shelf.router,
         people.router,
         health.public,
         health.router,

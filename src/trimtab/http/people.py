@@ -1,4 +1,4 @@
-"""/ and /docs: a page for people who open the server in a browser. It says how to call it, and lists the routes as /openapi.json has
+"""/docs: a page for people who want to call the server. It says how to call it, and lists the routes as /openapi.json has
 them. It loads nothing from elsewhere, and needs no key, as it tells nothing of models or tenants."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PAGE = """<!doctype html>
 td, th {{ text-align: left; padding: .3em 1em .3em 0; vertical-align: top }} code, pre {{ font: 14px/1.4 ui-monospace, monospace }}
 pre {{ overflow-x: auto }}</style>
 <h1>trimtab {version}</h1>
-<p>This server answers as OpenAI's API does. Give clients the address of this page with <code>/v1</code> behind it.{key}</p>
+<p>This server answers as OpenAI's API does. Give clients its address with <code>/v1</code> behind it.{key}</p>
 <pre>curl {url}v1/models{header}
 curl {url}v1/chat/completions{header} \\
     -H 'content-type: application/json' \\
@@ -31,7 +31,6 @@ curl {url}v1/chat/completions{header} \\
 """
 
 
-@router.get("/", include_in_schema=False)
 @router.get("/docs", include_in_schema=False)
 async def page(request: Request) -> HTMLResponse:
     """How to call this server."""

@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from trimtab.errors import AuthError
+from trimtab.store.registry import Store
 from trimtab.train.follow import RunFolders
 
 bearer = HTTPBearer(auto_error=False)
@@ -17,9 +18,11 @@ bearer = HTTPBearer(auto_error=False)
 
 @dataclass(frozen=True)
 class Shown:
-    """What a studio shows. token: None: none is asked for. hosts: Host headers that are answered; None: all."""
+    """What a studio shows. store: None if there is none. token: None: none is asked for. hosts: Host headers that are answered;
+    None: all."""
 
     runs: RunFolders
+    store: Store | None = None
     token: str | None = None
     hosts: frozenset[str] | None = None
 

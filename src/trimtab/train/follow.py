@@ -7,6 +7,7 @@ is called; only folders that `found` lists can be read.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -20,6 +21,8 @@ from trimtab.train.past import HIGHER_IS_BETTER, LOWER_IS_BETTER, PERCENT, PastR
 
 DEPTH, MAX_FOLDERS, MAX_RUNS = 4, 20_000, 2_000
 """How deep below the given folder runs are looked for, and of how many folders and runs."""
+FILES = ("summary.json", "metrics.jsonl")
+"""A folder with one of them is a run's."""
 CHUNK = 1 << 20
 """Bytes of metrics.jsonl that one call reads."""
 MARKED = 4096
@@ -39,10 +42,12 @@ class RunFolders:
                 f"{root}: {'a file' if root.exists() else 'there is no such folder'}", fix="name a folder that holds run folders"
             )
         self.root = root.resolve()
+        self._known: dict[str, Path] = {}
 
     def found(self) -> dict[str, Path]:
         """id -> run folder."""
-        return {hashlib.sha256(os.fsencode(path)).hexdigest()[:16]: path for path in _walk(self.root)}
+        self._known = {hashlib.sha256(os.fsencode(path)).hexdigest()[:16]: path for path in _walk(self.root)}
+        return self._known
 
     def list(self) -> list[dict[str, Any]]:
         """A line of each run, the one that was written last first."""
@@ -51,7 +56,10 @@ class RunFolders:
 
     def folder(self, key: str) -> Path:
         """The folder of an id. NotFoundError if no run has it."""
-        if (path := self.found().get(key)) is None:
+        path = self._known.get(key)
+        if path is None or not _is_run(path):
+            path = self.found().get(key)
+        if path is None:
             raise NotFoundError("there is no such run folder any more", fix="go back to the list of runs")
         return path
 
@@ -84,8 +92,8 @@ class RunFolders:
         """The lines from byte `start` on, as columns; at most CHUNK bytes (`more`: there are more). mark: what the call before gave as
         `mark`; if the file is another one by now, as after a resume, everything is read from the start (`restart`)."""
         path = self.folder(key) / "metrics.jsonl"
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with path.open("rb") if path.exists() else io.BytesIO() as file:
+            size = file.seek(0, os.SEEK_END)
             restart = start > size or (start > 0 and _mark(file, start) != mark)
             start = 0 if restart else start
             file.seek(start)
@@ -143,12 +151,16 @@ def _walk(root: Path) -> Iterator[Path]:
             entries = {e.name: e for e in os.scandir(folder)}
         except OSError:
             continue  # it has gone, or is not ours to read
-        if any(n in entries and entries[n].is_file() for n in ("summary.json", "metrics.jsonl")):
+        if any(n in entries for n in FILES) and _is_run(folder):
             runs += 1
             yield folder
         elif depth < DEPTH:
             inner = sorted((e.name for e in entries.values() if not e.name.startswith(".") and e.is_dir()), reverse=True)
             waiting += [(folder / name, depth + 1) for name in inner]
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in FILES)
 
 
 def _state(folder: Path) -> str:

@@ -5,6 +5,7 @@ import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import uPlot from "uplot";
 import { number } from "../format";
 import { colour, dash, onSchemeChange, themed } from "./colours";
+import { Swatch } from "./swatch";
 import { aligned, type Points } from "./series";
 
 export interface Curve {
@@ -27,6 +28,7 @@ interface Props {
   log?: boolean;
   height: number;
   group: string;
+  legend?: boolean;
 }
 
 interface Read {
@@ -38,7 +40,7 @@ interface Read {
 
 const MAX_ROWS = 10;
 
-export function Chart({ title, xTitle, curves, range, onRange, log, height, group }: Props) {
+export function Chart({ title, xTitle, curves, range, onRange, log, height, group, legend }: Props) {
   const holder = useRef<HTMLDivElement>(null);
   const plot = useRef<uPlot | null>(null);
   const [read, setRead] = useState<Read | null>(null);
@@ -87,7 +89,15 @@ export function Chart({ title, xTitle, curves, range, onRange, log, height, grou
 
   return (
     <figure class="chart">
-      <figcaption>{title}</figcaption>
+      <figcaption>
+        {title}
+        {legend &&
+          curves.map((c) => (
+            <span key={c.number} class="variant">
+              <Swatch number={c.number} /> {c.label}
+            </span>
+          ))}
+      </figcaption>
       <div
         class="plot"
         ref={holder}

@@ -103,7 +103,12 @@ function score(row: Row, name: string, meaning: Meaning | undefined): ComponentC
   if (value === undefined) return "–";
   const text = meaning?.percent ? value.toFixed(1) : number(value, 4);
   const base = row.shown ? row.base[name] : undefined;
-  if (base === undefined) return text;
+  if (base === undefined)
+    return (
+      <>
+        {text} <span class="delta" />
+      </>
+    );
   const change = value - base;
   const sign = change > 0 ? "+" : change < 0 ? "−" : "±";
   return (
@@ -114,6 +119,7 @@ function score(row: Row, name: string, meaning: Meaning | undefined): ComponentC
 }
 
 function bestOf(name: string, rows: Row[], meanings: Record<string, Meaning>): number | null {
+  if (rows.filter((r) => r.shown && r.scores[name] !== undefined).length < 2) return null; // nothing to choose between
   const values = rows.flatMap((r) => (r.scores[name] === undefined ? [] : [r.scores[name]!]));
   const better = meanings[name]?.better;
   if (!better || new Set(values).size < 2) return null;

@@ -1,0 +1,165 @@
+// One prompt, answered by the base and any adapters side by side. All are asked at once, so the server runs them in one mixed batch.
+
+import { useEffect, useRef, useState } from "preact/hooks";
+import { type About, get } from "../api";
+import { Failure, useLoaded } from "../parts";
+import { type Answer, ask, type Settings } from "./ask";
+import { AnswerColumn } from "./answer";
+
+interface Model {
+  id: string;
+  parent: string | null;
+}
+
+const MOST = 6; // a browser opens no more connections to a server at once
+const START: Settings = { system: "", prompt: "", temperature: 0, top_p: 1, max_tokens: 128, seed: null, logprobs: true };
+
+export function Playground({ about }: { about: About }) {
+  const { found, error, reload } = useLoaded((signal) => get<{ data: Model[]; has_more: boolean }>("v1/models", {}, signal), []);
+  const [settings, setSettings] = useState(START);
+  const [chosen, setChosen] = useState<string[] | null>(null);
+  const [added, setAdded] = useState<string[]>([]);
+  const [wanted, setWanted] = useState("");
+  const [answers, setAnswers] = useState<Record<string, Answer>>({});
+  const control = useRef<AbortController | null>(null);
+  const [busy, setBusy] = useState(false);
+  useEffect(() => () => control.current?.abort(), []);
+
+  const names = [...(found?.data.map((m) => m.id) ?? []), ...added];
+  const models = chosen ?? names.slice(0, 3);
+  const change = (more: Partial<Settings>) => setSettings({ ...settings, ...more });
+  const toggle = (name: string, on: boolean) => setChosen(on ? [...models, name].slice(0, MOST) : models.filter((m) => m !== name));
+
+  const send = async () => {
+    if (!settings.prompt.trim() || models.length === 0 || busy) return;
+    const mine = (control.current = new AbortController());
+    setAnswers({});
+    setBusy(true);
+    await Promise.all(models.map((m) => ask(m, settings, mine.signal, (answer) => control.current === mine && setAnswers((all) => ({ ...all, [m]: answer })))));
+    if (control.current === mine) setBusy(false);
+  };
+  const stop = () => {
+    control.current?.abort();
+    setBusy(false);
+  };
+  const onKey = (event: KeyboardEvent) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      void send();
+    }
+  };
+  const add = (event: Event) => {
+    event.preventDefault();
+    const name = wanted.trim();
+    if (!name) return;
+    if (!names.includes(name)) setAdded([...added, name]);
+    if (!models.includes(name)) toggle(name, true);
+    setWanted("");
+  };
+  const listed = names.filter((n) => !wanted || n.toLowerCase().includes(wanted.toLowerCase()) || models.includes(n));
+
+  return (
+    <>
+      <h1>Playground</h1>
+      {error ? <Failure error={error} /> : null}
+      <div class="playground">
+        <form class="card ask" onSubmit={(e) => (e.preventDefault(), void send())} onKeyDown={onKey} aria-label="What to ask">
+          <label>
+            <span>Prompt</span>
+            <textarea rows={6} value={settings.prompt} onInput={(e) => change({ prompt: e.currentTarget.value })} />
+          </label>
+          <label>
+            <span>System message, if any</span>
+            <textarea rows={2} value={settings.system} onInput={(e) => change({ system: e.currentTarget.value })} />
+          </label>
+          <div class="numbers">
+            <NumberField label="Temperature" value={settings.temperature} min={0} max={2} step={0.1} onValue={(v) => change({ temperature: v ?? 0 })} />
+            <NumberField label="top p" value={settings.top_p} min={0.01} max={1} step={0.01} onValue={(v) => change({ top_p: v ?? 1 })} />
+            <NumberField label="Tokens at most" value={settings.max_tokens} min={1} max={100000} step={1} onValue={(v) => change({ max_tokens: v ?? 128 })} />
+            <NumberField label="Seed" value={settings.seed} min={0} max={2 ** 31} step={1} onValue={(v) => change({ seed: v })} />
+          </div>
+          <label class="check">
+            <input type="checkbox" checked={settings.logprobs} onChange={(e) => change({ logprobs: e.currentTarget.checked })} /> probabilities of tokens
+          </label>
+          <div class="row">
+            <button type="submit" class="main" disabled={!settings.prompt.trim() || models.length === 0 || busy}>
+              Ask {models.length === 1 ? models[0] : `${models.length} models`}
+            </button>
+            <button type="button" disabled={!busy} onClick={stop}>
+              Stop
+            </button>
+            <span class="note">Ctrl Enter</span>
+          </div>
+          <fieldset>
+            <legend>Models</legend>
+            <div class="row">
+              <label class="grow">
+                <span class="hidden">Find a model, or name one</span>
+                <input
+                  type="text"
+                  placeholder="Find, or name one: acme/support@2"
+                  value={wanted}
+                  onInput={(e) => setWanted(e.currentTarget.value)}
+                  onKeyDown={(e) => e.key === "Enter" && !e.ctrlKey && !e.metaKey && add(e)}
+                />
+              </label>
+              <button type="button" disabled={!wanted.trim()} onClick={add}>
+                Add
+              </button>
+            </div>
+            <div class="models">
+              {listed.map((name) => (
+                <label key={name} class="check">
+                  <input
+                    type="checkbox"
+                    checked={models.includes(name)}
+                    disabled={busy || (!models.includes(name) && models.length >= MOST)}
+                    onChange={(e) => toggle(name, e.currentTarget.checked)}
+                  />{" "}
+                  {name}
+                </label>
+              ))}
+            </div>
+            <p class="note">
+              {models.length >= MOST ? `${MOST} at most, as browsers open no more connections. ` : ""}
+              <button type="button" class="quiet" onClick={reload}>
+                Look for models again
+              </button>
+            </p>
+          </fieldset>
+        </form>
+        <div class="columns">
+          {models.map((m) => (
+            <AnswerColumn key={m} model={m} answer={answers[m]} settings={settings} keyed={about.keyed} />
+          ))}
+        </div>
+      </div>
+    </>
+  );
+}
+
+interface NumberProps {
+  label: string;
+  value: number | null;
+  min: number;
+  max: number;
+  step: number;
+  onValue: (value: number | null) => void;
+}
+
+function NumberField({ label, value, min, max, step, onValue }: NumberProps) {
+  return (
+    <label>
+      <span>{label}</span>
+      <input
+        type="number"
+        min={min}
+        max={max}
+        step={step}
+        value={value ?? ""}
+        placeholder="–"
+        onInput={(e) => onValue(e.currentTarget.value === "" ? null : e.currentTarget.valueAsNumber)}
+      />
+    </label>
+  );
+}
