@@ -7,12 +7,16 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
+from textwrap import dedent
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+import click
 from pydantic import BaseModel
 
 import trimtab
+from trimtab.cli import main
 from trimtab.data import Source
 from trimtab.http.app import create_app
 from trimtab.hyperparameters import Hyperparameters
@@ -149,7 +153,12 @@ def shown(value: Any) -> str:
 def table(rows: Iterable[Key]) -> str:
     """Keys as a table; empty where there are none."""
     lines = [f"| `{k.name}` | {cell(k.type)} | {cell(code(k.default))} | {cell(k.meaning)} |" for k in rows]
-    return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *lines]) if lines else ""
+    return stacked(["| key | type | default | meaning |", "|---|---|---|---|", *lines], "keys") if lines else ""
+
+
+def stacked(lines: Iterable[str], kind: str) -> str:
+    """A table whose cells stand below each other where the page is narrow: docs/site/site.css."""
+    return f'<div class="{kind}" markdown>\n\n' + "\n".join(lines) + "\n\n</div>"
 
 
 def code(default: str) -> str:
@@ -159,14 +168,90 @@ def code(default: str) -> str:
 def cell(text: str) -> str:
     """Text in a cell, with YAML's null for Python's None: a bar would end it, and an angle bracket begin a tag."""
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()).replace("|", "\\|").replace("None", "null"))
-    parts[::2] = [p.replace("<", "&lt;").replace("*", "\\*") for p in parts[::2]]
+    parts[::2] = [re.sub(r"(?<!\\)\*", r"\\*", p.replace("\\<", "<").replace("<", "&lt;").replace("->", "→")) for p in parts[::2]]
     return "".join(parts)
 
 
 def python() -> str:
-    """Every name of the package, for mkdocstrings."""
-    names = [n for n in trimtab.__all__ if n != "__version__"]
-    return "\n\n".join(f"::: trimtab.{name}" for name in names)
+    """Every name of the package, for mkdocstrings: functions first, then what they take and give."""
+    groups: dict[str, list[str]] = {"Functions": [], "Objects": [], "Methods": [], "Errors": []}
+    homes: Mapping[str, str] = vars(trimtab)["__homes__"]
+    for name in trimtab.__all__:
+        if name == "__version__":
+            continue
+        value = getattr(import_module(homes[name]), name)
+        if not isinstance(value, type):
+            groups["Functions"].append(block(homes[name], name))
+        elif issubclass(value, BaseException):
+            groups["Errors"].append(block(homes[name], name, members=False))
+        elif issubclass(value, Hyperparameters):
+            groups["Methods"].append(block(homes[name], name, members=False))
+        else:
+            groups["Objects"].append(block(homes[name], name, inherited_members=True))
+    return "\n\n".join(f"## {title}\n\n" + "\n\n".join(parts) for title, parts in groups.items())
+
+
+def block(home: str, name: str, **options: bool) -> str:
+    """What mkdocstrings replaces by the documentation of a name."""
+    lines = [f"::: {home}.{name}", "    options:", "      heading_level: 3"]
+    return "\n".join([*lines, *(f"      {key}: {str(value).lower()}" for key, value in options.items())])
+
+
+def commands() -> str:
+    """Every command: what it does, its examples, its arguments and options."""
+    return "\n\n".join(_commands("trimtab", main, None))
+
+
+def _commands(name: str, command: click.Command, parent: click.Context | None) -> Iterator[str]:
+    context = click.Context(command, info_name=name, parent=parent)
+    if parent is not None:
+        head = "##" if parent.parent is None else "###"
+        yield f"{head} {context.command_path}\n\n{told(command.help or '')}\n\n```text\n{usage(context)}\n```"
+        rows = [options(p, context) for p in command.get_params(context) if isinstance(p, click.Option) and "--help" not in p.opts]
+        if rows:
+            yield stacked(["| option | default | meaning |", "|---|---|---|", *rows], "options")
+        if command.epilog:
+            yield told(command.epilog)
+    if isinstance(command, click.Group):
+        for inner in command.list_commands(context):
+            found = command.get_command(context, inner)
+            assert found is not None
+            yield from _commands(inner, found, context)
+
+
+def usage(context: click.Context) -> str:
+    return " ".join([context.command_path, *context.command.collect_usage_pieces(context)])
+
+
+def told(help: str) -> str:
+    """A command's help as Markdown. A paragraph that click is told to leave as it is (\\b) is a heading with indented lines: examples."""
+    parts = []
+    for paragraph in inspect.cleandoc(help).split("\n\n"):
+        kept = paragraph.removeprefix("\b\n")
+        if kept == paragraph:
+            parts.append(" ".join(prose(paragraph).split()))
+            continue
+        lines = kept.splitlines()
+        title = [lines.pop(0)] if not lines[0].startswith(" ") else []
+        parts += [*title, f"```bash\n{dedent(chr(10).join(lines))}\n```"]
+    return "\n\n".join(parts)
+
+
+def options(option: click.Option, context: click.Context) -> str:
+    """An option's row of the table."""
+    said = option.get_help_extra(context)
+    default = said.get("default") or ("required" if said.get("required") else "")
+    names = ", ".join(f"`{x}`" for x in [*option.opts, *option.secondary_opts])
+    taken = "" if option.is_flag or option.count else f" {cell(option.make_metavar(context))}"
+    limit = f" ({said['range']})" if said.get("range") else ""
+    return f"| {names}{taken} | {f'`{default}`' if default else ''} | {cell(prose(option.help or '') + limit)} |"
+
+
+def prose(text: str) -> str:
+    """Help in which file names and the like are not taken for Markdown."""
+    parts = re.split(r"(`[^`]*`)", text)
+    parts[::2] = [re.sub(r"([*_<\[])", r"\\\1", p) for p in parts[::2]]
+    return "".join(parts)
 
 
 def openapi() -> dict[str, Any]:
@@ -226,7 +311,8 @@ def schema(name: str, said: Mapping[str, Any]) -> tuple[str, set[str]]:
         rows.append(f"| `{field}` | {kind(of, used)} | {default} | {cell(of.get('description', ''))} |")
     head = ["| field | type | default | meaning |", "|---|---|---|---|"] if rows else []
     meaning = said.get("description", "")
-    return "\n".join([f"### {name}", "", *([cell(meaning), ""] if meaning else []), *head, *rows]), used
+    text = [f"### {name}", cell(meaning), stacked([*head, *rows], "keys") if rows else ""]
+    return "\n\n".join(filter(None, text)), used
 
 
 def kind(of: Mapping[str, Any], used: set[str]) -> str:

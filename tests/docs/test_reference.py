@@ -109,7 +109,25 @@ def test_http_has_every_route_and_its_bodies() -> None:
 
 
 def test_python_has_every_name() -> None:
-    assert set(re.findall(r"^::: trimtab\.(\w+)$", reference.python(), re.MULTILINE)) == set(trimtab.__all__) - {"__version__"}
+    text = reference.python()
+    assert set(re.findall(r"^::: trimtab[\w.]*\.(\w+)$", text, re.MULTILINE)) == set(trimtab.__all__) - {"__version__"}
+    functions, rest = text.split("## Objects")
+    assert (
+        ".train\n" in functions and "Adapter" not in functions and ".Adapter\n" in rest and ".LoraConfig\n" in rest.split("## Methods")[1]
+    )
+
+
+def test_the_command_line_has_every_command_with_its_options() -> None:
+    text = reference.commands()
+    assert set(re.findall(r"^##+ (trimtab .*)$", text, re.MULTILINE)) >= leaves(main, click.Context(main, info_name="trimtab"))
+    train = text.split("\n## trimtab train\n")[1].split("\n## ")[0]
+    assert "```bash\ntrimtab train examples/desks.yaml\ntrimtab train examples/desks.yaml --resume\n" in train
+    assert "| `--ranks` N | " in train and "(x>=1)" in train and "Sentinel" not in text and "\b" not in text
+    assert (
+        re.search(r"\| `--port` INTEGER RANGE \| `8000` \|", text)
+        and "adapters/&lt;variant>" not in train
+        and "adapters/\\<variant>" in train
+    )
 
 
 def test_the_page_of_files_has_the_keys_of_a_note(tmp_path: Path) -> None:
@@ -128,6 +146,7 @@ def leaves(command: click.Command, context: click.Context) -> set[str]:
     return {x for n, c in found if c for x in leaves(c, click.Context(c, info_name=n, parent=context))}
 
 
+@pytest.mark.filterwarnings("ignore:.*make_default_short_help:DeprecationWarning")  # click-man calls it
 def test_there_is_a_manual_page_for_each_command(tmp_path: Path) -> None:
     pytest.importorskip("click_man", reason="click-man is not installed here: make docs")
     from scripts.man import write
