@@ -72,7 +72,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c c
 
 docs: setup
 	$(INSTALL) -e '.[docs]'
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	$(BIN)/python -m scripts.check_site build/site
 	$(BIN)/python -m scripts.man build/man
 	@echo "to read it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site 8001"
