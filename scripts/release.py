@@ -10,6 +10,7 @@ everywhere.
 from __future__ import annotations
 
 import email
+import os
 import re
 import subprocess
 import sys
@@ -115,13 +116,14 @@ def look(wheel: Path, sdist: Path, files: set[str], version: str) -> list[str]:
 
 
 def starts(wheel: Path, version: str, folder: Path) -> list[str]:
-    """What is wrong with the installed command, as far as it needs none of the dependencies but click."""
+    """What is wrong with the installed command, with no more of its dependencies than its first line needs."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     quiet = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*quiet, "click"], check=True)
+    subprocess.run([*quiet, "click", "psutil"], check=True)
     subprocess.run([*quiet, "--no-deps", wheel], check=True)
-    said = subprocess.run([folder / "bin" / "trimtab", "--version"], capture_output=True, text=True, check=False)
+    own = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    said = subprocess.run([folder / "bin" / "trimtab", "--version"], capture_output=True, text=True, check=False, env=own)
     return [] if version in said.stdout else [f"`trimtab --version` of the wheel: {said.stdout}{said.stderr}"]
 
 
