@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,6 +27,18 @@ from trimtab.bases.bundled import find_gguf
 NAMES = ("smollm2-135m-instruct", "qwen2.5-0.5b-instruct")
 """The bases that the pages name, for which the tiny one stands in."""
 PROGRAMS = [p for p in pages() if any(b.not_run is None and b.language in ("bash", "python") for b in blocks(p))]
+SAID = {
+    "tutorials/three-tenants.md": [
+        r'"model": "support/answers@prod".*"model": "legal/clauses@prod"',
+        r'"data":\[\{"id":"smollm2-135m-instruct",[^\]]*"id":"finance/messages",(?![^\]]*legal)',
+        r"the model 'legal/clauses@prod' does not exist",
+        r"no API key was given",
+        r"changed finance: 8 answers",
+    ],
+    "how-to/move.md": [r"sample_packing: True"],
+    "reference/files.md": [r"2 answers, 0 of them failed"],
+}
+"""What a page's commands print, where that is what the page is about."""
 WHOLE = DOCS / "tutorials" / "first-adapter.md"
 """This one is run on the base that it names, to its end."""
 
@@ -127,7 +140,8 @@ def test_a_page_runs(page: Path, docs_base: Path, calls: Path, tmp_path: Path) -
             program = program.replace(f"quantize {name}", f"quantize {docs_base}")
         return program
 
-    run(page, tmp_path, {"TRIMTAB_CALLS": str(calls), "TEST_BASE": str(docs_base), "TEST_STEPS": "2"}, on_tiny)
+    said = run(page, tmp_path, {"TRIMTAB_CALLS": str(calls), "TEST_BASE": str(docs_base), "TEST_STEPS": "2"}, on_tiny)
+    assert not [p for p in SAID.get(str(page.relative_to(DOCS)), []) if not re.search(p, said, re.DOTALL)], said[-6000:]
 
 
 @pytest.mark.slow
