@@ -114,12 +114,14 @@ def test_a_notebook_shows_how_far_a_run_is_and_its_table(tmp_path: Path) -> None
     pytest.importorskip("ipykernel")
     folder = tiny_folder(tmp_path / "base")
     run = CELL.format(paths=[str(ROOT / "src"), str(ROOT)], base=str(folder), out=str(tmp_path / "out"))
-    stopped = STOPPED.format(out=str(tmp_path / "stopped"))
-    cells = [nbformat.v4.new_code_cell(source) for source in (run + "\nreport", stopped)]
+    failing = STOPPED.format(out=str(tmp_path / "stopped"))
+    cells = [nbformat.v4.new_code_cell(source) for source in (run + "\nreport", failing)]
     notebook = nbformat.v4.new_notebook(cells=cells)
     nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
     progress, table = (o for o in notebook.cells[0].outputs if o.output_type in ("display_data", "execute_result"))
     assert "3/3" in progress["data"]["text/html"] and "<progress value='3' max='3'>" in progress["data"]["text/html"]
-    assert "valid loss" in progress["data"]["text/html"]
+    assert "valid loss" in progress["data"]["text/html"] and "<div>finished</div>" in progress["data"]["text/html"]
     assert "<table>" in table["data"]["text/html"] and table["data"]["text/html"].count("<tr>") == 2
     assert "<b>mine</b>" in "".join(o.get("text", "") for o in notebook.cells[1].outputs)
+    (stopped,) = (o for o in notebook.cells[1].outputs if o.output_type == "display_data")
+    assert "<div>ended</div>" in stopped["data"]["text/html"]
