@@ -55,6 +55,7 @@ CONTAINERS: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
     "DataFrame": frame,
     "Dataset": dataset,
     "arrow": table,
+    "polars": lambda rows: pytest.importorskip("polars").DataFrame(rows),
     "in torch's format": lambda rows: dataset(rows).with_format("torch"),
     "streamed": lambda rows: dataset(rows).to_iterable_dataset(),
     "arrays in a frame": lambda rows: frame(rows).assign(messages=[np.array(r["messages"], dtype=object) for r in rows]),

@@ -71,6 +71,10 @@ def test_each_data_set_shows_the_measure_that_fits_it() -> None:
         "On the test rows, F1 of support went from 8 to 46% and exact match of legal went from 0 to 98%; "
         "that took 61 s of training and 8.0 MB of adapters, 2% of the base's parameters."
     )
+    run["variants"]["other"] = run["variants"]["support"] | {"scores": {"exact_match": 0.0, "token_f1": 8.3}}
+    assert "F1 of support, the best of 2 on support, went from 8 to 46% and" in gain(run)
+    run["variants"]["support"]["scores"] = {"token_f1": 7.0}
+    assert "F1 of other, the best of 2 on support, stayed at 8% and" in gain(run)
     del run["measures"]  # a summary of an older run: both are shown
     assert measures_of(run, "support") == ["exact_match", "token_f1"]
     assert gain(summary({"v": ({}, {})})) == ""
