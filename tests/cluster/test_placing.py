@@ -26,6 +26,9 @@ from trimtab.cluster.sweeping import OnRay
 from trimtab.cluster.worker import Worker
 from trimtab.cost.room import at_most
 from trimtab.errors import ConfigError
+from trimtab.train.interrupt import Stop
+from trimtab.train.listen import Silent
+from trimtab.train.spread import Part, part_of
 from trimtab.train.trials import Sweep
 
 GB = 1_000_000_000
@@ -188,6 +191,26 @@ def test_a_worker_tells_what_a_run_tells(tmp_path: Path, tiny_llama_folder: Path
     while (ended := again.told(1.0).ended) is None:
         pass
     assert ended.how == "failed" and "is not empty" in ended.text and ended.fix
+
+
+def test_a_group_is_trained_as_the_sweep_says(tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rungs, dtype and what is begun go with the group; a worker ends the trials that lose at a rung."""
+    what, given = swept(tmp_path, FOUR, base=str(tiny_llama_folder), dtype="float32"), list[Job]()
+    monkeypatch.setattr("trimtab.cluster.sweeping.drive", lambda cluster, jobs, board, stop: given.extend(jobs) or iter(()))
+    spread = OnRay(Fixed(node("a", 4, 9 * GB)), Board())  # type: ignore[arg-type]
+    base = tiny_base()
+    spread._need = at_most(what.run, shape_of(base))
+    parts = [Part(group, part_of(what.run, group), n == 1) for n, group in enumerate(spread.groups(what, base, 40))]
+    assert list(spread.train(parts, base, Silent(), Stop(), what.options.halving)) == []
+    ((job,), halving) = given, what.options.halving
+    assert (job.halving, job.dtype, job.resume, job.again().resume) == (halving, "float32", False, True) and halving is not None
+    worker = Worker(str(Path.cwd()))
+    worker.start(job)
+    while (ended := worker.told(1.0).ended) is None:
+        pass
+    assert ended.summary is not None
+    early = [v["valid"]["finished_early"] for v in ended.summary["variants"].values()]
+    assert [e is not None and "halved at step 2" in e for e in early].count(True) == 2
 
 
 def line(name: str, step: int, value: float, metric: str = "loss") -> dict[str, Any]:

@@ -70,7 +70,8 @@ def connected(address: str) -> Iterator[Cluster]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False if address == "local" else None)
     except Exception as error:  # of many kinds, one for each way in which an address can be wrong
-        raise _no_cluster(address, f"{error}".strip().partition("\n")[0]) from error
+        reason = f"{error}".strip().partition("\n")[0]
+        raise _no_cluster(address, reason, "; where the cluster asks for a token, set RAY_AUTH_MODE=token") from error
     finally:
         for s, handler in handlers.items():  # Ray puts its own in their place, which would end a run without a checkpoint
             signal.signal(s, handler)
@@ -104,6 +105,6 @@ def _refuse_unreachable(address: str) -> None:
         raise _no_cluster(address, "something else listens there (Ray's dashboard has another port than its head)")
 
 
-def _no_cluster(address: str, reason: str) -> ConfigError:
-    fix = "start one (`ray start --head`, which prints its address) and name it; --ray local takes this machine alone"
+def _no_cluster(address: str, reason: str, more: str = "") -> ConfigError:
+    fix = "start one (`ray start --head`, which prints its address) and name it; --ray local takes this machine alone" + more
     return ConfigError(f"there is no Ray cluster at {address}: {reason}", fix=fix)
