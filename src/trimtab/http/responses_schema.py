@@ -147,10 +147,11 @@ class ResponsesBody(Body):
         form = None if self.text is None else self.text.format
         if form is not None and (form.type == "json_schema") != (form.schema_ is not None):
             raise PydanticCustomError("text", "text.format: a schema goes with type json_schema, and only with it")
-        try:
-            json.dumps(self.told_again, allow_nan=False)
-        except ValueError:  # 1e999 is JSON, but infinite once it is read
-            raise PydanticCustomError("too_large", "holds a number that is too large") from None
+        for field, told in self.told_again.items():
+            try:
+                json.dumps(told, allow_nan=False)
+            except ValueError:  # 1e999 is JSON, but infinite once it is read
+                raise PydanticCustomError("too_large", "{field} holds a number that is too large", {"field": field}) from None
         return self
 
     @cached_property
