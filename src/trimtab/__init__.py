@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from trimtab.train import RunConfig
     from trimtab.train.callbacks import Callback
     from trimtab.train.interrupt import Interrupted
+    from trimtab.train.loop import Report
 else:
     load_on_first_use(__name__)
 
@@ -46,6 +47,7 @@ __all__ = [
     "LoraConfig",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "Report",
     "RunConfig",
     "Store",
     "TrimtabError",

@@ -49,9 +49,11 @@ class LazyPackage(ModuleType):
 
 
 def _let_call(package: Any, function: Callable[[], Callable[..., Any]]) -> None:
-    """Make a package callable as a function, which is loaded at the first call; `help` and notebooks see the function's signature."""
+    """Make a package callable as a function, which is loaded at the first call. `help` and notebooks see its signature and docstring."""
 
     class Called(type(package)):  # type: ignore[misc]
+        __doc__ = property(lambda self: function().__doc__)  # type: ignore[assignment]
+
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return function()(*args, **kwargs)
 

@@ -383,7 +383,6 @@ def _around(model: Any, tokenizer: Any, base_differs: bool) -> Base:
     name, fingerprint = str(getattr(model, "name_or_path", "") or IN_MEMORY), bases.fingerprint_model(model)
     folder = Path(name)
     same = folder.is_dir() and bases.fingerprint_folder(folder) == fingerprint
-    model.eval().requires_grad_(False)
     base = Base(model, tokenizer, name=name, path=folder if same else None, fingerprint=fingerprint, base_differs=base_differs)
     vars(model)[KNOWN_AS] = base
     return base

@@ -6,23 +6,31 @@ import datetime
 import decimal
 import gc
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.data.common import write_jsonl
 from tests.tiny import tiny_tokenizer
 from trimtab.data import Source, load_examples, parse_sources, read_source
 from trimtab.data.given import GivenRows
+from trimtab.data.keys import ROW_KEYS, SETTING_KEYS, TURN_KEYS
 from trimtab.errors import ConfigError, DataError
 
 TALKS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": f"n {i} " + "xé🙂"[: i % 4]}, {"role": "assistant", "content": f"a {i}\n"}] for i in range(7)
 ]
 ROWS: list[dict[str, Any]] = [{"messages": talk, "topic": None if n % 2 else "x"} for n, talk in enumerate(TALKS)]
+
+
+ODD: list[Any] = [None, "", [], 0, 1, 0.5, True, False, "x", ["x"], {"x": 1}, [{"x": None}]]
+"""Values of keys: empty ones, and some of each kind."""
 
 
 def generator(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -47,6 +55,7 @@ CONTAINERS: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
     "DataFrame": frame,
     "Dataset": dataset,
     "arrow": table,
+    "polars": lambda rows: pytest.importorskip("polars").DataFrame(rows),
     "in torch's format": lambda rows: dataset(rows).with_format("torch"),
     "streamed": lambda rows: dataset(rows).to_iterable_dataset(),
     "arrays in a frame": lambda rows: frame(rows).assign(messages=[np.array(r["messages"], dtype=object) for r in rows]),
@@ -104,11 +113,11 @@ def test_a_row_that_cannot_be_used_is_named_and_the_others_stay(own_cache: Path)
 
 def test_values_that_json_lacks_are_what_tables_mean_by_them() -> None:
     pandas = pytest.importorskip("pandas")
-    given: list[dict[Any, Any]] = [
+    rows: list[dict[Any, Any]] = [
         {"a": float("nan"), "b": np.float32(1.5), "c": np.int64(3), "d": np.array([[1, 2]]), "e": pandas.NA, "f": pandas.NaT},
         {"a": datetime.date(2026, 1, 2), "b": decimal.Decimal("1.10"), "c": (1, float("inf")), "d": Path("x"), "e": b"\xff", 5: True},
     ]
-    read = [record for _, record in GivenRows(given).records("rows")]  # type: ignore[misc]
+    read = [record for _, record in GivenRows(rows).records("rows")]  # type: ignore[misc]
     assert read[0] == {"a": None, "b": 1.5, "c": 3, "d": [[1, 2]], "e": None, "f": None}
     assert read[1] == {"a": "2026-01-02", "b": "1.10", "c": [1, None], "d": "x", "e": {"a value of type": "builtins.bytes"}, "5": True}
 
@@ -150,8 +159,8 @@ def test_a_generator_without_end_is_read_as_far_as_its_limit() -> None:
 
 def test_many_rows_are_read_back_whole_by_several_at_a_time() -> None:
     rows = [{"text": f"{n} " + "y" * (n * 37 % 5000)} for n in range(2000)]  # lines that lie across the pieces that are read
-    given = GivenRows(rows)
-    one, other = given.records("a"), given.records("b")
+    held = GivenRows(rows)
+    one, other = held.records("a"), held.records("b")
     pairs = list(zip(one, other, strict=True))
     assert [a[1] for a, _ in pairs] == rows and [b[1] for _, b in pairs] == rows  # type: ignore[index]
 
@@ -174,9 +183,9 @@ def test_the_cache_goes_by_content(own_cache: Path) -> None:
 
 def test_the_file_of_rows_is_closed_with_them() -> None:
     before = set(Path("/proc/self/fd").iterdir())
-    given = GivenRows(ROWS)
+    held = GivenRows(ROWS)
     assert set(Path("/proc/self/fd").iterdir()) - before
-    del given
+    del held
     gc.collect()
     assert not set(Path("/proc/self/fd").iterdir()) - before
 
@@ -231,3 +240,55 @@ def test_an_error_of_a_generator_is_the_users_own() -> None:
 def test_messages_as_json_text_are_read_as_in_files() -> None:
     (row,), _ = read_source(only([{"messages": json.dumps(TALKS[0])}]), Path())
     assert list(row.messages or ()) == TALKS[0]
+
+
+def values() -> st.SearchStrategy[Any]:
+    """What JSON holds, as tables have it: numpy's numbers and tuples among them."""
+    plain = (
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**63), 2**63 - 1)
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(max_size=8)
+    )
+    odd = st.integers(-(2**31), 2**31 - 1).map(np.int64) | st.floats(-1e6, 1e6, width=32).map(np.float32) | st.booleans().map(np.bool_)
+    return st.recursive(
+        plain | odd, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=8
+    )
+
+
+def as_json(value: Any) -> Any:
+    """By `json` alone, numpy's numbers by their own `item`."""
+    return json.loads(json.dumps(value, default=lambda x: x.item()))
+
+
+@given(st.lists(st.dictionaries(st.text(max_size=6), values(), max_size=4), max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_any_rows_come_back_as_json_has_them(rows: list[dict[str, Any]]) -> None:
+    assert [record for _, record in GivenRows(rows).records("rows")] == [as_json(row) for row in rows]  # type: ignore[misc]
+
+
+def test_each_key_means_in_memory_what_it_means_in_a_file(tmp_path: Path) -> None:
+    """Law 12: each key of a row and of a turn that any reader knows, neutral and not, alone and in a table where other rows lack it."""
+    row_keys = [
+        {"prompt": "a", "completion": "b", key: value} for key in (*ROW_KEYS, *SETTING_KEYS, "tools", "history", "system") for value in ODD
+    ]
+    turns = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", key: value}]}
+        for key in TURN_KEYS
+        for value in ODD
+    ]
+    for rows in (row_keys, turns):
+        path = write_jsonl(tmp_path / "rows.jsonl", rows)
+        notes: tuple[list[str], list[str]] = [], []
+        by_file = read_source(Source(path.name), tmp_path, 0, notes[0].append)
+        in_memory = read_source(only(list(rows)), tmp_path, 0, notes[1].append)
+        told = [
+            ([(r.id, r.content_key()) for r in used], [(re.sub(r"^\D+\d+\]?", "", d.origin), d.reason) for d in dropped])
+            for used, dropped in (by_file, in_memory)
+        ]
+        assert told[0] == told[1] and told[0][0] and told[0][1]
+        assert [int(re.findall(r"\d+", d.origin)[0]) - 1 for d in by_file[1]] == [
+            int(re.findall(r"\d+", d.origin)[0]) for d in in_memory[1]
+        ]
+        assert [n.partition(": ")[2] for n in notes[0]] == [n.partition(": ")[2] for n in notes[1]]

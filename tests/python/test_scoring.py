@@ -21,7 +21,7 @@ MAPPED = {"columns": {"prompt": "q", "completion": "r"}}
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> trimtab.train.Report:
+def report(tmp_path_factory: pytest.TempPathFactory) -> trimtab.Report:
     folder = tmp_path_factory.mktemp("runs")
     data = {"train": ROWS, "test": ROWS[:3], **MAPPED}
     variants = {n: METHODS[n] for n in ("lora", "ia3")}
@@ -44,7 +44,7 @@ def loss_by_hand(rows: list[dict[str, str]]) -> float:
     return sum(losses) / len(losses)
 
 
-def test_scores_of_rows_in_a_program(report: trimtab.train.Report, tmp_path: Path) -> None:
+def test_scores_of_rows_in_a_program(report: trimtab.Report, tmp_path: Path) -> None:
     def generator() -> Iterator[dict[str, Any]]:
         yield from ROWS
 
@@ -64,7 +64,7 @@ def test_scores_of_rows_in_a_program(report: trimtab.train.Report, tmp_path: Pat
     assert "lora" in str(found) and found._repr_html_().count("<tr>") == 4
 
 
-def test_what_cannot_be_scored_is_said(report: trimtab.train.Report, tmp_path: Path) -> None:
+def test_what_cannot_be_scored_is_said(report: trimtab.Report, tmp_path: Path) -> None:
     good = {"rows": ROWS, **MAPPED}
     with pytest.raises(ConfigError, match="'base' stands for the base itself"):
         trimtab.evaluate(good, base=report.base, adapters={"base": report.adapters["lora"]})
@@ -79,7 +79,7 @@ def test_what_cannot_be_scored_is_said(report: trimtab.train.Report, tmp_path: P
         trimtab.evaluate(good, base=report.base, out=tmp_path / "x")
 
 
-def test_runs_beside_each_other(report: trimtab.train.Report, tmp_path: Path) -> None:
+def test_runs_beside_each_other(report: trimtab.Report, tmp_path: Path) -> None:
     found = trimtab.compare(report.out, by="loss", html=tmp_path / "page.html")
     losses = [v["scores"]["loss"] for v in found.variants]
     assert losses == sorted(losses) and {v["variant"] for v in found.variants} == {"lora", "ia3"}

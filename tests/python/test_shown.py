@@ -71,6 +71,10 @@ def test_each_data_set_shows_the_measure_that_fits_it() -> None:
         "On the test rows, F1 of support went from 8 to 46% and exact match of legal went from 0 to 98%; "
         "that took 61 s of training and 8.0 MB of adapters, 2% of the base's parameters."
     )
+    run["variants"]["other"] = run["variants"]["support"] | {"scores": {"exact_match": 0.0, "token_f1": 8.3}}
+    assert "F1 of support, the best of 2 on support, went from 8 to 46% and" in gain(run)
+    run["variants"]["support"]["scores"] = {"token_f1": 7.0}
+    assert "F1 of other, the best of 2 on support, stayed at 8% and" in gain(run)
     del run["measures"]  # a summary of an older run: both are shown
     assert measures_of(run, "support") == ["exact_match", "token_f1"]
     assert gain(summary({"v": ({}, {})})) == ""
@@ -114,12 +118,14 @@ def test_a_notebook_shows_how_far_a_run_is_and_its_table(tmp_path: Path) -> None
     pytest.importorskip("ipykernel")
     folder = tiny_folder(tmp_path / "base")
     run = CELL.format(paths=[str(ROOT / "src"), str(ROOT)], base=str(folder), out=str(tmp_path / "out"))
-    stopped = STOPPED.format(out=str(tmp_path / "stopped"))
-    cells = [nbformat.v4.new_code_cell(source) for source in (run + "\nreport", stopped)]
+    failing = STOPPED.format(out=str(tmp_path / "stopped"))
+    cells = [nbformat.v4.new_code_cell(source) for source in (run + "\nreport", failing)]
     notebook = nbformat.v4.new_notebook(cells=cells)
     nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
     progress, table = (o for o in notebook.cells[0].outputs if o.output_type in ("display_data", "execute_result"))
     assert "3/3" in progress["data"]["text/html"] and "<progress value='3' max='3'>" in progress["data"]["text/html"]
-    assert "valid loss" in progress["data"]["text/html"]
+    assert "valid loss" in progress["data"]["text/html"] and "<div>finished</div>" in progress["data"]["text/html"]
     assert "<table>" in table["data"]["text/html"] and table["data"]["text/html"].count("<tr>") == 2
     assert "<b>mine</b>" in "".join(o.get("text", "") for o in notebook.cells[1].outputs)
+    (stopped,) = (o for o in notebook.cells[1].outputs if o.output_type == "display_data")
+    assert "<div>ended</div>" in stopped["data"]["text/html"]

@@ -155,7 +155,7 @@ class Told(trimtab.Callback):
     def on_checkpoint(self, step: int, folder: Path) -> None:
         self.hear("checkpoint", step, folder.is_dir())
 
-    def on_end(self, report: trimtab.train.Report) -> None:
+    def on_end(self, report: trimtab.Report) -> None:
         self.hear("end", report.summary["variants"].keys() == VARIANTS.keys())
 
 
@@ -275,6 +275,7 @@ def test_arguments_are_the_keys_of_a_run_file_with_their_defaults(function: Any)
 def test_the_package_shows_the_functions_signature() -> None:
     assert inspect.signature(trimtab.train) == inspect.signature(training.train)
     assert isinstance(trimtab.train, type(trimtab)) and "variants" in str(inspect.signature(trimtab.train))
+    assert inspect.getdoc(trimtab.train) == inspect.getdoc(training.train) and "one frozen base" in str(inspect.getdoc(trimtab.train))
 
 
 # ---- check and sweep ------------------------------------------------------------

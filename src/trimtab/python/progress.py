@@ -33,8 +33,10 @@ def of(progress: bool | None, listener: Listener | None) -> Iterator[Listener]:
         shown = Notebook()
         try:
             yield shown
-        finally:
-            shown.draw()
+        except BaseException:
+            shown.end("ended")
+            raise
+        shown.end("finished")
     else:
         with Bars() as bars:
             yield bars
@@ -51,18 +53,26 @@ class Notebook:
     alone, and stays in the saved notebook."""
 
     def __init__(self) -> None:
-        self.pace, self.stage, self.said = Pace({}), "starting", list[str]()
+        self.pace, self.stage, self.said = Pace({}), "", list[str]()
         self.notes, self.speed = dict[str, str](), ""
-        self._drawn = time.monotonic()
-        self._handle = import_module("IPython.display").display(self, display_id=True)
+        self._drawn: float = 0.0
+        self._handle: Any = None
 
-    def draw(self) -> None:
-        self._drawn = time.monotonic()
-        self._handle.update(self)
+    def _draw(self, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if self._handle is None:
+            self._handle = import_module("IPython.display").display(self, display_id=True)
+        elif not at_once and now - self._drawn < EVERY_S:
+            return
+        else:
+            self._handle.update(self)
+        self._drawn = now
 
-    def _draw(self) -> None:
-        if time.monotonic() - self._drawn >= EVERY_S:
-            self.draw()
+    def end(self, text: str) -> None:
+        """The last picture, of a call that has shown anything."""
+        if self._handle is not None:
+            self.stage, self.speed = text, ""
+            self._draw(at_once=True)
 
     def _repr_html_(self) -> str:
         rows = []
@@ -84,7 +94,7 @@ class Notebook:
 
     def begin(self, steps: Mapping[str, int], ahead: Ahead | None = None) -> None:
         self.pace, self.stage = Pace(steps, ahead), "training"
-        self.draw()
+        self._draw(at_once=True)
 
     def step(self, line: Mapping[str, Any]) -> None:
         self.pace.step(line)

@@ -144,7 +144,7 @@ def find_start(run: RunConfig, resume: bool, extend: bool = False) -> Checkpoint
     refuse_no_folder(out)
     names = sorted(p.name for p in out.iterdir()) if out.exists() else []
     if names and not resume:
-        going = ", or go on with it: --resume" if steps_of(out) else ""
+        going = ", or go on with it: --resume (from Python resume=True)" if steps_of(out) else ""
         raise ConfigError(
             f"out = {str(out)!r} is not empty: a run never overwrites another",
             fix=f"name another folder in `out`, or remove this one{going}",

@@ -61,21 +61,25 @@ def score_table(summary: Mapping[str, Any]) -> Table:
 
 
 def gain(summary: Mapping[str, Any]) -> str:
-    """What a run has gained and at what cost, in one sentence; "" where nothing was scored."""
-    gained = []
-    for name, v in summary["variants"].items():
-        before, after = summary["base_scores"].get(v["data"], {}), v["scores"]
-        for k in measures_of(summary, v["data"]):
-            if before.get(k) is not None and after.get(k) is not None:
-                digits = 0 if k in TITLES else 2
-                what = TITLES.get(k, k.replace("rewards/", "reward ").replace("_", " "))
-                unit = "%" if k in TITLES else ""
-                gained.append(f"{what} of {name} went from {before[k]:.{digits}f} to {after[k]:.{digits}f}{unit}")
-                break
+    """What a run has gained and at what cost, in one sentence; "" where nothing was scored. Of several variants of a data set, the best."""
+    variants, gained = summary["variants"], []
+    for data in dict.fromkeys(v["data"] for v in variants.values()):
+        before = summary["base_scores"].get(data, {})
+        mine = {name: v["scores"] for name, v in variants.items() if v["data"] == data}
+        known = [k for k in measures_of(summary, data) if before.get(k) is not None and any(s.get(k) is not None for s in mine.values())]
+        if not known:
+            continue
+        k, *_ = known
+        best, scores = max(((n, s) for n, s in mine.items() if s.get(k) is not None), key=lambda x: x[1][k])
+        others = f", the best of {len(mine)} on {data}," if len(mine) > 1 else ""
+        digits, unit = (0, "%") if k in TITLES else (2, "")
+        first, last = (f"{x:.{digits}f}" for x in (before[k], scores[k]))
+        change = f"stayed at {last}{unit}" if first == last else f"went from {first} to {last}{unit}"
+        gained.append(f"{TITLES.get(k, k.replace('rewards/', 'reward ').replace('_', ' '))} of {best}{others} {change}")
     if not gained:
         return ""
-    trained = sum(v["trainable"] for v in summary["variants"].values())
-    size = sum(v["adapter_bytes"] for v in summary["variants"].values()) / 1e6
+    trained = sum(v["trainable"] for v in variants.values())
+    size = sum(v["adapter_bytes"] for v in variants.values()) / 1e6
     share = 100 * trained / summary["base_parameters"]
     listed = f"{', '.join(gained[:-1])} and {gained[-1]}" if len(gained) > 1 else gained[0]
     cost = f"{summary['seconds']:.0f} s of training and {size:.1f} MB of adapters, {share:.2g}% of the base's parameters"
