@@ -22,6 +22,7 @@ from trimtab.data import Source, load_examples, parse_sources, read_source
 from trimtab.data.given import GivenRows
 from trimtab.data.keys import ROW_KEYS, SETTING_KEYS, TURN_KEYS
 from trimtab.errors import ConfigError, DataError
+from trimtab.train import RunConfig
 
 TALKS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": f"n {i} " + "xé🙂"[: i % 4]}, {"role": "assistant", "content": f"a {i}\n"}] for i in range(7)
@@ -235,6 +236,23 @@ def test_an_error_of_a_generator_is_the_users_own() -> None:
 
     with pytest.raises(KeyError, match="mine"):
         parse_sources(broken())
+
+
+def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr("tempfile.TemporaryFile", lambda: full)
+        with pytest.raises(DataError, match=r"the rows cannot be kept in .*: No space left on device"):
+            GivenRows(ROWS)
+
+
+def test_splits_of_the_hub_are_a_data_set() -> None:
+    datasets = pytest.importorskip("datasets")
+    splits = datasets.DatasetDict({"train": dataset(ROWS), "test": dataset(ROWS[:2])})
+    run = {"base": "b", "out": "o", "data": splits, "variants": {"v": {"method": "lora"}}}
+    found = RunConfig.from_dict(run).data["data"].splits
+    assert {n: len(read_source(s[0], Path())[0]) for n, s in found.items()} == {"train": 7, "test": 2}
+    with pytest.raises(ConfigError, match=r"data\.data\.validation: unknown key: write valid"):
+        RunConfig.from_dict(run | {"data": datasets.DatasetDict({"train": dataset(ROWS), "validation": dataset(ROWS)})})
 
 
 def test_messages_as_json_text_are_read_as_in_files() -> None:

@@ -80,7 +80,8 @@ def test_what_cannot_be_scored_is_said(report: trimtab.Report, tmp_path: Path) -
 
 
 def test_runs_beside_each_other(report: trimtab.Report, tmp_path: Path) -> None:
-    found = trimtab.compare(report.out, by="loss", html=tmp_path / "page.html")
+    found = trimtab.compare(report, by="loss", html=tmp_path / "page.html")
+    assert found == trimtab.compare(report.out, by="loss")
     losses = [v["scores"]["loss"] for v in found.variants]
     assert losses == sorted(losses) and {v["variant"] for v in found.variants} == {"lora", "ia3"}
     assert losses[0] == min(v["scores"]["loss"] for v in report.summary["variants"].values())

@@ -16,13 +16,14 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import PurePath
 from typing import Any
 from weakref import finalize
 
 from trimtab.data.rows import Dropped, Records
 from trimtab.data.turns import JSON_ERRORS, STRICT_JSON, TwiceError
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, DataError
 
 UNREADABLE = b"!"
 """Begins the line of a row that JSON cannot hold; the reason follows."""
@@ -44,9 +45,11 @@ class GivenRows:
         for row in itertools.islice(_each(rows), limit):
             line = _line(row)
             sha.update(line)
-            self._file.write(line)
+            with _kept():
+                self._file.write(line)
             self.nbytes += len(line)
-        self._file.flush()
+        with _kept():
+            self._file.flush()
         self.digest = f"sha256:{sha.hexdigest()}"
 
     def __eq__(self, other: object) -> bool:
@@ -78,6 +81,18 @@ class GivenRows:
         for start in range(0, self.nbytes, CHUNK):
             *lines, left = (left + os.pread(self._file.fileno(), CHUNK, start)).split(b"\n")
             yield from lines
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """While rows are written; an OSError of the generator that gives them is its own."""
+    try:
+        yield
+    except OSError as error:
+        where = tempfile.gettempdir()
+        raise DataError(
+            f"the rows cannot be kept in {where}: {error.strerror}", fix="make room there, or name a folder in TMPDIR"
+        ) from error
 
 
 def is_table(value: Any) -> bool:

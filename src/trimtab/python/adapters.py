@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from trimtab.store.export import ExportReport, check_format
 from trimtab.store.export import export as write
 from trimtab.store.merge import MergeReport
 from trimtab.store.staging import check_target
+from trimtab.train.scoring import short_names
 
 
 @with_known_keywords
@@ -56,6 +58,15 @@ def export(
     check_format(format)
     check_target(Path(folder))
     return write(_loaded(adapter, base, tokenizer, quantize, base_differs, store_root), folder, format, base_name=call_base)
+
+
+def by_name(adapters: Mapping[str, Adapter | str | Path] | Sequence[str | Path]) -> dict[str, Adapter | str | Path]:
+    """Adapters by name; of a list, by the names of their folders. ConfigError where one is called as the base is."""
+    every = adapters if isinstance(adapters, Mapping) else short_names([str(a) for a in adapters])
+    named: dict[str, Adapter | str | Path] = {**every}
+    if "base" in named:
+        raise ConfigError("adapters: 'base' stands for the base itself", fix="name the adapter otherwise")
+    return named
 
 
 def _loaded(

@@ -10,12 +10,14 @@ from trimtab.data.sources import Source, parse_sources
 from trimtab.errors import ConfigError
 from trimtab.model import Base, load_base
 from trimtab.python import progress as shown
+from trimtab.python.adapters import by_name
 from trimtab.python.arguments import with_known_keywords
 from trimtab.store import Adapter
 from trimtab.train.comparison import Comparison
 from trimtab.train.comparison import compare as compare_runs
+from trimtab.train.loop import Report
 from trimtab.train.page import write_page
-from trimtab.train.scoring import Asked, Evaluation, Labels, reader, refuse_occupied, short_names
+from trimtab.train.scoring import Asked, Evaluation, Labels, reader, refuse_occupied
 from trimtab.train.scoring import evaluate as score
 
 
@@ -58,9 +60,7 @@ def evaluate(
         if isinstance(base, Base)
         else load_base(base, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize, base_differs=base_differs)
     )
-    named = adapters if isinstance(adapters, Mapping) else short_names([str(a) for a in adapters])
-    if "base" in named:
-        raise ConfigError("adapters: 'base' stands for the base itself", fix="name the adapter otherwise")
+    named = by_name(adapters)
     found = {n: a if isinstance(a, Adapter) else Adapter.load(a, loaded, store=store_root) for n, a in named.items()}
     asked = Asked(source, labels or (), max_rows, max_new_tokens, max_tokens, generate)
     with shown.of(progress, None) as listener:
@@ -68,16 +68,16 @@ def evaluate(
 
 
 @with_known_keywords
-def compare(*runs: str | Path, by: str | None = None, html: str | Path | None = None) -> Comparison:
-    """Every variant of several run folders beside each other: how it was made, what it cost, what it scored.
+def compare(*runs: str | Path | Report, by: str | None = None, html: str | Path | None = None) -> Comparison:
+    """Every variant of several runs beside each other: how it was made, what it cost, what it scored.
 
-    by: a score or a cost to sort by, best first; None: the first score of answers, else the training loss. html: a file for the page of all
-    runs. The result has `variants` and `notes`, what to know before comparing, and shows itself as tables. ConfigError where a folder is no
-    run's, or no variant has that score.
+    runs: their folders, or what `trimtab.train` has returned. by: a score or a cost to sort by, best first; None: the first score of
+    answers, else the training loss. html: a file for the page of all runs. The result has `variants` and `notes`, what to know before
+    comparing, and shows itself as tables. ConfigError where a folder is no run's, or no variant has that score.
     """
     if not runs:
         raise ConfigError("no run was named", fix="give run folders: trimtab.compare('runs/a', 'runs/b')")
-    folders = [Path(run) for run in runs]
+    folders = [run.out if isinstance(run, Report) else Path(run) for run in runs]
     found = compare_runs(folders, by)
     if html is not None:
         write_page(folders, Path(html))

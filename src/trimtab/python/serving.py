@@ -6,7 +6,7 @@ import atexit
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ from trimtab.http import server
 from trimtab.http.app import create_app
 from trimtab.http.assemble import Asked, name_for_clients, services_of
 from trimtab.model import IN_MEMORY, Base, load_base
+from trimtab.python.adapters import by_name
 from trimtab.python.arguments import with_known_keywords
 from trimtab.serve.engine import Engine, EngineConfig
 from trimtab.serve.live import snapshot
@@ -88,7 +89,7 @@ def serve(
     base: Base | Any | str,
     *,
     tokenizer: Any = None,
-    adapters: Mapping[str, Adapter | str | Path] | None = None,
+    adapters: Mapping[str, Adapter | str | Path] | Sequence[str | Path] = (),
     port: int = 0,
     base_name: str | None = None,
     dtype: str | None = None,
@@ -114,8 +115,9 @@ def serve(
     packages of trimtab[serve] or the port are not to be had, AdapterError where an adapter is refused.
     """
     check_packages()
-    given = {name: a for name, a in (adapters or {}).items() if isinstance(a, Adapter)}
-    named = {name: str(a) for name, a in (adapters or {}).items() if not isinstance(a, Adapter)}
+    every = by_name(adapters)
+    given = {name: a for name, a in every.items() if isinstance(a, Adapter)}
+    named = {name: str(a) for name, a in every.items() if not isinstance(a, Adapter)}
     sock = server.bind(HOST, port)
     try:
         loaded = (
