@@ -109,6 +109,23 @@ def run(page: Path, folder: Path, more: Mapping[str, str], change: Callable[[str
     return said
 
 
+def missing(page: Path, said: str) -> list[str]:
+    """The lines of output that a page shows and its commands do not print, whatever the numbers are and the space between columns."""
+
+    def masked(line: str) -> str:
+        return " ".join(re.sub(r"\d[\d.,]*", "#", line).split())
+
+    printed = {masked(line) for line in said.splitlines()}
+    shown = [line for b in blocks(page) if b.language == "text" for line in b.text.splitlines()]
+    return [line for line in shown if masked(line) not in printed]
+
+
+def test_output_that_a_page_shows_and_nothing_prints_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("```text\n┃ a ┃   loss, % ┃\n│ b │ 1.25→0.02 │\n```\n")
+    assert missing(tmp_path / "page.md", "┃ a ┃ loss, % ┃\n│ b │ 11.5→7 │\n") == []
+    assert missing(tmp_path / "page.md", "┃ a ┃ loss, % ┃ F1 ┃\n│ b │ 1→2 │\n") == ["┃ a ┃   loss, % ┃"]
+
+
 def test_a_script_has_what_the_page_has() -> None:
     found = [
         Block("yaml", "a b.yaml", "x: 1\n", None),
@@ -141,6 +158,7 @@ def test_a_page_runs(page: Path, docs_base: Path, calls: Path, tmp_path: Path) -
         return program
 
     said = run(page, tmp_path, {"TRIMTAB_CALLS": str(calls), "TEST_BASE": str(docs_base), "TEST_STEPS": "2"}, on_tiny)
+    assert missing(page, said) == []
     assert not [p for p in SAID.get(str(page.relative_to(DOCS)), []) if not re.search(p, said, re.DOTALL)], said[-6000:]
 
 
@@ -149,6 +167,7 @@ def test_the_first_tutorial_teaches_what_it_says(calls: Path, tmp_path: Path) ->
     if find_gguf() is None:
         bundled_base()  # fetched, or a skip
     said = run(WHOLE, tmp_path, {"TRIMTAB_CALLS": str(calls)})
+    assert missing(WHOLE, said) == []
     summary = json.loads((tmp_path / "checkout" / "first" / "runs" / "first" / "summary.json").read_text())
     sorter = summary["variants"]["sorter"]
     assert (sorter["trainable"], summary["base_scores"]["requests"]["exact_match"]) == (2_442_240, 0.0)
