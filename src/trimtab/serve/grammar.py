@@ -17,7 +17,7 @@ from trimtab.errors import TrimtabError
 
 MAX_CHARS = 65536
 MAX_CALL_CHARS = 4 * MAX_CHARS
-"""Of a grammar of tools, which has the schemas of all of them: 128 of 2,000 characters fit."""
+"""Of a grammar of tools, which has the schemas of all of them: 128 of 1,800 characters fit."""
 MAX_CHOICES = 1024
 KEPT_BYTES = 16 << 20
 """Memory that compiled grammars may take which nobody uses at the moment."""
