@@ -174,6 +174,22 @@ def test_training_and_answers_take_turns_and_a_running_answer_is_finished(tmp_pa
         post(asked.url, "v")
 
 
+@pytest.mark.slow
+def test_its_page_shows_the_run(tmp_path: Path):
+    def ask(url: str) -> tuple[Any, ...]:
+        with httpx.Client(trust_env=False, timeout=30, base_url=url) as client:
+            about, runs = client.get("/studio/about").json(), client.get("/studio/runs").json()
+            foreign = client.get("/studio/runs", headers={"host": "evil.example"})
+            return about, runs["runs"], foreign.status_code, client.get("/studio/run", params={"id": runs["runs"][0]["id"]}).json()
+
+    asked = Asked(tmp_path, {"ia3": METHODS["ia3"] | {"data": "a"}}, ask, Ear(0.2))
+    asked.run()
+    about, runs, foreign, shown = asked.asked
+    assert about["runs"] and about["serves"] and not about["keyed"] and foreign == 403
+    assert [(r["name"], r["state"]) for r in runs] == [("out", "running")]
+    assert [(v["name"], v["total_steps"]) for v in shown["variants"]] == [("ia3", 5)]
+
+
 def test_other_pages_and_full_fine_tuning_are_not_served(tmp_path: Path):
     def ask(url: str) -> tuple[httpx.Response, ...]:
         with httpx.Client(trust_env=False, timeout=30, base_url=url) as client:

@@ -29,6 +29,7 @@ from trimtab.serve.request import Request
 from trimtab.serve.runner import Runner
 from trimtab.serve.tenant import LOCAL
 from trimtab.train.beside import Beside
+from trimtab.train.follow import RunFolders
 from trimtab.train.full import FullVariant
 from trimtab.train.listen import Listener
 from trimtab.train.prepare import Prepared
@@ -82,7 +83,11 @@ class LiveServer:
         self._snapshots_due = self._turn_ended = 0.0
         self._ready = threading.Event()
         self.server = server.make(
-            create_app(self.services), self.services, drain_s=DRAIN_S, ready=self._ready.set, stop=lambda: None
+            create_app(self.services, runs=RunFolders(prepared.run.out)),
+            self.services,
+            drain_s=DRAIN_S,
+            ready=self._ready.set,
+            stop=lambda: None,
         )  # stop is ours: the engine belongs to this thread
         self._thread = threading.Thread(target=self.server.run, args=([sock],), name="trimtab-http", daemon=True)
 

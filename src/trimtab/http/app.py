@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 
 from trimtab.http import adapters, admin, embeddings, health, openai, page, people, responses, scores, shelf, tokens
+from trimtab.http import runs as run_folders
 from trimtab.http.embeddings import EmbeddingsBody
 from trimtab.http.errors import install
 from trimtab.http.limits import Gate
@@ -19,6 +20,8 @@ from trimtab.http.logs import Record, RequestLog
 from trimtab.http.responses_schema import ResponsesBody
 from trimtab.http.schema import ChatBody, CompletionBody, DetokenizeBody, LoadBody, TokenizeBody, UnloadBody
 from trimtab.http.services import Services
+from trimtab.http.studio_auth import Shown
+from trimtab.train.follow import RunFolders
 from trimtab.version import __version__
 
 BODIES = (
@@ -37,9 +40,9 @@ REFUSED = {401: "auth", 403: "forbidden", 404: "not_found", 413: "too_large", 42
 """A refusal's reason in metrics and audit log, by its status; all other 4xx are "invalid"."""
 
 
-def create_app(services: Services, origins: Sequence[str] = ()) -> FastAPI:
+def create_app(services: Services, origins: Sequence[str] = (), runs: RunFolders | None = None) -> FastAPI:
     """The server's ASGI app. Admin routes are there where there are tenants; local mode has none. origins: of web pages that may call it,
-    or "*"."""
+    or "*". runs: run folders that its page shows, in local mode alone, where every client may see everything."""
     app = FastAPI(title="trimtab", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = services
     always = (
@@ -57,6 +60,10 @@ def create_app(services: Services, origins: Sequence[str] = ()) -> FastAPI:
     )
     for router in (*always, *([admin.router] if services.tenants is not None else [])):
         app.include_router(router)
+    if runs is not None:
+        assert services.tenants is None, "run folders are nobody's in particular"
+        app.state.studio = Shown(runs)
+        app.include_router(run_folders.router)
     install(app)
     app.add_middleware(Gate, services=services)
     app.add_middleware(RequestLog, on_end=lambda record: _tell(record, services))

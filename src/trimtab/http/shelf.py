@@ -10,7 +10,7 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Request
 from starlette.concurrency import run_in_threadpool
 
 from trimtab.errors import AdapterError, NotFoundError
@@ -35,9 +35,10 @@ After = Annotated[str, Query(max_length=300)]
 
 
 @router.get("/about")
-async def about(s: S) -> dict[str, Any]:
+async def about(request: Request, s: S) -> dict[str, Any]:
     """Which of its screens the page can fill here; needs no key, as it tells nothing of models or tenants."""
-    return {"version": __version__, "keyed": s.tenants is not None, "runs": False, "store": s.catalog.store is not None, "serves": True}
+    runs = hasattr(request.app.state, "studio")
+    return {"version": __version__, "keyed": s.tenants is not None, "runs": runs, "store": s.catalog.store is not None, "serves": True}
 
 
 @own.get("/adapters")

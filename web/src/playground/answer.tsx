@@ -6,7 +6,12 @@ import { Command } from "../parts";
 import { type Answer, body, type Settings, type Token } from "./ask";
 
 export function AnswerColumn({ model, answer, settings, keyed }: { model: string; answer: Answer | undefined; settings: Settings; keyed: boolean }) {
-  const [at, setAt] = useState<number | null>(null);
+  const [at, choose] = useState<number | null>(null);
+  const [touched, setTouched] = useState(false); // room for the alternatives stays once they were asked for: nothing jumps under the pointer
+  const setAt = (to: number | null) => {
+    choose(to);
+    if (to !== null) setTouched(true);
+  };
   const tokens = answer ? spelling(answer) : [];
   const shown = at !== null ? tokens[at] : undefined;
   const onKey = (event: KeyboardEvent) => {
@@ -52,9 +57,9 @@ export function AnswerColumn({ model, answer, settings, keyed }: { model: string
           {answer.error}
         </p>
       )}
-      {tokens.length > 0 && (
+      {touched && tokens.length > 0 && (
         <div class="alternatives" role="status">
-          {shown ? <Alternatives token={shown} /> : <span class="note">Point at a token to see what else might have come. Tinted: less likely.</span>}
+          {shown && <Alternatives token={shown} />}
         </div>
       )}
       {answer && <p class="note figures">{figures(answer)}</p>}

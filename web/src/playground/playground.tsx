@@ -81,6 +81,7 @@ export function Playground({ about }: { about: About }) {
           <label class="check">
             <input type="checkbox" checked={settings.logprobs} onChange={(e) => change({ logprobs: e.currentTarget.checked })} /> probabilities of tokens
           </label>
+          {settings.logprobs && <p class="note">Tinted tokens were less likely. Point at one to see what else might have come.</p>}
           <div class="row">
             <button type="submit" class="main" disabled={!settings.prompt.trim() || models.length === 0 || busy}>
               Ask {models.length === 1 ? models[0] : `${models.length} models`}

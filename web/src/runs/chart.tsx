@@ -209,7 +209,7 @@ function optionsOf(look: Look, latest: Latest, tell: (read: Read | null) => void
         },
       },
     },
-    scales: { x: { time: false }, y: look.log ? { distr: 3 } : {} },
+    scales: { x: { time: false }, y: look.log ? { distr: 3 } : { range: (_, low, high) => (low === 0 && high === 0 ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true)) } },
     axes: [
       { stroke: ink, font, grid: { show: false }, ticks: { stroke: rule, size: 4 }, size: 26, gap: 4, values: (_, ticks) => ticks.map(tick), space: 60 },
       {

@@ -14,6 +14,8 @@ import { Settings } from "./settings";
 import { Swatch } from "./swatch";
 import type { RunFacts, Shown } from "./types";
 
+const REDRAW_MS = 1000; // while a long run is read, piece by piece
+
 export function RunPage({ ids }: { ids: string[] }) {
   const metrics = useRef(new Map(ids.map((id) => [id, new Metrics(id)]))).current;
   const [runs, setRuns] = useState<RunFacts[]>([]);
@@ -21,12 +23,20 @@ export function RunPage({ ids }: { ids: string[] }) {
   const [error, setError] = useState<unknown>(null);
   const [hidden, setHidden] = useState<Set<number>>(new Set());
   const states = useRef("");
+  const drawn = useRef(0);
+  const draw = (now: boolean) => {
+    if (!now && performance.now() - drawn.current < REDRAW_MS) return;
+    setVersion((v) => v + 1);
+    drawn.current = performance.now();
+  };
 
   usePoll(
     async () => {
       try {
         const before = [...metrics.values()].map((m) => m.state).join();
-        await Promise.all([...metrics.values()].map((m) => m.read(() => setVersion((v) => v + 1))));
+        const known = [...metrics.values()].reduce((sum, m) => sum + m.version, 0);
+        await Promise.all([...metrics.values()].map((m) => m.read(() => draw(false))));
+        if ([...metrics.values()].reduce((sum, m) => sum + m.version, 0) !== known) draw(true);
         const now = [...metrics.values()].map((m) => m.state).join();
         if (states.current !== now || before !== now || runs.length === 0) {
           setRuns(await Promise.all(ids.map((id) => get<RunFacts>("studio/run", { id }))));
