@@ -241,6 +241,32 @@ def test_figures_are_those_of_the_metrics(chromium: Any, store: Store):
             assert facts["in memory"] == "1" and facts["loads"] == "1" and facts["used by requests"] == "0"
 
 
+@pytest.mark.parametrize("prefix", ["trimtab_", "vllm:"])
+def test_quantiles_and_rates_by_hand(chromium: Any, local: Served, prefix: str):
+    """2 of 10 answers within 0.1 s, 6 within 0.5, all within 1: the 5th is 3/4 of the way from 0.1 to 0.5, the 9th 3/4 from 0.5 to 1."""
+    buckets = {"0.1": 2, "0.5": 6, "1.0": 10, "+Inf": 10}
+    name = f"{prefix}e2e_request_latency_seconds"
+    text = (
+        "".join(f'{name}_bucket{{le="{edge}",model_name="a\\"b"}} {count}\n' for edge, count in buckets.items())
+        + f'{name}_count{{model_name="m"}} 10\n'
+    )
+    tokens = iter(range(0, 10**6, 100))  # a hundred more with each reading, every two seconds
+    visit = Visit(chromium, local.url)
+    with visit as page:
+        page.route(
+            "**/metrics",
+            lambda route: route.fulfill(body=f"{text}{prefix}generation_tokens_total {next(tokens)}\n", content_type="text/plain"),
+        )
+        page.get_by_role("link", name="Serving").click()
+        row = page.get_by_role("region", name="Latency quantiles").get_by_role("row").filter(has_text="whole answer")
+        row.wait_for()
+        assert [x.inner_text() for x in row.get_by_role("cell").all()] == ["–", "–", "–", "400 ms", "875 ms", "988 ms", "10"]
+        page.get_by_role("application").nth(2).wait_for()
+        rate = page.locator(".tiles > div").filter(has_text="new tokens/s").locator("dd").first
+        page.wait_for_timeout(100)
+        assert 0 < float(rate.inner_text()) <= 50.5, "a hundred in two seconds or, on a slow machine, in more"
+
+
 def quantile(text: str, name: str, q: float) -> float:
     """By the definition: a straight line within the bucket in which the share is reached."""
     found = re.findall(rf'^{name}_bucket{{le="([^"]+)".*}} (\S+)$', text, re.MULTILINE)
