@@ -99,6 +99,7 @@ def commands(text: str) -> list[str]:
     blocks = "\n".join([*FENCE.findall(text), *re.findall(r"^ {4,}.*", FENCE.sub("", text.replace("\\\n", "")), re.MULTILINE)])
     lines = re.sub(r"\\+\n\s*", " ", blocks).splitlines()
     whole = [line.strip().removeprefix("$ ") for line in lines if re.match(r"\s*(\$ )?(trimtab|python -m) ", line)]
+    whole += re.findall(r"\$\(((?:trimtab|python -m) [^()]*)\)", blocks)
     inline = [" ".join(c.split()) for c in re.findall(r"(?<!`)`((?:trimtab|python -m) [^`]+)`(?!`)", FENCE.sub("", text))]
     return [c for c in whole + inline if not re.search(r"[…<>{}]", c)]
 
