@@ -146,6 +146,18 @@ def leaves(command: click.Command, context: click.Context) -> set[str]:
     return {x for n, c in found if c for x in leaves(c, click.Context(c, info_name=n, parent=context))}
 
 
+def test_the_commands_without_json_are_those_that_the_pages_name() -> None:
+    def without(command: click.Command, context: click.Context) -> set[str]:
+        if not isinstance(command, click.Group):
+            return set() if any("--json" in p.opts for p in command.params) else {context.command_path.removeprefix("trimtab ")}
+        inner = ((n, command.get_command(context, n)) for n in command.list_commands(context))
+        return {x for n, c in inner if c for x in without(c, click.Context(c, info_name=n, parent=context))}
+
+    for page in ("guide.md", "reference/command-line.md"):
+        (named,) = re.findall(r"All but ([^.]*?)\s+have\s+`--json`", (DOCS / page).read_text(encoding="utf-8"))
+        assert set(re.findall(r"`(.*?)`", named)) == without(main, click.Context(main, info_name="trimtab"))
+
+
 @pytest.mark.filterwarnings("ignore:.*make_default_short_help:DeprecationWarning")  # click-man calls it
 def test_there_is_a_manual_page_for_each_command(tmp_path: Path) -> None:
     pytest.importorskip("click_man", reason="click-man is not installed here: make docs")
