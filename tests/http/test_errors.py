@@ -297,8 +297,8 @@ def test_routes_that_are_not_there(served: Site, method: str, path: str, status:
 
 
 def test_a_405_says_what_is_allowed(served: Site):
-    assert call(served.app, "PUT", "/v1/models").headers["allow"] == "GET"
-    assert {call(served.app, m, "/ping").headers["allow"] for m in ("OPTIONS", "PUT")} == {"GET, POST"}, "of both routes"
+    assert call(served.app, "PUT", "/v1/models").headers["allow"] == "GET, HEAD"
+    assert {call(served.app, m, "/ping").headers["allow"] for m in ("OPTIONS", "PUT")} == {"GET, HEAD, POST"}, "of both routes"
     options = call(served.app, "OPTIONS", "/v1/completions")
     assert (options.status_code, options.headers["allow"]) == (204, "POST") and "access-control-allow-origin" not in options.headers
 

@@ -6,7 +6,6 @@ Sizes count as bytes arrive, whatever Content-Length says. Depth and number of v
 from __future__ import annotations
 
 import asyncio
-import codecs
 from functools import partial
 from typing import TypeVar
 
@@ -202,7 +201,7 @@ def parse(raw: bytes, model: type[M], max_depth: int, variables: frozenset[str])
         held = f"{values} values, {containers} lists and objects and {keys} fields"
         raise Fault(f"the body holds {held}; at most {MAX_VALUES}, {MAX_CONTAINERS} and {MAX_KEYS} are read", code="too_many_values")
     try:
-        body = from_json(raw.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
+        body = from_json(raw, allow_inf_nan=False)
     except ValueError as error:  # the parser's words tell a place, never the text there
         raise Fault(f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
