@@ -80,7 +80,7 @@ def speed_of(content: dict[str, Any]) -> Speed:
 
 def mean(speeds: list[Speed]) -> Speed:
     rows = sorted({n for s in speeds for n in s.rows})
-    more = ("sequence_s", "adapter_s", "context_s", "load_s", "slowed", "before_s", "after_s")
+    more = ("sequence_s", "adapter_s", "context_s", "load_s", "busy_load_s", "slowed", "before_s", "after_s")
     seconds = tuple(statistics.fmean(s.of_rows(n) for s in speeds) for n in rows)
     return Speed(tuple(rows), seconds, speeds[0].source, **{name: statistics.fmean(getattr(s, name) for s in speeds) for name in more})
 

@@ -332,6 +332,15 @@ def test_a_fit_has_no_costs_below_nothing() -> None:
     assert found.adapter_s == 0.0 and list(found.seconds) == sorted(found.seconds)
 
 
+def test_a_load_beside_steps_takes_longer() -> None:
+    """Alone 2 s; beside a stream that decodes from 0 to 20 it takes 5 s from the step on that begins at 4."""
+    speed = Speed((1,), (1.0,), "", load_s=2.0, busy_load_s=5.0)
+    alone = run(trace_of((0.0, 1, 1, 1)), speed)
+    assert alone.total_s[0.5] == pytest.approx(2.0 + 1.0)
+    found = run(trace_of((0.0, 0, 1, 20), (3.5, 1, 1, 1)), speed)
+    assert found.total_s[0.5] == pytest.approx(np.median([2.0 + 20.0, 0.5 + 5.0 + 1.0]))
+
+
 def test_a_load_slows_down_steps() -> None:
     speed = Speed((1,), (1.0,), "", slowed=0.5)
     assert (speed(Step(1, 1, 1, 0), True), speed(Step(1, 1, 1, 0))) == (1.5, 1.0)

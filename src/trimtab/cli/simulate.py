@@ -199,7 +199,9 @@ def _show(asked: Asked, trace: Trace, shape: Shape, speed: Speed, found: list[Si
     say(f"  - milliseconds by rows of a step: {rows_ms}")
     each = {"sequence": speed.sequence_s, "adapter": speed.adapter_s, "token in the cache": speed.context_s}
     say(f"  - and more for each {', '.join(f'{name} {s * 1e6:.3g} µs' for name, s in each.items())}")
-    say(f"  - reading an adapter takes {speed.load_s * 1e3:.3g} ms, and steps {speed.slowed:.0%} longer meanwhile")
+    load_ms = " or ".join(dict.fromkeys(f"{speed.of_load(busy) * 1e3:.3g} ms" for busy in (False, True)))
+    beside = ", without and beside steps" if speed.busy_load_s is not None else ""
+    say(f"  - reading an adapter takes {load_ms}{beside}; steps take {speed.slowed:.0%} longer meanwhile")
     say("assumed: no prompt begins as another, no drafts, no grammars; adapters are equally large, and a router knows what servers hold")
 
 

@@ -30,8 +30,8 @@ DECODES, PROMPT_STEPS = 24, 4
 of all of them."""
 SHORT, LONG, LONG_STREAMS = 16, 256, (1, 4, 8)
 """Tokens of the prompts of streams whose decoding is timed, and how many streams have long ones."""
-LOADED = 6
-"""Adapters whose reading is timed."""
+LOADED, MOST_BESIDE = 6, 512
+"""Adapters whose reading is timed beside decoding, and how many steps that may take."""
 
 
 @dataclass
@@ -88,7 +88,7 @@ def measure(
         paths = [_written(base, kinds, Path(folder) / str(i), i) for i in range(max(streams) + LOADED)]
         found = [served(str(path), base) for path in paths]
         size = packed_bytes(base.pack(found[0].load()))
-        tokens = max(streams) * (SHORT + 4 * DECODES) + 8 * (LONG + 12 * DECODES) + 4096
+        tokens = max(streams) * (SHORT + 4 * DECODES) + 8 * (LONG + MOST_BESIDE) + 4096
         config = EngineConfig(
             kv_bytes=tokens * Runner.bytes_per_block(base, 1),
             adapter_bytes=size * (len(found) + 2),
@@ -104,12 +104,12 @@ def measure(
             load_s = _read(driven, found[: max(streams)])
             steps = list(_steps(driven, streams, longest, shape, status))
             status("decoding while adapters are read")
-            slowed = _slowed(driven, min(8, max(streams)), found[max(streams) :])
+            slowed, busy_load_s = _beside(driven, min(8, max(streams)), found[max(streams) :])
         finally:
             engine.close()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     source = f"measured on {base.name or 'the base'} here, {cores} cores, adapters of {size / 1e6:.3g} MB in memory, beside what else runs"
-    return fit(steps, source, load_s=load_s, slowed=slowed), size
+    return fit(steps, source, load_s=load_s, busy_load_s=busy_load_s, slowed=slowed), size
 
 
 def _written(base: Base, method: Method, path: Path, seed: int) -> Path:
@@ -161,21 +161,25 @@ def _steps(driven: _Driven, streams: Sequence[int], longest: int, shape: Shape, 
     return found
 
 
-def _slowed(driven: _Driven, streams: int, adapters: Sequence[Servable]) -> float:
-    """By how much longer steps take while adapters are read, as a part of what they take otherwise."""
+def _beside(driven: _Driven, streams: int, adapters: Sequence[Servable]) -> tuple[float, float]:
+    """While so many streams decode and one adapter after the other is read: (by how much longer steps take, as a part of what they take
+    otherwise; seconds of a load)."""
+    engine = driven.engine
     driven.begin(streams, 8, 2 * DECODES, streams)
     alone = statistics.fmean(f.seconds for f in driven.finish() if not f.prefill_rows)
-    beside: list[float] = []
-    driven.begin(streams, 8, 10 * DECODES, streams)
+    driven.begin(streams, 8, MOST_BESIDE, streams)
+    while any(live.new < 2 for live in engine.requests):
+        engine.step()
+    before, beside = engine.residency.load_seconds, list[float]()
     for adapter in adapters:
-        driven.engine.prefetch(adapter)
-    del driven.facts[:]
-    while driven.engine.requests:
-        busy = driven.engine.residency.busy
-        driven.engine.step()
-        if busy and driven.facts and not driven.facts[-1].prefill_rows:
-            beside.append(driven.facts[-1].seconds)
-        if not driven.engine.residency.busy and beside:
-            for live in list(driven.engine.requests):
-                driven.engine.cancel(live.request.id)
-    return max(0.0, statistics.fmean(beside) / alone - 1) if beside else 0.0
+        engine.prefetch(adapter)
+        loads = engine.residency.loads
+        while engine.residency.loads == loads and engine.requests:
+            del driven.facts[:]
+            engine.step()
+            beside += [f.seconds for f in driven.facts]
+    took = (engine.residency.load_seconds - before) / len(adapters)
+    for live in list(engine.requests):
+        engine.cancel(live.request.id)
+    driven.finish()
+    return max(0.0, statistics.fmean(beside) / alone - 1), took

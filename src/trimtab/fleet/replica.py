@@ -126,7 +126,7 @@ class Replica:
             prefix_cache=False,
         )
         pool = BlockPool(shape.kv_tokens // shape.block_size)
-        self.residency = _Residency(shape.resident, clock, lambda: speed.load_s, self._wake)
+        self.residency = _Residency(shape.resident, clock, self._load_s, self._wake)
         self.scheduler = Scheduler(config, pool, self.residency, pool.total * shape.block_size)
         if not shape.on_cpu:
             self.scheduler.bounds = ELSEWHERE
@@ -136,6 +136,9 @@ class Replica:
         self._inbox: list[Live] = []
         self._answers: dict[Live, Answer] = {}
         self._serial, self._stepping, self._seen = 0, False, 0.0
+
+    def _load_s(self) -> float:
+        return self.speed.of_load(bool(self.scheduler.running))
 
     def holds(self, digest: str) -> bool:
         """Whether an adapter is in memory."""

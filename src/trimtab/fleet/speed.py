@@ -29,9 +29,9 @@ class Step:
 @dataclass(frozen=True)
 class Speed:
     """rows, seconds: of a step of so many rows, on straight lines between, and beyond the last. sequence_s, adapter_s, context_s: more for
-    each sequence, distinct adapter, and token in the cache. load_s: of reading and packing an adapter; slowed: by how much longer a step
-    takes while one is read. before_s, after_s: between client and engine, of a request and of its last token.
-    source: where these figures come from."""
+    each sequence, distinct adapter, and token in the cache. load_s: of reading and packing an adapter while nothing runs; busy_load_s:
+    while steps run, None: the same. slowed: by how much longer a step takes while one is read. before_s, after_s: between client and engine,
+    of a request and of its last token. source: where these figures come from."""
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -40,13 +40,15 @@ class Speed:
     adapter_s: float = 0.0
     context_s: float = 0.0
     load_s: float = 0.0
+    busy_load_s: float | None = None
     slowed: float = 0.0
     before_s: float = 0.0
     after_s: float = 0.0
 
     def __post_init__(self) -> None:
-        names = ("sequence_s", "adapter_s", "context_s", "load_s", "slowed", "before_s", "after_s")
-        problems = [f"{name} = {getattr(self, name)}: must be at least 0" for name in names if not getattr(self, name) >= 0]
+        names = ("sequence_s", "adapter_s", "context_s", "load_s", "busy_load_s", "slowed", "before_s", "after_s")
+        each = {name: value for name in names if (value := getattr(self, name)) is not None}
+        problems = [f"{name} = {value}: must be at least 0" for name, value in each.items() if not value >= 0]
         if not self.rows or len(self.rows) != len(self.seconds) or min(self.rows) < 1 or list(self.rows) != sorted(set(self.rows)):
             problems.append(f"rows = {self.rows}: must grow from at least 1, with a time for each")
         if not min(self.seconds, default=0) > 0:
@@ -59,6 +61,10 @@ class Speed:
         took = self.of_rows(step.rows)
         took += self.sequence_s * step.sequences + self.adapter_s * step.adapters + self.context_s * step.context
         return took * (1 + self.slowed * loading)
+
+    def of_load(self, busy: bool) -> float:
+        """Seconds of a load. busy: whether steps run meanwhile."""
+        return self.busy_load_s if busy and self.busy_load_s is not None else self.load_s
 
     def of_rows(self, rows: int) -> float:
         """Seconds of so many rows alone."""
