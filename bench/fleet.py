@@ -3,9 +3,11 @@
     python bench/fleet.py                    # 1 and 2 servers on a random base of 25M parameters, hit rates and latencies of both
     python bench/fleet.py --large            # 10⁵ adapters of 10³ tenants on 16 servers, simulated alone, with its time and memory
 
-More adapters are asked for than fit into a server's memory. Speeds are measured in as many processes at once as there are servers, before
-and after the servers run, and averaged: machines that others use change meanwhile. Each process has one thread. Requests come over HTTP at
-the moments of the trace, whatever becomes of those before; first and last token are taken as the client sees them.
+More adapters are asked for than fit into a server's memory. Requests come over HTTP at the moments of the trace, whatever becomes of those
+before; first and last token are taken as the client sees them. Each server has one thread and writes down its steps and loads.
+
+Speeds are fitted to the steps of the servers themselves, and so is the way between client and engine: on a machine that others use, a
+measurement a minute earlier is of another machine. --apart takes speeds as `trimtab simulate` measures them, before the servers run.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,11 @@ import numpy as np
 from trimtab.fleet.replica import Shape
 from trimtab.fleet.routing import ROUTERS
 from trimtab.fleet.simulate import Simulated, quantiles, simulate
-from trimtab.fleet.speed import Speed
+from trimtab.fleet.speed import Speed, Step, fit
 from trimtab.fleet.traffic import Trace, Traffic
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
-RANK = 16
+RANK, WARM_UP = 16, 0.2
 
 
 def make(folder: Path, adapters: int) -> tuple[Path, list[Path], int]:
@@ -74,6 +75,85 @@ def measured(base: Path, shape: Shape, processes: int) -> Speed:
     return mean([speed_of(json.loads(process.communicate()[0].splitlines()[-1])) for process in running])
 
 
+def serve_logged(log: Path, args: list[str]) -> None:
+    """`trimtab serve`, which writes down its steps, loads and requests when it ends."""
+    from trimtab.__main__ import run
+    from trimtab.serve.engine import Engine
+    from trimtab.serve.residency import Residency
+    from trimtab.serve.step import Step as EngineStep
+
+    steps: list[tuple[int, int, int, int, bool, float]] = []
+    times: list[tuple[float | None, float]] = []
+    shape: list[tuple[int, int, int, int]] = []
+    loads: list[float] = []
+    handed: dict[str, float] = {}
+    step, run_work, close, start = EngineStep.__call__, EngineStep._run, Engine.close, Engine.start
+    load, read = Residency.load, Residency._run
+
+    def load_logged(self: Residency, adapter: Any) -> None:
+        handed.setdefault(adapter.digest, time.perf_counter())
+        load(self, adapter)
+
+    def read_logged(self: Residency, digest: str) -> None:
+        read(self, digest)
+        loads.append(time.perf_counter() - handed.pop(digest))
+
+    def run_logged(self: EngineStep, work: Any) -> Any:
+        lives = [w.live for w in work]
+        shape.append((sum(w.rows for w in work), len(work), len({x.digest for x in lives}), sum(x.past for x in lives)))
+        return run_work(self, work)
+
+    def step_logged(self: EngineStep) -> bool:
+        shape.clear()
+        loading, began = self.scheduler.residency.busy, time.perf_counter()
+        ran = step(self)
+        if shape:
+            steps.append((*shape[0], loading or self.scheduler.residency.busy, time.perf_counter() - began))
+        return ran
+
+    def start_logged(self: Engine) -> None:
+        finished = self.on_finish
+
+        def finish_logged(*facts: Any) -> None:
+            times.append((facts[4], facts[5]))
+            finished(*facts)
+
+        self.on_finish = finish_logged
+        start(self)
+
+    def close_logged(self: Engine) -> None:
+        log.write_text(json.dumps({"steps": steps, "loads": loads, "times": times}))
+        close(self)
+
+    for owner, name, logged in (
+        (EngineStep, "__call__", step_logged),
+        (EngineStep, "_run", run_logged),
+        (Engine, "close", close_logged),
+        (Engine, "start", start_logged),
+        (Residency, "load", load_logged),
+        (Residency, "_run", read_logged),
+    ):
+        setattr(owner, name, logged)
+    sys.argv = ["trimtab", "serve", *args]
+    run()
+
+
+def of_run(logs: list[dict[str, Any]]) -> Speed:
+    """The speed of servers by their own steps. Steps that are alike count together, as their mean: fitted one by one, long ones beside
+    other programs would be taken for errors."""
+    alike: dict[tuple[int, int, int], list[list[float]]] = {}
+    slow: list[list[float]] = []
+    for log in logs:
+        for *numbers, loading, seconds in log["steps"]:
+            (slow if loading else alike.setdefault((int(4 * np.log2(numbers[0])), numbers[1], numbers[2]), [])).append([*numbers, seconds])
+    means = [(np.mean(found, axis=0), len(found)) for found in alike.values()]
+    steps = [(Step(*(max(1, round(x)) for x in m[:3]), round(m[3])), float(m[4])) for m, count in means for _ in range(min(count, 50))]
+    speed = fit(steps, "the servers' own steps")
+    slowed = sum(m[4] for m in slow) / max(1e-9, sum(speed(Step(*(int(x) for x in m[:4]))) for m in slow)) - 1 if slow else 0.0
+    load_s = statistics.fmean(seconds for log in logs for seconds in log["loads"])
+    return replace(speed, slowed=max(0.0, slowed), load_s=load_s)
+
+
 def speed_of(content: dict[str, Any]) -> Speed:
     return Speed(**content | {"rows": tuple(content["rows"]), "seconds": tuple(content["seconds"])})
 
@@ -88,13 +168,14 @@ def mean(speeds: list[Speed]) -> Speed:
 class Server:
     """A `trimtab serve` of this machine. open, requests: as a router sees it."""
 
-    def __init__(self, number: int, base: Path, adapters: list[Path], shape: Shape, size: int, kv_bytes: int, log: Any):
-        command = [sys.executable, "-m", "trimtab", "serve", "--local", "--port", "0", "--json", "--no-speculate"]
+    def __init__(self, number: int, base: Path, adapters: list[Path], shape: Shape, size: int, kv_bytes: int, log: Path):
+        self.log = log.parent / f"steps-{number}.json"
+        command = [sys.executable, __file__, "--serve", str(self.log), "--local", "--port", "0", "--json", "--no-speculate"]
         command += ["--base", str(base), "--dtype", "bfloat16", "--device", "cpu", "--max-running", str(shape.max_running)]
         command += ["--max-queued", str(shape.max_queued), "--adapters-gb", str((shape.resident + 0.5) * size / 1e9)]
         command += ["--kv-gb", str(kv_bytes / 1e9)]
         command += [arg for path in adapters for arg in ("--adapter", f"{path.name}={path}")]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log.open("a"))
         self.number, self.open, self.requests = number, 0, 0
 
     def ready(self) -> None:
@@ -149,57 +230,44 @@ async def play(trace: Trace, servers: list[Server], routing: str) -> list[tuple[
     return await asyncio.gather(*under_way)
 
 
-async def _way(server: Server) -> tuple[float, float]:
-    """Seconds of a request of one token and one step on an idle server, and how many more a last token takes: medians."""
-    took = [await server.ask(0, [5 + i], 1) for i in range(12)]
-    first, last = (statistics.median(t[i] for t in took[2:]) for i in (0, 1))
-    return first, last
-
-
-def compare(folder: Path, traffic: Traffic, shape: Shape, replicas: int, routing: str, base: Path, paths: list[Path], size: int) -> None:
-    trace, skipped = traffic.trace(), int(0.2 * traffic.requests)
+def compare(folder: Path, args: argparse.Namespace, replicas: int, routing: str, base: Path, paths: list[Path], size: int) -> None:
+    shape = Shape(resident=args.resident, kv_tokens=16384, max_running=args.running)
+    requests, rate = args.requests * replicas, args.rate * replicas
+    traffic = Traffic(args.adapters, zipf=0.8, rate=rate, requests=requests, prompt_tokens=48, answer_tokens=args.answer)
+    trace, skipped = traffic.trace(), int(WARM_UP * requests)
     layers, width = SIZES["num_hidden_layers"], SIZES["num_key_value_heads"] * SIZES["hidden_size"] // SIZES["num_attention_heads"]
     kv_bytes = 2 * 2 * layers * width * shape.kv_tokens
-    speeds = [measured(base, shape, replicas)]
-    with ExitStack() as stack, (folder / "log").open("w") as log:
-        servers = [Server(i, base, paths, shape, size, kv_bytes, log) for i in range(replicas)]
-        for server in servers:
-            stack.callback(server.process.wait, 60)
-            stack.callback(server.process.terminate)
+    apart = measured(base, shape, replicas) if args.apart else None
+    servers = [Server(i, base, paths, shape, size, kv_bytes, folder / "log") for i in range(replicas)]
+    try:
         for server in servers:
             server.ready()
-        ways = [asyncio.run(_way(server)) for server in servers]
-        loads = [server.loads() for server in servers]
+        seen = np.array(asyncio.run(play(trace, servers, routing)))
+        load_average, loads = os.getloadavg()[0], sum(server.loads() for server in servers)
+    finally:
         for server in servers:
-            server.open = server.requests = 0
-        cpu, began = os.times(), time.perf_counter()
-        seen = asyncio.run(play(trace, servers, routing))
-        wall, load_average = time.perf_counter() - began, os.getloadavg()[0]
-        client = (os.times().user + os.times().system - cpu.user - cpu.system) / wall
-        loads = [server.loads() - before for server, before in zip(servers, loads, strict=True)]
-    speeds.append(measured(base, shape, replicas))
-    speed = mean(speeds)
-    first = statistics.fmean(way[0] for way in ways) - speed.of_rows(1) - speed.sequence_s - speed.adapter_s
-    more = statistics.fmean(way[1] - way[0] for way in ways)
-    speed = replace(speed, before_s=max(0.0, first / 2), after_s=max(0.0, first / 2))
+            server.process.terminate()
+        for server in servers:
+            server.process.wait(60)
+    logs = [json.loads(server.log.read_text()) for server in servers]
+    inside = np.array([times for log in logs for times in log["times"]])
+    way_s = max(0.0, float(seen[:, 1].mean() - inside[:, 1].mean()))
+    speed = replace(apart or of_run(logs), before_s=way_s / 2, after_s=way_s / 2)
     found = simulate(trace, shape, speed, replicas=replicas, routing=routing, warm_up=0.0)
-    real_hits = 1 - sum(loads) / len(trace)
-    counted = np.array(seen[skipped:])
-    simulated = simulate(trace, shape, speed, replicas=replicas, routing=routing, warm_up=0.2)
-    real = {"first_s": quantiles(counted[:, 0]), "total_s": quantiles(counted[:, 1])}
-    line: dict[str, Any] = {"replicas": replicas, "routing": routing, "requests": len(trace), "hit_rate": [real_hits, found.hit_rate]}
-    for name, times in real.items():
-        line |= {f"{name.removesuffix('_s')}_p{q * 100:.0f}_ms": [1e3 * s, 1e3 * getattr(simulated, name)[q]] for q, s in times.items()}
-    ratios = {name: round(pair[1] / pair[0], 3) for name, pair in line.items() if isinstance(pair, list)}
-    beside = {
-        "load_average": load_average,
-        "client_cpu": round(client, 2),
-        "busy": [round(r.busy, 2) for r in simulated.replicas],
-        "speeds_ms_of_8_rows": [round(1e3 * s.of_rows(8), 2) for s in speeds],
-        "way_ms": [round(1e3 * first, 2), round(1e3 * more, 2)],
-    }
-    print(json.dumps({k: [round(x, 3) for x in v] if isinstance(v, list) else v for k, v in line.items()}))
-    print(json.dumps({"simulated/real": ratios} | beside), flush=True)
+    late = simulate(trace, shape, speed, replicas=replicas, routing=routing, warm_up=WARM_UP)
+    line: dict[str, Any] = {"hit_rate": [1 - loads / len(trace), found.hit_rate]}
+    for name, column in (("first", 0), ("total", 1)):
+        for q, s in quantiles(seen[skipped:, column]).items():
+            line[f"{name}_p{q * 100:.0f}_ms"] = [1e3 * s, 1e3 * getattr(late, f"{name}_s")[q]]
+    steps = [sum(len(log["steps"]) for log in logs), sum(r.steps for r in found.replicas)]
+    engine = simulate(trace, replace(shape), replace(speed, before_s=0.0, after_s=0.0), replicas=replicas, routing=routing, warm_up=0.0)
+    for name, column, times in (("first", 0, engine.first_s), ("total", 1, engine.total_s)):
+        line[f"{name}_in_engine_p50_ms"] = [1e3 * quantiles(inside[:, column])[0.5], 1e3 * times[0.5]]
+    beside = {"steps": steps, "load_average": round(load_average, 1), "busy": [round(r.busy, 2) for r in late.replicas]}
+    beside |= {"way_ms": round(1e3 * way_s, 2), "speed": {k: v for k, v in asdict(speed).items() if k != "source"}}
+    print(json.dumps({"replicas": replicas, "routing": routing, "requests": len(trace), "speeds": "apart" if apart else "of the run"}))
+    print(json.dumps({"real, simulated": {k: [round(x, 3) for x in pair] for k, pair in line.items()}}))
+    print(json.dumps({"simulated/real": {k: round(pair[1] / pair[0], 3) for k, pair in line.items()}} | beside), flush=True)
 
 
 def large(speed: Speed, shape: Shape, traffic: Traffic, replicas: int) -> None:
@@ -224,9 +292,13 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2.0, help="requests a second for each server")
     parser.add_argument("--requests", type=int, default=240, help="for each server")
     parser.add_argument("--answer", type=float, default=24)
+    parser.add_argument("--apart", action="store_true", help="speeds as `trimtab simulate` measures them")
+    if sys.argv[1:2] == ["--serve"]:
+        serve_logged(Path(sys.argv[2]), sys.argv[3:])
+        return
     args = parser.parse_args()
-    shape = Shape(resident=args.resident, kv_tokens=16384, max_running=args.running)
     if args.measure:
+        shape = Shape(max_running=args.running)
         from trimtab.fleet.measured import measure
         from trimtab.model import load_base
 
@@ -242,9 +314,7 @@ def main() -> None:
         base, paths, size = make(folder, args.adapters)
         for replicas in args.replicas:
             for routing in args.routing if replicas > 1 else args.routing[:1]:
-                requests, rate = args.requests * replicas, args.rate * replicas
-                traffic = Traffic(args.adapters, zipf=0.8, rate=rate, requests=requests, prompt_tokens=48, answer_tokens=args.answer)
-                compare(folder, traffic, shape, replicas, routing, base, paths, size)
+                compare(folder, args, replicas, routing, base, paths, size)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ class Step:
 class Speed:
     """rows, seconds: of a step of so many rows, on straight lines between, and beyond the last. sequence_s, adapter_s, context_s: more for
     each sequence, distinct adapter, and token in the cache. load_s: of reading and packing an adapter while nothing runs; busy_load_s:
-    while steps run, None: the same. slowed: by how much longer a step takes while one is read. before_s, after_s: between client and engine,
-    of a request and of its last token. source: where these figures come from."""
+    while steps run, None: the same. slowed: by how much longer a step takes while one is read. before_s, after_s: between client and
+    engine, of a request and of its last token. source: where these figures come from."""
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
