@@ -42,7 +42,7 @@ from trimtab.fleet.speed import Speed, Step, fit
 from trimtab.fleet.traffic import Trace, Traffic
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
-RANK, WARM_UP = 16, 0.2
+RANK, WARM_UP, LITTLE = 16, 0.2, 240
 
 
 def make(folder: Path, adapters: int) -> tuple[Path, list[Path], int]:
@@ -142,14 +142,24 @@ def of_run(logs: list[dict[str, Any]]) -> Speed:
     """The speed of servers by their own steps. Steps that are alike count together, as their mean: fitted one by one, long ones beside
     other programs would be taken for errors."""
     alike: dict[tuple[int, int, int], list[list[float]]] = {}
-    slow: list[list[float]] = []
+    slow, free = list[list[float]](), list[list[float]]()
     for log in logs:
         for *numbers, loading, seconds in log["steps"]:
-            (slow if loading else alike.setdefault((int(4 * np.log2(numbers[0])), numbers[1], numbers[2]), [])).append([*numbers, seconds])
+            (slow if loading else free).append([*numbers, seconds])
+            if not loading:
+                alike.setdefault((int(4 * np.log2(numbers[0])), numbers[1], numbers[2]), []).append([*numbers, seconds])
     means = [(np.mean(found, axis=0), len(found)) for found in alike.values()]
     steps = [(Step(*(max(1, round(x)) for x in m[:3]), round(m[3])), float(m[4])) for m, count in means for _ in range(min(count, 50))]
     speed = fit(steps, "the servers' own steps")
-    slowed = sum(m[4] for m in slow) / max(1e-9, sum(speed(Step(*(int(x) for x in m[:4]))) for m in slow)) - 1 if slow else 0.0
+
+    def longer(found: list[list[float]]) -> float:
+        """What these steps took in all, as a part of what they are taken to take."""
+        return sum(m[4] for m in found) / sum(speed(Step(*(int(x) for x in m[:4]))) for m in found) if found else 1.0
+
+    factor = longer(free)
+    more = {name: getattr(speed, name) * factor for name in ("sequence_s", "adapter_s", "context_s")}
+    speed = replace(speed, seconds=tuple(s * factor for s in speed.seconds), **more)
+    slowed = longer(slow) - 1
     load_s = statistics.fmean(seconds for log in logs for seconds in log["loads"])
     return replace(speed, slowed=max(0.0, slowed), load_s=load_s)
 
@@ -272,7 +282,7 @@ def compare(folder: Path, args: argparse.Namespace, replicas: int, routing: str,
 
 def large(speed: Speed, shape: Shape, traffic: Traffic, replicas: int) -> None:
     trace = traffic.trace()
-    for routing in ROUTERS:
+    for routing in ("hash", "affinity", "round-robin", "least-loaded"):
         found: Simulated = simulate(trace, shape, speed, replicas=replicas, routing=routing, warm_up=0.2)
         line = asdict(found) | {"replicas": None}
         busy, waiting = ([round(getattr(r, name), 3) for r in found.replicas] for name in ("busy", "waiting"))
@@ -290,7 +300,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=60)
     parser.add_argument("--resident", type=int, default=12)
     parser.add_argument("--rate", type=float, default=2.0, help="requests a second for each server")
-    parser.add_argument("--requests", type=int, default=240, help="for each server")
+    parser.add_argument("--requests", type=int, default=LITTLE, help="for each server")
     parser.add_argument("--answer", type=float, default=24)
     parser.add_argument("--apart", action="store_true", help="speeds as `trimtab simulate` measures them")
     if sys.argv[1:2] == ["--serve"]:
@@ -306,7 +316,8 @@ def main() -> None:
         return
     if args.large:
         speed = Speed.given(0.020, 30e-6, 100e-6, 0.030)
-        traffic = Traffic(100_000, tenants=1000, zipf=1.0, rate=100, requests=100_000, prompt_tokens=200, answer_tokens=64)
+        requests = args.requests if args.requests != LITTLE else 100_000
+        traffic = Traffic(100_000, tenants=1000, zipf=1.0, rate=100, requests=requests, prompt_tokens=200, answer_tokens=64)
         large(speed, Shape(resident=512, kv_tokens=100_000), traffic, 16)
         return
     with tempfile.TemporaryDirectory() as name:
