@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,12 @@ pytestmark = pytest.mark.slow
 
 SEARCH = {"variant": TEMPLATE, "search": {"lr": [1.0e-2, 3.0e-3, 1.0e-3, 3.0e-4], "r": [2, 4]}}
 """Eight trials, whose losses are well apart."""
-WAIT_S = 120
+WAIT_S = 300
 
 
-def sweep_file(folder: Path, base: Path, steps: int = 12) -> Path:
+def sweep_file(folder: Path, base: Path, steps: int = 40) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    found = content(folder, SEARCH, defaults={"max_steps": steps, "batch_size": 3, "max_length": 128, "eval_every": 6})
+    found = content(folder, SEARCH, defaults={"max_steps": steps, "batch_size": 3, "max_length": 128, "eval_every": 20})
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(found | {"base": str(base), "dtype": "float32", "checkpoint_every": 4}))
     return path
@@ -103,19 +105,36 @@ def test_a_sweep_is_what_one_process_trains(
 def test_a_lost_node_costs_a_resume(
     tmp_path: Path, tiny_llama_folder: Path, alone: Path, cluster: Any, trimtab: list[str], environment: dict[str, str]
 ) -> None:
-    """The node is killed once its group has a checkpoint, and the other node takes the group too."""
+    """The node is killed once its group has a checkpoint, and the other node takes the group too. The group's process is stopped first, so
+    that it does not finish in the meantime."""
     path = sweep_file(tmp_path, tiny_llama_folder)
-    process = start(path, cluster, trimtab, environment)
+    lost = next(n for n in cluster.list_all_nodes() if not n.head)
+    raylet = lost.all_processes["raylet"][0].process.pid
+    process, said = start(path, cluster, trimtab, environment), list[str]()
+    assert process.stderr is not None
+    reader = threading.Thread(target=said.extend, args=(process.stderr,))
+    reader.start()
     try:
-        eventually(lambda: all(list(path.parent.glob(f"out/group-{n}/checkpoints/step-*")) for n in (1, 2)))
-        lost = next(n for n in cluster.list_all_nodes() if not n.head)
+
+        def group() -> str | None:
+            placed = (text.split() for text in said if f"({lost.node_id[:6]})" in text and "is placed on" in text)
+            return next((words[0] for words in placed), None)
+
+        eventually(lambda: (name := group()) and list(path.parent.glob(f"out/{name}/checkpoints/step-*")))
+        (worker,) = [p for p in map(psutil.Process, workers()) if p.ppid() == raylet]
+        worker.suspend()
         cluster.remove_node(lost, allow_graceful=False)
-        _, said = process.communicate(timeout=WAIT_S)
+        eventually(lambda: any("is lost" in text for text in said))
+        with suppress(psutil.NoSuchProcess):  # it has gone with its node
+            worker.kill()
+        assert process.wait(WAIT_S) == 0, said
     finally:
         process.kill()
+        reader.join()
+        process.stderr.close()
         cluster.add_node(**NODE)
-    assert process.returncode == 0, said
-    assert "is lost; it goes on from its newest checkpoint elsewhere" in said
+    text = "".join(said)
+    assert f"{group()}: the node" in text and "is lost; it goes on from its newest checkpoint elsewhere" in text
     refuse_difference(path, alone)
 
 
