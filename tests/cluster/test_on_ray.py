@@ -21,6 +21,10 @@ from safetensors.torch import load_file
 from tests.cluster.conftest import NODE
 from tests.train.common import run_file
 from tests.train.test_sweep import TEMPLATE, content
+from trimtab.model import load_base
+from trimtab.train.groups import plan_groups
+from trimtab.train.prepare import read_splits
+from trimtab.train.trials import Sweep
 
 pytestmark = pytest.mark.slow
 
@@ -29,9 +33,9 @@ SEARCH = {"variant": TEMPLATE, "search": {"lr": [1.0e-2, 3.0e-3, 1.0e-3, 3.0e-4]
 WAIT_S = 300
 
 
-def sweep_file(folder: Path, base: Path, steps: int = 40) -> Path:
+def sweep_file(folder: Path, base: Path, steps: int = 40, **options: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    found = content(folder, SEARCH, defaults={"max_steps": steps, "batch_size": 3, "max_length": 128, "eval_every": 20})
+    found = content(folder, SEARCH | options, defaults={"max_steps": steps, "batch_size": 3, "max_length": 128, "eval_every": 20})
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(found | {"base": str(base), "dtype": "float32", "checkpoint_every": 4}))
     return path
@@ -52,14 +56,17 @@ def adapters(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {f.parent.name: load_file(f) for f in sorted((path.parent / "out").glob("group-*/adapters/*/adapter_model.safetensors"))}
 
 
-def refuse_difference(path: Path, alone: Path) -> None:
-    """The same leaderboard, and adapters within 1e-6: a row's sums may be added in another order beside other rows."""
+def refuse_difference(path: Path, alone: Path, exactly: bool = True) -> None:
+    """The same leaderboard and the same adapters, to the bit where the same trials are grouped. Otherwise a row's sums are added in another
+    order, beside other rows."""
     assert board(path) == board(alone)
-    assert valid(path) == pytest.approx(valid(alone), rel=1e-6)
+    assert valid(path) == pytest.approx(valid(alone), rel=0 if exactly else 1e-5)
     ours, theirs = adapters(path), adapters(alone)
     assert ours.keys() == theirs.keys() and len(ours) == 8
     for name, tensors in ours.items():
-        assert all((t - theirs[name][key]).abs().max() <= 1e-6 * theirs[name][key].abs().max() for key, t in tensors.items()), name
+        for key, t in tensors.items():
+            off = (t - theirs[name][key]).abs().max() / theirs[name][key].abs().max()
+            assert off <= (0 if exactly else 1e-5), (name, key, off)
 
 
 def workers() -> list[int]:
@@ -75,10 +82,23 @@ def eventually(what: Callable[[], Any], wait_s: float = WAIT_S) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, trimtab: list[str], environment: dict[str, str]) -> Path:
-    """The sweep, trained by one process: its file."""
-    path = sweep_file(tmp_path_factory.mktemp("alone"), tiny_llama_folder)
+def memory_gb(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> float:
+    """Memory for four of the trials, so that one process makes the groups that two nodes take."""
+    what = Sweep.load(sweep_file(tmp_path_factory.mktemp("planned"), tiny_llama_folder))
+    base = load_base(str(tiny_llama_folder), dtype="float32", device="cpu")
+    longest = int(read_splits(what.run, "a", what.run.data["a"], base).train.examples.tokens.max())
+    first, second = plan_groups(what.run, base, longest, None, 2)
+    return max(first.estimated_bytes, second.estimated_bytes) / 1e9 * 1.001
+
+
+@pytest.fixture(scope="module")
+def alone(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, memory_gb: float, trimtab: list[str], environment: dict[str, str]
+) -> Path:
+    """The sweep, trained by one process in two groups: its file."""
+    path = sweep_file(tmp_path_factory.mktemp("alone"), tiny_llama_folder, memory_gb=memory_gb)
     subprocess.run([*trimtab, "sweep", str(path), "--json"], env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert len(list(path.parent.glob("out/group-*"))) == 2
     return path
 
 
@@ -103,11 +123,11 @@ def test_a_sweep_is_what_one_process_trains(
 
 
 def test_a_lost_node_costs_a_resume(
-    tmp_path: Path, tiny_llama_folder: Path, alone: Path, cluster: Any, trimtab: list[str], environment: dict[str, str]
+    tmp_path: Path, tiny_llama_folder: Path, memory_gb: float, alone: Path, cluster: Any, trimtab: list[str], environment: dict[str, str]
 ) -> None:
     """The node is killed once its group has a checkpoint, and the other node takes the group too. The group's process is stopped first, so
     that it does not finish in the meantime."""
-    path = sweep_file(tmp_path, tiny_llama_folder)
+    path = sweep_file(tmp_path, tiny_llama_folder, memory_gb=memory_gb)
     lost = next(n for n in cluster.list_all_nodes() if not n.head)
     raylet = lost.all_processes["raylet"][0].process.pid
     process, said = start(path, cluster, trimtab, environment), list[str]()
