@@ -226,7 +226,7 @@ def _print_training(t: RanksPlan) -> None:
     say(
         f"\ntraining, on each of {t.ranks} ranks: forwards of at most {t.forward_tokens:,} tokens, rows of at most {t.longest:,}", bold=True
     )
-    kinds = ("whole", "sharded") if t.ranks > 1 else ("whole",)
+    kinds = ("whole", "sharded") if t.ranks > 1 and t.shardable else ("whole",)
     fits: Mapping[str, Fit] = {"whole": t.whole, "sharded": t.sharded}
     rows: list[tuple[str, ...]] = [
         ("base", *(_gb(fits[k].base) for k in kinds)),

@@ -17,8 +17,9 @@ from trimtab.bases.spec import Spec
 from trimtab.cost.devices import Device
 from trimtab.cost.estimate import flops_per_token
 from trimtab.cost.plan import CostPlan, plan
+from trimtab.cost.room import part_bytes
 from trimtab.errors import ConfigError
-from trimtab.methods import Head, Method
+from trimtab.methods import FullConfig, Head, Method
 
 USABLE = 0.9
 """Part of a device's memory that is planned with: its driver, the runtime and an allocator's slack take the rest."""
@@ -74,7 +75,8 @@ class RanksPlan:
     rank's largest forward; longest: tokens of the longest row. all_reduce_bytes: of one step, as each rank gives it. gathered_bytes: of a
     sharded base, as each rank receives them for one of its `forwards` and the backward.
 
-    tokens_per_s, hours, cost: (least, most) for the whole base and for the sharded one; None where it does not fit. hours are None where
+    tokens_per_s, hours, cost: (least, most) for the whole base and for the sharded one (`shard: true`); None where it does not fit, and
+    where a variant is fully fine-tuned, since such a base is not shared out (`shardable`). hours are None where
     nothing says how many tokens there are, cost where no price is given.
     """
 
@@ -84,6 +86,7 @@ class RanksPlan:
     longest: int
     whole: Fit
     sharded: Fit
+    shardable: bool
     tokens: int
     steps: int
     flops: float
@@ -129,7 +132,8 @@ def plan_ranks(
         all-reduce  2 · K · (N − 1) / N bytes a step through each rank's link, both ways at once
         all-gather  where the base is sharded, 2 · B · (N − 1) / N a forward: once for it, once for its backward
 
-    and none of these beside another. ConfigError where `ranks` is below 1, or the dtype has no peak on the device.
+    The all-reduce comes after computing; the all-gathers run beside it at best, and at worst after it.
+    ConfigError where `ranks` is below 1, or the dtype has no peak on the device.
     """
     _check(device, ranks, dtype, price_per_hour, shares)
     joint = sum(t.tokens_per_step for t in trainees)
@@ -143,10 +147,13 @@ def plan_ranks(
     part, link = (ranks - 1) / ranks, device.link_bytes * LINK_SHARE
     gathered = int(2 * base.spec.weight_bytes(dtype) * part)
     low, high = shares or device.shares
-    talk = {"whole": 2 * reduced * part / link}
-    talk["sharded"] = talk["whole"] + gathered * forwards / link
-    fits = {"whole": whole.fits, "sharded": sharded.fits}
-    spans = {k: tuple(flops / (ranks * device.flops * s) + talk[k] for s in (high, low)) if fits[k] else None for k in talk}
+    talk, shardable = 2 * reduced * part / link, not any(isinstance(t.method, FullConfig) for t in trainees)
+    computing = [flops / (ranks * device.flops * s) for s in (high, low)]
+    gathering = gathered * forwards / link
+    spans: dict[str, tuple[float, float] | None] = {
+        "whole": (computing[0] + talk, computing[1] + talk) if whole.fits else None,
+        "sharded": (max(computing[0], gathering) + talk, computing[1] + gathering + talk) if sharded.fits and shardable else None,
+    }
 
     def of(number: Callable[[float], float]) -> dict[str, tuple[float, float] | None]:
         return {k: None if s is None else (min(map(number, s)), max(map(number, s))) for k, s in spans.items()}
@@ -159,6 +166,7 @@ def plan_ranks(
         longest=longest,
         whole=whole,
         sharded=sharded,
+        shardable=shardable,
         tokens=tokens,
         steps=steps,
         flops=flops,
@@ -214,10 +222,9 @@ class _Plans:
     def fit(self, tokens: int, parts: int) -> Fit:
         """With the base in so many parts, of which a rank has one."""
         plans = self._of(tokens)
-        copies = sum(p.full is None for p in plans)  # a fully fine-tuned variant has a model of its own
-        spec = self.base.spec
-        base = math.ceil(plans[0].base_bytes / parts) + sum(p.base_bytes for p in plans if p.full is None)
-        gathered = 2 * _largest_layer(spec, self.dtype) if parts > 1 and copies < len(plans) else 0
+        whole = plans[0].base_bytes
+        base = whole // parts + sum(p.base_bytes for p in plans if p.full is None)  # a fully fine-tuned variant has a model of its own
+        gathered = part_bytes(self.base.spec, self.dtype, whole, parts) - whole // parts if parts > 1 else 0
         adapters = sum(p.weight_bytes + p.gradient_bytes for p in plans)
         optimizer = sum(p.optimizer_bytes for p in plans)
         held, usable = base + gathered + adapters + optimizer, int(USABLE * self.device.memory_bytes)
@@ -256,19 +263,6 @@ class _Plans:
             middle = (low + high) // 2
             low, high = (middle, high) if taken(middle) <= free else (low, middle)
         return low
-
-
-def _largest_layer(spec: Spec, dtype: torch.dtype) -> int:
-    """Bytes of the largest part that is gathered by itself: a layer, or a module outside of the layers."""
-    sizes: dict[int | str, float] = {}
-    for m in spec.modules.values():
-        if m.layer is None and spec.tied_head and m.name == spec.head:
-            continue
-        for shape in m.parameters.values():
-            bits = m.bits if m.bits is not None and len(shape) > 1 else 8 * dtype.itemsize
-            part = m.name if m.layer is None else m.layer
-            sizes[part] = sizes.get(part, 0.0) + math.prod(shape) * bits / 8
-    return int(max(sizes.values()))
 
 
 def _phases(trainees: Sequence[Trainee]) -> list[tuple[int, int]]:
@@ -312,6 +306,7 @@ def _assumes(base: Architecture, device: Device, ranks: int, shares: tuple[float
     if ranks > 1:
         found += [
             f"links ({device.link}) give {LINK_SHARE:.0%} of {device.link_bytes / 1e9:,.3g} GB/s in each direction, to all ranks at once",
-            "rows are shared out evenly; the all-reduce, and a sharded base's all-gathers, wait for computing and do not overlap with it",
+            "rows are shared out evenly; the all-reduce waits for computing",
+            "a sharded base's all-gathers run beside computing at best, and at worst after it",
         ]
     return (*found, "validation, scores, reading rows and checkpoints are not counted")
