@@ -299,6 +299,12 @@ class Base:
         visited(module)
         return {n: p.detach().float().cpu().clone() for n, p in module.named_parameters(recurse=False)}
 
+    def parameter(self, name: str) -> Tensor:
+        """A parameter of the model as it stands; never to be written to."""
+        visited(self.model.get_submodule(name.rpartition(".")[0]))
+        found: Tensor = self.model.get_parameter(name)
+        return found
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text. TrimtabError if the tokenizer has tokens that the embedding lacks, and the text needs one."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.places.forked import in_ranks
 from tests.places.test_lost import check_resumed, dying, read
-from tests.places.test_ranks import CASES, compare, quick
+from tests.places.test_ranks import CASES, SGD, compare, quick, steady, validated
 from tests.store.common import SEQUENCES, stirred
 from tests.store.common import tiny_base as of_family
 from tests.tiny import FAMILIES, tiny_folder, tiny_tokenizer
@@ -54,8 +55,28 @@ def follow(config: Config, ranks: int, folder: Path) -> None:
     assert in_ranks(ranks, lambda place: compare(one, many, place), folder / "log") == [0] * ranks, read(folder / "log")
 
 
+LORA = METHODS["lora"] | {"lora_dropout": 0.0}
+BESIDE: dict[str, dict[str, Any]] = {
+    "saved": LORA | {"data": "a", "modules_to_save": ["lm_head", "input_layernorm"]},
+    "saved_embedding": LORA | {"data": "b", "modules_to_save": ["embed_tokens"]},
+    "ends": LORA | {"data": "b", "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "dora": LORA | {"data": "a", "target_modules": ["lm_head", "down_proj"], "use_dora": True},
+    "olora": LORA | {"data": "a", "init_lora_weights": "olora"},
+}
+"""What reads the base's matrices beside its forward, or stands in for them."""
+
+
+def beside(folder: Path) -> RunConfig:
+    return validated(folder, BESIDE, eval_every=2)
+
+
 def test_two_ranks_follow_one(tmp_path: Path) -> None:
     follow(quick, 2, tmp_path)
+
+
+@pytest.mark.slow
+def test_what_reads_the_base_beside_its_forward(tmp_path: Path) -> None:
+    follow(steady(beside, **SGD), 2, tmp_path)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from trimtab.bases.weights import four_bit, fp8, gguf_blocks, int4, int8, mxfp4
 from trimtab.bases.weights.experts import parameters_of_experts, put_experts
 from trimtab.bases.weights.packed import KINDS, PackedLinear
 from trimtab.errors import BaseError, first_of
-from trimtab.memory import release_mapped
+from trimtab.memory import release_files, release_mapped
 from trimtab.places.shards import Shards
 
 Read = Callable[[Mapping[str, Tensor], tuple[int, int], Tensor | None, torch.dtype, Mapping[str, Any]], PackedLinear]
@@ -292,8 +292,8 @@ class ByLayer:
     """Of a load that ranks share out: what has been read is, as soon as something of another part of the model is read. So a rank has its
     own parts and one that is whole."""
 
-    def __init__(self, shards: Shards, device: torch.device):
-        self._shards, self._device = shards, device
+    def __init__(self, folder: Path, shards: Shards, device: torch.device):
+        self._files, self._shards, self._device = weight_files(folder), shards, device
         self._parts: dict[str, nn.Module] = {}
         self._whole: nn.Module | None = None
 
@@ -319,6 +319,7 @@ class ByLayer:
             return
         if self._whole is not None:
             self._shards.add(self._whole, matrices_in(self._whole), self._device)
+            release_files(self._files)  # what was read of them stays mapped
         self._whole = part
 
     def fill(self, model: Any) -> None:

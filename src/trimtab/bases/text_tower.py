@@ -73,7 +73,7 @@ def load_causal(
             fix="leave `quantize` out, or use the dense base",
         )
     packed = settings is not None or quantize is not None
-    by_layer = None if shards is None else ByLayer(shards, device or torch.device("cpu"))
+    by_layer = None if shards is None else ByLayer(folder, shards, device or torch.device("cpu"))
     if by_layer is not None and not packed:
         options |= packing_options(by_layer)
     if packed:

@@ -111,7 +111,11 @@ def _head_problems(folder: AdapterFolder, base: Base) -> list[str]:
         return []
     own = dict(base.model.named_parameters(remove_duplicate=False))
     head = _read(folder, HEAD, base.spec)
-    odd = [n for n, t in head.items() if n not in own or own[n].shape != t.shape or not torch.equal(t.to(own[n].dtype), own[n].cpu())]
+    odd = [
+        n
+        for n, t in head.items()
+        if n not in own or own[n].shape != t.shape or not torch.equal(t.to(own[n].dtype), base.parameter(n).cpu())
+    ]
     return [f"{HEAD}: {n} is not the base's own head, and a trained head is not carried over" for n in odd]
 
 

@@ -74,7 +74,7 @@ def value_problems(
         bad = 0 if finite else tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:
             problems.append(f"{name} has {bad:,} values of {tensor.numel():,} that are not finite")
-        if name in copies and not _equal(tensor, base.model.get_parameter(copies[name])):
+        if name in copies and not _equal(tensor, base.parameter(copies[name])):
             problems.append(
                 f"{name} is not the base's own {copies[name]}: it was changed or resized in training; name it in modules_to_save to keep it"
             )

@@ -61,6 +61,9 @@ def refuse_too_much(
         refuse_without_room(at_most(run, shape, parts), exact, warning, loaded=loaded, sharers=place.here)
 
 
+NOT_SHARED = "shard: one process holds the whole base; with `trimtab train --ranks N` each of N processes holds a part of it"
+
+
 def refuse_sharded(run: RunConfig, place: Place) -> None:
     """ConfigError where ranks share out the base and a variant trains all of it."""
     said = "method full trains a copy of the whole base, which every rank would hold"
@@ -73,12 +76,12 @@ def base_of(run: RunConfig, base: Base | None, place: Place, dtype: str | None, 
     """The run's base: the one that is loaded already, or loaded now. Where the run asks for it, the ranks share it out."""
     shards = place.shards() if run.shard else None
     if run.shard and shards is None:
-        listener.warning("shard: one process holds the whole base; with `--ranks N` each of N processes holds a part of it")
+        listener.warning(NOT_SHARED)
     base = base or load_base(run.base, dtype=dtype, device=place.device(run.device), quantize=run.quantize, shards=shards)
     if shards is not None:
         base.shard(shards)
         own, whole = shards.own_bytes / 1e9, shards.whole_bytes / 1e9
-        listener.status(f"{place.ranks} ranks share the base out: each holds {own:.3g} of {whole:.3g} GB")
+        listener.status(f"each of {place.ranks} ranks holds {own:.3g} of {whole:.3g} GB of the base's matrices")
     return base
 
 

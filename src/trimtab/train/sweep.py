@@ -26,7 +26,7 @@ from trimtab.methods import FullConfig
 from trimtab.model import Base, load_base
 from trimtab.store import Adapter
 from trimtab.tables import Table
-from trimtab.train.before import note_mistakes
+from trimtab.train.before import NOT_SHARED, note_mistakes
 from trimtab.train.config import RunConfig
 from trimtab.train.evaluate import Contestant, Judge, write_predictions
 from trimtab.train.finish import held_out
@@ -90,6 +90,8 @@ def sweep(
     mistakes.refuse("this sweep cannot start")
     spread.refuse(what, shape, listener, loaded=base is not None)
     listener.status(f"loading {run.base}")
+    if run.shard:
+        listener.warning(NOT_SHARED)
     base = base or load_base(run.base, dtype=run.dtype, device=run.device, quantize=run.quantize)
     data = {run.variants[0].data: read_splits(run, run.variants[0].data, run.data[run.variants[0].data], base)}
     refuse_long(run, base, data)
