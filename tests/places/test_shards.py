@@ -141,8 +141,9 @@ def of_six_layers() -> Base:
 def test_a_rank_has_its_part_and_two_layers_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through forwards and backwards; and ranks may compute different things, as often as each likes."""
 
+    whole, parts = of_six_layers(), of_six_layers()
+
     def work(place: Place) -> None:
-        whole, parts = of_six_layers(), of_six_layers()
         matrices = sum(p.nbytes for p in whole.model.parameters() if p.dim() > 1)
         seen = counted(monkeypatch)
         shards = place.shards()

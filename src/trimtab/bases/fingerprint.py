@@ -91,7 +91,7 @@ def fingerprint_model(model: Any) -> str:
 
     def content(part: Callable[[], dict[str, torch.Tensor]]) -> dict[str, str]:
         own = {name: t for name, t in part().items() if not (twice and name == OUTPUT_HEAD)}
-        return {name: _content_of_tensor(t.clone() if shared_out else t) for name, t in own.items()}  # numpy would keep a unit's memory
+        return {name: _content_of_tensor(t, shared_out) for name, t in own.items()}
 
     parts = stored_parts(model)
     found = [content(part) for part in parts] if shared_out else _each(parts, content)  # a unit is there at a time
@@ -156,13 +156,14 @@ def _content_of_stored(tensor: StoredTensor, stopped: Event | None = None) -> st
     return str(digest.hexdigest())
 
 
-def _content_of_tensor(tensor: torch.Tensor) -> str:
+def _content_of_tensor(tensor: torch.Tensor, passing: bool = False) -> str:
+    """passing: its memory is to shrink afterwards, which that of what numpy has seen cannot."""
     if tensor.dtype not in DTYPE_NAMES:
         raise ValueError(f"a tensor of dtype {tensor.dtype} cannot be fingerprinted")
     digest = _start(DTYPE_NAMES[tensor.dtype], tensor.shape)
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    for start in range(0, len(raw), CHUNK_BYTES):
-        digest.update(raw[start : start + CHUNK_BYTES])
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    for chunk in raw.split(CHUNK_BYTES):
+        digest.update((chunk.clone() if passing else chunk).numpy())
     return str(digest.hexdigest())
 
 

@@ -23,14 +23,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trimtab.bases.folder import read_header, weight_files
 from trimtab.bases.recipes import BITS
-from trimtab.bases.sharding import matrices_in, parts_of
+from trimtab.bases.sharding import matrices_in, parts_of, shard
 from trimtab.bases.spec import Kind
 from trimtab.bases.structure import read_spec
 from trimtab.bases.weights import four_bit, fp8, gguf_blocks, int4, int8, mxfp4
 from trimtab.bases.weights.experts import parameters_of_experts, put_experts
 from trimtab.bases.weights.packed import KINDS, PackedLinear
 from trimtab.errors import BaseError, first_of
-from trimtab.memory import release_files, release_mapped
+from trimtab.memory import release_files, release_freed, release_mapped
 from trimtab.places.shards import Shards
 
 Read = Callable[[Mapping[str, Tensor], tuple[int, int], Tensor | None, torch.dtype, Mapping[str, Any]], PackedLinear]
@@ -319,11 +319,20 @@ class ByLayer:
             return
         if self._whole is not None:
             self._shards.add(self._whole, matrices_in(self._whole), self._device)
-            release_files(self._files)  # what was read of them stays mapped
+            self._release()
         self._whole = part
 
     def fill(self, model: Any) -> None:
         """Nothing is left to be read."""
+
+    def finish(self, model: Any) -> None:
+        """Share out what was read last, and what is tied to it."""
+        shard(model, read_spec(model), self._shards, self._device)
+        self._release()
+
+    def _release(self) -> None:
+        release_files(self._files)  # what was read of them stays mapped
+        release_freed()  # what is kept lies between what quantising has freed
 
     def _part(self, name: str) -> nn.Module | None:
         return next((part for at, part in self._parts.items() if name == at or name.startswith(f"{at}.")), None)

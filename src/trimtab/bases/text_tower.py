@@ -12,9 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trimtab.bases.folder import read_header, weight_files
-from trimtab.bases.sharding import shard
 from trimtab.bases.stored import ByLayer, Packing, forget_quantization, packing_options, settings_of, without_settings
-from trimtab.bases.structure import read_spec
 from trimtab.errors import BaseError, ConfigError
 from trimtab.places.shards import Shards
 
@@ -87,8 +85,8 @@ def load_causal(
     model: Any = made[0] if isinstance(made, tuple) else made
     if packed or by_layer is not None:
         forget_quantization(model)
-    if shards is not None:
-        shard(model, read_spec(model), shards, device)
+    if by_layer is not None:
+        by_layer.finish(model)
     elif packed and there:
         model.to(device)
     if text is not config and hasattr(model, "_weight_conversions"):

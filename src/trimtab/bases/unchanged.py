@@ -17,8 +17,8 @@ from trimtab.bases.fingerprint import fingerprint_model
 from trimtab.bases.weights import stored_parts
 from trimtab.places.shards import shards_of
 
-WORDS = 1 << 24
-"""Words that are multiplied at once."""
+WORDS, CPU_WORDS = 1 << 24, 1 << 20
+"""Words that are multiplied at once: on a device, on a CPU."""
 
 
 class Watch:
@@ -49,7 +49,7 @@ def random_sum(tensor: Tensor, seed: int) -> Tensor:
     words = raw.view(torch.int32) if len(raw) % 4 == 0 and raw.storage_offset() % 4 == 0 else raw
     generator = torch.Generator(tensor.device).manual_seed(seed % 2**63)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for part in words.split(WORDS):
+    for part in words.split(CPU_WORDS if tensor.device.type == "cpu" else WORDS):
         numbers = torch.randint(-(2**63), 2**63 - 1, part.shape, generator=generator, dtype=torch.int64, device=tensor.device)
         total += numbers.mul_(part).sum()
     return total

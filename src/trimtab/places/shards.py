@@ -151,7 +151,10 @@ class Shards:
         self._dismiss()
         self._expect(MEET)
         if self._ahead is not None:
-            self._ahead[1].result()
+            (early, done), self._ahead = self._ahead, None
+            done.result()
+            self._join(early)
+            early.free()
         while not self._exchange(MEET):
             pass
 
