@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trimtab.bases.fingerprint import fingerprint_model
 from trimtab.bases.weights import stored_parts
+from trimtab.memory import release_freed
 from trimtab.places.shards import shards_of
 
 WORDS, CPU_WORDS = 1 << 24, 1 << 20
@@ -28,6 +29,8 @@ class Watch:
         self.before = fingerprint_model(model)
         self._seed = secrets.randbits(63)
         self._sums = None if model.device.type == "cpu" and shards_of(model) is None else self._sum(model)
+        if shards_of(model) is not None:
+            release_freed()  # what has passed leaves pieces that would be larger than what this rank keeps
 
     def now(self, model: Any) -> str:
         """Their fingerprint now. Where there are sums, it is computed only if they have changed."""
