@@ -1,5 +1,5 @@
-"""Requests as Open WebUI and LibreChat send them (read in their sources), without these applications: each is answered as the plain request
-with the same meaning."""
+"""Requests as Open WebUI (read in its source) and LibreChat (as langchain, which it asks with, writes them) send them, without these
+applications: each is answered as the plain request with the same meaning."""
 
 from __future__ import annotations
 
