@@ -50,7 +50,7 @@ def place(tmp_path: Path) -> Path:
         (["generate", "--file", "prompts.jsonl", "--out", "gone/x"], ["adapter '", "gone'", "--out", "cannot be written"]),
         (["generate", "--file", "prompts.jsonl", "--out", "full"], ["--out", "cannot be written"]),
         (["chat", "--adapter", "gone"], ["gone'"]),
-        (["eval", "gone.jsonl", "--adapter", "gone", "--out", "full"], ["gone.jsonl does not exist", "gone'", "full is not empty"]),
+        (["eval", "gone.jsonl", "--adapter", "gone", "--out", "full"], ["gone.jsonl does not exist", "gone'", "'full' is not empty"]),
         (["eval", "wrong.jsonl", "--out", "file"], ["no training form found in its columns: question", "is a file"]),
         (["eval", "wrong.jsonl", "--labels", "a"], ["--labels"]),
         (["merge", "gone", "full"], ["gone'", "already holds mine"]),

@@ -330,7 +330,7 @@ def test_an_interrupted_pull_goes_on_where_it_stopped(source, here, memory, monk
             pull(here, "memory://shared", "acme/support")
     assert_nothing_arrived(here)
     there = sum(p.stat().st_size for p in (here.root / "tmp").iterdir())
-    assert there >= 4096 and read() >= 8192  # a range that was read may not have been written yet
+    assert there >= 4096 and read() > 12_000 - 4096  # a range that was read may not have been written yet; the last one is shorter
     got = pull(here, "memory://shared", "acme/support")
     assert got.version.digest == first.digest and got.moved == first.size - there and got.skipped == there + EMPTY_DESCRIPTOR.size
     assert weights.size - got.moved > 0 and list((here.root / "tmp").iterdir()) == []
