@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -61,6 +62,21 @@ def test_this_machine_is_measured() -> None:
     assert cpu.memory_bytes * 2 == psutil.virtual_memory().total
     assert 1e9 < cpu.flops < 1e14 and 1e8 < cpu.read_bytes < 1e12 and 1e7 < cpu.link_bytes < 1e12
     assert "measured here" in cpu.source
+
+
+def test_ranks_of_this_machine_share_its_speed(llama: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many ranks compute no faster together than the machine does, and so many replicas read no faster."""
+    measured = {"probe_flops": 8e12, "read_speed": 4e10, "socket_speed": 1e9}
+    for name, value in measured.items():
+        monkeypatch.setattr(f"trimtab.cost.devices.{name}", lambda *_, value=value: value)
+    alone, part = (find_device("cpu", llama.spec, torch.bfloat16, ranks=n) for n in (1, 4))
+    assert (alone.flops, alone.read_bytes, part.flops, part.read_bytes, part.link_bytes) == (8e12, 4e10, 2e12, 1e10, 1e9)
+    assert "1/4 of its memory and speed" in part.source and "ranks" not in alone.source
+    one = trainee(llama, QV, optimizer="adamw", head=None, trainable=TRAINABLE, tokens_per_step=4096, length=512, again=False)
+    roomy = dataclasses.replace(part, memory_bytes=1e12)
+    found = plan_ranks(llama, [one], roomy, ranks=4, dtype=torch.bfloat16, max_tokens=4096, longest=512, shares=(0.4, 0.4))
+    ring = 2 * 4 * TRAINABLE * 3 / 4 / (LINK_SHARE * 1e9)
+    assert (found.tokens_per_s["whole"] or ())[0] == pytest.approx(4096 / (4096 * A_TOKEN / (0.4 * 8e12) + ring))
 
 
 def test_an_unknown_device_is_refused_with_the_nearest(llama: Architecture) -> None:
@@ -132,8 +148,6 @@ def test_more_forwards_gather_more(llama: Architecture) -> None:
 
 
 def test_variants_that_end_early_reduce_no_more(llama: Architecture) -> None:
-    import dataclasses
-
     one = trainee(llama, QV, optimizer="adamw", head=None, trainable=TRAINABLE, tokens_per_step=512, length=512, again=False)
     long = dataclasses.replace(one, steps=10, tokens=5120, flops=10 * one.flops)
     options = {"ranks": 2, "dtype": torch.bfloat16, "max_tokens": 4096, "longest": 512, "shares": (1.0, 1.0)}
