@@ -305,3 +305,25 @@ def test_a_sweep_from_python_is_that_of_the_file(tmp_path: Path) -> None:
     assert figures[0] == figures[1] and len(figures[0]) == 2
     with pytest.raises(ConfigError, match=r"sweep\.serach: unknown key \(did you mean 'search'"):
         trimtab.sweep(base=tiny_base(), out=tmp_path / "no", data=data, sweep={"serach": {}, **search})
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_base_beside_a_file_is_the_one_that_is_used(kind: type, tmp_path: Path) -> None:
+    """The file's own is not there at all."""
+    base = tiny_folder(tmp_path / "base")
+    for split, word in (("train", "a"), ("valid", "v")):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(4, word)))
+    data = {"a": {"train": "train.jsonl", "valid": "valid.jsonl"}}
+    content = {"base": str(tmp_path / "none"), "out": "out", "data": data, "dtype": "float32", "evaluate": {"generate": False}}
+    content |= {"defaults": {"max_steps": 1}}
+    variants = {"v": VARIANTS["lora"] | {"data": "a"}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content | {"variants": variants}))
+    (tmp_path / "sweep.yaml").write_text(
+        yaml.safe_dump(content | {"sweep": {"variant": {"method": "lora", "lr": 1e-2}, "search": {"r": [2, 4]}}})
+    )
+    assert trimtab.check(tmp_path / "run.yaml", base=kind(base)).base == str(base)
+    assert trimtab.train(tmp_path / "run.yaml", base=kind(base), out=tmp_path / "run").summary["base"] == str(base)
+    board = trimtab.sweep(tmp_path / "sweep.yaml", base=kind(base), out=tmp_path / "swept").leaderboard
+    assert board["base"] == str(base) and yaml.safe_load(board["best"]["run_file"])["base"] == str(base)
+    mapping = content | {"variants": variants, "data": {"a": {"train": rows(4)}}}
+    assert trimtab.check(mapping, base=kind(base)).base == str(base)

@@ -92,7 +92,7 @@ def train(
 
     run: a run file's path, a mapping of its shape, or a RunConfig. Without it the keys of a run file are arguments: base, out, data,
     variants and the others. Relative paths then start at the current folder.
-    base: a name, a folder, a `Base`, or a causal language model of transformers with its `tokenizer`.
+    base: a name, a folder, a `Base`, or a causal language model of transformers with its `tokenizer`. Beside a run: in place of its own.
     data: rows, or {"train": …, "valid": …, "test": …, "columns": …}, or several such data sets by name. Rows are a list of dicts, a
     generator, a pandas DataFrame, a `datasets.Dataset`, or the path of a file. They are read once, before anything else is done.
     variants: by name, a mapping of a variant's keys, or a method such as `trimtab.LoraConfig(r=16)`. Where there is one data set, a variant
@@ -204,8 +204,8 @@ def _config(name: str, run: Run | None, base: Any, out: str | Path | None, keys:
         return RunConfig.from_dict(_content(base, out, keys, changes), where=f"trimtab.{name}")
     _refuse_both(name, keys, isinstance(run, str | Path), changes)
     config = RunConfig.load(run, changes) if isinstance(run, str | Path) else RunConfig.of(run)
-    if isinstance(base, str):
-        config = config.model_copy(update={"base": base})
+    if isinstance(base, str | Path):
+        config = config.model_copy(update={"base": str(base)})
     return config if out is None else config.model_copy(update={"out": Path(out)})
 
 
@@ -214,6 +214,8 @@ def _sweep(what: Any, sweep: Any, base: Any, out: str | Path | None, keys: Mappi
         return Sweep.from_dict(_content(base, out, keys, changes) | {"sweep": sweep}, where="trimtab.sweep")
     _refuse_both("sweep", {**keys, "sweep": sweep}, isinstance(what, str | Path), changes)
     found = Sweep.load(what, changes) if isinstance(what, str | Path) else what if isinstance(what, Sweep) else Sweep.from_dict(what)
+    if isinstance(base, str | Path):
+        found = found.on(str(base))
     return found if out is None else found.into(Path(out))
 
 

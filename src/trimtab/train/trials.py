@@ -82,6 +82,10 @@ class Sweep:
         """The same, written elsewhere."""
         return dataclasses.replace(self, run=self.run.model_copy(update={"out": out}), content={**self.content, "out": str(out)})
 
+    def on(self, base: str) -> Sweep:
+        """The same, on another base."""
+        return dataclasses.replace(self, run=self.run.model_copy(update={"base": base}), content={**self.content, "base": base})
+
     def run_file(self, name: str) -> str:
         """The run file, to stand where the sweep file stands, that trains one trial alone."""
         (trial,) = (t for t in self.trials if t.name == name)
