@@ -57,8 +57,10 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not alone" -n 2 --dist loadfile $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m "slow and alone" $(PYTEST_ARGS)
+	@failed=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not alone" -n 2 --dist loadfile $(PYTEST_ARGS) || failed=1; \
+	$(BIN)/python -m pytest -m "slow and alone" $(PYTEST_ARGS) || failed=1; \
+	exit $$failed
 
 bench: setup
 	$(BIN)/python bench/train_joint.py

@@ -13,7 +13,8 @@ from trimtab.cli import main
 from trimtab.train.runfile import read_yaml
 
 EXACT = {"__init__.py": 2, "terminal.py": 1, "import_config.py": 1, "adapters_list.py": 1, "completion.py": 1}
-"""Files with calls of `click.echo` that print no JSON: those that `say` stands on, the run file itself, and brackets of JSON."""
+"""Files with calls of `click.echo` that print no JSON: those that `say` stands on, the run file itself, a shell's script, and brackets of
+JSON."""
 
 
 def test_commands_say_texts_and_echo_json_alone() -> None:

@@ -18,8 +18,9 @@ from trimtab.train.checkpoint import Checkpoint, Moment, folder_of, named, resto
 from trimtab.train.interrupt import Interrupted, Stop
 from trimtab.train.listen import Listener
 from trimtab.train.options import steps_of
+from trimtab.train.past import PLAN
 from trimtab.train.prepare import Prepared
-from trimtab.train.report import Metrics, Unwritten
+from trimtab.train.report import Metrics, Unwritten, plan, write_json
 
 
 class Keeper:
@@ -58,6 +59,14 @@ class Keeper:
     def before_step(self) -> None:
         """Remember where the variants stand, so that a step which is not completed can be taken back."""
         self._stood = [v.standing() for v in self.prepared.variants]
+
+    def describe(self) -> None:
+        """Write run.json, on the first rank. It is for those who look at the run, so a disk that is full does not end it."""
+        path = self.prepared.run.out / PLAN
+        try:
+            write_json(path, plan(self.prepared) | self.identity)
+        except OSError as error:
+            self.listener.warning(f"{path} cannot be written ({error.strerror}): pages do not show this run's settings until it ends")
 
     @contextmanager
     def rescued(self) -> Iterator[None]:

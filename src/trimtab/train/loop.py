@@ -38,10 +38,9 @@ from trimtab.train.interrupt import Stop
 from trimtab.train.keeper import Keeper
 from trimtab.train.listen import Deaf, Listener, Silent
 from trimtab.train.page import write_page
-from trimtab.train.past import PLAN
 from trimtab.train.prepare import prepare, set_up, warn_of_rows
 from trimtab.train.publish import open_store, publish_variants, refuse_unpublished
-from trimtab.train.report import plan, write_json
+from trimtab.train.report import write_json
 from trimtab.train.resume import (
     find_start,
     identity,
@@ -142,7 +141,7 @@ def train(
     with occupied(run.out, start) if place.first else nullcontext(), rewarded:
         place.once(lambda: (run.out / "summary.json").unlink(missing_ok=True))  # of one that is extended: it has not finished any more
         keeper = Keeper(prepared, what, start, listener)
-        place.once(lambda: write_json(run.out / PLAN, plan(prepared) | what))
+        place.once(keeper.describe)
         with keeper.metrics:
             _steps(keeper, validator, ahead(validator, tests), rewarded, listener, stop, beside)
         return _conclude(keeper, what, watch, tests, rewarded, target, listener)
