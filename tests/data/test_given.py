@@ -211,6 +211,8 @@ def test_lists_mix_and_options_hold(tmp_path: Path) -> None:
         ({"rows": [{"text": "a"}], "format": "csv"}, "format: of files"),
         ({"rows": [{"text": "a"}], "wieght": 2}, "'wieght' \\(did you mean 'weight'"),
         ({"rows": 5}, "rows = 5: not a list of dicts"),
+        ({"rows": GivenRows([{"text": "a"}]), "format": "csv"}, "format: of files"),
+        ({"rows": GivenRows([{"text": "a"}]), "split": "train"}, "split: of files"),
         ({"train": (x for x in ()), "test": (x for x in ())}, "several splits, train, test: give one of them"),
     ],
 )
@@ -227,6 +229,28 @@ def test_no_rows_and_columns_that_nothing_reads_are_said() -> None:
     pandas = pytest.importorskip("pandas")
     with pytest.raises(ConfigError, match="names a column twice: text"):
         parse_sources(pandas.DataFrame([["a", "b"]], columns=["text", "text"]))
+
+
+def test_rows_with_a_column_path_are_told_once_where_they_stand() -> None:
+    rows = [{"path": "a.py", "text": "x"}, {"path": "b.py", "text": "y"}, {"text": "z"}]
+    with pytest.raises(ConfigError) as refused:
+        parse_sources(rows)
+    (problem,) = refused.value.problems
+    assert "'text' beside `path`" in problem and "{'rows': [...]}" in problem
+    assert [r.text for r in read_source(only({"rows": rows}), Path())[0]] == ["x", "y", "z"]
+    with pytest.raises(ConfigError) as refused:
+        parse_sources({"path": "a.jsonl", "chosen": "better", "wieght": 2})
+    assert "'chosen' beside `path`" in refused.value.problems[0] and "`columns`" in refused.value.problems[0]
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_one_column_is_no_table(library: str) -> None:
+    column = pytest.importorskip(library).DataFrame({"words": ["a", "b"]})["words"]
+    for value in (column, {"rows": column}):
+        with pytest.raises(ConfigError) as refused:
+            parse_sources(value)
+        assert "one column (Series), not a table" in str(refused.value.among_others())
+        assert "df[['words']]" in str(refused.value.among_others())
 
 
 def test_an_error_of_a_generator_is_the_users_own() -> None:

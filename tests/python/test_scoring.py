@@ -64,6 +64,18 @@ def test_scores_of_rows_in_a_program(report: trimtab.Report, tmp_path: Path) -> 
     assert "lora" in str(found) and found._repr_html_().count("<tr>") == 4
 
 
+def test_adapters_by_names_of_a_store_have_files_of_their_own(report: trimtab.Report, tmp_path: Path) -> None:
+    """Three names that are one file's, and one that would leave the folder."""
+    lora, ia3 = report.adapters.values()
+    named = {"acme/support": lora, "acme-support": ia3, "acme support": lora, "../../up": ia3}
+    found = trimtab.evaluate({"rows": ROWS[:2], **MAPPED}, base=report.base, adapters=named, max_new_tokens=2, out=tmp_path / "scores")
+    files = sorted((tmp_path / "scores" / "predictions").iterdir())
+    told = ["rows-..-..-up", "rows-acme-support", "rows-acme-support~2", "rows-acme-support~3", "rows-base"]
+    assert [f.name for f in files] == [f"{name}.jsonl" for name in told]
+    lines = [[json.loads(line) for line in f.read_text(encoding="utf-8").splitlines()] for f in files]
+    assert lines == [found.predictions[n] for n in ("../../up", "acme/support", "acme-support", "acme support", "base")]
+
+
 def test_what_cannot_be_scored_is_said(report: trimtab.Report, tmp_path: Path) -> None:
     good = {"rows": ROWS, **MAPPED}
     with pytest.raises(ConfigError, match="'base' stands for the base itself"):

@@ -327,3 +327,36 @@ def test_a_base_beside_a_file_is_the_one_that_is_used(kind: type, tmp_path: Path
     assert board["base"] == str(base) and yaml.safe_load(board["best"]["run_file"])["base"] == str(base)
     mapping = content | {"variants": variants, "data": {"a": {"train": rows(4)}}}
     assert trimtab.check(mapping, base=kind(base)).base == str(base)
+
+
+@pytest.mark.parametrize(
+    ("rows_in_file", "base_in_file", "why"),
+    [(True, True, ""), (False, True, "its rows"), (True, False, "its base"), (False, False, "its base and its rows")],
+)
+def test_a_winner_has_a_run_file_where_one_can_name_all(rows_in_file: bool, base_in_file: bool, why: str, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "base")
+    data: dict[str, Any] = {"train": rows(4), "valid": rows(3, "v")}
+    if rows_in_file:
+        for split, found in list(data.items()):
+            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
+            data[split] = str(tmp_path / f"{split}.jsonl")
+    search = {"variant": {"method": "lora", "lr": 1e-2}, "search": {"r": [2]}}
+    base = trimtab.load_base(str(folder), dtype="float32") if base_in_file else tiny_base()
+    report = trimtab.sweep(
+        base=base, data=data, sweep=search, out=tmp_path / "out", defaults={"max_steps": 1}, evaluate={"generate": False}
+    )
+    best = json.loads((tmp_path / "out" / "leaderboard.json").read_text())["best"]
+    if why:
+        assert best["run_file"] is None and best["why_no_run_file"].startswith(f"{why} stand in the memory of a program")
+        assert f"no run file trains it alone: {why} stand" in str(report) and f"{why} stand" in report._repr_html_()
+    else:
+        again = trimtab.RunConfig.from_dict(yaml.safe_load(best["run_file"]))
+        assert (again.base, best["why_no_run_file"]) == (str(folder), None) and "no run file" not in str(report)
+
+
+def test_a_sweep_refuses_what_rows_cannot_have(tmp_path: Path) -> None:
+    search = {"variant": {"method": "lora"}, "search": {"r": [2]}}
+    for key, value in (("format", "csv"), ("split", "validation")):
+        with pytest.raises(ConfigError, match=f"{key}: of files"):
+            data = {"train": {"rows": rows(3), key: value}, "valid": rows(3)}
+            trimtab.sweep(base=tiny_base(), out=tmp_path / "no", data=data, sweep=search)

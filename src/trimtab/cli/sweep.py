@@ -98,6 +98,6 @@ def _show(board: Mapping[str, Any], out: Path) -> None:
 
     for line in told(board, out):
         say(line)
-    if board["best"] is not None:
+    if board["best"] is not None and board["best"]["run_file"] is not None:
         say(f"the run file that trains it alone, to stand beside this one:\n\n{board['best']['run_file']}")
     say(f"saved in {out}: leaderboard.json, report.html, {', '.join(g['folder'] + '/' for g in board['groups'])}")

@@ -104,6 +104,10 @@ def is_table(value: Any) -> bool:
 
 def _each(rows: Any) -> Iterator[Any]:
     """The rows one by one, in plain Python as far as their container has it."""
+    if hasattr(rows, "to_frame") and not hasattr(rows, "columns"):  # a Series of pandas or polars
+        name = getattr(rows, "name", None)
+        column = name if isinstance(name, str) and name else "text"
+        raise ConfigError(f"the rows are one column ({type(rows).__name__}), not a table", fix=f"give the table df[[{column!r}]]")
     if hasattr(rows, "iloc") and hasattr(rows, "to_dict"):
         yield from _of_frame(rows)
     elif hasattr(rows, "to_batches") and hasattr(rows, "column_names"):  # pyarrow

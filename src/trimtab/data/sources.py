@@ -89,12 +89,13 @@ class Source:
 
     def _take_rows(self) -> list[str]:
         """Read the rows that were given, once; what is wrong with them."""
-        if isinstance(self.rows, GivenRows):
-            return []
-        if not (is_table(self.rows) or isinstance(self.rows, list | tuple)):
+        if not (is_table(self.rows) or isinstance(self.rows, list | tuple | GivenRows)):
             return [f"rows = {reprlib.repr(self.rows)}: not a list of dicts, a generator, a DataFrame or a Dataset"]
         if self.format is not None or isinstance(self.split, str):
-            return [f"{key}: of files and of data sets of the hub; these are rows" for key in ("format", "split") if getattr(self, key)]
+            named = {"format": self.format is not None, "split": isinstance(self.split, str)}
+            return [f"{key}: of files and of data sets of the hub; these are rows" for key, is_said in named.items() if is_said]
+        if isinstance(self.rows, GivenRows):
+            return []
         try:
             object.__setattr__(self, "rows", GivenRows(self.rows, self.limit))
         except ConfigError as e:
@@ -131,7 +132,7 @@ def sources_in(value: Any, where: str) -> tuple[list[Source], list[str]]:
     items = list(value) if several else [value]
     if not items:
         return [], [f"{where} names no source: name a file, a folder or hf:org/name"]
-    sources, problems, tables = list[Source](), list[str](), 0
+    sources, problems, tables, said = list[Source](), list[str](), 0, False
     for i, item in enumerate(items):
         at = f"{where}[{i}]" if several else where
         if holds_rows(item):
@@ -143,7 +144,17 @@ def sources_in(value: Any, where: str) -> tuple[list[Source], list[str]]:
         elif isinstance(item, Mapping) and any(map(is_table, item.values())) and "rows" not in item:
             problems.append(f"{at}: several splits, {', '.join(map(str, item))}: give one of them")
         elif isinstance(item, Mapping) and _is_row(item):
+            if said:  # of those before it
+                continue
             problems.append(f"{at}: one row: rows stand in a list")
+        elif isinstance(item, Mapping) and "rows" not in item and (columns := _columns_beside(item)):
+            if not said:  # once, not of a thousand rows
+                listed = ", ".join(map(repr, columns))
+                problems.append(
+                    f"{at}: {listed} beside `path`: if these are rows with a column `path`, write {{'rows': [...]}}; if this is a file,"
+                    " its column names stand in `columns`"
+                )
+            said = True
         elif not isinstance(item, Mapping) or _HOLDERS.isdisjoint(item):
             unknown = [k for k in item if k not in KEYS] if isinstance(item, Mapping) else []
             hints = "".join(f"; {k!r}{hint}" for k in unknown if (hint := answer(k, KEYS)))
@@ -182,6 +193,11 @@ def taken(data: Any) -> Any:
     if isinstance(data, Mapping):
         return {name: taken(value) for name, value in data.items()}
     return [taken(item) for item in data] if isinstance(data, list | tuple) else data
+
+
+def _columns_beside(item: Mapping[Any, Any]) -> list[str]:
+    """The keys of a mapping with `path` that are no source's but columns of rows."""
+    return [key for key in item if key in (*COLUMNS, "chosen", "rejected") and key not in KEYS] if "path" in item else []
 
 
 def _is_row(item: Mapping[Any, Any]) -> bool:

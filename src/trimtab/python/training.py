@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -194,6 +195,8 @@ def sweep(
     keys = {k: v for k, v in locals().items() if k in KEYS}
     stop, found = Stop(), _sweep(what, sweep, base, out, keys, changes)
     loaded = _loaded(base, tokenizer, keys)
+    if loaded is not None and loaded.path is None and not Path(loaded.name).is_file():
+        found = replace(found, from_memory=True)
     with shown.of(progress, None) as listener, _interruptible(stop):
         return run_sweep(found, base=loaded, listener=listener, resume=resume, stop=stop)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -313,7 +314,7 @@ def write_predictions(folder: Path, results: Results) -> dict[tuple[str, str], P
             if not result.predictions:
                 continue
             folder.mkdir(parents=True, exist_ok=True)
-            stem = f"{data}-{name}"
+            stem = re.sub(r"[^\w.@~-]+", "-", f"{data}-{name}")  # adapters of a program may be called acme/support
             path, count = folder / f"{stem}.jsonl", 1
             while path in written.values():  # data a with variant b-c, data a-b with variant c
                 count += 1

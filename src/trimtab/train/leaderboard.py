@@ -34,7 +34,9 @@ def rank(sweep: Sweep, trained: Mapping[str, tuple[str, Mapping[str, Any]]]) -> 
     base = next((v["valid"]["base"].get(metric) for _, v in trained.values() if "valid" in v), None)
     best = None
     if first["state"] == "finished" and first["valid"] is not None:
-        best = {k: first[k] for k in ("trial", "values", "valid", "adapter")} | {"run_file": sweep.run_file(first["trial"]), "test": None}
+        name = first["trial"]
+        best = {k: first[k] for k in ("trial", "values", "valid", "adapter")}
+        best |= {"run_file": sweep.run_file(name), "why_no_run_file": sweep.why_no_run_file(name), "test": None}
     return {"metric": metric, "ranked_by": "valid rows", "base_valid": base, "best": best, "trials": rows}
 
 
@@ -90,6 +92,8 @@ def told(board: Mapping[str, Any], out: Path) -> Iterator[str]:
         yield "no trial has finished with a figure, so none is the best; metrics.jsonl says what happened"
         return
     yield f"best: {best['trial']}, saved in {out / best['adapter']}"
+    if why := best.get("why_no_run_file"):
+        yield f"no run file trains it alone: {why}"
     if best["test"] is not None:
         yield f"on the test rows, which played no part in the choice: {_tested(best)}"
 

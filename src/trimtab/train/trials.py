@@ -42,13 +42,14 @@ class Trial:
 @dataclass(frozen=True)
 class Sweep:
     """A sweep file, expanded. run: the run whose variants are the trials. content: the file, for the winner's own run file. left_out:
-    combinations that were another one written otherwise."""
+    combinations that were another one written otherwise. from_memory: the base is a model of the program, and nothing holds the same."""
 
     run: RunConfig
     options: SweepOptions
     trials: list[Trial]
     content: Mapping[str, Any]
     left_out: int
+    from_memory: bool = False
 
     @classmethod
     def load(cls, path: str | Path, changes: Sequence[str] = ()) -> Sweep:
@@ -86,8 +87,17 @@ class Sweep:
         """The same, on another base."""
         return dataclasses.replace(self, run=self.run.model_copy(update={"base": base}), content={**self.content, "base": base})
 
-    def run_file(self, name: str) -> str:
-        """The run file, to stand where the sweep file stands, that trains one trial alone."""
+    def why_no_run_file(self, name: str) -> str | None:
+        """Why no run file can train one trial alone; None where one can."""
+        (v,) = (v for v in self.run.variants if v.name == name)
+        what = ["its base"] if self.from_memory else []
+        what += ["its rows"] if any(s.rows is not None for split in self.run.data[v.data].splits.values() for s in split) else []
+        return f"{' and '.join(what)} stand in the memory of a program, where no file can name them" if what else None
+
+    def run_file(self, name: str) -> str | None:
+        """The run file, to stand where the sweep file stands, that trains one trial alone. None where there can be none."""
+        if self.why_no_run_file(name):
+            return None
         (trial,) = (t for t in self.trials if t.name == name)
         content = {k: v for k, v in self.content.items() if k not in ("sweep", "data")}
         data = str(trial.fields["data"])
