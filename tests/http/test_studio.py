@@ -97,3 +97,15 @@ def test_a_page_whose_name_was_pointed_here_reads_nothing(runs: RunFolders):
     for host, status in (("127.0.0.1:8050", 200), ("LOCALHOST:8050", 200), ("evil.example", 403), ("127.0.0.1:8051", 403)):
         for path in ("/", "/studio/runs"):
             assert call(app, "GET", path, headers={"host": host}).status_code == status, (host, path)
+
+
+def test_a_run_that_holds_what_cannot_be_sent_is_sent_and_hides_no_other(tmp_path: Path):
+    run_folder(tmp_path / "good", {"v": variant()})
+    for name, text in (("half", '{"variants": {"\\ud800": {}}, "base": "\\ud800"}'), ("bad", '{"variants": [1]}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(text)
+    app = app_of(RunFolders(tmp_path))
+    runs = {r["name"]: r for r in call(app, "GET", "/studio/runs").json()["runs"]}
+    assert {name: r["error"] for name, r in runs.items()} == {"good": None, "half": None, "bad": "cannot be read"}
+    assert call(app, "GET", f"/studio/run?id={runs['half']['id']}").json()["base"] == "\\ud800"
+    assert call(app, "GET", f"/studio/run?id={runs['bad']['id']}").status_code == 400

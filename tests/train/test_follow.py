@@ -274,3 +274,139 @@ def test_a_run_from_before_run_json_is_shown_by_its_metrics(tmp_path: Path):
     folders = RunFolders(tmp_path)
     shown = folders.show(key_of(folders, "r"))
     assert [(v["name"], v["steps"], v["total_steps"]) for v in shown["variants"]] == [("v", 7, None)]
+
+
+DEEP = "[" * 100_000
+BROKEN = {
+    "list of variants": '{"variants": [1]}',
+    "list of settings": '{"variants": {}, "settings": [1]}',
+    "deep": DEEP,
+    "no JSON": "{",
+    "a list": "[]",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_run_is_a_line_that_says_so_and_hides_no_other(tmp_path: Path, what: str):
+    run_folder(tmp_path / "good", {"v": variant()})
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "summary.json").write_text(BROKEN[what])
+    folders = RunFolders(tmp_path)
+    lines = {line["name"]: line for line in folders.list()}
+    assert (lines["good"]["error"], lines["bad"]["error"]) == (None, "cannot be read")
+    assert lines["good"].keys() == lines["bad"].keys()
+    with pytest.raises(ConfigError, match="bad"):
+        folders.show(lines["bad"]["id"])
+
+
+def test_names_and_numbers_that_cannot_be_sent_are_written_otherwise(tmp_path: Path):
+    """Lone surrogates, which are no UTF-8; numbers beyond a float's range; lists within lists."""
+    run_folder(tmp_path / "r", {"v\ud800": variant(scores={"loss": 10**400, "exact_match": 50.0})}, base="\ud800\x1b", x=[[[]]] * 3)
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    for _ in range(200):
+        summary["base_fingerprint"] = {"before": summary["base_fingerprint"]}
+    (tmp_path / "r" / "summary.json").write_text(json.dumps(summary | {"seconds": float("inf")}))
+    folders = RunFolders(tmp_path)
+    (line,) = folders.list()
+    shown = folders.show(line["id"])
+    assert line["base"] == shown["base"] == "\\ud800\\x1b" and line["seconds"] is None
+    assert [(v["name"], v["scores"]) for v in shown["variants"]] == [("v\\ud800", {"exact_match": 50.0})]
+    assert "v\\ud800" in folders.metrics(line["id"], 0, "")["variants"]
+    json.dumps([line, shown], ensure_ascii=False, allow_nan=False).encode()
+
+
+def test_a_link_to_itself_hides_no_run(tmp_path: Path):
+    run_folder(tmp_path / "r", {"v": variant()})
+    (tmp_path / "x").symlink_to("x")
+    run_folder(tmp_path / "half", {"v": variant()}, summary=False)
+    (tmp_path / "half" / "summary.json").symlink_to("summary.json")
+    assert {line["name"]: line["error"] for line in RunFolders(tmp_path).list()} == {"r": None, "half": "cannot be read"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may enter every folder")
+def test_a_folder_that_may_not_be_entered_hides_no_run(tmp_path: Path):
+    run_folder(tmp_path / "r", {"v": variant()})
+    run_folder(tmp_path / "closed", {"v": variant()})
+    (tmp_path / "closed").chmod(0o400)
+    try:
+        assert [line["name"] for line in RunFolders(tmp_path).list()] == ["r"]
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+
+
+READS = """
+import os, sys
+from pathlib import Path
+from trimtab.errors import TrimtabError
+from trimtab.train.follow import RunFolders
+folders = RunFolders(Path(sys.argv[1]))
+for line in folders.list():
+    for read in (lambda k: folders.show(k), lambda k: folders.metrics(k, 0, ""), lambda k: folders.answers(k, "a", "", 0, 10)):
+        try:
+            read(line["id"])
+            print(line["name"], "read")
+        except TrimtabError as error:
+            print(line["name"], "refused")
+"""
+
+
+def test_pipes_and_devices_are_waited_for_by_nobody(tmp_path: Path):
+    """In a process that can be ended: a reader that waits for a pipe's writer never comes back."""
+    for name in ("summary.json", "metrics.jsonl", "run.json"):
+        for kind in ("pipe", "device"):
+            folder = answered(tmp_path / f"{kind}-{name}", v=[told("1", "1")])
+            (folder / name).unlink(missing_ok=True)
+            if name == "run.json":
+                (folder / "summary.json").unlink()
+            if kind == "pipe":
+                os.mkfifo(folder / name)
+            else:
+                (folder / name).symlink_to("/dev/zero")
+    run = subprocess.run([sys.executable, "-c", READS, tmp_path], capture_output=True, text=True, timeout=60, check=True)
+    found = [line.split() for line in run.stdout.splitlines()]
+    assert len(found) == 18, "six runs, each read three ways"
+    assert [how for name, how in found if name.endswith("metrics.jsonl")] == ["read", "refused", "read"] * 2
+    assert [how for name, how in found if name.endswith("run.json")] == ["read", "read", "refused"] * 2
+
+
+def test_answers_are_read_up_to_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(follow, "ANSWER_LINE", 2000)
+    folder = answered(tmp_path / "r", v=[told("1", "1"), told("2", "2"), told("3", "x" * 2000), told("4", "4")], w=[told("1", "1")] * 9)
+    folders = RunFolders(tmp_path)
+    key = key_of(folders, "r")
+    assert folders.answers(key, "a", "v", 0, 10)["total"] == 2, "up to the line that is too long"
+    size = (folder / "predictions" / "a-w.jsonl").stat().st_size // 9
+    monkeypatch.setattr(follow, "ANSWER_BYTES", 4 * size + 1)
+    assert folders.answers(key, "a", "w", 0, 10)["total"] == 4
+
+
+def test_a_summary_beyond_its_limit_is_not_read(tmp_path: Path):
+    run_folder(tmp_path / "r", {"v": variant()})
+    with (tmp_path / "r" / "summary.json").open("r+b") as file:
+        file.truncate(1 << 40)  # a terabyte of zeros that takes no place
+    assert [line["error"] for line in RunFolders(tmp_path).list()] == ["cannot be read"]
+
+
+def test_metrics_of_a_stranger_make_no_large_answer(tmp_path: Path):
+    folder = run_folder(tmp_path / "r", {"v": variant()}, summary=False)
+    lines = [{"variant": "v", "step": n, "loss": 1.5, f"own{n}": 1} for n in range(2000)]
+    odd = ['{"variant": "v", "step": 2000, "loss": 1' + "0" * 400 + "}", DEEP, '{"variant": "v", "step": 2001, "loss": 2.5, "\\ud800": 1}']
+    (folder / "metrics.jsonl").write_text("\n".join([*map(json.dumps, lines), *odd, ""]))
+    folders = RunFolders(tmp_path)
+    part = folders.metrics(key_of(folders, "r"), 0, "")
+    columns = part["variants"]["v"]["steps"]
+    assert columns["step"] == list(range(2002)) and columns["loss"] == [1.5] * 2000 + [None, 2.5]
+    assert len(columns) == 256
+    json.dumps(part, ensure_ascii=False).encode()
+
+
+def test_answers_in_a_folder_that_is_a_link_are_not_followed(tmp_path: Path):
+    folder = answered(tmp_path / "runs" / "r")
+    (folder / "predictions").rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a-v.jsonl").write_text(json.dumps(told("secret", "secret")) + "\n")
+    (folder / "predictions").symlink_to(tmp_path / "elsewhere")
+    folders = RunFolders(tmp_path / "runs")
+    assert folders.show(key_of(folders, "r"))["answers"] == {}
+    with pytest.raises(NotFoundError):
+        folders.answers(key_of(folders, "r"), "a", "", 0, 10)

@@ -211,3 +211,16 @@ def test_the_token_stays_in_memory(chromium: Any, folder: Path, tmp_path: Path):
         page.get_by_role("heading", name="A key is needed").wait_for()
         visit.context.close()
         assert all("401" in told for told in visit.wrong), visit.wrong
+
+
+def test_a_key_is_taken_from_an_address_put_into_an_open_page(chromium: Any, folder: Path):
+    run_folder(folder / "r", {"v": variant()})
+    with serving(create_studio(Shown(RunFolders(folder), token="s3%cret"))) as url:
+        visit = Visit(chromium, url, "#key=%")
+        page = visit.page
+        page.get_by_role("heading", name="A key is needed").wait_for()
+        page.goto(url + "#key=s3%25cret")  # changes the part behind # alone, so the page stays
+        page.get_by_role("link", name="r", exact=True).wait_for()
+        assert "cret" not in page.url and page.get_by_role("heading", name="A key is needed").count() == 0
+        visit.context.close()
+        assert all("401" in told for told in visit.wrong), visit.wrong

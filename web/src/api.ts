@@ -25,12 +25,21 @@ export function onKeyWanted(ask: () => void): void {
   askForKey = ask;
 }
 
-/** A key behind #key= in the address: taken, and gone from the address and the browser's history. */
-export function takeKeyFromAddress(): void {
+/** A key behind #key= in the address: taken, and gone from the address and the browser's history. False if there is none. */
+export function takeKeyFromAddress(): boolean {
   const found = /^#key=([^&]+)$/.exec(location.hash);
-  if (!found) return;
-  setKey(decodeURIComponent(found[1]!));
+  if (!found) return false;
+  setKey(decoded(found[1]!));
   history.replaceState(null, "", location.pathname + location.search);
+  return true;
+}
+
+function decoded(text: string): string {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // a % that was not written as %25
+  }
 }
 
 export type Parameters = Record<string, string | number | boolean | undefined>;

@@ -31,6 +31,15 @@ export function App() {
   const [asked, setAsked] = useState(false);
   const [keyed, setKeyed] = useState(0); // counts keys given, so that screens load anew
   useEffect(() => onKeyWanted(() => setAsked(true)), []);
+  useEffect(() => {
+    const changed = () => {
+      if (!takeKeyFromAddress()) return; // an address with a key, put into a page that is open
+      setAsked(false);
+      setKeyed((count) => count + 1);
+    };
+    addEventListener("hashchange", changed);
+    return () => removeEventListener("hashchange", changed);
+  }, []);
 
   const screens = about ? SCREENS.filter((s) => s.there(about)) : [];
   const here = screens.find((s) => s.name === route[0]) ?? screens[0];

@@ -21,11 +21,13 @@ UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 def open_file(path: Path, shown: str) -> BinaryIO:
     """A regular file, to read. DataError for all else: a pipe or a device may have no end."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{shown} is not a regular file", fix="name a file; write what a pipe gives into one.")
-        return path.open("rb")
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: a pipe would wait for a writer
     except OSError as error:
         raise DataError(f"{shown} cannot be read: {error.strerror or error}") from error
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise DataError(f"{shown} is not a regular file", fix="name a file; write what a pipe gives into one.")
+    return os.fdopen(opened, "rb")
 
 
 def lines_of(path: Path, shown: str) -> Iterator[tuple[int, bytes]]:

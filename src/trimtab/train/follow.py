@@ -8,16 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import ConfigError, NotFoundError, printable
-from trimtab.train.past import HIGHER_IS_BETTER, LOWER_IS_BETTER, PERCENT, PastRun, numbers, plan_of, read_without_metrics, title
+from trimtab.data.opened import open_file
+from trimtab.errors import ConfigError, DataError, NotFoundError, printable
+from trimtab.train.past import (
+    HIGHER_IS_BETTER,
+    LOWER_IS_BETTER,
+    PERCENT,
+    PastRun,
+    PastVariant,
+    is_finite,
+    load,
+    numbers,
+    plan_of,
+    read_without_metrics,
+    title,
+)
 
 DEPTH, MAX_FOLDERS, MAX_RUNS = 4, 20_000, 2_000
 """How deep below the given folder runs are looked for, and of how many folders and runs."""
@@ -31,6 +45,14 @@ QUIET_S = 60.0
 """Where the system tells no locks, a run whose metrics are older is not taken to be running."""
 MAX_ANSWERS, MAX_TEXT = 10_000, 20_000
 """Rows of a file of answers that are read, and characters of a text that are shown."""
+ANSWER_LINE, ANSWER_BYTES = 1 << 20, 256 << 20
+"""Bytes of a row of answers, and of all files of answers that one call reads."""
+MAX_FIELDS, MAX_CELLS = 256, 1_000_000
+"""Fields of metrics that are shown, and numbers of one table of them: each line may name a field of its own."""
+MAX_DEPTH = 20
+"""How deep lists and objects of summary.json are shown."""
+UNLIKE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+"""What comes of JSON that has other things than trimtab writes where it looks for its own."""
 
 
 class RunFolders:
@@ -51,7 +73,7 @@ class RunFolders:
 
     def list(self) -> list[dict[str, Any]]:
         """A line of each run, the one that was written last first."""
-        lines = [_line(key, path, self._name(path)) for key, path in self.found().items()]
+        lines = [_line_or_stub(key, path, self._name(path)) for key, path in self.found().items()]
         return sorted(lines, key=lambda line: (line["state"] != "running", -line["changed"]))
 
     def folder(self, key: str) -> Path:
@@ -66,8 +88,12 @@ class RunFolders:
     def show(self, key: str) -> dict[str, Any]:
         """What a run is: settings, variants, scores, costs."""
         folder = self.folder(key)
-        run = read_without_metrics(folder)
-        plan = plan_of(folder)
+        with _as_written(folder):
+            return self._show(key, folder)
+
+    def _show(self, key: str, folder: Path) -> dict[str, Any]:
+        run = _read(folder)
+        plan = _clean(plan_of(folder))
         told = run.summary or plan
         settings, own = _settings(told.get("settings") or {}, [v.name for v in run.variants] or list(plan.get("steps") or {}))
         facts = ("base", "base_parameters", "dtype", "device", "seconds", "tokens", "tokens_per_s", "peak_memory_gb")
@@ -85,14 +111,14 @@ class RunFolders:
             "scores": _meanings(scores),
             "variants": variants,
             "answers": _answered(run),
-            **{name: told.get(name) for name in facts},
+            **{name: value if isinstance(value := told.get(name), str | int | float) else None for name in facts},
         }
 
     def metrics(self, key: str, start: int, mark: str) -> dict[str, Any]:
         """The lines from byte `start` on, as columns; at most CHUNK bytes (`more`: there are more). mark: what the call before gave as
         `mark`; if the file is another one by now, as after a resume, everything is read from the start (`restart`)."""
         path = self.folder(key) / "metrics.jsonl"
-        with path.open("rb") if path.exists() else io.BytesIO() as file:
+        with open_file(path, printable(str(path))) if os.path.lexists(path) else io.BytesIO() as file:
             size = file.seek(0, os.SEEK_END)
             restart = start > size or (start > 0 and _mark(file, start) != mark)
             start = 0 if restart else start
@@ -117,17 +143,23 @@ class RunFolders:
         """Held-out rows of a data set with what base and variants answered, those first that most got wrong. who: of this one alone.
         NotFoundError if nobody has answered them."""
         folder = self.folder(key)
-        run = read_without_metrics(folder)
+        with _as_written(folder):
+            return self._answers(folder, data, who, start, count)
+
+    def _answers(self, folder: Path, data: str, who: str, start: int, count: int) -> dict[str, Any]:
+        run = _read(folder)
         files = {name: path for name, path in _prediction_files(run).get(data, {}).items() if who in ("", name)}
         if not files:
             raise NotFoundError("there are no answers to these rows", fix="they are written at the end of a run that has test rows")
         rows: list[dict[str, Any]] = []
+        left = ANSWER_BYTES
         for name, path in files.items():
-            for n, line in enumerate(_lines(path)):
+            for n, (line, size) in enumerate(_lines(path, left)):
+                left -= size
                 if n == len(rows):
                     rows.append({"row": n, "prompt": _text(line.get("prompt")), "reference": _text(line.get("reference")), "answers": {}})
                 told: dict[str, Any] = {"text": _text(line.get("answer")), "right": _right(line)}
-                rows[n]["answers"][name] = told | ({"reward": line["reward"]} if isinstance(line.get("reward"), int | float) else {})
+                rows[n]["answers"][name] = told | ({} if (reward := _number(line.get("reward"))) is None else {"reward": reward})
         rows.sort(key=lambda row: (-_share_wrong(row["answers"]), row["row"]))
         wrong = {name: sum(r["answers"][name]["right"] is False for r in rows if name in r["answers"]) for name in files}
         return {"rows": rows[start : start + count], "total": len(rows), "wrong": wrong}
@@ -155,17 +187,65 @@ def _walk(root: Path) -> Iterator[Path]:
             runs += 1
             yield folder
         elif depth < DEPTH:
-            inner = sorted((e.name for e in entries.values() if not e.name.startswith(".") and e.is_dir()), reverse=True)
+            inner = sorted((e.name for e in entries.values() if not e.name.startswith(".") and _is_folder(e)), reverse=True)
             waiting += [(folder / name, depth + 1) for name in inner]
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in FILES)
+    return any(_is_file(folder / name) for name in FILES)
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113 (unlike Path's it is False in a folder that may not be entered)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a link to itself, or into a folder that may not be entered
+
+
+@contextmanager
+def _as_written(folder: Path) -> Iterator[None]:
+    """ConfigError where a run's files hold other things than trimtab writes."""
+    try:
+        yield
+    except UNLIKE as error:
+        raise ConfigError(
+            f"{printable(str(folder))} cannot be shown: its files are not as trimtab writes them ({type(error).__name__}: {error})",
+            fix="restore summary.json and run.json, or delete the folder",
+        ) from error
+
+
+def _read(folder: Path) -> PastRun:
+    """A run without its metrics, its texts and numbers such as a browser can be sent."""
+    raw = read_without_metrics(folder)
+    run = PastRun(folder, raw.name, _clean(raw.summary))
+    run.variants.extend(PastVariant(run, _word(v.name), _clean(v.facts), (), ()) for v in raw.variants)
+    return run
+
+
+def _clean(value: Any, depth: int = 0) -> Any:
+    """A value out of JSON: control characters and lone surrogates as \\x1b, None for what is no finite number, not nested too deeply."""
+    if isinstance(value, str):
+        return _word(value)
+    if isinstance(value, dict | list) and depth == MAX_DEPTH:
+        return "…"
+    if isinstance(value, dict):
+        return {_word(k): _clean(v, depth + 1) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_clean(v, depth + 1) for v in value]
+    return value if value is None or isinstance(value, bool) else _number(value)
+
+
+def _word(text: str) -> str:
+    return printable(text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…")
 
 
 def _state(folder: Path) -> str:
     """ "finished", "running", or "stopped" where nobody works on it any more."""
-    if (folder / "summary.json").is_file():
+    if _is_file(folder / "summary.json"):
         return "finished"
     try:
         with Path("/proc/locks").open() as file:  # of a running `trimtab train`; asking for the lock itself would disturb one that starts
@@ -180,25 +260,42 @@ def _state(folder: Path) -> str:
         return "stopped"
 
 
-def _line(key: str, folder: Path, name: str) -> dict[str, Any]:
-    """What the list says of a run, without reading its metrics."""
-    summary = _json(folder / "summary.json")
+def _line_or_stub(key: str, folder: Path, name: str) -> dict[str, Any]:
+    """What the list says of a run. `error`: that its files cannot be read, and nothing else is known then."""
+    line = {"id": key, "name": name, "path": printable(str(folder)), "state": _state(folder), "changed": _changed(folder), "error": None}
+    try:
+        return line | _line(folder)
+    except (*UNLIKE, OSError, DataError):
+        unknown: dict[str, Any] = {"base": None, "variants": 0, "methods": [], "seconds": None, "tokens": None}
+        return line | unknown | {"error": "cannot be read"}
+
+
+def _changed(folder: Path) -> float:
+    times = [0.0]
+    for name in FILES:
+        try:
+            times.append((folder / name).stat().st_mtime)
+        except OSError:
+            pass  # a run has one of them, or the folder has gone since it was found
+    return max(times)
+
+
+def _line(folder: Path) -> dict[str, Any]:
+    """What its files say, without its metrics."""
+    path = folder / "summary.json"
+    summary = load(path) if os.path.lexists(path) else {}
     told = summary or plan_of(folder)
-    changed = max((p.stat().st_mtime for n in ("summary.json", "metrics.jsonl") if (p := folder / n).is_file()), default=0.0)
     variants = summary.get("variants") or told.get("steps") or {}
-    methods = {str(v.get("method")) for v in variants.values() if isinstance(v, dict) and v.get("method")}
-    methods |= {str(v) for k, v in (told.get("settings") or {}).items() if k.startswith("variants.") and k.endswith(".method")}
+    methods = {v["method"] for v in variants.values() if isinstance(v, dict) and isinstance(v.get("method"), str)}
+    settings = (told.get("settings") or {}).items()
+    methods |= {v for k, v in settings if isinstance(v, str) and k.startswith("variants.") and k.endswith(".method")}
+    base = told.get("base")
     return {
-        "id": key,
-        "name": name,
-        "path": printable(str(folder)),
-        "state": _state(folder),
-        "base": told.get("base"),
+        "base": _word(base) if isinstance(base, str) else None,
         "variants": len(variants),
-        "methods": sorted(methods),
-        "seconds": summary.get("seconds"),
-        "tokens": summary.get("tokens"),
-        "changed": changed,
+        "methods": sorted(map(_word, methods)),
+        "seconds": _number(summary.get("seconds")),
+        "tokens": _number(summary.get("tokens")),
     }
 
 
@@ -258,20 +355,21 @@ def _columns(data: bytes) -> dict[str, dict[str, dict[str, list[float | None]]]]
         try:
             line = json.loads(text)
             kind = {None: "steps", "valid": "valid"}[line.get("event")]
-            found.setdefault(str(line["variant"]), {"steps": [], "valid": []})[kind].append(line)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            found.setdefault(_word(str(line["variant"])), {"steps": [], "valid": []})[kind].append(line)
+        except UNLIKE:
             continue
     return {name: {kind: _table(lines) for kind, lines in kinds.items()} for name, kinds in found.items()}
 
 
 def _table(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    most = min(MAX_FIELDS, max(16, MAX_CELLS // max(1, len(lines))))
     fields = dict.fromkeys(k for line in lines for k, v in line.items() if isinstance(v, int | float))
-    return {f: [_number(line.get(f)) for line in lines] for f in fields}
+    return {_word(f): [_number(line.get(f)) for line in lines] for f in itertools.islice(fields, most)}
 
 
 def _number(value: Any) -> float | None:
     """A number as it is, yes and no as 1 and 0."""
-    return int(value) if isinstance(value, bool) else value if isinstance(value, int | float) and math.isfinite(value) else None
+    return int(value) if isinstance(value, bool) else value if isinstance(value, int | float) and is_finite(value) else None
 
 
 def _mark(file: Any, end: int) -> str:
@@ -281,7 +379,7 @@ def _mark(file: Any, end: int) -> str:
 
 def _prediction_files(run: PastRun) -> dict[str, dict[str, Path]]:
     """data set -> "base" and variants -> the file of their answers. A path that leads out of the run folder is not followed."""
-    inside = (run.folder / "predictions").resolve()
+    inside = run.folder.resolve() / "predictions"
     entries = [(data, "base", scores) for data, scores in (run.summary.get("base_scores") or {}).items()]
     entries += [(v.data, v.name, v.facts.get("scores") or {}) for v in run.variants]
     found: dict[str, dict[str, Path]] = {}
@@ -289,7 +387,7 @@ def _prediction_files(run: PastRun) -> dict[str, dict[str, Path]]:
         if (
             isinstance(path := scores.get("predictions"), str)
             and (file := (run.folder / path).resolve()).parent == inside
-            and file.is_file()
+            and _is_file(file)
         ):
             found.setdefault(data, {})[name] = file
     return found
@@ -299,16 +397,18 @@ def _answered(run: PastRun) -> dict[str, list[str]]:
     return {data: list(files) for data, files in _prediction_files(run).items()}
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for n, text in enumerate(file):
-            if n == MAX_ANSWERS:
+def _lines(path: Path, most: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """(row, its bytes), up to a line that is no row for its length, and while they are no more than `most` bytes together."""
+    with open_file(path, printable(str(path))) as file:
+        for _ in range(MAX_ANSWERS):
+            text = file.readline(ANSWER_LINE + 1)
+            if not text or len(text) > ANSWER_LINE or file.tell() > most:
                 return
             try:
-                line = json.loads(text)
-            except ValueError:
+                line = json.loads(text.decode("utf-8", errors="replace"))
+            except (ValueError, RecursionError):
                 line = {}
-            yield line if isinstance(line, dict) else {}
+            yield line if isinstance(line, dict) else {}, len(text)
 
 
 def _right(line: Mapping[str, Any]) -> bool | None:
@@ -325,13 +425,5 @@ def _share_wrong(answers: Mapping[str, Mapping[str, Any]]) -> float:
 
 def _text(value: Any) -> str:
     text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is not there or holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    text = text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"
+    return text.encode(errors="backslashreplace").decode()  # half a pair of UTF-16 cannot be sent

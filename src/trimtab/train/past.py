@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trimtab.data import SCORES
-from trimtab.errors import ConfigError
+from trimtab.data.opened import open_file
+from trimtab.errors import ConfigError, DataError
 from trimtab.objectives import directions
 from trimtab.train.options import CHOICE
 
@@ -27,6 +29,8 @@ PERCENT = {*SCORES, CHOICE, "tool_calls"}
 _NOT_SCORES = {"rows", "samples"}
 PLAN = "run.json"
 """What a run writes at its start: its settings, and how many steps each variant is to make."""
+MAX_JSON = 64 << 20
+"""Bytes of a JSON file, of a line of metrics, and of all of its metrics where a run is to be shown without them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +82,27 @@ def title(score: str) -> str:
 def numbers(scores: Mapping[str, Any] | None) -> dict[str, float]:
     """The finite numbers of a `scores` entry: the loss and every score."""
     found = {k: v for k, v in (scores or {}).items() if k not in _NOT_SCORES and isinstance(v, int | float)}
-    return {k: float(v) for k, v in found.items() if math.isfinite(v)}
+    return {k: float(v) for k, v in found.items() if is_finite(v)}
+
+
+def is_finite(value: float) -> bool:
+    """Whether it is a number that a float can hold; an int of 400 digits is none."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def load(path: Path) -> Any:
+    """What a JSON file holds. DataError or ValueError where it is not a regular file, too large, no JSON, or nested too deeply."""
+    with open_file(path, str(path)) as file:
+        text = file.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise ValueError(f"it has more than {MAX_JSON >> 20} MiB")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_runs(folders: Sequence[Path]) -> list[PastRun]:
@@ -99,7 +123,7 @@ def read_without_metrics(folder: Path) -> PastRun:
     summary = _summary(folder / "summary.json")
     entries = summary.get("variants") or {name: {"steps": 0} for name in plan_of(folder).get("steps") or {}}
     if not entries:
-        return _read(folder, folder.name)
+        return _read(folder, folder.name, MAX_JSON)
     run = PastRun(folder, folder.name, summary)
     run.variants.extend(PastVariant(run, name, facts, (), ()) for name, facts in entries.items())
     return run
@@ -108,8 +132,8 @@ def read_without_metrics(folder: Path) -> PastRun:
 def plan_of(folder: Path) -> dict[str, Any]:
     """What the run wrote at its start; empty for a run of before trimtab did so."""
     try:
-        content = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = load(folder / PLAN)
+    except (DataError, ValueError):
         return {}
     return content if isinstance(content, dict) and isinstance(content.get("steps"), dict) else {}
 
@@ -138,7 +162,7 @@ def _groups(values: Mapping[str, str]) -> dict[str, str]:
 def _problem(folder: Path) -> str | None:
     if not folder.is_dir():
         return f"{folder}: {'a file' if folder.exists() else 'there is no such folder'}"
-    if not any((folder / n).is_file() for n in ("summary.json", "metrics.jsonl")):
+    if not any(os.path.isfile(folder / n) for n in ("summary.json", "metrics.jsonl")):  # noqa: PTH113 (it never raises)
         return f"{folder}: neither summary.json nor metrics.jsonl is in it"
     return None
 
@@ -149,10 +173,11 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [n if last.count(n) == 1 else str(f) for n, f in zip(last, folders, strict=True)]
 
 
-def _read(folder: Path, name: str) -> PastRun:
+def _read(folder: Path, name: str, most: int | None = None) -> PastRun:
+    """most: bytes of the metrics that are read, all where it is None."""
     summary = _summary(folder / "summary.json")
     run = PastRun(folder, name, summary)
-    steps, valid, failed = _metrics(folder / "metrics.jsonl")
+    steps, valid, failed = _metrics(folder / "metrics.jsonl", most)
     entries = summary.get("variants") or {v: _so_far(steps.get(v, []), failed.get(v)) for v in dict.fromkeys([*steps, *failed])}
     run.variants.extend(PastVariant(run, v, facts, steps.get(v, []), valid.get(v, [])) for v, facts in entries.items())
     return run
@@ -162,8 +187,8 @@ def _summary(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        content = load(path)
+    except (DataError, ValueError) as e:
         raise ConfigError(
             f"cannot read {path}: {e}", fix="trimtab writes it whole or not at all: restore it, or name another run"
         ) from None
@@ -172,19 +197,26 @@ def _summary(path: Path) -> dict[str, Any]:
     return content
 
 
-def _metrics(path: Path) -> tuple[dict[str, list[Line]], dict[str, list[Line]], dict[str, str]]:
+def _metrics(path: Path, most: int | None) -> tuple[dict[str, list[Line]], dict[str, list[Line]], dict[str, str]]:
     """(steps, validations, reasons to stop) by variant. A resumed run repeats steps: the later line counts. A line torn by a kill is
     left out."""
     steps: dict[str, dict[int, Line]] = {}
     valid: dict[str, dict[int, Line]] = {}
     failed: dict[str, str] = {}
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    for text in _lines(path, most) if path.is_file() else ():
         try:
             line = json.loads(text)
             name, step, event = str(line["variant"]), int(line["step"]), line.get("event")
             told = line["valid_loss" if event == "valid" else "loss"]
             loss = 0.0 if told is None and "valid_reward" in line else float(told)
-        except (ValueError, KeyError, TypeError, AttributeError):  # torn, another event, or a validation without a finite loss
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ):  # torn, another event, or a validation without a finite loss
             continue
         if not math.isfinite(loss):
             failed[name] = f"after step {step}: the loss is {loss}"
@@ -192,6 +224,13 @@ def _metrics(path: Path) -> tuple[dict[str, list[Line]], dict[str, list[Line]], 
             (valid if event else steps).setdefault(name, {})[step] = line
     ordered = [{v: [by_step[s] for s in sorted(by_step)] for v, by_step in found.items()} for found in (steps, valid)]
     return ordered[0], ordered[1], failed
+
+
+def _lines(path: Path, most: int | None) -> Iterator[str]:
+    """Lines, up to one that is no line of metrics for its length."""
+    with open_file(path, str(path)) as file:
+        while (most is None or file.tell() < most) and 0 < len(text := file.readline(MAX_JSON)) < MAX_JSON:
+            yield text.decode("utf-8", errors="replace")
 
 
 def _so_far(steps: Sequence[Line], failed: str | None) -> dict[str, Any]:

@@ -51,7 +51,7 @@ export function RunList() {
       ),
     },
     { key: "state", title: "state", cell: (r) => <StateMark state={r.state} /> },
-    { key: "base", title: "base", cell: (r) => r.base ?? "–" },
+    { key: "base", title: "base", cell: (r) => r.error ?? r.base ?? "–" },
     { key: "methods", title: "methods", cell: (r) => r.methods.join(", ") || "–" },
     { key: "variants", title: "variants", number: true, cell: (r) => r.variants || "–" },
     { key: "tokens", title: "tokens", number: true, cell: (r) => short(r.tokens) },

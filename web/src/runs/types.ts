@@ -13,6 +13,7 @@ export interface RunLine {
   seconds: number | null;
   tokens: number | null;
   changed: number;
+  error: string | null;
 }
 
 export interface Meaning {
