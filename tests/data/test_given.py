@@ -123,6 +123,23 @@ def test_values_that_json_lacks_are_what_tables_mean_by_them() -> None:
     assert read[1] == {"a": "2026-01-02", "b": "1.10", "c": [1, None], "d": "x", "e": {"a value of type": "builtins.bytes"}, "5": True}
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (np.datetime64("2026-01-02T03:04:05", "ns"), "2026-01-02T03:04:05"),
+        (np.datetime64("2026-01-02T03:04:05.000000007", "ns"), "2026-01-02T03:04:05.000000007"),
+        (np.datetime64("2026-01-02T03:04:05.25", "ms"), "2026-01-02T03:04:05.250000"),
+        (np.datetime64("2026-01-02", "D"), "2026-01-02"),
+        (np.datetime64("20260-01-02", "D"), "20260-01-02"),
+        (np.datetime64("NaT", "ns"), None),
+        (np.array(["2026-01-02", "NaT"], dtype="datetime64[ns]"), ["2026-01-02T00:00:00", None]),
+    ],
+)
+def test_dates_of_numpy_are_texts(value: Any, text: Any) -> None:
+    ((_, record),) = GivenRows([{"a": value}]).records("rows")  # type: ignore[misc]
+    assert record == {"a": text}
+
+
 def test_labels_of_a_dataset_come_by_name() -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]))

@@ -170,6 +170,8 @@ def _plain(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, decimal.Decimal | uuid.UUID | PurePath):
         return str(value)
+    if getattr(getattr(value, "dtype", None), "kind", "") == "M":  # numpy's dates: `tolist` makes numbers of those in nanoseconds
+        return _date(value) if not getattr(value, "shape", ()) else _cleaned(list(value))
     if callable(tolist := getattr(value, "tolist", None)):  # numpy's numbers and arrays, torch's tensors
         return _cleaned(tolist())
     if isinstance(value, Mapping):
@@ -177,6 +179,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
         return _cleaned(list(value))
     return {"a value of type": f"{type(value).__module__}.{type(value).__qualname__}"}
+
+
+def _date(value: Any) -> str | None:
+    """The ISO text of numpy's date, as Python writes it where Python can hold it."""
+    if value != value:  # not a time
+        return None
+    for held in (value, value.astype("datetime64[us]")):
+        if held == value and isinstance(found := held.tolist(), datetime.date):
+            return found.isoformat()
+    return str(value)
 
 
 def _cleaned(value: Any) -> Any:
