@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,14 +19,14 @@ from tests.train.common import tiny_base
 from tests.train.test_sweep import FOUR, content
 from trimtab.bases.shapes import Architecture
 from trimtab.cli.train_ray import names_of
-from trimtab.cluster import nodes
+from trimtab.cluster import drive, nodes
 from trimtab.cluster.board import Board
 from trimtab.cluster.job import PROCESS_BYTES, Asks, Job, asks, part_of_need, refuse_unplaceable
 from trimtab.cluster.nodes import Node
 from trimtab.cluster.sweeping import OnRay
-from trimtab.cluster.worker import Worker
+from trimtab.cluster.worker import Ended, Told, Worker
 from trimtab.cost.room import at_most
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, TrimtabError
 from trimtab.train.interrupt import Stop
 from trimtab.train.listen import Silent
 from trimtab.train.spread import Part, part_of
@@ -234,6 +235,65 @@ def test_the_board_ranks_by_the_best_validation() -> None:
     for name, value in (("a", 10.0), ("b", 30.0), ("b", 20.0)):
         up.note("g", "valid", line(name, 2, value, "exact_match"))
     assert [(v.name, v.valid) for v in up.ranked()] == [("b", 30.0), ("a", 10.0)], "of this metric the higher is the better"
+
+
+class Call:
+    """What Ray gives for an actor's method: calls are kept, and answer with the name of what is awaited."""
+
+    def __init__(self, made: list[str], name: str):
+        self.made, self.name = made, name
+
+    def remote(self, *_: Any) -> str:
+        self.made.append(self.name)
+        return self.name
+
+
+def driven(folder: Path, made: list[str], notes: list[tuple[Any, ...]], *names: str) -> Any:
+    """A driver of groups that train already, with actors that only keep what they are asked."""
+    run, board = swept(folder, SEARCH).run, Board(on_change=lambda group, kind, values: notes.append((group, kind, *values)))
+    board.begin({name: [] for name in names})
+    actors = {n: SimpleNamespace(stop=Call(made, f"{n}.stop"), told=Call(made, f"{n}.told")) for n in names}
+    placed = [drive.Placed(Job(n, run, Asks(1, 0, 0)), actors[n], asked=n, question="told", node=f"node of {n}") for n in names]
+    return drive._Driver(Fixed(), board, placed)  # type: ignore[arg-type]
+
+
+def test_a_group_that_fails_while_all_are_stopped_does_not_keep_others_from_their_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, notes = list[str](), list[tuple[Any, ...]]()
+
+    def got(asked: str) -> Told:
+        if asked == "a":
+            raise TrimtabError("the worker has failed, which is a bug: x")
+        if asked == "c":
+            raise drive.Lost("killed")
+        return Told([], Ended("interrupted") if asked == "b.told" else None)
+
+    monkeypatch.setattr(drive, "_got", got)
+    driver = driven(tmp_path, made, notes, "a", "b", "c")
+    driver._stop(2)
+    assert [p.ended and p.ended.how for p in driver.placed] == ["failed", "interrupted", "interrupted"]
+    assert made == ["a.stop", "b.stop", "c.stop", "b.told", "b.told"] and ("a", "ended", "failed") in notes
+    with pytest.raises(TrimtabError, match="a on node node of a: the worker has failed"):
+        driver.refuse_failed()
+
+
+def test_a_group_that_is_given_up_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'trimtab[ray]'")
+    made, notes = list[str](), list[tuple[Any, ...]]()
+
+    def got(asked: str) -> Told:
+        raise drive.Lost("killed")
+
+    monkeypatch.setattr(drive, "_got", got)
+    monkeypatch.setattr(ray, "wait", lambda asked, **_: (asked, []))
+    monkeypatch.setattr(ray, "kill", lambda actor, **_: None)
+    monkeypatch.setattr(drive._Driver, "_begin", lambda self, p: None)
+    driver = driven(tmp_path, made, notes, "a")
+    assert list(driver.run(Stop())) == []
+    assert [n[1:] for n in notes if n[0] == "a"] == [*[("lost", n, "killed") for n in ("node of a", "")], ("ended", "failed")]
+    with pytest.raises(TrimtabError, match="its process has ended 3 times"):
+        driver.refuse_failed()
 
 
 def test_run_files_have_names_of_their_own() -> None:

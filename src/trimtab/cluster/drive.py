@@ -169,8 +169,7 @@ class _Driver:
         if p.losses >= LOSSES:
             text = f"its process has ended {p.losses} times without a new checkpoint, at last on {where}: {reason}"
             fix = "look at the node's memory and Ray's log there; a smaller checkpoint_every saves more often"
-            p.ended = Ended("failed", text=text, fix=fix)
-            self.board.note(p.job.name, "ended", "failed")
+            p.ended = Ended("failed", text=text, fix=fix)  # told by `run`, as of every group that has ended
             return
         self.board.note(p.job.name, "lost", p.node, reason)
         p.job, p.node = p.job.again(), ""
@@ -204,6 +203,9 @@ class _Driver:
                     self._take(p, _got(p.asked))
                 except Lost as lost:
                     p.ended = Ended("interrupted", text=str(lost))
+                except TrimtabError as error:  # of this group: the others still have a checkpoint to write
+                    p.ended = Ended("failed", text=error.message, problems=error.problems, fix=error.fix)
+                    self.board.note(p.job.name, "ended", "failed")
 
     def _look_for_hopeless(self) -> None:
         """ConfigError where a group has waited for long, and no node that is alive could take it."""
