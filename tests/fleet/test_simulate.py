@@ -76,6 +76,20 @@ def test_lines_that_are_no_requests_are_named(tmp_path: Path) -> None:
         Trace.read(tmp_path / "missing")
 
 
+def test_numbers_of_a_trace_that_are_too_large_are_named(tmp_path: Path) -> None:
+    good = {"at": 1, "adapter": 0, "tenant": 0, "prompt": 5, "answer": 5}
+    texts = [json.dumps(good | {key: 2**31 - 1}) for key in ("adapter", "tenant")]
+    (tmp_path / "fits").write_text("\n".join(texts))
+    assert len(Trace.read(tmp_path / "fits")) == 2
+    texts += [json.dumps(good).replace('"prompt": 5', f'"prompt": {value}') for value in ("1e999", "2147483648", "1" + "0" * 20)]
+    texts += [json.dumps(good | {"adapter": 10**20}), json.dumps(good | {"at": 10**400})]
+    (tmp_path / "t").write_text("\n".join(texts))
+    with pytest.raises(DataError) as refused:
+        Trace.read(tmp_path / "t")
+    assert [p.split(":")[1] for p in refused.value.problems] == ["3", "4", "5", "6", "7"]
+    assert "at most 2,147,483,647" in refused.value.problems[3]
+
+
 @pytest.mark.parametrize(
     "bad", [{"adapters": 0}, {"rate": 0.0}, {"rate": math.nan}, {"zipf": -1.0}, {"spread": math.nan}, {"answer_tokens": 0}]
 )

@@ -16,6 +16,8 @@ import numpy as np
 
 from trimtab.errors import ConfigError, DataError
 
+LARGEST = 2**31 - 1
+"""Number of an adapter or a tenant, or of tokens; sums of them are held in 64 bits."""
 KEYS = ("at", "adapter", "tenant", "prompt", "answer")
 
 
@@ -107,11 +109,13 @@ class Trace:
             try:
                 row = json.loads(line)
                 asked = Asked(float(row["at"]), *(int(row[key]) for key in KEYS[1:]))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
                 problems.append(f"{path}:{number}: {type(error).__name__}: {error}")
                 continue
             if not math.isfinite(asked.at) or min(asked) < 0 or min(asked.prompt, asked.answer) < 1:
                 problems.append(f"{path}:{number}: at, adapter and tenant must be at least 0, prompt and answer at least 1")
+            elif max(asked[1:]) > LARGEST:
+                problems.append(f"{path}:{number}: adapter, tenant, prompt and answer must be at most {LARGEST:,}")
             found.append(asked)
         if problems or not found:
             lines_like = json.dumps(Asked(0.5, 3, 0, 128, 64)._asdict())
