@@ -195,8 +195,10 @@ def test_an_exception_at_the_start_and_at_the_end(tmp_path: Path) -> None:
         def on_start(self, steps: Mapping[str, int]) -> None:
             raise LookupError("at the start")
 
-    with pytest.raises(LookupError, match="at the start"):
+    with pytest.raises(LookupError, match="at the start") as caught:
         trimtab.train(**given, callbacks=[Broken()])
+    (note,) = caught.value.__notes__
+    assert "has ended before its first checkpoint; resume=True begins it again" in note
     with pytest.raises(ZeroDivisionError):
         trimtab.train(**given, callbacks=[Told("end True")], resume=True)
     assert (tmp_path / "run" / "summary.json").is_file()  # the run had finished
@@ -244,6 +246,10 @@ def test_resume_refuses_changed_rows_and_takes_equal_ones(tmp_path: Path) -> Non
         ({"out": None}, r"out: Field required"),
         ({"run": {"base": "x"}}, r"data, variants, defaults, evaluate given beside a run"),
         ({"changes": ["seed=3"]}, r"changes: of a run file"),
+        (
+            {"run": {"base": "x"}, "data": None, "variants": None, "defaults": None, "evaluate": None, "checkpoint_every": None},
+            "^trimtab.train: checkpoint_every given beside a run",
+        ),
     ],
 )
 def test_a_wrong_argument_is_said_by_name(given: dict[str, Any], words: str, tmp_path: Path) -> None:

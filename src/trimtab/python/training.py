@@ -21,6 +21,7 @@ from trimtab.python import progress as shown
 from trimtab.python.arguments import with_known_keywords
 from trimtab.train.callbacks import Callback, Calling
 from trimtab.train.check import check as check_run
+from trimtab.train.checkpoint import steps_of
 from trimtab.train.config import RunConfig
 from trimtab.train.findings import CheckReport
 from trimtab.train.interrupt import Interrupted, Stop
@@ -114,7 +115,12 @@ def train(
             report = run_training(config, base=loaded, listener=told, resume=resume, extend=extend, stop=stop, store=store_root)
         except Interrupted:
             if told.error is not None:
-                told.error.add_note(f"raised by a callback: the run in {config.out} has ended with its checkpoint; resume=True goes on")
+                how = (
+                    "with its checkpoint; resume=True goes on"
+                    if steps_of(config.out)
+                    else "before its first checkpoint; resume=True begins it again"
+                )
+                told.error.add_note(f"raised by a callback: the run in {config.out} has ended {how}")
                 raise told.error from None
             raise
     for callback in callbacks:
@@ -238,7 +244,7 @@ def _content(base: Any, out: str | Path | None, keys: Mapping[str, Any], changes
 
 
 def _refuse_both(name: str, keys: Mapping[str, Any], is_file: bool, changes: Sequence[str]) -> None:
-    if both := list(_given(keys)) + (["checkpoint_every"] if keys["checkpoint_every"] is None else []):
+    if both := list(_given(keys)):
         fix = 'change its values with changes=["seed=3"]' if is_file else "put them into it"
         raise ConfigError(f"trimtab.{name}: {', '.join(both)} given beside a run", fix=fix)
     if changes and not is_file:

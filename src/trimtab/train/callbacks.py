@@ -19,7 +19,8 @@ class Callback:
     """Base class of callbacks: override what you need, the other methods do nothing.
 
     They are called in order, on the thread that trains, between steps. If one raises an exception, no callback is called any more; the run
-    ends after the current step with a checkpoint, and the exception is raised from `trimtab.train`. `resume=True` then goes on.
+    ends after the current step with a checkpoint, and the exception is raised from `trimtab.train`. `resume=True` then goes on. In
+    `on_start` there is no step to finish: the run ends at once.
     """
 
     def on_start(self, steps: Mapping[str, int]) -> None:
