@@ -221,9 +221,10 @@ def test_a_summary_that_points_elsewhere_is_not_followed(tmp_path: Path, path: s
     assert "secret" not in json.dumps(folders.answers(key_of(folders, "r"), "a", "", 0, 10))
 
 
-def test_a_run_that_holds_its_folder_is_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.skipif(not follow.LOCKS.exists(), reason="the system tells no locks")
+def test_a_run_that_holds_its_folder_is_running(tmp_path: Path):
+    """Its metrics are new all the time: once it is killed it is stopped at once."""
     folder = run_folder(tmp_path / "r", {"v": variant()}, summary=False)
-    monkeypatch.setattr(follow, "QUIET_S", -1.0)
     folders = RunFolders(tmp_path)
     assert [x["state"] for x in folders.list()] == ["stopped"]
     code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()"
@@ -235,6 +236,36 @@ def test_a_run_that_holds_its_folder_is_running(tmp_path: Path, monkeypatch: pyt
     assert [x["state"] for x in folders.list()] == ["stopped"]
     (folder / "summary.json").write_text(json.dumps({"variants": {"v": variant()}}))
     assert [x["state"] for x in folders.list()] == ["finished"]
+
+
+def test_a_lock_counts_with_its_device_and_without_a_list_of_locks_the_clock_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = run_folder(tmp_path / "runs" / "r", {"v": variant()}, summary=False)
+    folders, locks, inode = RunFolders(tmp_path / "runs"), tmp_path / "locks", folder.stat().st_ino
+    monkeypatch.setattr(follow, "LOCKS", locks)
+    assert [x["state"] for x in folders.list()] == ["running"], "no list, and metrics of just now"
+    monkeypatch.setattr(follow, "QUIET_S", -1.0)
+    assert [x["state"] for x in folders.list()] == ["stopped"]
+    for device, kind, of, state in (
+        ("08:1f", "FLOCK ", inode, "running"),
+        ("08:20", "FLOCK ", inode, "stopped"),
+        ("08:1f", "POSIX ", inode, "stopped"),
+        ("08:1f", "FLOCK ", inode * 10, "stopped"),
+        ("08:1f", "-> FLOCK ", inode, "running"),
+    ):
+        monkeypatch.setattr(follow, "_device", lambda _: (8, 31))
+        locks.write_text(f"1: POSIX  ADVISORY  READ  7 08:1f:3 128 128\n2: {kind} ADVISORY  WRITE 77 {device}:{of} 0 EOF\n")
+        assert [x["state"] for x in folders.list()] == [state], (device, kind, of)
+
+
+def test_metrics_tell_when_facts_were_written_anew(tmp_path: Path):
+    folder = run_folder(tmp_path / "r", {"v": variant()}, summary=False)
+    folders = RunFolders(tmp_path)
+    key, seen = key_of(folders, "r"), []
+    for n, name in enumerate(("metrics.jsonl", "run.json", "run.json", "summary.json")):
+        (folder / name).touch()
+        os.utime(folder / name, ns=(n, n))
+        seen.append(folders.metrics(key, 0, "")["written"])
+    assert len(set(seen)) == 4 and folders.metrics(key, 0, "")["written"] == seen[-1]
 
 
 class Seen(Exception):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,17 @@ def site(folder: Path) -> Iterator[str]:
     folder.mkdir()
     with serving(create_studio(Shown(RunFolders(folder)))) as url:
         yield url
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Locked as by a running `trimtab train`."""
+    opened = os.open(run, os.O_RDONLY)
+    fcntl.flock(opened, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(opened)
 
 
 def answers(folder: Path, rows: int, **said: str) -> None:
@@ -70,7 +84,7 @@ def test_a_running_run_is_followed(chromium: Any, folder: Path, site: str):
         "settings": {"seed": 3, "variants.v.method": "lora", "variants.v.r": 4, "variants.v.data": "a"},
     }
     (run / "run.json").write_text(json.dumps(plan))
-    with Visit(chromium, site) as page:
+    with held(run), Visit(chromium, site) as page:
         page.get_by_role("link", name="live").click()
         page.get_by_role("heading", name="live running").wait_for()
         page.get_by_text("40 of 200 steps").wait_for()
@@ -96,6 +110,37 @@ def test_a_running_run_is_followed(chromium: Any, folder: Path, site: str):
         assert page.get_by_role("cell", name="lora").count() == 2, "in scores and in settings, from run.json"
         (run / "metrics.jsonl").write_text(lines("v", range(1, 6), 3.5))  # a resume from an early checkpoint
         page.get_by_text("5 of 200 steps").wait_for()
+        plan["steps"]["v"] = 300
+        (run / "run.json").write_text(json.dumps(plan | {"base": "another"}))  # an extended run, of the same state
+        page.get_by_text("5 of 300 steps").wait_for()
+        page.get_by_text("another").wait_for()
+
+
+def test_a_line_counts_for_the_steps_that_it_stands_for(chromium: Any, folder: Path, site: str):
+    """log_every: 10. The first line too, which stands for ten steps as the others do."""
+    run = run_folder(folder / "r", {"v": variant()}, summary=False)
+    (run / "metrics.jsonl").write_text(lines("v", range(10, 61, 10), 3.5))
+    with Visit(chromium, site) as page:
+        page.get_by_role("link", name="r", exact=True).click()
+        page.get_by_role("button", name="tokens", exact=True).click()
+        page.get_by_role("application", name="Loss, nats a target").focus()
+        for key, steps in (("Home", 10), ("End", 60)):
+            page.keyboard.press(key)
+            assert page.locator(".tip").inner_text().startswith(f"tokens {steps * 7}")
+
+
+def test_settings_differ_by_their_last_digit(chromium: Any, folder: Path, site: str):
+    for name, seed in (("one", 20240101), ("two", 20240102)):
+        settings = {"seed": seed, "lr": 0.1, "variants.v.method": "lora", "variants.v.lr": 0.12345678 + (name == "two") * 1e-8}
+        run_folder(folder / name, {"v": variant()}, settings=settings)
+    with Visit(chromium, site) as page:
+        for name in ("one", "two"):
+            page.get_by_label(f"Compare {name}").check()
+        page.get_by_role("link", name="Compare 2 runs").click()
+        for table, values in (("Settings of runs", ["20240101", "20240102"]), ("Settings of variants", ["0.12345678", "0.12345679"])):
+            region = page.get_by_role("region", name=table)
+            region.wait_for()
+            assert sorted(x.inner_text() for x in region.get_by_role("cell").all()) == values
 
 
 def test_the_kept_step_and_the_zoom(chromium: Any, folder: Path, site: str):

@@ -40,9 +40,9 @@ export function ago(time: number): string {
   return new Date(time * 1000).toISOString().slice(0, 10);
 }
 
+/** A setting as it was given: 20240101 and 20240102 are two seeds. */
 export function value(x: unknown): string {
   if (x === null || x === undefined) return "–";
-  if (typeof x === "number") return number(x, 6);
   return typeof x === "string" ? x : JSON.stringify(x);
 }
 

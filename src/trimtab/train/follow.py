@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from trimtab.train.past import (
     HIGHER_IS_BETTER,
     LOWER_IS_BETTER,
     PERCENT,
+    PLAN,
     PastRun,
     PastVariant,
     is_finite,
@@ -41,6 +43,9 @@ CHUNK = 1 << 20
 """Bytes of metrics.jsonl that one call reads."""
 MARKED = 4096
 """Bytes before a position by which it is seen that the file is still the one that was read so far."""
+LOCKS = Path("/proc/locks")
+HELD = re.compile(r" FLOCK +\S+ +\S+ +-?\d+ ([0-9a-f]+):([0-9a-f]+):(\d+) ")
+"""The kernel's list of locks; of each its device and inode."""
 QUIET_S = 60.0
 """Where the system tells no locks, a run whose metrics are older is not taken to be running."""
 MAX_ANSWERS, MAX_TEXT = 10_000, 20_000
@@ -116,7 +121,8 @@ class RunFolders:
 
     def metrics(self, key: str, start: int, mark: str) -> dict[str, Any]:
         """The lines from byte `start` on, as columns; at most CHUNK bytes (`more`: there are more). mark: what the call before gave as
-        `mark`; if the file is another one by now, as after a resume, everything is read from the start (`restart`)."""
+        `mark`; if the file is another one by now, as after a resume, everything is read from the start (`restart`).
+        `written`: another text once `show` has something new to tell."""
         path = self.folder(key) / "metrics.jsonl"
         with open_file(path, printable(str(path))) if os.path.lexists(path) else io.BytesIO() as file:
             size = file.seek(0, os.SEEK_END)
@@ -137,6 +143,7 @@ class RunFolders:
                 "more": following < size and end > 0 and len(data) == CHUNK,
                 "restart": restart,
                 "state": _state(path.parent),
+                "written": _written(path.parent),
             }
 
     def answers(self, key: str, data: str, who: str, start: int, count: int) -> dict[str, Any]:
@@ -247,17 +254,42 @@ def _state(folder: Path) -> str:
     """ "finished", "running", or "stopped" where nobody works on it any more."""
     if _is_file(folder / "summary.json"):
         return "finished"
-    try:
-        with Path("/proc/locks").open() as file:  # of a running `trimtab train`; asking for the lock itself would disturb one that starts
-            inode = folder.stat().st_ino
-            if any(" FLOCK " in line and line.split()[5].endswith(f":{inode}") for line in file if line.count(":") >= 3):
-                return "running"
-    except (OSError, IndexError):
-        pass
+    if (locked := _is_locked(folder)) is not None:
+        return "running" if locked else "stopped"
     try:
         return "running" if time.time() - (folder / "metrics.jsonl").stat().st_mtime < QUIET_S else "stopped"
     except OSError:
         return "stopped"
+
+
+def _is_locked(folder: Path) -> bool | None:
+    """Whether somebody holds a run folder, as a running `trimtab train` does; None where the system does not tell. Asking for the lock
+    itself would disturb one that starts."""
+    try:
+        held = HELD.findall(LOCKS.read_text())
+        devices = {(int(major, 16), int(minor, 16)) for major, minor, inode in held if int(inode) == folder.stat().st_ino}
+    except OSError:
+        return None
+    return bool(devices) and ((device := _device(folder)) is None or device in devices)
+
+
+def _device(folder: Path) -> tuple[int, int] | None:
+    """The device of a folder's file system as the kernel's lists name it; `stat` tells another one on some. None if it is not told."""
+    try:
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            told = Path(f"/proc/self/fdinfo/{opened}").read_text().split()
+        finally:
+            os.close(opened)
+        mount = told[told.index("mnt_id:") + 1]
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            number, _, device, *_ = line.split()
+            if number == mount:
+                major, minor = map(int, device.split(":"))
+                return major, minor
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
 
 
 def _line_or_stub(key: str, folder: Path, name: str) -> dict[str, Any]:
@@ -268,6 +300,17 @@ def _line_or_stub(key: str, folder: Path, name: str) -> dict[str, Any]:
     except (*UNLIKE, OSError, DataError):
         unknown: dict[str, Any] = {"base": None, "variants": 0, "methods": [], "seconds": None, "tokens": None}
         return line | unknown | {"error": "cannot be read"}
+
+
+def _written(folder: Path) -> str:
+    """Another text whenever what `show` tells was written anew."""
+    times = []
+    for name in (PLAN, "summary.json"):
+        try:
+            times.append(str((folder / name).stat().st_mtime_ns))
+        except OSError:
+            times.append("none")
+    return " ".join(times)
 
 
 def _changed(folder: Path) -> float:

@@ -22,7 +22,7 @@ export function RunPage({ ids }: { ids: string[] }) {
   const [version, setVersion] = useState(0);
   const [error, setError] = useState<unknown>(null);
   const [hidden, setHidden] = useState<Set<number>>(new Set());
-  const states = useRef("");
+  const told = useRef(""); // what the metrics said of the facts that are shown
   const drawn = useRef(0);
   const draw = (now: boolean) => {
     if (!now && performance.now() - drawn.current < REDRAW_MS) return;
@@ -33,17 +33,17 @@ export function RunPage({ ids }: { ids: string[] }) {
   usePoll(
     async () => {
       try {
-        const before = [...metrics.values()].map((m) => m.state).join();
         const known = [...metrics.values()].reduce((sum, m) => sum + m.version, 0);
         await Promise.all([...metrics.values()].map((m) => m.read(() => draw(false))));
         if ([...metrics.values()].reduce((sum, m) => sum + m.version, 0) !== known) draw(true);
-        const now = [...metrics.values()].map((m) => m.state).join();
-        if (states.current !== now || before !== now || runs.length === 0) {
+        const now = [...metrics.values()].map((m) => m.facts).join();
+        if (told.current !== now) {
           setRuns(await Promise.all(ids.map((id) => get<RunFacts>("studio/run", { id }))));
-          states.current = now;
+          told.current = now;
         }
         setError(null);
       } catch (failed) {
+        told.current = ""; // the run may be another one by the time that it can be read again
         setError(failed);
       }
     },

@@ -54,16 +54,26 @@ export class Metrics {
   state: State | null = null;
   private next = 0;
   private mark = "";
+  private written = "";
+  private restarts = 0;
 
   constructor(readonly id: string) {}
+
+  /** Another text once the run's facts (`studio/run`) may have changed. */
+  get facts(): string {
+    return `${this.state} ${this.restarts} ${this.written}`;
+  }
 
   /** Reads what is new, piece by piece; `onPart` hears of each, so that a long run is drawn while it is read. */
   async read(onPart: () => void): Promise<void> {
     for (;;) {
       const part = await get<MetricsPart>("studio/metrics", { id: this.id, start: this.next, mark: this.mark });
-      if (part.restart) this.variants.clear();
+      if (part.restart) {
+        this.variants.clear();
+        this.restarts++;
+      }
       const changed = part.next !== this.next || part.restart || part.state !== this.state;
-      [this.next, this.mark, this.state] = [part.next, part.mark, part.state];
+      [this.next, this.mark, this.state, this.written] = [part.next, part.mark, part.state, part.written];
       for (const [name, kinds] of Object.entries(part.variants)) {
         let mine = this.variants.get(name);
         if (!mine) this.variants.set(name, (mine = { steps: new Lines(), valid: new Lines() }));
@@ -87,7 +97,7 @@ export function along(lines: Lines, axis: Axis): number[] {
   const each = lines.column(axis);
   let sum = 0;
   return steps.map((step, i) => {
-    const stands = i === 0 ? 1 : Math.max(1, step - steps[i - 1]!);
+    const stands = Math.max(1, step - (steps[i - 1] ?? 0));
     const more = each[i] ?? NaN;
     return (sum += Number.isNaN(more) ? 0 : more * stands);
   });

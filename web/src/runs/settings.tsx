@@ -9,18 +9,19 @@ import type { RunFacts, Shown } from "./types";
 interface Row {
   key: string;
   values: string[];
+  differs: boolean;
 }
 
 export function Settings({ shown, runs }: { shown: Shown[]; runs: RunFacts[] }) {
   const [all, setAll] = useState(false);
   const own = table(shown.map((s) => s.facts.settings));
   const shared = table(runs.map((r) => ({ ...r.settings, base: r.base, device: r.device, dtype: r.dtype })));
-  const differing = own.filter((r) => differs(r) || shown.length === 1);
+  const differing = own.filter((r) => r.differs || shown.length === 1);
   const rows = all ? own : differing;
-  const ofRuns = all || runs.length === 1 ? shared : shared.filter(differs);
+  const ofRuns = all || runs.length === 1 ? shared : shared.filter((r) => r.differs);
   const columns: Column<Row>[] = [
     { key: "key", title: "setting", cell: (r) => r.key },
-    ...shown.map((s, i): Column<Row> => ({ key: String(s.number), title: s.label, cell: (r) => r.values[i], class: (r) => (differs(r) ? "differs" : undefined) })),
+    ...shown.map((s, i): Column<Row> => ({ key: String(s.number), title: s.label, cell: (r) => r.values[i], class: (r) => (r.differs ? "differs" : undefined) })),
   ];
   return (
     <Section
@@ -64,9 +65,9 @@ export function Settings({ shown, runs }: { shown: Shown[]; runs: RunFacts[] }) 
 
 function table(settings: Record<string, unknown>[]): Row[] {
   const keys = [...new Set(settings.flatMap((s) => Object.keys(s)))];
-  return keys.map((key) => ({ key, values: settings.map((s) => value(s[key])) }));
-}
-
-function differs(row: Row): boolean {
-  return new Set(row.values).size > 1;
+  return keys.map((key) => ({
+    key,
+    values: settings.map((s) => value(s[key])),
+    differs: new Set(settings.map((s) => JSON.stringify(s[key] ?? null))).size > 1,
+  }));
 }

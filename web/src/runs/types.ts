@@ -70,6 +70,7 @@ export interface MetricsPart {
   more: boolean;
   restart: boolean;
   state: State;
+  written: string;
 }
 
 /** A variant as the page shows it: number tells colour and dash, label the run too where there are several. */
