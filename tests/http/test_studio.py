@@ -67,9 +67,11 @@ def test_routes_give_what_the_folders_give(runs: RunFolders):
     key = listed["runs"][0]["id"]
     assert call(app, "GET", f"/studio/run?id={key}").json()["variants"][0]["name"] == HOSTILE
     assert call(app, "GET", f"/studio/metrics?id={key}").json()["variants"].keys() == {HOSTILE}
+    assert call(app, "GET", f"/studio/doubts?ids={key}%2B{key}").json() == {"doubts": []} and listed["cut"] is False
     for path, status in (
         ("run?id=nothing", 404),
         ("metrics?id=..", 404),
+        (f"doubts?ids={key}%2Bnothing", 404),
         (f"metrics?id={key}&start=-1", 400),
         (f"answers?id={key}&data=a", 404),
         (f"answers?id={key}&data=a&count=1000", 400),
@@ -84,7 +86,7 @@ def test_elsewhere_than_here_a_token_is_needed(runs: RunFolders):
     app = app_of(runs, token="right")
     about = call(app, "GET", "/studio/about").json()
     assert about["keyed"] and about["runs"] and str(runs.root) not in str(about)
-    for path in ("runs", "run?id=x", "metrics?id=x", "answers?id=x&data=a"):
+    for path in ("runs", "run?id=x", "doubts?ids=x", "metrics?id=x", "answers?id=x&data=a"):
         for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer "}, {"authorization": "Basic right"}):
             answer = call(app, "GET", f"/studio/{path}", headers=given)
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer", (path, given)

@@ -441,3 +441,54 @@ def test_answers_in_a_folder_that_is_a_link_are_not_followed(tmp_path: Path):
     assert folders.show(key_of(folders, "r"))["answers"] == {}
     with pytest.raises(NotFoundError):
         folders.answers(key_of(folders, "r"), "a", "", 0, 10)
+
+
+def test_limits_are_told_and_the_nearest_runs_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("a/b/c/one", "z", "y/two"):
+        run_folder(tmp_path / name, {"v": variant()})
+    whole = RunFolders(tmp_path)
+    assert len(whole.list()) == 3 and not whole.cut
+    monkeypatch.setattr(follow, "MAX_RUNS", 2)
+    folders = RunFolders(tmp_path)
+    assert {x["name"] for x in folders.list()} == {"z", "y/two"} and folders.cut
+    monkeypatch.setattr(follow, "MAX_FOLDERS", 4)
+    folders = RunFolders(tmp_path)
+    assert {x["name"] for x in folders.list()} == {"z"} and folders.cut
+
+
+def test_a_list_reads_again_only_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("r", "s"):
+        run_folder(tmp_path / name, {"v": variant()}, base="old")
+    read, load = [], follow.load
+    monkeypatch.setattr(follow, "load", lambda path: (read.append(path.parent.name), load(path))[1])
+    folders = RunFolders(tmp_path)
+    assert {x["base"] for x in folders.list()} == {"old"} and sorted(read) == ["r", "s"]
+    (tmp_path / "r" / "summary.json").write_text(json.dumps({"variants": {}, "base": "newer"}))
+    assert {x["name"]: x["base"] for x in folders.list()} == {"r": "newer", "s": "old"} and sorted(read) == ["r", "r", "s"]
+    run_folder(tmp_path / "t", {"v": variant()})
+    monkeypatch.setattr(follow, "WALK_S", 0.0)
+    assert len(folders.list()) == 2, "what was found counts for a while"
+    folders._until = 0.0
+    assert len(folders.list()) == 3
+
+
+def test_runs_on_other_rows_or_bases_are_doubted(tmp_path: Path):
+    rows = {"base_scores": {"a": {"loss": 3.0, "rows": 3}}}
+    for name, digest, base in (
+        ("one", "x", "sha256:aa"),
+        ("same", "x", "sha256:aa"),
+        ("rows", "y", "sha256:aa"),
+        ("base", "x", "sha256:bb"),
+    ):
+        more = {"content": {"data.a.test": digest, "data.a.train": "t"}, "base_fingerprint": {"before": base, "after": base}}
+        run_folder(tmp_path / "of" / name, {"v": variant()}, **rows, **more)
+    run_folder(tmp_path / "of" / "live", {"v": variant()}, summary=False)
+    folders = RunFolders(tmp_path)
+    keys = {line["name"].removeprefix("of/"): line["id"] for line in folders.list()}
+    assert folders.doubts([keys["one"], keys["same"], keys["live"]]) == [] == folders.doubts([keys["one"], keys["one"]])
+    (of_rows,) = folders.doubts([keys["one"], keys["rows"]])
+    assert "different test rows (of/one / of/rows)" in of_rows
+    (of_base,) = folders.doubts([keys["one"], keys["base"]])
+    assert "different bases" in of_base
+    with pytest.raises(NotFoundError):
+        folders.doubts([keys["one"], "nothing"])

@@ -129,6 +129,59 @@ def test_a_line_counts_for_the_steps_that_it_stands_for(chromium: Any, folder: P
             assert page.locator(".tip").inner_text().startswith(f"tokens {steps * 7}")
 
 
+@pytest.mark.parametrize("differ", [False, True])
+def test_nothing_is_the_best_where_scores_do_not_compare(chromium: Any, folder: Path, site: str, differ: bool):
+    for name, loss in (("one", 0.5), ("two", 0.25)):
+        content = {"data.a.test": name if differ else "same", "data.a.train": "t"}
+        run_folder(folder / name, {"v": variant(scores={"loss": loss, "rows": 3})}, content=content)
+    with Visit(chromium, site) as page:
+        for name in ("one", "two"):
+            page.get_by_label(f"Compare {name}").check()
+        page.get_by_role("link", name="Compare 2 runs").click()
+        page.get_by_role("region", name="Scores on a").wait_for()
+        assert page.get_by_text("different test rows").count() == differ
+        assert page.locator("td.best").count() == (not differ)
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_no_step_is_marked_as_kept_where_the_last_one_is(chromium: Any, folder: Path, site: str, keep_best: bool):
+    run = run_folder(folder / "r", {"v": variant()}, summary=False)
+    settings = {"variants.v.method": "lora", "variants.v.keep_best": keep_best}
+    (run / "run.json").write_text(json.dumps({"base": "tiny", "steps": {"v": 60}, "settings": settings}))
+    with Visit(chromium, site) as page:
+        page.evaluate(
+            """() => {
+                 const canvas = CanvasRenderingContext2D.prototype, close = canvas.closePath;
+                 window.diamonds = 0;
+                 canvas.closePath = function () { window.diamonds++; close.call(this); };
+               }"""
+        )
+        page.get_by_role("link", name="r", exact=True).click()
+        page.get_by_role("application", name="Loss, nats a target").focus()
+        page.keyboard.press("End")
+        page.locator(".tip").wait_for()
+        assert (page.evaluate("window.diamonds") > 0) == keep_best, "of all that is drawn the diamond alone is closed"
+
+
+def test_a_late_answer_to_an_earlier_question_is_not_shown(chromium: Any, folder: Path, site: str):
+    run_folder(folder / "r", {"v": variant(), "w": variant()})
+    answers(folder / "r", 3, base="five", v="4", w="nine")
+    with Visit(chromium, site) as page:
+        page.get_by_role("link", name="r", exact=True).click()
+        page.get_by_role("article").first.wait_for()
+        waiting: list[Any] = []
+        page.route("**/studio/answers?*who=w*", lambda route: waiting.append(route))
+        page.get_by_label("Answers of").select_option("w")
+        page.wait_for_timeout(100)
+        page.get_by_label("Answers of").select_option("v")
+        page.get_by_text("Wrong: v 0.").wait_for()
+        (late,) = waiting
+        with page.expect_response("**/studio/answers?*who=w*"):
+            late.continue_()
+        page.wait_for_timeout(300)
+        assert page.get_by_text("Wrong: v 0.").count() == 1 and page.get_by_text("Wrong: w").count() == 0
+
+
 def test_settings_differ_by_their_last_digit(chromium: Any, folder: Path, site: str):
     for name, seed in (("one", 20240101), ("two", 20240102)):
         settings = {"seed": seed, "lr": 0.1, "variants.v.method": "lora", "variants.v.lr": 0.12345678 + (name == "two") * 1e-8}

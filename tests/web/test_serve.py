@@ -267,6 +267,32 @@ def test_quantiles_and_rates_by_hand(chromium: Any, local: Served, prefix: str):
         assert 0 < float(rate.inner_text()) <= 50.5, "a hundred in two seconds or, on a slow machine, in more"
 
 
+def test_the_last_minute_is_by_the_clock_and_a_new_start_counts_from_nought(chromium: Any, local: Served):
+    name = "trimtab_e2e_request_latency_seconds"
+    counts = [0]
+
+    def metrics(route: Any) -> None:
+        text = f'{name}_bucket{{le="0.1"}} {counts[0]}\n{name}_bucket{{le="+Inf"}} {counts[0]}\n{name}_count {counts[0]}\n'
+        route.fulfill(body=text, content_type="text/plain")
+
+    with Visit(chromium, local.url) as page:
+        page.clock.install()
+        page.route("**/metrics", metrics)
+        page.get_by_role("link", name="Serving").click()
+        row = page.get_by_role("region", name="Latency quantiles").get_by_role("row").filter(has_text="whole answer")
+        row.wait_for()
+        cells = lambda: [x.inner_text() for x in row.get_by_role("cell").all()]  # noqa: E731
+        counts[0] = 10
+        page.clock.fast_forward(600_000)  # as a page that was hidden for ten minutes
+        page.wait_for_function("() => document.querySelector('#latency').closest('section').innerText.includes('50 ms')")
+        assert cells()[:4] == ["–", "–", "–", "50 ms"] and cells()[-1] == "10", "not of the last minute"
+        counts[0] = 4
+        page.clock.fast_forward(2500)
+        page.wait_for_function("() => document.querySelectorAll('#latency').length")
+        row.get_by_role("cell").last.filter(has_text="4").wait_for()
+        assert cells()[0] == "50 ms" and cells()[-1] == "4", "of the new server's own four"
+
+
 def quantile(text: str, name: str, q: float) -> float:
     """By the definition: a straight line within the bucket in which the share is reached."""
     found = re.findall(rf'^{name}_bucket{{le="([^"]+)".*}} (\S+)$', text, re.MULTILINE)

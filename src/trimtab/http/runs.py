@@ -26,13 +26,19 @@ async def sent(read: Callable[..., Any], *given: Any) -> JSONResponse:
 @router.get("/runs")
 async def runs(studio: Studio) -> JSONResponse:
     """All runs, newest first."""
-    return await sent(lambda: {"root": printable(str(studio.runs.root)), "runs": studio.runs.list()})
+    return await sent(lambda: {"root": printable(str(studio.runs.root)), "runs": studio.runs.list(), "cut": studio.runs.cut})
 
 
 @router.get("/run")
 async def run(studio: Studio, id: Id) -> JSONResponse:
     """One run: settings, variants, scores."""
     return await sent(studio.runs.show, id)
+
+
+@router.get("/doubts")
+async def doubts(studio: Studio, ids: Name) -> JSONResponse:
+    """What to know before several runs are compared. ids: theirs, with + between."""
+    return await sent(lambda: {"doubts": studio.runs.doubts(ids.split("+"))})
 
 
 @router.get("/metrics")

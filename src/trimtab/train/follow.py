@@ -13,8 +13,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from trimtab.train.past import (
     PLAN,
     PastRun,
     PastVariant,
+    doubts,
     is_finite,
     load,
     numbers,
@@ -37,6 +40,8 @@ from trimtab.train.past import (
 
 DEPTH, MAX_FOLDERS, MAX_RUNS = 4, 20_000, 2_000
 """How deep below the given folder runs are looked for, and of how many folders and runs."""
+WALK_S = 3.0
+"""For how long what was found is taken to be all."""
 FILES = ("summary.json", "metrics.jsonl")
 """A folder with one of them is a run's."""
 CHUNK = 1 << 20
@@ -70,15 +75,29 @@ class RunFolders:
             )
         self.root = root.resolve()
         self._known: dict[str, Path] = {}
+        self._until = 0.0
+        self._lines: dict[Path, tuple[str, dict[str, Any]]] = {}
+        self.cut = False
+        """Whether there may be more runs than were found: more folders or runs than are looked at."""
 
     def found(self) -> dict[str, Path]:
-        """id -> run folder."""
-        self._known = {hashlib.sha256(os.fsencode(path)).hexdigest()[:16]: path for path in _walk(self.root)}
+        """id -> run folder, as of WALK_S ago at most."""
+        if time.monotonic() >= self._until:
+            paths, self.cut = _walk(self.root)
+            self._known = {hashlib.sha256(os.fsencode(path)).hexdigest()[:16]: path for path in paths}
+            self._until = time.monotonic() + WALK_S
         return self._known
 
     def list(self) -> list[dict[str, Any]]:
         """A line of each run, the one that was written last first."""
-        lines = [_line_or_stub(key, path, self._name(path)) for key, path in self.found().items()]
+        found = [(key, path, _written(path)) for key, path in self.found().items()]
+        known, self._lines = self._lines, {}
+        lines = []
+        for key, path, written in found:
+            facts = known[path][1] if path in known and known[path][0] == written else _facts_or_error(path)
+            self._lines[path] = written, facts
+            own = {"id": key, "name": self._name(path), "path": printable(str(path)), "state": _state(path), "changed": _changed(path)}
+            lines.append(own | facts)
         return sorted(lines, key=lambda line: (line["state"] != "running", -line["changed"]))
 
     def folder(self, key: str) -> Path:
@@ -171,17 +190,29 @@ class RunFolders:
         wrong = {name: sum(r["answers"][name]["right"] is False for r in rows if name in r["answers"]) for name in files}
         return {"rows": rows[start : start + count], "total": len(rows), "wrong": wrong}
 
+    def doubts(self, keys: Iterable[str]) -> Sequence[str]:
+        """What to know before the scores of these runs are compared: other rows, other bases. Empty where they can be."""
+        runs = [replace(_read(folder), name=self._name(folder)) for folder in map(self.folder, dict.fromkeys(keys))]
+        for run in runs:
+            run.variants[:] = [replace(v, run=run) for v in run.variants]
+        try:
+            return [printable(text) for text in doubts([run for run in runs if run.finished])]
+        except (*UNLIKE, OSError):
+            return ["what the runs stand on cannot be told, as their files are not as trimtab writes them: their scores may not compare"]
+
     def _name(self, path: Path) -> str:
         """As people know it: from `root`, or the folder's own name."""
         return printable(str(path.relative_to(self.root)) if path != self.root else path.name)
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """Run folders, in the order of their paths. What is inside of one is not looked at; links are followed, each folder once."""
+def _walk(root: Path) -> tuple[list[Path], bool]:
+    """(run folders, whether there may be more), those nearest to `root` first. What is inside of one is not looked at; links are followed,
+    each folder once."""
     seen: set[tuple[int, int]] = set()
-    waiting, runs = [(root, 0)], 0
-    while waiting and runs < MAX_RUNS and len(seen) < MAX_FOLDERS:
-        folder, depth = waiting.pop()
+    waiting = deque([(root, 0)])
+    runs: list[Path] = []
+    while waiting and len(runs) < MAX_RUNS and len(seen) < MAX_FOLDERS:
+        folder, depth = waiting.popleft()
         try:
             status = folder.stat()
             if (status.st_dev, status.st_ino) in seen:
@@ -191,11 +222,11 @@ def _walk(root: Path) -> Iterator[Path]:
         except OSError:
             continue  # it has gone, or is not ours to read
         if any(n in entries for n in FILES) and _is_run(folder):
-            runs += 1
-            yield folder
+            runs.append(folder)
         elif depth < DEPTH:
-            inner = sorted((e.name for e in entries.values() if not e.name.startswith(".") and _is_folder(e)), reverse=True)
-            waiting += [(folder / name, depth + 1) for name in inner]
+            inner = sorted(e.name for e in entries.values() if not e.name.startswith(".") and _is_folder(e))
+            waiting.extend((folder / name, depth + 1) for name in inner)
+    return runs, bool(waiting)
 
 
 def _is_run(folder: Path) -> bool:
@@ -292,14 +323,12 @@ def _device(folder: Path) -> tuple[int, int] | None:
     return None
 
 
-def _line_or_stub(key: str, folder: Path, name: str) -> dict[str, Any]:
-    """What the list says of a run. `error`: that its files cannot be read, and nothing else is known then."""
-    line = {"id": key, "name": name, "path": printable(str(folder)), "state": _state(folder), "changed": _changed(folder), "error": None}
+def _facts_or_error(folder: Path) -> dict[str, Any]:
+    """What the list says of a run's files. `error`: that they cannot be read, and nothing else is known then."""
     try:
-        return line | _line(folder)
+        return _facts(folder) | {"error": None}
     except (*UNLIKE, OSError, DataError):
-        unknown: dict[str, Any] = {"base": None, "variants": 0, "methods": [], "seconds": None, "tokens": None}
-        return line | unknown | {"error": "cannot be read"}
+        return {"base": None, "variants": 0, "methods": [], "seconds": None, "tokens": None, "error": "cannot be read"}
 
 
 def _written(folder: Path) -> str:
@@ -307,7 +336,8 @@ def _written(folder: Path) -> str:
     times = []
     for name in (PLAN, "summary.json"):
         try:
-            times.append(str((folder / name).stat().st_mtime_ns))
+            status = (folder / name).stat()
+            times.append(f"{status.st_mtime_ns}-{status.st_size}")
         except OSError:
             times.append("none")
     return " ".join(times)
@@ -323,8 +353,7 @@ def _changed(folder: Path) -> float:
     return max(times)
 
 
-def _line(folder: Path) -> dict[str, Any]:
-    """What its files say, without its metrics."""
+def _facts(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
     summary = load(path) if os.path.lexists(path) else {}
     told = summary or plan_of(folder)

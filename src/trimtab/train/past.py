@@ -260,8 +260,8 @@ def _train_rows(run: PastRun, data: str) -> str | None:
         path = run.folder / "adapters" / v.name / "trimtab.json"
         if v.data == data and path.is_file():
             try:
-                return str(json.loads(path.read_text(encoding="utf-8"))["run"]["data_digest"])
-            except (OSError, ValueError, KeyError, TypeError):
+                return str(load(path)["run"]["data_digest"])
+            except (DataError, ValueError, KeyError, TypeError):
                 continue
     return None
 

@@ -1,6 +1,6 @@
 // Held-out rows with what base and variants answered, as bubbles; those first that most variants got wrong.
 
-import { useEffect, useState } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 import { get } from "../api";
 import { number } from "../format";
 import { Failure, Section } from "../parts";
@@ -37,15 +37,20 @@ export function Answers({ run, shown }: { run: RunFacts; shown: Shown[] }) {
   const [found, setFound] = useState<Found | null>(null);
   const [error, setError] = useState<unknown>(null);
   const [busy, setBusy] = useState(false);
+  const asked = useRef("");
   const names = run.answers[data] ?? [];
 
   const load = async (start: number, before: AnswerRow[]) => {
+    const mine = JSON.stringify([run.id, data, who]);
+    asked.current = mine;
     setBusy(true);
     try {
       const part = await get<Found>("studio/answers", { id: run.id, data, who: names.includes(who) ? who : "", start, count: PAGE });
+      if (asked.current !== mine) return; // others have been asked for by now
       setFound({ ...part, rows: [...before, ...part.rows] });
       setError(null);
     } catch (failed) {
+      if (asked.current !== mine) return;
       setError(failed);
     }
     setBusy(false);

@@ -139,7 +139,7 @@ function kept(s: Shown, p: Placed, line: Points, rings: Points | undefined): { k
   const best = p.valid.column("best");
   const steps = p.valid.column("step");
   const last = best.findLastIndex((b) => b === 1);
-  const step = s.facts.saved_step ?? (last >= 0 ? steps[last]! : null);
+  const step = s.facts.saved_step ?? (last >= 0 && s.facts.settings["keep_best"] !== false ? steps[last]! : null);
   if (step === null) return {};
   const x = placeOf(step, p.steps, p.x);
   const ring = rings ? steps.indexOf(step) : -1;

@@ -12,7 +12,7 @@ export function StateMark({ state }: { state: State }) {
 }
 
 export function RunList() {
-  const [found, setFound] = useState<{ root: string; runs: RunLine[] } | null>(null);
+  const [found, setFound] = useState<{ root: string; runs: RunLine[]; cut: boolean } | null>(null);
   const [error, setError] = useState<unknown>(null);
   const [chosen, setChosen] = useState<string[]>([]);
   const [wanted, setWanted] = useState("");
@@ -65,6 +65,11 @@ export function RunList() {
         <p class="note path">{found.root}</p>
       </div>
       {error ? <Failure error={error} /> : null}
+      {found.cut && (
+        <p class="failure" role="note">
+          There are too many folders to look at all of them, so runs may be missing here. Open the page on a folder further down.
+        </p>
+      )}
       {found.runs.length === 0 ? (
         <Empty>
           <p>There is no run folder here yet. This page shows one as soon as training begins.</p>

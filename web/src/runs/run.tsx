@@ -19,6 +19,7 @@ const REDRAW_MS = 1000; // while a long run is read, piece by piece
 export function RunPage({ ids }: { ids: string[] }) {
   const metrics = useRef(new Map(ids.map((id) => [id, new Metrics(id)]))).current;
   const [runs, setRuns] = useState<RunFacts[]>([]);
+  const [doubts, setDoubts] = useState<string[]>([]);
   const [version, setVersion] = useState(0);
   const [error, setError] = useState<unknown>(null);
   const [hidden, setHidden] = useState<Set<number>>(new Set());
@@ -38,7 +39,9 @@ export function RunPage({ ids }: { ids: string[] }) {
         if ([...metrics.values()].reduce((sum, m) => sum + m.version, 0) !== known) draw(true);
         const now = [...metrics.values()].map((m) => m.facts).join();
         if (told.current !== now) {
-          setRuns(await Promise.all(ids.map((id) => get<RunFacts>("studio/run", { id }))));
+          const facts = await Promise.all(ids.map((id) => get<RunFacts>("studio/run", { id })));
+          if (ids.length > 1) setDoubts((await get<{ doubts: string[] }>("studio/doubts", { ids: ids.join("+") })).doubts);
+          setRuns(facts);
           told.current = now;
         }
         setError(null);
@@ -80,7 +83,7 @@ export function RunPage({ ids }: { ids: string[] }) {
         </div>
       )}
       <Curves shown={shown} metrics={metrics} version={version} />
-      <Scores shown={shown} runs={runs} metrics={metrics} />
+      <Scores shown={shown} runs={runs} metrics={metrics} doubts={doubts} />
       <Settings shown={shown} runs={runs} />
       {runs.map((run) => (
         <Answers key={run.id} run={run} shown={every} />

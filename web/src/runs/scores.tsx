@@ -15,14 +15,27 @@ interface Row {
   base: Record<string, number>;
 }
 
-export function Scores({ shown, runs, metrics }: { shown: Shown[]; runs: RunFacts[]; metrics: Map<string, Metrics> }) {
+interface Props {
+  shown: Shown[];
+  runs: RunFacts[];
+  metrics: Map<string, Metrics>;
+  /** Why scores do not compare; nothing is called the best then. */
+  doubts: string[];
+}
+
+export function Scores({ shown, runs, metrics, doubts }: Props) {
   const sets = [...new Set(shown.map((s) => s.facts.data ?? "data"))];
   const meanings = Object.assign({}, ...runs.map((r) => r.scores)) as Record<string, Meaning>;
   return (
     <Section title="Scores and costs" id="scores">
-      <p class="note">On held-out test rows, percentages where a unit is %. The small number is the change from the base; bold is the best.</p>
+      <p class="note">On held-out test rows, percentages where a unit is %. The small number is the change from the base{doubts.length ? "." : "; bold is the best."}</p>
+      {doubts.map((text) => (
+        <p key={text} class="failure" role="note">
+          {text}
+        </p>
+      ))}
       {sets.map((data) => (
-        <OneSet key={data} data={data} shown={shown.filter((s) => (s.facts.data ?? "data") === data)} runs={runs} meanings={meanings} metrics={metrics} />
+        <OneSet key={data} data={data} shown={shown.filter((s) => (s.facts.data ?? "data") === data)} runs={runs} meanings={meanings} metrics={metrics} ranked={!doubts.length} />
       ))}
       <Command text={`trimtab compare ${runs.map((r) => quoted(r.path)).join(" ")}`} says="In a terminal" />
     </Section>
@@ -35,9 +48,10 @@ interface OneSetProps {
   runs: RunFacts[];
   meanings: Record<string, Meaning>;
   metrics: Map<string, Metrics>;
+  ranked: boolean;
 }
 
-function OneSet({ data, shown, runs, meanings, metrics }: OneSetProps) {
+function OneSet({ data, shown, runs, meanings, metrics, ranked }: OneSetProps) {
   const bases = new Map<string, Row>();
   for (const run of runs) {
     const scores = run.base_scores[data];
@@ -50,7 +64,7 @@ function OneSet({ data, shown, runs, meanings, metrics }: OneSetProps) {
   const rows: Row[] = [...bases.values()].map((row) => ({ ...row, label: bases.size === 1 ? "base" : `base (${row.label})` }));
   rows.push(...shown.map((s) => ({ key: String(s.number), shown: s, label: s.label, scores: s.facts.scores, base: s.run.base_scores[data] ?? {} })));
   const names = [...new Set(rows.flatMap((r) => Object.keys(r.scores)))];
-  const best = new Map(names.map((n) => [n, bestOf(n, rows, meanings)]));
+  const best = new Map(names.map((n) => [n, ranked ? bestOf(n, rows, meanings) : null]));
   const columns: Column<Row>[] = [
     {
       key: "variant",

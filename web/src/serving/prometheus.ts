@@ -34,7 +34,8 @@ export function total(samples: Samples, name: string): number | null {
  * straight line. null where there were none. */
 export function quantiles(now: Samples, before: Samples | null, name: string, of: number[]): (number | null)[] {
   const counts = bucketed(now, name);
-  const earlier = before ? bucketed(before, name) : new Map<number, number>();
+  let earlier = before ? bucketed(before, name) : new Map<number, number>();
+  if ([...earlier].some(([edge, count]) => count > (counts.get(edge) ?? 0))) earlier = new Map(); // the server began anew in between
   const edges = [...counts.keys()].sort((a, b) => a - b);
   const cumulative = edges.map((edge) => counts.get(edge)! - (earlier.get(edge) ?? 0));
   const all = cumulative[cumulative.length - 1] ?? 0;
