@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
+os.environ["XDG_DATA_HOME"] = DATA = tempfile.mkdtemp(prefix="trimtab-tests-")  # the user's store and tenants are not for tests
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch is imported: see trimtab/__init__.py
 
 import gc
@@ -38,6 +41,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(DATA, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -70,6 +70,15 @@ def test_metrics_of_an_objective_are_not_what_is_sorted_by(tmp_path: Path) -> No
     assert "a, by exact match" in call(run_folder(tmp_path / "s", entries)).output
 
 
+def test_sorted_by_what_fits_the_answers(tmp_path: Path) -> None:
+    scores = [{"loss": 0.5, "exact_match": 0.0, "token_f1": f1} for f1 in (30.0, 40.0)]
+    folder = run_folder(tmp_path / "r", {"x": variant(scores=scores[0]), "y": variant(scores=scores[1])})
+    assert "a, by exact match" in call(folder).output
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"measures": {"a": "token_f1"}}))
+    assert order(call(folder, "--json")) == ["r/y", "r/x"] and "a, by F1" in call(folder).output
+
+
 def test_an_unknown_score_lists_what_there_is(two: list[Path]) -> None:
     result = call(*two, "--by", "exact_mach")
     assert result.exit_code == 2

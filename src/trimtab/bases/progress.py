@@ -40,8 +40,11 @@ def reporting(progress: Progress | None) -> Iterator[Progress]:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' bars and warnings while we read a base; our own errors say what matters. Restores both afterwards."""
+    from logging import ERROR, getLogger
+
     from transformers.utils import logging
 
+    getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)  # it warns on import of a kernel that it only tries to find
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -17,7 +17,9 @@ from trimtab.cli.terminal import print_whole
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--by", metavar="SCORE", help="Sort by this score or cost, best first; by default the first score of answers, else the training loss."
+    "--by",
+    metavar="SCORE",
+    help="Sort by this score or cost, best first; by default the score that fits the answers, else the training loss.",
 )
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the page of all runs (as report.html) to this file.")
 @json_option("Print one object a variant, and what to know before comparing.")

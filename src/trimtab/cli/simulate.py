@@ -195,7 +195,7 @@ def _show(asked: Asked, trace: Trace, shape: Shape, speed: Speed, found: list[Si
     used_gb = max(f.memory_bytes for f in found) / 1e9
     say(f"the first {asked.warm_up:.0%} of the requests are not in hit rate and times; the simulation took {used_gb:.2f} GB")
     say(f"steps: {speed.source}")
-    rows_ms = ", ".join(f"{n}: {s * 1e3:.3g}" for n, s in zip(speed.rows, speed.seconds, strict=True))
+    rows_ms = ", ".join(f"{n}: {s * 1e3:.4g}" for n, s in zip(speed.rows, speed.seconds, strict=True))
     say(f"  - milliseconds by rows of a step: {rows_ms}")
     each = {"sequence": speed.sequence_s, "adapter": speed.adapter_s, "token in the cache": speed.context_s}
     say(f"  - and more for each {', '.join(f'{name} {s * 1e6:.3g} µs' for name, s in each.items())}")

@@ -65,16 +65,22 @@ def compare(folders: Sequence[Path], by: str | None = None) -> Comparison:
     """Every variant of several run folders. by: a score or a cost. ConfigError if a folder is no run's, or no variant has that score."""
     past = read_runs(folders)
     variants = [v for run in past for v in run.variants]
-    by = _order(by, list(dict.fromkeys(s for v in variants for s in v.scores)))
+    by = _order(by, list(dict.fromkeys(s for v in variants for s in v.scores)), [m for run in past for m in fitting(run.summary)])
     rows = sorted((_row(v) for v in variants), key=lambda r: _rank(r, by, by in SMALLER_FIRST | LOWER_IS_BETTER))
     return Comparison(by, doubts(past), rows, {run.name: run.summary.get("base_scores", {}) for run in past})
 
 
-def _order(by: str | None, scores: Sequence[str]) -> str:
-    """What to sort by. ConfigError if no variant has it."""
+def fitting(summary: Mapping[str, Any]) -> list[str]:
+    """The scores that fit the answers of a run's data sets, as its summary names them."""
+    named = summary.get("measures")
+    return [m for m in named.values() if isinstance(m, str)] if isinstance(named, Mapping) else []
+
+
+def _order(by: str | None, scores: Sequence[str], fits: Sequence[str]) -> str:
+    """What to sort by: by default the first score that fits the answers of a data set. ConfigError if no variant has it."""
     known = [*scores, *COSTS]
     if by is None:
-        return next((s for s in scores if s in PERCENT), "train_loss")
+        return next((s for s in (*fits, *scores) if s in PERCENT and s in scores), "train_loss")
     if by not in known:
         raise ConfigError(f"by = {by}: no variant has that score{nearest(by, known)}", fix=f"use one of {', '.join(known)}")
     return by
