@@ -300,6 +300,17 @@ def test_observers_hear_every_end_and_cannot_break_the_engine(caplog):
     assert heard.finish in ("length", "stop") and "observer" in caplog.text
 
 
+def test_whoever_has_an_answer_finds_it_counted():
+    engine, ends, seen = engine_of(), [], []
+    engine.on_finish = lambda *facts: ends.append(facts)
+    engine.submit(Request("a", (1, 2, 3), SamplingParams(max_tokens=2)), lambda delta: seen.append((delta.finish is not None, len(ends))))
+    engine.submit(Request("b", (1, 2, 3), SamplingParams(max_tokens=200)), lambda delta: seen.append((delta.finish is not None, len(ends))))
+    engine.step()
+    engine.cancel("b")
+    finish(engine)
+    assert [counted for last, counted in seen if last] == [1, 2]
+
+
 def test_stop_tokens_and_min_tokens():
     engine = engine_of()
     free = ask(engine, "a", tokens(8, 1), max_tokens=12, ignore_eos=True)

@@ -62,11 +62,11 @@ class Ending:
         if live.digest in self.departing and all(other.digest != live.digest for other in self.requests):
             self.departing.discard(live.digest)
             self.evict(live.digest)
-        self.send(live, Delta(text, tokens, finish, live.usage, error))
         now = self.clock()
         queue_s = (live.admitted if live.admitted is not None else now) - live.arrived
         first = None if live.first is None else live.first - live.arrived
         tell(self.on_finish, live.request, live.usage, finish, queue_s, first, now - live.arrived, live.gaps)
+        self.send(live, Delta(text, tokens, finish, live.usage, error))  # whoever has it finds it counted
 
     def send(self, live: Live, delta: Delta) -> None:
         """A delta to whoever asked; who cannot take it has its request cancelled."""
