@@ -14,7 +14,7 @@ import pytest
 from tests.train.common import METHODS, run_file, tiny_base
 from tests.train.past import HOSTILE, run_folder, variant
 from trimtab.errors import ConfigError, NotFoundError
-from trimtab.train import RunConfig, follow, train
+from trimtab.train import RunConfig, follow, run_folders, train
 from trimtab.train.follow import RunFolders
 
 
@@ -221,7 +221,7 @@ def test_a_summary_that_points_elsewhere_is_not_followed(tmp_path: Path, path: s
     assert "secret" not in json.dumps(folders.answers(key_of(folders, "r"), "a", "", 0, 10))
 
 
-@pytest.mark.skipif(not follow.LOCKS.exists(), reason="the system tells no locks")
+@pytest.mark.skipif(not run_folders.LOCKS.exists(), reason="the system tells no locks")
 def test_a_run_that_holds_its_folder_is_running(tmp_path: Path):
     """Its metrics are new all the time: once it is killed it is stopped at once."""
     folder = run_folder(tmp_path / "r", {"v": variant()}, summary=False)
@@ -241,9 +241,9 @@ def test_a_run_that_holds_its_folder_is_running(tmp_path: Path):
 def test_a_lock_counts_with_its_device_and_without_a_list_of_locks_the_clock_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = run_folder(tmp_path / "runs" / "r", {"v": variant()}, summary=False)
     folders, locks, inode = RunFolders(tmp_path / "runs"), tmp_path / "locks", folder.stat().st_ino
-    monkeypatch.setattr(follow, "LOCKS", locks)
+    monkeypatch.setattr(run_folders, "LOCKS", locks)
     assert [x["state"] for x in folders.list()] == ["running"], "no list, and metrics of just now"
-    monkeypatch.setattr(follow, "QUIET_S", -1.0)
+    monkeypatch.setattr(run_folders, "QUIET_S", -1.0)
     assert [x["state"] for x in folders.list()] == ["stopped"]
     for device, kind, of, state in (
         ("08:1f", "FLOCK ", inode, "running"),
@@ -252,7 +252,7 @@ def test_a_lock_counts_with_its_device_and_without_a_list_of_locks_the_clock_doe
         ("08:1f", "FLOCK ", inode * 10, "stopped"),
         ("08:1f", "-> FLOCK ", inode, "running"),
     ):
-        monkeypatch.setattr(follow, "_device", lambda _: (8, 31))
+        monkeypatch.setattr(run_folders, "_device", lambda _: (8, 31))
         locks.write_text(f"1: POSIX  ADVISORY  READ  7 08:1f:3 128 128\n2: {kind} ADVISORY  WRITE 77 {device}:{of} 0 EOF\n")
         assert [x["state"] for x in folders.list()] == [state], (device, kind, of)
 
@@ -448,10 +448,10 @@ def test_limits_are_told_and_the_nearest_runs_come_first(tmp_path: Path, monkeyp
         run_folder(tmp_path / name, {"v": variant()})
     whole = RunFolders(tmp_path)
     assert len(whole.list()) == 3 and not whole.cut
-    monkeypatch.setattr(follow, "MAX_RUNS", 2)
+    monkeypatch.setattr(run_folders, "MAX_RUNS", 2)
     folders = RunFolders(tmp_path)
     assert {x["name"] for x in folders.list()} == {"z", "y/two"} and folders.cut
-    monkeypatch.setattr(follow, "MAX_FOLDERS", 4)
+    monkeypatch.setattr(run_folders, "MAX_FOLDERS", 4)
     folders = RunFolders(tmp_path)
     assert {x["name"] for x in folders.list()} == {"z"} and folders.cut
 

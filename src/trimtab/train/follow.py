@@ -11,9 +11,7 @@ import io
 import itertools
 import json
 import os
-import re
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,22 +35,14 @@ from trimtab.train.past import (
     read_without_metrics,
     title,
 )
+from trimtab.train.run_folders import FILES, is_file, is_run, state, walk
 
-DEPTH, MAX_FOLDERS, MAX_RUNS = 4, 20_000, 2_000
-"""How deep below the given folder runs are looked for, and of how many folders and runs."""
 WALK_S = 3.0
 """For how long what was found is taken to be all."""
-FILES = ("summary.json", "metrics.jsonl")
-"""A folder with one of them is a run's."""
 CHUNK = 1 << 20
 """Bytes of metrics.jsonl that one call reads."""
 MARKED = 4096
 """Bytes before a position by which it is seen that the file is still the one that was read so far."""
-LOCKS = Path("/proc/locks")
-HELD = re.compile(r" FLOCK +\S+ +\S+ +-?\d+ ([0-9a-f]+):([0-9a-f]+):(\d+) ")
-"""The kernel's list of locks; of each its device and inode."""
-QUIET_S = 60.0
-"""Where the system tells no locks, a run whose metrics are older is not taken to be running."""
 MAX_ANSWERS, MAX_TEXT = 10_000, 20_000
 """Rows of a file of answers that are read, and characters of a text that are shown."""
 ANSWER_LINE, ANSWER_BYTES = 1 << 20, 256 << 20
@@ -83,7 +73,7 @@ class RunFolders:
     def found(self) -> dict[str, Path]:
         """id -> run folder, as of WALK_S ago at most."""
         if time.monotonic() >= self._until:
-            paths, self.cut = _walk(self.root)
+            paths, self.cut = walk(self.root)
             self._known = {hashlib.sha256(os.fsencode(path)).hexdigest()[:16]: path for path in paths}
             self._until = time.monotonic() + WALK_S
         return self._known
@@ -96,14 +86,14 @@ class RunFolders:
         for key, path, written in found:
             facts = known[path][1] if path in known and known[path][0] == written else _facts_or_error(path)
             self._lines[path] = written, facts
-            own = {"id": key, "name": self._name(path), "path": printable(str(path)), "state": _state(path), "changed": _changed(path)}
+            own = {"id": key, "name": self._name(path), "path": printable(str(path)), "state": state(path), "changed": _changed(path)}
             lines.append(own | facts)
         return sorted(lines, key=lambda line: (line["state"] != "running", -line["changed"]))
 
     def folder(self, key: str) -> Path:
         """The folder of an id. NotFoundError if no run has it."""
         path = self._known.get(key)
-        if path is None or not _is_run(path):
+        if path is None or not is_run(path):
             path = self.found().get(key)
         if path is None:
             raise NotFoundError("there is no such run folder any more", fix="go back to the list of runs")
@@ -128,7 +118,7 @@ class RunFolders:
             "id": key,
             "name": self._name(folder),
             "path": printable(str(folder)),
-            "state": _state(folder),
+            "state": state(folder),
             "settings": settings,
             "base_fingerprint": run.summary.get("base_fingerprint") or {},
             "base_scores": base_scores,
@@ -161,7 +151,7 @@ class RunFolders:
                 "mark": _mark(file, following),
                 "more": following < size and end > 0 and len(data) == CHUNK,
                 "restart": restart,
-                "state": _state(path.parent),
+                "state": state(path.parent),
                 "written": _written(path.parent),
             }
 
@@ -205,45 +195,6 @@ class RunFolders:
         return printable(str(path.relative_to(self.root)) if path != self.root else path.name)
 
 
-def _walk(root: Path) -> tuple[list[Path], bool]:
-    """(run folders, whether there may be more), those nearest to `root` first. What is inside of one is not looked at; links are followed,
-    each folder once."""
-    seen: set[tuple[int, int]] = set()
-    waiting = deque([(root, 0)])
-    runs: list[Path] = []
-    while waiting and len(runs) < MAX_RUNS and len(seen) < MAX_FOLDERS:
-        folder, depth = waiting.popleft()
-        try:
-            status = folder.stat()
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            entries = {e.name: e for e in os.scandir(folder)}
-        except OSError:
-            continue  # it has gone, or is not ours to read
-        if any(n in entries for n in FILES) and _is_run(folder):
-            runs.append(folder)
-        elif depth < DEPTH:
-            inner = sorted(e.name for e in entries.values() if not e.name.startswith(".") and _is_folder(e))
-            waiting.extend((folder / name, depth + 1) for name in inner)
-    return runs, bool(waiting)
-
-
-def _is_run(folder: Path) -> bool:
-    return any(_is_file(folder / name) for name in FILES)
-
-
-def _is_file(path: Path) -> bool:
-    return os.path.isfile(path)  # noqa: PTH113 (unlike Path's it is False in a folder that may not be entered)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False  # a link to itself, or into a folder that may not be entered
-
-
 @contextmanager
 def _as_written(folder: Path) -> Iterator[None]:
     """ConfigError where a run's files hold other things than trimtab writes."""
@@ -279,48 +230,6 @@ def _clean(value: Any, depth: int = 0) -> Any:
 
 def _word(text: str) -> str:
     return printable(text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…")
-
-
-def _state(folder: Path) -> str:
-    """ "finished", "running", or "stopped" where nobody works on it any more."""
-    if _is_file(folder / "summary.json"):
-        return "finished"
-    if (locked := _is_locked(folder)) is not None:
-        return "running" if locked else "stopped"
-    try:
-        return "running" if time.time() - (folder / "metrics.jsonl").stat().st_mtime < QUIET_S else "stopped"
-    except OSError:
-        return "stopped"
-
-
-def _is_locked(folder: Path) -> bool | None:
-    """Whether somebody holds a run folder, as a running `trimtab train` does; None where the system does not tell. Asking for the lock
-    itself would disturb one that starts."""
-    try:
-        held = HELD.findall(LOCKS.read_text())
-        devices = {(int(major, 16), int(minor, 16)) for major, minor, inode in held if int(inode) == folder.stat().st_ino}
-    except OSError:
-        return None
-    return bool(devices) and ((device := _device(folder)) is None or device in devices)
-
-
-def _device(folder: Path) -> tuple[int, int] | None:
-    """The device of a folder's file system as the kernel's lists name it; `stat` tells another one on some. None if it is not told."""
-    try:
-        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            told = Path(f"/proc/self/fdinfo/{opened}").read_text().split()
-        finally:
-            os.close(opened)
-        mount = told[told.index("mnt_id:") + 1]
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            number, _, device, *_ = line.split()
-            if number == mount:
-                major, minor = map(int, device.split(":"))
-                return major, minor
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
 
 
 def _facts_or_error(folder: Path) -> dict[str, Any]:
@@ -459,7 +368,7 @@ def _prediction_files(run: PastRun) -> dict[str, dict[str, Path]]:
         if (
             isinstance(path := scores.get("predictions"), str)
             and (file := (run.folder / path).resolve()).parent == inside
-            and _is_file(file)
+            and is_file(file)
         ):
             found.setdefault(data, {})[name] = file
     return found
