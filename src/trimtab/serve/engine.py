@@ -238,7 +238,7 @@ class Engine:
             self._ending.finish(live, "cancelled")
         self.grammars.shutdown()
         if self._own_loader:
-            self._loader.shutdown(wait=False, cancel_futures=True)
+            self._loader.shutdown(cancel_futures=True)
 
     def drain(self, timeout: float) -> bool:
         """Take no new requests and finish those that are there; whether all have ended within so many seconds."""
