@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "Parameters, file sizes and memory of any method on any base, without weights.",
     "check": "Read all that a run file names and say what is wrong with it, before training.",
     "train": "Train every variant of a run file together on one frozen base.",
+    "runs": "Stop, pause, resume or clone variants of a run while the others go on.",
     "sweep": "Search for the best settings: many trials trained together, the worst stopped early.",
     "eval": "Score the base and any adapters on held-out rows, side by side in one pass.",
     "compare": "Several runs side by side: what each variant costs and scores.",

@@ -56,6 +56,10 @@ class Pace:
             self._in_pass = True
         self.judged += self.ahead.valid[line["variant"]]
 
+    def join(self, variant: str, steps: int, ahead: Ahead | None) -> None:
+        """There is a variant more."""
+        self.total[variant], self.done[variant], self.share_s[variant], self.ahead = steps, 0, 0.0, ahead
+
     def end(self, variant: str) -> None:
         """A variant goes no further: stopped, or finished early."""
         self.total[variant] = self.done[variant]
@@ -128,6 +132,10 @@ class Lines:
         self.pace.end(variant)
         self.warning(f"{variant} has stopped: {reason}")
 
+    def joined(self, variant: str, steps: int, ahead: Ahead) -> None:
+        self.pace.join(variant, steps, ahead)
+        self._print(f"training {variant} ({steps} steps) too")
+
     def saved(self, step: int, folder: Path) -> None:
         """Not shown."""
 
@@ -193,6 +201,10 @@ class Bars:
         self.pace.end(variant)
         self._end(variant, "[yellow]stopped[/]")
         self.warning(f"{variant} has stopped: {reason}")
+
+    def joined(self, variant: str, steps: int, ahead: Ahead) -> None:
+        self.pace.join(variant, steps, ahead)
+        self.tasks[variant] = self._row(variant, steps)
 
     def saved(self, step: int, folder: Path) -> None:
         """Not shown."""

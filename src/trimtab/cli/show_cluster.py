@@ -56,6 +56,9 @@ class _Display:
     def note(self, text: str) -> None:
         """Shown."""
 
+    def joined(self, variant: str, steps: int, ahead: Ahead) -> None:
+        """The board has it."""
+
     def saved(self, step: int, folder: Path) -> None:
         """Not shown."""
 

@@ -68,7 +68,7 @@ class LiveServer:
 
     def __init__(self, prepared: Prepared, sock: socket.socket, listener: Listener):
         base, self.listener, self.sock = prepared.base, listener, sock
-        self.variants = [v for v in prepared.variants if not isinstance(v, FullVariant)]
+        self.prepared = prepared
         if full := [v.name for v in prepared.variants if isinstance(v, FullVariant)]:
             listener.warning(f"not served, as they train models of their own: {', '.join(full)}")
         self.engine = Engine(
@@ -141,7 +141,7 @@ class LiveServer:
         began = time.monotonic()
         if began < self._snapshots_due:
             return
-        for v in self.variants:
+        for v in [v for v in self.prepared.variants if not isinstance(v, FullVariant)]:  # clones may have joined
             state = v.progress.step, v.live  # the end of a variant may bring its best tensors back, without a step
             known = self.shown.get(v.name)
             if known is None or known[0] != state:

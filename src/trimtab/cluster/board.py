@@ -65,6 +65,8 @@ class Board:
             state.state = "training"
             for name, total in values[0].items():
                 self.variants[group, name].total = total
+        elif kind == "joined":
+            self.variants[group, values[0]] = VariantState(group, values[0], total=values[1])
         elif kind in ("step", "valid"):
             self._line(self.variants[group, values[0]["variant"]], kind, values[0])
         elif kind == "stopped":

@@ -169,6 +169,9 @@ class _Teller:
     def stopped(self, variant: str, reason: str) -> None:
         self._tell("stopped", variant, reason)
 
+    def joined(self, variant: str, steps: int, ahead: Ahead) -> None:
+        self._tell("joined", variant, steps)
+
     def saved(self, step: int, folder: Path) -> None:
         """The driver sees the folder."""
 

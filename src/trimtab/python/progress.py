@@ -114,6 +114,10 @@ class Notebook:
         self.pace.end(variant)
         self._say(f"{variant} has stopped: {reason}")
 
+    def joined(self, variant: str, steps: int, ahead: Ahead) -> None:
+        self.pace.join(variant, steps, ahead)
+        self._draw(at_once=True)
+
     def saved(self, step: int, folder: Path) -> None:
         """Not shown."""
 

@@ -33,7 +33,10 @@ class Callback:
         """A variant has been validated. line: what metrics.jsonl says of it: variant, step, valid_loss, base_valid_loss, best, …"""
 
     def on_stopped(self, variant: str, reason: str) -> None:
-        """A variant has stopped before its end, as its loss was no number."""
+        """A variant has stopped before its end: its loss was no number, or it was stopped by hand."""
+
+    def on_joined(self, variant: str, steps: int) -> None:
+        """A clone has come into the run while it trained. steps: that it is to make."""
 
     def on_checkpoint(self, step: int, folder: Path) -> None:
         """A checkpoint has been written. step: of all variants together."""
@@ -77,6 +80,10 @@ class Calling:
     def stopped(self, variant: str, reason: str) -> None:
         self._listener.stopped(variant, reason)
         self._call(lambda c: c.on_stopped(variant, reason))
+
+    def joined(self, variant: str, steps: int, ahead: Ahead) -> None:
+        self._listener.joined(variant, steps, ahead)
+        self._call(lambda c: c.on_joined(variant, steps))
 
     def saved(self, step: int, folder: Path) -> None:
         self._listener.saved(step, folder)

@@ -219,6 +219,16 @@ def _variant(name: str, value: Any, defaults: Mapping[str, Any], data: Mapping[s
     return VariantConfig(name=name, data=source, method=method, options=options, objective=objective)
 
 
+def variant_from(name: str, value: Mapping[str, Any], options: Mapping[str, Any], data: Mapping[str, DataConfig | None]) -> VariantConfig:
+    """A variant of its own: its mapping as in a run file, and options for what that does not say. data: those that it may train on; None:
+    nothing is known of one but its name. ConfigError that lists all that is wrong."""
+    problems = [] if NAME.fullmatch(name) else [f"{shown(name)} is not a name: lower-case letters, digits, '.', '_' and '-', at most 63"]
+    made = _variant(name, value, options, data, problems)
+    if problems or made is None:
+        raise ConfigError(f"{shown(name)} cannot be made", problems=problems, fix="correct these settings")
+    return made
+
+
 def _objective(where: str, fields: Mapping[str, Any], problems: list[str]) -> Objective | None:
     """The objective of a variant; what is wrong with its name and the values of its fields."""
     name = fields.get("objective", Sft.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,7 @@ class Keeper:
         self.saved: Path | None = start.path if start else None
         path = prepared.run.out / "metrics.jsonl"
         keep = start.moment.metrics.size if start else 0
-        recent = 4 * len(prepared.variants)  # a step and a validation of two joint steps: no rank is further ahead of another
-        self.metrics = Metrics(path, keep, listener.warning) if prepared.place.first else Unwritten(path, recent)
+        self.metrics = Metrics(path, keep, listener.warning) if prepared.place.first else Unwritten(path, _recent(prepared))
         self._stood: list[Callable[[], bool]] = []
         if start is None:
             return
@@ -56,15 +55,32 @@ class Keeper:
         if signum:
             raise Interrupted(signum, f" after step {self.step}")
 
+    def leave(self, signum: int) -> None:
+        """End the run where it stands, between two steps, with a checkpoint."""
+        self.secure()
+        raise Interrupted(signum, f" after step {self.step}")
+
+    def secure(self) -> None:
+        """Write a checkpoint, unless there is one of this step. What has been ordered since then stands in control.json."""
+        if not (folder_of(self.prepared.run.out) / named(self.step)).exists():
+            self._save()
+
+    def joined(self, identity: dict[str, Any]) -> None:
+        """There is a variant more. identity: of the run with it."""
+        self.identity = identity
+        if isinstance(self.metrics, Unwritten):
+            self.metrics.remember(_recent(self.prepared))
+
     def before_step(self) -> None:
         """Remember where the variants stand, so that a step which is not completed can be taken back."""
         self._stood = [v.standing() for v in self.prepared.variants]
 
-    def describe(self) -> None:
-        """Write run.json, on the first rank. It is for those who look at the run, so a disk that is full does not end it."""
+    def describe(self, control: Mapping[str, Any] | None = None) -> None:
+        """Write run.json, on the first rank. It is for those who look at the run, so a disk that is full does not end it. control: what
+        became of orders."""
         path = self.prepared.run.out / PLAN
         try:
-            write_json(path, plan(self.prepared) | self.identity)
+            write_json(path, plan(self.prepared) | self.identity | ({"control": control} if control else {}))
         except OSError as error:
             self.listener.warning(f"{path} cannot be written ({error.strerror}): pages do not show this run's settings until it ends")
 
@@ -132,3 +148,8 @@ class Keeper:
                 problems=error.problems if isinstance(error, AdapterError) else (),
                 fix="make room, then `trimtab train RUN.yaml --resume`",
             ) from error
+
+
+def _recent(prepared: Prepared) -> int:
+    """Lines of a step and a validation of two joint steps: no rank is further ahead of another."""
+    return 4 * len(prepared.variants)

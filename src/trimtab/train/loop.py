@@ -25,10 +25,11 @@ from trimtab.rewards.asked import Rewarded
 from trimtab.store import Adapter
 from trimtab.store.registry import Store
 from trimtab.tables import Table
-from trimtab.train.ahead import Ahead
 from trimtab.train.before import base_of, note_mistakes, refuse_sharded, refuse_too_much
 from trimtab.train.beside import Beside, alone
+from trimtab.train.clone import with_clones
 from trimtab.train.config import RunConfig
+from trimtab.train.control import forget_end
 from trimtab.train.evaluate import HeldOut
 from trimtab.train.finish import adapter_of, evaluate, note_scores, save, summarise, test_rows
 from trimtab.train.full import FullVariant
@@ -55,6 +56,7 @@ from trimtab.train.resume import (
 from trimtab.train.rollouts import Rollouts
 from trimtab.train.score_table import fitting_measure, gain, score_table
 from trimtab.train.sinks import tracking
+from trimtab.train.steering import Steering
 from trimtab.train.step import run_step
 from trimtab.train.validate import Validator, ahead, is_owed
 from trimtab.train.variant import StepBatch, Variant
@@ -115,6 +117,7 @@ def train(
     start, mistakes = None, Mistakes()
     with mistakes.noted():
         start = find_start(run, resume, extend)
+        run = with_clones(run, start.identity.get("clones", {})) if start else run
     shape = note_mistakes(run, base, mistakes)
     with mistakes.noted():
         refuse_sharded(run, place)
@@ -129,6 +132,7 @@ def train(
     set_up(run, base, listener)
     with explained("reading rows and making the variants", "train fewer variants together, on fewer rows, or make memory free"):
         prepared = prepare(run, base, place)
+        prepared.clones |= start.identity.get("clones", {}) if start else {}
         warn_of_rows(prepared, listener)
         rewarded = Rewarded(run.root, listener.warning)
         validator, tests = Validator(prepared, rewarded, halving), test_rows(prepared)
@@ -142,14 +146,15 @@ def train(
         place.once(lambda: (run.out / "summary.json").unlink(missing_ok=True))  # of one that is extended: it has not finished any more
         keeper = Keeper(prepared, what, start, listener)
         place.once(keeper.describe)
+        if not place.restarted:  # ranks that are started again after an end that was asked for end again
+            place.once(lambda: forget_end(run.out, listener.warning))
         with keeper.metrics:
-            _steps(keeper, validator, ahead(validator, tests), rewarded, listener, stop, beside)
-        return _conclude(keeper, what, watch, tests, rewarded, target, listener)
+            _steps(keeper, validator, tests, rewarded, listener, stop, beside)
+        return _conclude(keeper, watch, tests, rewarded, target, listener)
 
 
 def _conclude(
     keeper: Keeper,
-    what: dict[str, Any],
     watch: Watch,
     tests: dict[str, HeldOut],
     rewarded: Rewarded,
@@ -174,7 +179,7 @@ def _conclude(
             note_scores(prepared, adapters, scored)
             fingerprints = {"before": before, "after": after}
             fitting = {name: fitting_measure([q.reference for q in held.questions]) for name, held in tests.items() if held.questions}
-            summary = summarise(prepared, scored, sizes, keeper.seconds, fingerprints) | {"measures": fitting} | what
+            summary = summarise(prepared, scored, sizes, keeper.seconds, fingerprints) | {"measures": fitting} | keeper.identity
             write_json(run.out / "summary.json", summary)
             write_page([run.out], run.out / "report.html")
             _publish(run, target, base, summary, listener)
@@ -197,6 +202,7 @@ def finished(run: RunConfig, base: Base | None, listener: Listener, store: str |
     """The report of a run that has nothing left to do but to publish what is not yet. ConfigError where the run file, the data or the base
     have changed since."""
     summary = json.loads((run.out / "summary.json").read_text(encoding="utf-8"))
+    run = with_clones(run, summary.get("clones", {}))
     refuse_changes(summary.get("settings", {}), settings(run), f"the run in {run.out} is finished, and its run file has changed since")
     base = base_of(run, base, place, run.dtype or summary.get("dtype"), listener)
     if "content" in summary:
@@ -224,21 +230,31 @@ def _publish(run: RunConfig, store: Store | None, base: Base, summary: dict[str,
         refuse_unpublished(run, store, problems)
 
 
-def _steps(keeper: Keeper, validator: Validator, before: Ahead, rewarded: Rewarded, listener: Listener, stop: Stop, beside: Beside) -> None:
-    """Step all live variants together until each has finished or stopped, keeping checkpoints. Interrupted where `stop` asks for it."""
+def _steps(
+    keeper: Keeper,
+    validator: Validator,
+    tests: dict[str, HeldOut],
+    rewarded: Rewarded,
+    listener: Listener,
+    stop: Stop,
+    beside: Beside,
+) -> None:
+    """Step all live variants together until each has finished or stopped, keeping checkpoints; those that are told to pause or stop make no
+    step. Interrupted where `stop` or an order asks for it."""
     run, variants, place = keeper.prepared.run, keeper.prepared.variants, keeper.prepared.place
-    listener.begin({v.name: v.total_steps for v in variants}, before)
+    listener.begin({v.name: v.total_steps for v in variants}, ahead(validator, tests))
+    steering = Steering(keeper, validator, tests, listener)
     heap = Heap(sparing=run.activation_checkpointing)
     tracked = tracking(run.track if place.first else (), run.out, keeper.identity["settings"], keeper.metrics, listener.warning)
     rollouts = Rollouts(keeper.prepared, rewarded)
     with tracked as metrics, stop.held(), beside(keeper.prepared) as between, keeper.rescued():
         if owing := [v for v in variants if is_owed(v)]:
             validator.after_step(owing, metrics, listener)
-        while live := [v for v in variants if v.live]:
+        while going := steering.going(metrics, stop, between):
             start = time.perf_counter()
             with keeper.within_memory("training"):
                 keeper.before_step()
-                batches = {v: v.next_batch() for v in live}
+                batches = {v: v.next_batch() for v in going}
                 batches = rollouts.filled(batches)
                 found = run_step(batches, run.max_tokens, place)
                 tokens, elapsed = sum(b.tokens for b in batches.values()), time.perf_counter() - start
@@ -256,7 +272,7 @@ def _steps(keeper: Keeper, validator: Validator, before: Ahead, rewarded: Reward
                 if v.progress.stopped:
                     listener.stopped(v.name, v.progress.stopped)
             with keeper.within_memory("validating"):
-                validator.after_step(live, metrics, listener)
+                validator.after_step(going, metrics, listener)
             keeper.after_step(seconds, stop)
             between()
 

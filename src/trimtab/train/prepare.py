@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,8 @@ class Splits:
 
 @dataclass
 class Prepared:
-    """A run that is ready to train. references: by data set and split. place: where it runs."""
+    """A run that is ready to train. references: by data set and split. place: where it runs. clones: the variants that are not in the run
+    file but have joined since, as plain JSON."""
 
     run: RunConfig
     base: Base
@@ -56,6 +58,7 @@ class Prepared:
     variants: list[Variant]
     references: Mapping[tuple[str, str], References] = field(default_factory=dict)
     place: Place = ONE_PROCESS
+    clones: dict[str, Any] = field(default_factory=dict)
 
 
 def set_up(run: RunConfig, base: Base, listener: Listener) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from trimtab.atomic import atomic_write
 from trimtab.memory import peak_resident_bytes
+from trimtab.train.clone import described
 from trimtab.train.prepare import Prepared
 from trimtab.train.variant import Variant
 
@@ -90,6 +91,10 @@ class Unwritten:
     def __init__(self, path: Path, recent: int):
         self.path, self._lines = path, deque[dict[str, Any]](maxlen=recent)
 
+    def remember(self, recent: int) -> None:
+        """Keep so many of the last lines from now on."""
+        self._lines = deque(self._lines, maxlen=recent)
+
     def __enter__(self) -> Self:
         return self
 
@@ -122,8 +127,8 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def plan(prepared: Prepared) -> dict[str, Any]:
-    """run.json, with the run's settings beside it: what is known before the first step. steps: of each variant, if nothing
-    ends it early."""
+    """run.json, with the run's settings beside it: what is known before the first step. steps: of each variant, if nothing ends it early.
+    variants: what a clone of one is made from."""
     base = prepared.base
     return {
         "base": prepared.run.base,
@@ -131,6 +136,7 @@ def plan(prepared: Prepared) -> dict[str, Any]:
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": str(base.device),
         "steps": {v.name: v.total_steps for v in prepared.variants},
+        "variants": {v.name: described(v) for v in prepared.run.variants},
     }
 
 
@@ -153,6 +159,7 @@ def variant_summary(variant: Variant, scores: dict[str, Any], adapter_bytes: int
         "tokens_per_s": round(p.tokens / p.seconds, 1) if p.seconds else None,
         "losses": {"first": _mean(p.losses[:tenth]), "last": _mean(p.losses[-tenth:])},
         "stopped": p.stopped or None,
+        "finished_early": p.finished_early or None,
         "scores": scores,
     }
 

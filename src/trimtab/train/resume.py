@@ -19,7 +19,9 @@ from trimtab.objectives.grpo import Grpo
 from trimtab.paths import user_path
 from trimtab.rewards.asked import file_of
 from trimtab.train.checkpoint import Checkpoint, Damaged, folder_of, newest_checkpoint, steps_of
+from trimtab.train.clone import with_clones
 from trimtab.train.config import RunConfig
+from trimtab.train.control import CONTROL
 from trimtab.train.listen import Listener
 from trimtab.train.past import PLAN
 from trimtab.train.prepare import Prepared, Splits, read_splits
@@ -38,7 +40,7 @@ UNSAID: Mapping[str, Any] = {
     "distil_temperature": 1.0,
 }
 """What settings of a variant are that older checkpoints do not name; they are left out where they are so."""
-LEFT_OVER = ("adapters", "checkpoints", "metrics.jsonl", PLAN, "tensorboard", "wandb")
+LEFT_OVER = ("adapters", "checkpoints", "metrics.jsonl", PLAN, CONTROL, "tensorboard", "wandb")
 """What a run leaves that was interrupted before its first checkpoint."""
 
 
@@ -73,7 +75,8 @@ def settings(run: RunConfig) -> dict[str, Any]:
 
 
 def identity(prepared: Prepared, fingerprint: str) -> dict[str, Any]:
-    """What must be equal for a run to go on: its settings, and what it computes with. fingerprint: of the base as it is loaded."""
+    """What must be equal for a run to go on: its settings, and what it computes with. fingerprint: of the base as it is loaded. `clones`,
+    where there are some: what makes the run of its run file."""
     base = prepared.base
     content = {"base": fingerprint, "dtype": str(base.dtype).removeprefix("torch."), "device": base.device.type}
     for name, splits in prepared.data.items():
@@ -85,7 +88,8 @@ def identity(prepared: Prepared, fingerprint: str) -> dict[str, Any]:
         if isinstance(v.config.objective, Grpo):
             files = {r.reward: file for r in v.config.objective.rewards if (file := file_of(r, prepared.run.root)) is not None}
             content |= {f"reward.{v.name}.{name}": hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
-    return {"settings": settings(prepared.run), "content": content}
+    clones = {"clones": prepared.clones} if prepared.clones else {}
+    return {"settings": settings(prepared.run), "content": content} | clones
 
 
 def refuse_other_content(run: RunConfig, base: Base, then: Mapping[str, Any], what: str, listener: Listener) -> None:
@@ -155,6 +159,7 @@ def find_start(run: RunConfig, resume: bool, extend: bool = False) -> Checkpoint
         fix = f"put a good copy into {folder_of(out)}, or start anew with another `out`"
         raise ConfigError(f"no checkpoint in {folder_of(out)} verifies", problems=str(reasons).splitlines(), fix=fix) from None
     if found is not None:
+        run = with_clones(run, found.identity.get("clones", {}))
         free = _lengths(run) if extend else {}
         then, now = ({k: v for k, v in s.items() if k not in free} for s in (found.identity["settings"], settings(run)))
         refuse_changes(then, now, "the run file has changed since its checkpoint")

@@ -38,7 +38,7 @@ class Validator:
     def __init__(self, prepared: Prepared, rewarded: Rewarded, halving: Halving | None = None):
         self.prepared, self.halving, base, run = prepared, halving, prepared.base, prepared.run
         self.held: dict[str, HeldOut] = {name: held_out(prepared, name, "valid") for name, s in prepared.data.items() if s.valid}
-        problems = [problem for v in prepared.variants if (problem := self._unfit(v))]
+        problems = [problem for v in prepared.variants if (problem := self.unfit(v))]
         if problems:
             raise DataError("these variants cannot be validated", problems=problems, fix="name another valid_metric, or other valid rows")
         self.judge = Judge(
@@ -51,7 +51,7 @@ class Validator:
             place=prepared.place,
         )
 
-    def _unfit(self, v: Variant) -> str | None:
+    def unfit(self, v: Variant) -> str | None:
         """Why the metric of a variant cannot be computed from its valid rows."""
         metric, held = v.config.options.valid_metric, self.held.get(v.config.data)
         where = f"variants.{v.name}.valid_metric = {metric!r}: data.{v.config.data}.valid"
@@ -120,14 +120,21 @@ class Validator:
 
 
 def is_due(v: Variant) -> bool:
-    """Whether a variant that has just stepped is to be validated: every `eval_every` steps (by default once per epoch) and at its end."""
+    """Whether a variant that has just stepped, or was stopped by hand, is to be validated: every `eval_every` steps (by default once per
+    epoch) and at its end."""
     p = v.progress
-    return not p.stopped and (p.step % every(v) == 0 or p.step == v.total_steps)
+    by_hand = p.step > 0 and bool(p.finished_early) and not _is_judged(v)
+    return not p.stopped and (by_hand or p.step % every(v) == 0 or p.step == v.total_steps)
+
+
+def _is_judged(v: Variant) -> bool:
+    """Whether it has been validated where it stands."""
+    return any(x["step"] == v.progress.step for x in v.progress.valid)
 
 
 def is_owed(v: Variant) -> bool:
     """Whether a validation that was due is missing: the run ended between the step and it, as where a rank was lost."""
-    return v.progress.step > 0 and is_due(v) and all(x["step"] != v.progress.step for x in v.progress.valid)
+    return v.progress.step > 0 and is_due(v) and not _is_judged(v)
 
 
 def every(v: Variant) -> int:

@@ -1,0 +1,60 @@
+"""N ranks obey orders as one process does: the first reads them, and all stop, pause and clone at the same step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.places.forked import in_ranks
+from tests.train.common import tiny_base
+from tests.train.test_steering import IA3, LORA, PLAIN, Hand, cloned, config, tell
+from trimtab.places.place import ONE_PROCESS, Place
+from trimtab.store import Adapter
+from trimtab.train import RunConfig, train
+from trimtab.train.control import change_orders
+from trimtab.train.interrupt import Interrupted
+
+pytestmark = pytest.mark.slow
+VARIANTS = {"lora": LORA | PLAIN, "ia3": IA3}
+
+
+def obey(run: RunConfig, said: list[str], place: Place) -> None:
+    """Pause, stop, clone, refuse a clone, wait while all are paused, then end as on Ctrl-C."""
+    orders = {
+        ("lora", 2): tell("lora", to="pause"),
+        ("ia3", 3): cloned("v2", "lora", lr=1e-3),
+        ("v2", 1): cloned("no", "lora", max_length=64),
+        ("v2", 2): tell("ia3", to="stop"),
+        ("v2", 3): tell("v2", to="pause"),
+        ("lora", 4): lambda o: type(o)(True, o.variants, o.clones),
+    }
+    told = Hand(run.out, orders, lambda: (change_orders(run.out, tell("lora", "v2", to=None)), None)[1])
+    try:
+        train(run, base=tiny_base(), listener=told, place=place)
+    except Interrupted as e:
+        assert e.exit_code == 130
+    else:
+        raise AssertionError("it was not ended")
+    said += told.said
+    train(run, base=tiny_base(), listener=told, place=place, resume=True)
+
+
+def test_ranks_obey_as_one_process_does(tmp_path: Path) -> None:
+    one_run, two_run = (config(tmp_path / name, VARIANTS) for name in ("one", "two"))  # their rows are written before there are ranks
+    alone: list[str] = []
+    obey(one_run, alone, ONE_PROCESS)
+    assert len(alone) == 7 and any("does not join" in text for text in alone)
+
+    def rank(place: Place) -> None:
+        said: list[str] = []
+        obey(two_run, said, place)
+        assert said == ([s.replace("/one/", "/two/") for s in alone] if place.first else [])
+
+    codes = in_ranks(2, rank, tmp_path / "log")
+    assert codes == [0, 0], "\n".join(p.read_text() for p in (tmp_path / "log").iterdir())
+    base = tiny_base()
+    for name in ("lora", "ia3", "v2"):
+        one, two = (Adapter.load(tmp_path / n / "out" / "adapters" / name, base) for n in ("one", "two"))
+        for key, tensor in one.params.items():
+            assert (tensor - two.params[key]).abs().max() < 1e-5, (name, key)
