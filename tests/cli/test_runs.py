@@ -119,7 +119,7 @@ def test_a_real_run_obeys(tmp_path: Path, tiny_llama_folder: Path) -> None:
             assert runs("pause", out, "v").output == "v: paused\n"
             assert runs("clone", out, "v", "--name", "v2", "--set", "max_steps=3").output == "v2 trains: 3 steps\n"
             assert "were read for other values" in runs("clone", out, "v", "--name", "v3", "--set", "max_length=64").output
-            assert runs("resume", out).exit_code == 0
+            assert json.loads(runs("resume", out, "--json").output) == {"runs": True, "done": True, "outcome": "v, w, v2: training"}
             assert runs("stop", out, "v").output.startswith("v stopped by hand at step ")
             assert runs("stop", out).output.startswith("stopped, with a checkpoint")
             assert process.wait(60) == 130

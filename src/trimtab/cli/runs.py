@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from trimtab.cli.options import Command
+from trimtab.cli.options import Command, json_option
 from trimtab.cli.terminal import say
-from trimtab.errors import ConfigError
 
 if TYPE_CHECKING:
     from trimtab.train.ordering import Asked
@@ -44,40 +44,41 @@ def _common(command: Command) -> Command:
         metavar="SECONDS",
         help="How long to wait for the run to do it; 0: not.",
     )(command)
+    command = json_option("Print what became of it as JSON.")(command)
     return click.argument("folder", type=click.Path(file_okay=False, path_type=Path))(command)
 
 
 @runs.command()
 @_common
 @click.argument("variants", nargs=-1, metavar="[VARIANT]…")
-def stop(folder: Path, variants: tuple[str, ...], wait_s: float) -> None:
+def stop(folder: Path, variants: tuple[str, ...], wait_s: float, as_json: bool) -> None:
     """End variants for good: each keeps its best validated step, or its last one, and is saved and scored when the run ends.
 
     Without a VARIANT the whole run ends after its step with a checkpoint, as on Ctrl-C; `trimtab train --resume` goes on with it.
     """
     from trimtab.train import ordering
 
-    _await(ordering.order(folder, variants, "stop") if variants else ordering.end(folder), wait_s)
+    _await(ordering.order(folder, variants, "stop") if variants else ordering.end(folder), wait_s, as_json)
 
 
 @runs.command()
 @_common
 @click.argument("variants", nargs=-1, metavar="[VARIANT]…")
-def pause(folder: Path, variants: tuple[str, ...], wait_s: float) -> None:
+def pause(folder: Path, variants: tuple[str, ...], wait_s: float, as_json: bool) -> None:
     """Let variants, or all, make no more steps until `trimtab runs resume`. They keep their place in their rows and schedules."""
     from trimtab.train import ordering
 
-    _await(ordering.order(folder, variants, "pause"), wait_s)
+    _await(ordering.order(folder, variants, "pause"), wait_s, as_json)
 
 
 @runs.command()
 @_common
 @click.argument("variants", nargs=-1, metavar="[VARIANT]…")
-def resume(folder: Path, variants: tuple[str, ...], wait_s: float) -> None:
+def resume(folder: Path, variants: tuple[str, ...], wait_s: float, as_json: bool) -> None:
     """Let paused variants, or all, go on."""
     from trimtab.train import ordering
 
-    _await(ordering.order(folder, variants, None), wait_s)
+    _await(ordering.order(folder, variants, None), wait_s, as_json)
 
 
 @runs.command()
@@ -85,7 +86,7 @@ def resume(folder: Path, variants: tuple[str, ...], wait_s: float) -> None:
 @click.argument("variant")
 @click.option("--name", required=True, help="Of the new variant.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="A setting of its own, such as lr=1e-4; several times.")
-def clone(folder: Path, variant: str, name: str, changes: tuple[str, ...], wait_s: float) -> None:
+def clone(folder: Path, variant: str, name: str, changes: tuple[str, ...], wait_s: float, as_json: bool) -> None:
     """Add a variant with VARIANT's settings, but for those that --set gives. It trains from its first step on, as it would alone.
 
     Its data set must be one that the run has read, and max_length, last_turn_only and what its objective reads of a row must be as they are
@@ -94,19 +95,19 @@ def clone(folder: Path, variant: str, name: str, changes: tuple[str, ...], wait_
     from trimtab.train import ordering
     from trimtab.train.clone import changes_of
 
-    _await(ordering.clone(folder, variant, name, changes_of(changes)), wait_s)
+    _await(ordering.clone(folder, variant, name, changes_of(changes)), wait_s, as_json)
 
 
-def _await(asked: Asked, wait_s: float) -> None:
+def _await(asked: Asked, wait_s: float, as_json: bool) -> None:
     """Say what became of an order."""
-    if not asked.runs:
-        say("nobody trains into this folder now; the order holds when the run is resumed")
-        return
     until = time.monotonic() + wait_s
-    while (outcome := asked.outcome()) is None and time.monotonic() < until:
+    while (outcome := asked.outcome() if asked.runs else None) is None and asked.runs and time.monotonic() < until:
         time.sleep(LOOK_S)
-    if outcome is None and wait_s > 0:
-        raise ConfigError(
-            f"the run has not done it within {wait_s:g} seconds", fix="the order stands, and is read after the step that runs"
-        )
-    say(outcome or "asked; the run reads it after the step that runs")
+    if as_json:
+        say(json.dumps({"runs": asked.runs, "done": outcome is not None, "outcome": outcome}))
+    elif not asked.runs:
+        say("nobody trains into this folder now; the order holds when the run is resumed")
+    elif outcome is None:
+        say("asked, and not done yet: the run reads it after the step that runs")
+    else:
+        say(outcome)
