@@ -300,9 +300,11 @@ class Base:
         return {n: p.detach().float().cpu().clone() for n, p in module.named_parameters(recurse=False)}
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter of the model as it stands; never to be written to."""
-        visited(self.model.get_submodule(name.rpartition(".")[0]))
-        found: Tensor = self.model.get_parameter(name)
+        """A parameter or buffer of the model as it stands; never to be written to."""
+        at, _, own = name.rpartition(".")
+        module = self.model.get_submodule(at)
+        visited(module)
+        found: Tensor = module._parameters[own] if own in module._parameters else module.get_buffer(own)
         return found
 
     def encode(self, text: str) -> list[int]:

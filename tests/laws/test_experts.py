@@ -186,7 +186,7 @@ def test_a_file_gives_the_same_tensors_and_zeros_for_other_experts(tmp_path: Pat
     ("options", "says"),
     [
         ({"target_parameters": BOTH, "target_experts": (1, 4)}, "target_experts: 4 does not exist"),
-        ({"target_parameters": ("experts.gate_proj",)}, "'experts.gate_proj' matches no parameter of experts .did you mean"),
+        ({"target_parameters": ("experts.gate_proj",)}, "'experts.gate_proj' matches no parameter of experts, and no router .did you mean"),
         ({"target_parameters": ("q_proj",)}, "'q_proj' matches no parameter of experts"),
         ({"target_modules": ("experts.down_proj",)}, "target_parameters"),
         ({"target_parameters": BOTH, "use_dora": True}, "DoRA does not act on target_parameters"),

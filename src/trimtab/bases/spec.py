@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["linear", "conv1d", "embedding", "norm", "experts"]
+Kind = Literal["linear", "conv1d", "embedding", "norm", "experts", "router"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,12 @@ class Module:
 
     kind "experts": a parameter that holds a matrix for each expert; `name` as in `named_parameters()`, its shape under "weight", [experts,
     out, in], or [experts, in, out] as some models keep it; feature counts are those of one expert.
+    kind "router": a module that chooses experts for each row, and gives more than the product with its matrix.
     vectors: how many vectors of one token it acts on, each by itself: the number of heads for a norm of queries or keys, else 1; 0 for a
     module that is not run once with each token's row (`forward/proof.py` finds these), where no adapter can act.
     bits: how many bits an entry of its matrix takes, with its scales, where the matrix is packed.
-    experts: how many experts a parameter of kind "experts" holds.
+    experts: how many experts a parameter of kind "experts" holds. routes: whether it is a router or its matrix, where a method acts only if
+    it is named.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Module:
     vectors: int = 1
     bits: float | None = None
     experts: int = 0
+    routes: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,9 @@ class Spec:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Names of every linear layer where an adapter can act but the output head: peft's "all-linear". Gates, which give one number, are
-        left out: a low rank saves nothing there."""
-        found = (m for m in self.modules.values() if m.kind in ("linear", "conv1d") and m.name != self.head)
+        """Names of every linear layer where an adapter can act but the output head: peft's "all-linear". Routers of experts are
+        left out, and gates, which give one number: a low rank saves nothing there."""
+        found = (m for m in self.modules.values() if m.kind in ("linear", "conv1d") and m.name != self.head and not m.routes)
         return tuple(m.name for m in found if m.vectors and min(m.in_features, m.out_features) > 1)
 
     def weight_bytes(self, dtype: torch.dtype) -> int:

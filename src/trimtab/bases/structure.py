@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -39,6 +40,7 @@ def read_spec(model: Any) -> Spec:
     attentions = [_attention(layer, f"{layer_list}.{i}", config) for i, layer in enumerate(model.get_submodule(layer_list))]
     by_name = {a["attention"]: a for a in attentions}
     modules = {m.name: m for name, module in model.named_modules() for m in _leaves(name, module, layer_list, by_name)}
+    modules |= {m.name: m for m in _routers(model, modules, [a["attention"] for a in attentions])}
     _refuse_ends(config, modules.get(names[id(embedding)]), modules.get(names[id(head)]))
     inside: list[list[Module]] = [[] for _ in attentions]
     for m in modules.values():
@@ -271,6 +273,22 @@ def _leaves(name: str, module: nn.Module, layer_list: str, attentions: Mapping[s
         if len(shape) == 3:
             out, into = reversed(shape[1:]) if getattr(module, "is_transposed", False) else shape[1:]
             yield Module(f"{name}.{n}", "experts", into, out, layer, {"weight": shape}, experts=shape[0])
+
+
+def _routers(model: Any, modules: Mapping[str, Module], attentions: Sequence[str]) -> Iterator[Module]:
+    """The modules that choose experts: beside the experts, those whose matrix gives a number for each of them. One that only multiplies
+    stays a linear layer."""
+    blocks = {m.name.rsplit(".", 2)[0]: m for m in modules.values() if m.kind == "experts"}
+    for block, experts in blocks.items():
+        outputs, inputs = experts.experts, model.config.hidden_size
+        for name, part in model.get_submodule(block).named_modules(prefix=block):
+            shapes = {n: tuple(p.shape) for n, p in part.named_parameters(recurse=False)}
+            if shapes.get("weight") != (outputs, inputs) or name.startswith(tuple(attentions)):
+                continue
+            if type(part).forward is nn.Linear.forward:
+                yield replace(modules[name], routes=True)
+            elif shapes.keys() <= {"weight", "bias"}:
+                yield Module(name, "router", inputs, outputs, experts.layer, shapes, routes=True)
 
 
 def _matrix(module: nn.Module) -> list[tuple[Kind, int, int]]:

@@ -68,7 +68,8 @@ class Attached(Hosted):
             if site.experts:
                 edits[site.name] = method.pack(site, mine, self.experts(site.name).dtype, None)
                 continue
-            module, matrix = self.host(site.name).module, self.weights.of.get(site.name)
+            host = self.host(site.name)
+            module, matrix = host.module, host.matrix
             dtype = next((p.dtype for p in module.parameters(recurse=False)), self.dtype) if matrix is None else matrix.dtype
             edits[site.name] = method.pack(site, mine, dtype, matrix)
         return PackedAdapter(edits, prefix, invocation=method.invocation, head=head)

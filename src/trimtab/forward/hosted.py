@@ -28,6 +28,7 @@ from trimtab.forward.experts import ExpertsHost
 from trimtab.forward.hosts import AtHand, Host
 from trimtab.forward.packs import Group
 from trimtab.forward.replica import ours
+from trimtab.forward.routers import RouterHost
 from trimtab.ops import add_noise
 
 
@@ -47,7 +48,7 @@ class Hosted:
         self.body, self.head_module = model.get_submodule(self.spec.body), model.get_submodule(self.spec.head)
         self.embedding = model.get_submodule(self.spec.embedding)
         self.weights = Weights(
-            model, [m.name for m in self.spec.modules.values() if m.bits is not None or m.kind not in ("norm", "experts")]
+            model, [m.name for m in self.spec.modules.values() if m.bits is not None or m.kind not in ("norm", "experts", "router")]
         )
         self.head_weight = self.weights.of[self.spec.head]
         self._at_hand = AtHand()
@@ -79,8 +80,11 @@ class Hosted:
             if name not in self._hosts:
                 module = self.model.get_submodule(name)
                 about = {"block": name not in self.spec.modules, "written": self.spec.writes_results}
-                self._hosts[name] = Host(self._at_hand, name, module, self.weights.of.get(name), self._index[name], **about)
-                module.forward = self._hosts[name]
+                if name in self.spec.modules and self.spec.modules[name].kind == "router":
+                    host: Host = RouterHost(self._at_hand, name, module, self._index[name])
+                else:
+                    host = Host(self._at_hand, name, module, self.weights.of.get(name), self._index[name], **about)
+                module.forward = self._hosts[name] = host
             return self._hosts[name]
 
     def experts(self, parameter: str) -> Experts:

@@ -58,14 +58,14 @@ class Around:
         """What an embedding multiplies its rows with (Gemma 3 does), so that an addition to the weight is scaled as the weight is."""
         return getattr(self.module, "embed_scale", 1.0)
 
-    def with_parameters(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def with_parameters(self, parameters: Mapping[str, Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The module alone, computed with these parameters in place of its own. They are put into a copy of the module, because other
         threads may run the module itself meanwhile."""
         alone = copy(self.module)
         vars(alone)["_parameters"] = {**self.module._parameters, **parameters}
         forward = self.module.forward
         own = forward.method if isinstance(forward, Host) else forward
-        return own.__func__(alone, x)
+        return own.__func__(alone, x, *args, **kwargs)
 
     @property
     def bias_O(self) -> Tensor | None:

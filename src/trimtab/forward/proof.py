@@ -26,6 +26,7 @@ from trimtab.forward.batch import BASE, Batch, Piece, make_batch
 from trimtab.forward.experts import agrees
 from trimtab.forward.packs import Mix
 from trimtab.forward.replica import FAR, alike, apart, let_go
+from trimtab.forward.routers import row_by_row
 from trimtab.forward.small import TOKENS, in_chunks, random_ids, small_model
 from trimtab.memory import ran_out, release_freed
 from trimtab.methods.base import Site
@@ -38,6 +39,8 @@ TOKENS_RUN = sum(CHUNKS[0])
 MEMBERS = (BASE, 0)
 """The first sequence is the base's, the second is edited."""
 SHOWN = 8
+CHOSEN = ("experts", "router")
+"""Kinds of modules that are not edited as others are: what they give depends on a choice. Each has a comparison of its own."""
 
 _proved: dict[Hashable, frozenset[str]] = {}
 """Models that were proved: the modules of each that are not run once for each token, as `_place` names them."""
@@ -69,7 +72,9 @@ def _compare(model: Any, spec: Spec) -> tuple[list[str], frozenset[str]]:
         one = small()
         whole = read_spec(one)
         results = _results(one, whole)
-        read = _without(whole, frozenset(_place(n) for n in [*_elsewhere(whole, results), *_other_experts(one, whole)]))
+        read = _without(
+            whole, frozenset(_place(n) for n in [*_elsewhere(whole, results), *_other_experts(one, whole), *_other_routers(one, whole)])
+        )
         if problems := _misread(read, results):
             return problems[:SHOWN], frozenset()
         sites = _sites(read)
@@ -98,7 +103,7 @@ def _without(spec: Spec, places: frozenset[str]) -> Spec:
 
 def _sites(spec: Spec) -> dict[str, int]:
     """The modules that an adapter may act on, and how many features each gives."""
-    rows = {m.name: m.out_features for m in spec.modules.values() if m.kind != "experts" and m.vectors == 1}
+    rows = {m.name: m.out_features for m in spec.modules.values() if m.kind not in CHOSEN and m.vectors == 1}
     return rows | dict.fromkeys(spec.mlps, spec.hidden_size)
 
 
@@ -108,7 +113,7 @@ def _ids(small: Any) -> list[Tensor]:
 
 def _results(small: Any, spec: Spec) -> dict[str, list[Any]]:
     """What modules and parts of layers give while the first sequence runs, a result for each call."""
-    modules = [m.name for m in spec.modules.values() if m.kind != "experts"]
+    modules = [m.name for m in spec.modules.values() if m.kind not in CHOSEN]
     results: dict[str, list[Any]] = {name: [] for name in [*modules, *spec.mlps, *(layer.attention for layer in spec.layers)]}
     with _through(small, {name: partial(_kept, kept) for name, kept in results.items()}):
         small(input_ids=_ids(small)[0][None], use_cache=False)
@@ -149,6 +154,29 @@ def _other_experts(small: Any, spec: Spec) -> list[str]:
     parameters = [m.name for m in spec.modules.values() if m.kind == "experts"]
     known = {at: agrees(small.get_submodule(at)) for at in {p.rpartition(".")[0] for p in parameters}}
     return [p for p in parameters if not known[p.rpartition(".")[0]]]
+
+
+def _other_routers(small: Any, spec: Spec) -> list[str]:
+    """Routers that do not treat each row by itself, or are not called once with all of them."""
+    calls: dict[str, list[tuple[tuple, dict[str, Any]]]] = {m.name: [] for m in spec.modules.values() if m.kind == "router"}
+    handles = [
+        small.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, kwargs, kept=kept: kept.append((args, kwargs)), with_kwargs=True
+        )
+        for name, kept in calls.items()
+    ]
+    try:
+        if calls:
+            small(input_ids=_ids(small)[0][None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name, kept in calls.items() if not (_once(kept) and row_by_row(small.get_submodule(name), *kept[0]))]
+
+
+def _once(calls: Sequence[tuple[tuple, Mapping[str, Any]]]) -> bool:
+    """Whether these are one call with the row of each token."""
+    return len(calls) == 1 and bool(calls[0][0]) and calls[0][0][0].shape[:-1].numel() == TOKENS_RUN
 
 
 def _rows(results: Sequence[Any]) -> list[int]:

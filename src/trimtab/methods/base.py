@@ -43,7 +43,8 @@ class Site:
     rank and scaling: LoRA's, which patterns may set for each module. saved: a whole module trained in full (`modules_to_save`), in the
     shapes in which the base keeps it. transposed: whether those are (in, out), as GPT-2's are.
     experts: how many experts a parameter of experts holds; 0 at modules. stored: what stands before the tensors' names in files, where that
-    is not the site's name. fixed: tensors that do not train; they are computed away when an adapter is saved. head: an adapter's own head
+    is not the site's name. router: whether it is a router of experts, of which an edit replaces the parameters. fixed: tensors
+    that do not train; they are computed away when an adapter is saved. head: an adapter's own head
     (`head.py`), which is no module of the base; such a site is saved too, and no method knows it.
     """
 
@@ -56,8 +57,14 @@ class Site:
     transposed: bool = False
     experts: int = 0
     stored: str = ""
+    router: bool = False
     fixed: tuple[str, ...] = ()
     head: bool = False
+
+    @property
+    def named(self) -> str:
+        """What rank_pattern and alpha_pattern call it: a router by its parameter, as peft does."""
+        return self.name + ROUTER_WEIGHT * (self.router and not self.saved)
 
     def key(self, tensor: str) -> str:
         """The tensor's name within an adapter: the peft file's key without its "base_model.model." prefix."""
@@ -73,6 +80,8 @@ class Span:
     slot: int
 
 
+ROUTER_WEIGHT = ".weight"
+"""What peft's target_parameters have behind a router's name."""
 SHORT_SPAN = 64
 """Spans of at most so many rows run row by row in native kernels; longer ones are worth a matmul of their own."""
 

@@ -7,6 +7,7 @@ W [O, I] frozen; A [r, I] kaiming-uniform(a=√5); B [O, r] zero; other starts a
 Bᵀ with A [r, V] zero, B [H, r] normal.
 Activated LoRA (aLoRA: Greenewald et al. 2025, arXiv:2504.12397), with alora_invocation_tokens: rows before the last occurrence of these ids
 are the base's.
+On a router of experts (`target_parameters` again): the router runs with W + s B A in place of its matrix W.
 On a parameter with a matrix for each of E experts every expert has factors of its own (`target_parameters`), kept as peft keeps them:
 A [r·E, I] is (E, r, I), B [O, r·E] is (O, r, E). Rows are grouped by adapter and expert, so dropout works there too.
 Dimensions: I in, O out, r rank, V vocabulary, H hidden.
@@ -23,7 +24,7 @@ from trimtab import ops
 from trimtab.bases.spec import Module, Spec
 from trimtab.errors import ConfigError, NotMergeable, first_of
 from trimtab.methods import dora, lora_start
-from trimtab.methods.base import BaseView, Method, Packed, Params, Site, TargetedMethod
+from trimtab.methods.base import ROUTER_WEIGHT, BaseView, Method, Packed, Params, Site, TargetedMethod
 from trimtab.methods.targets import merge_saved, pattern_value, regex_problem, saved_sites, select, select_parameters, stray_keys
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class LoraConfig(TargetedMethod):
     layers_to_transform: the layers whose modules to act on. use_rslora: divide lora_alpha by √r, not by r. use_dora: DoRA, which trains the
     lengths of the weights apart. init_lora_weights: where A and B start (`lora_start.py`). alora_invocation_tokens: the ids that activate
     an aLoRA, which each trained row must have.
-    target_parameters: parameters of experts ("mlp.experts.gate_up_proj"), beside target_modules; `target_modules: []` for these alone.
+    target_parameters: parameters of experts ("mlp.experts.gate_up_proj") and of their routers ("mlp.gate.weight"), beside target_modules;
+    `target_modules: []` for these alone.
     target_experts: the numbers of the experts to act on; None: all. In a file the others are zeros.
     """
 
@@ -154,7 +156,7 @@ class LoraConfig(TargetedMethod):
         return sites, saved, problems + [f"{n} is an embedding, and an aLoRA acts on linear layers alone" for n in tables]
 
     def _refuse(self, spec: Spec, sites: Sequence[Site], problems: list[str]) -> None:
-        names = [s.name for s in sites]
+        names = [s.named for s in sites]
         stray = self._stray_keys(spec, names)
         if stray or problems:
             found, short = stray + problems, dict.fromkeys(n.rpartition(".")[2] for n in names)
@@ -168,6 +170,10 @@ class LoraConfig(TargetedMethod):
         outermost, and this nesting is in the names of its files."""
         sites, problems, wrappers = [], [], dict[str, int]()
         for module in reversed(select_parameters(spec, self.target_parameters or ())):
+            if module.routes:  # a linear layer that only multiplies takes LoRA as any other does
+                name = module.name.removesuffix(ROUTER_WEIGHT)
+                sites.append(replace(self._site(module), name=name, router=module.kind == "router"))
+                continue
             experts, at = module.experts, module.name.rpartition(".")[0]
             inside = wrappers[at] = wrappers.get(at, -1) + 1
             site = self._site(module)
@@ -181,6 +187,20 @@ class LoraConfig(TargetedMethod):
         if problems:
             raise ConfigError(
                 f"LoRA cannot attach to this {spec.model_type} base", problems=first_of(problems, 8), fix="name experts there are"
+            )
+        if self.target_experts and not wrappers:
+            raise ConfigError(
+                f"LoRA cannot attach to this {spec.model_type} base",
+                problems=["target_experts: it chooses among the experts of target_parameters, and these are routers alone"],
+                fix="take target_experts away, or name parameters of experts",
+            )
+        if self.lora_dropout and (routers := [s.name for s in sites if s.router]):
+            raise ConfigError(
+                f"LoRA cannot attach to this {spec.model_type} base",
+                problems=[
+                    f"lora_dropout = {self.lora_dropout}: a router is run with another matrix, whose input has no dropout: {routers[-1]}"
+                ],
+                fix="set lora_dropout: 0, or take the router out of target_parameters",
             )
         return sites[::-1]
 
@@ -259,6 +279,10 @@ class LoraConfig(TargetedMethod):
         A, B = _factors(site, params)
         if site.experts:
             return self._pack_experts(A, site.scaling * B, dtype)
+        if site.router:  # what it gives is no sum of a base's part and an adapter's: it chooses
+            assert matrix is not None
+            weight_EH = matrix.dense()
+            return Packed(ops.replace, {"weight": (weight_EH.float() + site.scaling * (B.float() @ A.float())).to(weight_EH.dtype)})
         if self.use_dora:
             assert matrix is not None
             return dora.pack(A, site.scaling * B, params["lora_magnitude_vector"], matrix, self.lora_dropout)
@@ -296,7 +320,7 @@ class LoraConfig(TargetedMethod):
         return merged, None if bias_O is None else bias_O.float().clone()
 
     def of_rows(self, site: Site, params: Params, rows: slice) -> Params | None:
-        if self.use_dora or site.saved or site.experts:
+        if self.use_dora or site.saved or site.experts or site.router:
             return None
         if _is_embedding(site.shapes):
             return {**params, "lora_embedding_A": params["lora_embedding_A"][:, rows]}

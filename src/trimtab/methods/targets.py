@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 from trimtab.bases.spec import Module, Spec
 from trimtab.errors import ConfigError, nearest
-from trimtab.methods.base import Params, Site
+from trimtab.methods.base import ROUTER_WEIGHT, Params, Site
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,18 +79,27 @@ def _instead(module: Module, kinds: Iterable[str]) -> str:
     """Why a method cannot take a module of this kind."""
     if module.kind == "experts":
         return "is a parameter of experts: LoRA takes it in target_parameters"
+    if module.kind == "router":
+        name = ".".join(module.name.split(".")[-2:])
+        return f"is a router of experts, no linear layer: name {name}.weight in LoRA's target_parameters, or {name} in modules_to_save"
     return f"is {'an' if module.kind[0] in 'aeiou' else 'a'} {module.kind} layer; this method takes {', '.join(kinds)}"
 
 
+def parameters_of_experts(spec: Spec) -> list[Module]:
+    """What `target_parameters` may name: the parameters of experts, and the weights of their routers under the parameter's name."""
+    routers = [replace(m, name=f"{m.name}{ROUTER_WEIGHT}") for m in spec.modules.values() if m.routes]
+    return [m for m in spec.modules.values() if m.kind == "experts"] + routers
+
+
 def select_parameters(spec: Spec, names: Sequence[str]) -> list[Module]:
-    """The parameters of experts that `target_parameters` names: by peft's rule each exactly, or as the last dotted parts of a name.
+    """The parameters that `target_parameters` names: by peft's rule each exactly, or as the last dotted parts of a name.
 
     ConfigError lists every name that matches nothing, and every parameter where no adapter can act.
     """
-    there = [m for m in spec.modules.values() if m.kind == "experts"]
+    there = parameters_of_experts(spec)
     short = list(dict.fromkeys(".".join(m.name.split(".")[-3:]) for m in there))
     problems = [
-        f"target_parameters: {n!r} matches no parameter of experts{nearest(n, short)}"
+        f"target_parameters: {n!r} matches no parameter of experts, and no router{nearest(n, short)}"
         for n in names
         if not any(matches(m.name, [n]) for m in there)
     ]
@@ -100,7 +110,7 @@ def select_parameters(spec: Spec, names: Sequence[str]) -> list[Module]:
         if not m.vectors
     ][:8]
     if problems:
-        fix = f"parameters of experts there are: {', '.join(short)}" if short else "this base has no experts: use target_modules"
+        fix = f"parameters there are: {', '.join(short)}" if short else "this base has no experts: use target_modules"
         raise ConfigError(f"cannot attach to this {spec.model_type} base", problems=problems, fix=fix)
     return chosen
 
@@ -156,7 +166,7 @@ def saved_sites(spec: Spec, names: Sequence[str] | None) -> list[Site]:
     (`q_norm`, `k_norm`)."""
     if not names:
         return []
-    chosen = select(spec, names, kinds=("linear", "conv1d", "embedding", "norm"), option="modules_to_save")
+    chosen = select(spec, names, kinds=("linear", "conv1d", "embedding", "norm", "router"), option="modules_to_save")
     per_head = [m.name for m in chosen if m.vectors > 1]
     if per_head:
         raise ConfigError(
@@ -164,7 +174,7 @@ def saved_sites(spec: Spec, names: Sequence[str] | None) -> list[Site]:
             problems=[f"modules_to_save: {n} acts on each head apart, not on a token's row" for n in per_head[:8]],
             fix="name other modules; norms of heads stay as they are in the base",
         )
-    return [Site(m.name, dict(m.parameters), saved=True, transposed=m.kind == "conv1d") for m in chosen]
+    return [Site(m.name, dict(m.parameters), saved=True, transposed=m.kind == "conv1d", router=m.kind == "router") for m in chosen]
 
 
 def merge_saved(site: Site, params: Params) -> tuple[Tensor, Tensor | None]:

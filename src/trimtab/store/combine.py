@@ -140,6 +140,8 @@ def _check_together(adapters: Sequence[Adapter], how: str) -> None:
             problems.append(f"adapter {i + 1} is a DoRA: it divides by the norm of W + BA, so what it adds is no sum with what others add")
         if experts := [s.name for s in adapter.sites if s.experts]:
             problems.append(f"adapter {i + 1} acts on experts ({experts[0]}), and their factors are not added up")
+        if routers := [s.name for s in adapter.sites if s.router and not s.saved]:
+            problems.append(f"adapter {i + 1} acts on routers of experts ({routers[0]}), and their factors are not added up")
         if adapter.method.invocation:
             problems.append(f"adapter {i + 1} is an aLoRA: it is on after its invocation tokens alone, and a sum is on for every token")
         if saved := [s.name for s in adapter.sites if s.saved]:

@@ -184,7 +184,7 @@ def _read_lora(config: Mapping[str, Any], spec: Spec, warnings: list[str]) -> Me
     fields, strange = without_strangers({"r": 8, "lora_alpha": 8, "target_modules": None} | _fields(LoraConfig, config), spec)
     # which modules it acts on is known without the patterns, and must be, to tell which of their keys match none
     places = _without_saved(LoraConfig(**fields | {"rank_pattern": {}, "alpha_pattern": {}}), spec)
-    fields, stray = without_stray_keys(fields, spec, [s.name for s in places.sites(spec) if not s.saved])
+    fields, stray = without_stray_keys(fields, spec, [s.named for s in places.sites(spec) if not s.saved])
     method = replace(places, rank_pattern=fields["rank_pattern"], alpha_pattern=fields["alpha_pattern"])
     warnings += strange + stray + high_ranks(method.sites(spec), spec)
     return method

@@ -37,15 +37,16 @@ def config_from_method(
     return config | _virtual_config(method, spec) | {"modules_to_save": [head.module] if head else None}
 
 
-def _targets(method: LoraConfig | IA3Config, sites: Sequence[Site], default: Sequence[str]) -> str | list[str]:
+def _targets(method: LoraConfig | IA3Config, sites: Sequence[Site], spec: Spec) -> str | list[str]:
     """target_modules as peft resolves it to the same modules. Anything that peft might read otherwise is written as the full names."""
     plain = method.exclude_modules is None and getattr(method, "layers_to_transform", None) is None
     plain = plain and not (method.target_modules == "all-linear" and any(s.head for s in sites))  # peft takes some heads for one of them
+    plain = plain and not (method.target_modules == "all-linear" and any(m.routes for m in spec.modules.values()))  # which peft takes too
     if plain and method.target_modules is None:
-        return list(default)
+        return list(spec.defaults.lora_targets)
     if plain and (method.target_modules == "all-linear" or not isinstance(method.target_modules, str)):
         return method.target_modules if isinstance(method.target_modules, str) else list(method.target_modules or ())
-    return [s.name for s in sites if not s.saved and not s.experts]
+    return [s.name for s in sites if not s.saved and not s.experts and not s.router]
 
 
 def _targeted_config(method: LoraConfig | IA3Config, sites: Sequence[Site], spec: Spec) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def _lora_config(method: LoraConfig, sites: Sequence[Site], spec: Spec) -> dict[
         "r": method.r,
         "lora_alpha": _whole(method.alpha),
         "lora_dropout": 0.0 if method.target_parameters else method.lora_dropout,  # which peft refuses there, even without training
-        "target_modules": _targets(method, sites, spec.defaults.lora_targets),
+        "target_modules": _targets(method, sites, spec),
         "rank_pattern": dict(method.rank_pattern),
         "alpha_pattern": alphas,
         "layers_to_transform": None,

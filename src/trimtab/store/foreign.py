@@ -12,7 +12,7 @@ from typing import Any
 
 from trimtab.bases.spec import Spec
 from trimtab.methods.base import Site
-from trimtab.methods.targets import matches, regex_problem, stray_keys
+from trimtab.methods.targets import matches, parameters_of_experts, regex_problem, stray_keys
 from trimtab.store.names import short_repr
 
 TRAINING_ONLY = frozenset(
@@ -40,7 +40,8 @@ def without_strangers(fields: Mapping[str, Any], spec: Spec) -> tuple[dict[str, 
         if not wanted or wanted == "all-linear" or (isinstance(wanted, str) and regex_problem(wanted)):
             continue
         names = [wanted] if isinstance(wanted, str) else list(wanted)
-        kept = [n for n in names if any(matches(m, wanted if isinstance(wanted, str) else [n]) for m in spec.modules)]
+        there = [m.name for m in parameters_of_experts(spec)] if option == "target_parameters" else spec.modules
+        kept = [n for n in names if any(matches(m, wanted if isinstance(wanted, str) else [n]) for m in there)]
         last = option == "target_modules" or (option == "target_parameters" and not found.get("target_modules"))
         if len(kept) == len(names) or (last and not kept):
             continue

@@ -26,6 +26,7 @@ from trimtab.bases.folder import read_json
 from trimtab.bases.progress import quiet_transformers
 from trimtab.bases.text_tower import load_causal
 from trimtab.bases.weights import Weight, claimed, norm_weight, weight_of
+from trimtab.bases.weights.dense import Dense
 from trimtab.bases.weights.experts import Experts
 from trimtab.errors import NotMergeable
 from trimtab.methods import Method
@@ -152,7 +153,7 @@ def _untie(model: Any, base: Base, sites: list[Site]) -> bool:
 
 @torch.no_grad()
 def _merge_site(module: Any, method: Method, site: Site, params: dict[str, Tensor], model_type: str) -> None:
-    bias, matrix = getattr(module, "bias", None), claimed(module)
+    bias, matrix = getattr(module, "bias", None), Dense(module) if site.router else claimed(module)
     if matrix is None:
         norm_H = norm_weight(module)
         merged, bias_O = method.merge(site, norm_H, bias, params)

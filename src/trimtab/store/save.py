@@ -13,7 +13,7 @@ from trimtab.store.card import CARD, is_untouched, make_card
 from trimtab.store.config_write import config_from_method
 from trimtab.store.note import make_note
 from trimtab.store.staging import staged
-from trimtab.store.tensors import expected, value_problems
+from trimtab.store.tensors import PREFIX, beside_routers, expected, value_problems
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +47,7 @@ def write_folder(
     where = f"cannot save {target}"
     refuse(where, value_problems(tensors, {}, base, edits=False), fix="train again from the last good checkpoint")
     tensors = _rounded(tensors, dtype, where)
+    tensors |= {PREFIX + name: base.parameter(name).detach().cpu().clone() for name in beside_routers(sites, base)}
     config = config_from_method(method, sites, base.spec, base.name or (str(base.path) if base.path else None), head)
     files = {
         CONFIG: json.dumps(dict(sorted(config.items())), indent=2).encode() + b"\n",

@@ -38,15 +38,25 @@ def as_peft_has(name: str, sites: Sequence[Site]) -> str:
 
 
 def copies_of_base(entries: Sequence[Entry], sites: Sequence[Site], base: Base) -> dict[str, str]:
-    """Tensors that are only the base's own, as peft saves them beside a targeted embedding: name in the file -> the base's parameter."""
+    """Tensors that are only the base's own, as peft saves them beside a targeted embedding, or with a router that is trained in full (what
+    it adds to scores): name in the file -> the base's parameter."""
     wanted = expected(sites)
     shapes = {f"{m.name}.{p}": shape for m in base.spec.modules.values() for p, shape in m.parameters.items()}
+    shapes |= {name: tuple(base.parameter(name).shape) for name in beside_routers(sites, base)}
     found = {}
     for e in entries:
         parameter = e.name.removeprefix(PREFIX).replace(".base_layer.", ".")
         if e.name not in wanted and e.name.startswith(PREFIX) and shapes.get(parameter) == e.shape:
             found[e.name] = parameter
     return found
+
+
+def beside_routers(sites: Sequence[Site], base: Base) -> list[str]:
+    """The base's tensors that peft wants in the file beside the parameters of routers that are trained in full: what is added to scores
+    before experts are chosen. No gradient reaches these."""
+    routers = {s.name: s.shapes for s in sites if s.router and s.saved}
+    inside = {name: base.model.get_submodule(name).state_dict() for name in routers}
+    return [f"{name}.{n}" for name, found in inside.items() for n in found if n not in routers[name]]
 
 
 def layout_problems(entries: Sequence[Entry], sites: Sequence[Site], copies: Mapping[str, str]) -> list[str]:
