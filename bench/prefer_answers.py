@@ -7,7 +7,8 @@
 3. DPO variants train together on these pairs. The best step by the valid pairs' reward accuracy is kept.
 4. All answer the test rows. Printed: exact match and F1 of the base, of imitation and of each variant; reward accuracy on valid pairs.
 
-Curves are in OUT/dpo/report.html. The defaults take some minutes on a quiet machine with a few cores; --rows takes fewer rows.
+Curves are in OUT/dpo/report.html. The defaults take some minutes on a quiet machine with a few cores; --rows takes fewer rows. If OUT has
+the adapter that imitates, or the pairs, already, they are used.
 """
 
 from __future__ import annotations
@@ -37,21 +38,31 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=400, help="valid rows, and test rows")
     parser.add_argument("--steps", type=int, default=80, help="of DPO")
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     args = parser.parse_args()
-    args.out.mkdir(parents=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     rows = {split: read(args.data / f"{split}.jsonl") for split in ("train", "valid", "test")}
     rows = {split: talks[: args.rows if split == "train" else args.held] for split, talks in rows.items()}
     for split, talks in rows.items():
         write(args.out / f"{split}.jsonl", [{"prompt": talk[:-1], "completion": talk[-1:]} for talk in talks])
     imitated = imitate(args)
-    merged = trimtab.load_base(str(args.out / "merged"))
-    counts = {s: write(args.out / f"pairs-{s}.jsonl", pairs(merged, rows[s], args.max_new_tokens)) for s in ("train", "valid")}
+    merged, counts = trimtab.load_base(str(args.out / "merged")), {}
+    for split in ("train", "valid"):
+        file = args.out / f"pairs-{split}.jsonl"
+        if not file.exists():
+            write(file, pairs(merged, rows[split], args.max_new_tokens))
+        counts[split] = len(file.read_text(encoding="utf-8").splitlines())
     print(json.dumps({"pairs": counts, "of": {s: len(rows[s]) for s in counts}}), flush=True)
     show(imitated, prefer(args))
 
 
 def imitate(args: argparse.Namespace) -> dict[str, Any]:
     """The summary; the adapter is merged into OUT/merged."""
+    if (args.out / "sft" / "summary.json").exists():
+        adapter, base = args.out / "sft" / "adapters" / "sft", trimtab.load_base(args.base)
+        if not (args.out / "merged").exists():
+            Adapter.load(adapter, base).merge_into(args.out / "merged")
+        return dict(json.loads((args.out / "sft" / "summary.json").read_text(encoding="utf-8")))
     lora = {"data": "rows", "method": "lora", "last_turn_only": True, "epochs": 2}
     report = run(args, args.base, "sft", {"rows": {"train": "train.jsonl", "test": "test.jsonl"}}, {"sft": lora})
     Adapter.load(report.out / "adapters" / "sft", report.base).merge_into(args.out / "merged")
@@ -61,7 +72,7 @@ def imitate(args: argparse.Namespace) -> dict[str, Any]:
 def prefer(args: argparse.Namespace) -> dict[str, Any]:
     data = {"pairs": {"train": "pairs-train.jsonl", "valid": "pairs-valid.jsonl"}}
     own = {"method": "lora", "data": "pairs", "max_steps": args.steps, "batch_size": 8, "warmup_steps": 5, "eval_every": 10}
-    variants = {n: own | {"valid_metric": "rewards/accuracies"} | v for n, v in VARIANTS.items()}
+    variants = {n: own | {"valid_metric": "rewards/accuracies"} | VARIANTS[n] for n in args.variants}
     report = run(args, str(args.out / "merged"), "dpo", data, variants)
     return report.summary | {"test": tested(args, report)}
 

@@ -7,7 +7,8 @@
    rows is kept.
 3. Printed: the reward of drawn answers over the steps, and exact match on valid and test rows, of imitation and of each variant.
 
-Curves are in OUT/grpo/report.html. The defaults take about ten minutes on a quiet machine with a few cores.
+Curves are in OUT/grpo/report.html. The defaults take about ten minutes on a quiet machine with a few cores. If OUT has a merged base
+already, the run begins with it: `--name` is the folder of its GRPO.
 """
 
 from __future__ import annotations
@@ -33,13 +34,18 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=8, help="to each prompt")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--lr", type=float, nargs="+", default=[5e-5, 1e-4], help="a variant each; they train together")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="a variant for each of these and each --lr: other rows, other draws"
+    )
+    parser.add_argument("--name", default="grpo", help="of the folder that GRPO writes")
     args = parser.parse_args()
-    args.out.mkdir(parents=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", None), ("valid", args.held), ("test", args.held)):
         lines = (args.data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
         (args.out / f"{split}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     (args.out / "imitated.jsonl").write_text("".join((args.out / "train.jsonl").open(encoding="utf-8").readlines()[: args.rows]))
-    imitate(args)
+    if not (args.out / "merged").exists():
+        imitate(args)
     show(args, reinforce(args))
 
 
@@ -54,9 +60,9 @@ def reinforce(args: argparse.Namespace) -> Any:
     aim = {"objective": "grpo", "num_generations": args.answers, "max_completion_length": args.max_new_tokens, "rewards": "exact_match"}
     own = {"data": "rows", "method": "lora", "max_steps": args.steps, "batch_size": args.prompts, "eval_every": max(1, args.steps // 6)}
     own |= {"schedule": "constant", "warmup_steps": min(3, args.steps)}
-    variants = {f"lr-{lr:g}": own | aim | {"lr": lr} for lr in args.lr}
+    variants = {f"lr-{lr:g}-seed-{seed}": own | aim | {"lr": lr, "seed": seed} for lr in args.lr for seed in args.seeds}
     data = {"rows": {split: f"{split}.jsonl" for split in ("train", "valid", "test")}}
-    return run(args, str(args.out / "merged"), "grpo", data, variants)
+    return run(args, str(args.out / "merged"), args.name, data, variants)
 
 
 def run(args: argparse.Namespace, base: str, name: str, data: dict[str, Any], variants: dict[str, Any]) -> Any:
@@ -68,15 +74,15 @@ def show(args: argparse.Namespace, report: Any) -> None:
     lines = [json.loads(line) for line in (report.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     before = report.summary["base_scores"]["rows"]["reward"]
     tenth = max(1, args.steps // 6)
-    print(f"{'':10} reward of drawn answers, each {tenth} steps")
+    print(f"{'':16} reward of drawn answers, each {tenth} steps")
     for name, v in report.summary["variants"].items():
         drawn = [line["reward"] for line in lines if line["variant"] == name and "reward" in line]
         print(
-            f"{name:10} " + " ".join(f"{sum(part) / len(part):.3f}" for i in range(0, len(drawn), tenth) if (part := drawn[i : i + tenth]))
+            f"{name:16} " + " ".join(f"{sum(part) / len(part):.3f}" for i in range(0, len(drawn), tenth) if (part := drawn[i : i + tenth]))
         )
         valid = [(x["step"], round(x["reward"], 3)) for x in v["valid"]["history"]]
-        print(f"{'':10} valid: imitation {v['valid']['base']['reward']:.3f}, at steps {valid}")
-        print(f"{'':10} test: imitation {before:.3f}, step {v['saved_step']} {v['scores']['reward']:.3f}")
+        print(f"{'':16} valid: imitation {v['valid']['base']['reward']:.3f}, at steps {valid}")
+        print(f"{'':16} test: imitation {before:.3f}, step {v['saved_step']} {v['scores']['reward']:.3f}")
 
 
 if __name__ == "__main__":

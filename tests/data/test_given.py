@@ -140,6 +140,32 @@ def test_dates_of_numpy_are_texts(value: Any, text: Any) -> None:
     assert record == {"a": text}
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (np.timedelta64(93784, "s"), "1 day, 2:03:04"),
+        (np.timedelta64(93784, "s").astype("timedelta64[ns]"), "1 day, 2:03:04"),
+        (np.timedelta64(7, "ns"), "7 nanoseconds"),
+        (np.timedelta64(3, "Y"), "3 years"),
+        (np.timedelta64("NaT", "ns"), None),
+        (np.array([1, "NaT"], dtype="timedelta64[m]"), ["0:01:00", None]),
+        (datetime.timedelta(seconds=0.25), "0:00:00.250000"),
+    ],
+)
+def test_durations_are_texts(value: Any, text: Any) -> None:
+    ((_, record),) = GivenRows([{"a": value}]).records("rows")  # type: ignore[misc]
+    assert record == {"a": text}
+
+
+def test_durations_of_a_frame_are_texts_as_pandas_writes_them() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"prompt": ["q", "r"], "completion": [pandas.Timedelta("26h"), pandas.NaT]})
+    assert [r for _, r in GivenRows(frame).records("rows")] == [  # type: ignore[misc]
+        {"prompt": "q", "completion": "1 days 02:00:00"},
+        {"prompt": "r", "completion": None},
+    ]
+
+
 def test_labels_of_a_dataset_come_by_name() -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]))

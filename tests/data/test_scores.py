@@ -22,6 +22,25 @@ def test_token_f1():
     assert token_f1(["", "", "x"], ["", "x", "y"]) == pytest.approx(100 / 3)
 
 
+def test_token_f1_sees_the_keys_and_values_of_json():
+    compact, spaced = '{"HT Media":"positive","Gold":"neutral"}', '{\n "Gold": "neutral", "HT Media": "positive"}'
+    assert token_f1([spaced, compact], [compact, spaced]) == 100
+    # {ht, media, positive, gold, neutral} in the reference; one value is another: 4 common of 5 and 5
+    assert token_f1(['{"HT Media":"positive","Gold":"negative"}'], [compact]) == pytest.approx(80)
+    # {gold, neutral}: P = 1, R = 2/5; whole, cut off, or said in words
+    assert token_f1(['{"Gold":"neutral"}', '{"Gold":"neutral"', "gold: neutral"], [compact] * 3) == pytest.approx(100 * 4 / 7)
+    # numbers, true and null are words: {x, 1.5, true, null, 2} and {x, 15, true, null, 2}
+    assert token_f1(['[{"x":1.5},true,null,2.0]'], ['[{"x":15},true,null,2]']) == pytest.approx(80)
+    assert token_f1(["{}", "[]", "x"], ["{}", "{}", "[]"]) == pytest.approx(100 * 2 / 3)
+
+
+def test_token_f1_reads_other_text_as_squad_does():
+    """What is no object and no list of JSON: Rajpurkar's own, in which "a-b" is one word."""
+    assert token_f1(['"a-b"', "{not json}", "3"], ["ab", "not json", "3."]) == 100
+    assert token_f1(['{"cat":"sat"}'], ["cat sat"]) == 0
+    assert token_f1(["[" * 100_000], ["[" * 100_000]) == 100
+
+
 def test_rouge_l():
     # Lin 2004: "police kill the gunman" against "police killed the gunman": LCS 3 of 4 and 4
     assert rouge_l(["police kill the gunman"], ["Police killed the gunman."]) == pytest.approx(75)

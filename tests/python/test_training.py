@@ -335,6 +335,26 @@ def test_a_base_beside_a_file_is_the_one_that_is_used(kind: type, tmp_path: Path
     assert trimtab.check(mapping, base=kind(base)).base == str(base)
 
 
+def test_a_run_need_not_name_what_is_given_beside_it(tmp_path: Path) -> None:
+    """base and out, of a mapping, a run file, and a sweep file; without them the run is refused as before."""
+    base = tiny_folder(tmp_path / "base")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(4)))
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(4, "v")))
+    data = {"a": {"train": str(tmp_path / "train.jsonl"), "valid": str(tmp_path / "valid.jsonl")}}
+    content = {"data": data, "evaluate": {"generate": False}, "defaults": {"max_steps": 1}}
+    run = content | {"variants": {"v": VARIANTS["lora"] | {"data": "a"}}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content | {"sweep": {"variant": {"method": "lora"}, "search": {"r": [2]}}}))
+    assert trimtab.check(run, base=str(base), out=tmp_path / "c").base == str(base)
+    of_file = trimtab.train(tmp_path / "run.yaml", base=str(base), out=tmp_path / "file")
+    report = trimtab.train(run, base=tiny_base(), out=tmp_path / "mapping")
+    assert (report.out, report.summary["base"]) == (tmp_path / "mapping", tiny_base().name)
+    assert (of_file.out, of_file.summary["base"]) == (tmp_path / "file", str(base))
+    assert trimtab.sweep(tmp_path / "sweep.yaml", base=str(base), out=tmp_path / "swept").leaderboard["base"] == str(base)
+    with pytest.raises(ConfigError, match=r"base: Field required"):
+        trimtab.train(run, out=tmp_path / "no")
+
+
 @pytest.mark.parametrize(
     ("rows_in_file", "base_in_file", "why"),
     [(True, True, ""), (False, True, "its rows"), (True, False, "its base"), (False, False, "its base and its rows")],

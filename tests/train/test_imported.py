@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
 import yaml
 from click.testing import CliRunner
 
 from trimtab.cli import main
-from trimtab.errors import DataError
+from trimtab.errors import ConfigError, DataError
 from trimtab.train import RunConfig
 from trimtab.train.imported import content, read_settings, run_text
 from trimtab.train.imported.carry import Carry
 from trimtab.train.initial import guess
 from trimtab.train.initial import run_text as first_file
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+import trl
+from trl.experimental.cpo import CPOConfig
+from trl.experimental.orpo import ORPOConfig
 
 AXOLOTL = """
 base_model: org/base
@@ -86,9 +91,9 @@ logging: {enable_wandb: false}
 """
 
 
-def _read(folder: Path, text: str, name: str = "settings.yml", data: str | None = None) -> Carry:
+def _read(folder: Path, text: str, name: str = "settings.yml", data: str | None = None, program: str | None = None) -> Carry:
     (folder / name).write_text(text)
-    return read_settings(folder / name, data=data)
+    return read_settings(folder / name, program, data=data)
 
 
 def _run(carry: Carry) -> dict[str, Any]:
@@ -195,29 +200,114 @@ def test_trl(tmp_path: Path) -> None:
     assert run["activation_checkpointing"] is True and run["data"]["rows"]["train"] == ["hf:org/set"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "line"), [("SFTConfig", "completion_only_loss: true"), ("DPOConfig", "beta: 0.1"), ("KTOConfig", "desirable_weight: 1.0")]
-)
-def test_what_a_file_of_trl_leaves_out_is_what_trl_takes(tmp_path: Path, kind: str, line: str) -> None:
-    """By the configs of the installed TRL."""
-    (variant,) = RunConfig.from_dict(
-        _run(_read(tmp_path, f"model_name_or_path: b\ndataset_name: org/set\nuse_peft: true\n{line}")), root=tmp_path
-    ).variants
-    theirs = {f.name: f.default for f in dataclasses.fields(getattr(trl, kind)) + dataclasses.fields(trl.ModelConfig)}
-    assert variant.objective.name == kind.removesuffix("Config").lower()
-    options = {
-        "learning_rate": "lr",
-        "num_train_epochs": "epochs",
-        "per_device_train_batch_size": "batch_size",
-        "lr_scheduler_type": "schedule",
-    }
-    options |= {n: n for n in ("gradient_accumulation_steps", "max_length", "warmup_steps", "weight_decay", "max_grad_norm")}
-    options |= {n: n for n in ("adam_beta1", "adam_beta2", "adam_epsilon")}
+CONFIGS = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "kto": trl.KTOConfig, "reward": trl.RewardConfig, "grpo": trl.GRPOConfig}
+CONFIGS |= {"rloo": trl.RLOOConfig, "orpo": ORPOConfig, "cpo": CPOConfig}
+
+
+@pytest.mark.parametrize("aim", CONFIGS)
+def test_what_a_file_of_trl_leaves_out_is_what_trl_takes(tmp_path: Path, aim: str) -> None:
+    """By the configs of the installed TRL. Two of its keys are in no other trainer's file, so --from says which it is."""
+    text = "model_name_or_path: b\ndataset_name: org/set\nuse_peft: true\nreward_funcs: [my.lib.close]\nbf16: true"
+    carry = _read(tmp_path, text, program=f"trl {aim}")
+    run = content(carry)
+    for reward in run["variants"]["lora"].get("rewards", ()):
+        reward["trusted"] = True
+    (variant,) = RunConfig.from_dict(run, root=tmp_path).variants
+    kind = CONFIGS[aim]
+    theirs = {f.name: f.default for f in dataclasses.fields(kind) + dataclasses.fields(trl.ModelConfig)}
+    is_drawn = aim in ("grpo", "rloo")
+    assert variant.objective.name == ("grpo" if is_drawn else aim) and not carry.refused
+    options = {"learning_rate": "lr", "num_train_epochs": "epochs", "lr_scheduler_type": "schedule"}
+    options |= {} if is_drawn else {n: n for n in ("gradient_accumulation_steps", "max_length")}
+    options |= {n: n for n in ("warmup_steps", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon")}
     assert {n: getattr(variant.options, ours) for n, ours in options.items()} == {n: theirs[n] for n in options}
-    method = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "use_rslora", "use_dora": "use_dora"}
+    batch = theirs["per_device_train_batch_size"]
+    assert variant.options.batch_size == (batch // theirs["num_generations"] if is_drawn else batch)
+    method = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
     assert {n: getattr(variant.method, ours) for n, ours in method.items()} == {n: theirs[n] for n in method}
-    mine = {f.name for f in dataclasses.fields(variant.objective)} & theirs.keys()
-    assert {n: getattr(variant.objective, n) for n in mine - {"loss_type"}} == {n: theirs[n] for n in mine - {"loss_type"}}
+    off = theirs.get("disable_dropout", False)  # TRL's trainers of pairs and rewards turn the adapter's dropout off too
+    assert variant.method.lora_dropout == (0.0 if off else theirs["lora_dropout"])  # type: ignore[attr-defined]
+    assert off == (aim in ("dpo", "kto", "reward", "orpo", "cpo"))
+    mine = {f.name for f in dataclasses.fields(variant.objective)} & theirs.keys() - {"min_p"}
+    defaults = {n: theirs[n] for n in mine - {"loss_type"}}
+    assert {n: getattr(variant.objective, n) for n in defaults} == defaults
+    if aim == "rloo":
+        assert variant.objective.loss_type == "rloo"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("keys", "aim"),
+    [
+        ("assistant_only_loss: true", "sft"),
+        ("packing: true", "sft"),
+        ("loss_type: [sigmoid, sft]\nloss_weights: [1, 0.5]", "dpo"),
+        ("desirable_weight: 1.5", "kto"),
+        ("loss_type: apo_zero_unpaired", "kto"),
+        ("center_rewards_coefficient: 0.01", "reward"),
+        ("loss_type: simpo", "simpo"),
+        ("cpo_alpha: 0.5", "cpo"),
+        ("num_generations: 8\nscale_rewards: batch\nreward_funcs: [m.f]", "grpo"),
+        ("num_generations: 8\nloss_type: dr_grpo\nreward_funcs: [m.f]\ndataset_text_field: text", "grpo"),
+    ],
+)
+def test_a_file_of_trl_is_read_by_the_trainer_that_has_its_keys(tmp_path: Path, keys: str, aim: str) -> None:
+    text = f"model_name_or_path: b\ndataset_name: org/set\n{keys}"
+    carry = _read(tmp_path, text)
+    assert carry.variant.get("objective", "sft") == aim and "--from" not in {n.key for n in carry.refused}
+
+
+@pytest.mark.parametrize(
+    ("keys", "may_be"),
+    [
+        ("", "sft, dpo, kto, orpo, cpo, reward, grpo, rloo"),
+        ("beta: 0.1", "dpo, kto, orpo, cpo, grpo, rloo"),
+        ("beta: 0.1\nlabel_smoothing: 0.1", "dpo, cpo"),
+        ("beta: 0.1\nnum_generations: 4", "grpo, rloo"),
+        ("desirable_weight: 1.5\ncpo_alpha: 1", "cpo, kto"),
+    ],
+)
+def test_a_file_that_several_trainers_read_is_refused(tmp_path: Path, keys: str, may_be: str) -> None:
+    """`trl dpo --config` takes the file that `trl sft --config` takes: imitation would be another training."""
+    text = f"model_name_or_path: b\ndataset_name: org/set\n{keys}"
+    (note,) = [n for n in _read(tmp_path, text).refused if n.key == "--from"]
+    assert f"({may_be})" in note.why and '--from "trl ' in note.why
+    assert _read(tmp_path, text, program="trl dpo").variant["objective"] == "dpo"
+    (tmp_path / "s.yml").write_text(text)
+    result = CliRunner().invoke(main, ["import-config", str(tmp_path / "s.yml"), "--from", "trl dpoo"])
+    assert result.exit_code == 2 and "did you mean 'dpo'" in result.output
+    result = CliRunner().invoke(main, ["import-config", str(tmp_path / "s.yml"), "--from", "axolotl dpo"])
+    assert result.exit_code == 2 and "axolotl has no trainer" in result.output
+
+
+@pytest.mark.parametrize(
+    ("aim", "line", "key"),
+    [
+        ("dpo", "f_divergence_type: js_divergence", "f_divergence_type"),
+        ("dpo", "loss_type: [no_such_loss]", "loss_type"),
+        ("rloo", "reward_clip_range: [-1, 1]", "reward_clip_range"),
+        ("grpo", "loss_type: sapo", "loss_type"),
+        ("kto", "beta: -1", "beta"),
+    ],
+)
+def test_an_objective_that_there_is_not_is_refused(tmp_path: Path, aim: str, line: str, key: str) -> None:
+    text = f"model_name_or_path: b\ndataset_name: org/set\n{line}\nreward_funcs: [m.f]"
+    assert [n.key for n in _read(tmp_path, text, program=f"trl {aim}").refused] == [key]
+
+
+def test_dropout_that_a_trainer_turns_off_is_off(tmp_path: Path) -> None:
+    """TRL's DPO, KTO, ORPO and rewards call `disable_dropout_in_model` on the model with its adapter; LLaMA-Factory's DPO and KTO too."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text('{"pairs": {"hf_hub_url": "org/pairs", "ranking": true}}')
+    lf = "model_name_or_path: b\ntemplate: qwen\ndataset: pairs\ndataset_dir: data\nlora_dropout: 0.1\nstage: "
+    ax = "base_model: b\nadapter: lora\nlora_r: 8\nlora_dropout: 0.1\nlearning_rate: 1e-5\ndatasets: [{path: o/s, type: chatml.intel}]\n"
+    hf = "model_name_or_path: b\ndataset_name: o/s\nuse_peft: true\nlora_dropout: 0.1\n"
+    texts = [*((lf + stage, None, off) for stage, off in (("dpo", True), ("kto", True), ("rm", False), ("sft", False)))]
+    texts += [(ax + f"rl: {rl}", None, True) for rl in ("dpo", "kto", "orpo", "simpo", "ipo")]
+    texts += [(hf, "trl dpo", True), (hf, "trl sft", False), (hf + "disable_dropout: false", "trl dpo", False)]
+    for text, program, off in texts:
+        carry = _read(tmp_path, text, program=program)
+        assert carry.variant.get("lora_dropout") == (None if off else 0.1), text
+        assert ("lora_dropout" in {n.key for n in carry.idle}) == off and not carry.refused, text
 
 
 def test_groups_of_trl(tmp_path: Path) -> None:
@@ -257,6 +347,70 @@ def test_unsloth(tmp_path: Path) -> None:
     assert (v["epochs"], v["warmup_steps"], v["seed"], v["max_length"]) == (1, 5, 7, 512) and "max_steps" not in v
 
 
+def test_columns_of_other_programs(tmp_path: Path) -> None:
+    """LLaMA-Factory's `tools` and `kto_tag`, TRL's `dataset_text_field`; plain texts are packed there by default."""
+    columns = {"messages": "talk", "tools": "functions_json", "kto_tag": "good"}
+    (tmp_path / "data").mkdir()
+    info = {"marked": {"hf_hub_url": "o/s", "formatting": "sharegpt", "columns": columns}, "texts": {"hf_hub_url": "o/t"}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    lf = "model_name_or_path: b\ntemplate: qwen\ndataset_dir: data\n"
+    carry = _read(tmp_path, lf + "stage: kto\ndataset: marked")
+    assert _run(carry)["data"]["rows"]["train"] == [
+        {"path": "hf:o/s", "columns": {"conversations": "talk", "tools": "functions_json", "kto_tag": "good"}}
+    ]
+    assert "packing" in _lost(_read(tmp_path, lf + "stage: pt\ndataset: texts")) and "packing" not in _lost(carry)
+    run = _run(_read(tmp_path, "model_name_or_path: b\ndataset_name: o/s\ndataset_text_field: body"))
+    assert run["data"]["rows"]["train"] == [{"path": "hf:o/s", "columns": {"text": "body"}}]
+    assert [n.key for n in _read(tmp_path, "model_name_or_path: b\ndataset_name: o/s\nloss_type: dft").refused] == ["loss_type"]
+
+
+def test_a_notebook_of_unsloth(tmp_path: Path) -> None:
+    """What is left out is what Unsloth puts into TRL's configs (its rl.py): not TRL's defaults, and not those of its studio."""
+    flat = "model_name: org/base\nmax_seq_length: 512\nload_in_4bit: true\ntarget_modules: [all-linear]\n"
+    v = _run(_read(tmp_path, flat, data="hf:o/s"))["variants"]["lora"]
+    assert (v["batch_size"], v["gradient_accumulation_steps"], v["lr"], v["warmup_steps"]) == (4, 2, 5e-5, 0.1)
+    assert (v["weight_decay"], v["seed"], v["optimizer"], v["target_modules"]) == (0.001, 3407, "adamw8bit", "all-linear")
+    assert "objective" not in v
+    whole = flat.replace("[all-linear]", "[q_proj, embed_tokens, lm_head]")
+    v = _run(_read(tmp_path, whole, data="hf:o/s"))["variants"]["lora"]
+    assert (v["target_modules"], v["modules_to_save"]) == (["q_proj"], ["embed_tokens", "lm_head"])
+    v = _run(_read(tmp_path, flat + "beta: 0.2\nwarmup_steps: 5", data="hf:o/s", program="unsloth dpo"))["variants"]["lora"]
+    assert (v["objective"], v["beta"], v["warmup_steps"]) == ("dpo", 0.2, 5)
+    assert [n.key for n in _read(tmp_path, flat + "beta: 0.2", data="hf:o/s").refused] == ["--from"]
+    drawn = (
+        flat + "reward_funcs: [m.f]\nnum_generations: 6\nper_device_train_batch_size: 1\ngradient_accumulation_steps: 1\ntemperature: 0.7"
+    )
+    carry = _read(tmp_path, drawn, data="hf:o/s", program="unsloth grpo")
+    v = content(carry)["variants"]["lora"]
+    assert (v["objective"], v["batch_size"], v["num_generations"], v["temperature"]) == ("grpo", 1, 6, 0.7)
+    assert content(carry)["quantize"] == "nf4-double" and "max_length" in _lost(carry)  # as its loader packs
+    assert (v["beta"], v["loss_type"]) == (0.001, "bnpo") and not carry.refused
+
+
+def test_settings_of_unsloth_s_studio(tmp_path: Path) -> None:
+    """Defaults of a model name neither a model nor rows."""
+    text = "training: {num_epochs: 0, max_steps: 30, learning_rate: 2e-4}\nlora: {lora_r: 8}\nlogging: {log_frequency: 10}"
+    assert [n.key for n in _read(tmp_path, text).refused] == ["dataset", "base"]
+    carry = read_settings(tmp_path / "settings.yml", data="hf:o/s", base="org/base")
+    run = _run(carry)
+    assert (run["base"], run["log_every"], run["variants"]["lora"]["max_steps"]) == ("org/base", 10, 30) and not _lost(carry)
+    sound = _read(tmp_path, "audio_type: whisper\nmodel: org/base\n" + text, data="hf:o/s")
+    assert [n.key for n in sound.refused] == ["audio_type"]
+
+
+@pytest.mark.parametrize(
+    ("text", "whose"),
+    [
+        ("compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP", "accelerate's"),
+        ("zero_optimization: {stage: 3}", "DeepSpeed's"),
+        ("model: org/base\nmodel_class: llm", "LLaMA-Factory's v1"),
+    ],
+)
+def test_settings_of_no_training_say_whose_they_are(tmp_path: Path, text: str, whose: str) -> None:
+    with pytest.raises(ConfigError, match=whose):
+        _read(tmp_path, text)
+
+
 def test_the_config_of_an_adapter(tmp_path: Path) -> None:
     peft = {
         "peft_type": "LORA",
@@ -284,7 +438,7 @@ def test_paths_start_at_the_run_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     settings = {
         "axolotl": "base_model: b\nlearning_rate: 1e-5\ndatasets: [{path: ../rows/r.jsonl, type: alpaca}]",
         "llama": f"{lora}\ndataset: mine\ndataset_dir: data",
-        "trl": "model_name_or_path: b\ndataset_name: rows/r.jsonl",
+        "trl": "model_name_or_path: b\ndataset_name: rows/r.jsonl\ncompletion_only_loss: true",
     }
     monkeypatch.chdir(tmp_path)
     for name, text in settings.items():

@@ -14,13 +14,16 @@ from trimtab.cli.terminal import say
 @click.command("import-config")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The run file to write; without it, it is printed.")
-@click.option("--from", "program", help="axolotl, llama-factory, trl, peft or unsloth, where FILE does not tell.")
+@click.option(
+    "--from", "program", help='axolotl, llama-factory, trl, peft or unsloth, where FILE does not tell; "trl dpo": and its trainer.'
+)
 @click.option("--data", help="A file of rows, for settings that name none; from the run file's folder.")
+@click.option("--base", help="The base, in the place of the one that FILE names, or where it names none.")
 @click.option("--strict", is_flag=True, help="Exit with 2 if any key is not carried over.")
 @json_option("Print JSON: the run file's content, and what became of the other keys.")
 @click.pass_context
 def import_config(
-    ctx: click.Context, file: Path, out: Path | None, program: str | None, data: str | None, strict: bool, as_json: bool
+    ctx: click.Context, file: Path, out: Path | None, program: str | None, data: str | None, base: str | None, strict: bool, as_json: bool
 ) -> None:
     """Write a run file from another program's settings (YAML or JSON): axolotl, LLaMA-Factory, TRL, peft, Unsloth.
 
@@ -28,6 +31,7 @@ def import_config(
     Example:
       trimtab import-config axolotl.yml --out run.yaml
       trimtab import-config adapter_config.json --data rows.jsonl
+      trimtab import-config dpo.yaml --from "trl dpo" --base smollm2-135m-instruct
 
     Every key is carried over, or named with the reason. Keys that are not carried, and those that need nothing here, stand as comments in
     the run file. Without --out its paths start at FILE's folder. If a key cannot be carried and the run would be another training without
@@ -35,7 +39,7 @@ def import_config(
     """
     from trimtab.train.imported import content, read_settings, run_text
 
-    carry = read_settings(file, program, data, out and out.parent)
+    carry = read_settings(file, program, data, out and out.parent, base)
     failed = bool(carry.refused or (strict and carry.lost))
     if as_json:
         notes = {name: [[n.key, n.value, n.why] for n in getattr(carry, name)] for name in ("refused", "lost", "idle")}

@@ -168,10 +168,12 @@ def _plain(value: Any) -> Any:
         return None
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    if isinstance(value, decimal.Decimal | uuid.UUID | PurePath):
+    if isinstance(value, decimal.Decimal | uuid.UUID | PurePath | datetime.timedelta):
         return str(value)
-    if getattr(getattr(value, "dtype", None), "kind", "") == "M":  # numpy's dates: `tolist` makes numbers of those in nanoseconds
-        return _date(value) if not getattr(value, "shape", ()) else _cleaned(list(value))
+    if (kind := getattr(getattr(value, "dtype", None), "kind", "")) and kind in "mM":  # `tolist` makes numbers of those in nanoseconds
+        if getattr(value, "shape", ()):
+            return _cleaned(list(value))
+        return _date(value) if kind == "M" else _duration(value)
     if callable(tolist := getattr(value, "tolist", None)):  # numpy's numbers and arrays, torch's tensors
         return _cleaned(tolist())
     if isinstance(value, Mapping):
@@ -189,6 +191,15 @@ def _date(value: Any) -> str | None:
         if held == value and isinstance(found := held.tolist(), datetime.date):
             return found.isoformat()
     return str(value)
+
+
+def _duration(value: Any) -> str | None:
+    """The text of numpy's duration, as Python writes it where Python can hold it: not the length of a month, nor a nanosecond."""
+    if value != value:  # not a time
+        return None
+    if value.dtype.str.endswith(("Y]", "M]")) or (held := value.astype("timedelta64[us]")) != value:
+        return str(value)
+    return str(held.tolist())
 
 
 def _cleaned(value: Any) -> Any:

@@ -13,12 +13,14 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 from trimtab.errors import DataError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _WORD = re.compile(r"[^\W_]+")
+_JSON_MARKS = re.compile(r'[{}\[\]:,"]')
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -29,9 +31,10 @@ def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
 def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     """100 · mean F1 of words as bags, SQuAD's (Rajpurkar et al. 2016): F1 = 2PR / (P + R), P = common / predicted, R = common / reference.
 
-    Words are what is left after lower-casing and removing ASCII punctuation and the articles a, an, the. Two empty answers score 1.
+    Words are what is left after lower-casing and removing ASCII punctuation and the articles a, an, the. Two empty answers score 1. Where
+    the reference is a JSON object or list, the words are those of its keys and values, however it is spaced.
     """
-    return _mean([_f1_of_bags(_squad_words(p), _squad_words(r)) for p, r in _pairs(predictions, references)])
+    return _mean([_f1_of_bags(*_bags(p, r)) for p, r in _pairs(predictions, references)])
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -90,6 +93,41 @@ def _mean(scores: list[float]) -> float:
     return 100 * sum(scores) / len(scores)
 
 
+def _bags(predicted: str, reference: str) -> tuple[list[str], list[str]]:
+    """The words of both. A prediction that should be JSON and is none is read as text in which JSON's marks stand between words."""
+    wanted = _container(reference)
+    if wanted is None:
+        return _squad_words(predicted), _squad_words(reference)
+    said = _container(predicted)
+    return _json_words(said) if said is not None else _squad_words(_JSON_MARKS.sub(" ", predicted)), _json_words(wanted)
+
+
+def _container(text: str) -> Any:
+    """The object or list that a text is as JSON; None where it is none."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        return _parsed(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_words(value: Any) -> list[str]:
+    """Of all keys and values. A number, true, false and null are a word each; 1 and 1.0 are the same."""
+    words, rest = list[str](), [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, dict):
+            rest += [*item, *item.values()]
+        elif isinstance(item, list):
+            rest += item
+        elif isinstance(item, str):
+            words += _squad_words(item)
+        else:
+            words.append(json.dumps(int(item) if isinstance(item, float) and item.is_integer() else item))
+    return words
+
+
 def _squad_words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
@@ -121,11 +159,17 @@ def _lcs(a: list[str], b: list[str]) -> int:
 
 
 def _is_json(text: str) -> bool:
-    def refuse(constant: str) -> None:
-        raise ValueError(constant)
-
     try:
-        json.loads(text, parse_constant=refuse)
+        _parsed(text)
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _parsed(text: str) -> Any:
+    """A JSON value; ValueError or RecursionError where it is none."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    return json.loads(text, parse_constant=refuse)

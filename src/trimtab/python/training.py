@@ -22,7 +22,7 @@ from trimtab.python.arguments import with_known_keywords
 from trimtab.train.callbacks import Callback, Calling
 from trimtab.train.check import check as check_run
 from trimtab.train.checkpoint import steps_of
-from trimtab.train.config import RunConfig
+from trimtab.train.config import RunConfig, completed
 from trimtab.train.findings import CheckReport
 from trimtab.train.interrupt import Interrupted, Stop
 from trimtab.train.listen import Listener
@@ -94,7 +94,8 @@ def train(
 
     run: a run file's path, a mapping of its shape, or a RunConfig. Without it the keys of a run file are arguments: base, out, data,
     variants and the others. Relative paths then start at the current folder.
-    base: a name, a folder, a `Base`, or a causal language model of transformers with its `tokenizer`. Beside a run: in place of its own.
+    base: a name, a folder, a `Base`, or a causal language model of transformers with its `tokenizer`. Beside a run: in place of its own,
+    which the run then need not name; the same holds for out.
     data: rows, or {"train": …, "valid": …, "test": …, "columns": …}, or several such data sets by name. Rows are a list of dicts, a
     generator, a pandas DataFrame, a `datasets.Dataset`, or the path of a file. They are read once, before anything else is done.
     variants: by name, a mapping of a variant's keys, or a method such as `trimtab.LoraConfig(r=16)`. Where there is one data set, a variant
@@ -212,7 +213,8 @@ def _config(name: str, run: Run | None, base: Any, out: str | Path | None, keys:
     if run is None:
         return RunConfig.from_dict(_content(base, out, keys, changes), where=f"trimtab.{name}")
     _refuse_both(name, keys, isinstance(run, str | Path), changes)
-    config = RunConfig.load(run, changes) if isinstance(run, str | Path) else RunConfig.of(run)
+    absent = {"base": _name(base), "out": out}
+    config = RunConfig.load(run, changes, absent) if isinstance(run, str | Path) else RunConfig.of(completed(run, absent))
     if isinstance(base, str | Path):
         config = config.model_copy(update={"base": str(base)})
     return config if out is None else config.model_copy(update={"out": Path(out)})
@@ -222,7 +224,11 @@ def _sweep(what: Any, sweep: Any, base: Any, out: str | Path | None, keys: Mappi
     if what is None:
         return Sweep.from_dict(_content(base, out, keys, changes) | {"sweep": sweep}, where="trimtab.sweep")
     _refuse_both("sweep", {**keys, "sweep": sweep}, isinstance(what, str | Path), changes)
-    found = Sweep.load(what, changes) if isinstance(what, str | Path) else what if isinstance(what, Sweep) else Sweep.from_dict(what)
+    absent = {"base": _name(base), "out": out}
+    if isinstance(what, str | Path):
+        found = Sweep.load(what, changes, absent)
+    else:
+        found = what if isinstance(what, Sweep) else Sweep.from_dict(completed(what, absent))
     if isinstance(base, str | Path):
         found = found.on(str(base))
     return found if out is None else found.into(Path(out))

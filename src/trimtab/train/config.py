@@ -44,11 +44,12 @@ class RunConfig(RunOptions):
         return run if isinstance(run, RunConfig) else cls.from_dict(run)
 
     @classmethod
-    def load(cls, path: str | Path, changes: Sequence[str] = ()) -> RunConfig:
-        """Read a run file. changes: values that replace the file's, each "key.key=value". ConfigError that lists all that is wrong."""
+    def load(cls, path: str | Path, changes: Sequence[str] = (), absent: Mapping[str, Any] | None = None) -> RunConfig:
+        """Read a run file. changes: values that replace the file's, each "key.key=value". absent: of keys that the file does not have.
+        ConfigError that lists all that is wrong."""
         path = Path(path)
         content = with_changes(read_yaml(path, "run file"), changes, str(path))
-        return cls.from_dict(content, root=path.parent, where=str(path))
+        return cls.from_dict(completed(content, absent or {}), root=path.parent, where=str(path))
 
     @classmethod
     def from_dict(cls, content: Any, *, root: str | Path = Path(), where: str = "run") -> RunConfig:
@@ -87,6 +88,11 @@ class RunConfig(RunOptions):
         made = [v for v in variants if v is not None]
         errors = [error for name, config in whole.items() for error in unreadable(name, config, root, made)]
         raise ConfigError(f"{where} cannot be run", problems=[*problems, *(line for e in errors for line in e.among_others())])
+
+
+def completed(content: Any, absent: Mapping[str, Any]) -> Any:
+    """A run file's mapping with the values of keys that it does not have."""
+    return {**{k: v for k, v in absent.items() if v is not None}, **content} if isinstance(content, Mapping) else content
 
 
 def unreadable(name: str, data: DataConfig, root: Path, variants: Sequence[VariantConfig]) -> list[TrimtabError]:

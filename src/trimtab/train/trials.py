@@ -19,7 +19,7 @@ from trimtab.data.sources import taken
 from trimtab.errors import ConfigError
 from trimtab.methods import BY_NAME
 from trimtab.train.changes import with_changes
-from trimtab.train.config import RunConfig, named_data, unreadable
+from trimtab.train.config import RunConfig, completed, named_data, unreadable
 from trimtab.train.options import TrainOptions, VariantConfig
 from trimtab.train.runfile import read_yaml
 from trimtab.train.search import SweepOptions, hyperparameters, methods_of, objectives_of, read_options
@@ -52,11 +52,11 @@ class Sweep:
     from_memory: bool = False
 
     @classmethod
-    def load(cls, path: str | Path, changes: Sequence[str] = ()) -> Sweep:
-        """Read a sweep file. changes: as in `RunConfig.load`. ConfigError that lists everything wrong with it."""
+    def load(cls, path: str | Path, changes: Sequence[str] = (), absent: Mapping[str, Any] | None = None) -> Sweep:
+        """Read a sweep file. changes, absent: as in `RunConfig.load`. ConfigError that lists everything wrong with it."""
         path = Path(path)
         content = with_changes(read_yaml(path, "sweep file"), changes, str(path))
-        return cls.from_dict(content, root=path.parent, where=str(path))
+        return cls.from_dict(completed(content, absent or {}), root=path.parent, where=str(path))
 
     @classmethod
     def from_dict(cls, content: Any, *, root: str | Path = Path(), where: str = "sweep") -> Sweep:

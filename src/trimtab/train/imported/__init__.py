@@ -11,6 +11,7 @@ import yaml
 
 from trimtab.errors import ConfigError, nearest, printable
 from trimtab.train.imported import axolotl, llama_factory, trl, unsloth
+from trimtab.train.imported.aims import TRAINERS
 from trimtab.train.imported.carry import Carry, Note
 from trimtab.train.runfile import read_yaml, shown
 
@@ -21,6 +22,8 @@ PROGRAMS: Mapping[str, Callable[[Carry, str | None], None]] = {
     "peft": trl.carry_adapter,
     "unsloth": unsloth.carry,
 }
+WITH_TRAINERS = ("trl", "unsloth")
+"""Programs whose settings do not always say which trainer reads them."""
 
 
 def program_of(settings: Mapping[str, Any]) -> str | None:
@@ -38,19 +41,40 @@ def program_of(settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def read_settings(path: Path, program: str | None = None, data: str | None = None, root: Path | None = None) -> Carry:
-    """What becomes of a file of settings (YAML or JSON). program: whose they are, where the file does not tell. data: a path of rows, for
-    settings that name none. root: the run file's folder, where that is another one. ConfigError where it is no such file."""
+STRANGERS: Mapping[str, str] = {
+    "distributed_type": "accelerate's, which say how many processes run a training: `trimtab train --ranks N` says that here",
+    "zero_optimization": "DeepSpeed's, which say how a training is spread: `shard: true` and `trimtab train --ranks N` say that here",
+    "model_class": "of LLaMA-Factory's v1, which are not read: write those of its other version",
+}
+"""Keys of files that are not settings of a training -> whose they are."""
+
+
+def read_settings(
+    path: Path, program: str | None = None, data: str | None = None, root: Path | None = None, base: str | None = None
+) -> Carry:
+    """What becomes of a file of settings (YAML or JSON). program: whose they are, where the file does not tell; "trl dpo": and which of its
+    trainers reads them. data: a path of rows, for settings that name none. root: the run file's folder, where that is another one. base:
+    in the place of the one that they name, or do not name. ConfigError where it is no such file."""
     settings = read_yaml(path, "settings")
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{path}: settings are a mapping, this is {shown(settings)}", fix="name a YAML or JSON file of settings")
-    program = program or program_of(settings)
-    if program is None or program not in PROGRAMS:
+    program, _, command = (program or program_of(settings) or "").partition(" ")
+    if program not in PROGRAMS:
+        if not program and (whose := next((text for key, text in STRANGERS.items() if key in settings), "")):
+            raise ConfigError(f"{path}: these settings are {whose}", fix="name the file of settings of the training")
         known = ", ".join(PROGRAMS)
         why = f"{program!r} is none of {known}{nearest(program, PROGRAMS)}" if program else f"they look like none of {known}"
         raise ConfigError(f"{path}: whose settings these are is not known: {why}", fix="say it: --from axolotl")
-    carry = Carry(program, {str(k): v for k, v in settings.items()}, path.parent, path.parent if root is None else root)
+    if command and (program not in WITH_TRAINERS or command not in TRAINERS):
+        fix = f"--from {program}" if program not in WITH_TRAINERS else f"one of {', '.join(TRAINERS)}{nearest(command, TRAINERS)}"
+        raise ConfigError(f"--from {program} {command}: {program} has no trainer {command!r} that is known here", fix=fix)
+    given = {str(k): v for k, v in settings.items()}
+    carry = Carry(program, given, path.parent, path.parent if root is None else root, command=command)
     PROGRAMS[program](carry, data)
+    if base is not None:
+        carry.run["base"] = base
+    elif carry.run.get("base") is None:
+        carry.refuse("base", None, "the settings name no model: name it with --base")
     return carry
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.data.turns import ROLES
+from trimtab.train.imported.aims import without_dropout
 from trimtab.train.imported.axolotl_keys import IDLE, LOST, REFUSED
 from trimtab.train.imported.carry import Carry, is_off, number
 from trimtab.train.imported.groups import IDLE as DRAWN_HERE
@@ -174,6 +175,7 @@ def _objective(c: Carry) -> None:
             trl = {k: v for k, v in rest.items() if k not in DRAWN_HERE}
         else:
             c.objective(AIMS.get(str(rl), str(rl)), "rl", fields)
+            without_dropout(c, str(rl))
         for key in trl.keys() - {"beta"}:
             c.lose(f"trl.{key}", trl[key], "it is not carried over")
     elif trl:
@@ -186,6 +188,8 @@ def _objective(c: Carry) -> None:
     if c.take("process_reward_model"):
         c.objective("stepwise", "process_reward_model", {})
         c.take("num_labels")
+    if c.variant.get("objective") in ("reward", "stepwise"):
+        without_dropout(c, c.variant["objective"])
     if c.variant["method"] == "full" and c.variant.get("objective") in ("reward", "stepwise"):
         c.refuse("adapter", None, "the head that gives rewards is a part of an adapter: without one it is not trained")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from trimtab.errors import ConfigError
 from trimtab.foreign import OURS
 from trimtab.methods import BY_NAME, lora_start
 from trimtab.objectives import OBJECTIVES
@@ -36,7 +37,8 @@ class Note:
 class Carry:
     """Settings on their way into a run file.
 
-    given: the other program's keys that are not looked at yet. folder: where its relative paths start. root: where the run file's do. run,
+    program, command: whose they are, and which of its trainers reads them, where that is said. given: the other program's keys that are
+    not looked at yet. folder: where its relative paths start. root: where the run file's do. run,
     data, variant: the run file's parts. idle: keys that need nothing here. lost: keys that are not carried, so that the run differs.
     refused: keys without which it would be another training: there is no run file then.
     """
@@ -51,6 +53,7 @@ class Carry:
     idle: list[Note] = field(default_factory=list)
     lost: list[Note] = field(default_factory=list)
     refused: list[Note] = field(default_factory=list)
+    command: str = ""
 
     def take(self, key: str, default: Any = None) -> Any:
         """The value of a key, which has been looked at then; null is as if it were absent."""
@@ -109,10 +112,12 @@ class Carry:
         for ours, (theirs, value) in fields.items():
             if value is None:
                 continue
-            if ours in known:
-                self.variant[ours] = value
-            else:
+            if ours not in known:
                 self.lose(theirs, value, f"the objective `{name}` has no field `{ours}`")
+            elif wrong := _refusal(name, ours, value):
+                self.refuse(theirs, value, wrong)
+            else:
+                self.variant[ours] = value
 
     def method_field(self, ours: str, key: str, value: Any) -> None:
         """A field of the variant's method, where it has it."""
@@ -205,6 +210,15 @@ class Carry:
             else:
                 self.lose(key, value, lost.get(key, f"trimtab does not know this key of {self.program}"))
         self.given.clear()
+
+
+def _refusal(name: str, field: str, value: Any) -> str:
+    """Why an objective does not take a value for a field; "" where it does."""
+    try:
+        OBJECTIVES[name](**{field: value})
+    except ConfigError as e:
+        return next((f"{name}: {p}" for p in e.problems if p.startswith((f"{field} ", f"{field}:"))), "")
+    return ""
 
 
 def is_off(value: Any) -> bool:

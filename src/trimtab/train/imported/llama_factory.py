@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trimtab.train.imported.aims import without_dropout
 from trimtab.train.imported.carry import Carry, number
 from trimtab.train.imported.sources import from_root, source
 from trimtab.train.imported.trainer import HUGGING_FACE, trainer
@@ -24,6 +25,14 @@ IDLE: Mapping[str, str] = {
     **dict.fromkeys(("use_fast_tokenizer", "low_cpu_mem_usage", "rope_scaling"), "the base is loaded by its own config"),
     **dict.fromkeys(("neat_packing", "disable_shuffling"), "rows are never padded"),
     **dict.fromkeys(("freeze_vision_tower", "freeze_multi_modal_projector"), "the text tower alone is loaded"),
+    **dict.fromkeys(
+        ("bias_activation_fusion", "apply_rope_fusion", "use_distributed_optimizer", "overlap_param_gather", "overlap_grad_reduce"),
+        "trimtab has kernels of its own",
+    ),
+    **dict.fromkeys(("moe_grouped_gemm", "moe_token_dispatcher_type", "sequence_parallel"), "trimtab has kernels of its own"),
+    "gradient_checkpointing": "`disable_gradient_checkpointing` says it there",
+    "mixed_precision": "`bf16` says it there",
+    "recompute_granularity": "`activation_checkpointing` runs all layers again",
     "dataset_dir": "data sets were looked up there",
     "tokenized_path": "tokens are cached in any case",
 }
@@ -32,14 +41,21 @@ LOST: Mapping[str, str] = {
         ("deepspeed", "fsdp", "fsdp_config", "ray_num_workers"),
         "`trimtab train --ranks N` says how many processes share a batch: this is that of one",
     ),
-    **dict.fromkeys(("resize_vocab", "new_special_tokens", "mixture_of_depths", "shift_attn"), "there is nothing like it here"),
+    **dict.fromkeys(("resize_vocab", "new_special_tokens"), "there is nothing like it here"),
     **dict.fromkeys(("image_max_pixels", "video_max_pixels", "video_fps", "video_maxlen"), "images, video and sound are not read"),
     **dict.fromkeys(("trust_remote_code",), "code that comes with a model is not run: a base that needs it is refused"),
+    **dict.fromkeys(
+        ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "context_parallel_size"),
+        "how a model is spread over devices is not carried over: `trimtab train --ranks N` and `shard: true` say it here",
+    ),
     **dict.fromkeys(("train_on_prompt",), "what stands before an answer is never supervised"),
 }
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("use_galore", "use_apollo", "use_badam", "use_adam_mini"), "there is no such optimizer here"),
-    **dict.fromkeys(("use_asft_loss", "use_dft_loss", "use_eaft_loss", "use_llama_pro", "fp8", "use_kt"), "there is nothing like it here"),
+    **dict.fromkeys(
+        ("use_asft_loss", "use_dft_loss", "use_eaft_loss", "use_llama_pro", "fp8", "use_kt", "mixture_of_depths", "shift_attn"),
+        "there is nothing like it here",
+    ),
     **dict.fromkeys(("adapter_name_or_path",), "an adapter that is trained already is not trained on"),
     **dict.fromkeys(
         ("export_dir", "export_quantization_bit"), "these are settings of an export: `trimtab merge` or `trimtab export` does that"
@@ -58,7 +74,7 @@ def carry(c: Carry) -> None:
     if c.take("use_muon"):
         c.given["optim"] = "muon"
     trainer(c)
-    if c.take("packing"):
+    if c.take("packing", stage == "pt"):  # on by default where plain texts are learnt
         c.lose("packing", True, "a batch is counted in rows, not in packed sequences: raise batch_size to keep its size")
     if c.variant["method"] == "lora":
         _lora(c)
@@ -118,6 +134,7 @@ def _preference(c: Carry, stage: str) -> None:
                 for k, w in (("desirable_weight", "chosen"), ("undesirable_weight", "rejected"))
             }
         c.objective(name, "pref_loss" if stage == "dpo" else "stage", fields)
+        without_dropout(c, name)
         if mix := number(c.take("pref_ftx", 0)):
             c.lose("pref_ftx", mix, "write `loss_type` with sft and `loss_weights`")
 
@@ -173,7 +190,7 @@ def _source(c: Carry, name: str, d: Mapping[str, Any], limit: Any, stage: str) -
             wanted = {"text": given.get("prompt")}
     else:
         wanted = {"conversations": given.get("messages")}
-    wanted |= {k: given.get(k) for k in ("system", "chosen", "rejected")}
+    wanted |= {k: given.get(k) for k in ("system", "tools", "chosen", "rejected", "kto_tag")}
     columns = {ours: theirs for ours, theirs in wanted.items() if theirs not in (None, ours)}
     for media in ("images", "videos", "audios"):
         if media in given:

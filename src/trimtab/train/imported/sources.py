@@ -30,3 +30,13 @@ def source(path: str, **keys: Any) -> str | dict[str, Any]:
     """A source with those of `keys` that say something: as short as a run file would have it."""
     said = {k: v for k, v in keys.items() if v not in (None, {}, "")}
     return {"path": path, **said} if said else path
+
+
+def in_column(c: Carry, sources: list[Any]) -> list[Any]:
+    """Sources whose plain text stands in another column than `text`, where `dataset_text_field` says so."""
+    column = c.take("dataset_text_field")
+    if column in (None, "text"):
+        if column:
+            c.needless("dataset_text_field", column, "the form of a row is told by its columns")
+        return sources
+    return [source(s, columns={"text": column}) if isinstance(s, str) else {**s, "columns": {"text": column}} for s in sources]

@@ -8,10 +8,10 @@ from typing import Any
 from trimtab.foreign import method_answer
 from trimtab.methods import BY_NAME
 from trimtab.methods.base import METHODS
+from trimtab.train.imported.aims import aim_of, aimed
 from trimtab.train.imported.carry import Carry, number
 from trimtab.train.imported.groups import IDLE as DRAWN_HERE
-from trimtab.train.imported.groups import groups
-from trimtab.train.imported.sources import located, source
+from trimtab.train.imported.sources import in_column, located, source
 from trimtab.train.imported.trainer import HUGGING_FACE, trainer
 
 IDLE: Mapping[str, str] = {
@@ -19,7 +19,7 @@ IDLE: Mapping[str, str] = {
     **DRAWN_HERE,
     **dict.fromkeys(("use_peft", "lora_task_type", "bnb_4bit_quant_storage"), "there is one way here"),
     **dict.fromkeys(
-        ("dataset_streaming", "dataset_text_field", "eos_token", "pad_token", "padding_side"),
+        ("dataset_streaming", "eos_token", "pad_token", "padding_side"),
         "rows are never padded, and tokens are cached",
     ),
     **dict.fromkeys(
@@ -35,25 +35,24 @@ LOST: Mapping[str, str] = {
     **dict.fromkeys(("model_revision",), "the newest revision is loaded: download the one that is meant, and name its folder"),
     **dict.fromkeys(("truncation_mode", "max_prompt_length", "chat_template_path"), "there is nothing like it here"),
     **dict.fromkeys(
-        ("deepspeed", "fsdp", "fsdp_config"), "`trimtab train --ranks N` says how many processes share a batch: this is that of one"
+        ("deepspeed", "fsdp", "fsdp_config", "accelerate_config", "num_processes"),
+        "`trimtab train --ranks N` says how many processes share a batch: this is that of one",
     ),
     **dict.fromkeys(("push_to_hub", "hub_model_id"), "nothing is uploaded: `trimtab adapters push` does that"),
 }
-PLAIN = {"task_type": "CAUSAL_LM", "inference_mode": True, "revision": "main", "init_lora_weights": True}
-AIMS = (
-    "beta",
-    "loss_type",
-    "loss_weights",
-    "label_smoothing",
-    "desirable_weight",
-    "undesirable_weight",
+_OTHER = "there is nothing like it here"
+REFUSED: Mapping[str, str] = dict.fromkeys(
+    ("f_divergence_type", "ld_alpha", "use_weighting", "normalize_advantages", "reward_clip_range", "entropy_coef", "use_adaptive_entropy"),
+    _OTHER,
 )
+"""Without these it is another objective."""
+PLAIN = {"task_type": "CAUSAL_LM", "inference_mode": True, "revision": "main", "init_lora_weights": True}
 
 
 def carry(c: Carry, data: str | None) -> None:
     c.run["base"] = c.take("model_name_or_path")
-    aim = _aim(c)
-    trainer(c, length=1024, lr={"dpo": 1e-6, "kto": 1e-6, "grpo": 1e-6, "orpo": 1e-6, "reward": 1e-4}.get(aim, 2e-5))
+    aim = aim_of(c, None)
+    trainer(c, length=1024, lr={"sft": 2e-5, "reward": 1e-4}.get(aim, 1e-6))
     if c.take("gradient_checkpointing", True):
         c.run["activation_checkpointing"] = True
     used = c.take("use_peft", False) or any(k in c.given for k in ("lora_r", "lora_alpha", "lora_target_modules"))
@@ -71,28 +70,11 @@ def carry(c: Carry, data: str | None) -> None:
     c.quantised(c.take("load_in_4bit"), c.take("load_in_8bit"), kind=kind, double=double)
     if (kind := c.take("dtype", c.take("torch_dtype"))) not in (None, "auto"):
         c.run["dtype"] = kind
-    if aim == "grpo":
-        groups(c, c.take, "")
-    elif aim != "sft":
-        c.objective(aim, "loss_type", {name: (name, number(c.take(name))) for name in AIMS})
-    elif c.given.get("assistant_only_loss") is not True and c.given.get("completion_only_loss") is not True:
+    aimed(c, aim)
+    if aim == "sft" and c.given.get("assistant_only_loss") is not True and c.given.get("completion_only_loss") is not True:
         c.lose("assistant_only_loss", False, "answers alone are supervised; TRL learns whole conversations unless it is asked not to")
     _data(c, data)
-    c.end(IDLE, LOST, {})
-
-
-def _aim(c: Carry) -> str:
-    """What a file trains towards, by keys that only one of TRL's trainers has."""
-    keys = c.given.keys()
-    marks = {
-        "grpo": {"num_generations", "reward_funcs"},
-        "kto": {"desirable_weight", "undesirable_weight"},
-        "reward": {"center_rewards_coefficient"},
-    }
-    for name, own in marks.items():
-        if keys & own:
-            return name
-    return "dpo" if keys & {"beta", "precompute_ref_log_probs", "ref_model_init_kwargs"} else "sft"
+    c.end(IDLE, LOST, REFUSED)
 
 
 def _data(c: Carry, data: str | None) -> None:
@@ -105,7 +87,7 @@ def _data(c: Carry, data: str | None) -> None:
         for key, value in entry.items():
             c.lose(f"datasets[{i}].{key}", value, "it is not carried over")
         found.append(source(place, split=part if place.startswith("hf:") and part != "train" else None))
-    rows: dict[str, Any] = {"train": found or ([data] if data else [])}
+    rows: dict[str, Any] = {"train": in_column(c, found or ([data] if data else []))}
     if test and found and str(c.take("eval_strategy", "no")) != "no":
         rows["valid"] = [source(found[0] if isinstance(found[0], str) else found[0]["path"], split=test)]
     elif test:
