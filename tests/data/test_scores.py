@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trimtab.data import SCORES, Row, answer_of, bleu, exact_match, find_labels, perplexity, rouge_l, scores, token_f1, valid_json
@@ -93,6 +93,7 @@ def test_lists_must_match(score):
 WORDS = st.lists(st.sampled_from("abcd"), max_size=12)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(WORDS, WORDS)
 def test_lcs_equals_the_table(a, b):
     table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
