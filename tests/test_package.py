@@ -53,7 +53,7 @@ def test_the_package_has_its_files_and_no_others(installed: Path) -> None:
     code = {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     rows = {f"examples/{p.relative_to(examples)}" for p in (examples / "desks").rglob("*.jsonl")} | {"examples/desks.yaml"}
     assert held == code | rows
-    assert {"web/report.html.j2", "web/report.css", "web/report.js", "examples/desks/support/train.jsonl"} <= held
+    assert {"web/report/report.css", "web/report/report.js", "examples/desks/support/train.jsonl"} <= held
     assert {"py.typed", "ops/cpp/attention.cpp", "ops/cpp/common.h"} <= held
     (metadata,) = installed.glob("trimtab-*.dist-info/METADATA")
     assert "\n# trimtab\n" in metadata.read_text(encoding="utf-8"), "the README is the description"

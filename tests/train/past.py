@@ -64,3 +64,15 @@ def run_folder(folder: Path, variants: dict[str, dict[str, Any]], *, steps: int 
     if summary:
         (folder / "summary.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
+
+
+def predictions(folder: Path, data: str, **said: list[dict[str, Any]]) -> None:
+    """Write files of answers of base and variants, and where summary.json names them; said: name -> its lines."""
+    (folder / "predictions").mkdir(exist_ok=True)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    for n, (name, lines) in enumerate(said.items()):
+        path = folder / "predictions" / f"{n}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        scores = summary["base_scores"][data] if name == "base" else summary["variants"][name]["scores"]
+        scores["predictions"] = f"predictions/{n}.jsonl"
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")

@@ -14,7 +14,7 @@ import pytest
 from tests.train.common import METHODS, run_file, tiny_base
 from tests.train.past import HOSTILE, run_folder, variant
 from trimtab.errors import ConfigError, NotFoundError
-from trimtab.train import RunConfig, follow, run_folders, train
+from trimtab.train import RunConfig, answers, follow, run_folders, train
 from trimtab.train.follow import RunFolders
 
 
@@ -401,13 +401,13 @@ def test_pipes_and_devices_are_waited_for_by_nobody(tmp_path: Path):
 
 
 def test_answers_are_read_up_to_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(follow, "ANSWER_LINE", 2000)
+    monkeypatch.setattr(answers, "ANSWER_LINE", 2000)
     folder = answered(tmp_path / "r", v=[told("1", "1"), told("2", "2"), told("3", "x" * 2000), told("4", "4")], w=[told("1", "1")] * 9)
     folders = RunFolders(tmp_path)
     key = key_of(folders, "r")
     assert folders.answers(key, "a", "v", 0, 10)["total"] == 2, "up to the line that is too long"
     size = (folder / "predictions" / "a-w.jsonl").stat().st_size // 9
-    monkeypatch.setattr(follow, "ANSWER_BYTES", 4 * size + 1)
+    monkeypatch.setattr(answers, "ANSWER_BYTES", 4 * size + 1)
     assert folders.answers(key, "a", "w", 0, 10)["total"] == 4
 
 

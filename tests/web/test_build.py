@@ -22,8 +22,8 @@ from trimtab.methods import LoraConfig
 from trimtab.store.registry import Store
 from trimtab.train.follow import RunFolders
 
-WEB, BUILT = ROOT / "web", ROOT / "src" / "trimtab" / "web" / "page"
-OWN = ("src", "index.html", "package.json", "package-lock.json", "tsconfig.json", "vite.config.ts")
+WEB, BUILT = ROOT / "web", ROOT / "src" / "trimtab" / "web"
+OWN = ("src", "index.html", "package.json", "package-lock.json", "tsconfig.json", "vite.config.ts", "report.config.ts")
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,11 @@ def test_versions_are_pinned_and_no_registry_is_named():
 
 @pytest.mark.slow
 def test_what_is_shipped_is_what_the_sources_give(front_end: Path, tmp_path: Path):
+    vite = ["node", "node_modules/vite/bin/vite.js", "build"]
     for command in (
         ["node", "node_modules/typescript/bin/tsc", "--noEmit"],
-        ["node", "node_modules/vite/bin/vite.js", "build", "--outDir", str(tmp_path), "--emptyOutDir"],
+        [*vite, "--outDir", str(tmp_path / "page"), "--emptyOutDir"],
+        [*vite, "--config", "report.config.ts", "--outDir", str(tmp_path / "report"), "--emptyOutDir"],
     ):
         done = subprocess.run(command, cwd=front_end, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

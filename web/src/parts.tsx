@@ -91,14 +91,15 @@ export function Table<Row>({
           {rows.map((row) => (
             <tr key={rowKey(row)} role="row" class={rowClass?.(row)}>
               {columns.map((c, i) => {
-                const name = [c.number ? "number" : "", c.class?.(row) ?? ""].join(" ").trim() || undefined;
+                const content = c.cell(row);
+                const name = [c.number ? "number" : "", c.class?.(row) ?? "", content === "–" ? "none" : ""].join(" ").trim() || undefined;
                 return i === 0 ? (
                   <th key={c.key} scope="row" role="rowheader" class={name}>
-                    {c.cell(row)}
+                    {content}
                   </th>
                 ) : (
                   <td key={c.key} role="cell" class={name} data-label={c.title}>
-                    <span class="cell">{c.cell(row)}</span>
+                    <span class="cell">{content}</span>
                   </td>
                 );
               })}

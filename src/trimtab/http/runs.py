@@ -53,3 +53,9 @@ async def answers(
 ) -> JSONResponse:
     """Its answers to held-out rows, wrong ones first."""
     return await sent(studio.runs.answers, id, data, who, start, count)
+
+
+@router.get("/confusion")
+async def confusion(studio: Studio, id: Id, data: Name) -> JSONResponse:
+    """Which labels its answers take for which; null where they are no labels."""
+    return await sent(lambda: {"confusion": studio.runs.confusion(id, data)})

@@ -20,6 +20,7 @@ from typing import Any
 
 from trimtab.data.opened import open_file
 from trimtab.errors import ConfigError, DataError, NotFoundError, printable
+from trimtab.train.answers import answered, answers, confusion
 from trimtab.train.past import (
     HIGHER_IS_BETTER,
     LOWER_IS_BETTER,
@@ -28,14 +29,14 @@ from trimtab.train.past import (
     PastRun,
     PastVariant,
     doubts,
-    is_finite,
     load,
     numbers,
     plan_of,
     read_without_metrics,
     title,
 )
-from trimtab.train.run_folders import FILES, is_file, is_run, state, walk
+from trimtab.train.run_folders import FILES, is_run, state, walk
+from trimtab.train.sendable import UNLIKE, clean, number, word
 
 WALK_S = 3.0
 """For how long what was found is taken to be all."""
@@ -43,16 +44,8 @@ CHUNK = 1 << 20
 """Bytes of metrics.jsonl that one call reads."""
 MARKED = 4096
 """Bytes before a position by which it is seen that the file is still the one that was read so far."""
-MAX_ANSWERS, MAX_TEXT = 10_000, 20_000
-"""Rows of a file of answers that are read, and characters of a text that are shown."""
-ANSWER_LINE, ANSWER_BYTES = 1 << 20, 256 << 20
-"""Bytes of a row of answers, and of all files of answers that one call reads."""
 MAX_FIELDS, MAX_CELLS = 256, 1_000_000
 """Fields of metrics that are shown, and numbers of one table of them: each line may name a field of its own."""
-MAX_DEPTH = 20
-"""How deep lists and objects of summary.json are shown."""
-UNLIKE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
-"""What comes of JSON that has other things than trimtab writes where it looks for its own."""
 
 
 class RunFolders:
@@ -102,31 +95,7 @@ class RunFolders:
     def show(self, key: str) -> dict[str, Any]:
         """What a run is: settings, variants, scores, costs."""
         folder = self.folder(key)
-        with _as_written(folder):
-            return self._show(key, folder)
-
-    def _show(self, key: str, folder: Path) -> dict[str, Any]:
-        run = _read(folder)
-        plan = _clean(plan_of(folder))
-        told = run.summary or plan
-        settings, own = _settings(told.get("settings") or {}, [v.name for v in run.variants] or list(plan.get("steps") or {}))
-        facts = ("base", "base_parameters", "dtype", "device", "seconds", "tokens", "tokens_per_s", "peak_memory_gb")
-        variants = _variants(run, plan, own)
-        base_scores = {data: numbers(scores) for data, scores in (run.summary.get("base_scores") or {}).items()}
-        scores = dict.fromkeys(name for found in (*(v["scores"] for v in variants), *base_scores.values()) for name in found)
-        return {
-            "id": key,
-            "name": self._name(folder),
-            "path": printable(str(folder)),
-            "state": state(folder),
-            "settings": settings,
-            "base_fingerprint": run.summary.get("base_fingerprint") or {},
-            "base_scores": base_scores,
-            "scores": _meanings(scores),
-            "variants": variants,
-            "answers": _answered(run),
-            **{name: value if isinstance(value := told.get(name), str | int | float) else None for name in facts},
-        }
+        return facts_of(folder, key, self._name(folder))
 
     def metrics(self, key: str, start: int, mark: str) -> dict[str, Any]:
         """The lines from byte `start` on, as columns; at most CHUNK bytes (`more`: there are more). mark: what the call before gave as
@@ -160,29 +129,17 @@ class RunFolders:
         NotFoundError if nobody has answered them."""
         folder = self.folder(key)
         with _as_written(folder):
-            return self._answers(folder, data, who, start, count)
+            return answers(read(folder), data, who, start, count)
 
-    def _answers(self, folder: Path, data: str, who: str, start: int, count: int) -> dict[str, Any]:
-        run = _read(folder)
-        files = {name: path for name, path in _prediction_files(run).get(data, {}).items() if who in ("", name)}
-        if not files:
-            raise NotFoundError("there are no answers to these rows", fix="they are written at the end of a run that has test rows")
-        rows: list[dict[str, Any]] = []
-        left = ANSWER_BYTES
-        for name, path in files.items():
-            for n, (line, size) in enumerate(_lines(path, left)):
-                left -= size
-                if n == len(rows):
-                    rows.append({"row": n, "prompt": _text(line.get("prompt")), "reference": _text(line.get("reference")), "answers": {}})
-                told: dict[str, Any] = {"text": _text(line.get("answer")), "right": _right(line)}
-                rows[n]["answers"][name] = told | ({} if (reward := _number(line.get("reward"))) is None else {"reward": reward})
-        rows.sort(key=lambda row: (-_share_wrong(row["answers"]), row["row"]))
-        wrong = {name: sum(r["answers"][name]["right"] is False for r in rows if name in r["answers"]) for name in files}
-        return {"rows": rows[start : start + count], "total": len(rows), "wrong": wrong}
+    def confusion(self, key: str, data: str) -> dict[str, Any] | None:
+        """Which labels of a data set are taken for which (`train/answers.py`); None where its answers are no labels."""
+        folder = self.folder(key)
+        with _as_written(folder):
+            return confusion(read(folder), data)
 
     def doubts(self, keys: Iterable[str]) -> Sequence[str]:
         """What to know before the scores of these runs are compared: other rows, other bases. Empty where they can be."""
-        runs = [replace(_read(folder), name=self._name(folder)) for folder in map(self.folder, dict.fromkeys(keys))]
+        runs = [replace(read(folder), name=self._name(folder)) for folder in map(self.folder, dict.fromkeys(keys))]
         for run in runs:
             run.variants[:] = [replace(v, run=run) for v in run.variants]
         try:
@@ -193,6 +150,32 @@ class RunFolders:
     def _name(self, path: Path) -> str:
         """As people know it: from `root`, or the folder's own name."""
         return printable(str(path.relative_to(self.root)) if path != self.root else path.name)
+
+
+def facts_of(folder: Path, key: str, name: str) -> dict[str, Any]:
+    """What a run is: settings, variants, scores, costs. key, name: what it is asked for by, and known as."""
+    with _as_written(folder):
+        run = read(folder)
+        plan = clean(plan_of(folder))
+        told = run.summary or plan
+        settings, own = _settings(told.get("settings") or {}, [v.name for v in run.variants] or list(plan.get("steps") or {}))
+        facts = ("base", "base_parameters", "dtype", "device", "seconds", "tokens", "tokens_per_s", "peak_memory_gb")
+        variants = _variants(run, plan, own)
+        base_scores = {data: numbers(scores) for data, scores in (run.summary.get("base_scores") or {}).items()}
+        scores = dict.fromkeys(name for found in (*(v["scores"] for v in variants), *base_scores.values()) for name in found)
+        return {
+            "id": key,
+            "name": name,
+            "path": printable(str(folder)),
+            "state": state(folder),
+            "settings": settings,
+            "base_fingerprint": run.summary.get("base_fingerprint") or {},
+            "base_scores": base_scores,
+            "scores": _meanings(scores),
+            "variants": variants,
+            "answers": answered(run),
+            **{k: value if isinstance(value := told.get(k), str | int | float) else None for k in facts},
+        }
 
 
 @contextmanager
@@ -207,29 +190,12 @@ def _as_written(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _read(folder: Path) -> PastRun:
+def read(folder: Path) -> PastRun:
     """A run without its metrics, its texts and numbers such as a browser can be sent."""
     raw = read_without_metrics(folder)
-    run = PastRun(folder, raw.name, _clean(raw.summary))
-    run.variants.extend(PastVariant(run, _word(v.name), _clean(v.facts), (), ()) for v in raw.variants)
+    run = PastRun(folder, raw.name, clean(raw.summary))
+    run.variants.extend(PastVariant(run, word(v.name), clean(v.facts), (), ()) for v in raw.variants)
     return run
-
-
-def _clean(value: Any, depth: int = 0) -> Any:
-    """A value out of JSON: control characters and lone surrogates as \\x1b, None for what is no finite number, not nested too deeply."""
-    if isinstance(value, str):
-        return _word(value)
-    if isinstance(value, dict | list) and depth == MAX_DEPTH:
-        return "…"
-    if isinstance(value, dict):
-        return {_word(k): _clean(v, depth + 1) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_clean(v, depth + 1) for v in value]
-    return value if value is None or isinstance(value, bool) else _number(value)
-
-
-def _word(text: str) -> str:
-    return printable(text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…")
 
 
 def _facts_or_error(folder: Path) -> dict[str, Any]:
@@ -272,11 +238,11 @@ def _facts(folder: Path) -> dict[str, Any]:
     methods |= {v for k, v in settings if isinstance(v, str) and k.startswith("variants.") and k.endswith(".method")}
     base = told.get("base")
     return {
-        "base": _word(base) if isinstance(base, str) else None,
+        "base": word(base) if isinstance(base, str) else None,
         "variants": len(variants),
-        "methods": sorted(map(_word, methods)),
-        "seconds": _number(summary.get("seconds")),
-        "tokens": _number(summary.get("tokens")),
+        "methods": sorted(map(word, methods)),
+        "seconds": number(summary.get("seconds")),
+        "tokens": number(summary.get("tokens")),
     }
 
 
@@ -336,75 +302,19 @@ def _columns(data: bytes) -> dict[str, dict[str, dict[str, list[float | None]]]]
         try:
             line = json.loads(text)
             kind = {None: "steps", "valid": "valid"}[line.get("event")]
-            found.setdefault(_word(str(line["variant"])), {"steps": [], "valid": []})[kind].append(line)
+            found.setdefault(word(str(line["variant"])), {"steps": [], "valid": []})[kind].append(line)
         except UNLIKE:
             continue
-    return {name: {kind: _table(lines) for kind, lines in kinds.items()} for name, kinds in found.items()}
+    return {name: {kind: table(lines) for kind, lines in kinds.items()} for name, kinds in found.items()}
 
 
-def _table(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+def table(lines: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """Lines of metrics as columns: field -> its numbers, None where a line has none."""
     most = min(MAX_FIELDS, max(16, MAX_CELLS // max(1, len(lines))))
     fields = dict.fromkeys(k for line in lines for k, v in line.items() if isinstance(v, int | float))
-    return {_word(f): [_number(line.get(f)) for line in lines] for f in itertools.islice(fields, most)}
-
-
-def _number(value: Any) -> float | None:
-    """A number as it is, yes and no as 1 and 0."""
-    return int(value) if isinstance(value, bool) else value if isinstance(value, int | float) and is_finite(value) else None
+    return {word(f): [number(line.get(f)) for line in lines] for f in itertools.islice(fields, most)}
 
 
 def _mark(file: Any, end: int) -> str:
     file.seek(max(0, end - MARKED))
     return hashlib.sha256(file.read(min(end, MARKED))).hexdigest()[:16]
-
-
-def _prediction_files(run: PastRun) -> dict[str, dict[str, Path]]:
-    """data set -> "base" and variants -> the file of their answers. A path that leads out of the run folder is not followed."""
-    inside = run.folder.resolve() / "predictions"
-    entries = [(data, "base", scores) for data, scores in (run.summary.get("base_scores") or {}).items()]
-    entries += [(v.data, v.name, v.facts.get("scores") or {}) for v in run.variants]
-    found: dict[str, dict[str, Path]] = {}
-    for data, name, scores in entries:
-        if (
-            isinstance(path := scores.get("predictions"), str)
-            and (file := (run.folder / path).resolve()).parent == inside
-            and is_file(file)
-        ):
-            found.setdefault(data, {})[name] = file
-    return found
-
-
-def _answered(run: PastRun) -> dict[str, list[str]]:
-    return {data: list(files) for data, files in _prediction_files(run).items()}
-
-
-def _lines(path: Path, most: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """(row, its bytes), up to a line that is no row for its length, and while they are no more than `most` bytes together."""
-    with open_file(path, printable(str(path))) as file:
-        for _ in range(MAX_ANSWERS):
-            text = file.readline(ANSWER_LINE + 1)
-            if not text or len(text) > ANSWER_LINE or file.tell() > most:
-                return
-            try:
-                line = json.loads(text.decode("utf-8", errors="replace"))
-            except (ValueError, RecursionError):
-                line = {}
-            yield line if isinstance(line, dict) else {}, len(text)
-
-
-def _right(line: Mapping[str, Any]) -> bool | None:
-    """Whether an answer is right; None where that is no question of right and wrong, as with rewards."""
-    told = line.get("label_correct", line.get("correct"))
-    return told if isinstance(told, bool) else None
-
-
-def _share_wrong(answers: Mapping[str, Mapping[str, Any]]) -> float:
-    """Among the variants, or of the base where it is alone."""
-    judged = [a["right"] for name, a in answers.items() if name != "base"] or [a["right"] for a in answers.values()]
-    return sum(right is False for right in judged) / max(1, len(judged))
-
-
-def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
-    text = text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"
-    return text.encode(errors="backslashreplace").decode()  # half a pair of UTF-16 cannot be sent

@@ -1,40 +1,21 @@
 // Held-out rows with what base and variants answered, as bubbles; those first that most variants got wrong.
 
 import { useEffect, useRef, useState } from "preact/hooks";
-import { get } from "../api";
 import { number } from "../format";
 import { Failure, Section } from "../parts";
 import { Name } from "./scores";
+import type { Answer, AnswerRow, FoundAnswers, Source } from "./source";
 import { turns } from "./turns";
 import type { RunFacts, Shown } from "./types";
 
-interface Answer {
-  text: string;
-  right: boolean | null;
-  reward?: number;
-}
-
-interface AnswerRow {
-  row: number;
-  prompt: string;
-  reference: string;
-  answers: Record<string, Answer>;
-}
-
-interface Found {
-  rows: AnswerRow[];
-  total: number;
-  wrong: Record<string, number>;
-}
-
 const PAGE = 10;
 
-export function Answers({ run, shown }: { run: RunFacts; shown: Shown[] }) {
+export function Answers({ run, shown, source }: { run: RunFacts; shown: Shown[]; source: Source }) {
   const sets = Object.keys(run.answers);
   const [chosen, setChosen] = useState(sets[0] ?? "");
   const data = sets.includes(chosen) ? chosen : (sets[0] ?? "");
   const [who, setWho] = useState("");
-  const [found, setFound] = useState<Found | null>(null);
+  const [found, setFound] = useState<FoundAnswers | null>(null);
   const [error, setError] = useState<unknown>(null);
   const [busy, setBusy] = useState(false);
   const asked = useRef("");
@@ -45,7 +26,7 @@ export function Answers({ run, shown }: { run: RunFacts; shown: Shown[] }) {
     asked.current = mine;
     setBusy(true);
     try {
-      const part = await get<Found>("studio/answers", { id: run.id, data, who: names.includes(who) ? who : "", start, count: PAGE });
+      const part = await source.answers(run.id, data, names.includes(who) ? who : "", start, PAGE);
       if (asked.current !== mine) return; // others have been asked for by now
       setFound({ ...part, rows: [...before, ...part.rows] });
       setError(null);
@@ -97,11 +78,11 @@ export function Answers({ run, shown }: { run: RunFacts; shown: Shown[] }) {
       {error ? <Failure error={error} /> : null}
       {found && (
         <p class="note">
-          {found.total} held-out rows, answered greedily, those first that most got wrong. Wrong:{" "}
+          {found.answered ?? found.total} held-out rows, answered greedily, those first that most got wrong. Wrong:{" "}
           {Object.entries(found.wrong)
             .map(([name, count]) => `${name} ${count}`)
             .join(", ")}
-          .
+          .{found.answered ? ` The first ${found.total} are in this file.` : ""}
         </p>
       )}
       {found?.rows.map((row) => <Row key={row.row} row={row} shown={shown.filter((s) => s.run.id === run.id)} />)}

@@ -1,12 +1,13 @@
 // One chart over uPlot: lines of variants, rings of validations, a diamond at the kept step. Drag to zoom, double click or Escape to see
 // all, arrow keys to read values.
 
-import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 import uPlot from "uplot";
 import { number } from "../format";
 import { colour, dash, onSchemeChange, themed } from "./colours";
+import { never, soon } from "./frames";
+import { type Aligned, aligned, type Points } from "./series";
 import { Swatch } from "./swatch";
-import { aligned, type Points } from "./series";
 
 export interface Curve {
   number: number;
@@ -49,35 +50,63 @@ export function Chart({ title, xTitle, curves, range, onRange, log, height, grou
 
   // the same series as long as the same curves with the same parts are shown: then only data are set
   const shape = JSON.stringify([look, log, height, title, xTitle, curves.map((c) => [c.number, c.label, !!c.raw, !!c.rings])]);
-  const data = useMemo(() => aligned(lines(curves), range), [curves, range]);
-  const latest = useRef({ curves, data, onRange });
-  latest.current = { curves, data, onRange };
+  const latest = useRef<Latest>({ curves, data: [new Float64Array()], onRange });
+  latest.current.curves = curves;
+  latest.current.onRange = onRange;
+  const inSight = useRef(false);
+  const drawn = useRef(true); // whether what is shown is the newest
+  // a chart's turn comes in a frame of its own, and only while it can be seen
+  const fill = () => {
+    const made = plot.current;
+    if (!made) return;
+    drawn.current = true;
+    const across = Math.max(100, Math.round(made.width - 60));
+    latest.current.data = aligned(lines(latest.current.curves), latestRange.current, across);
+    made.setData(latest.current.data as uPlot.AlignedData, true);
+  };
+  const latestRange = useRef(range);
+  latestRange.current = range;
+  const refill = () => {
+    drawn.current = false;
+    if (inSight.current) soon(drawn, fill);
+  };
 
   useEffect(() => {
     const box = holder.current!;
     const options = optionsOf({ title, xTitle, log: !!log, height, group, width: box.clientWidth || 300 }, latest, setRead);
-    const made = new uPlot(options, data as uPlot.AlignedData, box);
+    latest.current.data = [new Float64Array(), ...lines(curves).map(() => [])];
+    const made = new uPlot(options, latest.current.data as uPlot.AlignedData, box);
     plot.current = made;
+    refill();
     const sized = new ResizeObserver(() => {
-      if (box.clientWidth && box.clientWidth !== made.width) made.setSize({ width: box.clientWidth, height });
+      if (!box.clientWidth || box.clientWidth === made.width) return;
+      made.setSize({ width: box.clientWidth, height });
+      refill();
+    });
+    const watched = new IntersectionObserver((entries) => {
+      inSight.current = entries.at(-1)!.isIntersecting;
+      if (inSight.current && !drawn.current) soon(drawn, fill);
     });
     sized.observe(box);
+    watched.observe(box);
     return () => {
       sized.disconnect();
+      watched.disconnect();
+      never(drawn);
       made.destroy();
       plot.current = null;
       setRead(null);
     };
   }, [shape, group]);
 
-  useEffect(() => {
-    plot.current?.setData(data as uPlot.AlignedData, true);
-  }, [data]);
+  useEffect(refill, [curves, range]);
 
   const onKey = (event: KeyboardEvent) => {
     const made = plot.current;
+    if (!made) return;
+    if (!drawn.current) fill(); // the keyboard comes before the next frame
     const xs = latest.current.data[0];
-    if (!made || xs.length === 0) return;
+    if (xs.length === 0) return;
     const at = made.cursor.idx ?? xs.length - 1;
     const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: xs.length - 1, PageUp: at - 20, PageDown: at + 20 }[event.key];
     if (event.key === "Escape") onRange(null);
@@ -125,11 +154,11 @@ function Tip({ read, xTitle }: { read: Read; xTitle: string }) {
   return (
     <div class="tip" ref={box} role="status">
       <div class="tip-x">
-        {xTitle} {number(read.x)}
+        {xTitle} {number(xTitle === "step" ? Math.round(read.x) : read.x)}
       </div>
       {read.rows.slice(0, MAX_ROWS).map((r) => (
         <div class="tip-row" key={`${r.number} ${r.valid}`}>
-          <Dot number={r.number} hollow={r.valid} />
+          {r.valid ? <Ring number={r.number} /> : <Swatch number={r.number} />}
           <span class="tip-name">
             {r.label}
             {r.valid ? " · valid" : ""}
@@ -142,17 +171,24 @@ function Tip({ read, xTitle }: { read: Read; xTitle: string }) {
   );
 }
 
-function Dot({ number: n, hollow }: { number: number; hollow: boolean }) {
+function Ring({ number: n }: { number: number }) {
   return (
-    <svg class="dot" viewBox="0 0 10 10" aria-hidden="true">
-      <circle cx="5" cy="5" r="3.4" fill={hollow ? "none" : colour(n)} stroke={colour(n)} stroke-width="2" />
+    <svg class="ring" viewBox="0 0 10 10" aria-hidden="true">
+      <circle cx="5" cy="5" r="3.4" fill="none" stroke={colour(n)} stroke-width="2" />
     </svg>
   );
 }
 
 function said(curves: Curve[]): string {
-  const last = curves.slice(0, 6).map((c) => `${c.label} ends at ${number(c.line.y.findLast(Number.isFinite) ?? NaN, 3)}`);
+  const last = curves.slice(0, 6).map((c) => `${c.label} ends at ${number(lastOf(c), 3)}`);
   return `${curves.length} ${curves.length === 1 ? "line" : "lines"}${last.length ? `: ${last.join(", ")}` : ""}.`;
+}
+
+/** The last value as it was measured, not smoothed. */
+function lastOf(curve: Curve): number {
+  const { y } = curve.raw ?? curve.line;
+  for (let i = y.length - 1; i >= 0; i--) if (Number.isFinite(y[i])) return y[i]!;
+  return NaN;
 }
 
 /** The order of the chart's series: raw lines behind, then lines, then rings. */
@@ -169,9 +205,13 @@ interface Look {
   group: string;
 }
 
-type Latest = { current: { curves: Curve[]; data: (number | null)[][]; onRange: (range: Range) => void } };
+interface Latest {
+  curves: Curve[];
+  data: Aligned;
+  onRange: (range: Range) => void;
+}
 
-function optionsOf(look: Look, latest: Latest, tell: (read: Read | null) => void): uPlot.Options {
+function optionsOf(look: Look, latest: { current: Latest }, tell: (read: Read | null) => void): uPlot.Options {
   const curves = latest.current.curves;
   const [ink, rule, surface] = [themed("--soft"), themed("--rule"), themed("--card")];
   const font = "11px system-ui, sans-serif";
@@ -196,7 +236,7 @@ function optionsOf(look: Look, latest: Latest, tell: (read: Read | null) => void
     width: look.width,
     height: look.height,
     legend: { show: false },
-    padding: [8, 8, 0, 0],
+    padding: [8, 18, 0, 0],
     cursor: {
       sync: { key: look.group, setSeries: false },
       drag: { x: true, y: false, setScale: false },
@@ -209,7 +249,7 @@ function optionsOf(look: Look, latest: Latest, tell: (read: Read | null) => void
         },
       },
     },
-    scales: { x: { time: false }, y: look.log ? { distr: 3 } : { range: (_, low, high) => (low === 0 && high === 0 ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true)) } },
+    scales: { x: { time: false }, y: look.log ? { distr: 3 } : { range: (_, low, high) => (low === null || (low === 0 && high === 0) ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true)) } },
     axes: [
       { stroke: ink, font, grid: { show: false }, ticks: { stroke: rule, size: 4 }, size: 26, gap: 4, values: (_, ticks) => ticks.map(tick), space: 60 },
       {
@@ -260,7 +300,7 @@ function tick(value: number | null): string {
 }
 
 /** Values at the cursor; only of the chart under the pointer or with the focus, while the others show the line. */
-function reading(u: uPlot, latest: Latest): Read | null {
+function reading(u: uPlot, latest: { current: Latest }): Read | null {
   const { left, top, idx } = u.cursor;
   const focused = document.activeElement === u.root.parentElement || u.root.matches(":hover");
   if (!focused || idx === null || idx === undefined || left === undefined || left < 0) return null;

@@ -3,7 +3,7 @@
 import { useMemo, useState } from "preact/hooks";
 import { Section } from "../parts";
 import { Chart, type Curve, type Range } from "./chart";
-import { along, type Axis, type Lines, type Metrics, placeOf, type Points, smoothed } from "./series";
+import { type Axis, type Lines, type Metrics, placeOf, type Points } from "./series";
 import type { Shown } from "./types";
 
 const AXES: { key: Axis; title: string }[] = [
@@ -13,6 +13,7 @@ const AXES: { key: Axis; title: string }[] = [
 ];
 const NO_CHART = new Set(["step", "epoch", "tokens", "supervised_tokens", "seconds", "loss", "best"]);
 const TITLES: Record<string, string> = { lr: "learning rate", grad_norm: "gradient norm, before clipping", tokens_per_s: "tokens/s, all variants together" };
+const SHORT = 60;
 const FIRST = ["lr", "tokens_per_s", "grad_norm"];
 
 interface Props {
@@ -23,7 +24,7 @@ interface Props {
 
 export function Curves({ shown, metrics, version }: Props) {
   const [axis, setAxis] = useState<Axis>("step");
-  const [weight, setWeight] = useState(0.5);
+  const [chosen, setWeight] = useState<number | null>(null);
   const [log, setLog] = useState(false);
   const [range, setRange] = useState<Range>(null);
 
@@ -32,6 +33,8 @@ export function Curves({ shown, metrics, version }: Props) {
     return new Map(found.flatMap(([n, place]) => (place ? [[n, place] as const] : [])));
   }, [shown, metrics, version, axis]);
   const there = shown.filter((s) => places.has(s.number));
+  const longest = Math.max(0, ...there.map((s) => places.get(s.number)!.steps.length));
+  const weight = chosen ?? (longest < SHORT ? 0 : 0.5); // of a short run every value is seen, the last one above all
   const loss = useMemo(() => there.map((s) => lossCurve(s, places.get(s.number)!, weight, there.length <= 6)), [places, weight]);
   const others = useMemo(() => {
     const fields = new Set(there.flatMap((s) => places.get(s.number)!.steps.fields));
@@ -108,27 +111,26 @@ export function Curves({ shown, metrics, version }: Props) {
 interface Placed {
   steps: Lines;
   valid: Lines;
-  x: number[];
-  ringX: number[];
+  x: Float64Array;
+  ringX: Float64Array;
 }
 
 function placed(s: Shown, metrics: Map<string, Metrics>, axis: Axis): Placed | null {
   const mine = metrics.get(s.run.id)?.variants.get(s.facts.name);
   if (!mine || mine.steps.length === 0) return null;
-  const x = along(mine.steps, axis);
+  const x = mine.steps.along(axis);
   const ringX = mine.valid.column("step").map((step) => placeOf(step, mine.steps, x) ?? NaN);
-  return { steps: mine.steps, valid: mine.valid, x: [...x], ringX };
+  return { steps: mine.steps, valid: mine.valid, x, ringX };
 }
 
 function lossCurve(s: Shown, p: Placed, weight: number, withRaw: boolean): Curve {
-  const y = p.steps.column("loss");
   const rings = points(p.ringX, p.valid.column("valid_loss"));
-  const line = { x: p.x, y: smoothed(y, weight) };
+  const line = { x: p.x, y: p.steps.smoothed("loss", weight) };
   return {
     number: s.number,
     label: s.label,
     line,
-    ...(withRaw && weight > 0 ? { raw: { x: p.x, y: [...y] } } : {}),
+    ...(withRaw && weight > 0 ? { raw: { x: p.x, y: p.steps.column("loss") } } : {}),
     ...(rings ? { rings } : {}),
     ...kept(s, p, line, rings),
   };
@@ -156,14 +158,17 @@ function fieldCurves(field: string, there: Shown[], places: Map<number, Placed>,
     if (!y.some(Number.isFinite)) return [];
     const rings = points(p.ringX, p.valid.column(`valid_${field}`));
     const label = field === "tokens_per_s" ? s.run.name : s.label;
-    return [{ number: s.number, label, line: { x: p.x, y: smoothed(y, field === "lr" ? 0 : weight) }, ...(rings ? { rings } : {}) }];
+    return [{ number: s.number, label, line: { x: p.x, y: p.steps.smoothed(field, field === "lr" ? 0 : weight) }, ...(rings ? { rings } : {}) }];
   });
 }
 
-function points(x: number[], y: number[]): Points | undefined {
-  return y.some(Number.isFinite) ? { x, y: [...y] } : undefined;
+function points(x: Float64Array, y: Float64Array): Points | undefined {
+  return y.some(Number.isFinite) ? { x, y } : undefined;
 }
 
 function positive(curves: Curve[]): boolean {
-  return curves.every((c) => c.line.y.every((v) => !Number.isFinite(v) || v > 0));
+  return curves.every(({ line: { y } }) => {
+    for (let i = 0; i < y.length; i++) if (y[i]! <= 0) return false;
+    return true;
+  });
 }

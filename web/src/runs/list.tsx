@@ -5,11 +5,8 @@ import { get } from "../api";
 import { ago, duration, quoted, short } from "../format";
 import { type Column, Command, Empty, Failure, Table, usePoll } from "../parts";
 import { link } from "../route";
-import type { RunLine, State } from "./types";
-
-export function StateMark({ state }: { state: State }) {
-  return <span class={`state ${state}`}>{state}</span>;
-}
+import { StateMark } from "./state";
+import type { RunLine } from "./types";
 
 export function RunList() {
   const [found, setFound] = useState<{ root: string; runs: RunLine[]; cut: boolean } | null>(null);

@@ -141,7 +141,7 @@ function bestOf(name: string, rows: Row[], meanings: Record<string, Meaning>): n
 }
 
 function lastLoss(s: Shown, metrics: Map<string, Metrics>): number | null {
-  const loss = metrics.get(s.run.id)?.variants.get(s.facts.name)?.steps.column("loss") ?? [];
+  const loss = metrics.get(s.run.id)?.variants.get(s.facts.name)?.steps.column("loss") ?? new Float64Array();
   const tail = loss.slice(-Math.max(1, Math.floor(loss.length / 10))).filter(Number.isFinite);
   return tail.length ? tail.reduce((a, b) => a + b, 0) / tail.length : null;
 }

@@ -1,0 +1,86 @@
+// What is shown of runs, on the page and in a report: variants to show or hide, curves, scores, costs, settings, labels, answers.
+
+import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { Answers } from "./answers";
+import { ConfusionMatrix } from "./confusion";
+import { Curves } from "./curves";
+import { never, soon } from "./frames";
+import { Scores } from "./scores";
+import type { Metrics } from "./series";
+import { Settings } from "./settings";
+import type { Source } from "./source";
+import { Swatch } from "./swatch";
+import { TradeOff } from "./tradeoff";
+import type { RunFacts, Shown } from "./types";
+
+interface Props {
+  runs: RunFacts[];
+  metrics: Map<string, Metrics>;
+  version: number;
+  doubts: string[];
+  source: Source;
+  /** Whether scores come before curves: of runs that have ended they are what one looks for. */
+  scoresFirst?: boolean;
+}
+
+export function RunView({ runs, metrics, version, doubts, source, scoresFirst }: Props) {
+  const [hidden, setHidden] = useState<Set<number>>(new Set());
+  const every = useMemo(() => everyVariant(runs), [runs]);
+  const shown = useMemo(() => every.filter((s) => !hidden.has(s.number)), [every, hidden]);
+  const toggle = (n: number) => setHidden(new Set(hidden.has(n) ? [...hidden].filter((x) => x !== n) : [...hidden, n]));
+  const curved = useLater(version);
+  const scored = useLater(curved);
+  // the same elements as long as what they show is the same: then nothing of them is compared when new lines come
+  const curves = useMemo(() => <Curves shown={shown} metrics={metrics} version={curved} />, [shown, metrics, curved]);
+  const scores = useMemo(() => <Scores shown={shown} runs={runs} metrics={metrics} doubts={doubts} />, [shown, runs, metrics, doubts, scored]);
+  const rest = useMemo(
+    () => (
+      <>
+        {doubts.length === 0 && <TradeOff shown={shown} runs={runs} />}
+        {runs.map((run) => (
+          <ConfusionMatrix key={run.id} run={run} source={source} />
+        ))}
+        {runs.map((run) => (
+          <Answers key={run.id} run={run} shown={every} source={source} />
+        ))}
+        <Settings shown={shown} runs={runs} />
+      </>
+    ),
+    [shown, every, runs, doubts, source],
+  );
+  return (
+    <>
+      {every.length > 1 && (
+        <div class="legend" role="group" aria-label="Variants: press one to hide or show it">
+          {every.map((s) => (
+            <button key={s.number} type="button" aria-pressed={!hidden.has(s.number)} onClick={() => toggle(s.number)}>
+              <Swatch number={s.number} /> {s.label}
+            </button>
+          ))}
+        </div>
+      )}
+      {scoresFirst && scores}
+      {curves}
+      {!scoresFirst && scores}
+      {rest}
+    </>
+  );
+}
+
+function everyVariant(runs: RunFacts[]): Shown[] {
+  let count = 0;
+  return runs.flatMap((run) =>
+    run.variants.map((facts): Shown => ({ number: count++, label: runs.length > 1 ? `${run.name} / ${facts.name}` : facts.name, run, facts })),
+  );
+}
+
+/** A number as it was a frame ago, so that what follows from it is not all computed in one. */
+function useLater(now: number): number {
+  const [later, setLater] = useState(now);
+  const owner = useRef({}).current;
+  useEffect(() => {
+    soon(owner, () => setLater(now));
+    return () => never(owner);
+  }, [now]);
+  return later;
+}
