@@ -74,6 +74,17 @@ def test_nothing_is_weighed_or_best_where_there_is_no_choice(chromium: Any, tmp_
             assert page.get_by_role("heading", name="What a score costs").count() == 0
 
 
+def test_losses_of_several_objectives_are_not_weighed(chromium: Any, tmp_path: Path):
+    """Nor is one of them the best."""
+    for kinds, best in ((("sft", "dpo"), 0), (("dpo", "dpo"), 1)):
+        losses = [{"loss": 1.0, "rows": 3}, {"loss": 2.0, "rows": 3}]
+        entries = {f"v{i}": variant(trainable=i + 1, scores=s, fields={"objective": kinds[i]}) for i, s in enumerate(losses)}
+        with Visit(chromium, report(tmp_path, run_folder(tmp_path / kinds[0], entries)), "report.html") as page:
+            page.get_by_role("region", name="Scores on a").wait_for()
+            assert page.locator("td.best").count() == best
+            assert page.get_by_role("heading", name="What a score costs").count() == best
+
+
 def test_the_last_value_of_a_short_run_is_told(chromium: Any, tmp_path: Path):
     run = run_folder(tmp_path / "r", {"v": variant()}, steps=0)
     losses = [4.0, 2.0, 1.0, 0.25]

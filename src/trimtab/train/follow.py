@@ -20,6 +20,7 @@ from typing import Any
 
 from trimtab.data.opened import open_file
 from trimtab.errors import ConfigError, DataError, NotFoundError, printable
+from trimtab.objectives import aimed_at
 from trimtab.train.answers import answered, answers, confusion
 from trimtab.train.past import (
     HIGHER_IS_BETTER,
@@ -265,6 +266,7 @@ def _variants(run: PastRun, plan: Mapping[str, Any], own: Mapping[str, dict[str,
                 "name": name,
                 "data": facts.get("data") or settings.get("data"),
                 "method": facts.get("method") or settings.get("method"),
+                "objective": _objective(facts.get("fields") or settings),
                 "settings": {k: v for k, v in settings.items() if v is not None and v != {}},
                 "total_steps": (plan.get("steps") or {}).get(name) or (facts.get("steps") if run.finished else None),
                 "scores": numbers(facts.get("scores")),
@@ -273,6 +275,14 @@ def _variants(run: PastRun, plan: Mapping[str, Any], own: Mapping[str, dict[str,
             }
         )
     return found
+
+
+def _objective(fields: Mapping[str, Any]) -> str:
+    """Another text for each objective whose losses do not compare with another's."""
+    try:
+        return word(repr(aimed_at(fields)))
+    except (*UNLIKE, ConfigError):
+        return word(str(fields.get("objective")))
 
 
 def _meanings(names: Iterable[str]) -> dict[str, dict[str, Any]]:

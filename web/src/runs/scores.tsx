@@ -132,7 +132,13 @@ function score(row: Row, name: string, meaning: Meaning | undefined): ComponentC
   );
 }
 
+/** Whether a score of these variants compares: the loss does not where they have several objectives. */
+export function compares(name: string, shown: Shown[]): boolean {
+  return name !== "loss" || new Set(shown.map((s) => s.facts.objective)).size < 2;
+}
+
 function bestOf(name: string, rows: Row[], meanings: Record<string, Meaning>): number | null {
+  if (!compares(name, rows.flatMap((r) => r.shown ?? []))) return null;
   if (rows.filter((r) => r.shown && r.scores[name] !== undefined).length < 2) return null; // nothing to choose between
   const values = rows.flatMap((r) => (r.scores[name] === undefined ? [] : [r.scores[name]!]));
   const better = meanings[name]?.better;

@@ -5,6 +5,7 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import { number, short } from "../format";
 import { Section } from "../parts";
 import { colour, onSchemeChange } from "./colours";
+import { compares } from "./scores";
 import type { Meaning, RunFacts, Shown } from "./types";
 
 interface Cost {
@@ -32,7 +33,7 @@ export function TradeOff({ shown, runs }: { shown: Shown[]; runs: RunFacts[] }) 
   const sets = [...new Set(shown.map((s) => s.facts.data ?? "data"))];
   const plots = sets.flatMap((data) => {
     const of = shown.filter((s) => (s.facts.data ?? "data") === data);
-    const names = [...new Set(of.flatMap((s) => Object.keys(s.facts.scores)))].filter((n) => meanings[n]?.better);
+    const names = [...new Set(of.flatMap((s) => Object.keys(s.facts.scores)))].filter((n) => meanings[n]?.better && compares(n, of));
     return names.map((score) => ({ data, score, charts: COSTS.flatMap((cost) => weighed(of, score, cost)) })).filter((p) => p.charts.length);
   });
   const scores = [...new Set(plots.map((p) => p.score))].sort((a, b) => Number(!!meanings[b]?.percent) - Number(!!meanings[a]?.percent));

@@ -26,6 +26,7 @@ export interface VariantFacts {
   name: string;
   data: string | null;
   method: string | null;
+  objective: string | null;
   settings: Record<string, unknown>;
   total_steps: number | null;
   scores: Record<string, number>;
