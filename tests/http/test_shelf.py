@@ -47,7 +47,14 @@ def get(town: tuple[Site, dict[str, str]], who: str, path: str):
 
 
 def test_a_server_says_what_its_page_can_show(town):
-    assert get(town, "", "about").json() | {"version": ""} == {"version": "", "keyed": True, "runs": False, "store": True, "serves": True}
+    assert get(town, "", "about").json() | {"version": ""} == {
+        "version": "",
+        "keyed": True,
+        "runs": False,
+        "rows": False,
+        "store": True,
+        "serves": True,
+    }
     page = call(town[0].app, "GET", "/")
     assert page.status_code == 200 and "script-src 'self'" in page.headers["content-security-policy"]
 

@@ -115,6 +115,27 @@ def test_axe_finds_nothing_with_a_server(front_end: Path, tmp_path: Path):
     assert {k: v for k, v in found.items() if v} == {}
 
 
+@pytest.mark.slow
+def test_axe_finds_nothing_with_rows(front_end: Path, tmp_path: Path, tiny_llama_folder: Path):
+    rows = [{"messages": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": f"a {i}"}]} for i in range(30)]
+    (tmp_path / "tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]) + "{broken\n")
+    source = (front_end / "node_modules" / "axe-core" / "axe.min.js").read_text()
+    shown = Shown(RunFolders(tmp_path), base=str(tiny_llama_folder))
+    found: dict[str, Any] = {}
+    with browser() as chromium, serving(create_studio(shown)) as url:
+        for scheme, width in (("light", 1280), ("dark", 390)):
+            with Visit(chromium, url, "#/data", scheme=scheme, width=width, bypass_csp=True) as page:
+                page.get_by_role("button", name="tickets.jsonl").wait_for()
+                found[f"files {scheme}"] = faults(page, source)
+                page.get_by_role("button", name="tickets.jsonl").click()
+                page.get_by_role("article").first.wait_for(timeout=60_000)
+                page.get_by_role("button", name="1 not JSON").click()
+                page.get_by_text("tickets.jsonl:32").wait_for()
+                found[f"rows {scheme}"] = faults(page, source)
+    shown.close()
+    assert {k: v for k, v in found.items() if v} == {}
+
+
 def faults(page: Any, axe: str) -> list[str]:
     """What axe finds on a page, by its rules of WCAG 2.2 A and AA and of good practice."""
     page.evaluate(f"() => {{ {axe} }}")

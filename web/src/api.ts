@@ -81,10 +81,18 @@ export async function get<T>(path: string, parameters: Parameters = {}, signal?:
   return (await request(path, signal ? { signal } : {}, parameters)).json() as Promise<T>;
 }
 
+/** Asks the server to do something. */
+export async function post<T>(path: string, body: object, signal?: AbortSignal): Promise<T> {
+  const options: RequestInit = { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) };
+  if (signal) options.signal = signal;
+  return (await request(path, options)).json() as Promise<T>;
+}
+
 export interface About {
   version: string;
   keyed: boolean;
   runs: boolean;
+  rows: boolean;
   store: boolean;
   serves: boolean;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,15 +108,25 @@ def _split(out: Console, split: SplitCounts) -> None:
 
 
 def _rendered(out: Console, row: Rendered) -> None:
+    out.print()
+    _line(out, rendered_line(row.origin), "bold")
+    show_runs(out, row.runs)
+
+
+def rendered_line(origin: str) -> str:
+    """What stands above a row."""
+    return f"{origin} as the base reads it, supervised tokens {'coloured' if sys.stdout.isatty() else 'between ⟦ and ⟧'}:"
+
+
+def show_runs(out: Console, runs: Iterable[tuple[str, bool]]) -> None:
+    """The text of a row, run by run: (text, whether it is supervised)."""
     from rich.text import Text
 
     marks = ("", "") if sys.stdout.isatty() else ("⟦", "⟧")
     text = Text()
-    for run, supervised in row.runs:
+    for run, supervised in runs:
         shown = printable(run if len(run) <= MAX_RUN else f"{run[: MAX_RUN // 2]} […] {run[-MAX_RUN // 2 :]}")
         text.append(f"{marks[0]}{shown}{marks[1]}" if supervised else shown, style="black on green" if supervised else "dim")
-    out.print()
-    _line(out, f"{row.origin} as the base reads it, supervised tokens {'coloured' if sys.stdout.isatty() else 'between ⟦ and ⟧'}:", "bold")
     out.print(text, soft_wrap=True)
 
 

@@ -21,19 +21,29 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("runs", type=click.Path(path_type=Path), default=".")
+@click.option(
+    "--data",
+    "data",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A folder of rows that may be shown, beside RUNS; may be given several times.",
+)
+@click.option("--base", default="smollm2-135m-instruct", show_default=True, help="The base on which rows are read that no run has read.")
 @store_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; elsewhere than here, a token is needed.")
 @click.option("--port", default=8050, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
 @json_option("Print the line that says where the page is as JSON.")
-def studio(runs: Path, root: Path | None, host: str, port: int, as_json: bool) -> None:
-    """A page in the browser: the curves, scores and answers of all runs below the folder RUNS while they train, and the store's adapters.
+def studio(runs: Path, data: tuple[Path, ...], base: str, root: Path | None, host: str, port: int, as_json: bool) -> None:
+    """A page in the browser: the curves, scores and answers of all runs below the folder RUNS while they train, the rows that they train
+    on, and the store's adapters.
 
     \b
     Example:
-      trimtab studio examples/runs
+      trimtab studio examples/runs --data examples
 
-    The page only reads. It needs no network, and nobody but this machine can open it. With --host it listens elsewhere too; the printed
-    address then holds a token, without which nothing is shown. Ctrl-C ends it. `trimtab serve` has the same page at /, for what it serves.
+    Rows are shown from RUNS and the folders of --data alone. The page needs no network, and nobody but this machine can open it. With
+    --host it listens elsewhere too; the printed address then holds a token, without which nothing is shown. Ctrl-C ends it. `trimtab serve`
+    has the same page at /, for what it serves.
     """
     check_packages()
     import uvicorn
@@ -56,7 +66,9 @@ def studio(runs: Path, root: Path | None, host: str, port: int, as_json: bool) -
         port = sock.getsockname()[1]
         local = host in server.LOOPBACK
         token = None if local else secrets.token_urlsafe(24)
-        app = create_studio(Shown(folders, store, token, server.local_hosts(port) if local else None))
+        shown = Shown(folders, store, token, server.local_hosts(port) if local else None, data, base)
+        open_parts.callback(shown.close)
+        app = create_studio(shown)
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}/" + (f"#key={token}" if token else "")
         say(json.dumps({"url": where, "runs": str(folders.root)}) if as_json else f"showing the runs in {folders.root} at {where}")
         config = uvicorn.Config(app, ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False)

@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from trimtab.errors import AuthError
+from trimtab.http.reader import Reader
 from trimtab.store.registry import Store
 from trimtab.train.follow import RunFolders
 
 bearer = HTTPBearer(auto_error=False)
+BASE = "smollm2-135m-instruct"
 
 
 @dataclass(frozen=True)
 class Shown:
     """What a studio shows. store: None if there is none. token: None: none is asked for. hosts: Host headers that are answered;
-    None: all."""
+    None: all. data: folders of rows that may be shown, beside that of the runs. base: on which rows are read that no run has read."""
 
     runs: RunFolders
     store: Store | None = None
     token: str | None = None
     hosts: frozenset[str] | None = None
+    data: tuple[Path, ...] = ()
+    base: str = BASE
+    reader: Reader = field(default_factory=Reader)
+    helper: Reader = field(default_factory=Reader)
+    """Another process, for what takes a moment while the reader reads for minutes."""
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """In which rows may lie; paths from outside start at the first."""
+        return self.runs.root, *(folder.resolve() for folder in self.data)
+
+    def close(self) -> None:
+        self.reader.close()
+        self.helper.close()
 
 
 async def shown(request: Request) -> Shown:

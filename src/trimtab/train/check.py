@@ -15,6 +15,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -70,6 +71,24 @@ def check(run: RunConfig | Mapping[str, Any] | str | Path, *, rows: int = 2, sta
 
 def checked(run: RunConfig, *, rows: int = 0, status: Status = lambda text: None) -> tuple[CheckReport, Need | None]:
     """(`check`'s report; what decides the run's memory, None where no variant has rows)."""
+    found = read_all(run, rows=rows, status=status)
+    return found.report, found.need
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check has read: its report, what decides the run's memory (None where no variant has rows, or nothing was estimated), the
+    splits of each data set, train first, and the tokenizer."""
+
+    report: CheckReport
+    need: Need | None
+    data: Mapping[str, list[Split]]
+    tokenizer: Any
+
+
+def read_all(run: RunConfig, *, rows: int = 0, status: Status = lambda text: None, estimate: bool = True, rewards: bool = True) -> Checked:
+    """The check itself. estimate: memory and time too. rewards: try the rewards of variants that have some, which runs the functions that
+    the run file names."""
     start = time.perf_counter()
     device, tokenizer, architecture = _base_of(run, status)
     report = CheckReport(run.base, architecture.parameters, architecture.spec.max_positions)
@@ -82,12 +101,15 @@ def checked(run: RunConfig, *, rows: int = 0, status: Status = lambda text: None
         report.findings += seen.findings(splits)
         report.findings += _fit(run, name, splits, tokenizer, architecture.spec) + _label_findings(run, name, config, splits)
         mine = [v for v in run.variants if v.data == name]
-        report.findings += [*answer_findings(splits, mine, config), *reward_findings(run.root, splits[0].asked, mine)]
-    status("estimating memory and time")
-    need = estimate_run(run, architecture, data, device, report)
+        report.findings += answer_findings(splits, mine, config)
+        report.findings += reward_findings(run.root, splits[0].asked, mine) if rewards else []
+    need = None
+    if estimate:
+        status("estimating memory and time")
+        need = estimate_run(run, architecture, data, device, report)
     report.findings.sort(key=lambda f: ("error", "warning", "note").index(f.level))
     report.seconds = round(time.perf_counter() - start, 3)
-    return report, need
+    return Checked(report, need, data, tokenizer)
 
 
 # ---- the base ------------------------------------------------------------
@@ -223,7 +245,7 @@ def _read_split(split: Split, sources: Sequence[Source], reading: Reading, hear:
         counts.append(SourceCounts(source.path, source.weight, rows, dropped, len(found.epoch), tokens, supervised))
         if (stop := found.refusal()) is not None:
             findings.append(Finding("error", split.where, stop.message, fix=stop.fix))
-    split.examples, split.epoch = Examples.joined(examples), Examples.joined(epoch)
+    split.examples, split.epoch, split.dropped = Examples.joined(examples), Examples.joined(epoch), lost
     findings += _dropped_findings(split.where, lost)
     findings += [Finding("note", split.where, note) for note in notes]
     if not split.examples and split.starts:  # what could not be read has its own finding

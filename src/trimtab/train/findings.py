@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from trimtab.data import Row
+from trimtab.data import Dropped, Row
 from trimtab.data.prompts_alone import Asked
 from trimtab.data.token_store import Examples
 from trimtab.tables import Table
@@ -20,8 +20,8 @@ Level = Literal["error", "warning", "note"]
 
 @dataclass
 class Split:
-    """A split as read: the examples of the rows that are left, and those that an epoch draws. rows: of a held-out split. answers: of train,
-    where labels are to be found in them. asked: the first of train that are prompts alone."""
+    """A split as read: the examples of the rows that are left, those that an epoch draws, and what was dropped. rows: of a held-out split.
+    answers: of train, where labels are to be found in them. asked: the first of train that are prompts alone."""
 
     data: str
     name: str
@@ -30,6 +30,7 @@ class Split:
     examples: Examples = field(default_factory=lambda: Examples([]))
     epoch: Examples = field(default_factory=lambda: Examples([]))
     starts: list[int] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
 
     @property

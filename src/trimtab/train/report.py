@@ -127,11 +127,12 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def plan(prepared: Prepared) -> dict[str, Any]:
-    """run.json, with the run's settings beside it: what is known before the first step. steps: of each variant, if nothing ends it early.
-    variants: what a clone of one is made from."""
+    """run.json, with the run's settings beside it: what is known before the first step. root: where the paths of its sources start. steps:
+    of each variant, if nothing ends it early. variants: what a clone of one is made from."""
     base = prepared.base
     return {
         "base": prepared.run.base,
+        "root": str(prepared.run.root.resolve()),
         "base_parameters": base.spec.num_parameters,
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": str(base.device),
