@@ -7,17 +7,20 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from trimtab.compiler import find_compiler
 from trimtab.lazy import load_on_first_use
 from trimtab.version import __version__
 
 # libgomp's threads spin while they wait for each other, for longer than most of our operations take. Where other work shares the cores,
 # that slows every step up to 25 times: two threads that share a core for a while each spin away the time that the other needs. A shorter
-# spin keeps 95% of the speed of a quiet machine. Where twice as many threads as cores want to run already, a thread that waits sleeps at
-# once. Only the first import of torch reads this, and a user's own choice stays.
-if "OMP_WAIT_POLICY" not in os.environ:
+# spin keeps 95% of the speed of a quiet machine, and ops/cpp/crowd.cpp ends it as long as the cores are taken. Where no compiler builds
+# that, and twice as many threads as cores want to run now, a thread that waits sleeps at once. Only the first import of torch reads this,
+# and a user's own choice stays.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "5000"
     with suppress(AttributeError, OSError):  # a system that does not tell its load
-        os.environ.setdefault("GOMP_SPINCOUNT", "0" if os.getloadavg()[0] >= 2 * (os.cpu_count() or 1) else "5000")
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+        if os.getloadavg()[0] >= 2 * (os.cpu_count() or 1) and find_compiler()[0] is None:
+            os.environ["GOMP_SPINCOUNT"] = "0"
 
 if TYPE_CHECKING:
     from trimtab.errors import TrimtabError

@@ -8,9 +8,10 @@ import subprocess
 
 import pytest
 
+from trimtab.compiler import find_compiler
 from trimtab.ops import native
 
-COMPILER, _ = native.find_compiler()
+COMPILER, _ = find_compiler()
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 

@@ -19,9 +19,10 @@ from trimtab.bases.cache import cache_dir
 from trimtab.bases.fingerprint import fingerprint_folder
 from trimtab.bases.gguf import is_converted, sha256_of_file
 from trimtab.bases.load import cpu_has_bf16
+from trimtab.compiler import find_compiler
 from trimtab.errors import TrimtabError
 from trimtab.memory import machine_memory
-from trimtab.ops import native, paged, varlen
+from trimtab.ops import paged, varlen
 
 MIN_PYTHON = (3, 11)
 MIN_FREE_RAM_BYTES = 2 * 10**9
@@ -115,7 +116,7 @@ def _bf16() -> Check:
 
 
 def _kernels() -> Check:
-    compiler, why = native.find_compiler()
+    compiler, why = find_compiler()
     if compiler is None:
         return Check("kernels", f"torch's: {why}", True, "serving on a CPU is several times faster with g++ or clang++ installed")
     return Check("kernels", f"native, built by {compiler} at first use", True)

@@ -11,7 +11,6 @@ import ctypes
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from trimtab.atomic import sync, take_name
+from trimtab.compiler import find_compiler
 
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = (
@@ -38,17 +38,11 @@ FLAGS = (
     "-w",
 )
 """Not -ffast-math: a library linked with it makes the whole process flush denormal numbers."""
+LOADS = b"/proc/loadavg"
+"""Where the system says how many threads want to run."""
 HUGE = 2**21
 """Bytes of a huge page."""
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-
-
-def find_compiler() -> tuple[str | None, str]:
-    """(the compiler that builds the kernels, "") or (None, why they are not built)."""
-    if os.environ.get("TRIMTAB_NATIVE") == "0":
-        return None, "TRIMTAB_NATIVE=0"
-    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    return found, "" if found else "no C++ compiler (g++, clang++) is installed"
 
 
 @cache
@@ -59,10 +53,20 @@ def load() -> tuple[Any, str]:
         return None, why
     try:
         library = ctypes.CDLL(str(_built(compiler)))
-        return (library, "") if library.trimtab_native() == 1 else (None, "the built library is another one")
+        if library.trimtab_native() != 1:
+            return None, "the built library is another one"
+        _watch_crowd(library)
+        return library, ""
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or str(error)
         return None, f"{compiler} could not build or load it: {said.strip().splitlines()[-1] if said.strip() else error!r}"
+
+
+def _watch_crowd(library: Any) -> None:
+    """Have a thread look at whether other processes want our cores (cpp/crowd.cpp), where threads wait for each other at all."""
+    threads = torch.get_num_threads()
+    if sys.platform == "linux" and threads > 1 and "OMP_WAIT_POLICY" not in os.environ:
+        library.crowd_watch(LOADS, ctypes.c_int64(threads))
 
 
 def available(*tensors: Tensor) -> bool:

@@ -1,0 +1,140 @@
+// Whether other processes want our cores, and that OpenMP's threads then sleep where they wait for each other.
+//
+// They spin for some 50 microseconds before they sleep. On a quiet machine that is faster than sleeping at once. Where one of them has lost
+// its core to another process, the others spin in vain at every barrier, and what they spin away is then missing for their work. So a thread
+// of this file looks at how many threads of the machine are runnable. libgomp lets its threads, torch's too, sleep almost at once as long as
+// a process has more of them than there are cores. So threads that never run are added as long as the cores are taken. No result depends on
+// it: who computes what stays the same.
+
+#ifdef __linux__
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+
+namespace {
+
+const int SAMPLES = 32;
+const long WORKING_MS = 10, RESTING_MS = 50;  // between two looks; the second where this process computes little
+const double WORKING = 0.05;                   // cores
+const double ENTER = 0.6, LEAVE = 0.3;         // runnable threads beyond the cores that there are
+
+// Not freed: threads may still wait here when the process ends.
+struct Parking {
+    std::mutex mutex;
+    std::condition_variable over;
+    bool crowded = false;
+    int64_t times = 0;  // that the cores were taken
+};
+Parking* const parking = new Parking;
+
+struct Watched {
+    char loads[256];
+    int64_t threads;
+};
+
+double seconds(clockid_t clock) {
+    timespec t;
+    clock_gettime(clock, &t);
+    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+}
+
+// given: the function deletes it.
+template <class Given> void start(void* (*function)(void*), Given* given) {
+    pthread_t thread;
+    if (pthread_create(&thread, nullptr, function, given) == 0)
+        pthread_detach(thread);
+    else
+        delete given;
+}
+
+// Runnable threads of the machine without the calling one; below 0: not known.
+double runnable(const char* path) {
+    char text[128] = {};
+    const int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0) return -1;
+    const ssize_t size = read(file, text, sizeof(text) - 1);
+    close(file);
+    long found = 0;
+    return size > 0 && std::sscanf(text, "%*f %*f %*f %ld/", &found) == 1 ? double(std::max(0L, found - 1)) : -1;
+}
+
+struct Parked {
+    int threads;
+    int64_t time;
+};
+
+void* park(void* given) {
+    const int threads = ((Parked*)given)->threads;
+    const int64_t time = ((Parked*)given)->time;
+    delete (Parked*)given;
+#pragma omp parallel num_threads(threads)
+    {
+        std::unique_lock<std::mutex> lock(parking->mutex);
+        parking->over.wait(lock, [&] { return !parking->crowded || parking->times != time; });
+    }
+    return nullptr;  // its team ends with it
+}
+
+void set_crowded(bool crowded, int threads) {
+    std::lock_guard<std::mutex> lock(parking->mutex);
+    if (parking->crowded == crowded) return;
+    parking->crowded = crowded;
+    if (!crowded) return parking->over.notify_all();
+    start(park, new Parked{threads, ++parking->times});
+}
+
+void* watch(void* given) {
+    const Watched watched = *(Watched*)given;
+    delete (Watched*)given;
+    double wanted[SAMPLES], wall[SAMPLES], cpu[SAMPLES];
+    bool crowded = false;
+    long pause = WORKING_MS;
+    for (int64_t i = 0;; i++) {
+        const timespec time{0, pause * 1000000};
+        nanosleep(&time, nullptr);
+        const int at = int(i % SAMPLES), first = int((i + 1) % SAMPLES);
+        wanted[at] = runnable(watched.loads), wall[at] = seconds(CLOCK_MONOTONIC), cpu[at] = seconds(CLOCK_PROCESS_CPUTIME_ID);
+        if (wanted[at] < 0) return nullptr;
+        if (i + 1 < SAMPLES) continue;
+        cpu_set_t set;
+        const double all = double(sysconf(_SC_NPROCESSORS_ONLN));
+        const double cores = sched_getaffinity(0, sizeof(set), &set) == 0 ? double(CPU_COUNT(&set)) : all;
+        double sum = 0;
+        for (double one : wanted) sum += one;
+        const double used = (cpu[at] - cpu[first]) / (wall[at] - wall[first]);
+        // others run on cores that are not ours first, where there are some
+        const double others = std::max(0.0, sum / SAMPLES - used - std::max(0.0, all - cores));
+        crowded = others + double(watched.threads) - cores > (crowded ? LEAVE : ENTER);
+        // one thread of those that park is there already, and the others make them more than the cores
+        set_crowded(crowded, std::max(2, int(int64_t(cores) - watched.threads) + 2));
+        pause = used < WORKING ? RESTING_MS : WORKING_MS;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Look at `loads` (/proc/loadavg) from now on, for a process that computes on so many threads.
+void crowd_watch(const char* loads, int64_t threads) {
+    auto* given = new Watched{{}, threads};
+    std::strncpy(given->loads, loads, sizeof(given->loads) - 1);
+    start(watch, given);
+}
+
+// Whether OpenMP's threads sleep where they wait.
+int64_t crowd_seen() {
+    std::lock_guard<std::mutex> lock(parking->mutex);
+    return parking->crowded;
+}
+}
+#endif

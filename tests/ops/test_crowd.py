@@ -1,0 +1,111 @@
+"""OpenMP's threads sleep where they wait for each other, as long as other processes want the cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trimtab.compiler import find_compiler
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux" or find_compiler()[0] is None, reason="a kernel for Linux, and no C++ compiler or no Linux"),
+]
+SOURCE = Path(__file__).parents[2] / "src"
+LOOK = """
+import os, sys, time
+import torch
+from trimtab.ops import native
+
+cores, loads = len(os.sched_getaffinity(0)), sys.argv[1]
+torch.set_num_threads(cores + 1)  # so that a machine with one core has threads that wait, too
+native.LOADS = loads.encode()
+
+def say(runnable):
+    with open(loads + ".new", "w") as file:
+        file.write(f"0.10 0.20 0.30 {runnable}/200 4321\\n")
+    os.replace(loads + ".new", loads)
+
+def seen(expected):
+    until = time.monotonic() + 60
+    while library.crowd_seen() != expected and time.monotonic() < until:
+        time.sleep(0.01)
+    return library.crowd_seen()
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def settled(count):  # ends of threads take a moment
+    until = time.monotonic() + 60
+    while threads() != count and time.monotonic() < until:
+        time.sleep(0.01)
+    return threads() - count
+
+STEPS
+"""
+
+
+def told(tmp_path: Path, steps: str, **environment: str) -> str:
+    kept = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK.replace("STEPS", steps), str(tmp_path / "loadavg")],
+        env=kept | {"PYTHONPATH": str(SOURCE)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+def test_they_do_as_long_as_more_threads_are_runnable_than_there_are_cores(tmp_path: Path) -> None:
+    """Ten threads more than cores, then none. What the process itself uses is no neighbour."""
+    steps = """
+torch.set_num_threads(1)  # so that nobody looks yet
+library = native.load()[0]
+before = threads()
+import ctypes
+say(1)
+library.crowd_watch(loads.encode(), ctypes.c_int64(cores))
+print(seen(0), settled(before + 1))
+say(cores + 10)
+print(seen(1), settled(before + 3))  # the one that looks, and two that are parked
+say(1)
+print(seen(0), settled(before + 1))
+say(cores + 10)
+print(seen(1), settled(before + 3))
+os.unlink(loads)  # a system that tells its load no longer: what was seen last stays
+print(settled(before + 2))
+"""
+    assert told(tmp_path, steps).splitlines() == ["0 0", "1 0", "0 0", "1 0", "0"]
+
+
+def test_a_process_looks_where_it_has_threads_that_wait_and_the_user_said_nothing(tmp_path: Path) -> None:
+    steps = "say(500); library = native.load()[0]; print(seen(1))"
+    assert told(tmp_path, steps) == "1\n"
+    alone = "torch.set_num_threads(1); " + steps.replace("seen(1)", "time.sleep(1) or library.crowd_seen()")
+    assert told(tmp_path, alone) == "0\n"
+    assert told(tmp_path, alone.replace("set_num_threads(1)", "get_num_threads()"), OMP_WAIT_POLICY="active") == "0\n"
+
+
+def test_sums_are_the_same_while_others_want_the_cores(tmp_path: Path) -> None:
+    """Of two threads, with and without those that are parked: a product and a sum as numpy's in float64 are, and bit by bit alike."""
+    steps = """
+import numpy
+torch.set_num_threads(2)
+say(1)
+library = native.load()[0]
+a = torch.arange(300 * 4096, dtype=torch.float32).reshape(300, 4096).sin()
+def made():
+    return (a @ a.T).numpy().tobytes(), a.sum().numpy().tobytes(), torch.softmax(a, 1).numpy().tobytes()
+quiet = seen(0), made()
+say(500)
+crowded = seen(1), made()
+exact = a.double().numpy() @ a.double().numpy().T
+print(quiet[0], crowded[0], quiet[1] == crowded[1], numpy.abs((a @ a.T).numpy() - exact).max() < 1e-2)
+"""
+    assert told(tmp_path, steps) == "0 1 True True\n"
