@@ -19,7 +19,22 @@ SOURCE = Path(__file__).parent.parent / "src" / "trimtab"
 
 FLOORS = {
     **dict.fromkeys(
-        ["atomic", "errors", "foreign", "hyperparameters", "lazy", "memory", "ops", "paths", "places", "startup", "tables", "version"], 0
+        [
+            "atomic",
+            "compiler",
+            "errors",
+            "foreign",
+            "hyperparameters",
+            "lazy",
+            "memory",
+            "ops",
+            "paths",
+            "places",
+            "startup",
+            "tables",
+            "version",
+        ],
+        0,
     ),
     **dict.fromkeys(["methods", "bases"], 1),
     "forward": 2,
