@@ -6,6 +6,7 @@ import uPlot from "uplot";
 import { number } from "../format";
 import { colour, dash, onSchemeChange, themed } from "./colours";
 import { never, soon } from "./frames";
+import { type Line, Painter } from "./painter";
 import { type Aligned, aligned, type Points } from "./series";
 import { Swatch } from "./swatch";
 
@@ -44,6 +45,7 @@ const MAX_ROWS = 10;
 export function Chart({ title, xTitle, curves, range, onRange, log, height, group, legend }: Props) {
   const holder = useRef<HTMLDivElement>(null);
   const plot = useRef<uPlot | null>(null);
+  const painter = useRef<Painter | null>(null);
   const [read, setRead] = useState<Read | null>(null);
   const [look, setLook] = useState(0);
   useEffect(() => onSchemeChange(() => setLook((n) => n + 1)), []);
@@ -60,9 +62,11 @@ export function Chart({ title, xTitle, curves, range, onRange, log, height, grou
     const made = plot.current;
     if (!made) return;
     drawn.current = true;
-    const across = Math.max(100, Math.round(made.width - 60));
-    latest.current.data = aligned(lines(latest.current.curves), latestRange.current, across);
+    const { curves: now } = latest.current;
+    const parts = Math.max(100, Math.round((made.width - 60) / 2)); // of two pixels: a line is as wide
+    latest.current.data = aligned(lines(now), latestRange.current, parts);
     made.setData(latest.current.data as uPlot.AlignedData, true);
+    soon(painter.current!, () => painter.current?.paint(latest.current.data[0], painted(now, latest.current.data)));
   };
   const latestRange = useRef(range);
   latestRange.current = range;
@@ -73,10 +77,12 @@ export function Chart({ title, xTitle, curves, range, onRange, log, height, grou
 
   useEffect(() => {
     const box = holder.current!;
-    const options = optionsOf({ title, xTitle, log: !!log, height, group, width: box.clientWidth || 300 }, latest, setRead);
+    const look = { title, xTitle, log: !!log, height, group, width: box.clientWidth || 300 };
+    const options = optionsOf(look, latest, setRead, () => painter.current?.show());
     latest.current.data = [new Float64Array(), ...lines(curves).map(() => [])];
     const made = new uPlot(options, latest.current.data as uPlot.AlignedData, box);
     plot.current = made;
+    painter.current = new Painter(made);
     refill();
     const sized = new ResizeObserver(() => {
       if (!box.clientWidth || box.clientWidth === made.width) return;
@@ -93,6 +99,8 @@ export function Chart({ title, xTitle, curves, range, onRange, log, height, grou
       sized.disconnect();
       watched.disconnect();
       never(drawn);
+      painter.current?.end();
+      painter.current = null;
       made.destroy();
       plot.current = null;
       setRead(null);
@@ -196,6 +204,13 @@ function lines(curves: Curve[]): Points[] {
   return [...curves.flatMap((c) => (c.raw ? [c.raw] : [])), ...curves.map((c) => c.line), ...curves.flatMap((c) => (c.rings ? [c.rings] : []))];
 }
 
+/** How the painter draws them: raw lines and lines. */
+function painted(curves: Curve[], data: Aligned): Line[] {
+  const raw = curves.filter((c) => c.raw).map((c): Omit<Line, "values"> => ({ stroke: `${colour(c.number)}40`, width: 1, dash: [] }));
+  const main = curves.map((c): Omit<Line, "values"> => ({ stroke: colour(c.number), width: 1.75, dash: dash(c.number) }));
+  return [...raw, ...main].map((line, i) => ({ ...line, values: data[i + 1] as (number | null)[] }));
+}
+
 interface Look {
   title: string;
   xTitle: string;
@@ -211,18 +226,11 @@ interface Latest {
   onRange: (range: Range) => void;
 }
 
-function optionsOf(look: Look, latest: { current: Latest }, tell: (read: Read | null) => void): uPlot.Options {
+function optionsOf(look: Look, latest: { current: Latest }, tell: (read: Read | null) => void, show: () => void): uPlot.Options {
   const curves = latest.current.curves;
   const [ink, rule, surface] = [themed("--soft"), themed("--rule"), themed("--card")];
   const font = "11px system-ui, sans-serif";
-  const raw = curves.filter((c) => c.raw).map((c) => ({ stroke: `${colour(c.number)}40`, width: 1, points: { show: false }, spanGaps: true }));
-  const main = curves.map((c) => ({
-    stroke: colour(c.number),
-    width: 1.75,
-    dash: dash(c.number),
-    spanGaps: true,
-    points: { show: (u: uPlot, s: number) => known(u.data[s]) <= 1 },
-  }));
+  const unseen = curves.flatMap((c) => (c.raw ? [{}, {}] : [{}])).map(() => ({ paths: () => null, points: { show: false } })); // the painter's
   const rings = curves
     .filter((c) => c.rings)
     .map((c) => ({
@@ -263,7 +271,7 @@ function optionsOf(look: Look, latest: { current: Latest }, tell: (read: Read | 
         space: 34,
       },
     ],
-    series: [{}, ...raw, ...main, ...rings],
+    series: [{}, ...unseen, ...rings],
     hooks: {
       setSelect: [
         (u) => {
@@ -273,15 +281,10 @@ function optionsOf(look: Look, latest: { current: Latest }, tell: (read: Read | 
         },
       ],
       setCursor: [(u) => tell(reading(u, latest))],
+      drawAxes: [show],
       draw: [(u) => diamonds(u, latest.current.curves)],
     },
   };
-}
-
-function known(column: ArrayLike<number | null | undefined> | undefined): number {
-  let count = 0;
-  for (let i = 0; column && i < column.length && count < 2; i++) if (typeof column[i] === "number") count++;
-  return count;
 }
 
 /** On a logarithmic axis a line for each power of ten is enough. */

@@ -28,7 +28,7 @@ export function RunView({ runs, metrics, version, doubts, source, scoresFirst }:
   const every = useMemo(() => everyVariant(runs), [runs]);
   const shown = useMemo(() => every.filter((s) => !hidden.has(s.number)), [every, hidden]);
   const toggle = (n: number) => setHidden(new Set(hidden.has(n) ? [...hidden].filter((x) => x !== n) : [...hidden, n]));
-  const curved = useLater(version);
+  const curved = useLater(useGrown(version, metrics));
   const scored = useLater(curved);
   // the same elements as long as what they show is the same: then nothing of them is compared when new lines come
   const curves = useMemo(() => <Curves shown={shown} metrics={metrics} version={curved} />, [shown, metrics, curved]);
@@ -72,6 +72,29 @@ function everyVariant(runs: RunFacts[]): Shown[] {
   return runs.flatMap((run) =>
     run.variants.map((facts): Shown => ({ number: count++, label: runs.length > 1 ? `${run.name} / ${facts.name}` : facts.name, run, facts })),
   );
+}
+
+const GROWN = 1.005;
+const OLD_MS = 8000;
+
+/** The version once there is so much more than was drawn that it can be seen, or what is drawn is old: half a percent of a long run's lines
+ * moves a curve by a few pixels. Training goes on beside the page, maybe on the same cores. */
+function useGrown(version: number, metrics: Map<string, Metrics>): number {
+  const [drawn, setDrawn] = useState(version);
+  const last = useRef({ lines: 0, at: 0 });
+  useEffect(() => {
+    let lines = 0;
+    for (const m of metrics.values()) for (const v of m.variants.values()) lines += v.steps.length + v.valid.length;
+    const draw = () => {
+      last.current = { lines, at: performance.now() };
+      setDrawn(version);
+    };
+    const age = performance.now() - last.current.at;
+    if (lines < last.current.lines || lines >= GROWN * last.current.lines || age >= OLD_MS) return draw();
+    const timer = setTimeout(draw, OLD_MS - age);
+    return () => clearTimeout(timer);
+  }, [version]);
+  return drawn;
 }
 
 /** A number as it was a frame ago, so that what follows from it is not all computed in one. */
