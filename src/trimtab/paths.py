@@ -30,6 +30,11 @@ def user_path(text: str | Path, kind: type[TrimtabError], key: str, root: Path =
     return path
 
 
+def is_url(text: object) -> bool:
+    """Whether a text names something by a URL. (A Path has only one slash left of two.)"""
+    return isinstance(text, str) and "://" in text
+
+
 def _reason(path: Path) -> str | None:
     try:
         whole = os.fsencode(path)

@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.cluster.conftest import NODE
+from tests.cluster.conftest import NODE, own_copies
 from tests.train.common import run_file
 from tests.train.test_sweep import TEMPLATE, content
 from trimtab.model import load_base
@@ -33,11 +33,13 @@ SEARCH = {"variant": TEMPLATE, "search": {"lr": [1.0e-2, 3.0e-3, 1.0e-3, 3.0e-4]
 WAIT_S = 300
 
 
-def sweep_file(folder: Path, base: Path, steps: int = 40, **options: Any) -> Path:
+def sweep_file(folder: Path, base: Path, steps: int = 40, bucket: bool = False, **options: Any) -> Path:
+    """bucket: `out` is a URL, of the folder that it would be otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     found = content(folder, SEARCH | options, defaults={"max_steps": steps, "batch_size": 3, "max_length": 128, "eval_every": 20})
     path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump(found | {"base": str(base), "dtype": "float32", "checkpoint_every": 4}))
+    out = {"out": f"file://{folder}/out"} if bucket else {}
+    path.write_text(yaml.safe_dump(found | {"base": str(base), "dtype": "float32", "checkpoint_every": 4} | out))
     return path
 
 
@@ -102,6 +104,14 @@ def alone(
     return path
 
 
+def saved(group: Path) -> bool:
+    """Whether a group has a checkpoint, which in a bucket its snapshot names."""
+    if list(group.glob("checkpoints/step-*")):
+        snapshot = group / "snapshot.json"
+        return not snapshot.exists() or "checkpoints/" in snapshot.read_text()
+    return False
+
+
 def start(path: Path, cluster: Any, trimtab: list[str], environment: dict[str, str], *more: str) -> subprocess.Popen[str]:
     command = [*trimtab, "sweep", str(path), "--ray", cluster.address, *more]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -122,12 +132,21 @@ def test_a_sweep_is_what_one_process_trains(
     eventually(lambda: not workers())
 
 
+@pytest.mark.parametrize("bucket", [False, True], ids=["folder", "bucket"])
 def test_a_lost_node_costs_a_resume(
-    tmp_path: Path, tiny_llama_folder: Path, memory_gb: float, alone: Path, cluster: Any, trimtab: list[str], environment: dict[str, str]
+    tmp_path: Path,
+    tiny_llama_folder: Path,
+    memory_gb: float,
+    alone: Path,
+    cluster: Any,
+    trimtab: list[str],
+    environment: dict[str, str],
+    bucket: bool,
 ) -> None:
     """The node is killed once its group has a checkpoint, and the other node takes the group too. The group's process is stopped first, so
-    that it does not finish in the meantime."""
-    path = sweep_file(tmp_path, tiny_llama_folder, memory_gb=memory_gb)
+    that it does not finish in the meantime. With a bucket, driver and nodes have working copies of their own, and share nothing else."""
+    path = sweep_file(tmp_path, tiny_llama_folder, bucket=bucket, memory_gb=memory_gb)
+    environment = environment | {"TRIMTAB_RUNS": str(tmp_path / "driver")}
     lost = next(n for n in cluster.list_all_nodes() if not n.head)
     raylet = lost.all_processes["raylet"][0].process.pid
     process, said = start(path, cluster, trimtab, environment), list[str]()
@@ -140,7 +159,7 @@ def test_a_lost_node_costs_a_resume(
             placed = (text.split() for text in said if f"({lost.node_id[:6]})" in text and "is placed on" in text)
             return next((words[0] for words in placed), None)
 
-        eventually(lambda: (name := group()) and list(path.parent.glob(f"out/{name}/checkpoints/step-*")))
+        eventually(lambda: (name := group()) and saved(path.parent / "out" / name))
         (worker,) = [p for p in map(psutil.Process, workers()) if p.ppid() == raylet]
         worker.suspend()
         cluster.remove_node(lost, allow_graceful=False)
@@ -152,7 +171,7 @@ def test_a_lost_node_costs_a_resume(
         process.kill()
         reader.join()
         process.stderr.close()
-        cluster.add_node(**NODE)
+        cluster.add_node(**NODE, env_vars=own_copies(tmp_path))
     text = "".join(said)
     assert f"{group()}: the node" in text and "is lost; it goes on from its newest checkpoint elsewhere" in text
     refuse_difference(path, alone)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 
 from tests.places.forked import in_ranks
-from tests.train.common import METHODS, run_file, tiny_base
+from tests.train.common import METHODS, run_file, tiny_base, write_rows
 from trimtab.cli import main
 from trimtab.errors import ConfigError
 from trimtab.places.launch import launch
@@ -34,6 +35,23 @@ def test_more_ranks_than_rows_is_one_error(tmp_path: Path) -> None:
     said = refused(tmp_path, RunConfig.from_dict(run_file(tmp_path, variants), root=tmp_path))
     assert said.count("2 ranks share the rows of a step, and a step of this run has 1") == 1
     assert "gradient_accumulation_steps" in said and not (tmp_path / "out").exists()
+
+
+def test_fewer_rows_than_a_batch_are_counted_once_they_are_read(tmp_path: Path) -> None:
+    content = run_file(tmp_path, {"v": METHODS["lora"] | {"data": "a", "batch_size": 4}})
+    write_rows(tmp_path / "a.jsonl", 1, "a")
+    said = refused(tmp_path, RunConfig.from_dict(content, root=tmp_path))
+    assert said.count("2 ranks share the rows of a step, and a step of this run has 1") == 1
+
+
+def test_too_many_ranks_are_told_before_any_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    monkeypatch.setattr("trimtab.places.launch.launch", lambda arguments, ranks, restarts: started.append(ranks) or 0)
+    variants = {n: METHODS["lora"] | {"data": "a", "batch_size": 1, "gradient_accumulation_steps": 2} for n in ("v", "w")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_file(tmp_path, variants)))
+    said = CliRunner().invoke(main, ["train", str(tmp_path / "run.yaml"), "--ranks", "5"])
+    assert said.exit_code == 2 and "5 ranks share the rows of a step, and a step of this run has 4" in said.output and not started
+    assert CliRunner().invoke(main, ["train", str(tmp_path / "run.yaml"), "--ranks", "4"]).exit_code == 0 and started == [4]
 
 
 def test_ranks_that_differ_are_told_apart(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from trimtab.store.index import Index, parse_index
 from trimtab.store.manifest import EMPTY_DESCRIPTOR
 from trimtab.store.name import Entry, Name
 from trimtab.store.registry import Store, Version
-from trimtab.store.remotes import fetch, fs, pull, push
+from trimtab.store.remotes import bucket, fetch, fs, pull, push
 from trimtab.store.remotes.source import Source
 
 Filled = tuple[Store, Version, Version]
@@ -161,7 +161,7 @@ def test_a_stores_own_folder_can_be_pulled_from(source, here):
 def test_a_large_file_is_whole_or_not_there(source, here, anywhere, monkeypatch):
     """What has more than one range goes in parts to an object store; an upload that fails leaves none of them to be seen."""
     (store, first, _), url = source, anywhere
-    monkeypatch.setattr(fs, "RANGE_BYTES", 4096)
+    monkeypatch.setattr(bucket, "RANGE_BYTES", 4096)
     monkeypatch.setattr("trimtab.store.remotes.source.CHUNK_BYTES", 4096)
     real = Source.__iter__
 
@@ -314,7 +314,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, after: int, times: int) -> Callable
 def test_a_cut_connection_is_taken_up_again(source, here, memory, monkeypatch):
     store, first, _ = source
     push(store, "acme/support@1", "memory://shared")
-    monkeypatch.setattr(fs, "RANGE_BYTES", 4096)
+    monkeypatch.setattr(bucket, "RANGE_BYTES", 4096)
     failing(monkeypatch, after=12_000, times=2)
     assert pull(here, "memory://shared", "acme/support").moved == first.size, "nothing is moved twice"
 
@@ -322,7 +322,7 @@ def test_a_cut_connection_is_taken_up_again(source, here, memory, monkeypatch):
 def test_an_interrupted_pull_goes_on_where_it_stopped(source, here, memory, monkeypatch):
     store, first, _ = source
     push(store, "acme/support@1", "memory://shared")
-    monkeypatch.setattr(fs, "RANGE_BYTES", 4096)
+    monkeypatch.setattr(bucket, "RANGE_BYTES", 4096)
     weights = first.files["adapter_model.safetensors"]
     with monkeypatch.context() as patch:
         read = failing(patch, after=12_000, times=10**6)
@@ -350,7 +350,7 @@ def test_a_full_disk_is_named_and_the_pull_goes_on_later(source, here, memory, m
 def test_a_partial_file_that_went_bad_is_thrown_away(source, here, memory, monkeypatch):
     store, first, _ = source
     push(store, "acme/support@1", "memory://shared")
-    monkeypatch.setattr(fs, "RANGE_BYTES", 4096)
+    monkeypatch.setattr(bucket, "RANGE_BYTES", 4096)
     with monkeypatch.context() as patch:
         failing(patch, after=12_000, times=10**6)
         with pytest.raises(AdapterError):
@@ -367,7 +367,7 @@ def test_a_partial_file_that_went_bad_is_thrown_away(source, here, memory, monke
 def test_s3_over_a_wire_that_breaks_moves_only_the_rest(source, here, s3, monkeypatch):
     store, first, _ = source
     push(store, "acme/support@1", "s3://models/a")
-    monkeypatch.setattr(fs, "RANGE_BYTES", 2048)
+    monkeypatch.setattr(bucket, "RANGE_BYTES", 2048)
     with Wire(s3, dies=24_000) as wire:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{wire.address}")
         with monkeypatch.context() as patch, pytest.raises(AdapterError, match="does not answer"):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +68,29 @@ def metrics(report: Report) -> dict[str, list[dict[str, Any]]]:
     for line in (report.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         found.setdefault((entry := json.loads(line))["variant"], []).append(entry)
     return found
+
+
+LOCKING = """
+import fcntl, os, struct, sys
+file = os.open(sys.argv[1] + "/.lock", os.O_RDWR | os.O_CREAT)
+try:
+    fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))
+except BlockingIOError:
+    print("held by another", flush=True)
+else:
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+"""A process that takes a run folder's lock, or says that another one has it."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[str]:
+    """While another process tries to hold a run folder; what it says of that."""
+    command = [sys.executable, "-S", "-c", LOCKING, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdin is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.stdin.close()

@@ -22,7 +22,7 @@ import yaml
 from click.testing import CliRunner
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.train.common import METHODS, run_file, tiny_base, write_rows
+from tests.train.common import METHODS, locked, run_file, tiny_base, write_rows
 from tests.train.kill_harness import differences, results, write_run
 from trimtab.cli import main
 from trimtab.errors import ConfigError, TrimtabError
@@ -372,15 +372,8 @@ def test_without_resume_a_run_says_that_it_could(interrupted: RunConfig) -> None
 
 
 def test_two_processes_never_share_a_folder(interrupted: RunConfig) -> None:
-    import fcntl
-
-    descriptor = os.open(interrupted.out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another process is training into"):
-            resume(interrupted)
-    finally:
-        os.close(descriptor)
+    with locked(interrupted.out), pytest.raises(ConfigError, match="another process is training into"):
+        resume(interrupted)
     resume(interrupted)
 
 

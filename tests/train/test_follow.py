@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.train.common import METHODS, run_file, tiny_base
+from tests.train.common import METHODS, locked, run_file, tiny_base
 from tests.train.past import HOSTILE, run_folder, variant
 from trimtab.errors import ConfigError, NotFoundError
 from trimtab.train import RunConfig, answers, follow, run_folders, train
@@ -227,12 +227,8 @@ def test_a_run_that_holds_its_folder_is_running(tmp_path: Path):
     folder = run_folder(tmp_path / "r", {"v": variant()}, summary=False)
     folders = RunFolders(tmp_path)
     assert [x["state"] for x in folders.list()] == ["stopped"]
-    code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-S", "-c", code, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout and holder.stdout.readline()
+    with locked(folder):
         assert [x["state"] for x in folders.list()] == ["running"]
-        assert holder.stdin
-        holder.stdin.close()
     assert [x["state"] for x in folders.list()] == ["stopped"]
     (folder / "summary.json").write_text(json.dumps({"variants": {"v": variant()}}))
     assert [x["state"] for x in folders.list()] == ["finished"]
@@ -240,7 +236,9 @@ def test_a_run_that_holds_its_folder_is_running(tmp_path: Path):
 
 def test_a_lock_counts_with_its_device_and_without_a_list_of_locks_the_clock_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = run_folder(tmp_path / "runs" / "r", {"v": variant()}, summary=False)
-    folders, locks, inode = RunFolders(tmp_path / "runs"), tmp_path / "locks", folder.stat().st_ino
+    folders, locks = RunFolders(tmp_path / "runs"), tmp_path / "locks"
+    (folder / ".lock").touch()
+    inode = (folder / ".lock").stat().st_ino
     monkeypatch.setattr(run_folders, "LOCKS", locks)
     assert [x["state"] for x in folders.list()] == ["running"], "no list, and metrics of just now"
     monkeypatch.setattr(run_folders, "QUIET_S", -1.0)
@@ -248,13 +246,18 @@ def test_a_lock_counts_with_its_device_and_without_a_list_of_locks_the_clock_doe
     for device, kind, of, state in (
         ("08:1f", "FLOCK ", inode, "running"),
         ("08:20", "FLOCK ", inode, "stopped"),
+        ("08:1f", "OFDLCK", inode, "running"),
         ("08:1f", "POSIX ", inode, "stopped"),
         ("08:1f", "FLOCK ", inode * 10, "stopped"),
         ("08:1f", "-> FLOCK ", inode, "running"),
     ):
         monkeypatch.setattr(run_folders, "_device", lambda _: (8, 31))
-        locks.write_text(f"1: POSIX  ADVISORY  READ  7 08:1f:3 128 128\n2: {kind} ADVISORY  WRITE 77 {device}:{of} 0 EOF\n")
+        locks.write_text(f"1: POSIX  ADVISORY  READ  7 08:1f:3 128 128\n2: {kind} ADVISORY  WRITE -1 {device}:{of} 0 EOF\n")
         assert [x["state"] for x in folders.list()] == [state], (device, kind, of)
+    (folder / ".lock").write_text(json.dumps({"host": "another-machine", "pid": 7}))
+    for quiet_s, state in ((-1.0, "stopped"), (60.0, "running")):  # the list has the locks of this machine alone: the clock tells
+        monkeypatch.setattr(run_folders, "QUIET_S", quiet_s)
+        assert [x["state"] for x in folders.list()] == [state]
 
 
 def test_metrics_tell_when_facts_were_written_anew(tmp_path: Path):

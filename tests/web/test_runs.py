@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.train.common import locked
 from tests.train.past import run_folder, variant
 from tests.web.common import EVIL, Visit, is_harmless, refuse_overflow, serving
 from trimtab.http.studio import create_studio
@@ -31,17 +29,6 @@ def site(folder: Path) -> Iterator[str]:
     folder.mkdir()
     with serving(create_studio(Shown(RunFolders(folder)))) as url:
         yield url
-
-
-@contextmanager
-def held(run: Path) -> Iterator[None]:
-    """Locked as by a running `trimtab train`."""
-    opened = os.open(run, os.O_RDONLY)
-    fcntl.flock(opened, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        os.close(opened)
 
 
 def answers(folder: Path, rows: int, **said: str) -> None:
@@ -97,7 +84,7 @@ def test_a_running_run_is_followed(chromium: Any, folder: Path, site: str):
         "settings": {"seed": 3, "variants.v.method": "lora", "variants.v.r": 4, "variants.v.data": "a"},
     }
     (run / "run.json").write_text(json.dumps(plan))
-    with held(run), Visit(chromium, site) as page:
+    with locked(run), Visit(chromium, site) as page:
         page.get_by_role("link", name="live").click()
         page.get_by_role("heading", name="live running").wait_for()
         page.get_by_text("40 of 200 steps").wait_for()

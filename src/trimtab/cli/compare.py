@@ -15,7 +15,7 @@ from trimtab.cli.terminal import print_whole
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=str))
 @click.option(
     "--by",
     metavar="SCORE",
@@ -23,8 +23,9 @@ from trimtab.cli.terminal import print_whole
 )
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the page of all runs (as report.html) to this file.")
 @json_option("Print one object a variant, and what to know before comparing.")
-def compare(runs: tuple[Path, ...], by: str | None, html: Path | None, as_json: bool) -> None:
-    """Every variant of several RUNS (run folders) in one table for each data set: how it was made, what it cost, what it scored.
+def compare(runs: tuple[str, ...], by: str | None, html: Path | None, as_json: bool) -> None:
+    """Every variant of several RUNS in one table for each data set: how it was made, what it cost, what it scored. A run is named by its
+    folder, or by its URL if it is in a bucket.
 
     \b
     Example:
@@ -34,11 +35,12 @@ def compare(runs: tuple[Path, ...], by: str | None, html: Path | None, as_json: 
     """
     from trimtab.train.comparison import compare as compare_runs
     from trimtab.train.page import write_page
-    from trimtab.train.past import title
+    from trimtab.train.past import run_folder, title
 
-    found = compare_runs(runs, by)
+    folders = [run_folder(run) for run in runs]
+    found = compare_runs(folders, by)
     if html is not None:
-        write_page(runs, html)
+        write_page(folders, html)
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=1))
         return

@@ -27,14 +27,19 @@ def cluster_words(address: str | None, cpus: int | None) -> list[str]:
 
 
 def tell_how_to_resume(
-    command: str, files: Sequence[Path], out: Path | None, root: Path | None = None, changes: Sequence[str] = (), more: Sequence[str] = ()
+    command: str,
+    files: Sequence[Path],
+    out: str | Path | None,
+    root: Path | None = None,
+    changes: Sequence[str] = (),
+    more: Sequence[str] = (),
 ) -> None:
     """Print the command that goes on where an interrupted one has stopped. changes: of --set. more: other options."""
     again = ["trimtab", command, *words(files, out, root, changes), *more, "--resume"]
     say(f"go on with: {shlex.join(again)}", err=True)
 
 
-def words(files: Sequence[Path], out: Path | None, root: Path | None, changes: Sequence[str]) -> list[str]:
+def words(files: Sequence[Path], out: str | Path | None, root: Path | None, changes: Sequence[str]) -> list[str]:
     """The arguments that say what is trained, and where to."""
     found = [*map(str, files), *(["--out", str(out)] if out is not None else [])]
     found += [word for change in changes for word in ("--set", change)]

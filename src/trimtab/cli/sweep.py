@@ -19,7 +19,7 @@ from trimtab.cli.terminal import print_whole, say
 
 @click.command()
 @click.argument("sweep_file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Write here instead of into the file's `out`.")
+@click.option("--out", type=click.Path(path_type=str), help="Write here instead of into the file's `out`.")
 @click.option("--resume", is_flag=True, help="Go on where the sweep in that folder was interrupted; what has finished is not repeated.")
 @set_option
 @cluster_options
@@ -28,7 +28,7 @@ from trimtab.cli.terminal import print_whole, say
 def sweep(
     ctx: click.Context,
     sweep_file: Path,
-    out: Path | None,
+    out: str | None,
     resume: bool,
     changes: tuple[str, ...],
     address: str | None,
@@ -80,10 +80,10 @@ def sweep(
     if as_json:
         click.echo(json.dumps(report.leaderboard, indent=1))
         return
-    _show(report.leaderboard, report.out)
+    _show(report.leaderboard, report.out, what.run.url or str(report.out))
 
 
-def _show(board: Mapping[str, Any], out: Path) -> None:
+def _show(board: Mapping[str, Any], out: Path, where: str) -> None:
     """The table, what to know of it, the best trial, and the run file that trains it alone."""
     from trimtab.train.leaderboard import table_of, told
 
@@ -100,4 +100,4 @@ def _show(board: Mapping[str, Any], out: Path) -> None:
         say(line)
     if board["best"] is not None and board["best"]["run_file"] is not None:
         say(f"the run file that trains it alone, to stand beside this one:\n\n{board['best']['run_file']}")
-    say(f"saved in {out}: leaderboard.json, report.html, {', '.join(g['folder'] + '/' for g in board['groups'])}")
+    say(f"saved in {where}: leaderboard.json, report.html, {', '.join(g['folder'] + '/' for g in board['groups'])}")

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("run_files", nargs=-1, required=True, metavar="RUN_FILE…", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="The run folder, instead of the run file's `out`; from the current folder.")
+@click.option(
+    "--out", type=click.Path(path_type=str), help="The run folder or URL, instead of the run file's `out`; from the current folder."
+)
 @click.option("--resume", is_flag=True, help="Go on from the newest good checkpoint in the run folder.")
 @click.option(
     "--extend", is_flag=True, help="With --resume: train on to a larger `epochs` or `max_steps`, also where the run has finished."
@@ -101,9 +103,9 @@ def train(
     if max_restarts and ranks is None:
         raise click.UsageError("--max-restarts is of no use without --ranks; torchrun has an option of this name")
     if ranks is not None:
-        from trimtab.train import RunConfig
+        from trimtab.train.config import RunConfig, refuse_idle_ranks
 
-        RunConfig.load(asked.run_file, asked.changes)
+        refuse_idle_ranks(RunConfig.load(asked.run_file, asked.changes), ranks)
         from trimtab.places.launch import launch
 
         ctx.exit(launch(["train", *asked.words()], ranks, max_restarts))
@@ -118,7 +120,7 @@ class _Asked:
     """The command's options, by their names, but those that say how many processes there are."""
 
     run_file: Path
-    out: Path | None
+    out: str | None
     resume: bool
     extend: bool
     changes: tuple[str, ...]
@@ -157,7 +159,7 @@ def _train(ctx: click.Context, place: Place, asked: _Asked) -> None:
 
     run = RunConfig.load(asked.run_file, asked.changes)  # before torch is loaded: a mistake in it is told at once
     if asked.out is not None:
-        run = run.model_copy(update={"out": asked.out})
+        run = run.writing_to(asked.out)
     from trimtab.train import train
     from trimtab.train.beside import alone
     from trimtab.train.checkpoint import steps_of
@@ -196,7 +198,7 @@ def _train(ctx: click.Context, place: Place, asked: _Asked) -> None:
         f"{s['tokens']:,} tokens in {s['seconds']:.0f} s: {s['tokens_per_s']} tokens/s, peak memory {s['peak_memory_gb']} GB",
         highlight=False,
     )
-    console.print(f"saved in {report.out}: adapters/, metrics.jsonl, summary.json, report.html", highlight=False, soft_wrap=True)
+    console.print(f"saved in {report.where}: adapters/, metrics.jsonl, summary.json, report.html", highlight=False, soft_wrap=True)
     if published := [v["published"] for v in s["variants"].values() if "published" in v]:
         console.print(f"published: {', '.join(published)}", highlight=False, markup=False, soft_wrap=True)
 

@@ -20,7 +20,7 @@ def train_on_ray(
     address: str,
     cpus: int | None,
     *,
-    out: Path | None,
+    out: str | None,
     resume: bool,
     extend: bool,
     changes: tuple[str, ...],
@@ -32,7 +32,7 @@ def train_on_ray(
 
     runs = dict(zip(names_of(files), (RunConfig.load(file, changes) for file in files), strict=True))
     if out is not None:
-        runs = {name: run.model_copy(update={"out": out}) for name, run in runs.items()}
+        runs = {name: run.writing_to(out) for name, run in runs.items()}
     from trimtab.cli.show_cluster import display
     from trimtab.cluster.nodes import connected
     from trimtab.cluster.training import train_all
@@ -53,7 +53,7 @@ def train_on_ray(
     for name, summary in found.items():
         console.print(show.score_table(summary))
         where = "adapters/, metrics.jsonl, summary.json, report.html"
-        console.print(f"{name}: saved in {runs[name].out}: {where}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name}: saved in {runs[name].url or runs[name].out}: {where}", highlight=False, markup=False, soft_wrap=True)
 
 
 def names_of(files: Sequence[Path]) -> list[str]:

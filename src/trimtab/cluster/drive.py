@@ -5,7 +5,6 @@ Ray places the actors, by what each group asks for. A group goes on from its new
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +14,14 @@ from typing import Any
 
 from trimtab.cluster.board import Board
 from trimtab.cluster.job import Job, offered, refuse_unplaceable
+from trimtab.cluster.marker import Marker
 from trimtab.cluster.nodes import Cluster
 from trimtab.cluster.worker import Ended, Told, Worker
 from trimtab.errors import ConfigError, TrimtabError
 from trimtab.train.checkpoint import steps_of
 from trimtab.train.interrupt import Interrupted, Stop
+from trimtab.train.listen import Silent
+from trimtab.train.mirror import mirror_of
 from trimtab.version import __version__
 
 POLL_S = 0.5
@@ -48,7 +50,7 @@ class Placed:
     node: str = ""
     losses: int = 0
     saved: str = ""
-    marker: Path | None = None
+    marker: Marker | None = None
     ended: Ended | None = None
 
 
@@ -146,8 +148,8 @@ class _Driver:
             if answer["version"] != __version__:
                 raise ConfigError(f"it has trimtab {answer['version']}, and the driver {__version__}", fix="install the same on all nodes")
             self.board.note(p.job.name, "placed", p.node)
-            p.marker = _mark(p.job.run.out)
-            self._ask(p, "problems", p.actor.problems.remote(p.job.run, str(p.marker), p.job.dtype))
+            p.marker = Marker(p.job.run)
+            self._ask(p, "problems", p.actor.problems.remote(p.job.run, p.marker.where, p.job.dtype))
         elif p.question == "problems":
             self._unmark(p)
             if answer:
@@ -186,7 +188,7 @@ class _Driver:
 
     def _unmark(self, p: Placed) -> None:
         if p.marker is not None:
-            p.marker.unlink(missing_ok=True)
+            p.marker.remove()
             p.marker = None
 
     # ---- all of them ----
@@ -250,19 +252,5 @@ def _error(p: Placed) -> TrimtabError:
 
 
 def _newest(job: Job) -> str:
-    return next((path.name for path in steps_of(job.run.out)), "")
-
-
-def _mark(out: Path) -> Path:
-    """A file beside the run folder, by which a node shows that it sees what the driver sees. ConfigError where it cannot be written."""
-    marker = (
-        out.absolute().parent / f".seen.{os.urandom(6).hex()}.new"
-    )  # a name that `clear_unfinished` removes, should the driver be killed
-    try:
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.touch()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write into {marker.parent}: {error.strerror}", fix="name a folder that can be written in `out`"
-        ) from None
-    return marker
+    mirror = mirror_of(job.run, Silent())
+    return mirror.newest() if mirror is not None else next((path.name for path in steps_of(job.run.out)), "")

@@ -19,6 +19,7 @@ from trimtab.train.groups import Group, plan_groups
 from trimtab.train.halving import Halving
 from trimtab.train.interrupt import Stop
 from trimtab.train.listen import Listener
+from trimtab.train.mirror import mirror_of
 from trimtab.train.spread import Part, part_of
 from trimtab.train.sweep import WHAT
 from trimtab.train.trials import Sweep
@@ -66,6 +67,8 @@ class OnRay:
         dtype = str(base.dtype).removeprefix("torch.")
         jobs = [Job(n, p.run, self._asks(p.run), resume=p.resume, halving=halving, dtype=dtype) for n, p in by_name.items()]
         for job, summary in drive(self.cluster, jobs, self.board, stop):
+            if (mirror := mirror_of(job.run, listener)) is not None:  # the node's adapters, to be scored here
+                mirror.fetch(resume=True)
             yield by_name[job.name], summary
 
     def _asks(self, run: RunConfig) -> Asks:

@@ -14,6 +14,8 @@ from trimtab.errors import ConfigError, Mistakes
 from trimtab.train.before import note_mistakes
 from trimtab.train.config import RunConfig
 from trimtab.train.interrupt import Stop
+from trimtab.train.listen import Silent
+from trimtab.train.mirror import mirror_of
 from trimtab.train.resume import find_start
 
 
@@ -42,6 +44,9 @@ def train_all(
         with mistakes.noted():
             own = Mistakes()
             shape = note_mistakes(run, None, own)
+            if (mirror := mirror_of(run, Silent())) is not None:
+                with own.noted():
+                    mirror.fetch(resume)
             if not (run.out / "summary.json").exists() or not resume:
                 with own.noted():
                     find_start(run, resume, extend)

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from trimtab.train.ahead import Ahead
     from trimtab.train.config import RunConfig
 
-OCCUPIED_S = 60.0
-"""After a node was lost, its processes may live for a moment and hold the run folder."""
+OCCUPIED_S = 150.0
+"""After a node was lost, its processes may live for a moment and hold the run folder; a server of NFS keeps the locks of a machine that is
+gone for 90 s."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,12 @@ class Worker:
         """What keeps this node from training the run: files that it does not see, a device that it does not have. marker: a file that the
         driver has written beside the run folder. dtype: what it must compute in, None where that does not matter."""
         from trimtab.bases import resolve_device, resolve_dtype
+        from trimtab.cluster.marker import unseen
         from trimtab.train.before import note_mistakes
 
         mistakes, found = Mistakes(), list[str]()
-        if not Path(marker).exists():
-            found.append(f"it does not see {Path(marker).parent}, where the run writes: this must be a folder that all nodes share")
+        if (reason := unseen(marker)) is not None:
+            found.append(reason)
         note_mistakes(run, None, mistakes)
         with suppress(TrimtabError):  # noted already
             own = str(resolve_dtype(run.dtype, resolve_device(run.device))).removeprefix("torch.")
@@ -117,8 +119,8 @@ class Worker:
             self._end(Ended("failed", text="this is a bug in trimtab or in a library:\n" + traceback.format_exc()))
 
     def _trained(self, job: Job) -> dict[str, Any]:
+        from trimtab.train.hold import Occupied
         from trimtab.train.loop import train
-        from trimtab.train.resume import Occupied
 
         listener, deadline = _Teller(self._tell), time.monotonic() + OCCUPIED_S
         while True:

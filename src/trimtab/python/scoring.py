@@ -17,6 +17,7 @@ from trimtab.train.comparison import Comparison
 from trimtab.train.comparison import compare as compare_runs
 from trimtab.train.loop import Report
 from trimtab.train.page import write_page
+from trimtab.train.past import run_folder
 from trimtab.train.scoring import Asked, Evaluation, Labels, reader, refuse_occupied
 from trimtab.train.scoring import evaluate as score
 
@@ -77,7 +78,7 @@ def compare(*runs: str | Path | Report, by: str | None = None, html: str | Path 
     """
     if not runs:
         raise ConfigError("no run was named", fix="give run folders: trimtab.compare('runs/a', 'runs/b')")
-    folders = [run.out if isinstance(run, Report) else Path(run) for run in runs]
+    folders = [run.out if isinstance(run, Report) else run_folder(run) for run in runs]
     found = compare_runs(folders, by)
     if html is not None:
         write_page(folders, Path(html))

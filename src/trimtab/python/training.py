@@ -217,7 +217,7 @@ def _config(name: str, run: Run | None, base: Any, out: str | Path | None, keys:
     config = RunConfig.load(run, changes, absent) if isinstance(run, str | Path) else RunConfig.of(completed(run, absent))
     if isinstance(base, str | Path):
         config = config.model_copy(update={"base": str(base)})
-    return config if out is None else config.model_copy(update={"out": Path(out)})
+    return config if out is None else config.writing_to(out)
 
 
 def _sweep(what: Any, sweep: Any, base: Any, out: str | Path | None, keys: Mapping[str, Any], changes: Sequence[str]) -> Sweep:

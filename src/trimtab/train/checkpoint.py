@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,11 @@ def steps_of(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: -int(p.name.removeprefix("step-")))
 
 
-def write_checkpoint(out: Path, moment: Moment, identity: Mapping[str, Any], variants: Sequence[Variant], keep: int) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep`. TrimtabError where it cannot be written; nothing of it is left then."""
+def write_checkpoint(
+    out: Path, moment: Moment, identity: Mapping[str, Any], variants: Sequence[Variant], keep: int, check: Callable[[], None] = lambda: None
+) -> Path:
+    """Write a checkpoint, then remove all but the newest `keep`. TrimtabError where it cannot be written; nothing of it is left then.
+    check: called once its files are written; where it raises, the checkpoint gets no name."""
     target = folder_of(out) / named(moment.step)
     facts = {v.name: {"progress": asdict(v.progress), "epoch": v.rows.epoch, "position": v.rows.position} for v in variants}
     state = {"version": VERSION, "moment": asdict(moment), "identity": identity, "variants": facts}
@@ -83,6 +86,7 @@ def write_checkpoint(out: Path, moment: Moment, identity: Mapping[str, Any], var
         files = {f"{v.name}.safetensors": _write(work / f"{v.name}.safetensors", _tensor_bytes(v.state())) for v in variants}
         files[STATE] = _write(work / STATE, [_json_bytes(state)])
         _write(work / MANIFEST, [_json_bytes({"files": files})])
+        check()
     for old in steps_of(out)[keep:]:
         step_aside(old)  # under its name a checkpoint is whole to the last
     clear_unfinished(folder_of(out))

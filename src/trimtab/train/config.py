@@ -9,19 +9,19 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import ValidationError
+from pydantic import PrivateAttr, ValidationError
 
 from trimtab.data import has_bleu, peek_source, sources_in
 from trimtab.data.sources import KEYS as SOURCE_KEYS
 from trimtab.data.sources import Source, holds_rows
-from trimtab.errors import ConfigError, DataError, TrimtabError, nearest
+from trimtab.errors import AdapterError, ConfigError, DataError, TrimtabError, nearest
 from trimtab.foreign import method_answer
 from trimtab.methods import BY_NAME, Method
 from trimtab.methods.targets import as_list, listed
 from trimtab.objectives import OBJECTIVES, Objective, Sft, directions
-from trimtab.paths import user_path
+from trimtab.paths import is_url, user_path
 from trimtab.train.changes import with_changes
 from trimtab.train.optimizers import WITHOUT_ADAM
 from trimtab.train.options import VALIDATION, DataConfig, EvalOptions, RunOptions, TrainOptions, VariantConfig
@@ -35,6 +35,19 @@ WITHOUT_MATRICES = ("ia3", "prompt", "prefix")
 
 class RunConfig(RunOptions):
     """A whole run. `RunConfig.load(path)` reads a run file, `RunConfig.from_dict` a mapping of the same shape."""
+
+    _url: str | None = PrivateAttr(default=None)
+
+    @property
+    def url(self) -> str | None:
+        """Where the run is, if that is no folder of this machine; `out` is its working copy then (`train.mirror`)."""
+        return self._url
+
+    def writing_to(self, out: str | Path) -> Self:
+        """The same with another `out`: a folder, or a URL."""
+        found = self.model_copy(update={"out": _working_copy(str(out)) if is_url(out) else Path(out)})
+        found._url = str(out) if is_url(out) else None
+        return found
 
     @classmethod
     def of(cls, run: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
@@ -82,6 +95,7 @@ class RunConfig(RunOptions):
         try:
             run = cls(**_rooted(rest, root, problems), data=whole, variants=[v for v in variants if v is not None], root=root)
             if not problems:
+                run._url = str(fields["out"]) if is_url(fields.get("out")) else None
                 return run
         except ValidationError as e:
             problems += explain(e, "")
@@ -107,6 +121,16 @@ def unreadable(name: str, data: DataConfig, root: Path, variants: Sequence[Varia
             except DataError as e:
                 found.append(DataError(f"data.{name}.{split}: {e.message}", problems=e.problems, fix=e.fix))
     return found
+
+
+def refuse_idle_ranks(run: RunConfig, ranks: int, rows: Mapping[str, int] | None = None) -> None:
+    """ConfigError where there are more ranks than rows in a step of all variants, so that some would have nothing to do. rows: of an epoch
+    of each variant; None where they are not known yet: then no step has more than it is said to have."""
+    whole = [v.options.rows_of_step(v.options.batch_size if rows is None else rows[v.name]) for v in run.variants]
+    most = sum(n * max(1, v.objective.answers) for n, v in zip(whole, run.variants, strict=True))
+    if ranks > most:
+        fix = f"start at most {most} ranks, or raise batch_size or gradient_accumulation_steps"
+        raise ConfigError(f"{ranks} ranks share the rows of a step, and a step of this run has {most}", fix=fix)
 
 
 _VARIANT = "in a variant, or under `defaults`"
@@ -299,11 +323,24 @@ def _rooted(fields: dict[str, Any], root: Path, problems: list[str]) -> dict[str
     out = fields.get("out")
     if not isinstance(out, str | Path):
         return fields
-    if isinstance(out, str) and "://" in out:
-        problems.append(f"out = {shown(out)}: it is an address, and a run writes into a folder of this machine")
-        return fields | {"out": Path(out)}
+    if is_url(out):
+        try:
+            return fields | {"out": _working_copy(str(out))}
+        except ConfigError as e:
+            problems += e.among_others()
+            return fields | {"out": Path(out)}
     try:
         return fields | {"out": user_path(out, ConfigError, "out", root)}
     except ConfigError as e:
         problems += e.among_others()
         return fields | {"out": Path(out)}
+
+
+def _working_copy(url: str) -> Path:
+    """The folder of this machine for an `out` that is a URL. ConfigError where the URL names no folder."""
+    from trimtab.store.remotes.snapshot import working_copy
+
+    try:
+        return working_copy(url)
+    except AdapterError as e:
+        raise ConfigError(f"out = {e.message}", problems=e.problems, fix=e.fix) from e

@@ -15,8 +15,10 @@ from trimtab.errors import AdapterError, TrimtabError
 from trimtab.memory import explained
 from trimtab.places.place import RankLost
 from trimtab.train.checkpoint import Checkpoint, Moment, folder_of, named, restore_variants, write_checkpoint
+from trimtab.train.hold import Hold
 from trimtab.train.interrupt import Interrupted, Stop
 from trimtab.train.listen import Listener
+from trimtab.train.mirror import Mirror
 from trimtab.train.options import steps_of
 from trimtab.train.past import PLAN
 from trimtab.train.prepare import Prepared
@@ -24,10 +26,19 @@ from trimtab.train.report import Metrics, Unwritten, plan, write_json
 
 
 class Keeper:
-    """Takes on what a checkpoint holds, and writes new ones. step: joint steps done. seconds: their time. saved: the newest checkpoint."""
+    """Takes on what a checkpoint holds, and writes new ones. hold: of the run folder. mirror: its copy in a bucket, if it has one. step:
+    joint steps done. seconds: their time. saved: the newest checkpoint."""
 
-    def __init__(self, prepared: Prepared, identity: dict[str, Any], start: Checkpoint | None, listener: Listener):
-        self.prepared, self.identity, self.listener = prepared, identity, listener
+    def __init__(
+        self,
+        prepared: Prepared,
+        identity: dict[str, Any],
+        start: Checkpoint | None,
+        listener: Listener,
+        hold: Hold,
+        mirror: Mirror | None = None,
+    ):
+        self.prepared, self.identity, self.listener, self.hold, self.mirror = prepared, identity, listener, hold, mirror
         self.step, self.seconds = (start.moment.step, start.moment.seconds) if start else (0, 0.0)
         self.saved: Path | None = start.path if start else None
         path = prepared.run.out / "metrics.jsonl"
@@ -104,19 +115,22 @@ class Keeper:
 
     def _save(self) -> None:
         """Write a checkpoint, on the first rank that lives. A disk that is full does not end the run: the next one may find room, and the
-        last one is still there."""
+        last one is still there. Occupied where another process has taken the run folder over."""
         run = self.prepared.run
         if not self.prepared.place.leads:
             return
         try:
+            self.hold.check()
             moment = Moment(self.step, self.seconds, self.metrics.secure())
-            self.saved = write_checkpoint(run.out, moment, self.identity, self.prepared.variants, run.keep_checkpoints)
+            self.saved = write_checkpoint(run.out, moment, self.identity, self.prepared.variants, run.keep_checkpoints, self.hold.check)
         except (OSError, AdapterError) as error:
             newest = f"the newest is {self.saved.name}" if self.saved else "there is none yet"
             reason = error.message if isinstance(error, AdapterError) else str(error)
             self.listener.warning(f"no checkpoint after step {self.step}, the run goes on ({newest}): {reason}")
         else:
             self.listener.saved(self.step, self.saved)
+            if self.mirror is not None:
+                self.mirror.saved()
 
     @contextmanager
     def within_memory(self, doing: str) -> Iterator[None]:

@@ -28,7 +28,7 @@ from trimtab.tables import Table
 from trimtab.train.before import base_of, note_mistakes, refuse_sharded, refuse_too_much
 from trimtab.train.beside import Beside, alone
 from trimtab.train.clone import with_clones
-from trimtab.train.config import RunConfig
+from trimtab.train.config import RunConfig, refuse_idle_ranks
 from trimtab.train.control import forget_end
 from trimtab.train.evaluate import HeldOut
 from trimtab.train.finish import adapter_of, evaluate, note_scores, save, summarise, test_rows
@@ -38,6 +38,7 @@ from trimtab.train.heap import Heap
 from trimtab.train.interrupt import Stop
 from trimtab.train.keeper import Keeper
 from trimtab.train.listen import Deaf, Listener, Silent
+from trimtab.train.mirror import Mirror, mirror_of
 from trimtab.train.page import write_page
 from trimtab.train.prepare import prepare, set_up, warn_of_rows
 from trimtab.train.publish import open_store, publish_variants, refuse_unpublished
@@ -48,7 +49,6 @@ from trimtab.train.resume import (
     is_longer,
     occupied,
     refuse_changes,
-    refuse_idle,
     refuse_other_content,
     refuse_shorter,
     settings,
@@ -66,22 +66,28 @@ from trimtab.version import __version__
 @dataclass
 class Report:
     """A finished run. summary: what summary.json holds. adapters: the trained adapters by variant (full fine-tuning is a model folder
-    instead)."""
+    instead). url: where the run is, if `out` is only its working copy."""
 
     out: Path
     summary: dict[str, Any]
     adapters: dict[str, Adapter]
     base: Base
+    url: str | None = None
+
+    @property
+    def where(self) -> str:
+        """Where it is, for people."""
+        return f"{self.url} (working copy: {self.out})" if self.url else str(self.out)
 
     def table(self) -> Table:
         """What each variant costs beside the base, and its scores."""
         return score_table(self.summary)
 
     def __str__(self) -> str:
-        return "\n".join(line for line in (str(self.table()), gain(self.summary), f"saved in {self.out}") if line)
+        return "\n".join(line for line in (str(self.table()), gain(self.summary), f"saved in {self.where}") if line)
 
     def _repr_html_(self) -> str:
-        lines = [line for line in (gain(self.summary), f"saved in {self.out}") if line]
+        lines = [line for line in (gain(self.summary), f"saved in {self.where}") if line]
         return self.table().html() + "".join(f"<p>{escape(line)}</p>" for line in lines)
 
 
@@ -112,8 +118,12 @@ def train(
     """
     run = RunConfig.of(run)
     listener, stop = (listener or Silent()) if place.first else Deaf(), stop or Stop()
+    mirror = mirror_of(run, listener, place)
+    if mirror is not None and run.url is not None:
+        run, own_mirror = run.writing_to(run.url), mirror  # on another machine than the run file was read
+        place.once(lambda: own_mirror.fetch(resume))
     if resume and (run.out / "summary.json").exists() and not (extend and is_longer(run)):
-        return finished(run, base, listener, store, place)
+        return finished(run, base, listener, store, place, mirror)
     start, mistakes = None, Mistakes()
     with mistakes.noted():
         start = find_start(run, resume, extend)
@@ -121,6 +131,8 @@ def train(
     shape = note_mistakes(run, base, mistakes)
     with mistakes.noted():
         refuse_sharded(run, place)
+    with mistakes.noted():
+        refuse_idle_ranks(run, place.ranks)
     mistakes.refuse("this run cannot start")
     target = open_store(run, store)
     refuse_too_much(run, shape, listener.warning, loaded=base is not None, place=place)
@@ -140,15 +152,19 @@ def train(
     if start is not None:
         refuse_changes(start.identity["content"], what["content"], "the base or the data have changed since the checkpoint")
         refuse_shorter(start, prepared)
-    refuse_idle(prepared)
+    refuse_idle_ranks(run, place.ranks, {v.name: len(v.rows.examples) for v in prepared.variants})
     place.agree(what["settings"] | what["content"] | {"checkpoint": start and start.path.name, "version": __version__})
-    with occupied(run.out, start) if place.first else nullcontext(), rewarded:
+    with occupied(run.out, start, listener.warning) if place.first else nullcontext() as own, rewarded:
+        hold = place.once(lambda: own)
+        assert hold is not None, "the first rank's, on every rank"
         place.once(lambda: (run.out / "summary.json").unlink(missing_ok=True))  # of one that is extended: it has not finished any more
-        keeper = Keeper(prepared, what, start, listener)
+        keeper = Keeper(prepared, what, start, listener, hold, mirror)
         place.once(keeper.describe)
         if not place.restarted:  # ranks that are started again after an end that was asked for end again
             place.once(lambda: forget_end(run.out, listener.warning))
         with keeper.metrics:
+            if mirror is not None:
+                mirror.begin(place)
             _steps(keeper, validator, tests, rewarded, listener, stop, beside)
         return _conclude(keeper, watch, tests, rewarded, target, listener)
 
@@ -165,8 +181,13 @@ def _conclude(
     prepared = keeper.prepared
     run, base = prepared.run, prepared.base
     adapters = {v.name: adapter_of(prepared, v) for v in prepared.variants if not isinstance(v, FullVariant)}
+
+    def write_adapters() -> dict[str, int]:
+        keeper.hold.check()
+        return save(prepared, adapters)
+
     with keeper.explained():
-        sizes = prepared.place.once(lambda: save(prepared, adapters))
+        sizes = prepared.place.once(write_adapters)
     before, after = watch.before, watch.now(base.model)
     if after != before:
         raise _changed(run, before, after)
@@ -176,17 +197,23 @@ def _conclude(
             scored = evaluate(prepared, adapters, tests, rewarded, listener)
 
         def write() -> dict[str, Any]:
+            keeper.hold.check()
             note_scores(prepared, adapters, scored)
             fingerprints = {"before": before, "after": after}
             fitting = {name: fitting_measure([q.reference for q in held.questions]) for name, held in tests.items() if held.questions}
             summary = summarise(prepared, scored, sizes, keeper.seconds, fingerprints) | {"measures": fitting} | keeper.identity
             write_json(run.out / "summary.json", summary)
             write_page([run.out], run.out / "report.html")
-            _publish(run, target, base, summary, listener)
+            try:
+                _publish(run, target, base, summary, listener)
+            finally:
+                if keeper.mirror is not None:
+                    listener.status(f"sending the results to {keeper.mirror.url}")
+                    keeper.mirror.finish()
             return summary
 
         summary = prepared.place.once(write)
-    return Report(run.out, summary, adapters, base)
+    return Report(run.out, summary, adapters, base, run.url)
 
 
 def _changed(run: RunConfig, before: str, after: str) -> BaseError:
@@ -198,9 +225,16 @@ def _changed(run: RunConfig, before: str, after: str) -> BaseError:
     )
 
 
-def finished(run: RunConfig, base: Base | None, listener: Listener, store: str | Path | None = None, place: Place = ONE_PROCESS) -> Report:
-    """The report of a run that has nothing left to do but to publish what is not yet. ConfigError where the run file, the data or the base
-    have changed since."""
+def finished(
+    run: RunConfig,
+    base: Base | None,
+    listener: Listener,
+    store: str | Path | None = None,
+    place: Place = ONE_PROCESS,
+    mirror: Mirror | None = None,
+) -> Report:
+    """The report of a run that has nothing left to do but to publish, and to send to its bucket, what is not there yet. ConfigError where
+    the run file, the data or the base have changed since."""
     summary = json.loads((run.out / "summary.json").read_text(encoding="utf-8"))
     run = with_clones(run, summary.get("clones", {}))
     refuse_changes(summary.get("settings", {}), settings(run), f"the run in {run.out} is finished, and its run file has changed since")
@@ -214,11 +248,15 @@ def finished(run: RunConfig, base: Base | None, listener: Listener, store: str |
         if not (run.out / "report.html").exists():  # killed, or out of disk, after the summary
             write_page([run.out], run.out / "report.html")
         listener.status(f"the run in {run.out} is finished, there is nothing left to do")
-        _publish(run, open_store(run, store), base, summary, listener)
+        try:
+            _publish(run, open_store(run, store), base, summary, listener)
+        finally:
+            if mirror is not None:
+                mirror.claim_and_finish()
 
     place.once(complete)
     names = [v.name for v in run.variants if not isinstance(v.method, FullConfig)]
-    return Report(run.out, summary, {n: Adapter.load(run.out / "adapters" / n, base) for n in names}, base)
+    return Report(run.out, summary, {n: Adapter.load(run.out / "adapters" / n, base) for n in names}, base, run.url)
 
 
 def _publish(run: RunConfig, store: Store | None, base: Base, summary: dict[str, Any], listener: Listener) -> None:

@@ -18,6 +18,7 @@ from trimtab.data import SCORES
 from trimtab.data.opened import open_file
 from trimtab.errors import ConfigError, DataError
 from trimtab.objectives import directions
+from trimtab.paths import is_url
 from trimtab.train.options import CHOICE
 
 Line = dict[str, Any]
@@ -103,6 +104,15 @@ def load(path: Path) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def run_folder(run: str | Path) -> Path:
+    """A run's folder; of one in a bucket ("s3://bucket/run") a copy in the cache, without checkpoints. TrimtabError where there is none."""
+    if not is_url(run):
+        return Path(run)
+    from trimtab.store.remotes.snapshot import brought
+
+    return brought(str(run))
 
 
 def read_runs(folders: Sequence[Path]) -> list[PastRun]:

@@ -39,11 +39,9 @@ class Metrics:
 
     def __init__(self, path: Path, keep: int = 0, warn: Callable[[str], None] = lambda text: None):
         self.path, self._warn, self._pending, self._warned = path, warn, bytearray(), False
+        kept = _taken_over(path, keep) if path.exists() else b""
         self._file = path.open("r+b" if path.exists() else "x+b", buffering=0)
-        kept = self._file.read(keep)
-        kept = kept[: kept.rfind(b"\n") + 1]
         self._file.seek(len(kept))
-        self._file.truncate()
         self._size, self._sha = len(kept), hashlib.sha256(kept)
 
     def __enter__(self) -> Self:
@@ -82,6 +80,20 @@ class Metrics:
     def _flush(self) -> None:
         while self._pending:
             del self._pending[: self._file.write(self._pending)]
+
+
+def _taken_over(path: Path, keep: int) -> bytes:
+    """Cut a file to its whole lines among the first `keep` bytes, and return these. It becomes a new file: a process that was cut off, and
+    whose run was taken over, may still write to the old one."""
+    with path.open("rb") as file:
+        kept = file.read(keep)
+    kept = kept[: kept.rfind(b"\n") + 1]
+    try:
+        with atomic_write(path) as file:
+            file.write(kept)
+    except OSError:  # there is no room for both
+        os.truncate(path, len(kept))
+    return kept
 
 
 class Unwritten:

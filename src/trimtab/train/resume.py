@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from trimtab.train.checkpoint import Checkpoint, Damaged, folder_of, newest_chec
 from trimtab.train.clone import with_clones
 from trimtab.train.config import RunConfig
 from trimtab.train.control import CONTROL
+from trimtab.train.hold import LOCK, Hold, Occupied, held
 from trimtab.train.listen import Listener
 from trimtab.train.past import PLAN
 from trimtab.train.prepare import Prepared, Splits, read_splits
@@ -40,12 +40,8 @@ UNSAID: Mapping[str, Any] = {
     "distil_temperature": 1.0,
 }
 """What settings of a variant are that older checkpoints do not name; they are left out where they are so."""
-LEFT_OVER = ("adapters", "checkpoints", "metrics.jsonl", PLAN, CONTROL, "tensorboard", "wandb")
+LEFT_OVER = ("adapters", "checkpoints", "metrics.jsonl", PLAN, CONTROL, LOCK, "tensorboard", "wandb")
 """What a run leaves that was interrupted before its first checkpoint."""
-
-
-class Occupied(ConfigError):
-    """Another process trains into the run folder, or has just done so."""
 
 
 def settings(run: RunConfig) -> dict[str, Any]:
@@ -131,14 +127,6 @@ def refuse_shorter(start: Checkpoint, prepared: Prepared) -> None:
         raise ConfigError("a run can be extended, not cut", problems=short, fix="ask for more epochs or steps, or start a run of its own")
 
 
-def refuse_idle(prepared: Prepared) -> None:
-    """ConfigError where there are more ranks than rows in a step of all variants, so that some would have nothing to do."""
-    rows = sum(v.config.options.rows_of_step(len(v.rows.examples)) * max(1, v.config.objective.answers) for v in prepared.variants)
-    if prepared.place.ranks > rows:
-        fix = f"start at most {rows} ranks, or raise batch_size or gradient_accumulation_steps"
-        raise ConfigError(f"{prepared.place.ranks} ranks share the rows of a step, and a step of this run has {rows}", fix=fix)
-
-
 def find_start(run: RunConfig, resume: bool, extend: bool = False) -> Checkpoint | None:
     """The checkpoint that the run goes on from, or None where it starts anew. extend: epochs and steps may differ from those before.
 
@@ -200,28 +188,22 @@ def _fix(keys: Sequence[str]) -> str:
 
 
 @contextmanager
-def occupied(out: Path, start: Checkpoint | None) -> Iterator[None]:
+def occupied(out: Path, start: Checkpoint | None, warn: Callable[[str], None]) -> Iterator[Hold]:
     """The run folder, made and held for this process alone; what a killed one has left half-written is gone, damaged checkpoints are set
-    aside under another name. ConfigError where another process holds it or it cannot be written."""
-    try:
-        (out / "adapters").mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out, os.O_RDONLY)  # a lock on the folder itself: it leaves no file and dies with the process
-    except OSError as error:
-        raise ConfigError(f"cannot write into out = {str(out)!r}: {error.strerror}", fix="name a folder that can be written") from error
-    try:
+    aside under another name. ConfigError where another process holds it or it cannot be written. warn: see `held`."""
+    with ExitStack() as entered:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Occupied(f"another process is training into out = {str(out)!r}", fix="wait for it, or stop it first") from None
+            (out / "adapters").mkdir(parents=True, exist_ok=True)
+            hold = entered.enter_context(held(out, warn))
+        except OSError as error:
+            raise ConfigError(f"cannot write into out = {str(out)!r}: {error.strerror}", fix="name a folder that can be written") from error
         if steps_of(out)[:1] != ([*start.rejected, start.path][:1] if start else []):
             raise Occupied(f"another process has just trained into out = {str(out)!r}", fix="resume once more")
         for path in start.rejected if start else ():
             take_name(path, path.with_name(f"damaged-{path.name}-{os.urandom(4).hex()}"))
         for folder in (out, out / "adapters", folder_of(out)):
             clear_unfinished(folder)
-        yield
-    finally:
-        os.close(descriptor)
+        yield hold
 
 
 def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from collections import deque
 from pathlib import Path
+
+from trimtab.train.hold import LOCK, holder
 
 DEPTH, MAX_FOLDERS, MAX_RUNS = 4, 20_000, 2_000
 """How deep below the given folder runs are looked for, and of how many folders and runs."""
 FILES = ("summary.json", "metrics.jsonl")
 """A folder with one of them is a run's."""
 LOCKS = Path("/proc/locks")
-HELD = re.compile(r" FLOCK +\S+ +\S+ +-?\d+ ([0-9a-f]+):([0-9a-f]+):(\d+) ")
+HELD = re.compile(r" (?:OFDLCK|FLOCK) +\S+ +\S+ +-?\d+ ([0-9a-f]+):([0-9a-f]+):(\d+) ")
 """The kernel's list of locks; of each its device and inode."""
 QUIET_S = 60.0
 """Where the system tells no locks, a run whose metrics are older is not taken to be running."""
@@ -71,20 +74,23 @@ def state(folder: Path) -> str:
 
 
 def _is_locked(folder: Path) -> bool | None:
-    """Whether somebody holds a run folder, as a running `trimtab train` does; None where the system does not tell. Asking for the lock
-    itself would disturb one that starts."""
+    """Whether somebody holds a run folder, as a running `trimtab train` does; None where the system does not tell: it knows the locks of
+    this machine alone. Asking for the lock itself would disturb one that starts."""
+    lock = folder / LOCK
     try:
+        if holder(folder).get("host", socket.gethostname()) != socket.gethostname():
+            return None
         held = HELD.findall(LOCKS.read_text())
-        devices = {(int(major, 16), int(minor, 16)) for major, minor, inode in held if int(inode) == folder.stat().st_ino}
+        devices = {(int(major, 16), int(minor, 16)) for major, minor, inode in held if lock.exists() and int(inode) == lock.stat().st_ino}
     except OSError:
         return None
-    return bool(devices) and ((device := _device(folder)) is None or device in devices)
+    return bool(devices) and ((device := _device(lock)) is None or device in devices)
 
 
-def _device(folder: Path) -> tuple[int, int] | None:
-    """The device of a folder's file system as the kernel's lists name it; `stat` tells another one on some. None if it is not told."""
+def _device(path: Path) -> tuple[int, int] | None:
+    """The device of a file's file system as the kernel's lists name it; `stat` tells another one on some. None if it is not told."""
     try:
-        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             told = Path(f"/proc/self/fdinfo/{opened}").read_text().split()
         finally:

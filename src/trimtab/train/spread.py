@@ -64,7 +64,8 @@ def part_of(run: RunConfig, group: Group) -> RunConfig:
     `store` stands in the winner's run file."""
     variants = [v for v in run.variants if v.name in group.trials]
     data = {n: d.model_copy(update={"test": []}) for n, d in run.data.items()}
-    return run.model_copy(update={"out": run.out / group.folder, "data": data, "variants": variants, "store": None})
+    own = run.writing_to(f"{run.url.rstrip('/')}/{group.folder}" if run.url else run.out / group.folder)
+    return own.model_copy(update={"data": data, "variants": variants, "store": None})
 
 
 def _greediest(run: RunConfig, shape: Architecture) -> RunConfig:

@@ -34,6 +34,7 @@ from trimtab.train.groups import Group
 from trimtab.train.interrupt import Stop
 from trimtab.train.leaderboard import rank, table_of, told
 from trimtab.train.listen import Listener, Silent
+from trimtab.train.mirror import Mirror, mirror_of
 from trimtab.train.page import write_page
 from trimtab.train.prepare import Prepared, Splits, read_splits, refuse_long
 from trimtab.train.report import write_json
@@ -81,8 +82,11 @@ def sweep(
     """
     what = what if isinstance(what, Sweep) else Sweep.load(what)
     run, listener, stop, spread = what.run, listener or Silent(), stop or Stop(), spread or Here()
+    mirror = mirror_of(run, listener)
+    if mirror is not None:
+        mirror.fetch(resume)
     if resume and (run.out / BOARD).exists():
-        return _finished(what, base, listener)
+        return _finished(what, base, listener, mirror)
     mistakes = Mistakes()
     with mistakes.noted():
         _refuse_occupied(run.out, resume)
@@ -101,6 +105,8 @@ def sweep(
     if len(groups) > 1 and what.options.halving:
         notes.append("trials are halved among those of their group, which need not be the worst of all")
     _agree(what, base, data, groups)
+    if mirror is not None:
+        mirror.begin()
     trained, costs = _train(what, spread, groups, base, listener, resume, stop)
     board = {"base": run.base, "notes": notes, "groups": costs} | rank(what, trained)
     with _explained():
@@ -109,6 +115,8 @@ def sweep(
             board["best"]["test"] = _test(run, base, data, board["best"]["trial"], run.out / board["best"]["adapter"])
         write_page([run.out / g.folder for g in groups], run.out / "report.html")
         write_json(run.out / BOARD, board)
+    if mirror is not None:
+        mirror.finish()
     return SweepReport(run.out, board)
 
 
@@ -118,7 +126,7 @@ def _train(
     """Train all groups: (trial -> its group's folder and its entry in that one's summary.json, what each group cost)."""
     trained, costs = dict[str, tuple[str, dict[str, Any]]](), dict[str, dict[str, Any]]()
     runs = [(group, part_of(what.run, group)) for group in groups]
-    parts = [Part(group, run, resume and run.out.exists()) for group, run in runs]
+    parts = [Part(group, run, resume and (run.out.exists() or run.url is not None)) for group, run in runs]
     for part, summary in spread.train(parts, base, listener, stop, what.options.halving):
         group = part.group
         trained |= {n: (group.folder, v) for n, v in summary["variants"].items()}
@@ -196,7 +204,7 @@ def _settings(what: Sweep) -> dict[str, Any]:
 # ---- after it ------------------------------------------------------------
 
 
-def _finished(what: Sweep, base: Base | None, listener: Listener) -> SweepReport:
+def _finished(what: Sweep, base: Base | None, listener: Listener, mirror: Mirror | None) -> SweepReport:
     """The report of a sweep that has nothing left to do. ConfigError where its file, the data or the base have changed since."""
     out = what.run.out
     then = json.loads((out / WHAT).read_text(encoding="utf-8"))
@@ -207,6 +215,8 @@ def _finished(what: Sweep, base: Base | None, listener: Listener) -> SweepReport
     changed = f"the sweep in {out} is finished, and its base or its data have changed since"
     refuse_other_content(what.run, base, then["content"], changed, listener)
     listener.status(f"the sweep in {out} is finished, there is nothing left to do")
+    if mirror is not None:
+        mirror.claim_and_finish()
     return SweepReport(out, json.loads((out / BOARD).read_text(encoding="utf-8")))
 
 

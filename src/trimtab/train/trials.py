@@ -79,9 +79,9 @@ class Sweep:
         run = run.model_copy(update={"variants": [v for _, v in kept]})
         return cls(run, options, [t for t, _ in kept], content, len(trials) - len(kept))
 
-    def into(self, out: Path) -> Sweep:
-        """The same, written elsewhere."""
-        return dataclasses.replace(self, run=self.run.model_copy(update={"out": out}), content={**self.content, "out": str(out)})
+    def into(self, out: str | Path) -> Sweep:
+        """The same, written elsewhere: into a folder, or under a URL."""
+        return dataclasses.replace(self, run=self.run.writing_to(out), content={**self.content, "out": str(out)})
 
     def on(self, base: str) -> Sweep:
         """The same, on another base."""

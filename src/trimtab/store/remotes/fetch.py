@@ -58,17 +58,17 @@ class Part:
         return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
 
 
-def patiently(work: Callable[[], T], where: str, deadline: Deadline[Any] | None = None) -> T:
+def patiently(work: Callable[[], T], where: str, deadline: Deadline[Any] | None = None, attempts: int = ATTEMPTS) -> T:
     """work's result, tried again a few times, each time after a longer wait, as long as it says Transient. AdapterError in the end."""
-    for attempt in range(ATTEMPTS):
+    for attempt in range(attempts):
         if deadline is not None:
             deadline.check()
         try:
             return work()
         except Transient as error:
-            if attempt + 1 == ATTEMPTS:
+            if attempt + 1 == attempts:
                 raise AdapterError(
-                    f"{where} does not answer as it should, {ATTEMPTS} times in a row: {error}",
+                    f"{where} does not answer as it should, {attempts} times in a row: {error}",
                     fix="see whether it can be reached, then run the command again: it goes on where it stopped",
                 ) from error
             wait_s = WAIT_S * 2**attempt * random.uniform(0.75, 1.25)

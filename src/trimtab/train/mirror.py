@@ -1,0 +1,165 @@
+"""A run folder's copy in a bucket, where `out` is a URL: from it the run goes on on another machine, and others read it.
+
+The run has its folder on this machine, the working copy, and trains as in any folder. After each checkpoint the copy gets metrics.jsonl,
+then the checkpoint's files, then the snapshot that names them (`store.remotes.snapshot`). At the end it gets the results. If the bucket is
+out of reach, the run goes on, and all is sent after the next checkpoint. Nothing is lost: it is in the working copy.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from trimtab.atomic import is_unfinished
+from trimtab.errors import AdapterError, ConfigError, TrimtabError
+from trimtab.places.place import ONE_PROCESS, Place
+from trimtab.store.remotes.fetch import ATTEMPTS
+from trimtab.store.remotes.snapshot import Copy, Snapshot, TakenOver, working_copy
+from trimtab.train.checkpoint import MANIFEST, NAME, steps_of
+from trimtab.train.config import RunConfig
+from trimtab.train.control import CONTROL
+from trimtab.train.hold import LOCK, Occupied, held
+from trimtab.train.listen import Listener
+from trimtab.train.past import PLAN
+
+ENDS = ("summary.json", "leaderboard.json")
+"""Written last, by a run and by a sweep."""
+EARLY = ("metrics.jsonl", PLAN, CONTROL, "sweep.json")
+"""What is there before the end, beside checkpoints."""
+
+
+class Mirror:
+    """The copy at `url`. folder: the working copy of this machine."""
+
+    def __init__(self, url: str, listener: Listener):
+        self.url, self._listener = url, listener
+        self._behind = False
+        with self._named():
+            self._copy, self.folder = Copy(url), working_copy(url)
+
+    def fetch(self, resume: bool) -> None:
+        """Bring the working copy to where the copy is, if that is further. ConfigError where something is there and the run is to be a new
+        one; AdapterError where the bucket cannot be read. Occupied where a process of this machine trains into the working copy."""
+        with self._named():
+            there = self._copy.read()
+            others = [] if there is not None else [p for p in self._copy.files() if not (resume and p in EARLY)]
+            if others or (there is not None and not resume):
+                going = ", or go on with it: --resume (from Python resume=True)" if there is not None else ""
+                fix = f"name another folder in `out`, or remove this one{going}"
+                raise ConfigError(f"out = {self.url!r} is not empty: a run never overwrites another", fix=fix)
+            if there is None or _far(there.files) <= _far(_paths(self.folder)):
+                return
+            self._listener.status(f"fetching the run from {self.url}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with held(self.folder, self._listener.warning):
+                for path in self.folder.iterdir():
+                    if path.name != LOCK and not (path / LOCK).exists():
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                self._copy.fetch(there, self.folder, sorted(there.files, key=_turn))
+
+    def begin(self, place: Place = ONE_PROCESS) -> None:
+        """Say at the bucket that this run goes on here; whoever trained it before sends nothing more. The results of a run that is extended
+        go: it has not finished any more."""
+        self._copy.sender = place.once(lambda: self._copy.sender)
+        if place.first:
+            with self._named():
+                self._copy.send(self.folder, _in_order(self.folder, ended=False), claim=True)
+
+    def saved(self) -> None:
+        """Send the newest checkpoint. Occupied where another process has taken the run over. If the bucket is out of reach, a warning."""
+        self._copy.attempts = 1 if self._behind else ATTEMPTS  # a step must not wait long again and again
+        try:
+            self._send(ended=False)
+        except (AdapterError, OSError) as error:
+            text = error.message if isinstance(error, AdapterError) else str(error)
+            self._listener.warning(f"not sent to {self.url}, the run goes on and is kept in {self.folder}: {text}")
+            self._behind = True
+        else:
+            if self._behind:
+                self._listener.note(f"{self.url} is in reach again and has all that was kept")
+            self._behind = False
+
+    def finish(self) -> None:
+        """Send the results. TrimtabError, which says where they are, if that cannot be done."""
+        self._copy.attempts = ATTEMPTS
+        try:
+            self._send(ended=True)
+        except (AdapterError, OSError) as error:
+            text = error.message if isinstance(error, AdapterError) else str(error)
+            what = f"the run is finished and kept in {self.folder}, but could not be sent to {self.url}: {text}"
+            raise TrimtabError(
+                what, fix="once it is in reach, run the same command with --resume on this machine: it sends the rest"
+            ) from error
+
+    def claim_and_finish(self) -> None:
+        """`finish` of a run that ended in another process."""
+        with self._named():
+            there = self._copy.read() or Snapshot()
+        if _far(there.files) <= _far(_paths(self.folder)):
+            self._copy.sender = there.sender or self._copy.sender
+            self.finish()
+
+    def newest(self) -> str:
+        """The name of the newest checkpoint there, "" where there is none, or nothing can be read."""
+        try:
+            there = self._copy.read() or Snapshot()
+        except AdapterError:
+            return ""
+        return max((p.split("/")[1] for p in there.files if p.startswith("checkpoints/")), default="")
+
+    def _send(self, ended: bool) -> None:
+        try:
+            self._copy.send(self.folder, _in_order(self.folder, ended))
+        except TakenOver as other:
+            text = f"{other} has taken over out = {self.url!r}, so this run ends, and sends nothing more there; it is kept in {self.folder}"
+            raise Occupied(text, fix="leave the run to it; if nothing runs there any more, go on with --resume") from None
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of the bucket, which say that `out` names it."""
+        try:
+            yield
+        except AdapterError as error:
+            raise ConfigError(f"out = {self.url!r}: {error.message}", problems=error.problems, fix=error.fix) from error
+
+
+def mirror_of(run: RunConfig, listener: Listener, place: Place = ONE_PROCESS) -> Mirror | None:
+    """The run's mirror, None where `out` is a folder of this machine. ConfigError where it cannot have one."""
+    if run.url is None:
+        return None
+    if place.here != place.ranks:
+        fix = "name a folder that all machines share, or start all ranks on one machine"
+        raise ConfigError(f"out = {run.url!r}: ranks of several machines need one run folder", fix=fix)
+    return Mirror(run.url, listener)
+
+
+def _far(paths: Iterable[str]) -> tuple[int, bool]:
+    """How far a run is, by its files: its newest whole checkpoint, and whether it has ended."""
+    names = set(paths)
+    whole = [step for p in names if p.endswith(f"/{MANIFEST}") and NAME.fullmatch(step := PurePosixPath(p).parent.name)]
+    return max((int(step.removeprefix("step-")) for step in whole), default=-1 if names else -2), any(name in names for name in ENDS)
+
+
+def _paths(folder: Path) -> Iterator[str]:
+    """The files of a run folder, relative to it, but hidden ones and those of run folders in it."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name.startswith(".") or is_unfinished(path.name) or path.is_symlink():
+            continue
+        if path.is_file():
+            yield path.name
+        elif not (path / LOCK).exists():
+            yield from (f"{path.name}/{inner}" for inner in _paths(path))
+
+
+def _in_order(folder: Path, ended: bool) -> list[str]:
+    """What is sent, in order: the newest checkpoint after metrics.jsonl, and its manifest last. ended: the results too."""
+    newest = next((f"checkpoints/{p.name}/" for p in steps_of(folder)), "-")
+    paths = [p for p in _paths(folder) if (p in EARLY) or p.startswith(newest) or (ended and not p.startswith("checkpoints/"))]
+    return sorted(paths, key=_turn)
+
+
+def _turn(path: str) -> tuple[bool, bool, bool, str]:
+    """By which files are moved: a checkpoint's manifest and a summary say how far a run is, so they come when all else is there."""
+    return path in ENDS, path.endswith(f"/{MANIFEST}"), path.startswith("checkpoints/"), path
