@@ -53,9 +53,16 @@ def validated(folder: Path, variants: dict[str, dict[str, Any]], eval_every: int
     return RunConfig.from_dict(content, root=folder)
 
 
+def crossed(objectives: Mapping[str, str], but: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """Each of these objectives with every method but some; every second variant accumulates. objectives: name -> data set."""
+    pairs = [(o, m) for o in objectives for m in METHODS if m not in but]
+    more = [{"data": objectives[o], "objective": o, "gradient_accumulation_steps": 1 + i % 2} for i, (o, _) in enumerate(pairs)]
+    return {f"{o}-{m}": METHODS[m] | own for (o, m), own in zip(pairs, more, strict=True)}
+
+
 def heads(folder: Path) -> RunConfig:
-    aims = {"classify": "lora", "reward": "bottleneck", "stepwise": "dora"}
-    content = run_file(folder, {o: METHODS[m] | {"data": o, "objective": o} for o, m in aims.items()}, evaluate={"generate": False})
+    objectives = ("classify", "reward", "stepwise")
+    content = run_file(folder, crossed({o: o for o in objectives}, but=("full",)), evaluate={"generate": False})
     test_heads.write_rows(folder)
     files = {"classify": "classify", "reward": "margins", "stepwise": "stepwise"}
     content["data"] |= {n: dict.fromkeys(("train", "valid", "test"), f"{f}.jsonl") for n, f in files.items()}
@@ -67,19 +74,20 @@ def distil(folder: Path) -> RunConfig:
     """From an adapter: against the base itself, losses and gradients would be rounding alone."""
     stirred(tiny_base(), LoraConfig(r=4, target_modules=("q_proj", "v_proj"))).save(folder / "teacher")
     aim = {"data": "a", "objective": "distil", "teacher": "teacher"}
-    variants = {"lora": test_distil.LORA | aim | {"distil_temperature": 2.0, "teacher_tokens": 16}, "full": METHODS["full"] | aim}
-    return test_distil.config(folder, variants)
+    variants = {"lora": test_distil.LORA | aim | {"distil_temperature": 2.0, "teacher_tokens": 16}}
+    return test_distil.config(folder, variants | {n: v | aim for n, v in crossed({"distil": "a"}).items()})
 
 
 def preferences(folder: Path) -> RunConfig:
-    cpo = {"cpo": METHODS["ia3"] | {"data": "pairs", "objective": "cpo"}}
-    return test_preferences.config(folder, test_preferences.VARIANTS | cpo)
+    every = crossed(dict.fromkeys(("dpo", "cpo", "simpo", "orpo"), "pairs") | {"kto": "marked"})
+    return test_preferences.config(folder, test_preferences.VARIANTS | every)
 
 
 def grpo(folder: Path) -> RunConfig:
     again = {"num_iterations": 2, "beta": 0.1}
     variants = {"once": test_rollouts.GRPO, "twice": test_rollouts.GRPO | again | {"lora_dropout": 0.1, "seed": 3}}
-    return test_rollouts.config(folder, variants)
+    aim = {k: v for k, v in test_rollouts.GRPO.items() if k not in METHODS["lora"]}
+    return test_rollouts.config(folder, variants | {n: aim | v for n, v in crossed({"grpo": "asked"}).items()})
 
 
 def steady(config: Callable[[Path], RunConfig], **options: Any) -> Callable[[Path], RunConfig]:

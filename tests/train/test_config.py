@@ -61,7 +61,7 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
         ({"data": {"a": {"trian": "a.jsonl"}}}, ["data.a.trian: unknown key (did you mean 'train'?)", "data.a: 'train' is missing"]),
         ({"data": {"a": {"train": {"pth": "a.jsonl"}}}}, ["data.a.train"]),
         ({"seed": -1}, ["seed", "greater than or equal to 0"]),
-        ({"out": "s3://bucket/run"}, ["out = 's3://bucket/run': it is an address"]),
+        ({"out": "hf://me/run"}, ["out = 'hf://me/run' is no folder of a file system"]),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: dict[str, Any], words: list[str]) -> None:
