@@ -234,6 +234,14 @@ def test_orders_outlive_the_process(tmp_path: Path, kill: bool):
     assert finished.adapters.keys() == expected.adapters.keys(), "one that has finished knows its clones too"
 
 
+def test_a_kill_does_not_change_the_step_at_which_a_variant_was_stopped(tmp_path: Path):
+    run = config(tmp_path, {"lora": LORA, "ia3": IA3})
+    hand = Cut(run.out, {("lora", 3): tell("lora", to="stop")}, ("ia3", 5), kill=True)
+    with pytest.raises(KeyboardInterrupt):
+        trained(run, hand)
+    assert trained(run, resume=True).summary["variants"]["lora"]["finished_early"] == "stopped by hand at step 3"
+
+
 def test_the_run_is_ended_as_by_ctrl_c(tmp_path: Path):
     free = trained(config(tmp_path / "free", {"lora": LORA}))
     run = config(tmp_path / "run", {"lora": LORA}, checkpoint_every=None)

@@ -92,6 +92,8 @@ export interface About {
   version: string;
   keyed: boolean;
   runs: boolean;
+  /** Whether runs can be begun and told what to do here. */
+  changes: boolean;
   rows: boolean;
   store: boolean;
   serves: boolean;

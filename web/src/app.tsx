@@ -99,7 +99,7 @@ export function App() {
 }
 
 function Shown({ about, screen, route }: { about: About; screen: string; route: string[] }) {
-  if (screen === "runs") return route[0] ? <RunPage key={route[0]} ids={route[0].split("+")} /> : <RunList />;
+  if (screen === "runs") return route[0] ? <RunPage key={route[0]} ids={route[0].split("+")} changes={about.changes} /> : <RunList changes={about.changes} />;
   if (screen === "data") return route[1] ? <DataPage key={route.join("/")} kind={route[0]!} name={route[1]} /> : <ChooseRows />;
   if (screen === "playground") return <Playground about={about} />;
   if (screen === "adapters") return route[0] ? <AdapterPage key={route[0]} name={route[0]} /> : <AdapterList />;

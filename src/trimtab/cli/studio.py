@@ -41,9 +41,10 @@ def studio(runs: Path, data: tuple[Path, ...], base: str, root: Path | None, hos
     Example:
       trimtab studio examples/runs --data examples
 
-    Rows are shown from RUNS and the folders of --data alone. The page needs no network, and nobody but this machine can open it. With
-    --host it listens elsewhere too; the printed address then holds a token, without which nothing is shown. Ctrl-C ends it. `trimtab serve`
-    has the same page at /, for what it serves.
+    The page can begin runs, and stop, pause, resume and clone their variants, for whoever has the printed address with the key in it. Rows
+    are shown from RUNS and the folders of --data alone. The page needs no network, and nobody but this machine can open it. With --host it
+    listens elsewhere too; nothing is shown without the key then. Ctrl-C ends it, and not the runs that it has begun. `trimtab serve` has
+    the same page at /, for what it serves.
     """
     check_packages()
     import uvicorn
@@ -65,11 +66,11 @@ def studio(runs: Path, data: tuple[Path, ...], base: str, root: Path | None, hos
         sock = open_parts.enter_context(server.bind(host, port))
         port = sock.getsockname()[1]
         local = host in server.LOOPBACK
-        token = None if local else secrets.token_urlsafe(24)
-        shown = Shown(folders, store, token, server.local_hosts(port) if local else None, data, base)
+        key = secrets.token_urlsafe(24)
+        shown = Shown(folders, store, None if local else key, server.local_hosts(port) if local else None, data, base, key=key)
         open_parts.callback(shown.close)
         app = create_studio(shown)
-        where = f"http://{f'[{host}]' if ':' in host else host}:{port}/" + (f"#key={token}" if token else "")
+        where = f"http://{f'[{host}]' if ':' in host else host}:{port}/#key={key}"
         say(json.dumps({"url": where, "runs": str(folders.root)}) if as_json else f"showing the runs in {folders.root} at {where}")
         config = uvicorn.Config(app, ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False)
         uvicorn.Server(config).run([sock])

@@ -38,7 +38,7 @@ After = Annotated[str, Query(max_length=300)]
 async def about(request: Request, s: S) -> dict[str, Any]:
     """Which of its screens the page can fill here; needs no key, as it tells nothing of models or tenants."""
     runs = hasattr(request.app.state, "studio")
-    there = {"runs": runs, "rows": False, "store": s.catalog.store is not None, "serves": True}
+    there = {"runs": runs, "changes": False, "rows": False, "store": s.catalog.store is not None, "serves": True}
     return {"version": __version__, "keyed": s.tenants is not None, **there}
 
 

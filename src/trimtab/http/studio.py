@@ -1,4 +1,4 @@
-"""The app of `trimtab studio`: the page, run folders, rows and the store. No base is loaded here."""
+"""The app of `trimtab studio`: the page, run folders and what can be asked of runs, rows and the store. No base is loaded here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from trimtab.http import page, rows, runs, shelf
+from trimtab.http import control, page, rows, runs, shelf
 from trimtab.http.errors import Fault, install, reply
 from trimtab.http.studio_auth import Shown, Studio
 from trimtab.version import __version__
@@ -19,7 +19,7 @@ def create_studio(shown: Shown) -> FastAPI:
     """The ASGI app."""
     app = FastAPI(title="trimtab studio", version=__version__, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.studio = shown
-    for part in (page.router, router, runs.router, rows.router, shelf.studio_router):
+    for part in (page.router, router, runs.router, control.router, rows.router, shelf.studio_router):
         app.include_router(part)
     install(app)
     app.add_middleware(OwnName, hosts=shown.hosts)
@@ -29,8 +29,9 @@ def create_studio(shown: Shown) -> FastAPI:
 @router.get("/about")
 async def about(studio: Studio) -> dict[str, Any]:
     """Which of its screens the page can fill here; needs no token, as it tells nothing of runs."""
-    there = {"runs": True, "rows": True, "store": studio.store is not None, "serves": False}
-    return {"version": __version__, "keyed": studio.token is not None, **there}
+    changes = studio.key is not None
+    there = {"runs": True, "changes": changes, "rows": True, "store": studio.store is not None, "serves": False}
+    return {"version": __version__, "keyed": changes or studio.token is not None, **there}
 
 
 class OwnName:

@@ -1,9 +1,11 @@
-"""Who may read what `trimtab studio` shows: everybody on this machine, or whoever has the token where it listens elsewhere too."""
+"""Who may read what `trimtab studio` shows: everybody on this machine, or whoever has the token where it listens elsewhere too. Who may
+change something: whoever has the key that it has printed, on this machine too."""
 
 from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +15,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from trimtab.errors import AuthError
 from trimtab.http.reader import Reader
 from trimtab.store.registry import Store
+from trimtab.train.beginning import Beginner
 from trimtab.train.follow import RunFolders
 
 bearer = HTTPBearer(auto_error=False)
@@ -22,7 +25,8 @@ BASE = "smollm2-135m-instruct"
 @dataclass(frozen=True)
 class Shown:
     """What a studio shows. store: None if there is none. token: None: none is asked for. hosts: Host headers that are answered;
-    None: all. data: folders of rows that may be shown, beside that of the runs. base: on which rows are read that no run has read."""
+    None: all. data: folders of rows that may be shown, beside that of the runs. base: on which rows are read that no run has read. key:
+    what must be given to change something; None: nothing can be changed."""
 
     runs: RunFolders
     store: Store | None = None
@@ -33,6 +37,12 @@ class Shown:
     reader: Reader = field(default_factory=Reader)
     helper: Reader = field(default_factory=Reader)
     """Another process, for what takes a moment while the reader reads for minutes."""
+    key: str | None = None
+
+    @cached_property
+    def beginner(self) -> Beginner:
+        """Of runs, in the folder that is shown."""
+        return Beginner(self.runs.root)
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -53,9 +63,24 @@ async def shown(request: Request) -> Shown:
 Studio = Annotated[Shown, Depends(shown)]
 
 
-async def allowed(studio: Studio, given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+Given = Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+
+
+async def allowed(studio: Studio, given: Given) -> None:
     """AuthError (401) without the token, where one is asked for."""
     if studio.token is None:
         return
     if given is None or not secrets.compare_digest(given.credentials.encode(), studio.token.encode()):
         raise AuthError("this page needs its token", fix="open the address that `trimtab studio` printed, or give the token behind #key=")
+
+
+async def may_change(studio: Studio, given: Given) -> None:
+    """AuthError without the key: 401, or 403 where there is none that would do."""
+    if studio.key is None:
+        error = AuthError("nothing can be changed here", fix="use the page of `trimtab studio`")
+        error.http_status = 403
+        raise error
+    if given is None or not secrets.compare_digest(given.credentials.encode(), studio.key.encode()):
+        raise AuthError(
+            "the key is needed to change something", fix="open the address that `trimtab studio` printed, or give what stands behind #key="
+        )

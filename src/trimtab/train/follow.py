@@ -22,6 +22,8 @@ from trimtab.data.opened import open_file
 from trimtab.errors import ConfigError, DataError, NotFoundError, printable
 from trimtab.objectives import aimed_at
 from trimtab.train.answers import answered, answers, confusion
+from trimtab.train.beginning import log_of, read_log
+from trimtab.train.control import CONTROL, NOTHING, read_orders
 from trimtab.train.past import (
     HIGHER_IS_BETTER,
     LOWER_IS_BETTER,
@@ -36,7 +38,7 @@ from trimtab.train.past import (
     read_without_metrics,
     title,
 )
-from trimtab.train.run_folders import FILES, is_run, state, walk
+from trimtab.train.run_folders import FILES, is_file, is_run, state, walk
 from trimtab.train.sendable import UNLIKE, clean, number, word
 
 WALK_S = 3.0
@@ -96,7 +98,9 @@ class RunFolders:
     def show(self, key: str) -> dict[str, Any]:
         """What a run is: settings, variants, scores, costs."""
         folder = self.folder(key)
-        return facts_of(folder, key, self._name(folder))
+        with _as_written(folder):
+            more = {"control": _control(folder, clean(plan_of(folder))), "logged": is_file(log_of(folder))}
+        return facts_of(folder, key, self._name(folder)) | more
 
     def metrics(self, key: str, start: int, mark: str) -> dict[str, Any]:
         """The lines from byte `start` on, as columns; at most CHUNK bytes (`more`: there are more). mark: what the call before gave as
@@ -137,6 +141,10 @@ class RunFolders:
         folder = self.folder(key)
         with _as_written(folder):
             return confusion(read(folder), data)
+
+    def log(self, key: str) -> dict[str, Any]:
+        """The end of what the run has printed, if it was begun from the page. NotFoundError where it was not."""
+        return read_log(log_of(self.folder(key)))
 
     def doubts(self, keys: Iterable[str]) -> Sequence[str]:
         """What to know before the scores of these runs are compared: other rows, other bases. Empty where they can be."""
@@ -210,13 +218,30 @@ def _facts_or_error(folder: Path) -> dict[str, Any]:
 def _written(folder: Path) -> str:
     """Another text whenever what `show` tells was written anew."""
     times = []
-    for name in (PLAN, "summary.json"):
+    for name in (PLAN, CONTROL, "summary.json"):
         try:
             status = (folder / name).stat()
             times.append(f"{status.st_mtime_ns}-{status.st_size}")
         except OSError:
             times.append("none")
     return " ".join(times)
+
+
+def _control(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked of a run, and what became of it. takes: whether it is of a trimtab that takes orders."""
+    told = plan.get("control") or {}
+    try:
+        asked = read_orders(folder)[0]
+    except (DataError, OSError):
+        asked = NOTHING
+    return {
+        "takes": isinstance(plan.get("variants"), dict),
+        "paused": list(told.get("paused") or ()),
+        "ended": dict(told.get("ended") or {}),
+        "refused": dict(told.get("refused") or {}),
+        "asked": clean(dict(asked.variants)),
+        "clones": [word(name) for name in asked.clones],
+    }
 
 
 def _changed(folder: Path) -> float:

@@ -5,10 +5,11 @@ import { get } from "../api";
 import { ago, duration, quoted, short } from "../format";
 import { type Column, Command, Empty, Failure, Table, usePoll } from "../parts";
 import { link } from "../route";
+import { Begin } from "./begin";
 import { StateMark } from "./state";
 import type { RunLine } from "./types";
 
-export function RunList() {
+export function RunList({ changes }: { changes: boolean }) {
   const [found, setFound] = useState<{ root: string; runs: RunLine[]; cut: boolean } | null>(null);
   const [error, setError] = useState<unknown>(null);
   const [chosen, setChosen] = useState<string[]>([]);
@@ -92,6 +93,7 @@ export function RunList() {
           {paths.length > 1 && <Command text={`trimtab compare ${paths.join(" ")}`} says="In a terminal" />}
         </section>
       )}
+      {changes && <Begin />}
     </>
   );
 }

@@ -4,6 +4,7 @@ import { useRef, useState } from "preact/hooks";
 import { get } from "../api";
 import { Failure, usePoll } from "../parts";
 import { link } from "../route";
+import { Control, Log } from "./control";
 import { Head } from "./head";
 import { Metrics } from "./series";
 import { server } from "./source";
@@ -12,7 +13,7 @@ import { RunView } from "./view";
 
 const REDRAW_MS = 1000; // while a long run is read, piece by piece
 
-export function RunPage({ ids }: { ids: string[] }) {
+export function RunPage({ ids, changes }: { ids: string[]; changes: boolean }) {
   const metrics = useRef(new Map(ids.map((id) => [id, new Metrics(id)]))).current;
   const [runs, setRuns] = useState<RunFacts[]>([]);
   const [doubts, setDoubts] = useState<string[]>([]);
@@ -60,7 +61,19 @@ export function RunPage({ ids }: { ids: string[] }) {
         <Head key={run.id} run={run} metrics={metrics.get(run.id)} version={version} />
       ))}
       {error ? <Failure error={error} /> : null}
-      <RunView runs={runs} metrics={metrics} version={version} doubts={doubts} source={server} />
+      <RunView
+        runs={runs}
+        metrics={metrics}
+        version={version}
+        doubts={doubts}
+        source={server}
+        control={runs.map((run) => (
+          <div key={run.id}>
+            {changes && <Control run={run} state={metrics.get(run.id)?.state ?? run.state} />}
+            {run.logged && <Log ask={{ id: run.id }} name={run.name} />}
+          </div>
+        ))}
+      />
     </>
   );
 }

@@ -41,6 +41,16 @@ export interface VariantFacts {
   saved_step: number | null;
 }
 
+/** What is asked of a run, and what became of it: variant -> what, or clone -> why not. */
+export interface Controls {
+  takes: boolean;
+  paused: string[];
+  ended: Record<string, string>;
+  refused: Record<string, string>;
+  asked: Record<string, "stop" | "pause">;
+  clones: string[];
+}
+
 export interface RunFacts {
   id: string;
   name: string;
@@ -51,6 +61,10 @@ export interface RunFacts {
   base_scores: Record<string, Record<string, number>>;
   scores: Record<string, Meaning>;
   variants: VariantFacts[];
+  /** On the page, not in a report. */
+  control: Controls;
+  /** Whether it was begun from the page, so that what it prints is kept. */
+  logged: boolean;
   answers: Record<string, string[]>;
   base: string | null;
   base_parameters: number | null;

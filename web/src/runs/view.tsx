@@ -1,5 +1,6 @@
 // What is shown of runs, on the page and in a report: variants to show or hide, curves, scores, costs, settings, labels, answers.
 
+import type { ComponentChildren } from "preact";
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { Answers } from "./answers";
 import { ConfusionMatrix } from "./confusion";
@@ -21,9 +22,11 @@ interface Props {
   source: Source;
   /** Whether scores come before curves: of runs that have ended they are what one looks for. */
   scoresFirst?: boolean;
+  /** What can be done with the runs, where something can. */
+  control?: ComponentChildren;
 }
 
-export function RunView({ runs, metrics, version, doubts, source, scoresFirst }: Props) {
+export function RunView({ runs, metrics, version, doubts, source, scoresFirst, control }: Props) {
   const [hidden, setHidden] = useState<Set<number>>(new Set());
   const every = useMemo(() => everyVariant(runs), [runs]);
   const shown = useMemo(() => every.filter((s) => !hidden.has(s.number)), [every, hidden]);
@@ -61,6 +64,7 @@ export function RunView({ runs, metrics, version, doubts, source, scoresFirst }:
       )}
       {scoresFirst && scores}
       {curves}
+      {control}
       {!scoresFirst && scores}
       {rest}
     </>

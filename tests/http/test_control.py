@@ -1,0 +1,193 @@
+"""The routes that change runs: who may use them, what they refuse, and what they begin."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from fastapi import FastAPI
+
+from tests.http.common import call
+from tests.train.common import run_file
+from tests.train.past import run_folder, variant
+from trimtab.http.studio import create_studio
+from trimtab.http.studio_auth import Shown
+from trimtab.methods import LoraConfig
+from trimtab.train.beginning import log_of
+from trimtab.train.clone import described
+from trimtab.train.control import CONTROL
+from trimtab.train.follow import RunFolders
+from trimtab.train.options import TrainOptions, VariantConfig
+
+KEY = "k" * 32
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = run_folder(tmp_path / "r", {"v": variant()}, summary=False)
+    told = described(VariantConfig(name="v", data="a", method=LoraConfig(r=4), options=TrainOptions(lr=1e-3)))
+    (folder / "run.json").write_text(json.dumps({"steps": {"v": 100}, "variants": {"v": told}, "settings": {}}))
+    return folder
+
+
+@pytest.fixture
+def app(run: Path) -> FastAPI:
+    return create_studio(Shown(RunFolders(run.parent), key=KEY, hosts=frozenset({"testserver"})))
+
+
+def post(app: FastAPI, path: str, body: Any, **headers: str) -> httpx.Response:
+    return call(app, "POST", f"/studio/{path}", body, headers={"host": "testserver", "authorization": f"Bearer {KEY}"} | headers)
+
+
+def get(app: FastAPI, path: str) -> httpx.Response:
+    return call(app, "GET", f"/studio/{path}", headers={"host": "testserver"})
+
+
+@pytest.fixture
+def key(app: FastAPI) -> str:
+    found: str = get(app, "runs").json()["runs"][0]["id"]
+    return found
+
+
+def test_orders_are_written_as_the_commands_write_them(app: FastAPI, run: Path, key: str):
+    assert post(app, "order", {"id": key, "do": "pause", "variants": ["v"]}).json() == {"runs": False}
+    assert json.loads((run / CONTROL).read_text())["variants"] == {"v": "pause"}
+    control = get(app, f"run?id={key}").json()["control"]
+    assert control == {"takes": True, "paused": [], "ended": {}, "refused": {}, "asked": {"v": "pause"}, "clones": []}
+    assert post(app, "clone", {"id": key, "of": "v", "name": "v2", "changes": ["lr=1e-4", "r=8"]}).status_code == 200
+    assert json.loads((run / CONTROL).read_text())["clones"] == {"v2": {"of": "v", "set": {"lr": 1e-4, "r": 8}}}
+    assert post(app, "order", {"id": key, "do": "resume", "variants": ["v"]}).status_code == 200
+    assert json.loads((run / CONTROL).read_text())["variants"] == {}
+    assert post(app, "order", {"id": key, "do": "stop", "variants": ["v"]}).status_code == 200
+    assert json.loads((run / CONTROL).read_text())["variants"] == {"v": "stop"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"authorization": ""}, 401),
+        ({"authorization": "Bearer wrong"}, 401),
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://testserver:81"}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "same-site"}, 403),
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415),
+        ({"host": "evil.example"}, 403),
+    ],
+)
+@pytest.mark.parametrize(
+    ("path", "body"), [("order", {"do": "pause"}), ("clone", {"of": "v", "name": "v2"}), ("begin", {"file": "run.yaml"})]
+)
+def test_only_the_page_with_the_key_may(
+    app: FastAPI, run: Path, key: str, path: str, body: dict[str, Any], headers: dict[str, str], status: int
+):
+    sent = body if path == "begin" else body | {"id": key}
+    assert post(app, path, sent, **headers).status_code == status
+    assert not (run / CONTROL).exists()
+
+
+def test_a_page_that_has_no_key_changes_nothing(run: Path):
+    app = create_studio(Shown(RunFolders(run.parent)))
+    found = call(app, "GET", "/studio/runs").json()["runs"][0]["id"]
+    assert call(app, "GET", "/studio/about").json()["changes"] is False
+    answer = call(app, "POST", "/studio/order", {"id": found, "do": "pause"}, headers={"authorization": "Bearer "})
+    assert answer.status_code == 403 and not (run / CONTROL).exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("order", {"id": "0" * 16, "do": "pause"}, 404, "no such run"),
+        ("order", {"id": "../..", "do": "pause"}, 404, "no such run"),
+        ("order", {"do": "kill"}, 400, "do: "),
+        ("order", {"do": "pause", "variants": ["x"]}, 400, "no variant of this run"),
+        ("order", {"do": "pause", "more": 1}, 400, "more"),
+        ("order", {"do": "end"}, 400, "no process trains"),
+        ("clone", {"of": "v", "name": "../x"}, 400, "is not a name"),
+        ("clone", {"of": "v", "name": "x", "changes": ["lr=much"]}, 400, "variants.x.lr: Input should be a valid number"),
+        ("clone", {"of": "v", "name": "x", "changes": ["lr"]}, 400, "write KEY=VALUE"),
+        ("begin", {"file": "/etc/passwd"}, 404, "no such run file"),
+        ("begin", {"file": "../run.yaml"}, 404, "no such run file"),
+        ("begin", {"file": "outside.yaml"}, 400, "lies outside of"),
+        ("begin", {"file": "taken.yaml"}, 400, "is not empty"),
+        ("begin", {"file": "wrong.yaml"}, 400, "seeds: unknown key"),
+    ],
+)
+def test_what_is_refused(app: FastAPI, run: Path, key: str, path: str, body: dict[str, Any], status: int, said: str):
+    content = run_file(run.parent, {"v": {"method": "lora", "data": "a"}})
+    for name, changed in (("outside", {"out": "../elsewhere"}), ("taken", {"out": "r"}), ("wrong", {"seeds": 3})):
+        (run.parent / f"{name}.yaml").write_text(yaml.safe_dump(content | changed))
+    answer = post(app, path, {"id": key} | body if path != "begin" else body)
+    assert answer.status_code == status and said in answer.json()["error"]["message"], answer.text
+    assert not (run / CONTROL).exists() and not list(run.parent.glob("*.log"))
+
+
+def test_which_run_files_there_are(app: FastAPI, run: Path):
+    root = run.parent
+    content = run_file(root, {"v": {"method": "lora", "data": "a"}})
+    (root / "inner").mkdir()
+    for name in ("b.yaml", "inner/a.yml", "r/inside.yaml", ".hidden.yaml"):
+        (root / name).write_text(yaml.safe_dump(content))
+    (root / "sweep.yaml").write_text("base: x\nsweep: {}\n")
+    (root / "bomb.yaml").write_text("a: &a [x]\n" + "".join(f"{c}: &{c} [{', '.join(['*a'] * 9)}]\n" for c in "bcdef") + "base: *f\n")
+    (root / "deep.yaml").write_text("[" * 5_000)
+    (root / "huge.yaml").write_text("base: x\n" * 20_000)
+    os.mkfifo(root / "pipe.yaml")
+    (root / "link").symlink_to(root)
+    assert get(app, "run-files").json() == {"files": ["b.yaml", "inner/a.yml"]}
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "../x", "/etc", "nothing", "r/../.."])
+def test_logs_are_of_runs_here_alone(app: FastAPI, run: Path, out: str):
+    log_of(run.parent).write_text("not for the page")
+    try:
+        assert get(app, f"log?out={out}").status_code == 404
+    finally:
+        log_of(run.parent).unlink()
+
+
+def test_a_log_is_text_and_its_end(app: FastAPI, run: Path, key: str):
+    assert get(app, f"log?id={key}").status_code == 404
+    log_of(run).write_bytes(b"x" * 100_000 + b"\n10%\r20%\r\n\x1b[31mred\xff\n")
+    told = get(app, f"log?id={key}").json()
+    assert told["text"].endswith("\n20%\n\\x1b[31mred\ufffd") or told["text"].endswith("\\x1b[31mred\ufffd")
+    assert len(told["text"]) < 20_000 and told["cut"] is True
+    assert get(app, f"run?id={key}").json()["logged"] is True
+    log_of(run).unlink()
+    for elsewhere in ("/dev/zero", "/etc/hostname"):
+        log_of(run).symlink_to(elsewhere)
+        assert get(app, f"log?id={key}").status_code == 404
+        log_of(run).unlink()
+
+
+@pytest.mark.slow
+def test_what_is_begun_trains_and_outlives_the_page(tmp_path: Path, tiny_llama_folder: Path):
+    content = run_file(
+        tmp_path, {"v": {"method": "lora", "r": 2, "data": "a", "max_steps": 3}}, base=str(tiny_llama_folder), out="runs/live"
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    shown = Shown(RunFolders(tmp_path), key=KEY, hosts=frozenset({"testserver"}))
+    begun = post(create_studio(shown), "begin", {"file": "run.yaml"}).json()
+    assert begun["out"] == "runs/live" and begun["command"] == f"trimtab train {tmp_path}/run.yaml"
+    (child,) = shown.beginner._children
+    try:
+        assert os.getsid(child.pid) == child.pid != os.getsid(0), "a signal to the page's terminal does not reach it"
+        app = create_studio(Shown(RunFolders(tmp_path), hosts=frozenset({"testserver"})))  # a page that knows nothing of it
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "runs" / "live" / "report.html").exists():
+            assert time.monotonic() < deadline and child.poll() in (None, 0), get(app, "log?out=runs/live").text
+            time.sleep(0.2)
+        assert child.wait(30) == 0
+    finally:
+        child.kill()
+        child.wait(10)
+    (line,) = get(app, "runs").json()["runs"]
+    assert line["state"] == "finished" and "training v (3 steps)" in get(app, f"log?id={line['id']}").json()["text"]
