@@ -15,6 +15,8 @@ from tests.http.common import base_of, site
 from tests.store.common import stirred
 from tests.train.past import run_folder, variant
 from tests.web.common import ROOT, Visit, browser, serving
+from tests.web.test_control import KEY, held, planned
+from tests.web.test_control import site as control
 from trimtab.http.assemble import Asked
 from trimtab.http.studio import create_studio
 from trimtab.http.studio_auth import Shown
@@ -133,6 +135,29 @@ def test_axe_finds_nothing_with_rows(front_end: Path, tmp_path: Path, tiny_llama
                 page.get_by_text("tickets.jsonl:32").wait_for()
                 found[f"rows {scheme}"] = faults(page, source)
     shown.close()
+    assert {k: v for k, v in found.items() if v} == {}
+
+
+@pytest.mark.slow
+def test_axe_finds_nothing_with_what_controls_runs(front_end: Path, tmp_path: Path):
+    run = planned(tmp_path / "r", "v", "w", "x", paused=["w"], ended={"x": "stopped by hand at step 3"}, refused={"y": "no room"})
+    (tmp_path / "r.log").write_text("training\n")
+    (tmp_path / "run.yaml").write_text("{base: b, out: o, data: {}, variants: {}}")
+    source = (front_end / "node_modules" / "axe-core" / "axe.min.js").read_text()
+    found: dict[str, Any] = {}
+    with browser() as chromium, control(tmp_path) as (url, _), held(run):
+        for scheme, width in (("light", 1280), ("dark", 390)):
+            with Visit(chromium, url, f"#key={KEY}", scheme=scheme, width=width, bypass_csp=True) as page:
+                page.get_by_label("Run file").wait_for()
+                found[f"begin {scheme}"] = faults(page, source)
+                page.get_by_role("link", name="r", exact=True).click()
+                page.get_by_role("button", name="Clone v").click()
+                page.get_by_text("What r prints").click()
+                page.get_by_label("Name of the clone").wait_for()
+                found[f"clone {scheme}"] = faults(page, source)
+                page.get_by_role("button", name="Stop v").click()
+                page.get_by_role("alertdialog").wait_for()
+                found[f"stop {scheme}"] = faults(page, source)
     assert {k: v for k, v in found.items() if v} == {}
 
 
