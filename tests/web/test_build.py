@@ -13,9 +13,10 @@ import pytest
 
 from tests.http.common import base_of, site
 from tests.store.common import stirred
+from tests.train.common import locked
 from tests.train.past import run_folder, variant
 from tests.web.common import ROOT, Visit, browser, serving
-from tests.web.test_control import KEY, held, planned
+from tests.web.test_control import KEY, planned
 from tests.web.test_control import site as control
 from trimtab.http.assemble import Asked
 from trimtab.http.studio import create_studio
@@ -145,7 +146,7 @@ def test_axe_finds_nothing_with_what_controls_runs(front_end: Path, tmp_path: Pa
     (tmp_path / "run.yaml").write_text("{base: b, out: o, data: {}, variants: {}}")
     source = (front_end / "node_modules" / "axe-core" / "axe.min.js").read_text()
     found: dict[str, Any] = {}
-    with browser() as chromium, control(tmp_path) as (url, _), held(run):
+    with browser() as chromium, control(tmp_path) as (url, _), locked(run):
         for scheme, width in (("light", 1280), ("dark", 390)):
             with Visit(chromium, url, f"#key={KEY}", scheme=scheme, width=width, bypass_csp=True) as page:
                 page.get_by_label("Run file").wait_for()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.train.common import run_file
+from tests.train.common import locked, run_file
 from tests.train.past import run_folder, variant
 from tests.web.common import EVIL, Visit, is_harmless, refuse_overflow, serving
 from trimtab.http.studio import create_studio
@@ -42,17 +41,6 @@ def site(folder: Path) -> Iterator[tuple[str, Shown]]:
                 if child.poll() is None:
                     os.kill(child.pid, signal.SIGKILL)
                 child.wait(20)
-
-
-@contextmanager
-def held(run: Path) -> Iterator[None]:
-    """Locked as by a running `trimtab train`."""
-    opened = os.open(run, os.O_RDONLY)
-    fcntl.flock(opened, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        os.close(opened)
 
 
 def planned(folder: Path, *names: str, **control: Any) -> Path:
@@ -139,7 +127,7 @@ def test_a_run_from_its_beginning_to_its_end(chromium: Any, tmp_path: Path, tiny
 
 def test_without_the_key_nothing_is_done(chromium: Any, tmp_path: Path):
     run = planned(tmp_path / "r", "v", "w")
-    with site(tmp_path) as (url, _), held(run), (visit := Visit(chromium, url)) as page:
+    with site(tmp_path) as (url, _), locked(run), (visit := Visit(chromium, url)) as page:
         page.get_by_role("link", name="r", exact=True).click()
         page.get_by_role("button", name="Pause v").click()
         page.get_by_role("heading", name="A key is needed").wait_for()
@@ -160,7 +148,7 @@ def test_hostile_texts_on_every_width(chromium: Any, tmp_path: Path, width: int,
     run = planned(tmp_path / "r", EVIL, "w", paused=["w"], ended={EVIL: EVIL}, refused=refused)
     (run / CONTROL).write_text(json.dumps({"format": 1, "variants": {"w": "pause", EVIL: "stop"}}))
     (tmp_path / "r.log").write_text(EVIL + "\n")
-    with site(tmp_path) as (url, _), held(run), (visit := Visit(chromium, url, f"#key={KEY}", width=width, scheme=scheme)) as page:
+    with site(tmp_path) as (url, _), locked(run), (visit := Visit(chromium, url, f"#key={KEY}", width=width, scheme=scheme)) as page:
         page.get_by_role("link", name="r", exact=True).click()
         page.get_by_role("button", name="Resume w").wait_for()
         page.get_by_text("What r prints").click()
