@@ -169,6 +169,29 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32, "attention_k_eq_v": True}
         | {"num_global_key_value_heads": 1, "use_bidirectional_attention": "vision"}
     ),
+    "exaone_moe": (
+        _MOE_LIKE
+        | {"num_experts": 4, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "head_dim": 16}
+        | {"is_moe_layer": [False, True]}
+    ),
+    "cohere2_moe": _MOE_LIKE | _WINDOWED | {"num_experts": 4, "head_dim": 12},
+    "internlm3": _LLAMA_LIKE | {"head_dim": 12},
+    "jais2": _LLAMA_LIKE | {"head_dim": 12},
+    "vaultgemma": _GEMMA_LIKE | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "nanochat": _LLAMA_LIKE,
+    "hy_v3": _MOE_LIKE | {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
+    "solar_open": (
+        _MOE_LIKE
+        | {"n_routed_experts": 4, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+        | {"head_dim": 16}
+    ),
+    "granitemoe_swa": _MOE_LIKE | {"num_local_experts": 4, "logits_scaling": 3.0},
+    "laguna": _MOE_LIKE | {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
+    "mellum": _MOE_LIKE | {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16},
+    "minimax_m3_vl_text": _MOE_LIKE | {"num_local_experts": 4, "head_dim": 16, "rotary_dim": 8},
+    "youtu": _LLAMA_LIKE | _MLA | {"head_dim": 8},
+    "aria_text": _LLAMA_LIKE | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "cwm": _LLAMA_LIKE | {"bos_token_id": 1, "head_dim": 12},
     "phi3-longrope": (
         _LLAMA_LIKE
         | {"original_max_position_embeddings": 256}

@@ -33,6 +33,7 @@ UNLIKE = (
     "deepseek_v3",
     "glm4_moe_lite",
     "minicpm3",
+    "youtu",
     "mimo_v2_flash",
     "gemma4_text",
     "gemma4_text-moe",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.tiny import tiny_folder
 from trimtab import memory
 from trimtab.bases import fits, load
-from trimtab.bases.fits import refuse_too_large, weight_bytes
+from trimtab.bases.fits import loading_bytes, refuse_too_large, weight_bytes
 from trimtab.bases.weights import stored_state
 from trimtab.cli import main
 from trimtab.memory import OutOfMemory, machine_memory
@@ -45,6 +45,20 @@ def test_experts_are_put_together_and_packed(tmp_path: Path) -> None:
     stored = sum(t.nbytes for n, t in stored_state(base.model).items() if "SCB" not in n)
     whole, own = weight_bytes(folder, torch.bfloat16, "int8")
     assert whole == pytest.approx(stored, rel=0.02) and experts / 2 < own < whole
+
+
+def test_what_quantising_experts_takes_for_a_while_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_folder(tmp_path, "mixtral", dtype=torch.bfloat16)
+    layer = 3 * 4 * 48 * 96 * 2  # matrices, experts, sides, bytes
+    assert loading_bytes(folder, torch.bfloat16, "nf4", shared=False) == 4 * layer
+    assert loading_bytes(folder, torch.bfloat16, "nf4", shared=True) == 4 * layer + int(2 * layer / 2 * 4.5 / 8)
+    assert loading_bytes(folder, torch.bfloat16, None, shared=True) == 0
+    _, own = weight_bytes(folder, torch.bfloat16, "nf4")
+    monkeypatch.setattr(fits, "obtainable_bytes", lambda: own + 4 * layer - 1)
+    with pytest.raises(OutOfMemory):
+        refuse_too_large("b", folder, torch.bfloat16, CPU, "nf4")
+    monkeypatch.setattr(fits, "obtainable_bytes", lambda: own + 4 * layer)
+    refuse_too_large("b", folder, torch.bfloat16, CPU, "nf4")
 
 
 def large(folder: Path, gigabytes: int) -> Path:

@@ -19,7 +19,7 @@ from trimtab.bases.bundled import bundled_folder, find_gguf
 from trimtab.bases.shapes import PRESETS, Architecture, read_architecture
 from trimtab.bases.structure import read_spec
 from trimtab.cli.plan import plan as command
-from trimtab.cost.activations import FUSED, kept_bytes
+from trimtab.cost.activations import FUSED, comparison_bytes, kept_bytes
 from trimtab.cost.plan import CostPlan, file_bytes, plan, rows
 from trimtab.cost.room import Pass, memory_bytes
 from trimtab.cost.serving import memory_of_server
@@ -410,6 +410,7 @@ def test_command_prints_json():
         (["--method", "lorra"], "did you mean 'lora'"),
         (["--method", "lora", "--set", "rr=4"], "did you mean 'r'"),
         (["--method", "lora", "--set", "r=many"], "r = 'many'"),
+        (["--method", "lora", "--set", "quantize=nf4"], "an option of this command: write --quantize nf4"),
         (["--method", "lora", "--set", "r"], "'r' is not FIELD=VALUE"),
         (["--method", "lora", "--set", "r=1", "--set", "r=2"], "r is set twice"),
         (["--method", "lora", "--set", "target_modules=[a"], "is not YAML"),
@@ -465,7 +466,16 @@ def test_what_is_packed_is_said_and_that_full_is_dense() -> None:
         return CliRunner().invoke(command, ["llama-2-7b", "--quantize", "nf4", *options]).stdout
 
     heads = [said(*options).splitlines()[0] for options in ((), ("--method", "full", "--all"))]
-    assert heads[0] == heads[1] and "4.17 GB in bfloat16, its linear layers packed in 4.5 bits" in heads[0]
+    assert heads[0] == heads[1] and "4.17 GB, its linear layers in 4.5 bits, the rest in bfloat16" in heads[0]
     assert all("full is of the dense base" in said(*options) for options in ((), ("--method", "lora"), ("--method", "full")))
     assert "13.48 GB in bfloat16\n" in said("--method", "full")
     assert "dense" not in CliRunner().invoke(command, ["llama-2-7b"]).stdout
+
+
+def test_the_decode_paths_comparison_is_counted_where_it_is_more_than_a_forward() -> None:
+    architecture = read_architecture("llama-3.2-1b", "nf4")
+    assert comparison_bytes(architecture.spec) == 12 * 2048 * 8192
+    found = plan(architecture, QV, batch_tokens=64, sequence_length=64)
+    beside = found.serve_peak_bytes - found.base_bytes - found.serve_kv_bytes - found.serve_adapter_bytes
+    assert 12 * 2048 * 8192 <= beside < 12 * 2048 * 8192 + 2 * 2**20 * 2
+    assert comparison_bytes(read_architecture("gpt2").spec) == 0  # which has no decode path

@@ -83,6 +83,7 @@ class Spec:
     body: the part of the causal LM that gives hidden states. layer_list: the list of its layers. logit_scale: what logits are multiplied
     with before the soft cap. layer_embeddings: whether layers have embeddings of tokens of their own. layers_share_kv: whether some layers
     attend to the keys and values of another. writes_results: whether the model's code writes into what its modules give.
+    experts_per_token: how many experts a layer's router chooses for a row; 0 where there are none, or where the config does not say it.
     """
 
     model_type: str
@@ -103,6 +104,7 @@ class Spec:
     layers_share_kv: bool
     writes_results: bool
     num_parameters: int
+    experts_per_token: float = 0.0
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -110,6 +112,18 @@ class Spec:
         left out, and gates, which give one number: a low rank saves nothing there."""
         found = (m for m in self.modules.values() if m.kind in ("linear", "conv1d") and m.name != self.head and not m.routes)
         return tuple(m.name for m in found if m.vectors and min(m.in_features, m.out_features) > 1)
+
+    def idle_parameters(self, rows: int = 1) -> int:
+        """Entries of experts that nobody of so many rows is sent to, if each row chooses at random: a row is computed by few of a layer's
+        experts, and these alone are read."""
+        experts = [m for m in self.modules.values() if m.kind == "experts"] if self.experts_per_token else []
+        away = (max(0.0, 1 - self.experts_per_token / m.experts) ** rows * m.experts * m.in_features * m.out_features for m in experts)
+        return int(sum(away))
+
+    @property
+    def packed_bits(self) -> float | None:
+        """Bits of an entry of the packed matrices, None where all are dense."""
+        return next((m.bits for m in self.modules.values() if m.bits is not None), None)
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of all weights: packed ones as they are, others in dtype."""

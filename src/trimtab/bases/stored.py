@@ -165,6 +165,8 @@ class Packing:
         rows = (dense.transpose(1, 2) if module.is_transposed else dense).flatten(0, 1)
         put_experts(module, name, _Waiting.for_experts(module, name))
         self._made[parameter] = KINDS[self.quantize].of_matrix(rows.to(self.dtype), None, self.dtype)
+        release_files(weight_files(self.folder))  # what was put together stays mapped
+        release_freed()  # several times the parameter, which lies between what is kept
 
     def fill(self, model: Any) -> None:
         """Put packed layers into the places. BaseError, with all that is wrong, where what is stored cannot be read."""
@@ -188,6 +190,8 @@ class Packing:
                         self._by_layer.reached(name)
                 except ValueError as error:
                     problems.append(f"{name}: {error}")
+        if self.quantize is not None:
+            release_freed()
         for name in self._experts:  # in the order of the class's parameters, which is in the names of peft's files
             at, _, own = name.rpartition(".")
             parts = model.get_submodule(at)._modules

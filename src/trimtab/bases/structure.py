@@ -23,6 +23,8 @@ OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense")
 MATRICES = ("linear", "conv1d", "experts")
 ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 """The kinds of layers, in transformers' words, whose state is keys and values."""
+CHOSEN_EXPERTS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token", "moe_top_k")
+"""What configs call the number of experts that a row is sent to."""
 NOT_SEEN = ("attention_chunk_size",)
 """Settings that change attention only after more tokens than the proof runs."""
 
@@ -66,6 +68,7 @@ def read_spec(model: Any) -> Spec:
         layer_embeddings=bool(getattr(config, "hidden_size_per_layer_input", 0)) and hasattr(body, "get_per_layer_inputs"),
         writes_results=config.model_type == "falcon" or getattr(config, "clip_qkv", None) is not None,
         num_parameters=_num_parameters(model),
+        experts_per_token=_experts_per_token(config),
     )
 
 
@@ -149,6 +152,12 @@ def _num_parameters(model: Any) -> int:
     packed = {n: w for n, m in model.named_modules() if (w := claimed(m)) is not None and not w.stored_dense}
     own = {id(t) for n in packed for part, t in model.get_submodule(n)._parameters.items() if part != "bias"}
     return sum(math.prod(w.shape) for w in packed.values()) + sum(p.numel() for p in model.parameters() if id(p) not in own)
+
+
+def _experts_per_token(config: Any) -> float:
+    """How many experts a router chooses, under the names that families give it; the mean where layers differ."""
+    found = next((n for name in CHOSEN_EXPERTS if (n := getattr(config, name, None))), 0)
+    return sum(found) / len(found) if isinstance(found, list | tuple) else float(found)
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:

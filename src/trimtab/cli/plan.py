@@ -142,9 +142,13 @@ def _parse(fields: tuple[str, ...]) -> dict[str, Any]:
 
     from trimtab.errors import ConfigError
 
+    own = {name: param.opts[0] for param in plan.params if isinstance(param, click.Option) for name in [param.name]}
     parsed, problems = {}, []
     for pair in fields:
         name, equals, value = pair.partition("=")
+        if name in own and equals:
+            problems.append(f"{name} is no field of a method, but an option of this command: write {own[name]} {value}")
+            continue
         if not equals or not name:
             problems.append(f"{pair!r} is not FIELD=VALUE")
         elif name in parsed:
@@ -166,10 +170,10 @@ def _show(architecture: Architecture, plans: list[CostPlan]) -> None:
 
     p = next((p for p in plans if p.full is not None), plans[0])  # full fine-tuning is of the dense base
     together = f", {p.variants} variants together" if p.variants > 1 else ""
-    bits = next((m.bits for m in architecture.spec.modules.values() if m.bits is not None), None)
-    packed = f", its linear layers packed in {bits:.3g} bits" if bits is not None and p.full is not None else ""
+    bits = architecture.spec.packed_bits
+    kept = f", its linear layers in {bits:.3g} bits, the rest in {p.dtype}" if bits is not None and p.full is not None else f" in {p.dtype}"
     again = ", activations computed again in the backward" if p.activation_checkpointing else ""
-    say(f"{p.base}: {p.base_parameters:,} parameters, {p.base_bytes / 1e9:.2f} GB in {p.dtype}{packed}")
+    say(f"{p.base}: {p.base_parameters:,} parameters, {p.base_bytes / 1e9:.2f} GB{kept}")
     say(f"a step of {p.batch_tokens:,} tokens in sequences of {p.sequence_length:,}{together}{again}")
     say("GB are estimates; an allocator's slack comes on top")
     if bits is not None and any(q.full is None for q in plans):

@@ -115,6 +115,17 @@ def forward_bytes(spec: Spec, b: int, tokens: int, length: int) -> int:
     return tokens * 2 * b * spec.hidden_size + max(tokens * b * 3 * _widest_mlp(spec), attention) + sequences * spec.vocab_size * 4
 
 
+def comparison_bytes(spec: Spec) -> int:
+    """The decode path's comparison before its first use (`forward.decode_path_check`), beside all else: two fp32 stand-ins and one in the
+    base's dtype share the memory of the largest matrix. Measured at 1,024 to 3,072 features: 12 bytes for each of its numbers, and up to 40
+    MB of smaller matrices, which are not counted."""
+    if spec.model_type not in FAMILIES:
+        return 0
+    return 12 * max(
+        (m.in_features * m.out_features for m in spec.modules.values() if m.kind == "linear" and m.layer is not None), default=0
+    )
+
+
 def judging_bytes(spec: Spec, dtype: torch.dtype, tokens: int, length: int, slots: int, capacity: int, device: torch.device) -> int:
     """Bytes of validation and scoring at their peak, beside base and adapters, whichever is more: a forward of `tokens` rows that keeps
     nothing, with `loss_rows` rows of logits and their copy in fp32; or the KV cache of `slots` answers of at most `capacity` tokens, with

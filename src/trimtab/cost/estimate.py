@@ -178,10 +178,13 @@ def flops_per_token(base: Architecture, method: Method, trainable: int, supervis
     rows. supervised: the part of tokens that reach the output head. again: with activation checkpointing.
 
     Frozen linears cost 2 FLOPs a parameter and token in the forward and 2 in the backward. Activation checkpointing runs the layers'
-    forward once more.
+    forward once more. Of a layer's experts those count that a token is sent to, and an adapter's factors at these.
     """
     body = _body(base)
     adapter = 0 if isinstance(method, FullConfig) or hasattr(method, "num_virtual_tokens") else trainable
+    if adapter and base.spec.experts_per_token:
+        at = [(s.experts, sum(map(math.prod, s.shapes.values()))) for s in method.sites(base.spec) if s.experts]
+        adapter -= int(sum(numbers * max(0.0, 1 - base.spec.experts_per_token / experts) for experts, numbers in at))
     per_token = (6 if isinstance(method, FullConfig) else 4) * (body + supervised * _table(base)) + 6 * adapter
     return per_token + (2 * (body + adapter) if again else 0)
 
@@ -200,8 +203,8 @@ def fitting_tokens(run: RunConfig, base: Architecture, variants: Sequence[Varian
 
 
 def _body(base: Architecture) -> int:
-    """Parameters between embedding and head."""
-    return base.parameters - _table(base) * (1 if base.spec.tied_head else 2)
+    """Parameters between embedding and head that compute one token: not those of experts that it is not sent to."""
+    return base.parameters - _table(base) * (1 if base.spec.tied_head else 2) - base.spec.idle_parameters()
 
 
 def _table(base: Architecture) -> int:

@@ -31,6 +31,10 @@ SECOND = 64
 """Rows of the second point of a line."""
 SMALL = 10**9
 """Parameters of a base from which on its matrices fill a device."""
+LAUNCH_S = (4e-6, 1e-5)
+"""Seconds that the host is assumed to need for a kernel on a GPU, at best and at worst."""
+TRAINING_LAUNCHES = 220
+"""Kernels of a layer in a training step of LoRAs, forward and backward, as law 17 counts them."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def plan_ranks(
 
     With N ranks, K bytes of gradients, B of the base, F FLOPs, and f forwards of a rank in all steps:
 
-        compute     F / (N · peak · share)
+        compute     F / (N · peak · share), or the time that the host needs for the kernels of its forwards, if that is longer
         all-reduce  2 · K · (N − 1) / N bytes a step through each rank's link, both ways at once
         all-gather  where the base is sharded, 2 · B · (N − 1) / N a forward: once for it, once for its backward
 
@@ -148,7 +152,8 @@ def plan_ranks(
     gathered = int(2 * base.spec.weight_bytes(dtype) * part)
     low, high = shares or device.shares
     talk, shardable = 2 * reduced * part / link, not any(isinstance(t.method, FullConfig) for t in trainees)
-    computing = [flops / (ranks * device.flops * s) for s in (high, low)]
+    launching = [forwards * base.spec.num_layers * TRAINING_LAUNCHES * launch_seconds(device)[i] for i in (0, 1)]
+    computing = [max(flops / (ranks * device.flops * s), launches) for s, launches in zip((high, low), launching, strict=True)]
     gathering = gathered * forwards / link
     spans: dict[str, tuple[float, float] | None] = {
         "whole": (computing[0] + talk, computing[1] + talk) if whole.fits else None,
@@ -179,6 +184,11 @@ def plan_ranks(
         cost_per_million=of(lambda s: s * price / tokens * 1e6) if price is not None else None,
         assumes=_assumes(base, device, ranks, (low, high), given=shares is not None, again=again),
     )
+
+
+def launch_seconds(device: Device) -> tuple[float, float]:
+    """(least, most) for one kernel; on a CPU, where a layer is a few native calls, nothing is counted."""
+    return (0.0, 0.0) if device.kind == "cpu" else LAUNCH_S
 
 
 def trainee(
@@ -290,6 +300,10 @@ def _check(device: Device, ranks: int, dtype: torch.dtype, price: float | None, 
         raise ConfigError("this cannot be planned", problems=problems)
 
 
+def _micro() -> str:
+    return f"{LAUNCH_S[0] * 1e6:.0f} to {LAUNCH_S[1] * 1e6:.0f} µs"
+
+
 def _assumes(base: Architecture, device: Device, ranks: int, shares: tuple[float, float], *, given: bool, again: bool) -> tuple[str, ...]:
     low, high = shares
     span = f"{low:.0%}" if low == high else f"{low:.0%} to {high:.0%}"
@@ -303,6 +317,8 @@ def _assumes(base: Architecture, device: Device, ranks: int, shares: tuple[float
     ]
     if base.parameters < SMALL and device.kind != "cpu" and not given:
         found.append("a base of less than 10⁹ parameters does not fill such a device, so that it may reach less than that")
+    if device.kind != "cpu":
+        found.append(f"a forward and its backward launch {TRAINING_LAUNCHES} kernels a layer, which takes {_micro()} each at least")
     if ranks > 1:
         found += [
             f"links ({device.link}) give {LINK_SHARE:.0%} of {device.link_bytes / 1e9:,.3g} GB/s in each direction, to all ranks at once",

@@ -17,12 +17,14 @@ from trimtab.bases.shapes import Architecture
 from trimtab.cost.activations import forward_bytes
 from trimtab.cost.devices import Device
 from trimtab.cost.plan import CostPlan
-from trimtab.cost.ranks import USABLE
+from trimtab.cost.ranks import LAUNCH_S, USABLE, launch_seconds
 from trimtab.cost.serving import resident_bytes
 from trimtab.serve.config import ADAPTER_SHARE, KV_SHARE, TYPICAL_TOKENS, EngineConfig
 
 READ_SHARES = (0.5, 0.8)
 """(least, most) part of the memory's bandwidth that a decode step is assumed to reach."""
+DECODE_LAUNCHES = 80
+"""Kernels of a layer in a decode step of several LoRAs, as law 17 counts them."""
 STREAMS = (1, 8, 32, 64)
 """Streams for which tokens a second are shown, as far as they fit."""
 
@@ -81,7 +83,8 @@ def plan_replica(
     """adapter: the plan of one adapter. length: tokens of a sequence, prompt and answer together. price_per_hour: of one device.
 
     A decode step of S streams reads the weights once, S adapters, and keys and values of S sequences that are half written on average; it
-    computes 2 FLOPs for each parameter and stream. It takes the longer of the two.
+    computes 2 FLOPs for each parameter and stream, and launches its kernels. It takes the longest of the three. Of experts those count that
+    some stream is sent to.
     """
     spec, config = base.spec, EngineConfig()
     on_cpu = device.kind == "cpu"
@@ -92,6 +95,9 @@ def plan_replica(
     most = config.max_running * spec.max_positions
     if on_cpu:
         most = min(most, max(spec.max_positions, config.max_running * TYPICAL_TOKENS))
+    cap = (
+        f"here less: {most:,} tokens are the most that `trimtab serve` keeps of a base with {spec.max_positions:,} positions on this device"
+    )
     tokens = min(int(KV_SHARE * free) // per_token, most)
     fits = free * (1 - KV_SHARE - ADAPTER_SHARE) >= work
     streams = min(config.max_running, tokens // length) if fits else 0
@@ -100,18 +106,27 @@ def plan_replica(
     resident = 0 if each is None else budget // each
     low, high = shares or device.shares
     table = spec.vocab_size * spec.hidden_size
-    numbers = spec.num_parameters - (0 if spec.tied_head else table)  # those that a decoded token is multiplied with
+    numbers = spec.num_parameters - (0 if spec.tied_head else table) - spec.idle_parameters()  # what a decoded token is multiplied with
+    launches, per_entry = spec.num_layers * DECODE_LAUNCHES, spec.weight_bytes(dtype) / spec.num_parameters
 
-    def step(n: int, compute: float, read: float) -> float:
+    def idle_bytes(n: int) -> float:
+        """Of experts that no stream is sent to, which nobody reads."""
+        return spec.idle_parameters(n) * per_entry
+
+    def step(n: int, compute: float, read: float, launch: float) -> float:
         """Seconds. The embedding's rows are few, so its table counts only where it is the head too."""
         embedding = 0 if spec.tied_head else table * dtype.itemsize
-        moved = spec.weight_bytes(dtype) - embedding + n * ((each or 0) + per_token * length / 2)
-        return max(moved / (device.read_bytes * read), 2 * numbers * n / (device.flops * compute))
+        moved = spec.weight_bytes(dtype) - embedding - idle_bytes(n) + n * ((each or 0) + per_token * length / 2)
+        return max(moved / (device.read_bytes * read), 2 * numbers * n / (device.flops * compute), launches * launch)
 
     def decoding(n: int) -> Decoding:
-        rate = tuple(n / step(n, compute, read) for compute, read in zip((low, high), READ_SHARES, strict=True))
+        rate = tuple(n / step(n, *shares) for shares in zip((low, high), READ_SHARES, launch_seconds(device)[::-1], strict=True))
         cost = None if price_per_hour is None else (price_per_hour / 3600 / rate[1] * 1e6, price_per_hour / 3600 / rate[0] * 1e6)
         return Decoding(n, (rate[0], rate[1]), cost)
+
+    def prompts(compute: float, launch: float) -> float:
+        """Tokens of prompts a second, in forwards of as many rows as a server takes."""
+        return 1 / max(prompt / (device.flops * compute), launches * launch / config.max_step_rows)
 
     shown: Sequence[int] = sorted({*(n for n in STREAMS if n <= streams), streams} - {0})
     prompt = 2 * (numbers - table) + _scores(base, length)  # one row of a prompt reaches the head
@@ -127,9 +142,9 @@ def plan_replica(
         adapter_bytes=each,
         adapter_budget_bytes=budget,
         resident=resident,
-        prompt_tokens_per_s=(device.flops * low / prompt, device.flops * high / prompt),
+        prompt_tokens_per_s=(prompts(low, launch_seconds(device)[1]), prompts(high, launch_seconds(device)[0])),
         decoding=tuple(map(decoding, shown)),
-        assumes=_assumes(device, (low, high), length, given=shares is not None),
+        assumes=_assumes(device, (low, high), length, f" ({cap})" if tokens == most else "", given=shares is not None),
     )
 
 
@@ -140,16 +155,19 @@ def _scores(base: Architecture, length: int) -> float:
     )
 
 
-def _assumes(device: Device, shares: tuple[float, float], length: int, *, given: bool) -> tuple[str, ...]:
+def _assumes(device: Device, shares: tuple[float, float], length: int, cap: str, *, given: bool) -> tuple[str, ...]:
     (low, high), (least, most) = shares, READ_SHARES
     span = f"{low:.0%}" if low == high else f"{low:.0%} to {high:.0%}"
     usable = f"{USABLE:.0%} of {device.memory_bytes / 1e9:,.4g} GB can be used"
-    budgets = f"{KV_SHARE:.0%} for keys and values and {ADAPTER_SHARE:.0%} for adapters"
+    budgets = f"{KV_SHARE:.0%} for keys and values{cap} and {ADAPTER_SHARE:.0%} for adapters"
+    micro = f"{LAUNCH_S[0] * 1e6:.0f} to {LAUNCH_S[1] * 1e6:.0f} µs"
+    launches = f"a step launches {DECODE_LAUNCHES} kernels a layer, for which the host needs {micro} each"
     reading = f"decode steps read memory at {least:.0%} to {most:.0%} of {device.read_bytes / 1e9:,.4g} GB/s (assumed)"
     computing = f"{span} of {device.flops / 1e12:,.3g} TFLOP/s ({'as given' if given else device.reached})"
     return (
         f"`trimtab serve` without sizes: of what is free, {budgets}; {EngineConfig().max_running} sequences at most; {usable}",
         f"{reading}, and compute at {computing}, whichever takes longer; prompts compute at that, too",
+        *([] if device.kind == "cpu" else [f"{launches} at least (assumed): on a small base that is the longest"]),
         f"each stream has an adapter of its own, and {length / 2:,.0f} tokens in the cache on average; prompts take no time from decoding",
         "scheduling, sampling and HTTP are not counted: on a small base they are most of a step. `trimtab simulate` counts them",
     )

@@ -9,7 +9,7 @@ import torch
 
 from trimtab.bases.fits import weight_bytes
 from trimtab.bases.spec import Spec
-from trimtab.cost.activations import forward_bytes, packed_sizes
+from trimtab.cost.activations import comparison_bytes, forward_bytes, packed_sizes
 
 if TYPE_CHECKING:
     from trimtab.model import Base
@@ -21,7 +21,8 @@ LOOKED_AT = 2 * 2**20
 
 @dataclass(frozen=True)
 class ServingMemory:
-    """Bytes beside what the process itself takes: the base's weights, KV cache, packed adapters, work space of the largest forward."""
+    """Bytes beside what the process itself takes: the base's weights, KV cache, packed adapters, work space of the largest forward, or
+    on a CPU of the decode path's comparison before its first one."""
 
     weight_bytes: int
     kv_bytes: int
@@ -38,7 +39,8 @@ def serving_memory(
 ) -> ServingMemory:
     """Of a base in `dtype`. converted: whether it is stored in another dtype. rows, length: of the largest forward and its sequences."""
     weights = resident_bytes(spec, dtype, converted=converted, on_cpu=on_cpu)
-    return ServingMemory(weights, kv_bytes, adapter_bytes, forward_bytes(spec, dtype.itemsize, rows, length))
+    work = forward_bytes(spec, dtype.itemsize, rows, length)
+    return ServingMemory(weights, kv_bytes, adapter_bytes, max(work, comparison_bytes(spec)) if on_cpu else work)
 
 
 def resident_bytes(spec: Spec, dtype: torch.dtype, *, converted: bool, on_cpu: bool = True) -> int:
