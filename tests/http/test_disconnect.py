@@ -157,7 +157,7 @@ def test_leaving_before_the_engine_has_heard_of_it():
     """The prompt is being tokenized in a thread; the client leaves meanwhile."""
     from dataclasses import replace
 
-    def slow(text: str, start: bool) -> list[int]:
+    def slow(text: str, start: bool, last: int | None) -> list[int]:
         time.sleep(0.05)
         return [1, 2, 3]
 

@@ -106,10 +106,52 @@ def test_a_cut_that_cuts_nothing_is_taken(served: Site):
     body = {"model": "tiny", "input": ["hello you"]}
     plain, cut = (post(served.app, "/v1/embeddings", body | more) for more in ({}, {"truncate_prompt_tokens": -1}))
     assert cut.status_code == 200 and cut.json()["data"] == plain.json()["data"] and "x-trimtab-ignored" not in cut.headers
-    for wrong in ({"truncate_prompt_tokens": 4}, {"truncate_prompt_tokens": -1, "input": "x" * 600}):
-        assert post(served.app, "/v1/embeddings", body | wrong).status_code == 400
     assert post(served.app, "/v1/completions", TEXT | {"truncate_prompt_tokens": -1}).status_code == 200
-    assert error_of(post(served.app, "/v1/completions", TEXT | {"truncate_prompt_tokens": 2}), 400)["param"] == "truncate_prompt_tokens"
+    for wrong in (0, -2, 1.5, "4", True):
+        asked = TEXT | {"truncate_prompt_tokens": wrong}
+        assert error_of(post(served.app, "/v1/completions", asked), 400)["param"] == "truncate_prompt_tokens", wrong
+
+
+def test_of_a_prompt_that_is_cut_the_end_is_read(served: Site):
+    """Against the same ids, cut by hand: of a text, of ids, of conversations, of texts to embed; also of those that would not fit."""
+    path, chat = "/v1/completions", "/v1/chat/completions"
+    text = "The quick brown fox jumps over the lazy dog"
+    ids = post(served.app, "/tokenize", {"prompt": text}).json()["tokens"]
+    want = post(served.app, path, TEXT | {"prompt": ids[-5:]}).json()
+    for prompt in (text, ids, [text, "Now " + text], "x" * 100_000 + text):
+        told = post(served.app, path, TEXT | {"prompt": prompt, "truncate_prompt_tokens": 5.0, "return_token_ids": True}).json()
+        assert all(c["text"] == want["choices"][0]["text"] and c["prompt_token_ids"] == ids[-5:] for c in told["choices"])
+        assert told["usage"]["prompt_tokens"] == 5 * len(told["choices"])
+    whole = CHAT["messages"], [{"role": "user", "content": "y" * 900}]
+    for messages in whole:
+        all_of_it = post(served.app, "/tokenize", {"messages": messages, "model": "tiny"}).json().get("tokens")
+        told = post(served.app, chat, CHAT | {"messages": messages, "truncate_prompt_tokens": 7, "return_token_ids": True}).json()
+        assert told["usage"]["prompt_tokens"] == len(told["prompt_token_ids"]) == 7
+        assert all_of_it is None or told["prompt_token_ids"] == all_of_it[-7:]
+    fits = post(served.app, path, TEXT | {"prompt": "z" * 9000, "truncate_prompt_tokens": -1, "max_tokens": 12}).json()["usage"]
+    assert (fits["prompt_tokens"], fits["completion_tokens"]) == (500, 12)
+    by_hand, cut = (
+        post(served.app, "/v1/embeddings", {"model": "tiny", "input": given, "truncate_prompt_tokens": k}).json()
+        for given, k in (([ids[-4:]], None), ([text], 4))
+    )
+    assert cut["data"] == by_hand["data"] and cut["usage"]["prompt_tokens"] == 4
+    assert (
+        post(served.app, "/v1/embeddings", {"model": "tiny", "input": "x" * 600, "truncate_prompt_tokens": -1}).json()["usage"][
+            "prompt_tokens"
+        ]
+        == 511
+    )
+    error_of(post(served.app, path, TEXT | {"prompt": "x" * 900, "truncate_prompt_tokens": 600}), 400)
+
+
+def test_an_echo_of_a_cut_prompt_is_what_was_read(served: Site):
+    ids = post(served.app, "/tokenize", {"prompt": "hello you"}).json()["tokens"]
+    asked = {"echo": True, "logprobs": 1, "max_tokens": 0}
+    want, told = (
+        post(served.app, "/v1/completions", TEXT | asked | more).json()["choices"]
+        for more in ({"prompt": ids[-3:]}, {"prompt": "hello you", "truncate_prompt_tokens": 3})
+    )
+    assert told == want and told[0]["text"] == "you"
 
 
 def test_a_web_page_may_call_only_where_its_origin_is_named(served: Site):

@@ -20,7 +20,7 @@ from trimtab.methods import Head, LoraConfig
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
-CLASSIFY, SCORE, NEAR = "/classify", "/v1/score", 1e-5
+CLASSIFY, SCORE, RERANK, NEAR = "/classify", "/v1/score", "/v1/rerank", 1e-5
 TEXTS, PAIRS = ["hello you", "x", "The quick brown fox"], [("hi", "yes"), ("hi", "no idea")]
 LABELS = {"intents": 3, "judge": 1}
 
@@ -88,6 +88,27 @@ def test_scores_are_those_of_rows_as_training_reads_them(served: Site, theirs: d
     assert alone["label"] == "LABEL_0" and alone["num_classes"] == 1 and abs(alone["probs"][0] - float(own.sigmoid())) < NEAR
 
 
+def test_documents_are_ranked_by_their_scores(served: Site, theirs: dict[str, Any]):
+    documents = ["yes", "no idea", "The quick brown fox", "a"]
+    rows = [read_ids(tiny_tokenizer(), text, prompt="hi")[0] for text in documents]
+    for last in (None, 3):
+        want = [float(logits(theirs["judge"], row[-(last or 0) :])[0].sigmoid()) for row in rows]
+        order = sorted(range(4), key=lambda i: -want[i])
+        asked = {"model": "judge", "query": "hi", "documents": documents, "truncate_prompt_tokens": last}
+        for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
+            told = post(served.app, path, asked).json()
+            assert [r["index"] for r in told["results"]] == order and told["id"].startswith("rerank-") and told["model"] == "judge"
+            assert all(abs(r["relevance_score"] - want[r["index"]]) < NEAR for r in told["results"])
+            assert [r["document"]["text"] for r in told["results"]] == [documents[i] for i in order]
+            assert told["usage"]["total_tokens"] == sum(len(row[-(last or 0) :]) for row in rows)
+        few = post(served.app, "/v1/rerank", asked | {"top_n": 2, "return_documents": False, "documents": [{"text": d} for d in documents]})
+        assert [list(r) for r in few.json()["results"]] == [["index", "relevance_score"]] * 2
+        assert [r["index"] for r in few.json()["results"]] == order[:2]
+        score = post(served.app, SCORE, {"model": "judge", "text_1": "hi", "text_2": documents, "truncate_prompt_tokens": last}).json()
+        assert max(abs(d["score"] - w) for d, w in zip(score["data"], want, strict=True)) < NEAR
+    assert len(post(served.app, "/v1/rerank", asked | {"top_n": 0}).json()["results"]) == 4
+
+
 def test_an_adapter_with_a_head_embeds_and_writes_nothing(served: Site):
     for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", TEXT), ("/v1/completions", TEXT | {"max_tokens": 0})):
         assert "has a head" in error_of(post(served.app, path, body | {"model": "intents"}), 400)["message"]
@@ -108,6 +129,14 @@ def test_an_adapter_with_a_head_embeds_and_writes_nothing(served: Site):
         (SCORE, {"model": "judge", "text_1": "a"}, "text_2"),
         (SCORE, {"model": "judge", "text_1": "a", "queries": "a", "text_2": "b"}, "text_1"),
         (SCORE, {"model": "intents", "text_1": "a", "text_2": "b"}, "3 labels"),
+        (RERANK, {"model": "intents", "query": "a", "documents": ["b"]}, "3 labels"),
+        (RERANK, {"model": BASE, "query": "a", "documents": ["b"]}, "base has no head"),
+        (RERANK, {"model": "judge", "query": "a", "documents": []}, "documents"),
+        (RERANK, {"model": "judge", "query": "a", "documents": ["b", ""]}, "documents"),
+        (RERANK, {"model": "judge", "query": "a", "documents": ["b", {"title": "c"}]}, "documents"),
+        (RERANK, {"model": "judge", "query": "a", "documents": ["b"], "top_n": -1}, "top_n"),
+        (RERANK, {"model": "judge", "query": "a", "documents": ["b"], "rank_fields": ["text"]}, "rank_fields"),
+        (RERANK, {"model": "judge", "query": "a", "documents": ["b", "y" * 10_000]}, "documents[1]"),
     ],
 )
 def test_what_cannot_be_scored_is_named(served: Site, path: str, fields: dict[str, Any], says: str):

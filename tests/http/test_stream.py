@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -49,6 +50,23 @@ def test_usage_comes_last_where_it_was_asked_for(served: Site):
     assert last["usage"] == post(served.app, "/v1/chat/completions", CHAT | {"n": 2}).json()["usage"] | {
         "prompt_tokens_details": last["usage"]["prompt_tokens_details"]
     }
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT | {"prompt": ["hello", "hello you"]})])
+def test_usage_comes_with_each_event_where_it_was_asked_for(served: Site, path: str, body: dict[str, Any]):
+    """vLLM's continuous_usage_stats: of each choice until then. It says nothing without include_usage."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last, done = events(post(served.app, path, body | {"stream": True, "n": 2, "stream_options": options}).text)
+    prompts = [post(served.app, path, body | {"prompt": p}).json()["usage"]["prompt_tokens"] for p in body.get("prompt", [None])]
+    assert done == "[DONE]" and last["choices"] == [] and last["usage"]["completion_tokens"] == 6 * 2 * len(prompts)
+    for i in range(2 * len(prompts)):
+        mine = [c for c in chunks if c["choices"][0]["index"] == i]
+        counts = [c["usage"]["completion_tokens"] for c in mine]
+        assert counts == sorted(counts) and counts[-1] == 6 and (body is not CHAT or counts[0] == 0)
+        assert all(c["usage"]["prompt_tokens"] == prompts[i // 2] for c in mine)
+        assert all(c["usage"]["total_tokens"] == prompts[i // 2] + n for c, n in zip(mine, counts, strict=True))
+    alone = post(served.app, path, body | {"stream": True, "stream_options": {"continuous_usage_stats": True}})
+    assert all("usage" not in c for c in events(alone.text)[:-1]) and "x-trimtab-ignored" not in alone.headers
 
 
 def test_a_reader_who_falls_behind_gets_larger_pieces(served: Site):

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 from trimtab.decode.answers import Reader
 from trimtab.errors import TrimtabError
 from trimtab.http.errors import Fault, fault_of
-from trimtab.http.prompts import aside, conversation_ids, is_small, text_ids
+from trimtab.http.prompts import aside, conversation_ids, is_small, kept_of, text_ids
 from trimtab.http.schema import AdapterPart, ChatBody, CompletionBody, Sampled, StructuredOutputs
 from trimtab.http.services import Services, Words
 from trimtab.http.tools import reader, sampled, tools_in
@@ -46,6 +46,12 @@ class AnswerPlan:
     @property
     def usage_in_stream(self) -> bool:
         return self.body.stream_options is not None and bool(self.body.stream_options.include_usage)
+
+    @property
+    def usage_so_far(self) -> bool:
+        """Whether each event of a stream tells it."""
+        told = self.body.stream_options
+        return told is not None and bool(told.include_usage and told.continuous_usage_stats)
 
 
 async def plan(body: ChatBody | CompletionBody, tenant: Tenant, s: Services) -> AnswerPlan:
@@ -121,12 +127,13 @@ async def requests(plan: AnswerPlan, tenant: Tenant, s: Services) -> tuple[list[
     if plan.n > plan.told:
         sampling = replace(sampling, logprobs=sampling.logprobs or 0)
     readers: list[Reader | None] = [None] * plan.choices
+    last = kept_of(plan.body.truncate_prompt_tokens, s.words, _or(plan.body.max_completion_tokens, _or(plan.body.max_tokens, 1)))
     if isinstance(plan.body, ChatBody):
-        chat = partial(_chat, plan.body, sampling, plan.choices, s.words)
+        chat = partial(_chat, plan.body, sampling, plan.choices, s.words, last)
         ids, sampling, readers = await aside("messages", is_small(plan.body), chat, tenant, s)
         prompts = [ids]
     else:
-        prompts = await text_ids(prompts_of(plan.body), tenant, s, start=plan.body.add_special_tokens is not False)
+        prompts = await text_ids(prompts_of(plan.body), tenant, s, start=plan.body.add_special_tokens is not False, last=last)
     end = deadline(s)
     found: list[Request] = []
     kept = 0
@@ -254,10 +261,12 @@ def _schema_text(schema: dict[str, object], field: str) -> str:
         raise Fault(text, param=field.partition(".")[0], code="invalid_value") from None
 
 
-def _chat(body: ChatBody, sampling: SamplingParams, choices: int, words: Words) -> tuple[list[int], SamplingParams, list[Reader | None]]:
+def _chat(
+    body: ChatBody, sampling: SamplingParams, choices: int, words: Words, last: int | None
+) -> tuple[list[int], SamplingParams, list[Reader | None]]:
     """A conversation's ids, its sampling with what tools add to it, and a reader for each answer."""
     tools = tools_in(body, words)
-    ids = conversation_ids(body, words, None if tools is None else tools.shown)
+    ids = conversation_ids(body, words, None if tools is None else tools.shown, last)
     readers = [reader(tools, sampling.grammar is not None, words, ids, eager=bool(body.stream)) for _ in range(choices)]
     return ids, sampled(sampling, tools, words, ids), readers
 

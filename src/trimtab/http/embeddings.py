@@ -18,7 +18,7 @@ from trimtab.http.auth import Caller, S, caller
 from trimtab.http.errors import Fault, documented
 from trimtab.http.fields import Body, Ids, NotSupported, Text, Truncated
 from trimtab.http.limits import read_body
-from trimtab.http.prompts import text_ids
+from trimtab.http.prompts import kept_of, text_ids
 from trimtab.http.schema import AdapterPart, takes
 from trimtab.http.send import WholeAnswer
 from trimtab.http.services import Services
@@ -90,7 +90,8 @@ async def embeddings(request: Request, tenant: Caller, s: S) -> Response:
         raise Fault(text, param="input", code="invalid_value")
     adapter = await model_of(body, tenant, s)
     s.admission.refuse_if_over(tenant)  # before the texts are tokenized
-    prompts = await text_ids(inputs, tenant, s, start=body.add_special_tokens is not False, param="input")
+    last = kept_of(body.truncate_prompt_tokens, s.words)
+    prompts = await text_ids(inputs, tenant, s, start=body.add_special_tokens is not False, param="input", last=last)
     found = await pooled(request, prompts, body.pooling or "mean", adapter, tenant, s)
     told = await s.words_work.run(tenant.name, lambda: _written(body, [d.vector for d in found], sum(map(len, prompts))))
     return WholeAnswer(told, record, s.life, write_s=s.limits.write_s, headers=headers_of(adapter, s))

@@ -93,12 +93,21 @@ def _biases(value: Any) -> Any:
     return value
 
 
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise PydanticCustomError("zero", "must be at least 1, or -1 for as many as fit")
+    return value
+
+
 INTEGRAL = BeforeValidator(_integral)
+Truncated = Annotated[
+    Annotated[int, Field(ge=-1, lt=1 << 31), INTEGRAL, AfterValidator(_not_zero)] | None,
+    Field(
+        description="vLLM's. So many tokens at the end of each prompt are read; -1: as many as fit, beside max_tokens where there is one."
+    ),
+]
 NONE_IF_FALSE = BeforeValidator(lambda value: None if value is False else value)
 NotSupported = Annotated[Any, off()]
-Truncated = Annotated[Any, off(-1)]
-"""vLLM's truncate_prompt_tokens. -1 asks to cut what is longer than the base has positions for. It changes nothing of what fits, and what
-does not fit is refused here."""
 Tokens = Annotated[int, Field(ge=0, lt=1 << 31), INTEGRAL]
 Schema = Annotated[dict[str, Any], _at_most(MAX_CHARS)]
 SchemaOrText = Annotated[

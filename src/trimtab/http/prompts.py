@@ -45,37 +45,48 @@ def is_small(body: Conversation) -> bool:
     return not any(m.tool_calls for m in body.messages) and sum(len(part or "") for part in parts) <= SMALL
 
 
-def conversation_ids(body: Conversation, words: Words, tools: list[dict[str, Any]] | None = None) -> list[int]:
-    """The same on this thread. tools: as the template takes them."""
+def kept_of(truncate: int | None, words: Words, new: int = 1) -> int | None:
+    """How many tokens at the end of a prompt `truncate_prompt_tokens` keeps, where so many new ones are asked for; None for all."""
+    return max(1, words.max_positions - max(1, new)) if truncate == -1 else truncate
+
+
+def conversation_ids(body: Conversation, words: Words, tools: list[dict[str, Any]] | None = None, last: int | None = None) -> list[int]:
+    """The same on this thread. tools: as the template takes them. last: how many ids at the end; None for all."""
     messages = [_message(m) for m in body.messages]
     variables = {name: value for name, value in body.variables.items() if name in words.variables}
     if tools is not None:
         variables["tools"] = tools
     _refuse_long("messages", sum(map(len, texts_in([messages, variables]))), words)
-    return _within("messages", words, partial(words.encode_chat, messages, variables, body.end))
+    return _within("messages", words, partial(words.encode_chat, messages, variables, body.end, last))
 
 
 async def text_ids(
-    prompts: Sequence[str | list[int]], tenant: Tenant, s: Services, *, start: bool = True, param: str = "prompt"
+    prompts: Sequence[str | list[int]], tenant: Tenant, s: Services, *, start: bool = True, param: str = "prompt", last: int | None = None
 ) -> list[list[int]]:
-    """The ids of each prompt, a text or ids. start: whether a text gets the start token. param: the field that holds them."""
+    """The ids of each prompt, a text or ids. start: whether a text gets the start token. param: the field that holds them. last: how many
+    ids at the end of each; None for all. Of a text then, as many characters at its end are tokenized as the base could read at most."""
 
     def ids_of(i: int, prompt: str | list[int]) -> list[int]:
         where = _where(param, i, len(prompts))
-        return _within(where, s.words, lambda: s.words.encode_text(prompt, start) if isinstance(prompt, str) else prompt)
+        if not isinstance(prompt, str):
+            return _within(where, s.words, lambda: prompt[-(last or len(prompt)) :])
+        return _within(where, s.words, lambda: s.words.encode_text(prompt if last is None else prompt[-s.words.max_chars :], start, last))
 
     for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and last is None:
             _refuse_long(_where(param, i, len(prompts)), len(prompt), s.words)
     small = len(prompts) <= SMALL_MESSAGES and sum(map(len, prompts)) <= SMALL
     return await aside(param, small, lambda: [ids_of(i, p) for i, p in enumerate(prompts)], tenant, s)
 
 
-async def answer_ids(pairs: Sequence[tuple[str, str]], param: str, tenant: Tenant, s: Services) -> list[list[int]]:
-    """The ids of questions with their answers. param: the field that holds the answers."""
+async def answer_ids(
+    pairs: Sequence[tuple[str, str]], param: str, tenant: Tenant, s: Services, *, last: int | None = None
+) -> list[list[int]]:
+    """The ids of questions with their answers. param: the field that holds the answers. last: how many ids at the end of each; None for
+    all."""
 
     def ids_of(i: int, question: str, answer: str) -> list[int]:
-        return _within(_where(param, i, len(pairs)), s.words, lambda: s.words.encode_answer(question, answer))
+        return _within(_where(param, i, len(pairs)), s.words, lambda: s.words.encode_answer(question, answer, last))
 
     for i, pair in enumerate(pairs):
         _refuse_long(_where(param, i, len(pairs)), sum(map(len, pair)), s.words)

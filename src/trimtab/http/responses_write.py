@@ -186,7 +186,7 @@ class ResponseWriter(Writer):
 
     def _usage(self, usage: Usage) -> dict[str, Any]:
         thought = "".join(part["text"] for item in self._items if item["type"] == "reasoning" for part in item["content"])
-        reasoning = len(self._words.encode_text(thought, False)) if thought else 0
+        reasoning = len(self._words.encode_text(thought, False, None)) if thought else 0
         return {
             "input_tokens": usage.prompt,
             "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},

@@ -48,6 +48,9 @@ def takes(model: type[Strict]) -> dict[str, Any]:
 
 class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="One more event before the end, with the tokens used.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="vLLM's. Beside include_usage: each event tells the tokens of its answer so far, and of its prompt."
+    )
     include_obfuscation: bool | None = Field(None, description="Ignored.")
 
 

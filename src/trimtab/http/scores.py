@@ -1,4 +1,5 @@
-"""vLLM's /classify and /score: what an adapter's own head says of texts, and of answers to questions."""
+"""vLLM's /classify and /score, and /rerank as Cohere, Jina and vLLM have it: what an adapter's own head says of texts, and of answers to
+questions."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request
@@ -16,11 +17,11 @@ from starlette.responses import Response
 
 from trimtab.http.ask import adapter_of
 from trimtab.http.auth import Caller, S, caller
-from trimtab.http.embeddings import Inputs, Texts, inputs_of, pooled
+from trimtab.http.embeddings import MAX_INPUTS, Inputs, Texts, inputs_of, pooled
 from trimtab.http.errors import Fault, documented
-from trimtab.http.fields import Body, NotSupported, Text, Truncated
+from trimtab.http.fields import INTEGRAL, Body, NotSupported, Text, Truncated
 from trimtab.http.limits import read_body
-from trimtab.http.prompts import answer_ids, text_ids
+from trimtab.http.prompts import answer_ids, kept_of, text_ids
 from trimtab.http.schema import takes
 from trimtab.http.send import WholeAnswer
 from trimtab.http.services import Services
@@ -83,7 +84,25 @@ class ScoreBody(Scored):
         return list(zip(left * len(right) if len(left) == 1 else left, right, strict=True))
 
 
-BODIES = (ClassifyBody, ScoreBody)
+class Document(Body):
+    text: Text
+
+
+class RerankBody(Scored):
+    """POST /v1/rerank"""
+
+    query: Text
+    documents: Annotated[list[Text | Document], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)] = Field(
+        description="Texts, or objects with a text."
+    )
+    top_n: Annotated[int, Field(ge=0), INTEGRAL] | None = Field(None, description="So many results, the best ones; 0: all.")
+    return_documents: bool | None = Field(True, description="false: results name their documents by index alone.")
+    max_chunks_per_doc: NotSupported = None
+    max_tokens_per_doc: NotSupported = None
+    rank_fields: NotSupported = None
+
+
+BODIES = (ClassifyBody, ScoreBody, RerankBody)
 
 
 class Usage(BaseModel):
@@ -125,12 +144,39 @@ class ScoreReply(BaseModel):
     usage: Usage
 
 
+class Told(BaseModel):
+    text: str
+
+
+class Ranked(BaseModel):
+    """index: of the document in the request."""
+
+    index: int
+    relevance_score: float
+    document: Told | None = None
+
+
+class RerankUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class RerankReply(BaseModel):
+    """results: the best first."""
+
+    id: str
+    model: str
+    results: list[Ranked]
+    usage: RerankUsage
+
+
 @router.post("/classify", responses=ERRORS | {200: {"model": ClassifyReply}}, openapi_extra=takes(ClassifyBody))
 async def classify(request: Request, tenant: Caller, s: S) -> Response:
     """The label of each text, with the probability of each label: softmax, or the sigmoid of a head with one score."""
     body = await read_body(request, ClassifyBody, s)
     adapter = await _adapter(request, body, tenant, s)
-    ids = await text_ids(inputs_of(body.input), tenant, s, start=body.add_special_tokens is not False, param="input")
+    last = kept_of(body.truncate_prompt_tokens, s.words)
+    ids = await text_ids(inputs_of(body.input), tenant, s, start=body.add_special_tokens is not False, param="input", last=last)
 
     def told(i: int, delta: Delta) -> dict[str, Any]:
         probs = _scores(delta, body.raw)
@@ -146,15 +192,37 @@ async def score(request: Request, tenant: Caller, s: S) -> Response:
     body = await read_body(request, ScoreBody, s)
     pairs = body.pairs
     adapter = await _adapter(request, body, tenant, s)
-    ids = await answer_ids(pairs, "text_2" if body.documents is None else "documents", tenant, s)
+    last = kept_of(body.truncate_prompt_tokens, s.words)
+    ids = await answer_ids(pairs, "text_2" if body.documents is None else "documents", tenant, s, last=last)
 
     def told(i: int, delta: Delta) -> dict[str, Any]:
-        if len(delta.labels) != 1:
-            text = f"model: its head has {len(delta.labels)} labels, and a score is one number; POST /classify tells of labels"
-            raise Fault(text, param="model", code="invalid_value")
-        return {"index": i, "object": "score", "score": float(_scores(delta, body.raw)[0])}
+        return {"index": i, "object": "score", "score": _score(delta, body)}
 
     return await _answered(request, "score", body, ids, told, adapter, tenant, s)
+
+
+@router.post("/rerank", include_in_schema=False)
+@router.post("/v2/rerank", include_in_schema=False)
+@router.post("/v1/rerank", responses=ERRORS | {200: {"model": RerankReply}}, openapi_extra=takes(RerankBody))
+async def rerank(request: Request, tenant: Caller, s: S) -> Response:
+    """Documents by how well they answer a query, the best first; their scores are those of /v1/score."""
+    body = await read_body(request, RerankBody, s)
+    adapter = await _adapter(request, body, tenant, s)
+    documents = [d if isinstance(d, str) else d.text for d in body.documents]
+    last = kept_of(body.truncate_prompt_tokens, s.words)
+    ids = await answer_ids([(body.query, text) for text in documents], "documents", tenant, s, last=last)
+    found = await pooled(request, ids, "head", adapter, tenant, s)
+
+    def written() -> bytes:
+        scores = [_score(delta, body) for delta in found]
+        best = sorted(range(len(scores)), key=lambda i: -scores[i])[: body.top_n or len(scores)]
+        shown = body.return_documents is not False
+        results = [{"index": i, "relevance_score": scores[i]} | ({"document": {"text": documents[i]}} if shown else {}) for i in best]
+        usage = {"prompt_tokens": sum(map(len, ids)), "total_tokens": sum(map(len, ids))}
+        return json.dumps({"id": f"rerank-{uuid.uuid4().hex}", "model": body.model, "usage": usage, "results": results}).encode()
+
+    answer = await s.words_work.run(tenant.name, written)
+    return WholeAnswer(answer, request.scope["trimtab.record"], s.life, write_s=s.limits.write_s, headers=headers_of(adapter, s))
 
 
 async def _adapter(request: Request, body: Scored, tenant: Tenant, s: Services) -> Served:
@@ -187,6 +255,14 @@ async def _answered(
 
     answer = await s.words_work.run(tenant.name, written)
     return WholeAnswer(answer, request.scope["trimtab.record"], s.life, write_s=s.limits.write_s, headers=headers_of(adapter, s))
+
+
+def _score(delta: Delta, body: Scored) -> float:
+    """Fault (400) where the head gives several numbers."""
+    if len(delta.labels) != 1:
+        text = f"model: its head has {len(delta.labels)} labels, and a score is one number; POST /classify tells of labels"
+        raise Fault(text, param="model", code="invalid_value")
+    return float(_scores(delta, body.raw)[0])
 
 
 def _scores(delta: Delta, raw: bool) -> np.ndarray:

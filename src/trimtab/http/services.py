@@ -37,15 +37,16 @@ class Words:
     """A base's tokenizer and template, as far as routes need them.
 
     encode_chat (messages, the template's variables, how the prompt ends), encode_text (the text, whether a start token comes first),
-    encode_answer (a question, its answer: as a reward's training reads them): to token ids; TrimtabError if the template refuses,
-    TooLong if the base has too few positions. piece: the bytes of a token; joined over tokens they are the bytes of the text.
-    variables: names of those that the template reads and a request may set. vocab_size, max_positions, max_chars: limits of ids and
-    prompts. A text with more than max_chars characters always has more tokens than there are positions. answers: how the base writes
-    calls and reasoning. added: ids of added tokens by their texts. shown: control tokens that are part of an answer's text, since calls
-    or reasoning are told by them. call_ends: tokens that end an answer with calls alone. told: what /tokenizer_info tells."""
+    encode_answer (a question, its answer: as a reward's training reads them): to token ids, at the end so many as the last argument says,
+    or all; TrimtabError if the template refuses, TooLong if all are wanted and the base has too few positions. piece: the bytes of a token;
+    joined over tokens they are the bytes of the text. variables: names of those that the template reads and a request may set. vocab_size,
+    max_positions, max_chars: limits of ids and prompts. A text with more than max_chars characters always has more tokens than there are
+    positions. answers: how the base writes calls and reasoning. added: ids of added tokens by their texts. shown: control tokens that are
+    part of an answer's text, since calls or reasoning are told by them. call_ends: tokens that end an answer with calls alone. told: what
+    /tokenizer_info tells."""
 
-    encode_chat: Callable[[list[dict[str, Any]], Mapping[str, Any], End], list[int]]
-    encode_text: Callable[[str, bool], list[int]]
+    encode_chat: Callable[[list[dict[str, Any]], Mapping[str, Any], End, int | None], list[int]]
+    encode_text: Callable[[str, bool, int | None], list[int]]
     piece: Callable[[int], bytes]
     variables: frozenset[str]
     vocab_size: int
@@ -55,7 +56,7 @@ class Words:
     added: Mapping[str, int] = field(default_factory=dict)
     shown: tuple[int, ...] = ()
     call_ends: tuple[int, ...] = ()
-    encode_answer: Callable[[str, str], list[int]] = lambda question, answer: []
+    encode_answer: Callable[[str, str, int | None], list[int]] = lambda question, answer, last: []
     told: Mapping[str, Any] = field(default_factory=dict)
 
 

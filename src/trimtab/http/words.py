@@ -34,21 +34,26 @@ def words_of(base: Base) -> Words:
         form = replace(form, tools=True, calls=CALLS)
     longest = max(map(len, base.tokenizer.get_vocab()), default=1)  # a vocabulary spells no token with fewer letters than it has characters
 
-    def encode_chat(messages: list[dict[str, Any]], variables: Mapping[str, Any], end: End = "asked") -> list[int]:
+    def ids_of_text(text: str, ids_of: Callable[[str], list[int]], last: int | None) -> list[int]:
+        return ids_within(text, positions, ids_of) if last is None else ids_of(text)[-last:]
+
+    def encode_chat(messages: list[dict[str, Any]], variables: Mapping[str, Any], end: End = "asked", last: int | None = None) -> list[int]:
         try:
             if told is not None:
                 messages, variables = told(messages, variables)
             text, ids_of = template.question(messages, variables, end)
-            return ids_within(text, positions, ids_of)
+            return ids_of_text(text, ids_of, last)
         except BadRow as bad:
             raise DataError(f"the conversation cannot be used: {bad}") from None
 
-    def encode_text(text: str, start: bool = True) -> list[int]:
-        return [*(template.bos if start else ()), *ids_within(text, positions, lambda part: template.ids_of([part])[0])]
+    def encode_text(text: str, start: bool = True, last: int | None = None) -> list[int]:
+        ids = [*(template.bos if start else ()), *ids_of_text(text, lambda part: template.ids_of([part])[0], last)]
+        return ids if last is None else ids[-last:]
 
-    def encode_answer(question: str, answer: str) -> list[int]:
-        encode_text(question + answer)  # what is far too long shows before all of it is rendered
-        return read_ids(base.tokenizer, answer, prompt=question, where="the pair")[0]
+    def encode_answer(question: str, answer: str, last: int | None = None) -> list[int]:
+        if last is None:
+            encode_text(question + answer)  # what is far too long shows before all of it is rendered
+        return read_ids(base.tokenizer, answer, prompt=question, where="the pair")[0][-(last or 0) :]
 
     added = {token.content: i for i, token in base.tokenizer.added_tokens_decoder.items() if token.content}
     return Words(

@@ -57,6 +57,7 @@ class Writer:
         chunk = self.head | ({"object": "chat.completion.chunk"} if plan.chat else {})
         self._start = b"data: " + json.dumps(chunk)[:-1].encode() + b', "choices": ['
         self._end = b'], "usage": null}\n\n' if plan.usage_in_stream else b"]}\n\n"
+        self._made = [0] * plan.choices
         told_as_ids = bool(plan.body.return_tokens_as_token_ids)
         self._logprobs = [Logprobs(plan.chat, words, top_of(plan.body), told_as_ids) for _ in range(plan.choices)]
         self._opened: set[int] = set()
@@ -107,6 +108,8 @@ class Writer:
             last = body.messages[-1]
             return text_of(last) if last.role == "assistant" else ""
         given = prompts_of(body)[choice // self.plan.told]
+        if body.truncate_prompt_tokens is not None:  # what was read of it
+            given = list(self._asked[self._prompt(choice)].prompt)
         return given if isinstance(given, str) else b"".join(map(self._words.piece, given)).decode("utf-8", "replace")
 
     def _told(self, choice: int, tokens: Sequence[Token], prompt: Sequence[Token] = ()) -> str | None:
@@ -173,6 +176,7 @@ class Writer:
             echoed, prompt, more = self._echoed(index), self._prompts[self._prompt(index)], self._of_prompt(index, delta)
         if self.chat and opens:
             yield self._event(index, {"role": "assistant", "content": echoed}, None, None, more=more)
+        self._made[index] += len(delta.tokens)
         wanted = self.wants and (delta.tokens or prompt)
         logprobs = self._told(index, delta.tokens, prompt) if wanted else None
         ids = self._ids(index, delta.tokens)
@@ -202,7 +206,12 @@ class Writer:
         self, index: int, content: Any, logprobs: str | None, finish: str | None, ids: Mapping[str, Any] = NO_IDS, more: str = ""
     ) -> bytes:
         choice = {"index": index, "delta" if self.chat else "text": content, "finish_reason": finish, **ids}
-        return self._start + _with_logprobs(choice, logprobs, more) + self._end
+        return self._start + _with_logprobs(choice, logprobs, more) + (self._so_far(index) if self.plan.usage_so_far else self._end)
+
+    def _so_far(self, index: int) -> bytes:
+        """The end of an event that tells the usage of its choice until then."""
+        usage = Usage(len(self._asked[self._prompt(index)].prompt), self._made[index])
+        return b'], "usage": ' + json.dumps(usage_of(usage)).encode() + b"}\n\n"
 
 
 def _call() -> dict[str, Any]:
