@@ -88,7 +88,7 @@ def refuse_overflow(page: Any) -> None:
         """() => [...document.querySelectorAll('main *')].filter((e) => {
              const style = getComputedStyle(e);
              return e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 1 && ['hidden', 'clip'].includes(style.overflowX) &&
-               !e.closest('.plot') && style.textOverflow !== 'ellipsis' && style.clipPath === 'none';
+               !e.closest('.plot') && e.tagName !== 'INPUT' && style.textOverflow !== 'ellipsis' && style.clipPath === 'none';
            }).map((e) => e.outerHTML.slice(0, 120))"""
     )
     assert cut == []

@@ -135,6 +135,15 @@ def test_axe_finds_nothing_with_rows(front_end: Path, tmp_path: Path, tiny_llama
                 page.get_by_role("button", name="1 not JSON").click()
                 page.get_by_text("tickets.jsonl:32").wait_for()
                 found[f"rows {scheme}"] = faults(page, source)
+                page.get_by_role("link", name="Train on it").click()
+                page.get_by_text("Nothing is wrong with it.").wait_for(timeout=60_000)
+                page.get_by_label("batch_size").fill("none")
+                page.get_by_text("One thing is wrong with it").wait_for()
+                found[f"new run {scheme}"] = faults(page, source)
+                page.get_by_label("batch_size").fill("4")
+                page.get_by_role("button", name="Read the rows and estimate").click()
+                page.get_by_text("GB are free").wait_for(timeout=60_000)
+                found[f"cost {scheme}"] = faults(page, source)
     shown.close()
     assert {k: v for k, v in found.items() if v} == {}
 

@@ -10,6 +10,7 @@ import { RunList } from "./runs/list";
 import { RunPage } from "./runs/run";
 import { ChooseRows } from "./rows/choose";
 import { DataPage } from "./rows/data";
+import { NewRun } from "./rows/new";
 import { Serving } from "./serving/serving";
 
 takeKeyFromAddress();
@@ -23,6 +24,7 @@ interface Screen {
 const SCREENS: Screen[] = [
   { name: "runs", title: "Runs", there: (a) => a.runs },
   { name: "data", title: "Data", there: (a) => a.rows },
+  { name: "new", title: "New run", there: (a) => a.rows },
   { name: "playground", title: "Playground", there: (a) => a.serves },
   { name: "adapters", title: "Adapters", there: (a) => a.store },
   { name: "serving", title: "Serving", there: (a) => a.serves },
@@ -101,6 +103,7 @@ export function App() {
 function Shown({ about, screen, route }: { about: About; screen: string; route: string[] }) {
   if (screen === "runs") return route[0] ? <RunPage key={route[0]} ids={route[0].split("+")} changes={about.changes} /> : <RunList changes={about.changes} />;
   if (screen === "data") return route[1] ? <DataPage key={route.join("/")} kind={route[0]!} name={route[1]} /> : <ChooseRows />;
+  if (screen === "new") return <NewRun about={about} path={route[0] ?? ""} />;
   if (screen === "playground") return <Playground about={about} />;
   if (screen === "adapters") return route[0] ? <AdapterPage key={route[0]} name={route[0]} /> : <AdapterList />;
   return <Serving about={about} />;

@@ -89,6 +89,11 @@ class Reader:
             self._call(reading.message, READ_S)  # the process has ended meanwhile, or has read others
             return self._call(wanted, ROWS_S)
 
+    def at_once(self, message: dict[str, Any]) -> Any:
+        """An answer that takes a moment, where nothing is being read for long."""
+        with self._taken(WAIT_S):
+            return self._call(message, ROWS_S)
+
     def close(self) -> None:
         self._closed = True
         self._end()

@@ -95,6 +95,31 @@ class Answering:
         refuse_outside(content, Path(root), [Path(folder) for folder in allowed])
         return self._read(key, content, Path(root), "run file", estimate=True)
 
+    def choices(self) -> Asked:
+        """What can be chosen for a new run."""
+        from trimtab.train.guided import choices
+
+        return choices()
+
+    def guess(self, path: str, root: str, base: str, allowed: list[str]) -> Asked:
+        """A first run file for data."""
+        from trimtab.train.guided import guessed
+        from trimtab.train.subject import refuse_outside
+
+        refuse_outside({"data": {"rows": {"train": path}}}, Path(root), [Path(folder) for folder in allowed])
+        return guessed(path, Path(root), base)
+
+    def form(self, content: Asked, said: list[str], root: str, allowed: list[str]) -> Asked:
+        """The text of a run file, and what is wrong with it. None of its rows is read, though files are looked into."""
+        from trimtab.train.guided import formed, text_of
+        from trimtab.train.subject import refuse_outside
+
+        try:
+            refuse_outside(content, Path(root), [Path(folder) for folder in allowed])
+        except TrimtabError as error:
+            return {"text": text_of(content, said), "problems": [{"where": "data", "text": error.render()}]}
+        return formed(content, said, Path(root))
+
     def rows(self, key: str, **which: Any) -> Asked:
         found: Asked = self._at_hand(key).rows(**which)
         return found

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from trimtab.bases.template import BadRow, Message, Template
+from trimtab.cost.room import refuse_without_room
 from trimtab.data import Example
 from trimtab.data.reading import FIXES
 from trimtab.errors import DataError, NotFoundError, printable
+from trimtab.memory import OutOfMemory
 from trimtab.train.check import Checked, Status, read_all
 from trimtab.train.config import RunConfig
 from trimtab.train.findings import Split, SplitCounts
@@ -54,6 +56,7 @@ class RowsOfRun:
         told = report.to_dict()
         counts = {(s.data, s.split): s for s in report.splits}
         return {
+            "room": self._room(),
             **{key: told[key] for key in ("base", "base_parameters", "max_positions", "variants", "estimate", "findings", "seconds")},
             "data": [
                 {
@@ -64,6 +67,17 @@ class RowsOfRun:
                 for name, splits in self.checked.data.items()
             ],
         }
+
+    def _room(self) -> str | None:
+        """What would fit, where the run does not fit the memory, or may not; None where it does, or nothing was estimated."""
+        need, said = self.checked.need, list[str]()
+        if need is None:
+            return None
+        try:
+            refuse_without_room(need, lambda: need, said.append, loaded=False)
+        except OutOfMemory as error:
+            return error.render()
+        return said[0] if said else None
 
     def rows(self, data: str, split: str, start: int, count: int, order: str = "file") -> dict[str, Any]:
         """Rows from `start` on in one of `ORDERS`. Each has its number in the file's order, its origin, and runs of (text, bits)."""

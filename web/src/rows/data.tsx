@@ -44,6 +44,11 @@ export function DataPage({ kind, name }: { kind: string; name: string }) {
               </button>
             </form>
           )}
+          {kind === "file" && (
+            <a class="button" href={link("new", name)}>
+              Train on it
+            </a>
+          )}
           {kind === "run" && (
             <a class="button" href={link("runs", name)}>
               Curves and scores

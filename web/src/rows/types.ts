@@ -78,6 +78,7 @@ export interface Report {
   findings: Finding[];
   variants: VariantCost[];
   estimate: Estimate | null;
+  room: string | null;
   seconds: number;
 }
 

@@ -1,0 +1,159 @@
+"""A new run over HTTP: who may ask, what is written where; and what forms in the process behind it, without HTTP."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.http.common import call
+from trimtab.http.studio import create_studio
+from trimtab.http.studio_auth import Shown
+from trimtab.methods import LoraConfig
+from trimtab.train import RunConfig
+from trimtab.train.follow import RunFolders
+from trimtab.train.guided import choices, formed, guessed, text_of
+from trimtab.train.rows_process import Answering, answer
+
+ROW = {"question": "one", "answer": "two"}
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> Iterator[Shown]:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "tickets.jsonl").write_text((json.dumps(ROW) + "\n") * 3)
+    made = Shown(RunFolders(tmp_path / "root"))
+    yield made
+    made.close()
+
+
+# ---- the run file ------------------------------------------------------------
+
+
+def test_what_forms_is_a_run_file_that_trains(shown: Shown):
+    root = shown.runs.root
+    found = guessed("tickets.jsonl", root, "smollm2-135m-instruct")
+    told = formed(found["content"], ["a guess", "of\ntwo lines"], root)
+    assert told["problems"] == [] and yaml.safe_load(told["text"]) == found["content"]
+    assert told["text"].startswith("# a guess\n# of\n# two lines\nbase: smollm2-135m-instruct\n")
+    (root / "run.yaml").write_text(told["text"])
+    run = RunConfig.load(root / "run.yaml")
+    assert run.out == root / "tickets" and run.data["tickets"].train[0].columns == {"prompt": "question", "completion": "answer"}
+
+
+def test_a_comment_can_hide_no_key():
+    assert yaml.safe_load(text_of({"base": "a"}, ["x\rbase: evil", "y\u2028base: evil", "z\nbase: evil"])) == {"base": "a"}
+
+
+def test_a_name_that_is_taken_is_not_proposed(shown: Shown):
+    root = shown.runs.root
+    (root / "tickets").mkdir()
+    (root / "tickets-2.yaml").touch()
+    assert guessed("tickets.jsonl", root, "b")["content"]["out"] == "tickets-3"
+
+
+def test_each_finding_says_which_field_it_is_about(shown: Shown):
+    root = shown.runs.root
+    content = guessed("tickets.jsonl", root, "smollm2-135m-instruct")["content"]
+    content["defaults"] |= {"batch_size": -1, "epoch": 3}
+    content["variants"]["tickets-lora"]["r"] = "x"
+    content["variants"]["a.b"] = {"method": "ia3", "lr": 99}
+    content["variants"]["c"] = {"method": "lora", "objective": "dop", "lora_dropout": 2}
+    where = [p["where"] for p in formed(content, [], root)["problems"]]
+    assert sorted(where) == sorted(
+        [
+            "defaults.batch_size",
+            "defaults.epoch",
+            "variants.tickets-lora.r",
+            "variants.a.b.lr",
+            "variants.c.objective",
+            "variants.c.lora_dropout",
+        ]
+    )
+    content = guessed("tickets.jsonl", root, "smollm2-135m-instruct")["content"]
+    (root / "tickets").mkdir()
+    (root / "tickets" / "a").touch()
+    assert [p["where"] for p in formed(content, [], root)["problems"]] == ["out"]
+
+
+def test_the_fields_that_are_offered_are_those_of_the_classes():
+    told = {m["name"]: m for m in choices()["methods"]}
+    defaults = {f.name: f.default for f in dataclasses.fields(LoraConfig)}
+    assert told["lora"]["lr"] == LoraConfig.preset_lr
+    for field in told["lora"]["fields"]:
+        assert field["default"] == defaults[field["name"]]
+    assert {"r", "lora_alpha", "lora_dropout", "use_dora"} <= {f["name"] for f in told["lora"]["fields"]}
+    dpo = next(o for o in choices()["objectives"] if o["name"] == "dpo")
+    assert "ipo" in next(f["words"] for f in dpo["fields"] if f["name"] == "loss_type")
+
+
+def test_files_outside_are_named_and_not_looked_into(shown: Shown, tmp_path: Path):
+    (tmp_path / "secret.jsonl").write_text('{"s3cret": 1}\n')
+    allowed = {"root": str(shown.runs.root), "allowed": [str(shown.runs.root)]}
+    content = {"base": "x", "out": "o", "data": {"d": {"train": "../secret.jsonl"}}, "variants": {"v": {"method": "lora", "r": 0}}}
+    for message in (
+        {"do": "form", "content": content, "said": []},
+        {"do": "guess", "path": "../secret.jsonl", "base": "b"},
+        {"do": "check", "key": "k", "text": json.dumps(content)},
+    ):
+        told = json.dumps(answer(Answering(lambda text: None), json.dumps(message | allowed)))
+        assert "outside of the folders" in told and "s3cret" not in told, message["do"]
+
+
+# ---- over HTTP ------------------------------------------------------------
+
+
+def test_another_page_can_do_nothing(shown: Shown):
+    app = create_studio(shown)
+    for path in ("guess", "form", "check", "save"):
+        for headers, status in (({"origin": "http://evil.example"}, 403), ({"content-type": "text/plain"}, 415)):
+            assert call(app, "POST", f"/studio/new/{path}", {"name": "a", "text": "b"}, headers=headers).status_code == status
+    assert list(shown.runs.root.iterdir()) == [shown.runs.root / "tickets.jsonl"] and shown.helper._process is None
+
+
+def test_a_run_file_is_saved_beside_the_runs_and_writes_over_none(shown: Shown, tmp_path: Path):
+    app, root = create_studio(shown), shown.runs.root
+
+    def save(name: str, text: str = "base: x\n") -> Any:
+        return call(app, "POST", "/studio/new/save", {"name": name, "text": text})
+
+    found = save("mine", "base: ä\n")
+    assert found.status_code == 201 and found.json() == {"path": str(root / "mine.yaml"), "file": "mine.yaml"}
+    assert (root / "mine.yaml").read_text(encoding="utf-8") == "base: ä\n"
+    assert save("mine").status_code == 400 and (root / "mine.yaml").read_text(encoding="utf-8") == "base: ä\n"
+    (root / "link.yaml").symlink_to(tmp_path / "elsewhere.yaml")
+    for name in ("../up", "a/b", "", ".", "/etc/x", "A", "x" * 64, "a\x00", "link"):
+        assert save(name).status_code == 400, name
+    assert (
+        save("big", "x" * 200_001).status_code == 400
+        and call(app, "POST", "/studio/new/save", b'{"name": "bad", "text": "\\ud800"}').status_code == 400
+    )
+    assert not (tmp_path / "elsewhere.yaml").exists() and sorted(p.name for p in root.iterdir()) == [
+        "link.yaml",
+        "mine.yaml",
+        "tickets.jsonl",
+    ]
+
+
+@pytest.mark.slow
+def test_from_data_to_its_cost(shown: Shown, tiny_llama_folder: Path, own_cache: Path):
+    from tests.http.test_rows import until_read
+
+    app = create_studio(shown)
+    assert "lora" in [m["name"] for m in call(app, "GET", "/studio/new/choices").json()["methods"]]
+    found = call(app, "POST", "/studio/new/guess", {"path": "tickets.jsonl", "base": str(tiny_llama_folder)}).json()
+    assert found["rows"] == 3
+    assert call(app, "POST", "/studio/new/guess", {"path": "../tickets.jsonl"}).status_code == 404
+    told = call(app, "POST", "/studio/new/form", {"content": found["content"], "said": found["said"]}).json()
+    assert told["problems"] == []
+    report = until_read(app, call(app, "POST", "/studio/new/check", {"text": told["text"]}).json()["key"])["report"]
+    (variant,) = report["variants"]
+    assert variant["rows_per_epoch"] == 3 and variant["flops"] > 0 and report["estimate"]["available_bytes"] > 0
+    assert report["estimate"]["memory_bytes"][0] > variant["adapter_bytes"] and report["room"] is None
+    failed = until_read(app, call(app, "POST", "/studio/new/check", {"text": "a: ["}).json()["key"])
+    assert failed["state"] == "failed" and "YAML" in failed["error"]

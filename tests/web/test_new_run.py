@@ -1,0 +1,112 @@
+"""A guided new run in a real browser: from rows to a valid run file, saved and downloaded; errors at their fields; hostile names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.web.common import EVIL, Visit, is_harmless, refuse_overflow, serving
+from trimtab.http.studio import create_studio
+from trimtab.http.studio_auth import Shown
+from trimtab.train import RunConfig
+from trimtab.train.follow import RunFolders
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("new")
+    rows = [{"question": f"question {i} {EVIL}", "answer": f"answer {i}"} for i in range(40)]
+    (folder / "tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hostile = EVIL.replace("/", "")
+    pairs = [{"prompt": f"p {i}", "chosen": "yes", "rejected": "no", hostile: 1} for i in range(30)]
+    (folder / f"{hostile}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(root: Path, tiny_llama_folder: Path) -> Iterator[str]:
+    made = Shown(RunFolders(root), base=str(tiny_llama_folder))
+    with serving(create_studio(made)) as url:
+        yield url
+    made.close()
+
+
+def formed(page: Any) -> str:
+    page.get_by_text("Nothing is wrong with it.").wait_for(timeout=60_000)
+    text: str = page.get_by_role("region", name="Text of the run file").text_content()
+    return text
+
+
+def test_from_rows_to_a_run_file(chromium: Any, site: str, root: Path):
+    with Visit(chromium, site, "#/data") as page:
+        page.get_by_role("button", name="tickets.jsonl").click()
+        page.get_by_role("link", name="Train on it").click()
+        first = yaml.safe_load(formed(page))
+        assert first["data"]["tickets"]["train"]["columns"] == {"prompt": "question", "completion": "answer"}
+        page.get_by_label("epochs").fill("1")
+        page.get_by_role("button", name="Add a variant").click()
+        page.get_by_label("Method").nth(1).select_option("ia3")
+        page.get_by_label("Name", exact=True).nth(1).fill("small")
+        page.get_by_label("r", exact=True).fill("8")
+        page.get_by_label("use_dora").press("Space")
+        page.get_by_role("region", name="Text of the run file").get_by_text("small:").wait_for()
+        # an error stands at its field, in the list, and nowhere else
+        rate = page.get_by_label("lr", exact=True).nth(1)
+        rate.fill("fast")
+        page.get_by_text("One thing is wrong with it").wait_for()
+        assert rate.get_attribute("aria-invalid") == "true" and page.locator("[aria-invalid=true]").count() == 1
+        said = page.locator(f"#{rate.get_attribute('aria-describedby')}").inner_text()
+        assert "valid number" in said and page.get_by_role("button", name="Save the run file").is_disabled()
+        rate.fill("1e-3")
+        page.get_by_text("One thing is wrong with it").wait_for(state="detached")
+        text = formed(page)
+        content = yaml.safe_load(text)
+        assert content["defaults"]["epochs"] == 1
+        assert content["variants"] == {
+            "tickets-lora": {"data": "tickets", "method": "lora", "r": 8, "use_dora": True},
+            "small": {"data": "tickets", "method": "ia3", "lr": 1e-3},
+        }
+        page.get_by_role("button", name="Read the rows and estimate").click()
+        page.get_by_text("GB are free").wait_for(timeout=60_000)
+        assert page.get_by_role("region", name="Cost of each variant").get_by_role("row").count() == 3
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Download").click()
+        assert download.value.suggested_filename == "tickets.yaml" and download.value.path().read_text() == text
+        page.get_by_role("button", name="Save the run file").click()
+        page.get_by_text(f"Saved: {root / 'tickets.yaml'}").wait_for()
+        assert (root / "tickets.yaml").read_text() == text
+        run = RunConfig.load(root / "tickets.yaml")
+        assert [v.method.name for v in run.variants] == ["lora", "ia3"] and run.out == root / "tickets"
+
+
+def test_two_variants_of_one_name_are_told(chromium: Any, site: str):
+    with Visit(chromium, site, "#/new/tickets.jsonl") as page:
+        formed(page)
+        page.get_by_role("button", name="Add a variant").click()
+        page.get_by_label("Name", exact=True).nth(1).fill("tickets-lora")
+        page.get_by_text("two variants are called tickets-lora").first.wait_for()
+        page.get_by_role("button", name="Take tickets-lora away").first.click()
+        formed(page)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (1024, "dark"), (390, "light"), (390, "dark")])
+def test_markup_in_names_and_errors_stays_text(chromium: Any, site: str, width: int, scheme: str):
+    with Visit(chromium, site, "#/new", width=width, scheme=scheme) as page:
+        page.locator(".file").first.click()
+        content = yaml.safe_load(formed(page))
+        assert next(iter(content["variants"].values()))["objective"] == "dpo"
+        is_harmless(page, EVIL.replace("/", "") + ".jsonl")
+        refuse_overflow(page)
+        page.get_by_label("Name", exact=True).fill(EVIL)
+        page.get_by_label("Name of the run").fill(EVIL)
+        page.get_by_label("r", exact=True).fill(EVIL)
+        page.get_by_text("wrong with it:").wait_for()
+        is_harmless(page, EVIL)
+        refuse_overflow(page)

@@ -1,0 +1,649 @@
+// A new run, step by step: data, base, variants, cost, begin. Beside them the run file as it forms.
+
+import { useEffect, useRef, useState } from "preact/hooks";
+import { type About, get, post } from "../api";
+import { bytes, duration, number, quoted, short } from "../format";
+import { Command, Failure, Section, Table, useLoaded } from "../parts";
+import { link } from "../route";
+import { FileChoice, type Files } from "./choose";
+import { Findings, Progress } from "./data";
+import { useReading } from "./reading";
+import type { Report } from "./types";
+
+interface FieldFacts {
+  name: string;
+  kind: "number" | "word" | "switch";
+  default: unknown;
+  words?: string[];
+  whole?: boolean;
+  says?: string;
+}
+
+interface Choices {
+  bases: string[];
+  quantize: string[];
+  methods: { name: string; fields: FieldFacts[]; lr: number }[];
+  objectives: { name: string; fields: FieldFacts[] }[];
+  training: FieldFacts[];
+  base: string;
+  root: string;
+}
+
+type Fields = Record<string, unknown>;
+
+interface Content {
+  base: string;
+  out: string;
+  quantize?: string;
+  data: Record<string, Fields>;
+  defaults: Fields;
+  variants: Record<string, Fields>;
+}
+
+interface Guessed {
+  content: Content;
+  said: string[];
+  rows: number;
+}
+
+interface Problem {
+  where: string;
+  text: string;
+}
+
+interface Variant {
+  name: string;
+  fields: Fields;
+}
+
+/** What the user has chosen so far. */
+interface Draft {
+  path: string;
+  base: string;
+  quantize: string;
+  out: string;
+  data: Record<string, Fields>;
+  said: string[];
+  rows: number;
+  defaults: Fields;
+  variants: Variant[];
+}
+
+const SAYS: Record<string, string> = {
+  lora: "Low-rank matrices beside the weights; the usual choice.",
+  ia3: "One factor a channel; a hundredth of LoRA's size.",
+  bottleneck: "A small network behind each layer (Houlsby, Pfeiffer).",
+  prompt: "Learnt tokens in front of every prompt.",
+  prefix: "Learnt keys and values in front of every layer.",
+  full: "Every weight of the base, as a yardstick; needs the most memory.",
+};
+const AIMS: Record<string, string> = {
+  sft: "imitate the answers",
+  dpo: "prefer the better of two answers, measured against the base",
+  cpo: "prefer the better of two answers, without the base",
+  simpo: "prefer the better of two answers, by the mean of its tokens",
+  orpo: "imitate the better answer and avoid the worse one",
+  kto: "raise wanted answers, lower unwanted ones",
+};
+const PAIRS = ["dpo", "orpo", "simpo", "cpo"];
+const FORM_MS = 250;
+const BEGIN_AGAIN_MS = 3500; // the server looks for run files anew after three seconds
+
+export function NewRun({ about, path }: { about: About; path: string }) {
+  const choices = useLoaded((signal) => get<Choices>("studio/new/choices", {}, signal), []);
+  const files = useLoaded((signal) => get<Files>("studio/files", {}, signal), []);
+  const [draft, setDraft] = useState<Draft | null>(null);
+  const [error, setError] = useState<unknown>(null);
+  const [busy, setBusy] = useState(false);
+  const [formed, setFormed] = useState<{ text: string; problems: Problem[] } | null>(null);
+  const latest = useRef(0);
+
+  const start = async (chosen: string) => {
+    setBusy(true);
+    setError(null);
+    try {
+      const found = await post<Guessed>("studio/new/guess", { path: chosen, base: draft?.base ?? "" });
+      const c = found.content;
+      setDraft({
+        path: chosen,
+        base: c.base,
+        quantize: draft?.quantize ?? "",
+        out: c.out,
+        data: c.data,
+        said: found.said,
+        rows: found.rows,
+        defaults: c.defaults,
+        variants: Object.entries(c.variants).map(([name, fields]) => ({ name, fields })),
+      });
+    } catch (failed) {
+      setError(failed);
+    }
+    setBusy(false);
+  };
+  useEffect(() => {
+    if (path) void start(path);
+  }, [path]);
+
+  const content = draft ? contentOf(draft) : null;
+  const key = JSON.stringify(content);
+  useEffect(() => {
+    if (!content || !draft) return undefined;
+    const mine = ++latest.current;
+    const timer = setTimeout(() => {
+      post<{ text: string; problems: Problem[] }>("studio/new/form", { content, said: ["Formed on the page of `trimtab studio`.", ...draft.said.map((s) => `- ${s}`)] }).then(
+        (found) => mine === latest.current && setFormed(found),
+        (failed: unknown) => mine === latest.current && setError(failed),
+      );
+    }, FORM_MS);
+    return () => clearTimeout(timer);
+  }, [key]);
+
+  if (choices.error) return <Failure error={choices.error} />;
+  if (!choices.found) return <p class="note">Looking up what can be chosen…</p>;
+  const known = choices.found;
+  const problems = [...(formed?.problems ?? []), ...twice(draft)];
+  const at = (where: string) => problems.filter((p) => p.where === where).map((p) => after(p));
+  const change = (more: Partial<Draft>) => draft && setDraft({ ...draft, ...more });
+  return (
+    <>
+      <div class="page-head">
+        <h1>New run</h1>
+        <p class="note">Four choices; the run file forms beside them. Nothing is trained before you say so.</p>
+      </div>
+      <div class="guided">
+        <div class="steps">
+          <Section title="1. Data" id="step-data" aside={draft ? <a href={link("data", "file", draft.path)}>Look at the rows</a> : undefined}>
+            {error ? <Failure error={error} /> : null}
+            {busy && (
+              <p class="note" role="status">
+                <span class="spinner" aria-hidden="true" /> Looking at the rows…
+              </p>
+            )}
+            {draft && !busy ? (
+              <>
+                <p class="path">{draft.path}</p>
+                <ul class="said-of">
+                  {draft.said.map((s) => (
+                    <li key={s}>{s}</li>
+                  ))}
+                </ul>
+                {at("data").map((text) => (
+                  <Failure key={text} error={text} />
+                ))}
+                <details>
+                  <summary>Take other rows</summary>
+                  {files.found && <FileChoice files={files.found} chosen={draft.path} go={(p) => void start(p)} />}
+                </details>
+              </>
+            ) : (
+              !busy && (files.found ? <FileChoice files={files.found} go={(p) => void start(p)} /> : files.error ? <Failure error={files.error} /> : <p class="note">Looking for files…</p>)
+            )}
+          </Section>
+          {draft && (
+            <>
+              <Section title="2. Base" id="step-base">
+                <div class="fields">
+                  <Text label="Base" hint="A bundled name, a folder, a hub id or a .gguf file" value={draft.base} errors={at("base")} list={known.bases} set={(base) => change({ base })} wide />
+                  <Choice
+                    label="Packed while loaded"
+                    value={draft.quantize}
+                    words={["", ...known.quantize]}
+                    shown={(w) => w || "no"}
+                    errors={at("quantize")}
+                    set={(quantize) => change({ quantize })}
+                  />
+                </div>
+              </Section>
+              <Section
+                title="3. Variants"
+                id="step-variants"
+                aside={
+                  <button type="button" onClick={() => change({ variants: [...draft.variants, another(draft.variants)] })}>
+                    Add a variant
+                  </button>
+                }
+              >
+                <p class="note">All of them train together on one copy of the base.</p>
+                {draft.variants.map((v, i) => (
+                  <VariantForm
+                    key={i}
+                    variant={v}
+                    known={known}
+                    pairs={draft.variants.some((o) => PAIRS.includes(String(o.fields["objective"])))}
+                    at={(field) => at(field ? `variants.${v.name}.${field}` : `variants.${v.name}`)}
+                    named={twice(draft).filter((p) => p.where === `variants.${v.name}`).map((p) => p.text)}
+                    set={(next) => change({ variants: draft.variants.map((o, j) => (j === i ? next : o)) })}
+                    remove={draft.variants.length > 1 ? () => change({ variants: draft.variants.filter((_, j) => j !== i) }) : undefined}
+                  />
+                ))}
+                <h3>Training, of all variants</h3>
+                <div class="fields">
+                  {known.training
+                    .filter((f) => f.name !== "lr")
+                    .map((f) => (
+                      <Field key={f.name} facts={f} value={draft.defaults[f.name]} errors={at(`defaults.${f.name}`)} set={(x) => change({ defaults: put(draft.defaults, f.name, x) })} />
+                    ))}
+                </div>
+              </Section>
+              <Cost text={formed?.text ?? ""} wrong={problems.length > 0} />
+              <Begin about={about} draft={draft} text={formed?.text ?? ""} wrong={problems.length} errors={at("out")} set={(out) => change({ out })} root={known.root} />
+            </>
+          )}
+        </div>
+        {draft && <RunFile name={draft.out} text={formed?.text ?? ""} problems={problems} />}
+      </div>
+    </>
+  );
+}
+
+function contentOf(draft: Draft): Content {
+  const variants = Object.fromEntries(draft.variants.map((v) => [v.name, v.fields]));
+  return { base: draft.base, ...(draft.quantize ? { quantize: draft.quantize } : {}), out: draft.out, data: draft.data, defaults: draft.defaults, variants };
+}
+
+/** Names that two variants have: the run file could hold only one of them. */
+function twice(draft: Draft | null): Problem[] {
+  const names = draft?.variants.map((v) => v.name) ?? [];
+  return [...new Set(names.filter((n, i) => names.indexOf(n) !== i))].map((n) => ({ where: `variants.${n}`, text: `two variants are called ${n}` }));
+}
+
+/** A problem's text without the place, which the field shows. */
+function after(p: Problem): string {
+  return p.where && p.text.startsWith(`${p.where}: `) ? p.text.slice(p.where.length + 2) : p.text.startsWith(`${p.where} = `) ? p.text.slice(p.where.length + 3) : p.text;
+}
+
+function another(variants: Variant[]): Variant {
+  const last = variants[variants.length - 1]!;
+  const names = new Set(variants.map((v) => v.name));
+  let n = 2;
+  while (names.has(`${last.name.replace(/-\d+$/, "")}-${n}`)) n++;
+  return { name: `${last.name.replace(/-\d+$/, "")}-${n}`, fields: { ...last.fields } };
+}
+
+/** The fields with one more, or without it where it is what it is by default. */
+function put(fields: Fields, name: string, value: unknown): Fields {
+  const { [name]: _, ...rest } = fields;
+  return value === undefined ? rest : name in fields ? { ...fields, [name]: value } : { ...rest, [name]: value };
+}
+
+function VariantForm({
+  variant,
+  known,
+  pairs,
+  at,
+  named,
+  set,
+  remove,
+}: {
+  variant: Variant;
+  known: Choices;
+  pairs: boolean;
+  at: (field: string) => string[];
+  named: string[];
+  set: (next: Variant) => void;
+  remove: (() => void) | undefined;
+}) {
+  const method = known.methods.find((m) => m.name === variant.fields["method"]) ?? known.methods[0]!;
+  const aim = String(variant.fields["objective"] ?? "sft");
+  const objective = known.objectives.find((o) => o.name === aim);
+  const objectives = aim === "kto" ? ["kto"] : pairs || PAIRS.includes(aim) ? PAIRS : ["sft"];
+  const field = (name: string, value: unknown) => set({ ...variant, fields: put(variant.fields, name, value) });
+  /** Another method or objective has other fields; those of the old one go. */
+  const swap = (key: string, name: string, old: FieldFacts[]) => {
+    const kept = Object.fromEntries(Object.entries(variant.fields).filter(([k]) => !old.some((f) => f.name === k) && k !== "lr"));
+    set({ ...variant, fields: { ...kept, [key]: name } });
+  };
+  return (
+    <fieldset class="variant-form">
+      <legend>
+        {variant.name || "a variant"}
+        {remove && (
+          <button type="button" class="quiet" onClick={remove} aria-label={`Take ${variant.name} away`}>
+            Take away
+          </button>
+        )}
+      </legend>
+      <div class="fields">
+        <Text label="Name" value={variant.name} errors={[...named, ...at("")]} set={(name) => set({ ...variant, name })} />
+        <Choice label="Method" value={method.name} words={known.methods.map((m) => m.name)} errors={at("method")} hint={SAYS[method.name]} set={(name) => swap("method", name, method.fields)} />
+        <Choice
+          label="Objective"
+          value={aim}
+          words={objectives}
+          errors={at("objective")}
+          hint={AIMS[aim]}
+          set={(name) => swap("objective", name, objective?.fields ?? [])}
+        />
+        <Field
+          facts={{ name: "lr", kind: "number", default: null, says: "peak learning rate" }}
+          preset={aim === "sft" ? String(method.lr) : ""}
+          value={variant.fields["lr"]}
+          errors={at("lr")}
+          set={(x) => field("lr", x)}
+        />
+        {[...method.fields, ...(objective?.fields ?? [])].map((f) => (
+          <Field key={f.name} facts={f} value={variant.fields[f.name]} errors={at(f.name)} set={(x) => field(f.name, x)} />
+        ))}
+      </div>
+    </fieldset>
+  );
+}
+
+let fieldCount = 0;
+
+function useFieldId(): string {
+  const id = useRef("");
+  if (!id.current) id.current = `field-${++fieldCount}`;
+  return id.current;
+}
+
+function Errors({ id, errors, hint }: { id: string; errors: string[]; hint?: string | undefined }) {
+  if (!errors.length && !hint) return null;
+  return (
+    <span id={id} class={errors.length ? "field-error" : "field-hint"}>
+      {errors.length ? errors.join("; ") : hint}
+    </span>
+  );
+}
+
+function Text({ label, value, errors, hint, list, wide, set }: { label: string; value: string; errors: string[]; hint?: string; list?: string[]; wide?: boolean; set: (value: string) => void }) {
+  const id = useFieldId();
+  return (
+    <div class={wide ? "field wide" : "field"}>
+      <label for={id}>{label}</label>
+      <input
+        id={id}
+        type="text"
+        value={value}
+        spellcheck={false}
+        autoComplete="off"
+        list={list ? `${id}-list` : undefined}
+        aria-invalid={errors.length > 0}
+        aria-describedby={`${id}-says`}
+        onInput={(e) => set(e.currentTarget.value)}
+      />
+      {list && (
+        <datalist id={`${id}-list`}>
+          {list.map((x) => (
+            <option key={x} value={x} />
+          ))}
+        </datalist>
+      )}
+      <Errors id={`${id}-says`} errors={errors} hint={hint} />
+    </div>
+  );
+}
+
+function Choice({ label, value, words, errors, hint, shown, set }: { label: string; value: string; words: string[]; errors: string[]; hint?: string | undefined; shown?: (word: string) => string; set: (value: string) => void }) {
+  const id = useFieldId();
+  return (
+    <div class="field">
+      <label for={id}>{label}</label>
+      <select id={id} value={value} aria-invalid={errors.length > 0} aria-describedby={`${id}-says`} onChange={(e) => set(e.currentTarget.value)}>
+        {words.map((w) => (
+          <option key={w} value={w}>
+            {shown ? shown(w) : w}
+          </option>
+        ))}
+      </select>
+      <Errors id={`${id}-says`} errors={errors} hint={hint} />
+    </div>
+  );
+}
+
+/** A field of a run file. Empty: what it is by default, which the field shows. What is no number is sent as it is, and refused by name. */
+function Field({ facts, value, errors, preset, set }: { facts: FieldFacts; value: unknown; errors: string[]; preset?: string; set: (value: unknown) => void }) {
+  const id = useFieldId();
+  const name = facts.name;
+  if (facts.kind === "switch") {
+    return (
+      <div class="field switch">
+        <label class="check">
+          <input type="checkbox" checked={value === undefined ? facts.default === true : value === true} onChange={(e) => set(e.currentTarget.checked === (facts.default === true) ? undefined : e.currentTarget.checked)} />
+          {name}
+        </label>
+        <Errors id={`${id}-says`} errors={errors} />
+      </div>
+    );
+  }
+  if (facts.kind === "word") {
+    const standard = facts.default === null ? "" : String(facts.default);
+    return (
+      <Choice
+        label={name}
+        value={value === undefined ? standard : String(value)}
+        words={[...(standard ? [] : [""]), ...(facts.words ?? [])]}
+        errors={errors}
+        hint={facts.says}
+        set={(w) => set(w === standard ? undefined : w)}
+      />
+    );
+  }
+  const shown = value === undefined ? "" : String(value);
+  return (
+    <div class="field">
+      <label for={id}>{name}</label>
+      <input
+        id={id}
+        type="text"
+        inputMode="decimal"
+        value={shown}
+        placeholder={preset ?? (facts.default === null ? "" : String(facts.default))}
+        autoComplete="off"
+        aria-invalid={errors.length > 0}
+        aria-describedby={`${id}-says`}
+        onInput={(e) => {
+          const text = e.currentTarget.value.trim();
+          set(text === "" ? undefined : Number.isFinite(Number(text)) ? Number(text) : text);
+        }}
+      />
+      <Errors id={`${id}-says`} errors={errors} hint={facts.says} />
+    </div>
+  );
+}
+
+function RunFile({ name, text, problems }: { name: string; text: string; problems: Problem[] }) {
+  const [copied, setCopied] = useState(false);
+  const copy = async () => {
+    try {
+      await navigator.clipboard.writeText(text);
+      setCopied(true);
+      setTimeout(() => setCopied(false), 1500);
+    } catch {
+      setCopied(false); // the text can be selected
+    }
+  };
+  return (
+    <aside class="card run-file" aria-labelledby="run-file">
+      <div class="card-head">
+        <h2 id="run-file">{name || "run"}.yaml</h2>
+        <div class="controls">
+          <button type="button" class="quiet" onClick={copy} disabled={!text}>
+            {copied ? "Copied" : "Copy"}
+          </button>
+          <button type="button" onClick={() => download(`${name || "run"}.yaml`, text)} disabled={!text}>
+            Download
+          </button>
+        </div>
+      </div>
+      <p class={problems.length ? "field-error" : "note"} role="status">
+        {!text ? "It forms as you choose." : problems.length ? `${problems.length === 1 ? "One thing is" : `${problems.length} things are`} wrong with it:` : "Nothing is wrong with it."}
+      </p>
+      {problems.length > 0 && (
+        <ul class="problems">
+          {problems.map((p, i) => (
+            <li key={i}>{p.text}</li>
+          ))}
+        </ul>
+      )}
+      <pre tabIndex={0} role="region" aria-label="Text of the run file">
+        {text}
+      </pre>
+    </aside>
+  );
+}
+
+function download(name: string, text: string): void {
+  const address = URL.createObjectURL(new Blob([text], { type: "application/yaml" }));
+  const a = document.createElement("a");
+  a.href = address;
+  a.download = name;
+  a.click();
+  setTimeout(() => URL.revokeObjectURL(address), 10_000);
+}
+
+function Cost({ text, wrong }: { text: string; wrong: boolean }) {
+  const [asked, setAsked] = useState("");
+  const { reading, failed } = useReading("studio/new/check", asked ? { text: asked } : null, [asked]);
+  const report = reading?.report;
+  const stale = asked !== "" && asked !== text;
+  return (
+    <Section
+      title="4. Cost"
+      id="step-cost"
+      aside={
+        <button type="button" disabled={!text || wrong || reading?.state === "reading"} onClick={() => setAsked(text)}>
+          {asked ? "Estimate again" : "Read the rows and estimate"}
+        </button>
+      }
+    >
+      {!asked && <p class="note">Reads all rows and estimates memory and time, as `trimtab check` does. Nothing is trained.</p>}
+      {failed ? <Failure error={failed} /> : null}
+      {reading && <Progress reading={reading} />}
+      {report && stale && <p class="note">The run file has changed since: this is of the one before.</p>}
+      {report && <Costs report={report} />}
+    </Section>
+  );
+}
+
+function Costs({ report }: { report: Report }) {
+  const e = report.estimate;
+  const [least, most] = e?.memory_bytes ?? [0, 0];
+  const free = e?.available_bytes ?? 0;
+  const fits = most <= free ? "good" : least <= free ? "warning" : "error";
+  const said = { good: "fits", warning: "may not fit", error: "does not fit" }[fits];
+  const flops = report.variants.reduce((sum, v) => sum + v.flops, 0);
+  const errors = report.findings.filter((f) => f.level === "error");
+  return (
+    <>
+      {e ? (
+        <>
+          <dl class="tiles costs">
+            <div>
+              <dt>memory</dt>
+              <dd>
+                {gb(least)} to {gb(most)} GB <span class={`state ${fits === "good" ? "finished" : fits}`}>{said}</span>
+              </dd>
+              <dd class="note">{gb(free)} GB are free on {e.device}, in {e.dtype}</dd>
+            </div>
+            <div>
+              <dt>time</dt>
+              <dd>{span(e.seconds)}</dd>
+              <dd class="note">
+                of all steps{e.judging_seconds[1] > 0 ? `, and ${span(e.judging_seconds)} for scores` : ""}, by a speed measured here just now
+              </dd>
+            </div>
+            <div>
+              <dt>work</dt>
+              <dd>{short(flops)}FLOP</dd>
+              <dd class="note">{short(report.variants.reduce((sum, v) => sum + v.tokens, 0))} tokens, forward and backward</dd>
+            </div>
+          </dl>
+          {report.room && <Failure error={report.room} />}
+        </>
+      ) : (
+        <p class="note">Nothing can be estimated: no variant has rows.</p>
+      )}
+      {report.variants.length > 0 && (
+        <Table
+          label="Cost of each variant"
+          rows={report.variants}
+          rowKey={(v) => v.name}
+          columns={[
+            { key: "name", title: "variant", cell: (v) => v.name },
+            { key: "method", title: "method", cell: (v) => v.method },
+            { key: "trainable", title: "trainable", number: true, cell: (v) => short(v.trainable) },
+            { key: "bytes", title: "file", number: true, cell: (v) => bytes(v.adapter_bytes) },
+            { key: "rows", title: "rows an epoch", number: true, cell: (v) => number(v.rows_per_epoch) },
+            { key: "steps", title: "steps", number: true, cell: (v) => number(v.steps) },
+            { key: "tokens", title: "tokens", number: true, cell: (v) => short(v.tokens) },
+            { key: "seconds", title: "alone", number: true, cell: (v) => span(v.seconds) },
+          ]}
+        />
+      )}
+      {errors.length > 0 && (
+        <p class="failure" role="note">
+          To be mended first: {errors.map((f) => f.message).join("; ")}
+        </p>
+      )}
+      <Findings findings={report.findings} title="What the check found" />
+    </>
+  );
+}
+
+function gb(n: number): string {
+  return number(n / 1e9, 3);
+}
+
+function span([least, most]: [number, number]): string {
+  const told = (s: number) => (s < 120 ? duration(Math.round(s)) : s < 7200 ? `${Math.round(s / 60)} min` : `${number(s / 3600, 2)} h`);
+  const [a, b] = [told(least), told(most)];
+  return a === b ? a : `${a} to ${b}`;
+}
+
+function Begin({ about, draft, text, wrong, errors, root, set }: { about: About; draft: Draft; text: string; wrong: number; errors: string[]; root: string; set: (out: string) => void }) {
+  const [done, setDone] = useState<{ path: string; begun: boolean } | null>(null);
+  const [busy, setBusy] = useState(false);
+  const [error, setError] = useState<unknown>(null);
+  const file = `${root}/${draft.out}.yaml`;
+  useEffect(() => setDone(null), [text]);
+  const save = async (begin: boolean) => {
+    setBusy(true);
+    setError(null);
+    try {
+      const saved = done ?? { ...(await post<{ path: string; file: string }>("studio/new/save", { name: draft.out, text })), begun: false };
+      setDone(saved);
+      if (begin) {
+        const ask = () => post("studio/begin", { file: `${draft.out}.yaml` });
+        await ask().catch(() => new Promise((wait) => setTimeout(wait, BEGIN_AGAIN_MS)).then(ask));
+        setDone({ ...saved, begun: true });
+      }
+    } catch (failed) {
+      setError(failed);
+    }
+    setBusy(false);
+  };
+  return (
+    <Section title="5. Begin" id="step-begin">
+      <div class="fields">
+        <Text label="Name of the run" hint={`Its folder and its file, in ${root}`} value={draft.out} errors={errors} set={set} wide />
+      </div>
+      {error ? <Failure error={error} /> : null}
+      {done ? (
+        <p class="note" role="status">
+          {done.begun ? (
+            <>
+              It has begun. <a href={link("runs")}>Follow it among the runs</a>.
+            </>
+          ) : (
+            `Saved: ${done.path}`
+          )}
+        </p>
+      ) : null}
+      <div class="row">
+        {about.changes && (
+          <button type="button" class="main" disabled={busy || wrong > 0 || !text || done?.begun} onClick={() => void save(true)}>
+            Save and begin
+          </button>
+        )}
+        <button type="button" class={about.changes ? undefined : "main"} disabled={busy || wrong > 0 || !text || done !== null} onClick={() => void save(false)}>
+          Save the run file
+        </button>
+      </div>
+      <div class="commands">
+        <Command says="What it costs" text={`trimtab check ${quoted(file)}`} />
+        <Command says="Train" text={`trimtab train ${quoted(file)}`} />
+      </div>
+    </Section>
+  );
+}
