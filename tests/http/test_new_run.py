@@ -20,6 +20,7 @@ from trimtab.train.follow import RunFolders
 from trimtab.train.guided import choices, formed, guessed, text_of
 from trimtab.train.rows_process import Answering, answer
 
+KEY = {"authorization": "Bearer k"}
 ROW = {"question": "one", "answer": "two"}
 
 
@@ -27,7 +28,7 @@ ROW = {"question": "one", "answer": "two"}
 def shown(tmp_path: Path) -> Iterator[Shown]:
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "tickets.jsonl").write_text((json.dumps(ROW) + "\n") * 3)
-    made = Shown(RunFolders(tmp_path / "root"))
+    made = Shown(RunFolders(tmp_path / "root"), key="k")
     yield made
     made.close()
 
@@ -119,9 +120,11 @@ def test_another_page_can_do_nothing(shown: Shown):
 def test_a_run_file_is_saved_beside_the_runs_and_writes_over_none(shown: Shown, tmp_path: Path):
     app, root = create_studio(shown), shown.runs.root
 
-    def save(name: str, text: str = "base: x\n") -> Any:
-        return call(app, "POST", "/studio/new/save", {"name": name, "text": text})
+    def save(name: str, text: str = "base: x\n", key: str = "k") -> Any:
+        return call(app, "POST", "/studio/new/save", {"name": name, "text": text}, headers={"authorization": f"Bearer {key}"})
 
+    assert call(app, "POST", "/studio/new/save", {"name": "a", "text": "b"}).status_code == 401 == save("a", key="").status_code
+    assert save("a", key="other").status_code == 401 and not (root / "a.yaml").exists()
     found = save("mine", "base: ä\n")
     assert found.status_code == 201 and found.json() == {"path": str(root / "mine.yaml"), "file": "mine.yaml"}
     assert (root / "mine.yaml").read_text(encoding="utf-8") == "base: ä\n"
@@ -131,7 +134,7 @@ def test_a_run_file_is_saved_beside_the_runs_and_writes_over_none(shown: Shown, 
         assert save(name).status_code == 400, name
     assert (
         save("big", "x" * 200_001).status_code == 400
-        and call(app, "POST", "/studio/new/save", b'{"name": "bad", "text": "\\ud800"}').status_code == 400
+        and call(app, "POST", "/studio/new/save", b'{"name": "bad", "text": "\\ud800"}', headers=KEY).status_code == 400
     )
     assert not (tmp_path / "elsewhere.yaml").exists() and sorted(p.name for p in root.iterdir()) == [
         "link.yaml",

@@ -71,7 +71,7 @@ def test_rows_of_a_file(chromium: Any, site: str):
         assert page.get_by_role("article").count() == 1
         page.get_by_label("Order").select_option("longest")
         read(page)
-        page.locator('article:first-of-type', has_text='hacked').first.wait_for()
+        page.locator("article:first-of-type", has_text="hacked").first.wait_for()
         page.get_by_role("button", name="valid 2").click()
         page.get_by_text("question 0").wait_for()
         assert page.get_by_role("article").count() == 2 and page.get_by_text("--split valid --count").count() == 1

@@ -32,10 +32,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(root: Path, tiny_llama_folder: Path) -> Iterator[str]:
-    made = Shown(RunFolders(root), base=str(tiny_llama_folder))
+    made = Shown(RunFolders(root), base=str(tiny_llama_folder), key="k")
     with serving(create_studio(made)) as url:
         yield url
     made.close()
+    for child in made.beginner._children:
+        child.wait(60)
 
 
 def formed(page: Any) -> str:
@@ -45,12 +47,13 @@ def formed(page: Any) -> str:
 
 
 def test_from_rows_to_a_run_file(chromium: Any, site: str, root: Path):
-    with Visit(chromium, site, "#/data") as page:
+    with Visit(chromium, site, "#key=k") as page:
+        page.get_by_role("link", name="Data").click()
         page.get_by_role("button", name="tickets.jsonl").click()
         page.get_by_role("link", name="Train on it").click()
         first = yaml.safe_load(formed(page))
         assert first["data"]["tickets"]["train"]["columns"] == {"prompt": "question", "completion": "answer"}
-        page.get_by_label("epochs").fill("1")
+        page.get_by_label("max_steps").fill("2")
         page.get_by_role("button", name="Add a variant").click()
         page.get_by_label("Method").nth(1).select_option("ia3")
         page.get_by_label("Name", exact=True).nth(1).fill("small")
@@ -68,7 +71,7 @@ def test_from_rows_to_a_run_file(chromium: Any, site: str, root: Path):
         page.get_by_text("One thing is wrong with it").wait_for(state="detached")
         text = formed(page)
         content = yaml.safe_load(text)
-        assert content["defaults"]["epochs"] == 1
+        assert content["defaults"]["max_steps"] == 2
         assert content["variants"] == {
             "tickets-lora": {"data": "tickets", "method": "lora", "r": 8, "use_dora": True},
             "small": {"data": "tickets", "method": "ia3", "lr": 1e-3},
@@ -82,6 +85,10 @@ def test_from_rows_to_a_run_file(chromium: Any, site: str, root: Path):
         page.get_by_role("button", name="Save the run file").click()
         page.get_by_text(f"Saved: {root / 'tickets.yaml'}").wait_for()
         assert (root / "tickets.yaml").read_text() == text
+        page.get_by_role("button", name="Save and begin").click()
+        page.get_by_text("It has begun").wait_for(timeout=30_000)
+        page.get_by_role("link", name="Follow it among the runs").click()
+        page.get_by_role("row", name="tickets finished").wait_for(timeout=60_000)
         run = RunConfig.load(root / "tickets.yaml")
         assert [v.method.name for v in run.variants] == ["lora", "ia3"] and run.out == root / "tickets"
 

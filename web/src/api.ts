@@ -95,8 +95,6 @@ export interface About {
   /** Whether runs can be begun and told what to do here. */
   changes: boolean;
   rows: boolean;
-  /** Runs can be begun and steered from here. */
-  changes?: boolean;
   store: boolean;
   serves: boolean;
 }

@@ -15,7 +15,7 @@ from trimtab.http.errors import Fault
 from trimtab.http.fields import Strict
 from trimtab.http.own_page import body_of, from_this_page
 from trimtab.http.rows import begun, shown_path
-from trimtab.http.studio_auth import Studio, allowed
+from trimtab.http.studio_auth import Studio, allowed, may_change
 from trimtab.store.names import RULE, is_word
 
 router = APIRouter(prefix="/studio/new", include_in_schema=False, dependencies=[Depends(allowed)])
@@ -87,7 +87,7 @@ async def check(studio: Studio, request: Request) -> dict[str, Any]:
     return begun(studio, _at(studio, {"do": "check", "text": body.text}))
 
 
-@changes.post("/save", status_code=201)
+@changes.post("/save", status_code=201, dependencies=[Depends(may_change)])
 async def save(studio: Studio, request: Request) -> dict[str, Any]:
     """Write it beside the runs. A file that is there is never written over."""
     body = await body_of(request, SaveBody)

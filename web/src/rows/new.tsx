@@ -595,7 +595,7 @@ function Begin({ about, draft, text, wrong, errors, root, set }: { about: About;
   const [done, setDone] = useState<{ path: string; begun: boolean } | null>(null);
   const [busy, setBusy] = useState(false);
   const [error, setError] = useState<unknown>(null);
-  const file = `${root}/${draft.out}.yaml`;
+  const file = `${root}/${draft.out}.yaml`; // where it is saved, and where a downloaded one belongs: its paths start there
   useEffect(() => setDone(null), [text]);
   const save = async (begin: boolean) => {
     setBusy(true);
@@ -636,9 +636,11 @@ function Begin({ about, draft, text, wrong, errors, root, set }: { about: About;
             Save and begin
           </button>
         )}
-        <button type="button" class={about.changes ? undefined : "main"} disabled={busy || wrong > 0 || !text || done !== null} onClick={() => void save(false)}>
-          Save the run file
-        </button>
+        {about.changes && (
+          <button type="button" disabled={busy || wrong > 0 || !text || done !== null} onClick={() => void save(false)}>
+            Save the run file
+          </button>
+        )}
       </div>
       <div class="commands">
         <Command says="What it costs" text={`trimtab check ${quoted(file)}`} />
