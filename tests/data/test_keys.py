@@ -360,6 +360,27 @@ def test_a_greeting_behind_the_system_turn_answers_nothing(tmp_path) -> None:
     assert str(marked).startswith("empty: messages[5]")
 
 
+def test_a_prompt_and_its_completion_may_be_text_and_messages(tmp_path) -> None:
+    wanted = to_row({"prompt": [ASK], "completion": [ANSWER]})
+    rows = [{"prompt": [ASK], "completion": ANSWER["content"]}, {"prompt": ASK["content"], "completion": [ANSWER]}]
+    assert [to_row(row) for row in rows] == [wanted, wanted] and supervised(wanted) == f"b{END}"
+    assert str(to_row({"prompt": [ASK], "completion": " "})).startswith("empty: completion has no text")
+    assert isinstance(to_row({"prompt": [{"type": "text", "text": "a?"}], "completion": "b"}), Row), "parts of a text"
+    notes: list[str] = []
+    write_jsonl(tmp_path / "t.jsonl", rows)
+    assert len(read_source(Source("t.jsonl"), tmp_path, 0, notes.append)[0]) == 2 and notes == []
+
+
+def test_a_system_column_that_a_system_turn_overrides_is_said(tmp_path) -> None:
+    notes: list[str] = []
+    turn = {"role": "system", "content": "S"}
+    rows = [{"system": said, "messages": [turn, ASK, ANSWER]} for said in ("S", "other", "", None)]
+    write_jsonl(tmp_path / "t.jsonl", [*rows, {"system": "S", "messages": [ASK, ANSWER]}])
+    for row in read_source(Source("t.jsonl"), tmp_path, 0, notes.append)[0]:
+        assert isinstance(row, Row) and (row.messages or ())[0] == turn
+    assert notes == ["t.jsonl: not used: system beside a system turn (1 row)"]
+
+
 def test_prompts_and_completions_as_json_text_are_messages() -> None:
     prompt, completion = [ASK, ANSWER, ASK], [ANSWER | {"content": "c"}]
     wanted = to_row({"prompt": prompt, "completion": completion})

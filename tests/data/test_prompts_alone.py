@@ -31,6 +31,8 @@ CALL = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
         ({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": CALL}]}, [USER], CALL),
         ({"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}, [USER], "b"),
         ({"instruction": "a", "input": "?", "output": "b"}, [{"role": "user", "content": "a\n\n?"}], "b"),
+        ({"instruction": "a?", "history": [["a?", "b"]], "output": "c"}, [USER, SAID, USER], "c"),
+        ({"prompt": "a?", "history": '[["a?", "b"]]'}, [USER, SAID, USER], None),
     ],
 )
 def test_forms(record: dict[str, Any], messages: list[dict[str, str]], reference: Any) -> None:
@@ -40,11 +42,21 @@ def test_forms(record: dict[str, Any], messages: list[dict[str, str]], reference
     assert row.asked.columns == {k: v for k, v in record.items() if k not in ("prompt", "completion")}
 
 
+def test_columns_that_a_reward_gets_from_the_run_are_not_the_row_s() -> None:
+    """`completions` of a row of steps would be given twice, and the call would fail each time."""
+    row = to_segments({"prompt": "a?", "completions": ["x"], "completion_ids": [1], "trainer_state": 2, "answer": 4}, "r", {}, None, PARTS)
+    assert isinstance(row, Row) and row.asked is not None and row.asked.columns == {"answer": 4}
+
+
 @pytest.mark.parametrize(
     ("record", "why"),
     [
         ({"answer": "b"}, "no prompt"),
-        ({"messages": [SAID]}, "prompt is an empty list"),
+        ({"messages": [SAID]}, "nothing is asked before the answer in messages"),
+        ({"instruction": ["a"], "output": "b"}, "not text: instruction[0] is text"),
+        ({"instruction": "a", "input": 5}, "not text: input is a number"),
+        ({"prompt": [USER], "history": [["q", "r"]]}, "history: the prompt is a list of messages"),
+        ({"instruction": "a", "history": [["q"]]}, "no list of pairs"),
         ({"prompt": [USER, SAID]}, "do not end with a question"),
         ({"prompt": "a?", "images": ["x"]}, "images"),
     ],

@@ -13,10 +13,11 @@ import torch
 from click.testing import CliRunner
 
 from tests.objectives.test_new_objective import write_pairs
-from tests.tiny import tiny_folder
+from tests.tiny import tiny_folder, tiny_tokenizer
 from tests.train.common import METHODS, metrics, run_file, tiny_base
 from trimtab.bases.template import BadRow
 from trimtab.cli import main
+from trimtab.data import Source, load_examples
 from trimtab.data.pairs import marked, pair
 from trimtab.errors import ConfigError, DataError
 from trimtab.objectives import OBJECTIVES
@@ -157,6 +158,23 @@ def test_an_instruction_keeps_its_input() -> None:
     assert pair(row) == tuple({"instruction": "i", "input": "more", "output": answer} for answer in ("yes", "no"))
 
 
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"instruction": "q", "output": "x", "chosen": "yes", "rejected": "no"}, "output beside chosen and rejected"),
+        ({"prompt": "q", "completion": "x", "chosen": "yes", "rejected": "no"}, "completion beside chosen and rejected"),
+    ],
+)
+def test_an_answer_beside_a_pair_is_said_to_be_unused(tmp_path: Path, row: dict[str, Any], name: str) -> None:
+    (tmp_path / "r.jsonl").write_text(json.dumps(row) + "\n")
+    found = load_examples([Source("r.jsonl")], tiny_tokenizer(), root=tmp_path, max_length=64, parts=OBJECTIVES["dpo"].parts)
+    plain = {k: v for k, v in row.items() if k not in ("output", "completion")}
+    (tmp_path / "p.jsonl").write_text(json.dumps(plain) + "\n")
+    want = load_examples([Source("p.jsonl")], tiny_tokenizer(), root=tmp_path, max_length=64, parts=OBJECTIVES["dpo"].parts)
+    assert found.notes == [f"r.jsonl: not used: {name} (1 row)"] and want.notes == []
+    assert [s.ids.tolist() for s in found.examples[0].segments] == [s.ids.tolist() for s in want.examples[0].segments]
+
+
 def test_marks_of_single_answers() -> None:
     assert marked({"prompt": "q", "completion": "yes", "label": "true"}) == {"desirable": {"prompt": "q", "completion": "yes"}}
     assert marked({"messages": [ASKED, NO], "kto_tag": False}) == {"undesirable": {"prompt": [ASKED], "completion": [NO]}}
@@ -174,6 +192,7 @@ def test_marks_of_single_answers() -> None:
         ({"prompt": "other", "chosen": [ASKED, YES], "rejected": [ASKED, NO]}, "prompt says something else"),
         ({"chosen": [YES], "rejected": [NO]}, "no prompt: chosen and rejected are answers alone"),
         ({"prompt": "q", "chosen": "yes", "rejected": [NO]}, "one answer is text, the other one is a list"),
+        ({"prompt": "q", "chosen": ["yes"], "rejected": ["no"]}, "an answer is a list that holds text"),
         ({"preferred_output": [YES], "non_preferred_output": [NO]}, "input is null"),
         ({"messages": [ASKED, said("assistant", "x")], "chosen": [ASKED, YES], "rejected": [ASKED, NO]}, "messages says something else"),
         ({"conversations": SHAREGPT[0], "chosen": [ASKED, YES], "rejected": [ASKED, NO]}, "conversations says something else"),

@@ -29,7 +29,7 @@ from trimtab.data.rows import Dropped, Row
 
 STEP_END = "\n"
 """Stands behind each step; TRL's `step_separator`."""
-RENDER_VERSION = 6
+RENDER_VERSION = 7
 """Counts up when the same row would give other ids or another mask; part of every digest."""
 
 

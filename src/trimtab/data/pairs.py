@@ -28,6 +28,7 @@ Record: TypeAlias = Mapping[str, Any]
 DESIRABLE, UNDESIRABLE, REJECTED = "desirable", "undesirable", "rejected"
 SIDES = ("chosen", "rejected")
 OPENAI = ("preferred_output", "non_preferred_output")
+ANSWERS = ("completion", "output")
 PAIR_COLUMNS = ("chosen", "rejected", "margin", "label", "kto_tag", "completions", "labels", *OPENAI)
 """What objectives read beside the columns of the forms: `columns` may name these too."""
 PAIRED = "prompt + chosen + rejected | chosen + rejected | input + preferred_output + non_preferred_output"
@@ -38,6 +39,9 @@ def pair(record: Record) -> tuple[Record, Record]:
     """The better and the worse answer. BadRow if there are not two, they are equal, or they answer different prompts."""
     rest, sides = _sides(record)
     chosen, rejected = (rest.pop(side) for side in sides)
+    for name in ANSWERS:
+        if not is_empty(rest.get(name)):  # what neither answer is; the name is one that reports call unused
+            rest[f"{name} beside {' and '.join(sides)}"] = rest.pop(name)
     if is_empty(rest.get("instruction")):
         made = _prompted(rest, chosen, rejected)
     else:
@@ -95,6 +99,9 @@ def _prompted(rest: dict[str, Any], chosen: Any, rejected: Any) -> tuple[Record,
         raise BadRow(f"no pair: one answer is {kind_of(chosen)}, the other one is {kind_of(rejected)}")
     if not isinstance(chosen, str) and not (isinstance(chosen, list) and isinstance(rejected, list)):
         raise BadRow(f"no pair: an answer is {kind_of(chosen)}, neither text nor messages")
+    for side in (chosen, rejected):
+        if isinstance(side, list) and (bad := next((turn for turn in side if not isinstance(turn, dict)), side)) is not side:
+            raise BadRow(f"no pair: an answer is a list that holds {kind_of(bad)}; messages are objects with role and content")
     if isinstance(chosen, list) and _is_whole(chosen) and _is_whole(rejected):
         return _from_whole(rest, chosen, rejected)
     beside = {name: rest.pop(name) for name in ("messages", "conversations", "prompt") if not is_empty(rest.get(name))}

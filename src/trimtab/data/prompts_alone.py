@@ -2,9 +2,9 @@
 
 | columns                                  | prompt                              | the row's own answer                  |
 |------------------------------------------|-------------------------------------|---------------------------------------|
-| prompt, text or messages                 | it                                  | completion, if there is one           |
+| prompt, text or messages                 | it, behind the history              | completion, if there is one           |
 | messages or conversations                | all before the last assistant turns | the last of these, or its calls       |
-| instruction, optional input              | as an instruction's                 | output, if there is one               |
+| instruction, optional input              | as an instruction's, with history   | output, if there is one               |
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 from trimtab.bases.template import BadRow
 from trimtab.data.keys import is_blank, is_empty
-from trimtab.data.turns import ROLES, kind_of, listed, talk_in
+from trimtab.data.turns import ROLES, kind_of, listed, pairs, talk_in, text_of
 
-OWN = ("prompt", "completion", "completion_ids")
-"""What rewards get under these names is the sampled answer's, so that columns of these names are not handed on."""
+OWN = ("prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""What rewards get under these names is the sampled answer's or the run's, so that columns of these names are not handed on."""
 TALKS = ("messages", "conversations")
 
 
@@ -47,7 +47,8 @@ class Asked:
 def prompt_alone(record: Mapping[str, Any]) -> dict[str, Any]:
     """{"": the record as a prompt}. BadRow where there is no prompt."""
     if not is_empty(record.get("prompt")):
-        return {"": Asked(talk_in(record["prompt"]), _said(talk_in(record.get("completion"))), record)}
+        prompt, answer = talk_in(record["prompt"]), _said(talk_in(record.get("completion")))
+        return {"": Asked(_after(record.get("history"), prompt), answer, record)}
     for name in TALKS:
         if not is_empty(record.get(name)):
             turns = listed(record[name], name)
@@ -55,11 +56,24 @@ def prompt_alone(record: Mapping[str, Any]) -> dict[str, Any]:
                 raise BadRow(f"no prompt: {name} is {kind_of(turns)}, not a list of messages")
             asked = [i for i, turn in enumerate(turns) if _role(turn) != "assistant"]
             end = asked[-1] + 1 if asked else 0
+            if turns and not asked:
+                raise BadRow(f"no prompt: nothing is asked before the answer in {name}")
             return {"": Asked(turns[:end], _said(turns[end:]), record)}
     if not is_blank(record.get("instruction")):
-        more = [] if is_blank(record.get("input")) else [str(record["input"])]
-        return {"": Asked("\n\n".join([str(record["instruction"]), *more]), _said(record.get("output")), record)}
+        parts = [text_of(record[name], name) for name in ("instruction", "input") if not is_blank(record.get(name))]
+        return {"": Asked(_after(record.get("history"), "\n\n".join(parts)), _said(record.get("output")), record)}
     raise BadRow("no prompt: understood: prompt | messages | conversations | instruction (+ input)")
+
+
+def _after(history: Any, prompt: Any) -> Any:
+    """A prompt behind the turns of its history, as a conversation."""
+    if is_empty(history):
+        return prompt
+    if not isinstance(prompt, str):
+        raise BadRow("history: the prompt is a list of messages, which holds what was before")
+    sides = enumerate(pairs(history, "history"))
+    earlier = [{"role": ("user", "assistant")[i % 2], "content": text_of(side, f"history[{i // 2}][{i % 2}]")} for i, side in sides]
+    return [*earlier, {"role": "user", "content": prompt}]
 
 
 def _said(answer: Any) -> Any:

@@ -32,7 +32,7 @@ from trimtab.data.forms import FIELDS, PASSED, form_of, refuse_keys
 from trimtab.data.keys import MARKS, MASKS, MEDIA, SETTING_KEYS, flag, is_blank, is_empty
 from trimtab.data.pairs import REJECTED, UNDESIRABLE
 from trimtab.data.prompts_alone import Asked
-from trimtab.data.turns import Turn, filled, kind_of, pairs, read_turns, talk_in, text_of, unasked
+from trimtab.data.turns import Turn, filled, is_talk, kind_of, pairs, read_turns, talk_in, text_of, unasked
 
 RowId = tuple[int, int]
 """Which row it is: the number of its source among those that are read together, and its own number among the source's rows."""
@@ -229,7 +229,12 @@ def _from_conversations(fields: Mapping[str, Any], origin: str) -> Row:
 
 def _from_prompt(fields: Mapping[str, Any], origin: str) -> Row:
     prompt, completion = fields["prompt"], fields["completion"]
-    if isinstance(asked := talk_in(prompt), list) and isinstance(answered := talk_in(completion), list):
+    asked, answered = talk_in(prompt), talk_in(completion)
+    if is_talk(asked) and isinstance(answered, str):
+        answered = [{"role": "assistant", "content": filled(answered, "completion")}]
+    elif isinstance(asked, str) and is_talk(answered):
+        asked = [{"role": "user", "content": asked}]
+    if isinstance(asked, list) and isinstance(answered, list):
         if not is_empty(fields["history"]):
             raise BadRow("history: the prompt is a list of messages, which holds what was before")
         before, after = read_turns(asked, "prompt"), read_turns(answered, "completion")

@@ -87,8 +87,13 @@ def talk_in(value: Any) -> Any:
         found = STRICT_JSON.decode(value)
     except JSON_ERRORS:
         return value
-    is_talk = found and all(isinstance(turn, dict) and not {"role", "from"}.isdisjoint(turn) for turn in found)
-    return found if is_talk else value
+    return found if is_talk(found) else value
+
+
+def is_talk(value: Any) -> bool:
+    """Whether a value is a list of messages, rather than one of parts of a text."""
+    listed = isinstance(value, list) and bool(value)
+    return listed and all(isinstance(turn, dict) and not {"role", "from"}.isdisjoint(turn) for turn in value)
 
 
 def unasked(roles: Sequence[str | None]) -> set[int]:

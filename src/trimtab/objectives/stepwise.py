@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from trimtab.bases.template import BadRow
 from trimtab.data.keys import flag
 from trimtab.data.rows import Read, Record
+from trimtab.data.turns import kind_of
 from trimtab.methods import Head
 from trimtab.objectives.base import Objective, Segments
 
@@ -42,6 +43,8 @@ class Stepwise(Objective):
         marks = [flag(x) for x in labels] if isinstance(labels, list) else []
         if len(marks) != len(steps) or None in marks:
             raise BadRow(f"labels: not a list of true or false, one for each of the {len(steps)} steps")
+        if not isinstance(record["prompt"], str):
+            raise BadRow(f"prompt: {kind_of(record['prompt'])}, not text: steps follow a text")
         rest = {k: v for k, v in record.items() if k not in ("completions", "labels", "prompt")}
         part = Read({**rest, "text": record["prompt"]})
         part.steps = tuple(steps)
