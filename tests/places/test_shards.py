@@ -5,6 +5,7 @@ The reference is the run in one process, which has the whole base.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,13 @@ from tests.train.common import METHODS, run_file, tiny_base
 from trimtab.bases import fits
 from trimtab.bases.fingerprint import fingerprint_model
 from trimtab.bases.shapes import read_architecture
+from trimtab.bases.sharding import matrices_in, shard
 from trimtab.bases.unchanged import Watch
 from trimtab.cli import main
 from trimtab.cost.room import at_most
 from trimtab.memory import OutOfMemory
 from trimtab.methods import LoraConfig
-from trimtab.model import Base
+from trimtab.model import Base, load_base
 from trimtab.places.place import Place
 from trimtab.places.shards import Shards, Unit
 from trimtab.train import RunConfig, train
@@ -229,6 +231,22 @@ def test_a_write_to_a_part_is_seen(tmp_path: Path) -> None:
         place.added([1])
 
     assert in_ranks(2, work, tmp_path / "log") == [0, 0], read(tmp_path / "log")
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4", "fp4-double", "int8"])
+def test_nothing_keeps_what_was_shared_out(quantize: str | None, tmp_path: Path) -> None:
+    """A tensor that was made as a view of another one would keep that one, whole, on every rank."""
+    base = load_base(str(tiny_folder(tmp_path / "base", dtype=torch.bfloat16)), dtype="bfloat16", quantize=quantize, device="cpu")
+    model = base.model
+    before = {t.untyped_storage().data_ptr() for own in matrices_in(model).values() for t in own}
+    shards = Shards(0, 2, 2)
+    shard(model, base.spec, shards)
+    gc.collect()
+    kept = {id(t) for t in shards.kept(model)}
+    tensors = [t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter) and id(t) not in kept]
+    left = [t for t in tensors if t.untyped_storage().nbytes() and t.untyped_storage().data_ptr() in before]
+    assert len(before) > 10 and not left, [(tuple(t.shape), t.dtype) for t in left]
+    shards.close()
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

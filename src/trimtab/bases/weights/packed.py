@@ -41,10 +41,10 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.form, (self.out_features, self.in_features), self.compute_dtype = form, shape, dtype
         self.block, self.block_rows = block, block_rows
-        for name, tensor in stored.items():
-            self.register_buffer(name.replace(".", ":"), tensor)
+        for name, tensor in stored.items():  # detached: a view keeps the tensor that it was made of, even where its memory is replaced
+            self.register_buffer(name.replace(".", ":"), tensor.detach())
         for name, tensor in (derived or {}).items():
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_buffer(name, tensor.detach(), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
 
     def forward(self, x_TI: Tensor) -> Tensor:
