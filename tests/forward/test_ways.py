@@ -100,12 +100,20 @@ def test_an_adapter_without_rows_decides_nothing(base: Base) -> None:
 
 @pytest.mark.parametrize(
     "lengths",
-    [[(BASE, 1), (0, LONG), (1, 1)], [(1, 1), *[(0, SHORT_SPAN // 2 + 1)] * 2], [(BASE, LONG - 1)] * (ONE_CALL_ROWS // (LONG - 1) + 1)],
-    ids=["a long prompt", "an adapter with many rows", "many rows"],
+    [[(BASE, 1), (0, LONG), (1, 1)], [(BASE, LONG - 1)] * (ONE_CALL_ROWS // (LONG - 1) + 1)],
+    ids=["a long prompt", "many rows"],
 )
 def test_rows_that_go_layer_by_layer_take_the_others_along(base: Base, lengths: list[tuple[int, int]]) -> None:
     mix, _ = base.mix(list(adapters(base, KNOWN).values()))
     assert Attached.decode_path.ways(fed(base, lengths, mix)) == {Way.LAYER_BY_LAYER: {m for m, _ in lengths}}
+
+
+def test_an_adapter_with_many_rows_in_short_sequences_stays_in_the_one_call(base: Base) -> None:
+    """What a server decodes where most requests are for one adapter. The slot of every row is told."""
+    mix, _ = base.mix(list(adapters(base, KNOWN).values()))
+    batch = fed(base, [(1, 1), *[(0, SHORT_SPAN // 2 + 1)] * 2, (BASE, 3)], mix)
+    assert Attached.decode_path.ways(batch) == {Way.ONE_CALL: {BASE, 0, 1}}
+    assert batch.rows(mix.members).slot_T.tolist() == [-1] * 3 + [0] * (SHORT_SPAN + 2) + [1]
 
 
 def test_a_long_prompt_elsewhere_takes_nobody_along(base: Base) -> None:

@@ -72,6 +72,38 @@ def test_one_call_equals_a_call_for_each_kernel(base, monkeypatch):
     assert all(float((part - parts[0]).abs().max()) > 0.1 for part in parts[1:]), "every adapter does something"
 
 
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+@pytest.mark.parametrize(
+    "config", [trimtab.LoraConfig(r=5), trimtab.BottleneckConfig(), trimtab.IA3Config()], ids=["lora", "bottleneck", "ia3"]
+)
+@torch.no_grad()
+def test_many_short_sequences_of_one_adapter(base, config, monkeypatch):
+    """130 sequences of one adapter, two parts of the call, between others: each gives what it gives alone, and nearly what the model gives
+    with the adapter's edits in its own modules."""
+    mix = Mix([adapter(base, 3, trimtab.LoraConfig(r=3)), adapter(base, 4, config)])
+    monkeypatch.setattr(Attached, "decode_path", DecodePath(base.attached))
+    spec, attached = base.spec, base.attached
+    members = [-1, 0, *[1] * 130, 0]
+
+    def fed(chosen):
+        cache = PagedKV(spec.num_layers, len(members), 4, *spec.kv_shape, attached.dtype, attached.device)
+        pieces = [Piece(torch.tensor([i % 200 + 3, i % 77 + 5]), members[i], [i]) for i in chosen]
+        batch = make_batch(pieces, mix, device=attached.device, max_positions=spec.max_positions, cache=cache)
+        hidden = attached.forward(batch)
+        return [hidden[a:b] for a, b in batch.where]
+
+    together, before = fed(range(len(members))), dict(attached.cached_rows)
+    assert before == {Way.ONE_CALL: 2 * len(members), Way.LAYER_BY_LAYER: 0, Way.MODEL: 0}
+    for i in (0, 1, 2, 60, 129, 131, 132):
+        assert torch.equal(together[i], fed([i])[0]), i
+    monkeypatch.setattr(Attached, "decode_path", None)
+    for got, want in zip(together, fed(range(len(members))), strict=True):
+        assert float((got - want).float().norm() / want.float().norm()) < 0.05
+    members = [-1] * len(members)
+    plain = fed(range(len(members)))
+    assert min(float((together[i] - plain[i]).float().norm() / plain[i].float().norm()) for i in range(2, 132)) > 0.2
+
+
 @pytest.mark.parametrize(
     "other",
     [trimtab.LoraConfig(use_dora=True), trimtab.IA3Config(target_modules=("gate_proj",), feedforward_modules=("gate_proj",))],

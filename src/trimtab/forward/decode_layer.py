@@ -152,7 +152,7 @@ def linear(weights: Sequence[Weight], biases: Sequence[Tensor | None], packs: bo
     it there."""
     many: Linear = partial(ops.linears, weights=weights, biases=biases)
     if len(weights) == 1:
-        many = partial(weights[0].matmul, bias_O=biases[0])
+        many = _fresh_pages(weights[0], biases[0])
     packs = packs and all(w.stored_dense for w in weights)
     reads = native.attends_flat() and all(map(_reads, weights))
     tiles = packs and native.has_tiles() and weights[0].shape[1] % 32 == 0
@@ -171,6 +171,17 @@ def linear(weights: Sequence[Weight], biases: Sequence[Tensor | None], packs: bo
         return lambda x: tiled(x) if len(x) <= FEW_ROWS else many(x), tiled
     # oneDNN's layout is as fast as the original for many rows too, and gives the same bits
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, "none", [], ""), None
+
+
+def _fresh_pages(weight: Weight, bias_O: Tensor | None) -> Linear:
+    """x Wᵀ + b. The logits of many rows are a block that the system gives anew each time."""
+
+    def product(x_TI: Tensor) -> Tensor:
+        if x_TI.device.type != "cpu" or len(x_TI) * weight.shape[0] * x_TI.element_size() < native.GIVEN_BACK:
+            return weight.matmul(x_TI, bias_O)
+        return weight.matmul(x_TI, bias_O, out=native.fresh(len(x_TI), weight.shape[0], x_TI.dtype))
+
+    return product
 
 
 def _reads(weight: Weight) -> bool:

@@ -91,10 +91,9 @@ class DecodePath:
         return {way: members for way, members in found.items() if members}
 
     def _many(self, batch: Batch, members: frozenset[int]) -> bool:
-        """Whether these members bring too many rows for the one call, or one of them does, or one sequence."""
-        rows, runs = batch.rows(batch.mix.members), batch.plan.runs
-        long = {s.slot for s in rows.by_row[1]} if rows else set[int]()
-        long |= {batch.member_T[r.start] for r in runs if r.queries >= LONG}
+        """Whether these members bring too many rows for the one call, or one sequence of theirs does. How many rows an adapter has does not
+        matter: each is computed with its factors by itself, which costs no more than with as many different ones."""
+        long = {batch.member_T[r.start] for r in batch.plan.runs if r.queries >= LONG}
         total = batch.total if members == batch.members else len(batch.index(members))
         return total > ONE_CALL_ROWS or not members.isdisjoint(long)
 
@@ -115,7 +114,7 @@ class DecodePath:
         if way is Way.ONE_CALL:
             assert self.stack is not None
             edited = batch.rows(batch.mix.members)
-            edits = (None, None) if edited is None else (edited.by_row[0], self._edits(self.stack, batch.mix).table)
+            edits = (None, None) if edited is None else (edited.slot_T, self._edits(self.stack, batch.mix).table)
             return self.stack(x_TH, (cos_TD, sin_TD), (cache.keys, cache.values), plan.write_T, paging, *edits)
         y_TH: Tensor | None = None
         for layer in self.layers:

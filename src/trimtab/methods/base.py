@@ -130,6 +130,17 @@ class Rows:
         return index, slot_R
 
     @cached_property
+    def slot_T(self) -> Tensor:
+        """The slot of every row of the batch, int32, -1 for rows of no span."""
+        import numpy as np
+        import torch
+
+        slots = np.full(self.total, -1, dtype=np.int32)
+        for s in self.spans:
+            slots[s.start : s.stop] = s.slot
+        return torch.from_numpy(slots)
+
+    @cached_property
     def by_row(self) -> tuple[Tensor | None, tuple[Span, ...]]:
         """(slot of every row of the batch, int32, -1 for rows of no short span; None without one, the spans longer than SHORT_SPAN)."""
         import numpy as np

@@ -119,7 +119,7 @@ class Projection:
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """x Wᵀ + b, accumulated in fp32; what a row gives does not depend on the rows beside it."""
-        y_TO = torch.empty(len(x_TI), self.outputs, dtype=torch.bfloat16)
+        y_TO = native.fresh(len(x_TI), self.outputs, torch.bfloat16)
         self._run(self.address, x_TI.data_ptr(), x_TI.stride(0), y_TO.data_ptr(), self.outputs, len(x_TI))
         return y_TO
 
