@@ -6,6 +6,7 @@ Sizes count as bytes arrive, whatever Content-Length says. Depth and number of v
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -34,7 +35,13 @@ LARGE, RELEASE_S = 1 << 20, 1.0
 """A body of so many bytes has the memory given back that was freed since, so many seconds after its request."""
 SMALL = 16 << 10
 """Bytes of a body that is parsed on the event loop; a larger one would hold up other requests' tokens."""
-ANSWERS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/classify", "/score", "/v1/score"})
+READ_AWAY = 4
+"""A body of so many times the largest that is taken is read to its end and thrown away before it is refused: most clients write all of it
+before they read, and would see a broken connection instead of the reason."""
+ANSWERS = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/classify", "/score", "/v1/score"}
+    | {"/rerank", "/v1/rerank", "/v2/rerank"}
+)
 """Routes that need room in the engine."""
 M = TypeVar("M", bound=Strict)
 
@@ -51,6 +58,8 @@ class Gate:
             return await self.app(scope, receive, send)
         scope = _usual(scope)
         if (fault := self._refusal(scope)) is not None:
+            if fault.http_status == 413 and int(dict(scope["headers"])[b"content-length"][:20]) <= READ_AWAY * self.s.limits.body_bytes:
+                await _read_away(receive, self.s)
             return await self._refuse(fault, scope, receive, send)
         counted = scope["path"] not in PROBES
         body = _Incoming(scope, receive, self.s)
@@ -130,6 +139,15 @@ def _usual(scope: Scope) -> Scope:
     """A request as routes know it: HEAD is a GET whose body the server leaves out, and a slash at a path's end says nothing."""
     path = scope["path"].rstrip("/") or "/"
     return {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+
+
+async def _read_away(receive: Receive, s: Services) -> None:
+    """A body of which nothing is kept, as far as it comes in time, and no longer than it may be."""
+    left = READ_AWAY * s.limits.body_bytes
+    with suppress(TimeoutError):
+        async with asyncio.timeout(s.limits.body_s):
+            while left >= 0 and (message := await receive()).get("more_body"):
+                left -= len(message.get("body", b""))
 
 
 class _Incoming:

@@ -148,6 +148,6 @@ def _head_problem(live: Live) -> TrimtabError | None:
     elif head is not None and pooling is None:
         return TrimtabError(
             "this adapter has a head: it scores texts and gives no answers",
-            fix="`trimtab score`, or the server's /classify and /v1/score, score texts",
+            fix="`trimtab score`, or the server's /classify, /v1/score and /v1/rerank, score texts",
         )
     return None
