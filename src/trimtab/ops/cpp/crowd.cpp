@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -47,13 +48,17 @@ double seconds(clockid_t clock) {
     return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
 }
 
-// given: the function deletes it.
+// given: the function deletes it. The thread, and those that it starts, leave all signals to others.
 template <class Given> void start(void* (*function)(void*), Given* given) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_t thread;
     if (pthread_create(&thread, nullptr, function, given) == 0)
         pthread_detach(thread);
     else
         delete given;
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 // Runnable threads of the machine without the calling one; below 0: not known.
