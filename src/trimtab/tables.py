@@ -58,3 +58,8 @@ class Table:
 
 def _html(cell: Cell) -> str:
     return escape(printable(cell)) if isinstance(cell, str) else f"{_html(cell[0])} → <b>{_html(cell[1])}</b>"
+
+
+def counted(n: int, thing: str) -> str:
+    """A number of things: 1 thread, 2 threads."""
+    return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"

@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.http.common import base_of
+from tests.store.common import stirred
 from trimtab.cli import main
 from trimtab.cli.tenants import tenants as group
 from trimtab.errors import AuthError
+from trimtab.methods import LoraConfig
 from trimtab.serve.tenants import Tenant, Tenants
+from trimtab.store.registry import Store
 
 
 @pytest.fixture
@@ -90,6 +94,22 @@ def test_what_people_read(db: Path) -> None:
     shown = call(db, "usage").output
     assert "12,345" in shown and "base" in shown
     assert call(db, "remove", "law").output == "removed law\n"
+
+
+def test_usage_names_the_adapters_that_the_store_has(db: Path, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    store = Store(root, create=True)
+    for _ in range(2):
+        version = store.publish(stirred(base_of(), LoraConfig(r=2), seed=0), "acme/support")
+    gone = "sha256:" + "0" * 64
+    call(db, "add", "acme")
+    with Tenants(db) as tenants:
+        for digest in (version.digest, gone, ""):
+            tenants.usage.add("acme", digest, 1, 1)
+    rows = {row["adapter"]: row["names"] for row in told(db, "usage", "--store", str(root))}
+    assert rows[version.digest][-1] == version.ref and rows[gone] == rows[""] == []
+    shown = call(db, "usage", "--store", str(root)).output
+    assert version.ref in shown and "not in the store" in shown
 
 
 def test_a_key_is_shown_once_and_is_nowhere_afterwards(db: Path) -> None:

@@ -79,6 +79,13 @@ def test_training_leaves_a_report_of_what_its_files_say(tmp_path: Path) -> None:
     assert not list(left.out.glob(".*"))
 
 
+def test_a_base_that_is_loaded_already_is_called_by_its_own_name(tmp_path: Path) -> None:
+    content = run_file(tmp_path, {"v": METHODS["ia3"] | {"data": "a", "max_steps": 1}}) | {"base": "another one"}
+    left = train(RunConfig.from_dict(content, root=tmp_path), base=tiny_base())
+    for name in ("summary.json", "run.json"):
+        assert json.loads((left.out / name).read_text())["base"] == "tiny-llama", name
+
+
 def test_a_report_that_was_not_written_is_made_on_resume(tmp_path: Path) -> None:
     content = run_file(tmp_path, {"v": METHODS["ia3"] | {"data": "a", "max_steps": 1}})
     ready = RunConfig.from_dict(content, root=tmp_path)

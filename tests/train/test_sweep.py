@@ -170,7 +170,7 @@ def test_what_is_no_sweep_file_is_said(tmp_path: Path) -> None:
         (tmp_path / "sweep.yaml").write_text(text)
         with pytest.raises(ConfigError, match=words):
             Sweep.load(tmp_path / "sweep.yaml")
-    with pytest.raises(ConfigError, match="cannot read the sweep file"):
+    with pytest.raises(ConfigError, match="there is no sweep file"):
         Sweep.load(tmp_path / "absent.yaml")
 
 

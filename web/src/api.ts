@@ -62,7 +62,10 @@ export async function request(path: string, options: RequestInit = {}, parameter
     throw new ApiError(0, "the server does not answer: it has ended, or the network is down");
   }
   if (answer.ok) return answer;
-  if (answer.status === 401) askForKey();
+  if (answer.status === 401) {
+    askForKey(); // what the server says is for those who call it without a page
+    throw new ApiError(401, key ? "This key is not known here, or has ended." : "A key is needed: give it above.");
+  }
   throw new ApiError(answer.status, await told(answer));
 }
 

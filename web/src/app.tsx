@@ -2,7 +2,7 @@
 
 import { useEffect, useState } from "preact/hooks";
 import { type About, get, onKeyWanted, setKey, takeKeyFromAddress } from "./api";
-import { Failure, useLoaded } from "./parts";
+import { Command, Failure, useLoaded } from "./parts";
 import { link, useRoute } from "./route";
 import { AdapterList, AdapterPage } from "./adapters/adapters";
 import { Playground } from "./playground/playground";
@@ -78,6 +78,7 @@ export function App() {
         {error ? <Failure error={error} /> : null}
         {asked && (
           <KeyForm
+            serves={!!about?.serves}
             onGiven={() => {
               setAsked(false);
               setKeyed(keyed + 1);
@@ -109,7 +110,7 @@ function Shown({ about, screen, route }: { about: About; screen: string; route: 
   return <Serving about={about} />;
 }
 
-function KeyForm({ onGiven, onClosed }: { onGiven: () => void; onClosed: () => void }) {
+function KeyForm({ serves, onGiven, onClosed }: { serves: boolean; onGiven: () => void; onClosed: () => void }) {
   const [text, setText] = useState("");
   return (
     <form
@@ -122,6 +123,12 @@ function KeyForm({ onGiven, onClosed }: { onGiven: () => void; onClosed: () => v
       }}
     >
       <h2 id="key-title">A key is needed</h2>
+      <p class="note">
+        {serves
+          ? "Whoever runs this server has it: it was printed when the tenant was added, and cannot be shown again. A new one for a tenant:"
+          : "It is in the address that was printed when the page was started, behind #key=."}
+      </p>
+      {serves && <Command text="trimtab tenants key-create NAME" />}
       <p class="note">It is kept in this page's memory only. Reloading the page forgets it.</p>
       <div class="row">
         <label class="grow">

@@ -58,6 +58,6 @@ def export(
     sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in report.files.items())
     say(f"{folder}: {sizes}" + (f"; rank {report.rank}" if report.rank else ""))
     say(
-        f"read back by {' and '.join(report.checked)}: logits differ from base and adapter by {report.relative:.2g} of their spread "
-        f"(rounding explains up to {report.allowed:g})"
+        f"read back by {' and '.join(report.checked)}: its logits differ from those of base with adapter by {report.relative:.2%} of the "
+        f"logits' standard deviation (RMS; rounding explains up to {report.allowed:.2%})"
     )

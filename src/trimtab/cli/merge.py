@@ -43,8 +43,8 @@ def merge(adapter: str, folder: Path, on: OnBase, as_json: bool) -> None:
         return
     say(f"{folder}: an ordinary model folder, weights in {report.dtype}")
     say(
-        f"logits against base and adapter: RMS difference {report.relative:.2g} of their spread (rounding explains up to "
-        f"{report.allowed:g}), largest difference {report.max_difference:.2g}"
+        f"its logits differ from those of base with adapter by {report.relative:.2%} of the logits' standard deviation (RMS; rounding "
+        f"explains up to {report.allowed:.2%}), at most by {report.max_difference:.2g}"
     )
     if report.quantized:
         say(f"merged into the base's dense weights; answers on {report.quantized} differ from them by what quantising changed")

@@ -288,9 +288,8 @@ def _print_training(t: RanksPlan, would_fit: Sequence[str]) -> None:
     from trimtab.cli.tables import print_table
     from trimtab.cli.terminal import say
 
-    say(
-        f"\ntraining, on each of {t.ranks} ranks: forwards of at most {t.forward_tokens:,} tokens, rows of at most {t.longest:,}", bold=True
-    )
+    where = f"on each of {t.ranks} ranks" if t.ranks > 1 else "on one device"
+    say(f"\ntraining, {where}: forwards of at most {t.forward_tokens:,} tokens, rows of at most {t.longest:,}", bold=True)
     kinds = ("whole", "sharded") if t.ranks > 1 and t.shardable else ("whole",)
     fits: Mapping[str, Fit] = {"whole": t.whole, "sharded": t.sharded}
     rows: list[tuple[str, ...]] = [

@@ -71,7 +71,7 @@ class Pace:
 
     @property
     def left(self) -> str:
-        """Time to go, as 3:21; "" while a variant has not stepped yet."""
+        """Time to go, as 3 min 21 s; "" while a variant has not stepped yet."""
         to_go = {n: self.total[n] - self.done[n] for n in self.total}
         if any(steps and not self.share_s[n] for n, steps in to_go.items()):
             return ""
@@ -91,10 +91,10 @@ class Pace:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 3:21 or 1:03:21."""
+    """Seconds as 21 s, 3 min 21 s or 1 h 3 min."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 class Lines:
@@ -124,7 +124,7 @@ class Lines:
         if time.monotonic() - self.at >= PLAIN_EVERY_S or self.pace.over:
             self.at = time.monotonic()
             done, total = self.pace.joint
-            left = f"  {self.pace.left} left" if self.pace.left and not self.pace.over else ""
+            left = f"  about {self.pace.left} to go" if self.pace.left and not self.pace.over else ""
             losses = "  ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items())
             self._print(f"step {done}/{total}  {line['tokens_per_s']:.0f} tokens/s{left}  loss: {losses}")
 
@@ -190,7 +190,8 @@ class Bars:
         self.pace.step(line)
         shown = "reward" if "reward" in line else "loss"  # of drawn answers, whose loss is about 0
         self._show(self.tasks[name], line["step"], self.pace.total[name], f"{shown} {line[shown]:.3f}")
-        left = f"{self.pace.left} left" if self.pace.left and not self.pace.over else clock(time.monotonic() - self.started)
+        going = self.pace.left and not self.pace.over
+        left = f"about {self.pace.left} to go" if going else f"took {clock(time.monotonic() - self.started)}"
         self._show(self.whole, *self.pace.joint, f"{line['tokens_per_s']:.0f} tokens/s  {left}")
 
     def _show(self, task: TaskID | None, done: int, total: int, note: str) -> None:

@@ -12,6 +12,7 @@ import click
 from trimtab.cli.options import OnBase, base_option, device_option, dtype_option, json_option, on_base
 from trimtab.cli.terminal import say
 from trimtab.errors import ConfigError
+from trimtab.tables import counted
 
 if TYPE_CHECKING:
     from trimtab.fleet.replica import Shape
@@ -151,7 +152,9 @@ def _speed(asked: Asked, on: OnBase, shape: Shape) -> Speed:
         return Speed.read(asked.speed_file)
     from trimtab.fleet.measured import measure
 
-    speed, size = measure(on.open(), shape, status=lambda text: say(text, err=True))
+    base = on.open()
+    say("measuring steps on this machine, for about half a minute", err=True)
+    speed, size = measure(base, shape)
     speed = replace(speed, source=f"{speed.source}; {size * shape.resident / 1e9:.3g} GB for {shape.resident} adapters")
     if asked.write_speed is not None:
         _write_new(asked.write_speed, json.dumps(asdict(speed), indent=1) + "\n")
@@ -171,9 +174,9 @@ def _show(asked: Asked, trace: Trace, shape: Shape, speed: Speed, found: list[Si
 
     used, tenants = len(set(trace.adapter.tolist())), len(set(trace.tenant.tolist()))
     tokens = f"prompts of {trace.prompt.mean():,.0f} and answers of {trace.answer.mean():,.0f} tokens on average"
-    say(f"{len(trace):,} requests in {trace.at[-1]:,.0f} s, of {tenants:,} tenants for {used:,} adapters, with {tokens}")
+    say(f"{len(trace):,} requests in {trace.at[-1]:,.0f} s, of {counted(tenants, 'tenant')} for {counted(used, 'adapter')}, with {tokens}")
     say(
-        f"{asked.replicas} servers: {shape.resident:,} adapters and keys and values of {shape.kv_tokens:,} tokens in memory, "
+        f"{counted(asked.replicas, 'server')}: {shape.resident:,} adapters, keys and values of {shape.kv_tokens:,} tokens in memory, "
         f"{shape.max_running} answers at a time, {shape.max_queued} more may wait"
     )
     headings = ("routing", "hit rate", "first p50 s", "p95", "whole p50 s", "p95", "tokens/s", "refused", "busy", "waiting", "took s")

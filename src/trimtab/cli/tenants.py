@@ -16,9 +16,9 @@ import click
 from rich.table import Table
 
 from trimtab.cli import show
-from trimtab.cli.options import DatabasePlace, json_option
+from trimtab.cli.options import DatabasePlace, json_option, store_option
 from trimtab.cli.terminal import say
-from trimtab.errors import ConfigError
+from trimtab.errors import ConfigError, TrimtabError
 
 if TYPE_CHECKING:
     from trimtab.serve.audit import Audit
@@ -166,20 +166,43 @@ def key_revoke(key_id: str, db: Path | str | None, as_json: bool) -> None:
 @click.option("--tenant", default="", help="One tenant's only.")
 @click.option("--since", type=click.DateTime(["%Y-%m-%d"]), help="From this day on (UTC).")
 @click.option("--until", type=click.DateTime(["%Y-%m-%d"]), help="To this day, included.")
+@store_option
 @common
-def usage(tenant: str, since: datetime | None, until: datetime | None, db: Path | str | None, as_json: bool) -> None:
-    """Requests and tokens per tenant, day (UTC) and adapter digest; the base's have no digest."""
+def usage(tenant: str, since: datetime | None, until: datetime | None, root: Path | None, db: Path | str | None, as_json: bool) -> None:
+    """Requests and tokens per tenant, day (UTC) and adapter. Adapters are counted by digest; the store tells what they are called. The
+    base's have no digest."""
     with opened(db) as (store, _):
         rows = store.usage.report(tenant, f"{since:%Y-%m-%d}" if since else "", f"{until:%Y-%m-%d}" if until else "")
+    names = _names({r.adapter for r in rows} - {""}, root)
     if as_json:
-        click.echo(json.dumps([asdict(r) for r in rows], indent=1))
+        click.echo(json.dumps([asdict(r) | {"names": names.get(r.adapter, [])} for r in rows], indent=1))
         return
     table = Table(box=None, padding=(0, 1), header_style="bold")
-    for column in ("tenant", "day", "adapter", "requests", "prompt tokens", "completion tokens"):
+    for column in ("tenant", "day", "adapter", "digest", "requests", "prompt tokens", "completion tokens"):
         table.add_column(column, justify="right" if column.endswith("s") else "left")
     for r in rows:
-        table.add_row(r.tenant, r.day, r.adapter[:19] or "base", *(f"{n:,}" for n in (r.requests, r.prompt_tokens, r.completion_tokens)))
+        called = ", ".join(names.get(r.adapter, ())) or ("not in the store" if r.adapter else "base")
+        table.add_row(r.tenant, r.day, called, r.adapter[:19], *(f"{n:,}" for n in (r.requests, r.prompt_tokens, r.completion_tokens)))
     show.console().print(table)
+
+
+def _names(digests: set[str], root: Path | None) -> dict[str, list[str]]:
+    """digest -> names of its versions in the store: the one that was named, or the default one where there is one."""
+    from trimtab.store.names import default_root
+    from trimtab.store.registry import Store
+
+    if not digests or (root is None and not (default_root() / "index.json").is_file()):
+        return {}
+    found: dict[str, list[str]] = {}
+    try:
+        for name in Store(root).names():
+            for number, entry in name.versions.items():
+                if entry.digest in digests:
+                    found.setdefault(entry.digest, []).append(f"{name.path}@{number}")
+    except TrimtabError:
+        if root is not None:  # the default store need not be the one that served
+            raise
+    return found
 
 
 Act = Callable[..., Any]

@@ -17,6 +17,7 @@ from trimtab.bases.spec import Spec
 from trimtab.cost.estimate import EFFICIENCY, probe_flops
 from trimtab.errors import ConfigError, nearest
 from trimtab.memory import machine_memory
+from trimtab.tables import counted
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def measured_cpu(spec: Spec, dtype: torch.dtype, ranks: int = 1) -> Device:
     of a local socket, over which ranks of one machine talk. Takes about a second. Ranks share memory and cores."""
     total, _ = machine_memory()
     flops, read, link = probe_flops(spec, dtype, torch.device("cpu")), read_speed(), socket_speed()
-    source = f"measured here with {torch.get_num_threads()} threads, beside what else runs"
+    source = f"measured here with {counted(torch.get_num_threads(), 'thread')}, beside what else runs"
     if ranks > 1:  # they run at the same time, and what was measured is all that the machine has
         source += f"; one of {ranks} ranks has 1/{ranks} of its memory and speed"
     reached = "measured on the bundled base: 0.4 of an MLP's"

@@ -4,12 +4,13 @@ adapters of their own, prompts of several lengths, and adapters that are read me
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from trimtab.fleet.replica import Shape
 from trimtab.fleet.speed import Speed, Step, fit
@@ -22,6 +23,7 @@ from trimtab.serve.runner import Runner
 from trimtab.serve.served import served
 from trimtab.serve.stats import StepFacts
 from trimtab.store import Adapter
+from trimtab.tables import counted
 
 STREAMS = (1, 2, 4, 8, 16, 32, 64)
 PROMPTS = (16, 64, 256, 1024)
@@ -76,7 +78,6 @@ def measure(
     shape: Shape,
     *,
     method: Method | None = None,
-    status: Callable[[str], None] = lambda text: None,
 ) -> tuple[Speed, int]:
     """(speed, bytes of a packed adapter) of an engine of this shape with fresh adapters of `method`, by default LoRA of rank 16. Takes some
     seconds to a minute, and as much memory as the engine needs for the largest kind of step."""
@@ -84,7 +85,6 @@ def measure(
     streams = [n for n in STREAMS if n <= shape.max_running]
     kinds = method or LoraConfig(r=16, target_modules="all-linear")
     with tempfile.TemporaryDirectory(prefix="trimtab-measure-") as folder:
-        status("making adapters")
         paths = [_written(base, kinds, Path(folder) / str(i), i) for i in range(max(streams) + LOADED)]
         found = [served(str(path), base) for path in paths]
         size = packed_bytes(base.pack(found[0].load()))
@@ -100,15 +100,13 @@ def measure(
         engine = Engine(base, config)
         try:
             driven = _Driven(engine, found[: max(streams)])
-            status("reading adapters")
             load_s = _read(driven, found[: max(streams)])
-            steps = list(_steps(driven, streams, longest, shape, status))
-            status("decoding while adapters are read")
+            steps = list(_steps(driven, streams, longest, shape))
             slowed, busy_load_s = _beside(driven, min(8, max(streams)), found[max(streams) :])
         finally:
             engine.close()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    source = f"measured on {base.name or 'the base'} here, {cores} cores, adapters of {size / 1e6:.3g} MB in memory, beside what else runs"
+    threads = counted(torch.get_num_threads(), "thread")
+    source = f"measured on {base.name or 'the base'} here, {threads}, adapters of {size / 1e6:.3g} MB in memory, beside what else runs"
     return fit(steps, source, load_s=load_s, busy_load_s=busy_load_s, slowed=slowed), size
 
 
@@ -132,7 +130,7 @@ def _read(driven: _Driven, adapters: Sequence[Servable]) -> float:
     return statistics.fmean(took[1:] or took)
 
 
-def _steps(driven: _Driven, streams: Sequence[int], longest: int, shape: Shape, status: Callable[[str], None]) -> list[tuple[Step, float]]:
+def _steps(driven: _Driven, streams: Sequence[int], longest: int, shape: Shape) -> list[tuple[Step, float]]:
     """Steps of many kinds, each with its mean time."""
     found: list[tuple[Step, float]] = []
     warm = streams[-1]
@@ -141,14 +139,12 @@ def _steps(driven: _Driven, streams: Sequence[int], longest: int, shape: Shape, 
     kinds = [(SHORT, n, own) for n in streams for own in sorted({0, n // 2, n})]
     kinds += [(LONG, n, n) for n in LONG_STREAMS if n in streams and longest > LONG + DECODES]
     for prompt, n, own in kinds:
-        status(f"decoding {n} streams after {prompt} tokens")
         driven.begin(n, prompt, DECODES + 1, own)
         decodes = [f.seconds for f in driven.finish() if not f.prefill_rows and f.decode_rows == n]
         if decodes:
             shared = own < n  # the others are the base's
             found.append((Step(n, n, own + shared, n * (prompt + DECODES // 2)), statistics.fmean(decodes)))
     for prompt in (p for p in PROMPTS if p < min(longest, shape.max_step_rows + 1)):
-        status(f"prompts of {prompt} tokens")
         for n in (1, 4):
             if n * prompt > shape.max_step_rows:
                 continue

@@ -194,7 +194,7 @@ def _check_gguf(adapter: Adapter, plain: Adapter, file: Path) -> tuple[tuple[str
 
 def _compare(found: dict[str, tuple[float, float]]) -> float:
     problems = [
-        f"read by {who}, logits differ by up to {largest:.3g}, {relative:.3g} of their spread (allowed: {ALLOWED:g})"
+        f"read by {who}, logits differ by up to {largest:.3g}, {relative:.2%} of their standard deviation in RMS (allowed: {ALLOWED:.2%})"
         for who, (largest, relative) in found.items()
         if not relative <= ALLOWED
     ]

@@ -99,7 +99,7 @@ def merge_into(adapter: AdapterInMemory, folder: str | Path) -> MergeReport:
         if not relative <= allowed:
             raise NotMergeable(
                 f"the merged model does not compute what base and adapter do: logits differ by up to {largest:.3g}, "
-                f"{relative:.3g} of their spread (allowed for {dtype}: {allowed:g})",
+                f"{relative:.2%} of their standard deviation in RMS (allowed for {dtype}: {allowed:.2%})",
                 fix="serve the adapter beside the base; or merge on the base loaded and stored in float32",
             )
     return MergeReport(Path(folder), largest, relative, allowed, str(dtype).removeprefix("torch."), untied, base.packed_as)

@@ -132,7 +132,7 @@ def summarise(prepared: Prepared, scored: Scores, sizes: dict[str, int], seconds
     run, base, variants = prepared.run, prepared.base, prepared.variants
     tokens = sum(v.progress.tokens for v in variants)
     return {
-        "base": run.base,
+        "base": base.name or run.base,  # one that is loaded already is used whatever the run file names
         "base_parameters": base.spec.num_parameters,
         "base_bytes": base.spec.weight_bytes(base.dtype),
         "base_fingerprint": fingerprints,

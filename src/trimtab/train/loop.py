@@ -138,7 +138,7 @@ def train(
     refuse_too_much(run, shape, listener.warning, loaded=base is not None, place=place)
     if resume:
         listener.status(f"going on after step {start.moment.step}" if start else f"{run.out} holds no checkpoint, so the run starts anew")
-    listener.status(f"loading {run.base}")
+    listener.status(f"loading {run.base}" if base is None else f"using {base.name or run.base}")
     base = base_of(run, base, place, run.dtype, listener)
     watch = Watch(base.model)
     set_up(run, base, listener)

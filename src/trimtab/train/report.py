@@ -143,7 +143,7 @@ def plan(prepared: Prepared) -> dict[str, Any]:
     of each variant, if nothing ends it early. variants: what a clone of one is made from."""
     base = prepared.base
     return {
-        "base": prepared.run.base,
+        "base": base.name or prepared.run.base,
         "root": str(prepared.run.root.resolve()),
         "base_parameters": base.spec.num_parameters,
         "dtype": str(base.dtype).removeprefix("torch."),

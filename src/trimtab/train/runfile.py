@@ -36,8 +36,10 @@ def read_yaml(path: Path, what: str) -> Any:
         return yaml.load(data.decode("utf-8"), Loader=_UniqueKeys)
     except UnicodeDecodeError as e:
         raise ConfigError(f"the {what} {path} is not UTF-8: byte 0x{data[e.start]:02x} at {e.start}", fix="save it as UTF-8") from None
+    except FileNotFoundError:
+        raise ConfigError(f"there is no {what} {path}", fix=f"name the {what}; `trimtab init` writes a first one") from None
     except OSError as e:
-        raise ConfigError(f"cannot read the {what} {path}: {e}") from None
+        raise ConfigError(f"cannot read the {what} {path}: {e.strerror}") from None
     except RecursionError:
         raise ConfigError(f"{path} is nested too deeply to be a {what}", fix="see docs/run-file.md for its shape") from None
     except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that is none, a number of 5,000 digits

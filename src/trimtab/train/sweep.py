@@ -93,7 +93,7 @@ def sweep(
     shape = note_mistakes(run, base, mistakes, "trial {}")
     mistakes.refuse("this sweep cannot start")
     spread.refuse(what, shape, listener, loaded=base is not None)
-    listener.status(f"loading {run.base}")
+    listener.status(f"loading {run.base}" if base is None else f"using {base.name or run.base}")
     if run.shard:
         listener.warning(NOT_SHARED)
     base = base or load_base(run.base, dtype=run.dtype, device=run.device, quantize=run.quantize)
@@ -108,7 +108,7 @@ def sweep(
     if mirror is not None:
         mirror.begin()
     trained, costs = _train(what, spread, groups, base, listener, resume, stop)
-    board = {"base": run.base, "notes": notes, "groups": costs} | rank(what, trained)
+    board = {"base": base.name or run.base, "notes": notes, "groups": costs} | rank(what, trained)
     with _explained():
         if board["best"] is not None:
             listener.status("scoring the best trial on test rows")

@@ -42,6 +42,8 @@ export function Scores({ shown, runs, metrics, doubts }: Props) {
   );
 }
 
+const MANY = 3; // scores: with more of them, costs have a table of their own, and no screen cuts either
+
 interface OneSetProps {
   data: string;
   shown: Shown[];
@@ -65,12 +67,8 @@ function OneSet({ data, shown, runs, meanings, metrics, ranked }: OneSetProps) {
   rows.push(...shown.map((s) => ({ key: String(s.number), shown: s, label: s.label, scores: s.facts.scores, base: s.run.base_scores[data] ?? {} })));
   const names = [...new Set(rows.flatMap((r) => Object.keys(r.scores)))];
   const best = new Map(names.map((n) => [n, ranked ? bestOf(n, rows, meanings) : null]));
-  const columns: Column<Row>[] = [
-    {
-      key: "variant",
-      title: "variant",
-      cell: (r) => (r.shown ? <Name shown={r.shown} /> : r.label),
-    },
+  const variant: Column<Row> = { key: "variant", title: "variant", cell: (r) => (r.shown ? <Name shown={r.shown} /> : r.label) };
+  const measured: Column<Row>[] = [
     { key: "method", title: "method", cell: (r) => r.shown?.facts.method ?? "–" },
     ...names.map((n): Column<Row> => {
       const meaning = meanings[n];
@@ -82,17 +80,32 @@ function OneSet({ data, shown, runs, meanings, metrics, ranked }: OneSetProps) {
         cell: (r) => score(r, n, meaning),
       };
     }),
+  ];
+  const costs: Column<Row>[] = [
     { key: "train", title: "train loss", number: true, cell: (r) => (r.shown ? number(lastLoss(r.shown, metrics), 3) : "–") },
     { key: "kept", title: "kept step", number: true, cell: (r) => (r.shown ? keptStep(r.shown) : "–") },
     { key: "trainable", title: "trainable", number: true, cell: (r) => short(r.shown?.facts.trainable) },
     { key: "size", title: "size", number: true, cell: (r) => bytes(r.shown?.facts.adapter_bytes) },
     { key: "time", title: "own time", number: true, cell: (r) => duration(r.shown?.facts.seconds) },
   ];
-  const used = columns.filter((c) => c.key === "variant" || rows.some((r) => c.cell(r) !== "–"));
+  const used = (columns: Column<Row>[]) => [variant, ...columns.filter((c) => rows.some((r) => c.cell(r) !== "–"))];
+  const apart = names.length > MANY;
   return (
     <>
       <h3>{data}</h3>
-      <Table label={`Scores on ${data}`} columns={used} rows={rows} rowKey={(r) => r.key} rowClass={(r) => (r.shown ? undefined : "base")} />
+      <Table
+        label={`Scores on ${data}`}
+        columns={used(apart ? measured : [...measured, ...costs])}
+        rows={rows}
+        rowKey={(r) => r.key}
+        rowClass={(r) => (r.shown ? undefined : "base")}
+      />
+      {apart && (
+        <>
+          <h3>{data}: costs</h3>
+          <Table label={`Costs on ${data}`} columns={used(costs)} rows={rows.filter((r) => r.shown)} rowKey={(r) => r.key} />
+        </>
+      )}
       {names.length === 0 && <p class="note">Scores come at the end of a run that has test rows.</p>}
     </>
   );

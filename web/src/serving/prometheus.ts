@@ -30,24 +30,28 @@ export function total(samples: Samples, name: string): number | null {
   return all ? all.reduce((sum, s) => sum + s.value, 0) : null;
 }
 
-/** Quantiles of a histogram's observations between two readings (since the start where there is one alone), within a bucket by a
- * straight line. null where there were none. */
-export function quantiles(now: Samples, before: Samples | null, name: string, of: number[]): (number | null)[] {
+/** Between two readings of a histogram, or since the start where there is one alone: within what time shares of the observations were, as far
+ * as its buckets tell. A bucket's upper edge is all that is known of what is in it: of one answer in 2.07 s, that it took 2.5 s at most. */
+export function within(now: Samples, before: Samples | null, name: string, of: number[]): (number | null)[] {
   const counts = bucketed(now, name);
-  let earlier = before ? bucketed(before, name) : new Map<number, number>();
-  if ([...earlier].some(([edge, count]) => count > (counts.get(edge) ?? 0))) earlier = new Map(); // the server began anew in between
+  const earlier = restarted(now, before, name) ? new Map<number, number>() : bucketed(before!, name);
   const edges = [...counts.keys()].sort((a, b) => a - b);
   const cumulative = edges.map((edge) => counts.get(edge)! - (earlier.get(edge) ?? 0));
   const all = cumulative[cumulative.length - 1] ?? 0;
-  return of.map((q) => {
-    if (all <= 0) return null;
-    const at = cumulative.findIndex((c) => c >= q * all);
-    const high = edges[at]!;
-    const low = at > 0 ? edges[at - 1]! : 0;
-    if (!Number.isFinite(high)) return low;
-    const under = at > 0 ? cumulative[at - 1]! : 0;
-    return low + ((high - low) * (q * all - under)) / Math.max(1e-12, cumulative[at]! - under);
-  });
+  return of.map((q) => (all <= 0 ? null : edges[cumulative.findIndex((c) => c >= q * all)]!));
+}
+
+/** The mean of the same observations, which is exact. */
+export function mean(now: Samples, before: Samples | null, name: string): number | null {
+  const since = (what: string) => (total(now, what) ?? 0) - (restarted(now, before, name) ? 0 : (total(before!, what) ?? 0));
+  const count = since(`${name}_count`);
+  return count > 0 ? since(`${name}_sum`) / count : null;
+}
+
+/** Whether there is no reading of before, or the server has begun anew since. */
+function restarted(now: Samples, before: Samples | null, name: string): boolean {
+  const counts = bucketed(now, name);
+  return !before || [...bucketed(before, name)].some(([edge, count]) => count > (counts.get(edge) ?? 0));
 }
 
 function bucketed(samples: Samples, name: string): Map<number, number> {

@@ -5,7 +5,7 @@ import { type About, ApiError, get, request } from "../api";
 import { bytes, duration, number, short } from "../format";
 import { Command, Failure, Section, Table, usePoll } from "../parts";
 import { Chart, type Curve, type Range } from "../runs/chart";
-import { parse, quantiles, type Samples, total } from "./prometheus";
+import { mean, parse, type Samples, total, within } from "./prometheus";
 
 const EVERY_MS = 2000;
 const KEPT = 900; // readings: half an hour
@@ -145,27 +145,40 @@ function Latency({ s, readings }: { s: Samples; readings: Reading[] }) {
   const rows = LATENCIES.map(([name, title]) => ({
     name,
     title,
-    recent: before ? quantiles(s, before, name, of) : of.map(() => null),
-    ever: quantiles(s, null, name, of),
+    recent: before ? within(s, before, name, of) : of.map(() => null),
+    recentMean: before ? mean(s, before, name) : null,
+    ever: within(s, null, name, of),
+    everMean: mean(s, null, name),
     count: total(s, `${name}_count`),
   }));
   type Row = (typeof rows)[number];
   return (
     <Section title="Latency" id="latency">
-      <p class="note">Half, 90% and 99% of the answers were at least as fast: in the last minute, and since the server began.</p>
+      <p class="note">
+        Means are exact. The server counts times in ranges, so of half, 90% and 99% of the answers the page knows the end of the range that they were
+        within. In the last minute, and since the server began.
+      </p>
       <Table
         label="Latency quantiles"
         rows={rows}
         rowKey={(r) => r.name}
         columns={[
           { key: "title", title: "time", cell: (r: Row) => r.title },
-          ...of.map((q, i) => ({ key: `r${q}`, title: `${q * 100}%, last minute`, number: true, cell: (r: Row) => duration(r.recent[i]) })),
-          ...of.map((q, i) => ({ key: `e${q}`, title: `${q * 100}%, since start`, number: true, cell: (r: Row) => duration(r.ever[i]) })),
+          { key: "rm", title: "mean, last minute", number: true, cell: (r: Row) => duration(r.recentMean) },
+          ...of.map((q, i) => ({ key: `r${q}`, title: `${q * 100}%, last minute`, number: true, cell: (r: Row) => atMost(r.recent[i]) })),
+          { key: "em", title: "mean, since start", number: true, cell: (r: Row) => duration(r.everMean) },
+          ...of.map((q, i) => ({ key: `e${q}`, title: `${q * 100}%, since start`, number: true, cell: (r: Row) => atMost(r.ever[i]) })),
           { key: "count", title: "measured", number: true, cell: (r: Row) => number(r.count) },
         ]}
       />
     </Section>
   );
+}
+
+/** The end of a histogram's range; the last one has none. */
+function atMost(edge: number | null | undefined): string {
+  if (edge === null || edge === undefined) return "–";
+  return Number.isFinite(edge) ? `≤ ${duration(edge)}` : "longer than all ranges";
 }
 
 function Adapters({ s }: { s: Samples }) {
