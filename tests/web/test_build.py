@@ -14,7 +14,7 @@ import pytest
 from tests.http.common import base_of, site
 from tests.store.common import stirred
 from tests.train.common import locked
-from tests.train.past import run_folder, variant
+from tests.train.past import predictions, run_folder, variant
 from tests.web.common import ROOT, Visit, browser, serving
 from tests.web.test_control import KEY, planned
 from tests.web.test_control import site as control
@@ -24,6 +24,7 @@ from trimtab.http.studio_auth import Shown
 from trimtab.methods import LoraConfig
 from trimtab.store.registry import Store
 from trimtab.train.follow import RunFolders
+from trimtab.train.page import write_page
 
 WEB, BUILT = ROOT / "web", ROOT / "src" / "trimtab" / "web"
 OWN = ("src", "index.html", "package.json", "package-lock.json", "tsconfig.json", "vite.config.ts", "report.config.ts")
@@ -87,6 +88,22 @@ def test_axe_finds_nothing_with_runs(front_end: Path, tmp_path: Path):
                 page.get_by_role("link", name="done").click()
                 page.get_by_role("heading", name="Settings").wait_for()
                 found[f"run {scheme}"] = faults(page, source)
+    assert {k: v for k, v in found.items() if v} == {}
+
+
+@pytest.mark.slow
+def test_axe_finds_nothing_in_a_report(front_end: Path, tmp_path: Path):
+    run = run_folder(tmp_path / "r", {"v": variant(), "w": variant(trainable=5, scores=variant()["scores"] | {"exact_match": 9.0})})
+    said = [{"prompt": "p", "reference": r, "answer": a, "correct": r == a} for r, a in (("bug", "bug"), ("bug", "wish"), ("wish", "x"))]
+    predictions(run, "a", base=said * 3, v=said * 3)
+    write_page([run], tmp_path / "report.html")
+    source = (front_end / "node_modules" / "axe-core" / "axe.min.js").read_text()
+    found: dict[str, Any] = {}
+    with browser() as chromium:
+        for scheme, width in (("light", 1280), ("dark", 390)):
+            with Visit(chromium, f"file://{tmp_path}/", "report.html", scheme=scheme, width=width, bypass_csp=True) as page:
+                page.locator(".matrix").wait_for()
+                found[scheme] = faults(page, source)
     assert {k: v for k, v in found.items() if v} == {}
 
 
