@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trimtab import ops
 from trimtab.bases.spec import Module, Spec
@@ -45,8 +45,8 @@ class LoraConfig(TargetedMethod):
     rank_pattern, alpha_pattern: r and alpha for modules whose name ends in a match of the key (the first key that matches counts; one that
     matches no targeted module is refused, where peft ignores it).
     layers_to_transform: the layers whose modules to act on. use_rslora: divide lora_alpha by √r, not by r. use_dora: DoRA, which trains the
-    lengths of the weights apart. init_lora_weights: where A and B start (`lora_start.py`). alora_invocation_tokens: the ids that activate
-    an aLoRA, which each trained row must have.
+    lengths of the weights apart. init_lora_weights: where A and B start (`lora_start.py`); eva_config: how EVA does.
+    alora_invocation_tokens: the ids that activate an aLoRA, which each trained row must have.
     target_parameters: parameters of experts ("mlp.experts.gate_up_proj") and of their routers ("mlp.gate.weight"), beside target_modules;
     `target_modules: []` for these alone.
     target_experts: the numbers of the experts to act on; None: all. In a file the others are zeros.
@@ -70,11 +70,16 @@ class LoraConfig(TargetedMethod):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    eva_config: dict[str, float | bool] = field(default_factory=dict)
     alora_invocation_tokens: tuple[int, ...] | None = None
 
     @property
     def invocation(self) -> tuple[int, ...]:
         return self.alora_invocation_tokens or ()
+
+    def eva(self, key: str) -> Any:
+        """A value of `eva_config`, with its default written out."""
+        return self.eva_config.get(key, lora_start.EVA[key])
 
     @property
     def alpha(self) -> float:
@@ -107,6 +112,9 @@ class LoraConfig(TargetedMethod):
             found.append(f"target_experts = {list(self.target_experts)}: the numbers of some experts, from 0")
         if self.target_parameters and self.init_lora_weights is not True:
             found.append(f"init_lora_weights = {self.init_lora_weights!r}: target_parameters start as with true; use a variant of its own")
+        if self.eva_config and self.init_lora_weights != "eva":
+            found.append(f"eva_config: it says how init_lora_weights: eva begins, and this is {self.init_lora_weights!r}")
+        found += lora_start.eva_problems(self.eva_config)
         if wrong := lora_start.problem(self.init_lora_weights):
             return [*found, wrong]
         if lora_start.subtracted(self.init_lora_weights):
@@ -238,7 +246,8 @@ class LoraConfig(TargetedMethod):
             fixed = (lora_start.A0, lora_start.B0)
         return Site(module.name, shapes, rank=r, scaling=scaling, fixed=fixed)
 
-    def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:
+    def init(self, site: Site, base: BaseView, generator: torch.Generator, factor_A: Tensor | None = None) -> dict[str, Tensor]:
+        """factor_A: A, where rows have said it."""
         if site.saved:
             return base.parameters_of(site.name)
         import torch
@@ -246,6 +255,8 @@ class LoraConfig(TargetedMethod):
         params = {name: torch.zeros(shape) for name, shape in site.shapes.items()}
         if "lora_embedding_B" in params:
             params["lora_embedding_B"].normal_(generator=generator)
+        elif factor_A is not None:
+            params[lora_start.A] = factor_A
         else:
             params |= lora_start.start(self.init_lora_weights, site, base, generator)
             if site.experts and self.target_experts is not None:
@@ -261,7 +272,7 @@ class LoraConfig(TargetedMethod):
         """Where the start is subtracted: a LoRA of twice the rank, of the same scaling."""
         if self.init_lora_weights is True:
             return self, dict(params)
-        plain = replace(self, init_lora_weights=True)
+        plain = replace(self, init_lora_weights=True, eva_config={})
         if not lora_start.subtracted(self.init_lora_weights):
             return plain, dict(params)
         twice = math.sqrt(2) if self.use_rslora else 2.0

@@ -5,6 +5,8 @@
     pissa         s B A is W cut to its r largest singular values (Meng et al. 2024, arXiv:2404.02948); pissa_niter_N: found by N rounds of
                   subspace iteration (Halko et al. 2011), which takes seconds where the exact decomposition takes minutes
     olora         B, A: the first r columns of Q and rows of R, W = QR (Büyükakyüz 2024, arXiv:2406.01775)
+    eva           A: the directions in which a module's inputs on the variant's own rows vary most, B zero; ranks by how much these
+                  explain (Paischer et al. 2024, arXiv:2410.07170). `train.eva` finds them, since only a run has rows
     loftq         B A is what packing took from W, cut to rank r (Li et al. 2023, arXiv:2310.08659, one round): a quantised base alone
 
 peft subtracts s B₀ A₀ of pissa and olora from the base's weight. Here the base is shared, so the subtraction is the adapter's: it computes
@@ -21,7 +23,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from trimtab.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +37,11 @@ if TYPE_CHECKING:
 A, B = "lora_A.weight", "lora_B.weight"
 A0, B0 = "lora_A.start", "lora_B.start"
 """The factors at the start, where they are subtracted; they do not train."""
-KINDS = ("gaussian", "pissa", "pissa_niter_N", "olora", "loftq")
+KINDS = ("gaussian", "pissa", "pissa_niter_N", "olora", "loftq", "eva")
+EVA: Mapping[str, float | bool] = {"rho": 2.0, "tau": 0.99, "use_label_mask": True, "whiten": False, "adjust_scaling_factors": True}
+"""The keys of `eva_config` with peft's defaults. rho: how many times its r a module's rank may become. tau: cosine similarity from which
+on a direction is settled. use_label_mask: inputs at supervised tokens alone. whiten: directions over the roots of their singular values.
+adjust_scaling_factors: a module keeps its scaling when its rank changes."""
 
 
 def problem(kind: bool | str) -> str:
@@ -40,6 +49,19 @@ def problem(kind: bool | str) -> str:
     if kind is True or kind in KINDS[:2] + KINDS[3:] or re.fullmatch(r"pissa_niter_[1-9][0-9]{0,3}", str(kind)):
         return ""
     return f"init_lora_weights = {kind!r}: one of true, {', '.join(KINDS)}"
+
+
+def eva_problems(config: Mapping[str, float | bool]) -> list[str]:
+    """What is wrong with an `eva_config`."""
+    found = [f"eva_config: unknown key {k!r}{nearest(k, EVA)}" for k in config if k not in EVA]
+    flags = [k for k, v in config.items() if isinstance(EVA.get(k), bool) and v not in (True, False)]
+    found += [f"eva_config.{k} = {config[k]!r}: true or false" for k in flags]
+    numbers = {k: float(config[k]) for k in ("rho", "tau") if k in config}
+    if not 1 <= numbers.get("rho", 1) <= 1000:
+        found.append(f"eva_config.rho = {config['rho']}: at least 1 (no rank moves from module to module), and at most 1000")
+    if not 0 < numbers.get("tau", 0.5) < 1:
+        found.append(f"eva_config.tau = {config['tau']}: a cosine similarity, above 0 and below 1")
+    return found
 
 
 def subtracted(kind: bool | str) -> bool:
@@ -52,6 +74,10 @@ def start(kind: bool | str, site: Site, base: BaseView, generator: torch.Generat
     import torch
 
     shape_A, shape_B = site.shapes[A], site.shapes[B]
+    if kind == "eva":
+        raise ConfigError(
+            "init_lora_weights = 'eva': it begins with what the base computes on a variant's rows", fix="train the variant from a run file"
+        )
     if kind is True or kind == "gaussian":
         factor = torch.empty(shape_A)
         if kind is True:

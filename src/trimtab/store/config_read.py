@@ -66,7 +66,7 @@ def method_from_config(config: Mapping[str, Any], spec: Spec, where: str) -> tup
     fields = {f.name for f in dataclasses.fields(cls)}
     if kind == "PREFIX_TUNING":
         fields -= {"prefix_projection", "encoder_hidden_size"}  # what is saved is the projection's output
-    fields -= {"init_lora_weights"}  # where training started
+    fields -= {"init_lora_weights", "eva_config"}  # where training started
     known_keys = COMMON | IGNORED.get(kind, frozenset()) | CHECKED.get(kind, frozenset()) | fields
     problems = [
         f"{key} = {short_repr(value)} is not supported" for key, value in config.items() if key not in known_keys and not _neutral(value)
@@ -176,7 +176,7 @@ def _virtual_problems(config: Mapping[str, Any], spec: Spec, warnings: list[str]
 def _fields(cls: type[Method], config: Mapping[str, Any]) -> dict[str, Any]:
     """The config's values for the method's fields; null and peft's other spellings of "not set" left out."""
     meant = {"feedforward_modules"} | ({"target_modules"} if config.get("target_parameters") else set())  # where an empty list means: none
-    names = [f.name for f in dataclasses.fields(cls) if f.name != "init_lora_weights"]
+    names = [f.name for f in dataclasses.fields(cls) if f.name not in ("init_lora_weights", "eva_config")]
     return {n: config[n] for n in names if n in config and not (config[n] is None or (config[n] == [] and n not in meant))}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from trimtab.data import Dataset, Example, answer_of, load_examples, summarise_dropped
 from trimtab.data.prompts_alone import Asked
@@ -14,19 +15,20 @@ from trimtab.data.reading import tokenizer_state
 from trimtab.data.rows import Parts, Row, RowId
 from trimtab.errors import ConfigError, DataError, Mistakes
 from trimtab.forward.packs import last_occurrence
-from trimtab.methods import FullConfig
+from trimtab.methods import FullConfig, LoraConfig
 from trimtab.model import Base
 from trimtab.objectives import Objective
 from trimtab.objectives.classify import Classify, in_order
 from trimtab.places.place import ONE_PROCESS, Place
 from trimtab.store import Adapter
 from trimtab.train.config import RunConfig
+from trimtab.train.eva import begin
 from trimtab.train.full import FullVariant
 from trimtab.train.listen import Listener
 from trimtab.train.losses import Reference
 from trimtab.train.options import DataConfig, TrainOptions, VariantConfig
 from trimtab.train.teachers import References, references_of
-from trimtab.train.variant import Variant
+from trimtab.train.variant import Rows, Variant
 
 
 @dataclass
@@ -202,7 +204,13 @@ def make_variant(run: RunConfig, base: Base, config: VariantConfig, examples: Se
     if isinstance(config.method, FullConfig):
         return FullVariant(config, base, examples, run.seed, run.max_tokens, reference)
     seed = config.options.seed if config.options.seed is not None else run.seed
-    fresh = Adapter.create(base, config.method, seed=seed, head=config.objective.head)
+    if isinstance(config.method, LoraConfig) and config.method.init_lora_weights == "eva":
+        method, params = begin(base, config.method, Rows(examples, config.options.batch_size, seed), run.max_tokens, seed)
+        head = config.objective.head
+        params |= head.init(base.spec, torch.Generator().manual_seed(seed)) if head else {}
+        fresh, config = Adapter(base, method, params, head=head), config.model_copy(update={"method": method})
+    else:
+        fresh = Adapter.create(base, config.method, seed=seed, head=config.objective.head)
     return Variant(config, base.attached, fresh.sites, fresh.params, examples, run.seed, run.max_tokens, reference, head=fresh.head)
 
 

@@ -34,6 +34,7 @@ UNSAID: Mapping[str, Any] = {
     "optimizer": "adamw",
     "neftune_noise_alpha": None,
     "init_lora_weights": True,
+    "eva_config": {},
     "alora_invocation_tokens": None,
     "target_parameters": None,
     "target_experts": None,
