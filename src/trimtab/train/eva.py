@@ -34,7 +34,6 @@ ROUNDS = 4
 """Of subspace iteration in it."""
 MOST_FORWARDS = 256
 """After so many the directions are taken not to settle."""
-A = "lora_A.weight"
 
 
 def begin(base: Base, method: LoraConfig, rows: Rows, max_tokens: int, seed: int) -> tuple[LoraConfig, dict[str, Tensor]]:
