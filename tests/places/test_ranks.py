@@ -116,9 +116,10 @@ def compare(one: Report, config: RunConfig, place: Place) -> None:
     many = train(config, base=tiny_base(), place=place)
     for variant, adapter in one.adapters.items():
         check_equal(many.adapters[variant].params, adapter.params, f"{name}: {variant}")
-    assert scores(many.summary) == pytest.approx(scores(one.summary), rel=1e-4, abs=1e-6), name
+    near = {"rel": 1e-4, "abs": 5e-6}  # margins are small differences of log-probabilities, whose last bits depend on the sums' order
+    assert scores(many.summary) == pytest.approx(scores(one.summary), **near), name
     if place.first:
-        assert lines(many) == pytest.approx(lines(one), rel=1e-4, abs=1e-6), name
+        assert lines(many) == pytest.approx(lines(one), **near), name
         for file in (one.out / "adapters").glob("*/*.safetensors"):  # whole models too
             check_equal(load_file(many.out / "adapters" / file.parent.name / file.name), load_file(file), f"{name}: {file}")
         assert sorted(p.name for p in many.out.rglob("*")) == sorted(p.name for p in one.out.rglob("*"))
