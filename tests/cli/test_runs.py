@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from tests.train.common import run_file
 from trimtab.cli import main
 from trimtab.methods import LoraConfig
+from trimtab.train import RunConfig
 from trimtab.train.clone import described
 from trimtab.train.control import CONTROL
 from trimtab.train.options import TrainOptions, VariantConfig
@@ -77,6 +78,25 @@ def test_orders_to_a_run_that_does_not_train_hold_for_when_it_does(folder: Path)
 def test_what_cannot_be_is_refused_and_nothing_written(folder: Path, words: list[str], said: str) -> None:
     result = runs(words[0], folder, *words[1:])
     assert result.exit_code == 2 and said in result.output, result.output
+    assert not (folder / CONTROL).exists()
+
+
+def test_a_clone_is_written_as_a_run_file(folder: Path) -> None:
+    plan = json.loads((folder / "run.json").read_text())
+    rows = [{"path": "a.jsonl"}]
+    plan |= {
+        "base": "b",
+        "root": str(folder.parent),
+        "settings": {"base": "b", "data.a.train": rows, "data.a.valid": None, "data.a.test": None},
+    }
+    (folder / "run.json").write_text(json.dumps(plan))
+    (folder / "summary.json").write_text(json.dumps(plan))  # a finished run has clones of this kind too
+    file = folder.parent / "v2.yaml"
+    result = runs("clone", folder, "v", "--name", "v2", "--set", "max_length=64", "--write", file)
+    assert result.exit_code == 0 and f"trimtab check {file}" in result.output
+    (made,) = RunConfig.load(file).variants
+    assert (made.name, made.options.max_length, made.lr, made.method) == ("v2", 64, 1e-3, LoraConfig(r=4))
+    assert "exists" in runs("clone", folder, "v", "--name", "v2", "--write", file).output
     assert not (folder / CONTROL).exists()
 
 

@@ -12,11 +12,16 @@ import pytest
 import torch
 
 from tests.train.common import METHODS, metrics, run_file, tiny_base
+from trimtab.errors import ConfigError
 from trimtab.store import Adapter
-from trimtab.train import Report, RunConfig, train
+from trimtab.train import Report, RunConfig, ordering, train
+from trimtab.train.apart import run_file_of
+from trimtab.train.clone import described
 from trimtab.train.control import CONTROL, Clone, Orders, change_orders
+from trimtab.train.halving import Halving
 from trimtab.train.interrupt import Interrupted, Stop
 from trimtab.train.listen import Silent
+from trimtab.train.resume import settings
 
 LORA = METHODS["lora"] | {"data": "a", "seed": 3, "max_steps": 6}
 IA3 = METHODS["ia3"] | {"data": "b", "seed": 4, "max_steps": 6}
@@ -192,6 +197,37 @@ def test_a_clone_that_cannot_be_is_refused_and_nothing_ends(tmp_path: Path):
     assert hand.said[-1] == "control.json names no variants of this run: nobody"
 
 
+@pytest.mark.parametrize(
+    ("of", "changes", "own"),
+    [
+        ("lora", {"max_length": 64, "lr": 2e-3}, LORA | {"max_length": 64, "lr": 2e-3}),
+        ("lora", {"data": "c", "target_modules": ["q_proj"]}, LORA | {"data": "c", "target_modules": ["q_proj"]}),
+        ("lora", {"method": "ia3", "lr": None}, {"method": "ia3", "data": "a", "seed": 3, "max_steps": 6}),
+        ("pairs", {"beta": 0.3}, {"method": "lora", "data": "pairs", "objective": "dpo", "beta": 0.3, "r": 2, "patience": 2}),
+    ],
+)
+def test_a_clone_that_cannot_join_is_a_run_file(tmp_path: Path, of: str, changes: dict[str, Any], own: dict[str, Any]):
+    """The file, read, is the run that one would write by hand."""
+    content = run_file(
+        tmp_path, {"lora": LORA, "pairs": {"method": "lora", "r": 2, "data": "pairs", "objective": "dpo", "patience": 2}}, max_tokens=777
+    )
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    (tmp_path / "pairs.jsonl").write_text((json.dumps(row) + "\n") * 6)
+    content["data"] |= {"c": {"train": [{"path": "b.jsonl", "weight": 2}, "a.jsonl"]}, "pairs": {"train": "pairs.jsonl", "split": 2}}
+    run = RunConfig.from_dict(content, root=tmp_path)
+    run.out.mkdir()
+    plan = {"base": run.base, "root": str(tmp_path), "steps": {}, "variants": {v.name: described(v) for v in run.variants}}
+    (run.out / "run.json").write_text(json.dumps(plan | {"settings": settings(run)}))
+    (run.out / "metrics.jsonl").write_text("")
+    file = tmp_path / "own.yaml"
+    file.write_text(run_file_of(run.out, of, "v2", changes, file))
+    hand = content | {"out": "out-v2", "variants": {"v2": own}, "data": {own["data"]: content["data"][own["data"]]}}
+    expected, found = settings(RunConfig.from_dict(hand, root=tmp_path)), RunConfig.load(file)
+    assert settings(found) == expected and found.out == tmp_path / "out-v2"
+    with pytest.raises(ConfigError, match="start at"):
+        run_file_of(run.out, of, "v2", changes, tmp_path / "elsewhere" / "own.yaml")
+
+
 def interrupted(run: RunConfig, hand: Hand, **how: Any) -> None:
     with pytest.raises(Interrupted):
         trained(run, hand, **how)
@@ -261,6 +297,25 @@ def test_ended_while_all_are_paused(tmp_path: Path):
     interrupted(run, Hand(run.out, {}, lambda: stop.ask(15)), stop=stop, resume=True)
     again = Hand(run.out, {}, lambda: (change_orders(run.out, tell("lora", to=None)), None)[1])
     assert trained(run, again, resume=True).summary["variants"]["lora"]["steps"] == 6
+
+
+def test_trials_that_are_halved_stay_in_step(tmp_path: Path):
+    """A variant may be stopped, but none paused or cloned: they would be compared at other steps."""
+    run = config(tmp_path, {"lora": LORA, "ia3": IA3}, valid=True)
+
+    class Asks(Hand):
+        def step(self, line: Mapping[str, Any]) -> None:
+            super().step(line)
+            if (line["variant"], line["step"]) == ("lora", 1):
+                for ask in (lambda: ordering.order(self.out, ["lora"], "pause"), lambda: ordering.clone(self.out, "lora", "v2", {})):
+                    with pytest.raises(ConfigError, match="are compared at the same step"):
+                        ask()
+                ordering.order(self.out, ["ia3"], "stop")
+
+    orders = {("lora", 2): tell("lora", to="pause"), ("lora", 4): cloned("v2", "lora")}
+    report = trained(run, hand := Asks(run.out, orders), halving=Halving(every=6))
+    assert {n: v["steps"] for n, v in report.summary["variants"].items()} == {"lora": 6, "ia3": 1}
+    assert sum("are compared at the same step" in text for text in hand.said) == 3, "each time that the file is read"
 
 
 BROKEN = {

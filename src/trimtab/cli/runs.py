@@ -86,15 +86,28 @@ def resume(folder: Path, variants: tuple[str, ...], wait_s: float, as_json: bool
 @click.argument("variant")
 @click.option("--name", required=True, help="Of the new variant.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="A setting of its own, such as lr=1e-4; several times.")
-def clone(folder: Path, variant: str, name: str, changes: tuple[str, ...], wait_s: float, as_json: bool) -> None:
+@click.option(
+    "--write",
+    "file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a run file of the clone alone instead, beside the run file of FOLDER.",
+)
+def clone(folder: Path, variant: str, name: str, changes: tuple[str, ...], file: Path | None, wait_s: float, as_json: bool) -> None:
     """Add a variant with VARIANT's settings, but for those that --set gives. It trains from its first step on, as it would alone.
 
     Its data set must be one that the run has read, and max_length, last_turn_only and what its objective reads of a row must be as they are
-    for this data. With anything else, train it as a run of its own.
+    for this data. For anything else, and from a run that has finished, --write makes a run file, which `trimtab train` trains as a run of
+    its own.
     """
     from trimtab.train import ordering
     from trimtab.train.clone import changes_of
 
+    if file is not None:
+        from trimtab.cli.options import write_new
+        from trimtab.train.apart import run_file_of
+
+        write_new(file, run_file_of(folder, variant, name, changes_of(changes), file))
+        return
     _await(ordering.clone(folder, variant, name, changes_of(changes)), wait_s, as_json)
 
 

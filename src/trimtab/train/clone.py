@@ -16,8 +16,9 @@ from trimtab.train.control import Clone
 from trimtab.train.options import DataConfig, VariantConfig
 from trimtab.train.runfile import read_value
 
-ALONE = "write it into a run file and train it as a run of its own"
+ALONE = "train it as a run of its own: `trimtab runs clone` with --write FILE writes its run file"
 """What to do with a clone that a run in progress cannot take."""
+TOGETHER = "are compared at the same step"
 
 
 def described(v: VariantConfig) -> dict[str, Any]:

@@ -276,7 +276,7 @@ def _variants(run: PastRun, plan: Mapping[str, Any], own: Mapping[str, dict[str,
     """The variants of a run, those too that have made no step yet."""
     entries: dict[str, Mapping[str, Any]] = {name: {"steps": 0} for name in plan.get("steps") or {}}
     entries |= {v.name: v.facts for v in run.variants}
-    taken = ("steps", "stopped", "trainable", "adapter_bytes", "seconds", "tokens", "tokens_per_s", "saved_step")
+    taken = ("steps", "stopped", "finished_early", "trainable", "adapter_bytes", "seconds", "tokens", "tokens_per_s", "saved_step")
     found = []
     for name, facts in entries.items():
         settings = own.get(name) or {

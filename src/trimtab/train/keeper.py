@@ -86,12 +86,12 @@ class Keeper:
         """Remember where the variants stand, so that a step which is not completed can be taken back."""
         self._stood = [v.standing() for v in self.prepared.variants]
 
-    def describe(self, control: Mapping[str, Any] | None = None) -> None:
+    def describe(self, control: Mapping[str, Any]) -> None:
         """Write run.json, on the first rank. It is for those who look at the run, so a disk that is full does not end it. control: what
         became of orders."""
         path = self.prepared.run.out / PLAN
         try:
-            write_json(path, plan(self.prepared) | self.identity | ({"control": control} if control else {}))
+            write_json(path, plan(self.prepared) | self.identity | {"control": control})
         except OSError as error:
             self.listener.warning(f"{path} cannot be written ({error.strerror}): pages do not show this run's settings until it ends")
 

@@ -159,7 +159,7 @@ def train(
         assert hold is not None, "the first rank's, on every rank"
         place.once(lambda: (run.out / "summary.json").unlink(missing_ok=True))  # of one that is extended: it has not finished any more
         keeper = Keeper(prepared, what, start, listener, hold, mirror)
-        place.once(keeper.describe)
+        place.once(lambda: keeper.describe({"in_step": halving is not None}))
         if not place.restarted:  # ranks that are started again after an end that was asked for end again
             place.once(lambda: forget_end(run.out, listener.warning))
         with keeper.metrics:

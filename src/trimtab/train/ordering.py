@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import ConfigError, DataError, nearest, printable
-from trimtab.train.clone import cloned_from
+from trimtab.train.clone import ALONE, TOGETHER, cloned_from
 from trimtab.train.control import Clone, Order, Orders, change_orders, read_orders
 from trimtab.train.past import plan_of
 from trimtab.train.run_folders import state
@@ -28,13 +28,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Controlled:
-    """What a run folder says. variants: what clones are made from, by name. paused, ended, refused: what became of earlier orders."""
+    """What a run folder says. variants: what clones are made from, by name. paused, ended, refused: what became of earlier orders. in_step:
+    whether its variants are compared at the same step, so that none may be paused or come later."""
 
     steps: Mapping[str, int]
     variants: Mapping[str, Any]
     paused: Sequence[str]
     ended: Mapping[str, str]
     refused: Mapping[str, str]
+    in_step: bool
 
     @classmethod
     def of(cls, folder: Path, over: bool = False) -> Controlled:
@@ -51,7 +53,7 @@ class Controlled:
         paused, ended, refused = (control.get(key) or kind() for key, kind in (("paused", list), ("ended", dict), ("refused", dict)))
         if not isinstance(paused, list) or not isinstance(ended, dict) or not isinstance(refused, dict):
             raise ConfigError(f"run.json in {shown} is not as trimtab writes it", fix="resume the run, which writes it anew")
-        return cls(plan["steps"], variants, paused, ended, refused)
+        return cls(plan["steps"], variants, paused, ended, refused, control.get("in_step") is True)
 
 
 def order(folder: Path, names: Sequence[str], what: Order | None) -> Asked:
@@ -63,6 +65,8 @@ def order(folder: Path, names: Sequence[str], what: Order | None) -> Asked:
     problems = [f"{printable(n[:80])!r}: no variant of this run{nearest(n, known)}" for n in names if n not in known]
     if problems:
         raise ConfigError(f"the run in {printable(str(folder))} has other variants", problems=problems, fix=f"one of {', '.join(known)}")
+    if what == "pause" and run.in_step:
+        raise ConfigError(f"trials of a sweep that halves {TOGETHER}: none can be paused", fix="stop it, or let it train")
     wanted = list(names) or [n for n in known if n not in run.ended]
     if what != "stop" and (over := [f"{n}: {run.ended[n]}" for n in wanted if n in run.ended]):
         raise ConfigError("what was stopped stays so", problems=over, fix="clone it: `trimtab runs clone`")
@@ -93,6 +97,8 @@ def clone(folder: Path, of: str, name: str, changes: Mapping[str, Any]) -> Asked
     """Ask for a variant that is as `of` but for some settings. ConfigError that lists what is wrong with them, as far as the run folder
     tells; the run itself checks the rest when it makes the clone."""
     run = Controlled.of(folder)
+    if run.in_step:
+        raise ConfigError(f"trials of a sweep that halves {TOGETHER}, and a clone would be behind", fix=ALONE)
     fix = f"one of {', '.join(map(printable, run.variants))}"
     if of not in run.variants:
         raise ConfigError(f"{printable(of[:80])!r}: no variant of this run{nearest(of, run.variants)}", fix=fix)

@@ -16,7 +16,7 @@ from trimtab.errors import ConfigError, DataError, TrimtabError, printable
 from trimtab.memory import explained
 from trimtab.places.place import Place
 from trimtab.train.before import refuse_sharded, refuse_too_much
-from trimtab.train.clone import ALONE, with_clone
+from trimtab.train.clone import ALONE, TOGETHER, with_clone
 from trimtab.train.control import NOTHING, Clone, Orders, Watched, read_orders
 from trimtab.train.dry import unrewarded
 from trimtab.train.evaluate import HeldOut
@@ -117,7 +117,7 @@ class Steering:
 
     def _pause(self, wanted: set[str]) -> None:
         if wanted - self._paused and self._validator.halving is not None:
-            self._listener.warning("trials of a sweep that halves are compared at the same step: none is paused")
+            self._listener.warning(f"trials of a sweep that halves {TOGETHER}: none is paused")
             wanted = set()
         steps = {v.name: v.progress.step for v in self._prepared.variants if v.live}
         for name in sorted(wanted - self._paused):
@@ -157,7 +157,7 @@ class Steering:
         prepared = self._prepared
         run, base = prepared.run, prepared.base
         if self._validator.halving is not None:
-            raise ConfigError("trials of a sweep that halves are compared at the same step, and a clone would be behind", fix=ALONE)
+            raise ConfigError(f"trials of a sweep that halves {TOGETHER}, and a clone would be behind", fix=ALONE)
         extended = with_clone(run, name, clone)
         config = extended.variants[-1]
         alone = run.model_copy(update={"variants": [config]})
@@ -188,7 +188,7 @@ class Steering:
 
     def _tell(self) -> None:
         """What became of the orders, in run.json."""
-        told: dict[str, Any] = {"paused": sorted(self._paused)}
+        told: dict[str, Any] = {"in_step": self._validator.halving is not None, "paused": sorted(self._paused)}
         told["ended"] = {v.name: v.progress.finished_early for v in self._prepared.variants if v.progress.finished_early}
         told["refused"] = {name: why for name, (_, why) in self._refused.items()}
         self._keeper.describe(told)

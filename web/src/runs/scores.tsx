@@ -121,6 +121,7 @@ export function Name({ shown }: { shown: Shown }) {
           stopped
         </span>
       )}
+      {shown.facts.finished_early?.startsWith("stopped by hand") && <span class="state stopped">{shown.facts.finished_early}</span>}
     </span>
   );
 }

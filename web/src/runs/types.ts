@@ -33,6 +33,7 @@ export interface VariantFacts {
   valid: { metric: string | null; best: number | null; best_step: number | null; finished_early: string | null };
   steps: number | null;
   stopped: string | null;
+  finished_early: string | null;
   trainable: number | null;
   adapter_bytes: number | null;
   seconds: number | null;
