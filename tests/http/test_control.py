@@ -142,6 +142,8 @@ def test_which_run_files_there_are(app: FastAPI, run: Path):
     (root / "huge.yaml").write_text("base: x\n" * 20_000)
     os.mkfifo(root / "pipe.yaml")
     (root / "link").symlink_to(root)
+    with open(os.fsencode(root) + b"/\xff.yaml", "w") as file:  # noqa: PTH123 (a name that is no text)
+        file.write(yaml.safe_dump(content))
     assert get(app, "run-files").json() == {"files": ["b.yaml", "inner/a.yml"]}
 
 

@@ -48,7 +48,8 @@ class Beginner:
     def files(self) -> list[str]:
         """Run files below the root, as paths from there, as of LISTED_S ago at most."""
         if time.monotonic() >= self._until:
-            self._files = [str(p.relative_to(self.root)) for p in _run_files(self.root, self._known)]
+            names = (str(p.relative_to(self.root)) for p in _run_files(self.root, self._known))
+            self._files = [name for name in names if printable(name) == name]  # others cannot be sent as they are
             self._until = time.monotonic() + LISTED_S
         return self._files
 
