@@ -139,7 +139,8 @@ def test_leaving_during_a_long_prefill_and_while_an_adapter_loads(tmp_path):
                 prefill = Caller(s.app, "/v1/completions", LONG | {"prompt": "x" * 400})
                 loading = Caller(s.app, "/v1/completions", LONG | {"model": "lora", "stream": True})
                 tasks = [prefill.start(), loading.start()]
-                await until(lambda: (e := s.engine.stats()).running + e.waiting + e.loading == 2)  # both have reached the engine
+                # both have reached the engine, and a step that stands still has one of them
+                await until(lambda: (e := s.engine.stats()).running == 1 and e.running + e.waiting + e.loading == 2)
                 for c in (prefill, loading):
                     c.leave()
                 await asyncio.wait_for(asyncio.gather(*tasks), 5)

@@ -51,6 +51,7 @@ def test_a_server_says_what_its_page_can_show(town):
         "version": "",
         "keyed": True,
         "runs": False,
+        "changes": False,
         "rows": False,
         "store": True,
         "serves": True,

@@ -106,7 +106,7 @@ function Shown({ about, screen, route }: { about: About; screen: string; route: 
   if (screen === "data") return route[1] ? <DataPage key={route.join("/")} kind={route[0]!} name={route[1]} /> : <ChooseRows />;
   if (screen === "new") return <NewRun about={about} path={route[0] ?? ""} />;
   if (screen === "playground") return <Playground about={about} />;
-  if (screen === "adapters") return route[0] ? <AdapterPage key={route[0]} name={route[0]} /> : <AdapterList />;
+  if (screen === "adapters") return route[0] ? <AdapterPage key={route[0]} name={route[0]} about={about} /> : <AdapterList about={about} />;
   return <Serving about={about} />;
 }
 

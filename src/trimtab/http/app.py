@@ -11,7 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 
-from trimtab.http import adapters, admin, embeddings, health, openai, page, people, responses, scores, shelf, tokens
+from trimtab.http import adapters, admin, embeddings, health, openai, page, people, responses, scores, shelf, shelf_changes, tokens
 from trimtab.http import runs as run_folders
 from trimtab.http.embeddings import EmbeddingsBody
 from trimtab.http.errors import install
@@ -48,6 +48,7 @@ def create_app(services: Services, origins: Sequence[str] = (), runs: RunFolders
     always = (
         page.router,
         shelf.router,
+        shelf_changes.server_router,
         people.router,
         health.public,
         health.router,

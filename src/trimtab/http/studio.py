@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from trimtab.http import control, new_run, page, rows, runs, shelf
+from trimtab.http import control, new_run, page, rows, runs, shelf, shelf_changes
 from trimtab.http.errors import Fault, install, reply
 from trimtab.http.studio_auth import Shown, Studio
 from trimtab.version import __version__
@@ -19,7 +19,7 @@ def create_studio(shown: Shown) -> FastAPI:
     """The ASGI app."""
     app = FastAPI(title="trimtab studio", version=__version__, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.studio = shown
-    for part in (page.router, router, runs.router, control.router, rows.router, new_run.router, shelf.studio_router):
+    for part in (page.router, router, runs.router, control.router, rows.router, new_run.router, shelf.studio_router, shelf_changes.router):
         app.include_router(part)
     install(app)
     app.add_middleware(OwnName, hosts=shown.hosts)

@@ -13,6 +13,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from trimtab.errors import AuthError
+from trimtab.http.commands import Commands
 from trimtab.http.reader import Reader
 from trimtab.store.registry import Store
 from trimtab.train.beginning import Beginner
@@ -39,6 +40,8 @@ class Shown:
     """Another process, for what takes a moment while the reader reads for minutes."""
     key: str | None = None
 
+    commands: Commands = field(default_factory=Commands)
+
     @cached_property
     def beginner(self) -> Beginner:
         """Of runs, in the folder that is shown."""
@@ -52,6 +55,7 @@ class Shown:
     def close(self) -> None:
         self.reader.close()
         self.helper.close()
+        self.commands.close()
 
 
 async def shown(request: Request) -> Shown:

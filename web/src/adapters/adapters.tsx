@@ -2,12 +2,13 @@
 // that could be made stands there as the command that makes it.
 
 import { useEffect, useState } from "preact/hooks";
-import { get } from "../api";
+import { type About, get } from "../api";
 import { bytes, number, quoted, short, value } from "../format";
 import { type Column, Command, Empty, Failure, Section, Table, useLoaded } from "../parts";
 import { link } from "../route";
+import { Aliases, CardDiff, Export, Publish, Push } from "./changes";
 
-interface Version {
+export interface Version {
   ref: string;
   name: string;
   version: number;
@@ -27,7 +28,7 @@ interface Listed {
   after: string;
 }
 
-interface Details extends Version {
+export interface Details extends Version {
   files: Record<string, { digest: string; bytes: number }>;
   note: Record<string, unknown> | null;
 }
@@ -55,7 +56,7 @@ const COLUMNS: Column<Version>[] = [
   { key: "created", title: "created", number: true, cell: (v) => when(v.created) },
 ];
 
-export function AdapterList() {
+export function AdapterList({ about }: { about: About }) {
   const [listed, setListed] = useState<Listed | null>(null);
   const [error, setError] = useState<unknown>(null);
   const [wanted, setWanted] = useState("");
@@ -108,12 +109,13 @@ export function AdapterList() {
           <Command text="trimtab adapters list" says="In a terminal" />
         </section>
       )}
+      {about.changes && <Publish onDone={() => void load([], "")} />}
     </>
   );
 }
 
-export function AdapterPage({ name }: { name: string }) {
-  const { found, error } = useLoaded((signal) => get<{ versions: Version[] }>("studio/adapter", { name }, signal), [name]);
+export function AdapterPage({ name, about }: { name: string; about: About }) {
+  const { found, error, reload } = useLoaded((signal) => get<{ versions: Version[] }>("studio/adapter", { name }, signal), [name]);
   const [number, setNumber] = useState<number | null>(null);
   if (error) return <Failure error={error} />;
   if (!found) return <p class="note">Reading…</p>;
@@ -145,7 +147,10 @@ export function AdapterPage({ name }: { name: string }) {
         />
       </Section>
       {versions.length > 1 && <Diff key={name} versions={versions} />}
-      <Card key={chosen.ref} refOf={chosen.ref} />
+      <Card key={chosen.ref} refOf={chosen.ref} changes={about.changes || about.serves} />
+      {(about.changes || about.serves) && <Aliases key={`aliases ${chosen.ref}`} version={chosen} onDone={reload} />}
+      {about.changes && <Export key={`export ${chosen.ref}`} version={chosen} />}
+      {about.changes && <Push key={`push ${chosen.ref}`} version={chosen} />}
     </>
   );
 }
@@ -177,6 +182,7 @@ function Diff({ versions }: { versions: Version[] }) {
         </div>
       }
     >
+      <CardDiff a={a} b={b} />
       {error ? <Failure error={error} /> : null}
       {found && found.a === a && found.b === b ? <Found found={found} /> : !error && <p class="note">Comparing…</p>}
       <Command text={`trimtab adapters diff ${quoted(a)} ${quoted(b)}`} says="In a terminal" />
@@ -231,7 +237,7 @@ function Found({ found }: { found: Difference }) {
   );
 }
 
-function Card({ refOf }: { refOf: string }) {
+function Card({ refOf, changes }: { refOf: string; changes: boolean }) {
   const { found, error } = useLoaded((signal) => get<Details>("studio/version", { ref: refOf }, signal), [refOf]);
   if (error) return <Failure error={error} />;
   if (!found) return <p class="note">Reading {refOf}…</p>;
@@ -302,7 +308,7 @@ function Card({ refOf }: { refOf: string }) {
       <h3>What can be done with it</h3>
       <div class="commands">
         <Command says="Ask it" text={`trimtab generate --adapter ${q} "How do I cancel?"`} />
-        <Command says="Move an alias here" text={`trimtab adapters alias ${q} prod`} />
+        {!changes && <Command says="Move an alias here" text={`trimtab adapters alias ${q} prod`} />}
         <Command says="Write it as peft has it" text={`trimtab export ${q} FOLDER`} />
         <Command says="Copy it elsewhere" text={`trimtab adapters push ${q} TARGET`} />
         <Command says="Take it out of the store" text={`trimtab adapters remove ${q}`} />
@@ -311,10 +317,10 @@ function Card({ refOf }: { refOf: string }) {
   );
 }
 
-function object(x: unknown): Record<string, unknown> {
+export function object(x: unknown): Record<string, unknown> {
   return typeof x === "object" && x !== null && !Array.isArray(x) ? (x as Record<string, unknown>) : {};
 }
 
-function numbers(x: unknown): [string, number][] {
+export function numbers(x: unknown): [string, number][] {
   return Object.entries(object(x)).flatMap(([name, v]) => (typeof v === "number" && name !== "rows" ? [[name, v] as [string, number]] : []));
 }

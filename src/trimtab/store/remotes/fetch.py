@@ -58,8 +58,10 @@ class Part:
         return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
 
 
-def patiently(work: Callable[[], T], where: str, deadline: Deadline[Any] | None = None, attempts: int = ATTEMPTS) -> T:
-    """work's result, tried again a few times, each time after a longer wait, as long as it says Transient. AdapterError in the end."""
+def patiently(work: Callable[[], T], where: str, deadline: Deadline[Any] | None = None, attempts: int | None = None) -> T:
+    """work's result, tried again a few times, each time after a longer wait, as long as it says Transient. AdapterError in the end.
+    attempts: in all; None: ATTEMPTS."""
+    attempts = ATTEMPTS if attempts is None else attempts
     for attempt in range(attempts):
         if deadline is not None:
             deadline.check()

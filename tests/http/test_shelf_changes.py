@@ -1,0 +1,134 @@
+"""What the page changes in the store: who may, with which names, and that commands get names as names and never as options."""
+
+from __future__ import annotations
+
+import io
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.http.common import base_of, call, site
+from tests.store.common import stirred
+from tests.train.past import run_folder, variant
+from trimtab.http.assemble import Asked
+from trimtab.http.commands import Commands
+from trimtab.http.studio import create_studio
+from trimtab.http.studio_auth import Shown
+from trimtab.methods import LoraConfig
+from trimtab.store.registry import Store
+from trimtab.train.follow import RunFolders
+
+KEY = {"authorization": "Bearer k"}
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> Iterator[Shown]:
+    store = Store(tmp_path / "store", create=True)
+    for seed in (1, 2):
+        store.publish(stirred(base_of(), LoraConfig(r=4), seed=seed), "acme/support")
+    run = run_folder(tmp_path / "root" / "done", {"v": variant()})
+    stirred(base_of(), LoraConfig(r=4), seed=3).save(run / "adapters" / "v")
+    made = Shown(RunFolders(tmp_path / "root"), store, key="k")
+    yield made
+    made.close()
+
+
+def ask(shown: Shown, path: str, body: Any, **headers: str) -> Any:
+    return call(create_studio(shown), "POST", f"/studio/{path}", body, headers={**KEY, **headers})
+
+
+def ended(commands: Commands, key: str) -> dict[str, Any]:
+    for _ in range(600):
+        if (told := commands.told(key))["state"] != "running":
+            return told
+        time.sleep(0.05)
+    raise AssertionError(told)
+
+
+def test_nobody_else_changes_the_store(shown: Shown):
+    assert shown.store is not None
+    for path, body in (
+        ("alias", {"ref": "acme/support@1", "alias": "prod"}),
+        ("publish", {"run": "x", "variant": "v", "name": "acme/other"}),
+        ("export", {"ref": "acme/support@1", "format": "peft", "folder": "f"}),
+        ("push", {"ref": "acme/support@1", "url": "file:///tmp/x"}),
+        ("adapter.zip", {"ref": "acme/support@1"}),
+    ):
+        for headers, status in (
+            ({"origin": "http://evil.example"}, 403),
+            ({"content-type": "text/plain"}, 415),
+            ({"authorization": "Bearer x"}, 401),
+        ):
+            assert ask(shown, path, body, **headers).status_code == status, (path, headers)
+    assert shown.store.resolve("acme/support@1").aliases == () and not shown.commands._jobs
+
+
+def test_an_alias_moves_and_goes(shown: Shown):
+    assert shown.store is not None
+    assert ask(shown, "alias", {"ref": "acme/support@1", "alias": "prod"}).json()["aliases"] == ["prod"]
+    assert ask(shown, "alias", {"ref": "acme/support@2", "alias": "prod"}).status_code == 200
+    assert shown.store.resolve("acme/support@prod").version == 2
+    assert ask(shown, "alias", {"ref": "acme/support@2", "alias": "prod", "take": True}).status_code == 200
+    assert "prod" not in shown.store.resolve("acme/support@2").aliases
+    for body in ({"ref": "acme/support@1", "alias": "latest"}, {"ref": "acme/support@1", "alias": "7"}, {"ref": "../x", "alias": "a"}):
+        assert ask(shown, "alias", body).status_code == 400, body
+
+
+def test_the_download_is_the_folder_as_it_is_stored(shown: Shown):
+    assert shown.store is not None
+    found = ask(shown, "adapter.zip", {"ref": "acme/support@1"})
+    version = shown.store.resolve("acme/support@1")
+    with zipfile.ZipFile(io.BytesIO(found.content)) as zipped:
+        assert set(zipped.namelist()) == set(version.files) and zipped.testzip() is None
+        for name, blob in version.files.items():
+            assert zipped.read(name) == shown.store.blob_path(blob.digest).read_bytes()
+
+
+def test_names_are_checked_before_a_command_runs(shown: Shown):
+    (key,) = shown.runs.found()
+    for path, body, status in (
+        ("publish", {"run": key, "variant": "absent", "name": "acme/other"}, 404),
+        ("publish", {"run": key, "variant": "../../x", "name": "acme/other"}, 404),
+        ("publish", {"run": "nothing", "variant": "v", "name": "acme/other"}, 404),
+        ("publish", {"run": key, "variant": "v", "name": "--help"}, 400),
+        ("publish", {"run": key, "variant": "v", "name": "acme/other", "aliases": ["--store"]}, 400),
+        ("export", {"ref": "acme/support@1", "format": "exe", "folder": "f"}, 400),
+        ("export", {"ref": "acme/support@1", "format": "peft", "folder": "../f"}, 400),
+        ("export", {"ref": "acme/support@1", "format": "peft", "folder": "done"}, 400),
+        ("push", {"ref": "acme/absent@1", "url": "file:///tmp/x"}, 404),
+    ):
+        assert ask(shown, path, body).status_code == status, body
+    assert not shown.commands._jobs
+
+
+@pytest.mark.slow
+def test_publish_and_push_are_the_commands_that_are_shown(shown: Shown, tmp_path: Path):
+    assert shown.store is not None
+    (key,) = shown.runs.found()
+    assert call(create_studio(shown), "GET", f"/studio/run-adapters?id={key}").json() == {"adapters": ["v"]}
+    job = ask(shown, "publish", {"run": key, "variant": "v", "name": "acme/other", "aliases": ["prod"]}).json()
+    told = ended(shown.commands, job["key"])
+    assert told["state"] == "done" and told["result"]["ref"] == "acme/other@1", told
+    assert shown.store.resolve("acme/other@prod").version == 1
+    assert job["command"].startswith("trimtab adapters publish --alias prod --store ") and "--json" not in job["command"]
+    job = ask(shown, "push", {"ref": "acme/other@1", "url": f"file://{tmp_path}/remote"}).json()
+    assert ended(shown.commands, job["key"])["state"] == "done" and (tmp_path / "remote").is_dir()
+    job = ask(shown, "push", {"ref": "acme/other@1", "url": "--help"}).json()
+    told = ended(shown.commands, job["key"])
+    assert told["state"] == "failed" and "--help" in told["said"] and "Usage" not in told["said"], "an address, not an option"
+
+
+def test_on_a_server_an_administrator_moves_aliases(tmp_path: Path):
+    store = Store(tmp_path / "store", create=True)
+    store.publish(stirred(base_of(), LoraConfig(r=4), seed=1), "acme/support")
+    with site(Asked(store=store)) as made:  # local mode, whose only caller may administer
+        body = {"ref": "acme/support@1", "alias": "prod"}
+        assert call(made.app, "POST", "/studio/alias", body, headers={"origin": "http://evil.example"}).status_code == 403
+        assert store.resolve("acme/support@1").aliases == ("latest",)
+        assert call(made.app, "POST", "/studio/alias", body).json()["aliases"] == ["prod", "latest"]
+        for path in ("publish", "export", "push", "adapter.zip"):
+            assert call(made.app, "POST", f"/studio/{path}", body).status_code == 404
