@@ -106,7 +106,7 @@ async def tenants(s: S) -> list[TenantReply]:
 async def add_tenant(request: Request, admin: Admin, s: S) -> TenantReply:
     b = await read_body(request, TenantBody, s)
     settings = b.model_dump(exclude={"name"})
-    return _told(await act(s, admin, "tenant.add", b.name, settings, lambda: _of(s).add(b.name, **settings)))
+    return _told(await audited(s, admin, "tenant.add", b.name, settings, lambda: _of(s).add(b.name, **settings)))
 
 
 @router.get("/tenants/{name}", responses=READ)
@@ -119,14 +119,14 @@ async def change_tenant(name: str, request: Request, admin: Admin, s: S) -> Tena
     b = await read_body(request, TenantChange, s)
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in b.model_dump(exclude_unset=True).items()}
     given = {k: v for k, v in given.items() if v is not None or k in ("max_concurrent", "tokens_per_minute")}
-    changed = await act(s, admin, "tenant.update", name, given, lambda: _of(s).update(replace(_of(s).get(name), **given)))
+    changed = await audited(s, admin, "tenant.update", name, given, lambda: _of(s).update(replace(_of(s).get(name), **given)))
     return _told(changed)
 
 
 @router.delete("/tenants/{name}", responses=READ)
 async def remove_tenant(name: str, admin: Admin, s: S) -> TenantReply:
     """None of its keys is valid from the next request on."""
-    return _told(await act(s, admin, "tenant.remove", name, {}, lambda: _of(s).remove(name)))
+    return _told(await audited(s, admin, "tenant.remove", name, {}, lambda: _of(s).remove(name)))
 
 
 @router.get("/tenants/{name}/keys", responses=READ)
@@ -137,20 +137,20 @@ async def keys(name: str, s: S) -> list[KeyReply]:
 @router.post("/tenants/{name}/keys", status_code=201, responses=CHANGE, openapi_extra=takes(KeyBody))
 async def create_key(name: str, request: Request, admin: Admin, s: S) -> KeyReply:
     b = await read_body(request, KeyBody, s)
-    made = await act(s, admin, "key.create", name, b.model_dump(), lambda: _of(s).create_key(name, lifetime=b.lifetime))
+    made = await audited(s, admin, "key.create", name, b.model_dump(), lambda: _of(s).create_key(name, lifetime=b.lifetime))
     return _key(*made)
 
 
 @router.post("/keys/{key_id}/rotate", status_code=201, responses=CHANGE, openapi_extra=takes(RotateBody))
 async def rotate_key(key_id: str, request: Request, admin: Admin, s: S) -> KeyReply:
     b = await read_body(request, RotateBody, s)
-    made = await act(s, admin, "key.rotate", _id(key_id), b.model_dump(), lambda: _of(s).rotate_key(key_id, grace=b.grace))
+    made = await audited(s, admin, "key.rotate", _id(key_id), b.model_dump(), lambda: _of(s).rotate_key(key_id, grace=b.grace))
     return _key(*made)
 
 
 @router.delete("/keys/{key_id}", responses=READ)
 async def revoke_key(key_id: str, admin: Admin, s: S) -> KeyReply:
-    return _key(await act(s, admin, "key.revoke", _id(key_id), {}, lambda: _of(s).revoke_key(key_id)))
+    return _key(await audited(s, admin, "key.revoke", _id(key_id), {}, lambda: _of(s).revoke_key(key_id)))
 
 
 Day = Annotated[str, Query(pattern=r"^(\d{4}-\d{2}-\d{2})?$")]
@@ -163,7 +163,7 @@ async def usage(s: S, tenant: Annotated[str, Query(max_length=63)] = "", since: 
     return [UsageRowReply(**vars(r)) for r in rows]
 
 
-async def act(s: Services, admin: Tenant, what: str, target: str, details: dict[str, Any], do: Callable[[], T]) -> T:
+async def audited(s: Services, admin: Tenant, what: str, target: str, details: dict[str, Any], do: Callable[[], T]) -> T:
     """Do it in a thread, between its two lines in the audit log."""
 
     def act() -> T:

@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from trimtab.errors import ConfigError, NotFoundError
-from trimtab.http.admin import act
+from trimtab.http.admin import audited
 from trimtab.http.auth import Admin, S
 from trimtab.http.errors import Fault
 from trimtab.http.fields import Strict
@@ -158,7 +158,7 @@ async def server_alias(request: Request, admin: Admin, s: S) -> dict[str, Any]:
     """The same on a server, for administrators."""
     body = await read_body(request, AliasBody, s)
     store = _store(s.catalog.store)
-    return await act(s, admin, "store.alias", body.ref, {"alias": body.alias, "take": body.take}, lambda: _moved(store, body))
+    return await audited(s, admin, "store.alias", body.ref, {"alias": body.alias, "take": body.take}, lambda: _moved(store, body))
 
 
 def _store(store: Store | None) -> Store:
