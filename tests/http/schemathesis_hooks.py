@@ -8,7 +8,7 @@ from typing import Any
 import schemathesis
 
 MODELS = ("tiny", "lora", "ia3", "tiny")
-HEADS = {"/classify": "judge", "/v1/score": "judge"}
+HEADS = {"/classify": "judge", "/v1/score": "judge", "/v1/rerank": "judge"}
 
 
 @schemathesis.hook

@@ -111,7 +111,9 @@ class Server:
     def wait(self) -> Attempt:
         code = int(self._read())
         calls = self.folder / "log.calls"
-        return Attempt(code, (self.folder / "log").read_text(errors="replace"), json.loads(calls.read_text()) if calls.exists() else [])
+        written = calls.read_text() if calls.exists() else ""
+        whole = written.endswith("]")  # not where the kill came while it was written
+        return Attempt(code, (self.folder / "log").read_text(errors="replace"), json.loads(written) if whole else [])
 
     def run(self, out: Path, fault: Fault | None = None) -> Attempt:
         self.start(out, fault=fault)

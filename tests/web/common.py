@@ -64,7 +64,7 @@ class Visit:
         self.page, self.url = self.context.new_page(), url
         self.page.set_default_timeout(15_000)
         self.wrong: list[str] = []
-        self.page.on("pageerror", lambda error: self.wrong.append(f"exception: {error}"))
+        self.page.on("pageerror", lambda error: self.wrong.append(f"exception: {error} {error.stack}"))
         self.page.on(
             "console", lambda message: self.wrong.append(f"console: {message.text}") if message.type in ("error", "warning") else None
         )
@@ -78,7 +78,7 @@ class Visit:
     def __exit__(self, kind: object, *_: object) -> None:
         self.context.close()
         if kind is None:
-            assert self.wrong == []
+            assert self.wrong == [], self.wrong
 
 
 def refuse_overflow(page: Any) -> None:

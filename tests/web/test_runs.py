@@ -63,7 +63,7 @@ def lines(name: str, steps: range, loss: float) -> str:
     return "".join(json.dumps(line) + "\n" for line in made)
 
 
-def told_at(page: Any, key: str, begins: str) -> str:
+def told_at(page: Any, key: str, begins: str | tuple[str, ...]) -> str:
     """What the loss chart says of the point that a key goes to, once it is that. A chart that is drawn anew has lost the keyboard."""
     chart, tip = page.get_by_role("application", name="Loss, nats a target"), page.locator(".tip")
     for _ in range(100):
@@ -184,6 +184,16 @@ def test_settings_differ_by_their_last_digit(chromium: Any, folder: Path, site: 
             assert sorted(x.inner_text() for x in region.get_by_role("cell").all()) == values
 
 
+def standing(part: Any) -> dict[str, float]:
+    """Where a part of the page is, once it has stayed there: what is drawn above it and around it may still move it."""
+    seen = []
+    while len(seen) < 3 or seen[-1] != seen[-3]:
+        part.page.wait_for_timeout(100)
+        seen.append(part.bounding_box())
+        assert len(seen) < 100, seen[-5:]
+    return seen[-1]
+
+
 def test_the_kept_step_and_the_zoom(chromium: Any, folder: Path, site: str):
     run_folder(folder / "done", {"v": variant(saved_step=30), "w": variant(saved_step=60)})
     with Visit(chromium, site) as page:
@@ -192,19 +202,17 @@ def test_the_kept_step_and_the_zoom(chromium: Any, folder: Path, site: str):
         chart.scroll_into_view_if_needed()
         everything = page.get_by_role("button", name="Show all")
         assert everything.is_disabled()
-        over = chart.locator(".u-over").bounding_box()
+        over = standing(chart.locator(".u-over"))
         y = over["y"] + over["height"] / 2
         page.mouse.move(over["x"] + over["width"] * 0.25, y)
         page.mouse.down()
         page.mouse.move(over["x"] + over["width"] * 0.5, y, steps=4)
         page.mouse.up()
         page.locator(".controls button:enabled", has_text="Show all").wait_for()
-        ends = []
-        for key in ("Home", "End"):
-            ends.append(int(told_at(page, key, "step ").split("\n")[0].removeprefix("step ")))
-        assert 15 <= ends[0] <= 17 and 29 <= ends[1] <= 31, ends
+        told_at(page, "Home", ("step 15", "step 16", "step 17"))
+        told_at(page, "End", ("step 29", "step 30", "step 31"))
         page.keyboard.press("Escape")
-        assert everything.is_disabled()
+        page.locator(".controls button:disabled", has_text="Show all").wait_for()
         told_at(page, "End", "step 60")
         kept = page.get_by_role("region", name="Scores on a").get_by_role("row").filter(has_text="30 of 60")
         assert kept.count() == 1 and "v" in kept.inner_text()

@@ -55,18 +55,23 @@ export function Chart({ title, xTitle, curves, range, onRange, log, height, grou
   const latest = useRef<Latest>({ curves, data: [new Float64Array()], onRange });
   latest.current.curves = curves;
   latest.current.onRange = onRange;
+  const latestShape = useRef(shape);
+  latestShape.current = shape;
+  const madeAs = useRef("");
   const inSight = useRef(false);
   const drawn = useRef(true); // whether what is shown is the newest
   // a chart's turn comes in a frame of its own, and only while it can be seen
   const fill = () => {
     const made = plot.current;
-    if (!made) return;
+    if (!made || madeAs.current !== latestShape.current) return; // it is about to be made anew, with other series
     drawn.current = true;
     const { curves: now } = latest.current;
     const parts = Math.max(100, Math.round((made.width - 60) / 2)); // of two pixels: a line is as wide
-    latest.current.data = aligned(lines(now), latestRange.current, parts);
-    made.setData(latest.current.data as uPlot.AlignedData, true);
-    soon(painter.current!, () => painter.current?.paint(latest.current.data[0], painted(now, latest.current.data)));
+    const data = aligned(lines(now), latestRange.current, parts);
+    latest.current.data = data;
+    made.setData(data as uPlot.AlignedData, true);
+    const own = painter.current!; // by its turn there may be another, of other curves
+    soon(own, () => own.paint(data[0], painted(now, data)));
   };
   const latestRange = useRef(range);
   latestRange.current = range;
@@ -82,6 +87,7 @@ export function Chart({ title, xTitle, curves, range, onRange, log, height, grou
     latest.current.data = [new Float64Array(), ...lines(curves).map(() => [])];
     const made = new uPlot(options, latest.current.data as uPlot.AlignedData, box);
     plot.current = made;
+    madeAs.current = shape;
     painter.current = new Painter(made);
     refill();
     const sized = new ResizeObserver(() => {
@@ -99,7 +105,7 @@ export function Chart({ title, xTitle, curves, range, onRange, log, height, grou
       sized.disconnect();
       watched.disconnect();
       never(drawn);
-      painter.current?.end();
+      painter.current!.end();
       painter.current = null;
       made.destroy();
       plot.current = null;
