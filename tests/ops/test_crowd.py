@@ -78,10 +78,36 @@ say(1)
 print(seen(0), settled(before + 1))
 say(cores + 10)
 print(seen(1), settled(before + 3))
-os.unlink(loads)  # a system that tells its load no longer: what was seen last stays
-print(settled(before + 2))
+os.unlink(loads)  # the load cannot be read for a while: nobody is parked for what is not known
+print(seen(0), settled(before + 1))
+say(cores + 10)
+library.crowd_watch(loads.encode(), ctypes.c_int64(cores))  # there is one that looks
+print(seen(1), settled(before + 3))
 """
-    assert told(tmp_path, steps).splitlines() == ["0 0", "1 0", "0 0", "1 0", "0"]
+    assert told(tmp_path, steps).splitlines() == ["0 0", "1 0", "0 0", "1 0", "0 0", "1 0"]
+
+
+def test_a_process_at_its_limit_of_threads_lives(tmp_path: Path) -> None:
+    """libgomp would end it. The limit is planted in pthread_create: root is above the system's own."""
+    compiler = find_compiler()[0]
+    assert compiler is not None
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", tmp_path / "full.so", Path(__file__).with_name("no_more_threads.cpp"), "-ldl"], check=True
+    )
+    steps = """
+import ctypes
+torch.set_num_threads(1)
+library = native.load()[0]
+say(1)
+library.crowd_watch(loads.encode(), ctypes.c_int64(cores))
+print(seen(0))
+ctypes.CDLL(os.environ["LD_PRELOAD"]).fill()
+say(cores + 10)
+print(seen(1))
+time.sleep(0.5)
+print("lives")
+"""
+    assert told(tmp_path, steps, LD_PRELOAD=str(tmp_path / "full.so")).splitlines() == ["0", "1", "lives"]
 
 
 def test_a_process_looks_where_it_has_threads_that_wait_and_the_user_said_nothing(tmp_path: Path) -> None:

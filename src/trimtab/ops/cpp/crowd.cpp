@@ -15,11 +15,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <mutex>
+#include <vector>
 
 namespace {
 
@@ -72,6 +74,23 @@ double runnable(const char* path) {
     return size > 0 && std::sscanf(text, "%*f %*f %*f %ld/", &found) == 1 ? double(std::max(0L, found - 1)) : -1;
 }
 
+void* pass(void* gate) {
+    std::lock_guard<std::mutex> lock(*(std::mutex*)gate);
+    return nullptr;
+}
+
+// Whether the system lets this process have so many threads more. libgomp ends a process that cannot have those it asks for.
+bool room_for(int threads) {
+    std::mutex gate;
+    std::vector<pthread_t> made;
+    {
+        std::lock_guard<std::mutex> lock(gate);  // so that all are there at the same time
+        for (pthread_t thread; threads > int(made.size()) && pthread_create(&thread, nullptr, pass, &gate) == 0;) made.push_back(thread);
+    }
+    for (const pthread_t thread : made) pthread_join(thread, nullptr);
+    return threads == int(made.size());
+}
+
 struct Parked {
     int threads;
     int64_t time;
@@ -81,6 +100,7 @@ void* park(void* given) {
     const int threads = ((Parked*)given)->threads;
     const int64_t time = ((Parked*)given)->time;
     delete (Parked*)given;
+    if (!room_for(threads)) return nullptr;
 #pragma omp parallel num_threads(threads)
     {
         std::unique_lock<std::mutex> lock(parking->mutex);
@@ -101,14 +121,20 @@ void* watch(void* given) {
     const Watched watched = *(Watched*)given;
     delete (Watched*)given;
     double wanted[SAMPLES], wall[SAMPLES], cpu[SAMPLES];
-    bool crowded = false;
+    bool crowded = false, told = false;
     long pause = WORKING_MS;
     for (int64_t i = 0;; i++) {
         const timespec time{0, pause * 1000000};
         nanosleep(&time, nullptr);
         const int at = int(i % SAMPLES), first = int((i + 1) % SAMPLES);
         wanted[at] = runnable(watched.loads), wall[at] = seconds(CLOCK_MONOTONIC), cpu[at] = seconds(CLOCK_PROCESS_CPUTIME_ID);
-        if (wanted[at] < 0) return nullptr;
+        if (wanted[at] < 0) {  // no file can be opened just now, say: nothing is known until there are enough looks again
+            if (!told) return nullptr;
+            set_crowded(crowded = false, 0);
+            i = -1, pause = RESTING_MS;
+            continue;
+        }
+        told = true;
         if (i + 1 < SAMPLES) continue;
         cpu_set_t set;
         const double all = double(sysconf(_SC_NPROCESSORS_ONLN));
@@ -129,8 +155,11 @@ void* watch(void* given) {
 
 extern "C" {
 
-// Look at `loads` (/proc/loadavg) from now on, for a process that computes on so many threads.
+// Look at `loads` (/proc/loadavg) from now on, for a process that computes on so many threads. Once in a process. A fork does not look: one of
+// a process whose OpenMP threads have run cannot use them anyway.
 void crowd_watch(const char* loads, int64_t threads) {
+    static std::atomic<bool> looks{false};
+    if (looks.exchange(true)) return;
     auto* given = new Watched{{}, threads};
     std::strncpy(given->loads, loads, sizeof(given->loads) - 1);
     start(watch, given);
