@@ -114,6 +114,8 @@ def test_a_page_that_has_no_key_changes_nothing(run: Path):
         ("clone", {"of": "v", "name": "../x"}, 400, "is not a name"),
         ("clone", {"of": "v", "name": "x", "changes": ["lr=much"]}, 400, "variants.x.lr: Input should be a valid number"),
         ("clone", {"of": "v", "name": "x", "changes": ["lr"]}, 400, "write KEY=VALUE"),
+        ("clone", {"of": "v", "name": "x", "changes": ["eval_every=.inf"]}, 400, "a whole number of steps"),
+        ("clone", {"of": "v", "name": "x", "changes": ["target_modules=!!set {a}"]}, 400, "neither a number"),
         ("begin", {"file": "/etc/passwd"}, 404, "no such run file"),
         ("begin", {"file": "../run.yaml"}, 404, "no such run file"),
         ("begin", {"file": "outside.yaml"}, 400, "lies outside of"),
@@ -147,7 +149,7 @@ def test_which_run_files_there_are(app: FastAPI, run: Path):
     assert get(app, "run-files").json() == {"files": ["b.yaml", "inner/a.yml"]}
 
 
-@pytest.mark.parametrize("out", ["", ".", "..", "../x", "/etc", "nothing", "r/../.."])
+@pytest.mark.parametrize("out", ["", ".", "..", "../x", "/etc", "nothing", "r/../..", "%00", "a" * 4000])
 def test_logs_are_of_runs_here_alone(app: FastAPI, run: Path, out: str):
     log_of(run.parent).write_text("not for the page")
     try:

@@ -166,6 +166,16 @@ def test_a_clone_is_as_a_run_of_its_own(tmp_path: Path, changes: dict[str, Any])
     as_alone(report.adapters["lora"], undisturbed.adapters["lora"])
 
 
+def test_a_clone_begins_from_its_own_seed(tmp_path: Path):
+    """From the one that is set for it, else from that of the variant, not of the run: as an adapter begins that no run has made."""
+    run = config(tmp_path, {"lora": LORA, "ia3": IA3}, seed=1)
+    orders = Orders(variants={"own": "stop", "same": "stop"}, clones={"own": Clone("lora", {"seed": 9}), "same": Clone("lora")})
+    report = trained(run, Hand(run.out, {("lora", 2): lambda o: orders}))
+    for name, seed in (("own", 9), ("same", 3)):
+        assert report.summary["variants"][name]["finished_early"] == "stopped by hand at step 0"
+        same(report.adapters[name], Adapter.create(tiny_base(), run.variants[0].method, seed=seed))
+
+
 WRONG = {
     "lora": ({}, "is a variant of this run already"),
     "base": ({}, "stands for the base"),
@@ -179,6 +189,9 @@ WRONG = {
     "g": ({"data": "nothing"}, "one of a, b"),
     "h": ({"target_modules": ["nothing"]}, "nothing"),
     "i": ({"patience": 2}, "has no valid rows"),
+    "k": ({"epochs": float("inf"), "max_steps": None}, "finite number"),
+    "l": ({"eval_every": float("inf")}, "a whole number of steps"),
+    "m": ({"warmup_steps": float("inf")}, "a whole number of steps"),
 }
 
 

@@ -101,10 +101,13 @@ class Beginner:
     def log(self, out: str, start: int = 0) -> dict[str, Any]:
         """The end of what the run into a folder, named from the root, has printed from byte `start` on. NotFoundError where there is
         no such file."""
-        folder = (self.root / out).resolve()
-        if not folder.is_relative_to(self.root) or folder == self.root:
-            raise NotFoundError("there is no such log here")
-        return read_log(log_of(folder), start)
+        try:
+            folder = (self.root / out).resolve()
+            if folder.is_relative_to(self.root) and folder != self.root:
+                return read_log(log_of(folder), start)
+        except (OSError, ValueError, RuntimeError):
+            pass  # no name of a file: it holds a NUL, or is too long
+        raise NotFoundError("there is no such log here")
 
 
 def read_log(path: Path, start: int = 0) -> dict[str, Any]:

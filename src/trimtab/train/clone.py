@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,9 @@ def changes_of(texts: Sequence[str]) -> dict[str, Any]:
             if not is_one or not key.strip():
                 raise ValueError("write KEY=VALUE")
             found[key.strip()] = read_value(value)
+            json.dumps(found[key.strip()])  # control.json is to hold it
+        except TypeError:
+            problems.append(f"{text[:80]}: neither a number, a text, a switch, nor a list or mapping of these")
         except (ValueError, yaml.YAMLError, RecursionError) as error:
             problems.append(f"{text[:80]}: {str(error) or 'nested too deeply'}")
     if problems:

@@ -62,7 +62,7 @@ class Strict(BaseModel):
 
 def whole_or_part(steps: float | None) -> float | None:
     """A number of steps, checked: a whole one, or a part of all steps below 1."""
-    if steps is not None and steps >= 1 and steps != int(steps):
+    if steps is not None and steps >= 1 and steps % 1 != 0:
         raise ValueError("a whole number of steps, or a part of all steps below 1")
     return int(steps) if steps is not None and steps >= 1 else steps
 
@@ -76,7 +76,7 @@ class TrainOptions(Strict):
     """How one variant trains. Given under `defaults` for all, or in a variant for itself."""
 
     lr: float | None = Field(None, gt=0, lt=10, description="peak learning rate; None: the method's preset, scaled by the objective")
-    epochs: float = Field(2, gt=0, description="passes over the training rows; ignored where max_steps is set")
+    epochs: float = Field(2, gt=0, allow_inf_nan=False, description="passes over the training rows; ignored where max_steps is set")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
     batch_size: int = Field(16, ge=1, description="rows of one batch")
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches of one optimizer step")

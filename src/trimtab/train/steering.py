@@ -17,7 +17,7 @@ from trimtab.memory import explained
 from trimtab.places.place import Place
 from trimtab.train.before import refuse_sharded, refuse_too_much
 from trimtab.train.clone import ALONE, TOGETHER, with_clone
-from trimtab.train.control import NOTHING, Clone, Orders, Watched, read_orders
+from trimtab.train.control import Clone, Orders, Watched, read_orders
 from trimtab.train.dry import unrewarded
 from trimtab.train.evaluate import HeldOut
 from trimtab.train.interrupt import Stop
@@ -43,7 +43,6 @@ class Steering:
     def __init__(self, keeper: Keeper, validator: Validator, tests: dict[str, HeldOut], listener: Listener):
         self._keeper, self._validator, self._tests, self._listener = keeper, validator, tests, listener
         self._watched = Watched(self._prepared.run.out)
-        self._orders = NOTHING
         self._paused: set[str] = set()
         self._refused: dict[str, tuple[Clone, str]] = {}
 
@@ -83,7 +82,6 @@ class Steering:
             self._listener.warning(problem)
         if orders is None:
             return
-        self._orders = orders
         if orders.end:
             self._keeper.leave(signal.SIGINT)
         for name, clone in orders.clones.items():
