@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_floors import read
-from trimtab.atomic import atomic_dir, atomic_write, clear_unfinished, is_unfinished, step_aside
+from trimtab.atomic import atomic_dir, atomic_write, clear_unfinished, is_unfinished, step_aside, write_new
 
 
 def test_a_block_that_fails_leaves_what_was_there(tmp_path):
@@ -27,6 +27,16 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path):
         raise RuntimeError
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "x").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_of_a_new_file_that_cannot_be_written_nothing_stays(tmp_path: Path):
+    with pytest.raises(UnicodeEncodeError):
+        write_new(tmp_path / "file", "half " * 10_000 + "\ud800")
+    assert not [*tmp_path.iterdir()]
+    write_new(tmp_path / "file", "whole")
+    with pytest.raises(FileExistsError):
+        write_new(tmp_path / "file", "other")
+    assert (tmp_path / "file").read_text() == "whole"
 
 
 def test_what_was_there_is_replaced(tmp_path):

@@ -41,6 +41,17 @@ def atomic_write(target: Path) -> Iterator[BinaryIO]:
         work.unlink(missing_ok=True)
 
 
+def write_new(target: Path, text: str) -> None:
+    """A file that is not there yet. FileExistsError where there is one; OSError where it cannot be written, and then nothing stays."""
+    with target.open("x", encoding="utf-8") as file:
+        try:
+            file.write(text)
+            file.flush()
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+
+
 @contextmanager
 def atomic_dir(target: Path, check: Callable[[Path], None] = lambda content: None) -> Iterator[Path]:
     """A new folder to fill, which takes the name `target` when the block ends well; otherwise nothing of it stays. The folder that is there

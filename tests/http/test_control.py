@@ -149,6 +149,13 @@ def test_which_run_files_there_are(app: FastAPI, run: Path):
     assert get(app, "run-files").json() == {"files": ["b.yaml", "inner/a.yml"]}
 
 
+def test_a_run_file_that_was_just_saved_can_be_begun(app: FastAPI, run: Path):
+    """Though the list is of a moment ago."""
+    assert get(app, "run-files").json() == {"files": []}
+    (run.parent / "new.yaml").write_text(yaml.safe_dump(run_file(run.parent, {"v": {"method": "lora", "data": "a"}}) | {"out": "r"}))
+    assert "is not empty" in post(app, "begin", {"file": "new.yaml"}).text
+
+
 @pytest.mark.parametrize("out", ["", ".", "..", "../x", "/etc", "nothing", "r/../..", "%00", "a" * 4000])
 def test_logs_are_of_runs_here_alone(app: FastAPI, run: Path, out: str):
     log_of(run.parent).write_text("not for the page")

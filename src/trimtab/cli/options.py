@@ -82,13 +82,14 @@ set_option = click.option(
 
 def write_new(path: Path, text: str) -> None:
     """Write a file that is not there yet, and say so."""
+    from trimtab import atomic
+
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+        atomic.write_new(path, text)
     except FileExistsError:
-        raise ConfigError(f"{path} exists", fix="name another file: --out") from None
+        raise ConfigError(f"{path} exists", fix="name another file") from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}", fix="name another file: --out") from None
+        raise ConfigError(f"{path} cannot be written: {error.strerror}", fix="name another file") from None
     say(f"written: {path}; look at it, then: trimtab check {path}")
 
 

@@ -162,9 +162,10 @@ def _speed(asked: Asked, on: OnBase, shape: Shape) -> Speed:
 
 
 def _write_new(path: Path, text: str) -> None:
+    from trimtab.atomic import write_new
+
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+        write_new(path, text)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}", fix="name another file, which is not there yet") from error
 

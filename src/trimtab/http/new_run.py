@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
+from trimtab.atomic import write_new
 from trimtab.errors import ConfigError, printable
 from trimtab.http.errors import Fault
 from trimtab.http.fields import Strict
@@ -107,8 +108,7 @@ def _at(studio: Studio, message: dict[str, Any]) -> dict[str, Any]:
 
 def _write_new(path: Path, text: str) -> None:
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+        write_new(path, text)
     except FileExistsError:
         raise ConfigError(f"{path.name} exists", fix="give the run another name") from None
     except (OSError, UnicodeEncodeError) as error:

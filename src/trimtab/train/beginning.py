@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,13 @@ class Beginner:
         self._children: list[subprocess.Popen[bytes]] = []
         self._files: list[str] = []
         self._until = 0.0
-        self._known: dict[tuple[str, int, int], bool] = {}
+        self._known: Known = {}
 
-    def files(self) -> list[str]:
-        """Run files below the root, as paths from there, as of LISTED_S ago at most."""
-        if time.monotonic() >= self._until:
-            names = (str(p.relative_to(self.root)) for p in _run_files(self.root, self._known))
+    def files(self, anew: bool = False) -> list[str]:
+        """Run files below the root, as paths from there, as of LISTED_S ago at most, or now."""
+        if anew or time.monotonic() >= self._until:
+            paths, self._known = _run_files(self.root, self._known)
+            names = (str(p.relative_to(self.root)) for p in paths)
             self._files = [name for name in names if printable(name) == name]  # others cannot be sent as they are
             self._until = time.monotonic() + LISTED_S
         return self._files
@@ -57,7 +59,7 @@ class Beginner:
         """Start `trimtab train` on a run file, by its path from the root. resume: go on with what its run folder holds. NotFoundError where
         it is not one that `files` lists; ConfigError that lists what is wrong with it, before anything is started."""
         self._children = [child for child in self._children if child.poll() is None]
-        path = (self.root / name).resolve() if name in self.files() else None
+        path = (self.root / name).resolve() if name in self.files() or name in self.files(anew=True) else None
         if path is None or not path.is_relative_to(self.root):
             raise NotFoundError("there is no such run file here", fix="choose one of those that are listed")
         run = RunConfig.load(path)
@@ -127,11 +129,13 @@ def read_log(path: Path, start: int = 0) -> dict[str, Any]:
     return {"text": "\n".join(lines), "cut": begin > start, "size": size}
 
 
-def _run_files(root: Path, known: dict[tuple[str, int, int], bool]) -> list[Path]:
-    """Those that are nearest to the root first. What is inside of run folders is not looked at. known: path, time and size of files that
-    were read before -> whether each is one; it is brought up to date."""
-    before, found = dict(known), list[Path]()
-    known.clear()
+Known = Mapping[tuple[str, int, int], bool]
+"""Path, time and size of YAML files that were read -> whether each is a run file."""
+
+
+def _run_files(root: Path, before: Known) -> tuple[list[Path], Known]:
+    """(those that are nearest to the root first, what is known now). What is inside of run folders is not looked at."""
+    known, found = dict[tuple[str, int, int], bool](), list[Path]()
     waiting, seen = deque([(root, 0)]), 0
     while waiting and len(found) < MAX_FILES and seen < MAX_FOLDERS:
         folder, depth = waiting.popleft()
@@ -152,7 +156,7 @@ def _run_files(root: Path, known: dict[tuple[str, int, int], bool]) -> list[Path
                     found += [path] if known[key] else []
         except OSError:
             continue
-    return found
+    return found, known
 
 
 def _is_run_file(path: Path) -> bool:

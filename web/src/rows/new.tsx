@@ -87,7 +87,6 @@ const AIMS: Record<string, string> = {
 };
 const PAIRS = ["dpo", "orpo", "simpo", "cpo"];
 const FORM_MS = 250;
-const BEGIN_AGAIN_MS = 3500; // the server looks for run files anew after three seconds
 
 export function NewRun({ about, path }: { about: About; path: string }) {
   const choices = useLoaded((signal) => get<Choices>("studio/new/choices", {}, signal), []);
@@ -604,8 +603,7 @@ function Begin({ about, draft, text, wrong, errors, root, set }: { about: About;
       const saved = done ?? { ...(await post<{ path: string; file: string }>("studio/new/save", { name: draft.out, text })), begun: false };
       setDone(saved);
       if (begin) {
-        const ask = () => post("studio/begin", { file: `${draft.out}.yaml` });
-        await ask().catch(() => new Promise((wait) => setTimeout(wait, BEGIN_AGAIN_MS)).then(ask));
+        await post("studio/begin", { file: `${draft.out}.yaml` });
         setDone({ ...saved, begun: true });
       }
     } catch (failed) {
