@@ -3,8 +3,8 @@
 import type { ComponentChildren } from "preact";
 import { useCallback, useEffect, useRef, useState } from "preact/hooks";
 
-/** A command line that does what is shown or done here, with a button that copies it. */
-export function Command({ text, says }: { text: string; says?: string }) {
+/** Copies a text; `copied` is true for a moment after it has. */
+export function useCopy(text: string): { copied: boolean; copy: () => Promise<void> } {
   const [copied, setCopied] = useState(false);
   const copy = async () => {
     try {
@@ -15,6 +15,12 @@ export function Command({ text, says }: { text: string; says?: string }) {
       setCopied(false); // a browser that does not allow it: the text can be selected
     }
   };
+  return { copied, copy };
+}
+
+/** A command line that does what is shown or done here, with a button that copies it. */
+export function Command({ text, says }: { text: string; says?: string }) {
+  const { copied, copy } = useCopy(text);
   return (
     <div class="command">
       {says && <span class="command-says">{says}</span>}
@@ -31,6 +37,33 @@ export function Failure({ error }: { error: unknown }) {
     <p class="failure" role="alert">
       {error instanceof Error ? error.message : String(error)}
     </p>
+  );
+}
+
+/** What a `select` offers: each word stands for itself. */
+export function Options({ words }: { words: string[] }) {
+  return (
+    <>
+      {words.map((word) => (
+        <option key={word} value={word}>
+          {word}
+        </option>
+      ))}
+    </>
+  );
+}
+
+/** Names and what they are. */
+export function Facts({ look, facts }: { look: "facts" | "pairs"; facts: [string, string][] }) {
+  return (
+    <dl class={look}>
+      {facts.map(([name, text]) => (
+        <div key={name}>
+          <dt>{name}</dt>
+          <dd>{text}</dd>
+        </div>
+      ))}
+    </dl>
   );
 }
 

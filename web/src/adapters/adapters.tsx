@@ -4,7 +4,7 @@
 import { useEffect, useState } from "preact/hooks";
 import { type About, get } from "../api";
 import { bytes, number, quoted, short, value } from "../format";
-import { type Column, Command, Empty, Failure, Section, Table, useLoaded } from "../parts";
+import { type Column, Command, Empty, Facts, Failure, Section, Table, useLoaded } from "../parts";
 import { link } from "../route";
 import { Aliases, CardDiff, Export, Publish, Push } from "./changes";
 
@@ -257,14 +257,7 @@ function Card({ refOf, changes }: { refOf: string; changes: boolean }) {
   const q = quoted(found.ref);
   return (
     <Section title={found.ref} id="card">
-      <dl class="pairs">
-        {facts.map(([name, text]) => (
-          <div key={name}>
-            <dt>{name}</dt>
-            <dd>{text}</dd>
-          </div>
-        ))}
-      </dl>
+      <Facts look="pairs" facts={facts} />
       {own.length > 0 && (
         <>
           <h3>Scores on held-out rows</h3>

@@ -3,7 +3,7 @@
 import { useEffect, useState } from "preact/hooks";
 import { get, post, request } from "../api";
 import { bytes, duration, number, quoted, value } from "../format";
-import { Command, Failure, Section, Table, useLoaded } from "../parts";
+import { Command, Failure, Options, Section, Table, useLoaded } from "../parts";
 import type { RunLine } from "../runs/types";
 import { type Details, numbers, object, type Version } from "./adapters";
 
@@ -101,11 +101,7 @@ export function Publish({ onDone }: { onDone: () => void }) {
           <label class="field">
             <span>Variant</span>
             <select value={which} onChange={(e) => setVariant(e.currentTarget.value)} disabled={!names.length}>
-              {names.map((n) => (
-                <option key={n} value={n}>
-                  {n}
-                </option>
-              ))}
+              <Options words={names} />
             </select>
           </label>
           <label class="field">

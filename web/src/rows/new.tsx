@@ -3,7 +3,7 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 import { type About, get, post } from "../api";
 import { bytes, duration, number, quoted, short } from "../format";
-import { Command, Failure, Section, Table, useLoaded } from "../parts";
+import { Command, Failure, Section, Table, useCopy, useLoaded } from "../parts";
 import { link } from "../route";
 import { FileChoice, type Files } from "./choose";
 import { Findings, Progress } from "./data";
@@ -442,16 +442,7 @@ function Field({ facts, value, errors, preset, set }: { facts: FieldFacts; value
 }
 
 function RunFile({ name, text, problems }: { name: string; text: string; problems: Problem[] }) {
-  const [copied, setCopied] = useState(false);
-  const copy = async () => {
-    try {
-      await navigator.clipboard.writeText(text);
-      setCopied(true);
-      setTimeout(() => setCopied(false), 1500);
-    } catch {
-      setCopied(false); // the text can be selected
-    }
-  };
+  const { copied, copy } = useCopy(text);
   return (
     <aside class="card run-file" aria-labelledby="run-file">
       <div class="card-head">

@@ -2,7 +2,7 @@
 
 import { useEffect, useRef, useState } from "preact/hooks";
 import { number } from "../format";
-import { Failure, Section } from "../parts";
+import { Failure, Options, Section } from "../parts";
 import { Name } from "./scores";
 import type { Answer, AnswerRow, FoundAnswers, Source } from "./source";
 import { turns } from "./turns";
@@ -53,11 +53,7 @@ export function Answers({ run, shown, source }: { run: RunFacts; shown: Shown[];
             <label class="pick">
               <span>Rows</span>
               <select aria-label="Answers to the rows of" value={data} onChange={(e) => setChosen(e.currentTarget.value)}>
-                {sets.map((s) => (
-                  <option key={s} value={s}>
-                    {s}
-                  </option>
-                ))}
+                <Options words={sets} />
               </select>
             </label>
           )}
@@ -65,11 +61,7 @@ export function Answers({ run, shown, source }: { run: RunFacts; shown: Shown[];
             <span>Of</span>
             <select aria-label="Answers of" value={names.includes(who) ? who : ""} onChange={(e) => setWho(e.currentTarget.value)}>
               <option value="">all</option>
-              {names.map((n) => (
-                <option key={n} value={n}>
-                  {n}
-                </option>
-              ))}
+              <Options words={names} />
             </select>
           </label>
         </div>

@@ -3,7 +3,7 @@
 import { useState } from "preact/hooks";
 import { get, post } from "../api";
 import { quoted } from "../format";
-import { Command, Failure, Section, useLoaded } from "../parts";
+import { Command, Failure, Options, Section, useLoaded } from "../parts";
 import { Log } from "./control";
 
 interface Begun {
@@ -46,11 +46,7 @@ export function Begin() {
             <label class="pick">
               <span>Run file</span>
               <select value={chosen} onChange={(e) => setFile(e.currentTarget.value)}>
-                {files.map((f) => (
-                  <option key={f} value={f}>
-                    {f}
-                  </option>
-                ))}
+                <Options words={files} />
               </select>
             </label>
             <label class="check">

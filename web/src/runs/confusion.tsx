@@ -1,7 +1,7 @@
 // Which labels are taken for which: the pairs that are mistaken most, and the matrix, labels with the most mistakes first.
 
 import { useEffect, useMemo, useState } from "preact/hooks";
-import { Failure, Section } from "../parts";
+import { Failure, Options, Section } from "../parts";
 import type { Confusion, Source } from "./source";
 import type { RunFacts } from "./types";
 
@@ -66,11 +66,7 @@ function OneSet({ id, title, confusion }: { id: string; title: string; confusion
           <label class="pick">
             <span>Of</span>
             <select aria-label={`${title}: of`} value={who} onChange={(e) => setChosen(e.currentTarget.value)}>
-              {names.map((n) => (
-                <option key={n} value={n}>
-                  {n}
-                </option>
-              ))}
+              <Options words={names} />
             </select>
           </label>
         </div>

@@ -2,7 +2,7 @@
 
 import { useMemo } from "preact/hooks";
 import { duration, number, quoted, short } from "../format";
-import { Command } from "../parts";
+import { Command, Facts } from "../parts";
 import { StateMark } from "./state";
 import type { Metrics } from "./series";
 import type { RunFacts } from "./types";
@@ -25,14 +25,7 @@ export function Head({ run, metrics, version }: { run: RunFacts; metrics: Metric
       <h1>
         {run.name} <StateMark state={state} />
       </h1>
-      <dl class="facts">
-        {facts.map(([name, text]) => (
-          <div key={name}>
-            <dt>{name}</dt>
-            <dd>{text}</dd>
-          </div>
-        ))}
-      </dl>
+      <Facts look="facts" facts={facts} />
       {state !== "finished" && far.total > 0 && (
         <div class="progress-line">
           <progress max={far.total} value={far.done} aria-label="Steps done" />

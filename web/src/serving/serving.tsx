@@ -3,7 +3,7 @@
 import { useMemo, useState } from "preact/hooks";
 import { type About, ApiError, get, request } from "../api";
 import { bytes, duration, number, short } from "../format";
-import { Command, Failure, Section, Table, usePoll } from "../parts";
+import { Command, Facts, Failure, Section, Table, usePoll } from "../parts";
 import { Chart, type Curve, type Range } from "../runs/chart";
 import { mean, parse, type Samples, total, within } from "./prometheus";
 
@@ -196,14 +196,7 @@ function Adapters({ s }: { s: Samples }) {
   ];
   return (
     <Section title="Adapters in memory" id="residency">
-      <dl class="facts">
-        {facts.map(([name, value]) => (
-          <div key={name}>
-            <dt>{name}</dt>
-            <dd>{value}</dd>
-          </div>
-        ))}
-      </dl>
+      <Facts look="facts" facts={facts} />
     </Section>
   );
 }
