@@ -68,6 +68,18 @@ def test_orders_are_written_as_the_commands_write_them(app: FastAPI, run: Path, 
     assert json.loads((run / CONTROL).read_text())["variants"] == {"v": "stop"}
 
 
+def test_a_clone_that_is_asked_for_again_comes_after_what_it_is_made_of(app: FastAPI, run: Path, key: str):
+    """A run that is resumed lets clones join in the order of the file."""
+    assert post(app, "clone", {"id": key, "of": "v", "name": "again"}).status_code == 200
+    plan = json.loads((run / "run.json").read_text())
+    joined = {"steps": plan["steps"] | {"v2": 100}, "variants": plan["variants"] | {"v2": plan["variants"]["v"]}}
+    assert post(app, "clone", {"id": key, "of": "v", "name": "v2"}).status_code == 200
+    (run / "run.json").write_text(json.dumps(plan | joined | {"control": {"refused": {"again": "it could not"}}}))
+    assert post(app, "clone", {"id": key, "of": "v2", "name": "again"}).status_code == 200
+    clones = json.loads((run / CONTROL).read_text())["clones"]
+    assert [*clones] == ["v2", "again"] and clones["again"]["of"] == "v2"
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [

@@ -71,6 +71,10 @@ class Orders:
         kept = {n: o for n, o in self.variants.items() if n not in names or o == "stop"}
         return replace(self, variants=kept | {n: order for n in names if order is not None and kept.get(n) != "stop"})
 
+    def with_clone(self, name: str, clone: Clone) -> Orders:
+        """The clone comes last, though one of its name was refused before: it may be one of another clone, which must join first."""
+        return replace(self, clones={n: c for n, c in self.clones.items() if n != name} | {name: clone})
+
 
 NOTHING = Orders()
 
