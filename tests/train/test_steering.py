@@ -190,6 +190,8 @@ WRONG = {
     "h": ({"target_modules": ["nothing"]}, "nothing"),
     "i": ({"patience": 2}, "has no valid rows"),
     "k": ({"epochs": float("inf"), "max_steps": None}, "finite number"),
+    "n": ({"neftune_noise_alpha": float("inf")}, "finite number"),
+    "o": ({"weight_decay": float("inf")}, "finite number"),
     "l": ({"eval_every": float("inf")}, "a whole number of steps"),
     "m": ({"warmup_steps": float("inf")}, "a whole number of steps"),
 }

@@ -87,9 +87,12 @@ class TrainOptions(Strict):
     )
     optimizer: OptimizerName = Field("adamw", description="what steps; its state is counted by `trimtab plan --optimizer`")
     neftune_noise_alpha: float | None = Field(
-        None, gt=0, description="NEFTune (arXiv:2310.05914): embeddings of training rows get noise of ±this / √(tokens · width)"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="NEFTune (arXiv:2310.05914): embeddings of training rows get noise of ±this / √(tokens · width)",
     )
-    weight_decay: float = Field(0.0, ge=0, description="decoupled decay; with sgd, a part of the gradient")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="decoupled decay; with sgd, a part of the gradient")
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient's norm over all of the variant's tensors is clipped to this")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
