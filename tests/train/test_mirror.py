@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from tests.store.test_remotes_fs import memory, s3, s3_server  # noqa: F401 (fix
 from tests.train.common import METHODS, run_file, tiny_base
 from tests.train.kill_harness import differences, results
 from trimtab.cli import main
+from trimtab.cluster.marker import Marker
 from trimtab.errors import ConfigError, TrimtabError
 from trimtab.store import Adapter
 from trimtab.store.remotes import fetch
-from trimtab.store.remotes.snapshot import SNAPSHOT, Snapshot, brought
+from trimtab.store.remotes.snapshot import SNAPSHOT, Copy, Snapshot, TakenOver, brought
 from trimtab.train import RunConfig, train
 from trimtab.train.checkpoint import steps_of
 from trimtab.train.hold import Occupied
@@ -258,6 +260,59 @@ def test_a_machine_that_was_cut_off_sends_nothing_more(tmp_path: Path, url: str,
     assert there(url) == left and [p.name for p in steps_of(run.out)][:1] == ["step-00000006"]
     machine("b")
     assert differences(whole, results(config(tmp_path, url).out)) == ""
+
+
+def test_what_a_killed_sender_leaves_can_be_fetched(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """It replaces a file that the snapshot names (a longer one, one of the same length), and one has grown."""
+    here, dies, ended = tmp_path / "here", 0, False
+    first = {"log": b"a", "orders": b"stop b", "plan": b"steps 4", "weights": b"0" * 100}
+    then = {"log": b"ab", "orders": b"", "plan": b"steps 6", "weights": b"0" * 100, "more": b"1"}
+    here.mkdir()
+
+    def write(files: Mapping[str, bytes]) -> list[str]:
+        for name, data in files.items():
+            (here / name).write_bytes(data)
+        return list(files)
+
+    def die(n: int, path: str) -> None:
+        if n == dies:
+            raise Killed
+
+    while not ended:
+        dies += 1
+        copy = Copy(f"memory://shared/{dies}")
+        copy.send(here, write(first), claim=True)
+        with monkeypatch.context() as patch, suppress(Killed):
+            recorded(patch, die)
+            copy.send(here, write(then))
+            ended = True
+        found = copy.read()
+        assert found is not None and {"log", "weights"} <= found.files.keys()
+        copy.fetch(found, there := tmp_path / f"there-{dies}", found.files)
+        assert all((there / name).read_bytes() in (first.get(name), then[name]) for name in found.files)
+    assert dies == 8 and found.files.keys() == then.keys()
+
+
+def test_who_is_taken_over_while_it_sends_names_nothing(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    (tmp_path / "weights").write_bytes(b"0")
+    ours, theirs = (Copy("memory://shared/run") for _ in range(2))
+    ours.send(tmp_path, [], claim=True)
+
+    def each(n: int, path: str) -> None:
+        if path.endswith("weights"):
+            theirs.send(tmp_path, [], claim=True)
+
+    recorded(monkeypatch, each)
+    with pytest.raises(TakenOver):
+        ours.send(tmp_path, ["weights"])
+    assert ours.read() == Snapshot(theirs.sender)
+
+
+def test_a_file_of_a_killed_driver_is_in_nobodys_way(tmp_path: Path, memory: Any) -> None:  # noqa: F811
+    run = config(tmp_path, "memory://shared/run")
+    Marker(run)
+    interrupt(run, after=1)
+    assert "checkpoints/step-00000001/manifest.json" in there("memory://shared/run")
 
 
 def test_a_finished_run_is_extended_elsewhere(tmp_path: Path, url: str, machine: Machine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from trimtab.errors import AdapterError, ConfigError
@@ -17,7 +18,7 @@ class Marker:
     """Written by the driver. where: for `seen` on a node. ConfigError where it cannot be written."""
 
     def __init__(self, run: RunConfig):
-        name = f".seen.{os.urandom(6).hex()}.new"  # a name that `clear_unfinished` removes, should the driver be killed
+        name = f".seen.{os.urandom(6).hex()}.new"  # `is_unfinished`, so that it is in nobody's way, should it stay
         self._bucket = Bucket(folder_address(run.url)) if run.url else None
         folder = run.out.absolute().parent
         self.where = f"{run.url}/{name}" if run.url else str(folder / name)
@@ -33,9 +34,11 @@ class Marker:
             raise ConfigError(reason, fix="name a folder that can be written in `out`") from None
 
     def remove(self) -> None:
+        """If that cannot be done, it stays."""
         if self._bucket is not None:
             bucket, name = self._bucket, self.where.rpartition("/")[2]
-            patiently(lambda: bucket.remove(name), bucket.where)
+            with suppress(AdapterError):
+                patiently(lambda: bucket.remove(name), bucket.where)
         else:
             Path(self.where).unlink(missing_ok=True)
 

@@ -44,7 +44,8 @@ class Mirror:
         one; AdapterError where the bucket cannot be read. Occupied where a process of this machine trains into the working copy."""
         with self._named():
             there = self._copy.read()
-            others = [] if there is not None else [p for p in self._copy.files() if not (resume and p in EARLY)]
+            found = [p for p in self._copy.files() if not is_unfinished(p)] if there is None else []
+            others = [p for p in found if not (resume and p in EARLY)]
             if others or (there is not None and not resume):
                 going = ", or go on with it: --resume (from Python resume=True)" if there is not None else ""
                 fix = f"name another folder in `out`, or remove this one{going}"

@@ -4,8 +4,9 @@
     <url>/snapshot.json     who sent them, and the size and sha256 of each; written when all of them are there
 
 So what a snapshot names was there, whole, before it. A file that only grows, such as a log, may be longer by now: then its first
-bytes count. A bucket has no locks. Each sender has a token instead, which stands in the snapshot. A sender that finds another one's there
-sends no more.
+bytes count. Before any other file that it names is replaced, a snapshot without that file is written. So a sender that is killed leaves
+a copy that can be fetched. A bucket has no locks. Each sender has a token instead, which stands in the snapshot. A sender that finds
+another one's there, before it sends or before it writes a snapshot, sends no more.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import hashlib
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from trimtab.atomic import atomic_write
@@ -105,17 +107,19 @@ class Copy:
         claim: whoever sent before. TakenOver where that was another sender. AdapterError where the other side takes nothing; OSError where
         a file cannot be read.
         """
-        there = self.read() or Snapshot()
-        if not claim and there.sender.get("token") != self.sender["token"]:
-            raise TakenOver(f"process {there.sender.get('pid', '?')} on {there.sender.get('host', '?')}")
-        files = {path: mark_of(folder / path) for path in paths}
-        for path, mark in files.items():
-            if there.files.get(path) != mark:
-                self._put(path, mark.size, _Pieces(folder / path, mark.size))
-        now = Snapshot(self.sender, files)
-        if now != there:
-            data = now.to_bytes()
-            self._put(SNAPSHOT, len(data), [data])
+        there = self._owned(claim)
+        named, files = dict(there.files), dict[str, Mark]()
+        for path in paths:
+            with (folder / path).open("rb") as file:  # one for both: another process may give another file its name meanwhile
+                before, mark = named.get(path), _mark(file)
+                if mark != before:
+                    if before is not None and _mark(file, before.size) != before:
+                        del named[path]
+                        self._name(Snapshot(self.sender, named), claim)
+                    self._put(path, mark.size, _Pieces(file, mark.size))
+            files[path] = mark
+        if (now := Snapshot(self.sender, files)) != there:
+            self._name(now, claim)
         for path in there.files.keys() - files.keys():
             self._patiently(lambda path=path: self.bucket.remove(path), path)  # type: ignore[misc]
 
@@ -147,6 +151,20 @@ class Copy:
                 fix = "another process may write there; if not, the copy is damaged"
                 raise AdapterError(f"{self.where}: {path} is not what {SNAPSHOT} says", fix=fix)
 
+    def _owned(self, claim: bool) -> Snapshot:
+        """What is there. TakenOver where that is another sender's, unless it is claimed."""
+        there = self.read() or Snapshot()
+        if not claim and there.sender.get("token") != self.sender["token"]:
+            raise TakenOver(f"process {there.sender.get('pid', '?')} on {there.sender.get('host', '?')}")
+        return there
+
+    def _name(self, snapshot: Snapshot, claim: bool) -> None:
+        """Write the snapshot, unless another sender has written one since."""
+        if not claim:
+            self._owned(claim)
+        data = snapshot.to_bytes()
+        self._put(SNAPSHOT, len(data), [data])
+
     def _put(self, path: str, size: int, pieces: Iterable[bytes]) -> None:
         self._patiently(lambda: self.bucket.put(path, size, pieces), path)
 
@@ -155,22 +173,31 @@ class Copy:
 
 
 class _Pieces:
-    """The first `size` bytes of a file, any number of times."""
+    """The first `size` bytes of an open file, any number of times."""
 
-    def __init__(self, path: Path, size: int):
-        self._path, self._size = path, size
+    def __init__(self, file: BinaryIO, size: int):
+        self._file, self._size = file, size
 
     def __iter__(self) -> Iterator[bytes]:
+        self._file.seek(0)
         left = self._size
-        with self._path.open("rb") as file:
-            while left and (piece := file.read(min(left, CHUNK_BYTES))):
-                left -= len(piece)
-                yield piece
+        while left and (piece := self._file.read(min(left, CHUNK_BYTES))):
+            left -= len(piece)
+            yield piece
 
 
 def mark_of(path: Path) -> Mark:
     with path.open("rb") as file:
-        return Mark(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size=file.tell())
+        return _mark(file)
+
+
+def _mark(file: BinaryIO, most: int = sys.maxsize) -> Mark:
+    """Of an open file's first `most` bytes, of all where it has fewer."""
+    size, sha = 0, hashlib.sha256()
+    for piece in _Pieces(file, most):
+        size += len(piece)
+        sha.update(piece)
+    return Mark(size, sha.hexdigest())
 
 
 def folder_address(url: str) -> FolderAddress:
