@@ -204,6 +204,8 @@ def test_history_goes_before_the_prompt(as_text) -> None:
         assert isinstance(to_row({"prompt": "a?", "completion": "b", "history": bad}), str)
     for form in ({"messages": talk}, {"text": "x"}, {"prompt": talk[:1], "completion": talk[1:2]}):
         assert str(to_row(form | {"history": history})).startswith("history: ")
+    mixed = {"prompt": "a?", "completion": talk[1:2], "history": history}
+    assert str(to_row(mixed)).startswith("history: the completion is a list of messages")
 
 
 def test_a_column_that_is_mapped_is_what_the_run_file_says(tmp_path) -> None:

@@ -233,6 +233,8 @@ def _from_prompt(fields: Mapping[str, Any], origin: str) -> Row:
     if is_talk(asked) and isinstance(answered, str):
         answered = [{"role": "assistant", "content": filled(answered, "completion")}]
     elif isinstance(asked, str) and is_talk(answered):
+        if not is_empty(fields["history"]):
+            raise BadRow("history: the completion is a list of messages; write the prompt as one too, with what was before")
         asked = [{"role": "user", "content": asked}]
     if isinstance(asked, list) and isinstance(answered, list):
         if not is_empty(fields["history"]):
