@@ -263,6 +263,7 @@ def test_a_file_of_trl_is_read_by_the_trainer_that_has_its_keys(tmp_path: Path, 
         ("beta: 0.1", "dpo, kto, orpo, cpo, grpo, rloo"),
         ("beta: 0.1\nlabel_smoothing: 0.1", "dpo, cpo"),
         ("beta: 0.1\nnum_generations: 4", "grpo, rloo"),
+        ("label_smoothing: 0.1\nnum_generations: 4", "dpo, cpo, grpo, rloo"),
         ("desirable_weight: 1.5\ncpo_alpha: 1", "cpo, kto"),
     ],
 )
@@ -270,7 +271,7 @@ def test_a_file_that_several_trainers_read_is_refused(tmp_path: Path, keys: str,
     """`trl dpo --config` takes the file that `trl sft --config` takes: imitation would be another training."""
     text = f"model_name_or_path: b\ndataset_name: org/set\n{keys}"
     (note,) = [n for n in _read(tmp_path, text).refused if n.key == "--from"]
-    assert f"({may_be})" in note.why and '--from "trl ' in note.why
+    assert f"({may_be})" in note.why and f'--from "trl {may_be.split(",")[0]}"' in note.why
     assert _read(tmp_path, text, program="trl dpo").variant["objective"] == "dpo"
     (tmp_path / "s.yml").write_text(text)
     result = CliRunner().invoke(main, ["import-config", str(tmp_path / "s.yml"), "--from", "trl dpoo"])
@@ -364,6 +365,23 @@ def test_columns_of_other_programs(tmp_path: Path) -> None:
     assert [n.key for n in _read(tmp_path, "model_name_or_path: b\ndataset_name: o/s\nloss_type: dft").refused] == ["loss_type"]
 
 
+def test_what_trl_validates_on(tmp_path: Path) -> None:
+    """Its split `test` unless another one is named, if it is to validate; a file has no splits."""
+    text = "model_name_or_path: b\ncompletion_only_loss: true\neval_steps: 5\n"
+    steps = text + "dataset_name: o/s\neval_strategy: steps\n"
+    for more, split in (("", "test"), ("dataset_test_split: dev", "dev"), ("dataset_train_split: part", "test")):
+        run = _run(_read(tmp_path, steps + more))
+        assert run["data"]["rows"]["valid"] == [{"path": "hf:o/s", "split": split}] and run["variants"]["full"]["eval_every"] == 5
+    column = _run(_read(tmp_path, steps + "dataset_text_field: body"))
+    assert column["data"]["rows"]["valid"] == [{"path": "hf:o/s", "columns": {"text": "body"}, "split": "test"}]
+    for off in ("dataset_name: o/s", "dataset_name: o/s\neval_strategy: no", "dataset_name: o/s\neval_strategy: 'no'"):
+        assert "valid" not in _run(_read(tmp_path, text + off))["data"]["rows"]
+    held = _run(_read(tmp_path, steps + "test_split_size: 0.1"))["data"]["rows"]
+    assert held["split"] == 0.1 and "valid" not in held
+    file = _read(tmp_path, text + "dataset_name: ./rows.jsonl\neval_strategy: steps")
+    assert "valid" not in _run(file)["data"]["rows"] and "dataset_test_split" in _lost(file)
+
+
 def test_a_notebook_of_unsloth(tmp_path: Path) -> None:
     """What is left out is what Unsloth puts into TRL's configs (its rl.py): not TRL's defaults, and not those of its studio."""
     flat = "model_name: org/base\nmax_seq_length: 512\nload_in_4bit: true\ntarget_modules: [all-linear]\n"
@@ -424,6 +442,8 @@ def test_the_config_of_an_adapter(tmp_path: Path) -> None:
     run = _run(_read(tmp_path, json.dumps(peft | {"task_type": "CAUSAL_LM", "inference_mode": True}), "adapter_config.json", "rows.jsonl"))
     assert run["variants"]["lora"] == {"data": "rows", "method": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     assert [n.key for n in _read(tmp_path, json.dumps(peft)).refused] == ["data"]
+    first = _read(tmp_path, json.dumps(peft | {"layers_to_transform": 0, "init_lora_weights": False}), "adapter_config.json", "rows.jsonl")
+    assert _run(first)["variants"]["lora"]["layers_to_transform"] == 0 and _lost(first) == {"init_lora_weights"}
 
 
 def test_paths_start_at_the_run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,12 +46,12 @@ def aim_of(c: Carry, plain: str | None) -> str:
         found -= {"sft"}  # a file for two trainings, one of which prepares the other
     if len(found) == 1:
         return found.pop()
-    may_be = [n for n in TRAINERS if n in set.intersection(*left)] if left else list(TRAINERS)
     if not left and not found and plain is not None:
         return plain
-    names = ", ".join(sorted(found) or may_be)
+    may_be = sorted(found) or [n for n in TRAINERS if all(n in of for of in left)] or [n for n in TRAINERS if any(n in of for of in left)]
+    names = ", ".join(may_be)
     c.refuse("--from", None, f'the keys do not tell which trainer reads them ({names}): say it, such as --from "{c.program} {may_be[0]}"')
-    return may_be[0] if may_be else "sft"
+    return may_be[0]
 
 
 def aimed(c: Carry, aim: str) -> None:

@@ -9,7 +9,7 @@ from trimtab.foreign import method_answer
 from trimtab.methods import BY_NAME
 from trimtab.methods.base import METHODS
 from trimtab.train.imported.aims import aim_of, aimed
-from trimtab.train.imported.carry import Carry, number
+from trimtab.train.imported.carry import Carry, is_off, number
 from trimtab.train.imported.groups import IDLE as DRAWN_HERE
 from trimtab.train.imported.sources import in_column, located, source
 from trimtab.train.imported.trainer import HUGGING_FACE, trainer
@@ -52,6 +52,7 @@ PLAIN = {"task_type": "CAUSAL_LM", "inference_mode": True, "revision": "main", "
 def carry(c: Carry, data: str | None) -> None:
     c.run["base"] = c.take("model_name_or_path")
     aim = aim_of(c, None)
+    validates = any(not is_off(c.given.get(key)) for key in ("eval_strategy", "evaluation_strategy"))
     trainer(c, length=1024, lr={"sft": 2e-5, "reward": 1e-4}.get(aim, 1e-6))
     if c.take("gradient_checkpointing", True):
         c.run["activation_checkpointing"] = True
@@ -73,11 +74,12 @@ def carry(c: Carry, data: str | None) -> None:
     aimed(c, aim)
     if aim == "sft" and c.given.get("assistant_only_loss") is not True and c.given.get("completion_only_loss") is not True:
         c.lose("assistant_only_loss", False, "answers alone are supervised; TRL learns whole conversations unless it is asked not to")
-    _data(c, data)
+    _data(c, data, validates)
     c.end(IDLE, LOST, REFUSED)
 
 
-def _data(c: Carry, data: str | None) -> None:
+def _data(c: Carry, data: str | None, validates: bool) -> None:
+    """validates: TRL validates on the split `test`, unless another one is named, where `eval_strategy` is not `no`."""
     named, config = c.take("dataset_name"), c.take("dataset_config")
     mixture, split, test = c.take("datasets"), c.take("dataset_train_split", "train"), c.take("dataset_test_split")
     found: list[Any] = []
@@ -87,13 +89,18 @@ def _data(c: Carry, data: str | None) -> None:
         for key, value in entry.items():
             c.lose(f"datasets[{i}].{key}", value, "it is not carried over")
         found.append(source(place, split=part if place.startswith("hf:") and part != "train" else None))
-    rows: dict[str, Any] = {"train": in_column(c, found or ([data] if data else []))}
-    if test and found and str(c.take("eval_strategy", "no")) != "no":
-        rows["valid"] = [source(found[0] if isinstance(found[0], str) else found[0]["path"], split=test)]
-    elif test:
-        c.needless("dataset_test_split", test, "there is no validation")
+    train = in_column(c, found or ([data] if data else []))
+    rows: dict[str, Any] = {"train": train}
     if size := c.take("test_split_size"):
         rows["split"] = size
+    elif validates and found:
+        first = {"path": train[0]} if isinstance(train[0], str) else train[0]
+        if first["path"].startswith("hf:"):
+            rows["valid"] = [first | {"split": test or "test"}]
+        else:
+            c.lose("dataset_test_split", test or "test", "a file has no splits: name the rows to validate on in `valid`")
+    elif test:
+        c.needless("dataset_test_split", test, "there is no validation")
     if not rows["train"]:
         c.refuse("dataset_name", None, "there are no rows to train on: name them with --data")
     c.data["rows"] = rows
@@ -110,7 +117,9 @@ def carry_adapter(c: Carry, data: str | None) -> None:
     c.variant["method"] = cls.name
     for key in list(c.given):
         value = c.take(key)
-        if value in (None, False, {}, []) or (key == "bias" and value == "none"):
+        if value is False and key == "init_lora_weights":
+            c.lose(key, value, "B begins with zeros, as with true")
+        if value is None or value is False or value in ({}, []) or (key == "bias" and value == "none"):
             continue
         if key in ("peft_version", "auto_mapping") or (key in PLAIN and value == PLAIN[key]):
             c.needless(key, value, "it says nothing of the training")
