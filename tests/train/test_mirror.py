@@ -31,6 +31,7 @@ from trimtab.train.checkpoint import steps_of
 from trimtab.train.hold import Occupied
 from trimtab.train.interrupt import Interrupted, Stop
 from trimtab.train.listen import Silent
+from trimtab.train.mirror import Mirror
 from trimtab.train.sweep import sweep
 from trimtab.train.trials import Sweep
 
@@ -260,6 +261,33 @@ def test_a_machine_that_was_cut_off_sends_nothing_more(tmp_path: Path, url: str,
     assert there(url) == left and [p.name for p in steps_of(run.out)][:1] == ["step-00000006"]
     machine("b")
     assert differences(whole, results(config(tmp_path, url).out)) == ""
+
+
+def test_who_comes_late_takes_no_newer_checkpoint_away(tmp_path: Path, memory: Any, machine: Machine) -> None:  # noqa: F811
+    """The run that was thought dead has gone on while its successor loaded the base."""
+    url = "memory://shared/run"
+    run = config(tmp_path, url)
+    interrupt(run, after=3)
+    machine("b")
+    late = Mirror(url, At())
+    late.fetch(resume=True)
+    machine("a")
+    train(run, base=tiny_base(), resume=True)
+    kept = there(url)
+    with pytest.raises(Occupied, match="has a checkpoint of step 8, which is newer") as caught:
+        late.begin()
+    assert "resume once more" in caught.value.fix and there(url) == kept
+
+
+def test_a_damaged_checkpoint_is_fetched_again(tmp_path: Path, memory: Any, whole: dict[str, Any]) -> None:  # noqa: F811
+    run = config(tmp_path, "memory://shared/run")
+    interrupt(run, after=5)
+    newest = steps_of(run.out)[0]
+    (newest / "v.safetensors").write_bytes(b"")
+    with pytest.raises(Occupied, match="has a checkpoint of step 5, which is newer"):
+        train(run, base=tiny_base(), resume=True)
+    train(run, base=tiny_base(), resume=True)
+    assert differences(whole, results(run.out)) == ""
 
 
 def test_what_a_killed_sender_leaves_can_be_fetched(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

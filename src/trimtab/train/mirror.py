@@ -62,10 +62,14 @@ class Mirror:
 
     def begin(self, place: Place = ONE_PROCESS) -> None:
         """Say at the bucket that this run goes on here; whoever trained it before sends nothing more. The results of a run that is extended
-        go: it has not finished any more."""
+        go: it has not finished any more. Occupied where a newer checkpoint has come there since `fetch`, or the one of here is damaged."""
         self._copy.sender = place.once(lambda: self._copy.sender)
         if place.first:
             with self._named():
+                there, here = (_far(paths)[0] for paths in ((self._copy.read() or Snapshot()).files, _paths(self.folder)))
+                if there > max(here, -1):
+                    text = f"out = {self.url!r} has a checkpoint of step {there}, which is newer than what {self.folder} goes on from"
+                    raise Occupied(text, fix="if no other process trains there, resume once more: it is fetched")
                 self._copy.send(self.folder, _in_order(self.folder, ended=False), claim=True)
 
     def saved(self) -> None:
