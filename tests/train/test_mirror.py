@@ -5,6 +5,7 @@ A machine is a folder for working copies ($TRIMTAB_RUNS). Buckets are fsspec's m
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -24,7 +25,7 @@ from trimtab.cli import main
 from trimtab.cluster.marker import Marker
 from trimtab.errors import ConfigError, TrimtabError
 from trimtab.store import Adapter
-from trimtab.store.remotes import fetch
+from trimtab.store.remotes import fetch, snapshot
 from trimtab.store.remotes.snapshot import SNAPSHOT, Copy, Snapshot, TakenOver, brought
 from trimtab.train import RunConfig, train
 from trimtab.train.checkpoint import steps_of
@@ -288,6 +289,25 @@ def test_a_damaged_checkpoint_is_fetched_again(tmp_path: Path, memory: Any, whol
         train(run, base=tiny_base(), resume=True)
     train(run, base=tiny_base(), resume=True)
     assert differences(whole, results(run.out)) == ""
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path, memory: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """A file where working copies are to be, and a disk that is full when a checkpoint is fetched."""
+    url = "memory://shared/run"
+    interrupt(config(tmp_path, url), after=3)
+    machine("b")
+    (tmp_path / "b").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"its working copy .* cannot be made: Not a directory") as caught:
+        train(config(tmp_path, url), base=tiny_base(), resume=True)
+    assert "TRIMTAB_RUNS" in caught.value.fix
+    machine("c")
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(snapshot, "atomic_write", full)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be written: No space left on device"):
+        train(config(tmp_path, url), base=tiny_base(), resume=True)
 
 
 def test_what_a_killed_sender_leaves_can_be_fetched(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -16,7 +16,7 @@ from trimtab.atomic import is_unfinished
 from trimtab.errors import AdapterError, ConfigError, TrimtabError
 from trimtab.places.place import ONE_PROCESS, Place
 from trimtab.store.remotes.fetch import ATTEMPTS
-from trimtab.store.remotes.snapshot import Copy, Snapshot, TakenOver, working_copy
+from trimtab.store.remotes.snapshot import ROOM, Copy, Snapshot, TakenOver, working_copy
 from trimtab.train.checkpoint import MANIFEST, NAME, steps_of
 from trimtab.train.config import RunConfig
 from trimtab.train.control import CONTROL
@@ -53,7 +53,10 @@ class Mirror:
             if there is None or _far(there.files) <= _far(_paths(self.folder)):
                 return
             self._listener.status(f"fetching the run from {self.url}")
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise AdapterError(f"its working copy {self.folder} cannot be made: {error.strerror}", fix=ROOM) from error
             with held(self.folder, self._listener.warning):
                 for path in self.folder.iterdir():
                     if path.name != LOCK and not (path / LOCK).exists():

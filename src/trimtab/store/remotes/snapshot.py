@@ -33,6 +33,7 @@ from trimtab.store.remotes.fetch import ATTEMPTS, CHUNK_BYTES, Transient, patien
 
 SNAPSHOT = "snapshot.json"
 MAX_SNAPSHOT = 2**26
+ROOM = "make room, or name another place: $TRIMTAB_RUNS for runs in progress, $TRIMTAB_CACHE for what is read"
 UP = 3
 """How many folders up from a path its snapshot is looked for."""
 
@@ -125,13 +126,16 @@ class Copy:
 
     def fetch(self, snapshot: Snapshot, folder: Path, paths: Iterable[str]) -> None:
         """Write these files of a snapshot into `folder`, in their order, but those that are there already. AdapterError where one is not
-        what the snapshot says."""
+        what the snapshot says, or cannot be written."""
         for path in paths:
             mark, target = snapshot.files[path], folder / path
             if target.is_file() and target.stat().st_size == mark.size and mark_of(target) == mark:
                 continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._patiently(lambda p=path, m=mark, t=target: self._fetch(p, m, t), path)  # type: ignore[misc]
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._patiently(lambda p=path, m=mark, t=target: self._fetch(p, m, t), path)  # type: ignore[misc]
+            except OSError as error:
+                raise AdapterError(f"{self.where}: {target} cannot be written: {error.strerror or error}", fix=ROOM) from error
 
     def _fetch(self, path: str, mark: Mark, target: Path) -> None:
         size, sha = self.bucket.size(path), hashlib.sha256()
