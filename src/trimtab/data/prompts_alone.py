@@ -16,7 +16,7 @@ from typing import Any
 
 from trimtab.bases.template import BadRow
 from trimtab.data.keys import is_blank, is_empty
-from trimtab.data.turns import ROLES, kind_of, listed, pairs, talk_in, text_of
+from trimtab.data.turns import ROLES, earlier, kind_of, listed, talk_in, text_of
 
 OWN = ("prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """What rewards get under these names is the sampled answer's or the run's, so that columns of these names are not handed on."""
@@ -71,9 +71,7 @@ def _after(history: Any, prompt: Any) -> Any:
         return prompt
     if not isinstance(prompt, str):
         raise BadRow("history: the prompt is a list of messages, which holds what was before")
-    sides = enumerate(pairs(history, "history"))
-    earlier = [{"role": ("user", "assistant")[i % 2], "content": text_of(side, f"history[{i // 2}][{i % 2}]")} for i, side in sides]
-    return [*earlier, {"role": "user", "content": prompt}]
+    return [*earlier(history), {"role": "user", "content": prompt}]
 
 
 def _said(answer: Any) -> Any:

@@ -32,7 +32,7 @@ from trimtab.data.forms import FIELDS, PASSED, form_of, refuse_keys
 from trimtab.data.keys import MARKS, MASKS, MEDIA, SETTING_KEYS, flag, is_blank, is_empty
 from trimtab.data.pairs import REJECTED, UNDESIRABLE
 from trimtab.data.prompts_alone import Asked
-from trimtab.data.turns import Turn, filled, is_talk, kind_of, pairs, read_turns, talk_in, text_of, unasked
+from trimtab.data.turns import Turn, earlier, filled, is_talk, kind_of, read_turns, talk_in, text_of, unasked
 
 RowId = tuple[int, int]
 """Which row it is: the number of its source among those that are read together, and its own number among the source's rows."""
@@ -317,11 +317,8 @@ def _with_history(row: Row, history: Any) -> Row:
     """The row with its earlier turns before it, as a conversation."""
     if is_empty(history):
         return row
-    earlier: list[Turn] = []
-    for i, side in enumerate(pairs(history, "history")):
-        where = f"history[{i // 2}][{i % 2}]"
-        earlier.append(({"role": ("user", "assistant")[i % 2], "content": text_of(side, where)}, True))
-    return _talk(row.origin, earlier + [(m, True) for m in row.conversation or ()], "history with its prompt")
+    turns = [(m, True) for m in (*earlier(history), *(row.conversation or ()))]
+    return _talk(row.origin, turns, "history with its prompt")
 
 
 def _with_system(row: Row, system: str | None) -> Row:

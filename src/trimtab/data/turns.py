@@ -6,7 +6,7 @@ Raises `BadRow` for a value that is not of the expected kind.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimtab.bases.template import BadRow, Message
@@ -220,9 +220,11 @@ def kind_of(value: Any) -> str:
     return "an empty list" if value == [] else kinds.get(type(value), type(value).__name__)
 
 
-def pairs(value: Any, where: str) -> Iterable[Any]:
-    """The two sides of each pair of a list of pairs, one after the other."""
-    value = listed(value, where)
+def earlier(history: Any) -> list[Message]:
+    """The turns of a row's history, a list of pairs [user, assistant]."""
+    value = listed(history, "history")
     if not isinstance(value, list) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in value):
-        raise BadRow(f"{where}: {kind_of(value)} that is no list of pairs [user, assistant]")
-    return (side for pair in value for side in pair)
+        raise BadRow(f"history: {kind_of(value)} that is no list of pairs [user, assistant]")
+    roles = ("user", "assistant")
+    sides = [(i, j, side) for i, pair in enumerate(value) for j, side in enumerate(pair)]
+    return [{"role": roles[j], "content": text_of(side, f"history[{i}][{j}]")} for i, j, side in sides]
