@@ -69,8 +69,9 @@ def patiently(work: Callable[[], T], where: str, deadline: Deadline[Any] | None 
             return work()
         except Transient as error:
             if attempt + 1 == attempts:
+                often = f", {attempts} times in a row" if attempts > 1 else ""
                 raise AdapterError(
-                    f"{where} does not answer as it should, {attempts} times in a row: {error}",
+                    f"{where} does not answer as it should{often}: {error}",
                     fix="see whether it can be reached, then run the command again: it goes on where it stopped",
                 ) from error
             wait_s = WAIT_S * 2**attempt * random.uniform(0.75, 1.25)
