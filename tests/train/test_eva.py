@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no rank moves": {"rho": 1.0},
     "whitened": {"whiten": True, "adjust_scaling_factors": False},
     "all tokens": {"use_label_mask": False, "rho": 3.0, "tau": 0.9},
+    "the head too": {"tau": 0.95},
 }
 
 
@@ -67,15 +68,16 @@ def batches(examples: list[Example]) -> Any:
 @pytest.mark.parametrize("case", ["as it is", *(pytest.param(c, marks=pytest.mark.slow) for c in list(SETTINGS)[1:])])
 def test_ranks_and_directions_are_pefts(case: str, tmp_path: Path) -> None:
     settings, examples = SETTINGS[case], rows()
+    targets = (*TARGETS, "lm_head") if case == "the head too" else TARGETS
     eva = peft.EvaConfig(**settings)
-    told = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=list(TARGETS), init_lora_weights="eva", eva_config=eva)
+    told = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=list(targets), init_lora_weights="eva", eva_config=eva)
     model = tiny_model("llama")
     model.set_attn_implementation("eager")
     theirs = peft.get_peft_model(model, told)
     peft.initialize_lora_eva_weights(theirs, batches(examples), show_progress_bar=False)
     wanted = {n.replace(".default", "").removeprefix("base_model.model."): p for n, p in theirs.named_parameters() if "lora_" in n}
     base = Base(tiny_model("llama"), tiny_tokenizer(), name="tiny")
-    asked = LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights="eva", eva_config=settings)
+    asked = LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights="eva", eva_config=settings)
     method, params = begin(base, asked, Rows(examples, BATCH, SEED), 10_000, SEED)
     assert {k: tuple(t.shape) for k, t in params.items()} == {k: tuple(t.shape) for k, t in wanted.items()}
     for name, tensor in params.items():
@@ -87,7 +89,7 @@ def test_ranks_and_directions_are_pefts(case: str, tmp_path: Path) -> None:
         else:
             assert not tensor.any() and not wanted[name].any()
     ranks = {n: t.shape[0] for n, t in params.items() if "lora_A" in n}
-    assert sum(ranks.values()) == 4 * 2 * len(TARGETS)
+    assert sum(ranks.values()) == 4 * (2 * len(TARGETS) + ("lm_head" in targets))
     assert (len(set(ranks.values())) == 1) == (settings.get("rho") == 1.0)
     scaling = {n: m.scaling["default"] for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
     assert {s.name: pytest.approx(s.scaling) for s in method.sites(base.spec)} == {
@@ -101,6 +103,19 @@ def test_ranks_and_directions_are_pefts(case: str, tmp_path: Path) -> None:
         ids = examples[0].ids.tolist()
         assert difference(base.logits([ids], [adapter])[0], again(torch.tensor([ids])).logits[0]) < 2e-5
     assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["init_lora_weights"] is True
+
+
+@pytest.mark.parametrize("batch", [7, 8])
+def test_inputs_that_are_all_the_same_explain_nothing(batch: int) -> None:
+    """As where the one supervised token, at the end, is the same in all rows: the first layer reads its embedding alone."""
+    base, examples = Base(tiny_model("llama"), tiny_tokenizer()), rows()
+    for example in examples:
+        example.ids[-1], example.supervised[:] = 7, np.arange(LENGTH) == LENGTH - 1
+    asked = LoraConfig(r=2, target_modules=("q_proj", "down_proj"), init_lora_weights="eva", eva_config={"tau": 0.8})
+    method, params = begin(base, asked, Rows(examples, batch, SEED), 10_000, SEED)
+    ranks = {s.name: s.rank for s in method.sites(base.spec)}
+    assert "model.layers.0.self_attn.q_proj" not in ranks and sum(ranks.values()) == 4 * 2
+    assert all(t.isfinite().all() for t in params.values())
 
 
 def test_forwards_are_cut_where_they_have_too_many_tokens() -> None:

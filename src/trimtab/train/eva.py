@@ -30,6 +30,8 @@ from trimtab.train.variant import Rows
 
 SEED = 42
 """Of the random directions with which a truncated decomposition begins."""
+ROUNDING = 1e-12
+"""Part of a sum of squares below which a spread is fp32's rounding: the inputs are all the same, and no direction explains anything."""
 ROUNDS = 4
 """Of subspace iteration in it."""
 MOST_FORWARDS = 256
@@ -131,7 +133,8 @@ class _PCA:
             _, S, V = torch.svd_lowrank(rows, q=min(2 * self.count, *rows.shape), niter=ROUNDS)
         signs = V.gather(0, V.abs().argmax(0, keepdim=True)).sign()
         self.components_NI, self.values_N = (V * signs).T[: self.count], S[: self.count]
-        self.explained_N = (S.double().square() / spread_I.sum())[: self.count]
+        same = spread_I.sum() <= ROUNDING * total * mean_I.square().sum()
+        self.explained_N = (torch.zeros_like(S) if same else S.double().square() / spread_I.sum())[: self.count]
         self.mean_I, self.variance_I, self.seen = mean_I, spread_I / total, total
         if before is not None:
             self.settled = (torch.nn.functional.cosine_similarity(self.components_NI, before) >= tau).cpu()
@@ -177,8 +180,9 @@ def _fit(found: Mapping[str, _PCA], tau: float, name: str, x_TI: Tensor) -> None
 
 @contextmanager
 def _reading(base: Base, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """While this lasts, what is put under "to" of the given dict is called with each module's name and input [T, I]."""
-    read: dict[str, Any] = {}
+    """While this lasts, what is put under "to" of the given dict is called with each module's name and input [T, I]. "head": whether the
+    output head is among them."""
+    read: dict[str, Any] = {"head": base.spec.head in names}
     modules = [(n, base.model.get_submodule(n)) for n in names]
 
     def hook(name: str, module: Any, args: tuple[Tensor, ...]) -> None:
@@ -200,7 +204,9 @@ def _forward(base: Base, method: LoraConfig, examples: Sequence[Example], to: An
     everywhere = not method.eva("use_label_mask") or not bool(wanted.any())
     read["to"] = lambda name, x_TI: to(name, (x_TI if everywhere else x_TI[wanted]).float())
     pieces = [Piece(torch.from_numpy(s.ids.astype("int64"))) for s in segments]
-    base.attached.forward(base.batch(pieces, Mix([])))
+    hidden_TH = base.attached.forward(base.batch(pieces, Mix([])))
+    if read["head"]:  # it reads these, and need not run
+        read["to"](base.spec.head, hidden_TH)
 
 
 def _forwards(rows: Rows, max_tokens: int) -> Iterator[list[Example]]:
