@@ -194,6 +194,38 @@ def test_a_router_whose_rows_depend_on_each_other_takes_no_adapter() -> None:
         Base(model, tiny_tokenizer())
 
 
+def test_a_router_gets_what_its_model_gives_behind_the_rows() -> None:
+    class Warm(type(tiny_model("qwen3_moe").model.layers[0].mlp.gate)):
+        def forward(self, x: torch.Tensor, heat: float) -> Any:
+            logits, weights, chosen = super().forward(x)
+            return logits, weights * heat, chosen
+
+    class Block(type(tiny_model("qwen3_moe").model.layers[0].mlp)):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = x.flatten(0, -2)
+            _, weights, chosen = self.gate(rows, 1.5)
+            return self.experts(rows, chosen, weights).view(x.shape)
+
+    model = tiny_model("qwen3_moe")
+    for layer in model.model.layers:
+        layer.mlp.__class__, layer.mlp.gate.__class__ = Block, Warm
+    base = Base(model, tiny_tokenizer())
+    routed = noisy(base, LoraConfig(r=3, target_modules=(), target_parameters=("mlp.gate.weight",)))
+    sequences = [tokens(9, 0), tokens(7, 1)]
+    with torch.no_grad():
+        plain = base.logits(sequences)
+        assert difference(base.logits(sequences, [None, routed])[0], plain[0]) <= 1e-5
+    merged = tiny_model("qwen3_moe")
+    for i, layer in enumerate(merged.model.layers):
+        layer.mlp.__class__, layer.mlp.gate.__class__ = Block, Warm
+        A, B = (routed.params[f"model.layers.{i}.mlp.gate.lora_{f}.weight"] for f in "AB")
+        layer.mlp.gate.weight.data += routed.sites[i].scaling * (B @ A)
+    with torch.no_grad():
+        wanted = merged(torch.tensor([sequences[1]])).logits[0]
+        assert difference(base.logits(sequences, [None, routed])[1], wanted) <= 1e-4
+    assert difference(plain[1], wanted) > 1e-3
+
+
 def test_a_run_trains_a_router_and_plan_counts_it(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "base", "qwen3_moe")
     base = trimtab.load_base(str(folder))

@@ -72,6 +72,11 @@ class Around:
         return getattr(self.module, "bias", None)
 
 
+def called(forward: Callable[..., Any], others: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[Tensor], Any]:
+    """A module's forward on other rows, with what its model gives it behind them."""
+    return (lambda x: forward(x, *others, **kwargs)) if others or kwargs else forward
+
+
 class Host:
     """Stands in for one module's forward.
 
@@ -93,7 +98,7 @@ class Host:
         groups = batch.mix.groups.get(self.name) if batch is not None else None
         if batch is None or not groups:
             return self.original(x, *args, **kwargs)
-        original = partial(self.original, *args, **kwargs) if args or kwargs else self.original
+        original = called(self.original, args, kwargs)
         leading = x.shape[:-1] if x.is_floating_point() else x.shape  # [1, T, I]; [T, I] inside an edited block; [1, T] token ids
         others: list[Any] = []  # what a block gives beside its result, as some with experts do
 

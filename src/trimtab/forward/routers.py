@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trimtab.bases.weights.dense import Dense
 from trimtab.errors import BaseError
-from trimtab.forward.hosts import Around, AtHand, Host
+from trimtab.forward.hosts import Around, AtHand, Host, called
 from trimtab.memory import ran_out
 
 
@@ -40,13 +40,9 @@ class RouterHost(Host):
         for group in groups:
             rows = batch.rows(group.members)
             for span in rows.spans if rows is not None else ():
-                parameters = group.packs.items[span.slot].tensors
-                parts.append((span.start, span.stop, partial(self._with, around, parameters, args, kwargs)))
-        plain = partial(self.original, *args, **kwargs) if args or kwargs else self.original
-        return in_parts(x, parts, plain)
-
-    def _with(self, around: Around, parameters: Mapping[str, Tensor], args: tuple, kwargs: Mapping[str, Any], x: Tensor) -> Any:
-        return around.with_parameters(parameters, x, *args, **kwargs)
+                changed = partial(around.with_parameters, group.packs.items[span.slot].tensors)
+                parts.append((span.start, span.stop, called(changed, args, kwargs)))
+        return in_parts(x, parts, called(self.original, args, kwargs))
 
 
 def in_parts(x: Tensor, parts: Sequence[tuple[int, int, Callable[[Tensor], Any]]], otherwise: Callable[[Tensor], Any]) -> Any:
@@ -70,7 +66,7 @@ def in_parts(x: Tensor, parts: Sequence[tuple[int, int, Callable[[Tensor], Any]]
 def row_by_row(router: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a router gives the same for rows alone as for all of them. It is a stand-in, called as its model calls it."""
     x, *others = args
-    forward = partial(_called, router, others, kwargs)
+    forward = called(partial(type(router).forward, router), others, kwargs)
     try:
         whole, middle = forward(x), x.shape[-2] // 2
         cut = in_parts(x, [(middle, middle + 1, forward)], forward)
@@ -80,7 +76,3 @@ def row_by_row(router: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> b
         return False
     pairs = [(whole, cut)] if isinstance(whole, Tensor) else zip(whole, cut, strict=True)
     return all(a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-6) for a, b in pairs)
-
-
-def _called(router: Any, others: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor) -> Any:
-    return type(router).forward(router, x, *others, **kwargs)
