@@ -11,7 +11,7 @@ import torch
 import trimtab
 from tests.laws.common import EXAMPLES, base_of, cached_logits, difference, gradient_difference, noisy, solo, tokens
 from tests.laws.test_law6_gradients import _gradients, _losses
-from tests.laws.test_peft_parity import GRADIENTS, LOGITS, Pair, _apart, _check_gradients, _check_merge, _logits
+from tests.laws.test_peft_parity import _logits, _plain, differences, paired
 from tests.store.common import SEQUENCES, stir_trained_
 from tests.tiny import tiny_folder, tiny_model, tiny_tokenizer
 from tests.train.common import run_file
@@ -64,32 +64,15 @@ def _config(family: str, case: str) -> Any:
     return peft.LoraConfig(task_type="CAUSAL_LM", **options | {"target_parameters": names} | patterns)
 
 
-def _plain(family: str) -> Any:
-    model = tiny_model(family)
-    model.set_attn_implementation("eager")
-    return model
-
-
 @pytest.mark.parametrize(("family", "case"), _RUNS)
 def test_peft_and_trimtab_agree_in_both_directions(family: str, case: str, tmp_path: Path) -> None:
     model = peft.get_peft_model(_plain(family), _config(family, case)).eval()
     for name, parameter in model.named_parameters():  # peft lets them train, but no gradient reaches them
         parameter.requires_grad_(parameter.requires_grad and "e_score_correction_bias" not in name)
-    stir_trained_(model, torch.Generator().manual_seed(4))
-    model.save_pretrained(tmp_path / "theirs")
-    base = Base(tiny_model(family), tiny_tokenizer(), name=f"tiny-{family}")
-    pair = Pair(model, base, Adapter.load(tmp_path / "theirs", base), tmp_path)
-    with torch.no_grad():
-        theirs = [_logits(model, ids) for ids in SEQUENCES]
-    assert _apart(base.logits(SEQUENCES), theirs) > 0.05, "the adapter must matter, or agreement says nothing"
-    assert _apart(base.logits(SEQUENCES, adapters=[pair.adapter] * len(SEQUENCES)), theirs) <= LOGITS
-    pair.adapter.save(tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(_plain(family), tmp_path / "ours").eval()
-    with torch.no_grad():
-        assert _apart([_logits(again, ids) for ids in SEQUENCES], theirs) <= LOGITS
-    if family != "phimoe":  # of two experts out of four its router's weights are 1, so that no gradient reaches it
-        assert _check_gradients(pair) <= GRADIENTS
-    assert _check_merge(pair, theirs, family, case, tmp_path / "merged") <= LOGITS
+    pair = paired(model, family, tmp_path / "theirs")
+    # of two experts out of four phimoe's router's weights are 1, so that no gradient reaches it
+    for name, apart, bound in differences(pair, family, case, tmp_path, gradients=family != "phimoe"):
+        assert apart <= bound, name
 
 
 def _methods(at: str) -> list[Any]:
