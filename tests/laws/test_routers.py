@@ -141,6 +141,23 @@ def test_the_linear_layer_of_a_router_takes_pefts_lora(family: str, at: str, tmp
     assert difference(base.logits([ids])[0], wanted) > 1e-3
 
 
+def test_the_linear_layer_of_a_router_may_be_named_by_its_weight(tmp_path: Path) -> None:
+    family, names = "gemma4_text-moe", ["router.proj.weight"]
+    told = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], target_parameters=names, rank_pattern={names[0]: 2})
+    pair = paired(peft.get_peft_model(_plain(family), told).eval(), family, tmp_path / "theirs")
+    assert {s.rank for s in pair.adapter.sites if s.name.endswith("router.proj")} == {2}
+    for name, apart, bound in differences(pair, family, "lora", tmp_path):
+        assert apart <= bound, name
+    everywhere = noisy(pair.base, LoraConfig(r=3, target_modules="all-linear", target_parameters=tuple(names)))
+    everywhere.save(tmp_path / "everywhere")
+    again, ids = peft.PeftModel.from_pretrained(_plain(family), tmp_path / "everywhere").eval(), SEQUENCES[0]
+    with torch.no_grad():
+        assert difference(pair.base.logits([ids], [everywhere])[0], _logits(again, ids)) <= 1e-4
+    twice = LoraConfig(target_modules=("router.proj",), target_parameters=tuple(names))
+    with pytest.raises(ConfigError, match=r"router\.proj is both in target_modules and, by its weight, in target_parameters"):
+        twice.sites(pair.base.spec)
+
+
 @pytest.mark.parametrize(
     ("method", "says"),
     [

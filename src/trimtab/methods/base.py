@@ -43,9 +43,9 @@ class Site:
     rank and scaling: LoRA's, which patterns may set for each module. saved: a whole module trained in full (`modules_to_save`), in the
     shapes in which the base keeps it. transposed: whether those are (in, out), as GPT-2's are.
     experts: how many experts a parameter of experts holds; 0 at modules. stored: what stands before the tensors' names in files, where that
-    is not the site's name. router: whether it is a router of experts, of which an edit replaces the parameters. fixed: tensors
-    that do not train; they are computed away when an adapter is saved. head: an adapter's own head
-    (`head.py`), which is no module of the base; such a site is saved too, and no method knows it.
+    is not the site's name. router: whether it is a router of experts, of which an edit replaces the parameters. by_weight: whether
+    `target_parameters` names it, by its weight. fixed: tensors that do not train; they are computed away when an adapter is saved.
+    head: an adapter's own head (`head.py`), which is no module of the base; such a site is saved too, and no method knows it.
     """
 
     name: str
@@ -58,13 +58,14 @@ class Site:
     experts: int = 0
     stored: str = ""
     router: bool = False
+    by_weight: bool = False
     fixed: tuple[str, ...] = ()
     head: bool = False
 
     @property
     def named(self) -> str:
-        """What rank_pattern and alpha_pattern call it: a router by its parameter, as peft does."""
-        return self.name + ROUTER_WEIGHT * (self.router and not self.saved)
+        """What rank_pattern and alpha_pattern call it, as peft does."""
+        return self.name + ROUTER_WEIGHT * self.by_weight
 
     def key(self, tensor: str) -> str:
         """The tensor's name within an adapter: the peft file's key without its "base_model.model." prefix."""

@@ -16,6 +16,7 @@ Dimensions: I in, O out, r rank, V vocabulary, H hidden.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -156,8 +157,9 @@ class LoraConfig(TargetedMethod):
         """(sites with factors, sites trained in full, modules that are both)."""
         sites, saved = [self._site(m) for m in self._targets(spec)], saved_sites(spec, self.modules_to_save)
         sites += self._expert_sites(spec)
-        names = {s.name for s in sites}
-        problems = [f"{s.name} is both in target_modules and in modules_to_save" for s in saved if s.name in names]
+        names = Counter(s.name for s in sites)
+        problems = [f"{n} is both in target_modules and, by its weight, in target_parameters" for n, times in names.items() if times > 1]
+        problems += [f"{s.name} is both in target_modules and in modules_to_save" for s in saved if s.name in names]
         beyond = [i for i in self.invocation if i >= spec.vocab_size]
         problems += [f"alora_invocation_tokens: {beyond[0]} is no token of this base, which has {spec.vocab_size}"] if beyond else []
         tables = [n for n in names if self.invocation and spec.modules[n].kind == "embedding"]
@@ -180,7 +182,7 @@ class LoraConfig(TargetedMethod):
         for module in reversed(select_parameters(spec, self.target_parameters or ())):
             if module.routes:  # a linear layer that only multiplies takes LoRA as any other does
                 name = module.name.removesuffix(ROUTER_WEIGHT)
-                sites.append(replace(self._site(module), name=name, router=module.kind == "router"))
+                sites.append(replace(self._site(module), name=name, router=module.kind == "router", by_weight=True))
                 continue
             experts, at = module.experts, module.name.rpartition(".")[0]
             inside = wrappers[at] = wrappers.get(at, -1) + 1

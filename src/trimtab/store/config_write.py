@@ -46,7 +46,7 @@ def _targets(method: LoraConfig | IA3Config, sites: Sequence[Site], spec: Spec) 
         return list(spec.defaults.lora_targets)
     if plain and (method.target_modules == "all-linear" or not isinstance(method.target_modules, str)):
         return method.target_modules if isinstance(method.target_modules, str) else list(method.target_modules or ())
-    return [s.name for s in sites if not s.saved and not s.experts and not s.router]
+    return [s.name for s in sites if not s.saved and not s.experts and not s.by_weight]
 
 
 def _targeted_config(method: LoraConfig | IA3Config, sites: Sequence[Site], spec: Spec) -> dict[str, Any]:
