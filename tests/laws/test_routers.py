@@ -127,6 +127,15 @@ def test_a_router_is_frozen_unless_it_is_named(family: str) -> None:
     assert [s.name for s in asked.sites(base.spec)] == named
 
 
+@pytest.mark.parametrize("family", ["afmoe", *(pytest.param(f, marks=pytest.mark.slow) for f in LINEAR if f != "afmoe")])
+def test_packing_leaves_the_linear_layer_of_a_router_dense(family: str, tmp_path: Path) -> None:
+    folder, at = str(tiny_folder(tmp_path, family)), LINEAR[family]
+    for spec in (trimtab.load_base(folder, quantize="nf4", device="cpu").spec, read_architecture(folder, "nf4").spec):
+        named = [m for n, m in spec.modules.items() if n.endswith(at)]
+        assert named and all(m.routes and m.bits is None for m in named)
+        assert spec.packed_bits is not None and not {m.name for m in named} & set(spec.linears)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "at"), LINEAR.items())
 def test_the_linear_layer_of_a_router_takes_pefts_lora(family: str, at: str, tmp_path: Path) -> None:

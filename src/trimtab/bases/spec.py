@@ -136,7 +136,7 @@ class Spec:
         chosen = {
             n: replace(m, bits=bits)
             for n, m in self.modules.items()
-            if m.kind in kinds and m.layer is not None and not (routers and f"{n.rpartition('.')[0]}." in routers)
+            if m.kind in kinds and m.layer is not None and not m.routes and not (routers and f"{n.rpartition('.')[0]}." in routers)
         }
         return replace(self, modules={**self.modules, **chosen})
 

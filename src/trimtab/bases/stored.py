@@ -235,6 +235,10 @@ class Packing:
             self._refuse_bare(model, marked)
             return sorted(marked)
         routers = {f"{n}.{c}" for n, m in model.named_modules() if hasattr(m, "experts") for c, _ in m.named_children()}
+        for block, count in {n.rsplit(".", 2)[0]: len(model.get_parameter(n)) for n in experts}.items():  # some lie deeper
+            inside = model.get_submodule(block).named_modules(prefix=block)
+            sides = count, model.config.hidden_size
+            routers |= {n for n, m in inside if isinstance(m, nn.Linear) and (m.out_features, m.in_features) == sides}
         found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and n not in routers]
         return [n for n, m in found if re.search(r"\.\d+\.", n) and f"{n}.weight" in self._names]
 
