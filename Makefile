@@ -15,10 +15,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.trimtab-setup
 PYTEST_ARGS ?=
-# pip's output without what nobody needs: a line a package, then that all of them are unpacked; errors and what pip says last stay.
+# pip's output without what nobody needs: a line a package, then that all of them are unpacked; errors stay.
 # Not awk: some read a pipe in whole blocks, so that nothing would be seen for minutes.
-PROGRESS := { n=0; steps='^ +(Downloading|Using|Preparing|Getting|Installing|Attempting|Found|Not|Uninstalling|Successfully|Building|Created|Stored) '; \
-	others='^(WARNING: Location|Looking|Requirement already|Obtaining|Building|Created|Stored)'; while IFS= read -r line; do \
+PROGRESS := { n=0; steps='^ +(Downloading|Using|Preparing|Getting|Installing|Attempting|Found|Not|Uninstalling|Successfully|Checking|Building|Created|Stored) '; \
+	others='^(WARNING: Location|Looking|Requirement already|Obtaining|Checking|Building|Created|Stored|Successfully installed)'; while IFS= read -r line; do \
 	if [[ $$line =~ ^(Collecting|Processing)\ ([^\ ]+) ]]; then n=$$((n + 1)); echo "$$n $${BASH_REMATCH[2]\#\#*/}"; \
 	elif [[ $$line == "Installing collected"* ]]; then echo "all $$n are here; unpacking them, which pip does in silence"; \
 	elif [[ ! $$line =~ $$steps && ! $$line =~ $$others ]]; then printf '%s\n' "$$line"; fi; done; }
@@ -35,7 +35,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "fetching and installing $$(grep -c == constraints.txt) packages into $(VENV): a few minutes, most of them for torch"
+	@echo "fetching and installing about 170 packages into $(VENV): a few minutes, most of them for torch"
 	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]' 2>&1 | $(PROGRESS)
 	@touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -104,8 +105,14 @@ def print_report(console: Console, summary: Mapping[str, Any], said: Sequence[Ma
             f"{row['desk']}: {row['question']}" if first else "", f"[bold]{row['who']}[/]" if own else row["who"], _plain(row["answer"])
         )
     console.print(table)
+    console.print(
+        "Each adapter has learnt its own desk (bold). What it says of another desk's questions shows only that it is another one."
+    )
     adapter = out / "adapters" / "support-lora"
     console.print("What next:", style="bold")
+    if shutil.which("trimtab") is None and (activate := Path(sys.executable).with_name("activate")).is_file():
+        near = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
+        console.print(f"  . {near}                         # puts trimtab on your path", highlight=False, markup=False, soft_wrap=True)
     for line in (
         f'trimtab generate --adapter {adapter} --system "You are Halyard support." "How do I cancel an invoice?"',
         f"trimtab chat --adapter {adapter}",
