@@ -122,7 +122,8 @@ class _Names:
             _, more, less, inner = argument
             return self.ends(inner, at, (flags | more) & ~less)
         if what in (op.MAX_REPEAT, op.MIN_REPEAT):
-            return self._repeat(*argument, at, flags)
+            least, most, inner = argument
+            return self._repeat(least, most, inner, at, flags)
         if what in (op.ASSERT, op.ASSERT_NOT):
             direction, inner = argument
             start = at if direction > 0 else at - inner.getwidth()[0]
