@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from tests.train.common import run_file
 from trimtab.bases.locate import locate, refuse_hopeless
@@ -16,6 +17,9 @@ from trimtab.data.sources import peek_source
 from trimtab.errors import BaseError, ConfigError, DataError
 from trimtab.methods import LoraConfig
 from trimtab.train import RunConfig
+from trimtab.train.changes import with_changes
+from trimtab.train.clone import changes_of
+from trimtab.train.options import TrainOptions
 from trimtab.train.resume import refuse_no_folder
 from trimtab.train.runfile import read_yaml
 
@@ -153,3 +157,41 @@ def test_a_run_file_that_is_not_there_is_named_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         RunConfig.load(tmp_path / "gone.yaml")
     assert str(caught.value).count("gone.yaml") == 1 and "there is no run file" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("!!bool abc", "'abc' is no bool"),
+        ("!!timestamp zz", "'zz' is no timestamp"),
+        ("2026-99-99", "is no timestamp"),
+        ("!!int x", "'x' is no int"),
+        ("!!float [1]", "is no float"),
+        ("!!str {a: 1}", "is no str"),
+        ("!!map x", "'x' is no map"),
+        ("!!set {a}", "the tag"),
+        ("!!binary aGk=", "the tag"),
+        ("!!python/name:os.system x", "the tag"),
+        ("!mine x", "the tag '!mine' is not read"),
+        ("0x" + "f" * 9000, "a number of 9,002 characters"),
+        ("9" * 9000, "a number of 9,000 characters"),
+        ("[" * 9000, "nested too deeply"),
+        ("{a: " * 9000, "nested too deeply"),
+        ("- " * 9000, "nested too deeply"),
+    ],
+)
+def test_what_is_no_value_is_an_error_with_its_line(tmp_path: Path, text: str, word: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"base: x\nr: {text}" if not text.startswith("- ") else f"\n{text}")
+    with pytest.raises(ConfigError) as e:
+        read_yaml(path, "run file")
+    assert word in str(e.value) and "line 2" in str(e.value)
+    with pytest.raises(ConfigError, match="r="):
+        changes_of([f"r={text}"])
+    with pytest.raises(ConfigError, match="--set"):
+        with_changes({"r": 1}, [f"r={text}"], "run.yaml")
+
+
+def test_a_step_of_more_rows_than_anybody_has_is_refused() -> None:
+    with pytest.raises(ValidationError, match="gradient_accumulation_steps"):
+        TrainOptions(gradient_accumulation_steps=10**30)

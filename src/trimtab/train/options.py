@@ -79,7 +79,7 @@ class TrainOptions(Strict):
     epochs: float = Field(2, gt=0, allow_inf_nan=False, description="passes over the training rows; ignored where max_steps is set")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
     batch_size: int = Field(16, ge=1, description="rows of one batch")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="batches of one optimizer step")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=65_536, description="batches of one optimizer step")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="decay of the learning rate after warm-up")
     warmup_steps: int | float = Field(0, ge=0, description="steps over which the learning rate rises from 0; below 1: this part of all")
     loraplus_lr_ratio: float | None = Field(

@@ -168,7 +168,7 @@ def parsed(text: str) -> Any:
 
     try:
         content = read_value(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"the run file is not YAML: {error}", fix="docs/run-file.md shows its shape") from None
     if not isinstance(content, dict):
         raise ConfigError("the run file is no mapping", fix="docs/run-file.md shows its shape")
