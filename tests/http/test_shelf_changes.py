@@ -132,3 +132,10 @@ def test_on_a_server_an_administrator_moves_aliases(tmp_path: Path):
         assert call(made.app, "POST", "/studio/alias", body).json()["aliases"] == ["prod", "latest"]
         for path in ("publish", "export", "push", "adapter.zip"):
             assert call(made.app, "POST", f"/studio/{path}", body).status_code == 404
+
+
+def test_a_word_that_no_process_can_be_given_ends_the_command(shown: Shown):
+    """Else it would keep its place among the few that run at once for ever."""
+    job = ask(shown, "push", {"ref": "acme/support@1", "url": "file:///a\0b"}).json()
+    told = ended(shown.commands, job["key"])
+    assert told["state"] == "failed" and "null byte" in told["said"]

@@ -149,7 +149,7 @@ def below(roots: Sequence[Path], path: str, first: Collection[str] | None) -> tu
         return None
     real = Path(os.path.realpath(path))
     for root in roots:
-        if root in real.parents and real.is_dir():
+        if root in real.parents and os.path.isdir(real):  # noqa: PTH112 (unlike Path's it is False of a name that is too long)
             parts = real.relative_to(root).parts
             if first is None or (parts[0] in first and len(parts) > 1):
                 return root, parts

@@ -16,7 +16,7 @@ import yaml
 from trimtab.data.sources import HUB, KEYS, holds_rows, sources_in
 from trimtab.errors import ConfigError, DataError
 from trimtab.objectives import OBJECTIVES, Sft
-from trimtab.paths import user_path
+from trimtab.paths import real_path, user_path
 from trimtab.train.config import RunConfig, named_data
 from trimtab.train.initial import guess, run_text
 from trimtab.train.past import load, plan_of
@@ -105,7 +105,7 @@ def refuse_outside(content: Content, root: Path, allowed: Sequence[Path]) -> Non
         for value in [splits[s] for s in SPLITS if splits.get(s)]:
             for source in sources_in(value, "")[0]:
                 if source.rows is None and not source.path.startswith(HUB):
-                    path = user_path(source.path, DataError, "path", root).resolve()
+                    path = real_path(user_path(source.path, DataError, "path", root), DataError, "path")
                     outside += [] if any(path.is_relative_to(folder) for folder in allowed) else [source.path]
     if outside:
         raise DataError(
