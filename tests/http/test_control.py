@@ -68,6 +68,14 @@ def test_orders_are_written_as_the_commands_write_them(app: FastAPI, run: Path, 
     assert json.loads((run / CONTROL).read_text())["variants"] == {"v": "stop"}
 
 
+def test_what_a_killed_writer_has_left_goes_with_the_next_order(app: FastAPI, run: Path, key: str):
+    left, others = run / f".{CONTROL}.0123456789ab.new", run / ".summary.json.0123456789ab.new"
+    for path in (left, others):
+        path.write_text("{")
+    assert post(app, "order", {"id": key, "do": "pause", "variants": ["v"]}).status_code == 200
+    assert not left.exists() and others.exists(), "the others may be written now, by the run"
+
+
 def test_a_clone_that_is_asked_for_again_comes_after_what_it_is_made_of(app: FastAPI, run: Path, key: str):
     """A run that is resumed lets clones join in the order of the file."""
     assert post(app, "clone", {"id": key, "of": "v", "name": "again"}).status_code == 200
