@@ -13,12 +13,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from trimtab.atomic import atomic_write
+from trimtab.atomic import atomic_write, clear_unfinished
 from trimtab.data.opened import open_file
 from trimtab.errors import ConfigError, DataError, first_of, printable
 
@@ -155,6 +155,8 @@ def change_orders(folder: Path, change: Callable[[Orders], Orders]) -> Orders:
             content = json.dumps(changed.to_dict(), indent=1).encode()
             if len(content) > MAX_BYTES:
                 raise ConfigError(f"{printable(str(path))} would have more than {MAX_BYTES:,} bytes", fix="ask for less")
+            with suppress(OSError):
+                clear_unfinished(folder, CONTROL)  # of writers that were killed: one that lives would have the lock
             with atomic_write(path) as file:
                 file.write(content)
             return changed
