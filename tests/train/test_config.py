@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,27 @@ def test_mistakes_are_named(tmp_path: Path, change: dict[str, Any], words: list[
     message = refused(tmp_path, run_file(tmp_path, ONE) | change)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"lr": 9.0, "weight_decay": 1e38}, "weight_decay"),
+        ({"lr": 0.5, "weight_decay": 4.1}, "weight_decay"),
+        ({"lr": 0.1, "loraplus_lr_ratio": 10, "weight_decay": 2.1}, "weight_decay"),
+        ({"lr": 0.5, "loraplus_lr_ratio": 20}, "loraplus_lr_ratio"),
+        ({"loraplus_lr_ratio": math.inf}, "loraplus_lr_ratio"),
+        ({"lr": 0.5, "weight_decay": 4.0}, None),
+        ({"lr": 0.5, "loraplus_lr_ratio": 19}, None),
+    ],
+)
+def test_rates_at_which_tensors_only_grow(tmp_path: Path, change: dict[str, Any], key: str | None) -> None:
+    """Decoupled decay leaves 1 − lr · decay of a tensor each step: below −1 it grows."""
+    content = run_file(tmp_path, {"v": {"data": "a", "method": "lora", **change}})
+    if key is None:
+        RunConfig.from_dict(content, root=tmp_path)
+    else:
+        assert f"variants.v.{key}" in refused(tmp_path, content)
 
 
 HOPELESS = ["~nouser/x", "n" * 5000, "a/" * 3000, "o\0", "o\ud800"]

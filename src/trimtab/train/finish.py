@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
+
 from trimtab.data.labels import labels_among
-from trimtab.errors import AdapterError
+from trimtab.errors import first_of
 from trimtab.forward.batch import BASE
 from trimtab.forward.packs import Mix
 from trimtab.objectives import Objective
@@ -107,11 +109,11 @@ def save(prepared: Prepared, adapters: dict[str, Adapter]) -> tuple[dict[str, in
         if isinstance(v, FullVariant):
             v.save(folder, prepared.base.tokenizer)
         else:
-            try:
-                adapters[v.name].save(folder, run=_provenance(prepared, v, {}))
-            except AdapterError as error:
-                lost[v.name] = "; ".join([f"cannot be saved: {error.message}", *error.problems[:3]])
+            odd = [name for name, t in adapters[v.name].params.items() if not bool(torch.isfinite(t).all())]
+            if odd:
+                lost[v.name] = f"cannot be saved: values that are not finite in {', '.join(first_of(odd, 3))}"
                 continue
+            adapters[v.name].save(folder, run=_provenance(prepared, v, {}))
         sizes[v.name] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return sizes, lost
 

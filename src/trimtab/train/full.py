@@ -64,10 +64,6 @@ class FullVariant(Variant):
         self._publish()
         return logged
 
-    def standing_tensors(self) -> dict[str, Tensor]:
-        """None: a second copy of all weights may not fit. A step that ruins them stops the variant with what the step gave."""
-        return {}
-
     def restore(self, state: Mapping[str, Tensor]) -> None:
         super().restore(state)
         self._publish()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,8 +205,7 @@ class Variant:
     def step(self, loss: float, norm: float, batch: StepBatch, seconds: float) -> dict[str, float]:
         """Clip and step on the gradients that the batch's forwards have left; norm: theirs. Returns what to log.
 
-        A loss or gradient that is not finite stops the variant before the optimizer sees it, and tensors that are not finite after the
-        optimizer's step are put back: the variant's tensors stay at the last good step.
+        A loss or gradient that is not finite stops the variant before the optimizer sees it: its tensors stay at the last good step.
         """
         p = self.progress
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -219,26 +218,13 @@ class Variant:
             for t in self.trained_params.values():
                 t.grad = torch.zeros_like(t)
         lr = self.learning_rate()
-        before = self.standing_tensors()
         self.optimizers.step(lr)
         self.clear()
-        if not _all_finite(self.trained_params.values()):
-            with torch.no_grad():
-                for k, t in before.items():
-                    self.trained_params[k].copy_(t)
-            p.stopped = (
-                f"step {p.step + 1}: the optimizer's step at a rate of {lr:g} gives numbers that are not finite; lower lr, weight_decay"
-            )
-            return {"loss": loss, "grad_norm": norm, "lr": lr}
         self.drawn = self.drawn and self.drawn.after_step()
         p.step, p.tokens, p.seconds = p.step + 1, p.tokens + batch.tokens, p.seconds + seconds
         p.supervised_tokens += batch.counts.targets
         p.losses.append(loss)
         return {"loss": loss, "grad_norm": norm, "lr": lr}
-
-    def standing_tensors(self) -> dict[str, Tensor]:
-        """Copies of what an optimizer step changes, to go back to where the step ruins it."""
-        return {k: p.detach().clone() for k, p in self.trained_params.items()}
 
     def gradients(self) -> list[Tensor]:
         """The gradients of the parameters that have one."""
@@ -304,11 +290,6 @@ class Variant:
     def trained(self) -> dict[str, Tensor]:
         """The tensors as they stand, detached."""
         return {k: p.detach() for k, p in self.params.items()}
-
-
-def _all_finite(tensors: Iterable[Tensor]) -> bool:
-    norms = torch._foreach_norm([t.detach() for t in tensors], math.inf)
-    return not norms or bool(torch.stack([n.float() for n in norms]).isfinite().all())
 
 
 def cut(examples: Sequence[Example], max_tokens: int) -> Iterator[list[int]]:
