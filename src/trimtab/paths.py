@@ -30,6 +30,15 @@ def user_path(text: str | Path, kind: type[TrimtabError], key: str, root: Path =
     return path
 
 
+def real_path(path: Path, kind: type[TrimtabError], key: str) -> Path:
+    """The path that links lead to, there or not. A `kind` that names the key and the value where links lead round in a ring."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        shown = reprlib.repr(str(path))
+        raise kind(f"{key} = {shown}: a link to itself, or within one", fix="take the link away, or name another folder") from None
+
+
 def is_url(text: object) -> bool:
     """Whether a text names something by a URL. (A Path has only one slash left of two.)"""
     return isinstance(text, str) and "://" in text

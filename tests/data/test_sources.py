@@ -229,6 +229,29 @@ def test_hub_dataset(tmp_path, monkeypatch):
     assert asked == [("org/name", "config", "test")]
 
 
+LOCAL = ["/etc", "./x", "../x", ".", "..", "a/..", "~/x", "a/b/c", "a//b", "file:///etc", "https://a/b", "hf://a/b", "a\\b", "a b", "x.py"]
+
+
+@pytest.mark.parametrize("name", [*LOCAL, "\0", "a/.b", "é", "x" * 97, ":config"])
+def test_what_is_here_is_no_hub_dataset(name):
+    with pytest.raises(ConfigError, match="without hf:"):
+        Source(f"hf:{name}")
+    with pytest.raises(ConfigError, match="without hf:"):
+        parse_sources([{"path": f"hf:{name}", "weight": 2}])
+
+
+def test_datasets_is_given_no_name_of_what_is_here(tmp_path, monkeypatch):
+    """It takes a folder that is here before the hub, and reads files of the current folder where it has a reader of that name."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: pytest.fail(f"asked for {given}"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    (tmp_path / "rows").write_text("secret")
+    for name in ("org/name", "org/name:config", "rows", "json", "text", "csv", "parquet", "imagefolder"):
+        with pytest.raises(DataError, match="without hf:"):
+            read_source(Source(f"hf:{name}"), tmp_path / "elsewhere")
+
+
 def test_hub_dataset_offline(tmp_path):
     pytest.importorskip("datasets")
     with pytest.raises(DataError, match="hf:no-such-org/no-such-name cannot be loaded"):

@@ -68,6 +68,14 @@ def test_orders_are_written_as_the_commands_write_them(app: FastAPI, run: Path, 
     assert json.loads((run / CONTROL).read_text())["variants"] == {"v": "stop"}
 
 
+def test_what_a_killed_writer_has_left_goes_with_the_next_order(app: FastAPI, run: Path, key: str):
+    left, others = run / f".{CONTROL}.0123456789ab.new", run / ".summary.json.0123456789ab.new"
+    for path in (left, others):
+        path.write_text("{")
+    assert post(app, "order", {"id": key, "do": "pause", "variants": ["v"]}).status_code == 200
+    assert not left.exists() and others.exists(), "the others may be written now, by the run"
+
+
 def test_a_clone_that_is_asked_for_again_comes_after_what_it_is_made_of(app: FastAPI, run: Path, key: str):
     """A run that is resumed lets clones join in the order of the file."""
     assert post(app, "clone", {"id": key, "of": "v", "name": "again"}).status_code == 200
@@ -88,6 +96,10 @@ def test_a_clone_that_is_asked_for_again_comes_after_what_it_is_made_of(app: Fas
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
         ({"origin": "http://testserver:81"}, 403),
+        ({"origin": "http://["}, 403),
+        ({"origin": "http://[::1"}, 403),
+        ({"origin": "ftp://testserver"}, 403),
+        ({"origin": "http://testserver/"}, 403),
         ({"sec-fetch-site": "cross-site"}, 403),
         ({"sec-fetch-site": "same-site"}, 403),
         ({"content-type": "text/plain"}, 415),
@@ -133,11 +145,17 @@ def test_a_page_that_has_no_key_changes_nothing(run: Path):
         ("begin", {"file": "outside.yaml"}, 400, "lies outside of"),
         ("begin", {"file": "taken.yaml"}, 400, "is not empty"),
         ("begin", {"file": "wrong.yaml"}, 400, "seeds: unknown key"),
+        ("begin", {"file": "long.yaml"}, 400, "out with .log, to which it prints, = "),
+        ("begin", {"file": "longest.yaml"}, 400, "out with .log, to which it prints, = "),
+        ("begin", {"file": "ring.yaml"}, 400, "ring': a link to itself"),
+        ("begin", {"file": "inring.yaml"}, 400, "ring/x': a link to itself"),
     ],
 )
 def test_what_is_refused(app: FastAPI, run: Path, key: str, path: str, body: dict[str, Any], status: int, said: str):
     content = run_file(run.parent, {"v": {"method": "lora", "data": "a"}})
-    for name, changed in (("outside", {"out": "../elsewhere"}), ("taken", {"out": "r"}), ("wrong", {"seeds": 3})):
+    (run.parent / "ring").symlink_to("ring")
+    outs = {"outside": "../elsewhere", "taken": "r", "ring": "ring", "inring": "ring/x", "long": "b" * 252, "longest": "a" * 255}
+    for name, changed in [("wrong", {"seeds": 3}), *((name, {"out": out}) for name, out in outs.items())]:
         (run.parent / f"{name}.yaml").write_text(yaml.safe_dump(content | changed))
     answer = post(app, path, {"id": key} | body if path != "begin" else body)
     assert answer.status_code == status and said in answer.json()["error"]["message"], answer.text
@@ -168,9 +186,12 @@ def test_a_run_file_that_was_just_saved_can_be_begun(app: FastAPI, run: Path):
     assert "is not empty" in post(app, "begin", {"file": "new.yaml"}).text
 
 
-@pytest.mark.parametrize("out", ["", ".", "..", "../x", "/etc", "nothing", "r/../..", "%00", "a" * 4000])
+@pytest.mark.parametrize(
+    "out", ["", ".", "..", "../x", "/etc", "nothing", "r/../..", "%00", "a" * 4000, "a" * 300, "a" * 255, "a" * 252, "ring", "ring/x"]
+)
 def test_logs_are_of_runs_here_alone(app: FastAPI, run: Path, out: str):
     log_of(run.parent).write_text("not for the page")
+    (run.parent / "ring").symlink_to("ring")
     try:
         assert get(app, f"log?out={out}").status_code == 404
     finally:
@@ -189,6 +210,13 @@ def test_a_log_is_text_and_its_end(app: FastAPI, run: Path, key: str):
         log_of(run).symlink_to(elsewhere)
         assert get(app, f"log?id={key}").status_code == 404
         log_of(run).unlink()
+
+
+def test_a_folder_with_the_longest_of_names_has_no_log(run: Path):
+    folder = run.rename(run.with_name("n" * 255))
+    app = create_studio(Shown(RunFolders(folder.parent), key=KEY))
+    (line,) = get(app, "runs").json()["runs"]
+    assert get(app, f"log?id={line['id']}").status_code == 404 and get(app, f"run?id={line['id']}").json()["logged"] is False
 
 
 @pytest.mark.slow

@@ -106,6 +106,43 @@ def test_files_outside_are_named_and_not_looked_into(shown: Shown, tmp_path: Pat
         assert "outside of the folders" in told and "s3cret" not in told, message["do"]
 
 
+@pytest.mark.parametrize("base", ["{}/secret", "{}/absent", "../secret", ".", "{}/root/link", "there", "{}/secret/x.gguf"])
+def test_no_base_is_read_outside(shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str):
+    """Whether it is there or not: the answer is the same. The base that the page was started with may lie anywhere."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("secret", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "s3cret"}')
+    (shown.runs.root / "link").symlink_to(tmp_path / "secret")
+    base, root = base.format(tmp_path), str(shown.runs.root)
+    allowed = {"allowed": [root]}
+    content = {"base": base, "out": "o", "data": {"d": {"train": "tickets.jsonl"}}, "variants": {"v": {"method": "lora"}}}
+    for message in (
+        {"do": "form", "content": content, "said": [], "root": root},
+        {"do": "guess", "path": "tickets.jsonl", "base": base, "root": root},
+        {"do": "check", "key": "k", "text": json.dumps(content), "root": root},
+        {"do": "open", "key": "k", "subject": f"{root}/tickets.jsonl", "base": base},
+    ):
+        told = json.dumps(answer(Answering(lambda text: None), json.dumps(message | allowed)))
+        assert "outside of the folders" in told and "s3cret" not in told, message["do"]
+        if message["do"] in ("form", "guess"):
+            assert "outside of" not in json.dumps(answer(Answering(lambda text: None), json.dumps(message | allowed | {"own": base})))
+
+
+@pytest.mark.parametrize("path", ["{}", "./secret", "../{}", "file://{}", "secret.py", "json"])
+def test_no_path_is_read_as_a_dataset_of_the_hub(shown: Shown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str):
+    pytest.importorskip("datasets")
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "rows.jsonl").write_text('{"text": "s3cret"}\n')
+    monkeypatch.chdir(tmp_path / "secret")
+    path = f"hf:{path.format(tmp_path / 'secret')}"
+    allowed = {"root": str(shown.runs.root), "allowed": [str(shown.runs.root)]}
+    content = {"base": "smollm2-135m-instruct", "out": "o", "data": {"s": {"train": path}}, "variants": {"v": {"method": "lora"}}}
+    for message in ({"do": "guess", "path": path, "base": "b"}, {"do": "check", "key": "k", "text": json.dumps(content)}):
+        told = json.dumps(answer(Answering(lambda text: None), json.dumps(message | allowed)))
+        assert "s3cret" not in told and "without hf:" in told, told
+
+
 # ---- over HTTP ------------------------------------------------------------
 
 
@@ -147,7 +184,7 @@ def test_a_run_file_is_saved_beside_the_runs_and_writes_over_none(shown: Shown, 
 def test_from_data_to_its_cost(shown: Shown, tiny_llama_folder: Path, own_cache: Path):
     from tests.http.test_rows import until_read
 
-    app = create_studio(shown)
+    app = create_studio(dataclasses.replace(shown, base=str(tiny_llama_folder)))
     assert "lora" in [m["name"] for m in call(app, "GET", "/studio/new/choices").json()["methods"]]
     found = call(app, "POST", "/studio/new/guess", {"path": "tickets.jsonl", "base": str(tiny_llama_folder)}).json()
     assert found["rows"] == 3

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,7 @@ def test_whatever_is_asked_of_the_process_is_answered(tmp_path: Path):
 
 @pytest.mark.slow
 def test_rows_are_read_by_a_process_that_may_be_killed(shown: Shown, tiny_llama_folder: Path, own_cache: Path, tmp_path: Path):
+    shown = replace(shown, base=str(tiny_llama_folder))
     root = shown.runs.root
     (root / "a.jsonl").write_text("".join(json.dumps(ROW).replace("one", f"one {i}") + "\n" for i in range(30)) + "{broken\n")
     app = create_studio(shown)

@@ -4,6 +4,7 @@ head answers no chat, what has none scores nothing."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,6 +142,30 @@ def test_an_adapter_with_a_head_embeds_and_writes_nothing(served: Site):
 )
 def test_what_cannot_be_scored_is_named(served: Site, path: str, fields: dict[str, Any], says: str):
     assert says in error_of(post(served.app, path, fields), 400)["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "says"),
+    [
+        (RERANK, "lora", "no head"),
+        (RERANK, "0.5*lora", "no head"),
+        (RERANK, "steps", "the steps of a text"),
+        (RERANK, "intents", "3 labels"),
+        (SCORE, "lora", "no head"),
+        (SCORE, "intents", "3 labels"),
+        (CLASSIFY, "lora", "no head"),
+        (CLASSIFY, "steps", "the steps of a text"),
+    ],
+)
+def test_a_head_that_does_not_do_is_told_before_texts_are_tokenized(served: Site, path: str, model: str, says: str):
+    def no(*given: Any, **named: Any) -> Any:
+        raise AssertionError("tokenized")
+
+    app = create_app(replace(served.services, words=replace(served.services.words, encode_answer=no, encode_text=no)))
+    texts = ["x"] * 20
+    body = {RERANK: {"query": "a", "documents": texts}, SCORE: {"text_1": "a", "text_2": texts}, CLASSIFY: {"input": texts}}[path]
+    assert says in error_of(post(app, path, body | {"model": model}), 400)["message"]
+    assert post(app, path, body | {"model": "judge"}).status_code == 500, "one that does is asked"
 
 
 def test_a_long_question_does_not_count_once(served: Site):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import time
 import zipfile
@@ -14,6 +16,7 @@ import pytest
 from tests.http.common import base_of, call, site
 from tests.store.common import stirred
 from tests.train.past import run_folder, variant
+from trimtab.http import send
 from trimtab.http.assemble import Asked
 from trimtab.http.commands import Commands
 from trimtab.http.studio import create_studio
@@ -88,6 +91,55 @@ def test_the_download_is_the_folder_as_it_is_stored(shown: Shown):
             assert zipped.read(name) == shown.store.blob_path(blob.digest).read_bytes()
 
 
+def test_a_download_is_in_memory_a_piece_at_a_time(shown: Shown, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(send, "PIECE", 1000)
+    app, sizes = create_studio(shown), list[int]()
+
+    async def take(broken: bool) -> None:
+        async def hear(message: Any) -> None:
+            if broken and message["type"] == "http.response.body":
+                raise OSError("the client has gone")
+            sizes.append(len(message.get("body", b"")))
+
+        asked = {"type": "http.request", "body": b'{"ref": "acme/support@1"}'}
+        headers = [(b"authorization", b"Bearer k"), (b"content-type", b"application/json"), (b"host", b"test")]
+        scope = {"type": "http", "method": "POST", "path": "/studio/adapter.zip", "headers": headers, "query_string": b""}
+        received = iter([asked])
+
+        async def receive() -> Any:
+            return next(received, {"type": "http.disconnect"})
+
+        with contextlib.suppress(OSError):
+            await app(scope, receive, hear)
+
+    for broken in (True, True, True, False):
+        asyncio.run(take(broken))
+    assert len(sizes) > 10 and max(sizes) == 1000, "and those that went left their place to others"
+
+
+def test_few_are_sent_at_once(shown: Shown):
+    assert shown.downloads.acquire() and shown.downloads.acquire()
+    answer = ask(shown, "adapter.zip", {"ref": "acme/support@1"})
+    assert answer.status_code == 503 and "being sent" in answer.text
+    shown.downloads.release()
+    assert [ask(shown, "adapter.zip", {"ref": f"acme/{name}@1"}).status_code for name in ("absent", "support", "absent", "support")] == [
+        404,
+        200,
+        404,
+        200,
+    ]
+
+
+def test_a_damaged_adapter_is_not_sent(shown: Shown):
+    assert shown.store is not None
+    blob = max(shown.store.resolve("acme/support@1").files.values(), key=lambda b: b.size)
+    path = shown.store.blob_path(blob.digest)
+    path.chmod(0o644)
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+    answer = ask(shown, "adapter.zip", {"ref": "acme/support@1"})
+    assert answer.status_code == 400 and "is refused" in answer.text
+
+
 def test_names_are_checked_before_a_command_runs(shown: Shown):
     (key,) = shown.runs.found()
     for path, body, status in (
@@ -132,3 +184,10 @@ def test_on_a_server_an_administrator_moves_aliases(tmp_path: Path):
         assert call(made.app, "POST", "/studio/alias", body).json()["aliases"] == ["prod", "latest"]
         for path in ("publish", "export", "push", "adapter.zip"):
             assert call(made.app, "POST", f"/studio/{path}", body).status_code == 404
+
+
+def test_a_word_that_no_process_can_be_given_ends_the_command(shown: Shown):
+    """Else it would keep its place among the few that run at once for ever."""
+    job = ask(shown, "push", {"ref": "acme/support@1", "url": "file:///a\0b"}).json()
+    told = ended(shown.commands, job["key"])
+    assert told["state"] == "failed" and "null byte" in told["said"]

@@ -13,13 +13,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.store.common import stirred, tiny_base, write_tensors
+from tests.store.test_heads import stirred as headed
 from trimtab.errors import AdapterError, NotFoundError, TrimtabError
-from trimtab.methods import METHODS
+from trimtab.methods import METHODS, Head
 from trimtab.model import Base
 from trimtab.serve import served
 from trimtab.serve.catalog import Catalog, StoreTrouble
 from trimtab.serve.live import snapshot
-from trimtab.serve.served import FolderAdapter
+from trimtab.serve.served import FolderAdapter, below
 from trimtab.serve.tenant import LOCAL, Tenant
 from trimtab.store import Adapter
 from trimtab.store.folder import WEIGHTS
@@ -540,3 +541,17 @@ def test_a_version_of_the_store_stays_when_its_second_name_goes(loading: Catalog
     assert digest(loading, "mine", ACME) == digest(loading, "support", ACME)
     loading.unload("mine", ACME)
     assert loading.evicted == []  # type: ignore[attr-defined]
+
+
+def test_a_path_that_no_folder_can_have_is_below_none(tmp_path: Path):
+    (tmp_path / "ring").symlink_to("ring")
+    for name in ("a" * 300, "a/" * 1900, "ring", "ring/x", "a\0b", "\udcff"):
+        assert below([tmp_path], f"{tmp_path}/{name}", None) is None, name[:10]
+
+
+def test_a_head_is_told_without_the_weights(base: Base, store: Store, catalog: Catalog):
+    store.publish(headed(base, LORA, Head(("good", "bad"))), "acme/judge")
+    store.publish(stirred(base, LORA), "acme/plain")
+    found = catalog.find("acme/judge", ACME)
+    assert found is not None and found.head == Head(("good", "bad"))
+    assert [getattr(catalog.find(name, ACME), "head", "") for name in ("acme/plain", "0.5*acme/plain")] == [None, None]

@@ -24,6 +24,8 @@ from trimtab.store.remotes.address import parse_address, redacted
         ("hf://user:hf_secret@acme/support", "carries a user name or password"),
         ("s3://bucket/x?X-Amz-Signature=abc", "carries a query"),
         ("s3://", "names no folder"),
+        ("s3://[bucket/x", "is no URL"),
+        ("file://[::1", "is no URL"),
         ("s3://bucket/../other", "leaves it through"),
         ("file://srv/adapters", "stands where a host would"),
         ("memory://shared#acme", "not a name in a store"),

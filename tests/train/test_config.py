@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from tests.train.common import run_file
 from trimtab.bases.locate import locate, refuse_hopeless
@@ -16,6 +18,9 @@ from trimtab.data.sources import peek_source
 from trimtab.errors import BaseError, ConfigError, DataError
 from trimtab.methods import LoraConfig
 from trimtab.train import RunConfig
+from trimtab.train.changes import with_changes
+from trimtab.train.clone import changes_of
+from trimtab.train.options import TrainOptions
 from trimtab.train.resume import refuse_no_folder
 from trimtab.train.runfile import read_yaml
 
@@ -68,6 +73,27 @@ def test_mistakes_are_named(tmp_path: Path, change: dict[str, Any], words: list[
     message = refused(tmp_path, run_file(tmp_path, ONE) | change)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"lr": 9.0, "weight_decay": 1e38}, "weight_decay"),
+        ({"lr": 0.5, "weight_decay": 4.1}, "weight_decay"),
+        ({"lr": 0.1, "loraplus_lr_ratio": 10, "weight_decay": 2.1}, "weight_decay"),
+        ({"lr": 0.5, "loraplus_lr_ratio": 20}, "loraplus_lr_ratio"),
+        ({"loraplus_lr_ratio": math.inf}, "loraplus_lr_ratio"),
+        ({"lr": 0.5, "weight_decay": 4.0}, None),
+        ({"lr": 0.5, "loraplus_lr_ratio": 19}, None),
+    ],
+)
+def test_rates_at_which_tensors_only_grow(tmp_path: Path, change: dict[str, Any], key: str | None) -> None:
+    """Decoupled decay leaves 1 − lr · decay of a tensor each step: below −1 it grows."""
+    content = run_file(tmp_path, {"v": {"data": "a", "method": "lora", **change}})
+    if key is None:
+        RunConfig.from_dict(content, root=tmp_path)
+    else:
+        assert f"variants.v.{key}" in refused(tmp_path, content)
 
 
 HOPELESS = ["~nouser/x", "n" * 5000, "a/" * 3000, "o\0", "o\ud800"]
@@ -153,3 +179,41 @@ def test_a_run_file_that_is_not_there_is_named_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         RunConfig.load(tmp_path / "gone.yaml")
     assert str(caught.value).count("gone.yaml") == 1 and "there is no run file" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("!!bool abc", "'abc' is no bool"),
+        ("!!timestamp zz", "'zz' is no timestamp"),
+        ("2026-99-99", "is no timestamp"),
+        ("!!int x", "'x' is no int"),
+        ("!!float [1]", "is no float"),
+        ("!!str {a: 1}", "is no str"),
+        ("!!map x", "'x' is no map"),
+        ("!!set {a}", "the tag"),
+        ("!!binary aGk=", "the tag"),
+        ("!!python/name:os.system x", "the tag"),
+        ("!mine x", "the tag '!mine' is not read"),
+        ("0x" + "f" * 9000, "a number of 9,002 characters"),
+        ("9" * 9000, "a number of 9,000 characters"),
+        ("[" * 9000, "nested too deeply"),
+        ("{a: " * 9000, "nested too deeply"),
+        ("- " * 9000, "nested too deeply"),
+    ],
+)
+def test_what_is_no_value_is_an_error_with_its_line(tmp_path: Path, text: str, word: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"base: x\nr: {text}" if not text.startswith("- ") else f"\n{text}")
+    with pytest.raises(ConfigError) as e:
+        read_yaml(path, "run file")
+    assert word in str(e.value) and "line 2" in str(e.value)
+    with pytest.raises(ConfigError, match="r="):
+        changes_of([f"r={text}"])
+    with pytest.raises(ConfigError, match="--set"):
+        with_changes({"r": 1}, [f"r={text}"], "run.yaml")
+
+
+def test_a_step_of_more_rows_than_anybody_has_is_refused() -> None:
+    with pytest.raises(ValidationError, match="gradient_accumulation_steps"):
+        TrainOptions(gradient_accumulation_steps=10**30)

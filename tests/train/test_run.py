@@ -96,6 +96,26 @@ def test_a_variant_that_diverges_stops_alone(tmp_path: Path) -> None:
     assert [e["loss"] for e in metrics(report)["good"]] == pytest.approx([e["loss"] for e in metrics(alone)["good"]], rel=1e-4)
 
 
+def test_a_variant_that_cannot_be_saved_costs_the_others_nothing(tmp_path: Path) -> None:
+    """Though nobody saw it before the end; the finished run is resumed too."""
+    original = Variant.trained
+
+    def broken(self: Variant):
+        return {k: t * math.nan if self.name == "bad" else t for k, t in original(self).items()}
+
+    content = {"good": METHODS["lora"] | {"data": "a"}, "bad": METHODS["ia3"] | {"data": "b"}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Variant, "trained", broken)
+        report = run(tmp_path, content)
+    entries = report.summary["variants"]
+    assert "cannot be saved" in entries["bad"]["stopped"] and entries["good"]["stopped"] is None
+    assert set(report.adapters) == {"good"} and entries["good"]["scores"]["loss"] > 0
+    assert (entries["bad"]["adapter_bytes"], entries["bad"]["saved_step"]) == (0, None)
+    assert not (report.out / "adapters" / "bad").exists()
+    again = RunConfig.from_dict(run_file(tmp_path, content), root=tmp_path)
+    assert set(train(again, resume=True, base=tiny_base()).adapters) == {"good"}
+
+
 def test_a_run_never_overwrites(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "something").touch()

@@ -212,6 +212,47 @@ def test_a_clone_that_cannot_be_is_refused_and_nothing_ends(tmp_path: Path):
     assert hand.said[-1] == "control.json names no variants of this run: nobody"
 
 
+@pytest.mark.parametrize("error", [KeyError("odd"), RuntimeError("odd"), OverflowError("odd")])
+def test_a_clone_that_fails_in_whatever_way_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception):
+    run = config(tmp_path, {"lora": LORA})
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("trimtab.train.steering.refuse_uninvoked", fails)
+    hand = Hand(run.out, {("lora", 2): cloned("c", "lora", lr=1e-3)})
+    assert trained(run, hand).summary["variants"]["lora"]["steps"] == 6
+    assert f"{type(error).__name__}: {error}" in hand.said[0] and len(hand.said) == 1
+
+
+def test_much_that_is_wrong_is_told_in_short(tmp_path: Path):
+    """And what is no more in the file is forgotten."""
+    run = config(tmp_path, {"lora": LORA})
+    clones = {f"c{i}": Clone("x" * 2_000, {"lr": i}) for i in range(300)} | {"n" * 5000: Clone("lora")}
+    variants: dict[str, Any] = {f"v{i}": "stop" for i in range(5000)}
+    sizes = list[int]()
+
+    def last(orders: Orders) -> Orders:
+        sizes.append((run.out / "run.json").stat().st_size)
+        return Orders(clones={"c1": Clone("nobody")})
+
+    hand = Hand(run.out, {("lora", 2): lambda o: Orders(variants=variants, clones=clones), ("lora", 4): last})
+    trained(run, hand)
+    assert max(map(len, hand.said)) < 3000 and len(hand.said) < 80
+    assert any("of which the first 64 count" in s for s in hand.said) and any("… and 4990 more" in s for s in hand.said)
+    assert sizes[0] < 150_000
+    assert json.loads((run.out / "run.json").read_text())["control"]["refused"].keys() == {"c1"}
+
+
+def test_a_run_takes_so_many_clones():
+    """Those that were refused make room."""
+    full = Orders(clones={f"c{i}": Clone("a") for i in range(64)})
+    with pytest.raises(ConfigError, match="64 clones; at most 64"):
+        full.with_clone("new", Clone("a"))
+    assert len(full.with_clone("c3", Clone("a")).clones) == 64
+    assert [*full.with_clone("new", Clone("a"), {f"c{i}" for i in range(60)}).clones] == ["c60", "c61", "c62", "c63", "new"]
+
+
 @pytest.mark.parametrize(
     ("of", "changes", "own"),
     [

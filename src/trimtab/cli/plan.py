@@ -141,6 +141,7 @@ def _parse(fields: tuple[str, ...]) -> dict[str, Any]:
     import yaml
 
     from trimtab.errors import ConfigError
+    from trimtab.train.runfile import read_value
 
     own = {name: param.opts[0] for param in plan.params if isinstance(param, click.Option) for name in [param.name]}
     parsed, problems = {}, []
@@ -154,7 +155,7 @@ def _parse(fields: tuple[str, ...]) -> dict[str, Any]:
         elif name in parsed:
             problems.append(f"{name} is set twice")
         try:
-            parsed[name] = yaml.safe_load(value)
+            parsed[name] = read_value(value)
         except yaml.YAMLError as e:
             problems.append(f"{pair!r}: the value is not YAML: {str(e).splitlines()[0]}")
     if problems:

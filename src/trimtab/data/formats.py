@@ -9,7 +9,8 @@ their lines and sizes are bounded.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,23 @@ def hub_fingerprint(name: str, split: str | None) -> str | None:
     return str(found) if found else None
 
 
+def hub_problem(name: str) -> str:
+    """What is wrong with the name of a hub dataset, by how it is written; "" where nothing is. `datasets` reads a path or a URL that it is
+    given for a name."""
+    right = HUB_DATASET.fullmatch(name) and not name.partition(":")[0].endswith(".py")
+    return "" if right else "not the name of a hub dataset, org/name or name; a file or a folder is written without hf:"
+
+
 def _hub(name: str, split: str | None) -> tuple[Any, dict[str, Any]]:
-    """(a data set of the hub, its columns of labels)."""
+    """(a data set of the hub, its columns of labels). DataError for a name that `datasets` would take for something of this machine: a
+    file or a folder that is here, or one of its own readers, which reads the files of the current folder."""
     datasets = _import("datasets", "datasets", f"hf:{name} is a dataset of the hub")
     path, _, config = name.partition(":")
+    if problem := hub_problem(name):
+        raise DataError(f"hf:{name}: {problem}", fix="write the path without hf:")
+    if Path(path).exists() or path in _readers():
+        what = "a file or folder of this name lies here" if Path(path).exists() else "`datasets` has a reader of files of this name"
+        raise DataError(f"hf:{name}: {what}, and no hub dataset would be read", fix="to read files, write their path without hf:")
     try:
         data = datasets.load_dataset(path, config or None, split=split or "train")
         return data, {c: f for c, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
@@ -84,6 +98,16 @@ def _hub(name: str, split: str | None) -> tuple[Any, dict[str, Any]]:
         ) from error
 
 
+def _readers() -> Collection[str]:
+    """Names that `datasets` takes for one of its readers of files."""
+    try:
+        return tuple(importlib.import_module("datasets.packaged_modules")._PACKAGED_DATASETS_MODULES)
+    except ImportError:
+        return ()
+
+
+HUB_DATASET = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/)?[A-Za-z0-9_][A-Za-z0-9._-]{0,95}(?::[^<>:/\\|?*\0]*)?")
+"""A hub dataset, and the name of its configuration, in which the hub allows none of these."""
 READERS: dict[str, Callable[[Path, str], Records]] = {
     "jsonl": read_jsonl,
     "json": read_json,

@@ -18,7 +18,7 @@ from pydantic import PlainSerializer
 
 from trimtab.bases.template import BadRow
 from trimtab.data.documents import TEXT_SUFFIXES, text_files
-from trimtab.data.formats import READERS, SUFFIXES, holds_something, hub_fingerprint, read_hub
+from trimtab.data.formats import READERS, SUFFIXES, holds_something, hub_fingerprint, hub_problem, read_hub
 from trimtab.data.forms import COLUMNS, check_columns, form_of, unused, used_columns
 from trimtab.data.given import GivenRows, is_table
 from trimtab.data.keys import Repeated
@@ -68,6 +68,8 @@ class Source:
             object.__setattr__(self, "path", ROWS)
         if not isinstance(self.path, str) or not self.path.removeprefix(HUB):
             problems.append(f"path = {self.path!r}: not the name of a file, a folder or hf:org/name")
+        elif self.rows is None and self.path.startswith(HUB) and (said := hub_problem(self.path.removeprefix(HUB))):
+            problems.append(f"path = {self.path!r}: {said}")
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 < self.weight < math.inf:
             problems.append(f"weight = {self.weight!r}: not a number above 0")
         if self.format is not None and self.format not in READERS:

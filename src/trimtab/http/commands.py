@@ -79,7 +79,7 @@ class Commands:
                 code = self._waited(
                     subprocess.Popen([sys.executable, "-m", "trimtab", *words], stdout=out, stderr=err, stdin=subprocess.DEVNULL)
                 )
-            except OSError as error:
+            except (OSError, ValueError) as error:  # too long, or a NUL in a word: no process can be given it
                 job.said, job.state = str(error), "failed"
                 return
             texts = []

@@ -103,7 +103,7 @@ router.include_router(changes)
 
 
 def _at(studio: Studio, message: dict[str, Any]) -> dict[str, Any]:
-    return {**message, "root": str(studio.runs.root), "allowed": list(map(str, studio.folders))}
+    return {**message, "root": str(studio.runs.root), "allowed": list(map(str, studio.folders)), "own": studio.base}
 
 
 def _write_new(path: Path, text: str) -> None:

@@ -50,7 +50,7 @@ async def open_rows(studio: Studio, request: Request) -> dict[str, Any]:
     body = await body_of(request, OpenBody)
     subject = await run_in_threadpool(subject_of, studio, body)
     message = {"do": "open", "subject": str(subject), "base": body.base or studio.base, "allowed": list(map(str, studio.folders))}
-    return begun(studio, message) | {"subject": printable(str(subject))}
+    return begun(studio, message | {"own": studio.base}) | {"subject": printable(str(subject))}
 
 
 @router.get("/rows/state")

@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
+from trimtab.errors import AdapterError
 from trimtab.http.ask import adapter_of
 from trimtab.http.auth import Caller, S, caller
 from trimtab.http.embeddings import MAX_INPUTS, Inputs, Texts, inputs_of, pooled
@@ -26,11 +28,14 @@ from trimtab.http.schema import takes
 from trimtab.http.send import WholeAnswer
 from trimtab.http.services import Services
 from trimtab.http.steps import headers_of
-from trimtab.serve.request import Delta
+from trimtab.serve.request import Delta, head_problem
 from trimtab.serve.served import Served
 from trimtab.serve.tenants import Tenant
+from trimtab.store.files import Refusal
 
 router = APIRouter(dependencies=[Depends(caller)])
+FEW = 8
+"""Texts that are tokenized in about the time in which an adapter's small files are read."""
 ERRORS = documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
@@ -174,9 +179,10 @@ class RerankReply(BaseModel):
 async def classify(request: Request, tenant: Caller, s: S) -> Response:
     """The label of each text, with the probability of each label: softmax, or the sigmoid of a head with one score."""
     body = await read_body(request, ClassifyBody, s)
-    adapter = await _adapter(request, body, tenant, s)
+    texts = inputs_of(body.input)
+    adapter = await _adapter(request, body, tenant, s, len(texts), many=True)
     last = kept_of(body.truncate_prompt_tokens, s.words)
-    ids = await text_ids(inputs_of(body.input), tenant, s, start=body.add_special_tokens is not False, param="input", last=last)
+    ids = await text_ids(texts, tenant, s, start=body.add_special_tokens is not False, param="input", last=last)
 
     def told(i: int, delta: Delta) -> dict[str, Any]:
         probs = _scores(delta, body.raw)
@@ -191,7 +197,7 @@ async def score(request: Request, tenant: Caller, s: S) -> Response:
     """How good each answer to its question is, by a head with one score: its sigmoid."""
     body = await read_body(request, ScoreBody, s)
     pairs = body.pairs
-    adapter = await _adapter(request, body, tenant, s)
+    adapter = await _adapter(request, body, tenant, s, len(pairs))
     last = kept_of(body.truncate_prompt_tokens, s.words)
     ids = await answer_ids(pairs, "text_2" if body.documents is None else "documents", tenant, s, last=last)
 
@@ -207,7 +213,7 @@ async def score(request: Request, tenant: Caller, s: S) -> Response:
 async def rerank(request: Request, tenant: Caller, s: S) -> Response:
     """Documents by how well they answer a query, the best first; their scores are those of /v1/score."""
     body = await read_body(request, RerankBody, s)
-    adapter = await _adapter(request, body, tenant, s)
+    adapter = await _adapter(request, body, tenant, s, len(body.documents))
     documents = [d if isinstance(d, str) else d.text for d in body.documents]
     last = kept_of(body.truncate_prompt_tokens, s.words)
     ids = await answer_ids([(body.query, text) for text in documents], "documents", tenant, s, last=last)
@@ -225,14 +231,35 @@ async def rerank(request: Request, tenant: Caller, s: S) -> Response:
     return WholeAnswer(answer, request.scope["trimtab.record"], s.life, write_s=s.limits.write_s, headers=headers_of(adapter, s))
 
 
-async def _adapter(request: Request, body: Scored, tenant: Tenant, s: Services) -> Served:
-    """Whose head is asked. Fault: 404 where there is no such adapter, 400 where it is the base."""
+async def _adapter(request: Request, body: Scored, tenant: Tenant, s: Services, texts: int, *, many: bool = False) -> Served:
+    """Whose head is asked of so many texts. Fault: 404 where there is no such adapter, 400 where it is the base, or where its head is
+    another one or missing. The engine says that too; of more than FEW texts it is asked before they are tokenized, which takes seconds.
+    many: the head may have more than one label."""
     request.scope["trimtab.record"].model = body.model
     adapter = await adapter_of(body.model, tenant, s)
     if adapter is None:
         raise Fault("model: the base has no head that could score texts; name an adapter", param="model", code="invalid_value")
     s.admission.refuse_if_over(tenant)  # before the texts are tokenized
+    if texts > FEW:
+        await s.store_work.run(tenant.name, partial(_refuse_by_head, adapter, many))
     return adapter
+
+
+def _refuse_by_head(adapter: Served, many: bool) -> None:
+    try:
+        head = adapter.head
+    except (AdapterError, Refusal, OSError):
+        return  # the engine says what is wrong with it
+    if (problem := head_problem(head, "head")) is not None:
+        raise problem
+    if head is not None and not many:
+        _refuse_labels(len(head.labels))
+
+
+def _refuse_labels(count: int) -> None:
+    if count != 1:
+        text = f"model: its head has {count} labels, and a score is one number; POST /classify tells of labels"
+        raise Fault(text, param="model", code="invalid_value")
 
 
 async def _answered(
@@ -259,9 +286,7 @@ async def _answered(
 
 def _score(delta: Delta, body: Scored) -> float:
     """Fault (400) where the head gives several numbers."""
-    if len(delta.labels) != 1:
-        text = f"model: its head has {len(delta.labels)} labels, and a score is one number; POST /classify tells of labels"
-        raise Fault(text, param="model", code="invalid_value")
+    _refuse_labels(len(delta.labels))
     return float(_scores(delta, body.raw)[0])
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from typing import IO
 
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -14,6 +17,9 @@ from trimtab.http.services import Life
 
 CHUNK = 64 << 10
 """Bytes that a client has to read within the time, of an answer that is there as a whole."""
+
+PIECE = 1 << 20
+"""Bytes of a file that are sent at a time."""
 
 
 class SlowReader(ClientGone):
@@ -59,3 +65,25 @@ class WholeAnswer(Response):
             self.record.error = "client_gone"
         finally:
             self.life.hold(owner, -size)
+
+
+class SentFile(Response):
+    """An open file from its beginning, of which a piece at a time is in memory. It is closed, and `ended` called, once it is sent or the
+    client has gone or does not read."""
+
+    def __init__(self, file: IO[bytes], ended: Callable[[], None], *, media_type: str, write_s: float, headers: Mapping[str, str]):
+        self.size = file.seek(0, os.SEEK_END)
+        super().__init__(None, media_type=media_type, headers={**headers, "content-length": str(self.size)})
+        self.file, self.ended, self.write_s = file, ended, write_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await start_timed(send, self.status_code, self.raw_headers, self.write_s)
+            for begin in range(0, self.size, PIECE):
+                piece = await run_in_threadpool(os.pread, self.file.fileno(), PIECE, begin)
+                await send_timed(send, piece, self.write_s, last=begin + PIECE >= self.size)
+        except ClientGone:
+            pass  # the server breaks the connection off, as the answer is not whole
+        finally:
+            self.file.close()
+            self.ended()

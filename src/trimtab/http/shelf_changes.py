@@ -6,17 +6,17 @@ Whatever reads weights is a command of its own (`commands.py`), the one that the
 
 from __future__ import annotations
 
-import io
-import os
+import tempfile
 import zipfile
-from typing import Annotated, Any, Literal
+from contextlib import ExitStack
+from typing import IO, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from trimtab.errors import ConfigError, NotFoundError
+from trimtab.errors import AdapterError, ConfigError, NotFoundError, OverloadedError
 from trimtab.http.admin import audited
 from trimtab.http.auth import Admin, S
 from trimtab.http.errors import Fault
@@ -24,7 +24,9 @@ from trimtab.http.fields import Strict
 from trimtab.http.limits import read_body
 from trimtab.http.own_page import body_of, from_this_page
 from trimtab.http.runs import Id
+from trimtab.http.send import PIECE, SentFile
 from trimtab.http.studio_auth import Studio, allowed, may_change
+from trimtab.store.files import Refusal, read_exactly
 from trimtab.store.names import RULE, Ref, check_aliases, is_word, parse_name
 from trimtab.store.registry import Store
 from trimtab.store.told import told_of
@@ -36,6 +38,8 @@ server_router = APIRouter(prefix="/studio", include_in_schema=False, dependencie
 Name = Annotated[str, Field(min_length=1, max_length=300)]
 MAX_ZIP = 1 << 30
 """Bytes of an adapter that is sent as a file."""
+WRITE_S = 60.0
+"""For how long a browser may read nothing of it."""
 ADAPTERS = "adapters"
 MAX_LISTED = 1000
 
@@ -149,8 +153,16 @@ async def push(studio: Studio, request: Request) -> dict[str, Any]:
 async def take(studio: Studio, request: Request) -> Response:
     """An adapter's folder as one file, its bytes compared with their digests."""
     body = await body_of(request, TakeBody)
-    raw = await run_in_threadpool(_zipped, _store(studio.store), body.ref)
-    return Response(raw, media_type="application/zip", headers={"x-content-type-options": "nosniff", "cache-control": "no-store"})
+    store = _store(studio.store)
+    if not studio.downloads.acquire(blocking=False):
+        raise OverloadedError("other adapters are being sent", fix="wait until they have been", retry_after=5.0)
+    try:
+        file = await run_in_threadpool(_zipped, store, body.ref)
+        headers = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
+        return SentFile(file, studio.downloads.release, media_type="application/zip", write_s=WRITE_S, headers=headers)
+    except BaseException:
+        studio.downloads.release()
+        raise
 
 
 @server_router.post("/alias")
@@ -175,25 +187,32 @@ def _moved(store: Store, body: AliasBody) -> dict[str, Any]:
     return told_of(store.resolve(body.ref))
 
 
-def _zipped(store: Store, ref: str) -> bytes:
+def _zipped(store: Store, ref: str) -> IO[bytes]:
+    """A file without a name, which goes when it is closed. Not in memory: adapters may have as many bytes as that."""
     version = store.resolve(ref)
     if version.size > MAX_ZIP:
         fix = f"copy it with the command: trimtab export {version.ref} FOLDER"
         raise ConfigError(f"{version.ref} has {version.size:,} bytes; at most {MAX_ZIP:,} are sent as a file", fix=fix)
-    out = io.BytesIO()
-    with store.open(version) as folder, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as zipped:
-        for name in version.files:
-            with folder.open(name) as (file, size):
-                zipped.writestr(zipfile.ZipInfo(name), _bytes(file, size))
-    return out.getvalue()
+    try:
+        with ExitStack() as opened:
+            out = opened.enter_context(tempfile.TemporaryFile())
+            with store.open(version) as folder, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as zipped:
+                for name in version.files:
+                    entry = zipfile.ZipInfo(name)
+                    with folder.open(name) as (file, entry.file_size), zipped.open(entry, "w") as target:
+                        _copy(file, entry.file_size, target, name)
+            opened.pop_all()
+            return out
+    except Refusal as error:
+        raise AdapterError(f"{version.ref} is refused: {error}", fix="`trimtab store verify` lists all that is wrong") from error
+    except OSError as error:
+        fix = f"make room for {version.size:,} bytes in {tempfile.gettempdir()}, or copy it: trimtab export {version.ref} FOLDER"
+        raise ConfigError(f"{version.ref} cannot be packed: {error.strerror or error}", fix=fix) from error
 
 
-def _bytes(file: int, size: int) -> bytes:
-    parts = list[bytes]()
-    while size and (part := os.read(file, size)):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
+def _copy(file: int, size: int, target: IO[bytes], name: str) -> None:
+    for begin in range(0, size, PIECE):
+        target.write(read_exactly(file, min(PIECE, size - begin), name))
 
 
 for part in (reads, changes):

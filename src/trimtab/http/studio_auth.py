@@ -4,6 +4,7 @@ change something: whoever has the key that it has printed, on this machine too."
 from __future__ import annotations
 
 import secrets
+import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,8 @@ from trimtab.train.beginning import Beginner
 from trimtab.train.follow import RunFolders
 
 bearer = HTTPBearer(auto_error=False)
+DOWNLOADS = 2
+"""Adapters that are sent as a file at a time."""
 BASE = "smollm2-135m-instruct"
 
 
@@ -41,6 +44,7 @@ class Shown:
     key: str | None = None
 
     commands: Commands = field(default_factory=Commands)
+    downloads: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(DOWNLOADS))
 
     @cached_property
     def beginner(self) -> Beginner:

@@ -26,7 +26,7 @@ from trimtab.bases.spec import Module, Spec
 from trimtab.errors import ConfigError, NotMergeable, first_of
 from trimtab.methods import dora, lora_start
 from trimtab.methods.base import ROUTER_WEIGHT, BaseView, Method, Packed, Params, Site, TargetedMethod
-from trimtab.methods.targets import merge_saved, pattern_value, regex_problem, saved_sites, select, select_parameters, stray_keys
+from trimtab.methods.targets import key_problem, merge_saved, pattern_value, saved_sites, select, select_parameters, stray_keys
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ class LoraConfig(TargetedMethod):
         }
         found += [f"{k} = {v}: must be a finite number above 0" for k, v in alphas.items() if v is not None and not (0 < v < math.inf)]
         patterns: dict[str, dict[str, int] | dict[str, float]] = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        found += [f"{option}: {key!r} {problem}" for option, keys in patterns.items() for key in keys if (problem := regex_problem(key))]
+        found += [f"{option}: {key!r} {problem}" for option, keys in patterns.items() for key in keys if (problem := key_problem(key))]
         if not 0.0 <= self.lora_dropout < 1.0:
             found.append(f"lora_dropout = {self.lora_dropout}: must be in [0, 1)")
         if any(i < 0 for i in self.invocation):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from trimtab.bases.spec import Module, Spec
 from trimtab.errors import ConfigError, nearest
 from trimtab.methods.base import ROUTER_WEIGHT, Params, Site
+from trimtab.methods.patterns import regex_problem, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,7 @@ def matches(name: str, wanted: str | Sequence[str]) -> bool:
     A string that is no regular expression matches nothing; `unmatched` says what is wrong with it.
     """
     if isinstance(wanted, str):
-        return regex_problem(wanted) is None and re.fullmatch(wanted, name) is not None
+        return _problem(wanted) is None and whole(wanted, name)
     return any(name == w or name.endswith("." + w) for w in wanted)
 
 
@@ -146,15 +147,6 @@ def as_list(names: Sequence[str]) -> str:
     return f"write a list: [{', '.join(n.strip(chr(34) + chr(39)) for n in names)}]"
 
 
-def regex_problem(pattern: str) -> str | None:
-    """What is wrong with a regular expression, or None."""
-    try:
-        re.compile(pattern)
-    except re.error as e:
-        return f"is not a regular expression: {e}"
-    return None
-
-
 def short_names(spec: Spec, kinds: Iterable[str] | None = None) -> list[str]:
     """The distinct last parts of the base's module names ("q_proj", …), or the whole path where the last part alone says too little."""
     names = (m.name for m in spec.modules.values() if kinds is None or m.kind in set(kinds))
@@ -185,22 +177,28 @@ def merge_saved(site: Site, params: Params) -> tuple[Tensor, Tensor | None]:
 
 def pattern_value(pattern: Mapping[str, N], name: str, default: N) -> N:
     """peft's rule for rank_pattern and alpha_pattern: the first key for which the name ends in a match, else the default."""
-    return next((v for key, v in pattern.items() if _ending(key).match(name)), default)
+    return next((v for key, v in pattern.items() if whole(ending(key), name)), default)
 
 
 def stray_keys(spec: Spec, option: str, pattern: Mapping[str, object], targeted: Sequence[str]) -> list[str]:
     """One finding for each key of rank_pattern or alpha_pattern that matches none of the modules acted on; peft ignores such keys."""
     short, found = list(dict.fromkeys(n.rpartition(".")[2] for n in targeted)), []
     for key in pattern:
-        if not any(_ending(key).match(n) for n in targeted):
-            other = next((n for n in spec.modules if _ending(key).match(n)), None)
+        if not any(whole(ending(key), n) for n in targeted):
+            other = next((n for n in spec.modules if whole(ending(key), n)), None)
             hint = f", only others such as {other}" if other else nearest(key.rpartition(".")[2], short)
             found.append(f"{option}: {key!r} matches no targeted module{hint}")
     return found
 
 
-@lru_cache(
-    maxsize=8192
-)  # re's own cache holds 512: a table with an entry for each module of a large base would compile each one anew for each
-def _ending(key: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({key})$")
+def ending(key: str) -> str:
+    """A key of rank_pattern or alpha_pattern as the pattern of whole names that it stands for."""
+    return rf"(.*\.)?({key})$"
+
+
+def key_problem(key: str) -> str | None:
+    """What is wrong with a key of rank_pattern or alpha_pattern, or None."""
+    return regex_problem(key) or regex_problem(ending(key))
+
+
+_problem = lru_cache(maxsize=64)(regex_problem)

@@ -21,6 +21,7 @@ from trimtab.serve.served import Served, served
 from trimtab.store.registry import Store
 
 if TYPE_CHECKING:
+    from trimtab.methods import Head
     from trimtab.model import Base
     from trimtab.store import Adapter
 
@@ -42,6 +43,11 @@ class Composed:
     @property
     def ref(self) -> str:
         return "+".join(part.ref if scale == 1 else f"{scale:g}*{part.ref}" for part, scale in self.parts)
+
+    @property
+    def head(self) -> Head | None:
+        """None: adapters with a head have no sum, as `load` says."""
+        return None
 
     def load(self) -> Adapter:
         """AdapterError if a part cannot be read; TrimtabError, which is the request's mistake, if it has no sum with the others."""

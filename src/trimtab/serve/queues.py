@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from trimtab.errors import TrimtabError
 from trimtab.serve.fairness import Fairness
+from trimtab.serve.request import head_problem
 from trimtab.serve.residency import Residency
 from trimtab.serve.sequence import Live
 
@@ -65,7 +66,7 @@ class Queues:
                 return False
             live.begin_with(resident)
             self.leased.add(live)
-        if problem := _head_problem(live):
+        if problem := head_problem(None if live.resident is None else live.resident.head, live.request.pooling):
             self.refused[live] = problem
         if live.total > self.max_length:
             self.refused[live] = TrimtabError(
@@ -135,19 +136,3 @@ class Queues:
         self.loading[live.digest].remove(live)
         if not self.loading[live.digest]:
             del self.loading[live.digest]
-
-
-def _head_problem(live: Live) -> TrimtabError | None:
-    """Why the adapter's head, or that it has none, does not allow what is asked; None where it does."""
-    head, pooling = None if live.resident is None else live.resident.head, live.request.pooling
-    if pooling == "head":
-        if head is None:
-            return TrimtabError("this adapter has no head that could score texts", fix="name one of objective classify or reward")
-        if head.every_token:
-            return TrimtabError("this adapter's head scores the steps of a text, not texts", fix="score them with `trimtab score`")
-    elif head is not None and pooling is None:
-        return TrimtabError(
-            "this adapter has a head: it scores texts and gives no answers",
-            fix="`trimtab score`, or the server's /classify, /v1/score and /v1/rerank, score texts",
-        )
-    return None

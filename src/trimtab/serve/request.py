@@ -15,6 +15,7 @@ from trimtab.decode.settings import cut_problems
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
+    from trimtab.methods import Head
     from trimtab.store import Adapter
 
 MAX_TOP_LOGPROBS = 20
@@ -119,6 +120,21 @@ class Servable(Protocol):
     def load(self) -> Adapter:
         """Read and check it, outside of the step loop. If it is refused with a TrimtabError, only the requests that wait for it fail."""
         ...
+
+
+def head_problem(head: Head | None, pooling: Pooling | None) -> TrimtabError | None:
+    """Why an adapter's head, or that it has none, does not allow what is asked; None where it does."""
+    if pooling == "head":
+        if head is None:
+            return TrimtabError("this adapter has no head that could score texts", fix="name one of objective classify or reward")
+        if head.every_token:
+            return TrimtabError("this adapter's head scores the steps of a text, not texts", fix="score them with `trimtab score`")
+    elif head is not None and pooling is None:
+        return TrimtabError(
+            "this adapter has a head: it scores texts and gives no answers",
+            fix="`trimtab score`, or the server's /classify, /v1/score and /v1/rerank, score texts",
+        )
+    return None
 
 
 @dataclass(frozen=True)

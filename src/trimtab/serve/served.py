@@ -18,11 +18,12 @@ from trimtab.errors import AdapterError
 from trimtab.serve.request import Servable
 from trimtab.store.files import AdapterFolder, Refusal, read_exactly
 from trimtab.store.find import InStore, find_adapter
-from trimtab.store.folder import CONFIG, NOTE, WEIGHTS, check_layout
+from trimtab.store.folder import CONFIG, NOTE, WEIGHTS, check_layout, own_head
 from trimtab.store.registry import Store
 from trimtab.store.version import Version
 
 if TYPE_CHECKING:
+    from trimtab.methods import Head
     from trimtab.model import Base
     from trimtab.store import Adapter
 
@@ -35,6 +36,10 @@ class Served(Servable, Protocol):
 
     @property
     def ref(self) -> str: ...
+    @property
+    def head(self) -> Head | None:
+        """Its own head, by its small files. AdapterError, or OSError, where they cannot be read: `load` says what is wrong."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ class StoredAdapter:
 
         with self.store.open(self.version) as folder:
             return Adapter.read(folder, self.base, f"adapter {self.version.ref}")
+
+    @property
+    def head(self) -> Head | None:
+        with self.store.open(self.version) as folder:
+            return own_head(folder, f"adapter {self.version.ref}")
 
 
 class Pinned(AdapterFolder):
@@ -132,6 +142,11 @@ class FolderAdapter:
         except OSError as error:
             raise AdapterError(f"{where} cannot be read any more: {error.strerror}", fix="unload it") from error
 
+    @property
+    def head(self) -> Head | None:
+        with descend(self.root, self.parts) as descriptor:
+            return own_head(AdapterFolder(Path(self.ref), descriptor), f"adapter {self.ref!r}")
+
 
 def served(source: str, base: Base, store: str | Path | Store | None = None) -> StoredAdapter | FolderAdapter:
     """The adapter that a folder's path or a name in the store means. AdapterError if there is none."""
@@ -149,7 +164,7 @@ def below(roots: Sequence[Path], path: str, first: Collection[str] | None) -> tu
         return None
     real = Path(os.path.realpath(path))
     for root in roots:
-        if root in real.parents and real.is_dir():
+        if root in real.parents and os.path.isdir(real):  # noqa: PTH112 (unlike Path's it is False of a name that is too long)
             parts = real.relative_to(root).parts
             if first is None or (parts[0] in first and len(parts) > 1):
                 return root, parts

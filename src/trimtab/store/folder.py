@@ -114,6 +114,12 @@ def _said(folder: AdapterFolder, base: Base, where: str) -> _Said:
     return _Said(method, sites, note, config_bytes, (*warnings, *strange), head)
 
 
+def own_head(folder: AdapterFolder, where: str) -> Head | None:
+    """The head of an adapter by its small files alone; None where it has none. AdapterError if they are missing, damaged or hostile."""
+    config, _, note, _ = _read_json(folder, where)
+    return _collected(lambda: head_in(config, folder, WEIGHTS, where), where) if note is None else head_of(note, where)
+
+
 def survey(folder: AdapterFolder, where: str) -> tuple[dict[str, Any], dict[str, Any] | None, list[Entry]]:
     """(adapter_config.json, trimtab.json, the weights' entries) of an adapter whose base is not at hand, checked as far as that goes.
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from trimtab.bases.spec import Spec
 from trimtab.methods.base import Site
-from trimtab.methods.targets import matches, parameters_of_experts, regex_problem, stray_keys
+from trimtab.methods.patterns import regex_problem
+from trimtab.methods.targets import matches, parameters_of_experts, stray_keys
 from trimtab.store.names import short_repr
 
 TRAINING_ONLY = frozenset(

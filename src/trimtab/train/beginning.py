@@ -17,6 +17,7 @@ import yaml
 
 from trimtab.data.opened import open_file
 from trimtab.errors import ConfigError, DataError, NotFoundError, printable
+from trimtab.paths import real_path, user_path
 from trimtab.train.config import RunConfig
 from trimtab.train.run_folders import DEPTH, MAX_FOLDERS, is_run
 
@@ -63,19 +64,19 @@ class Beginner:
         if path is None or not path.is_relative_to(self.root):
             raise NotFoundError("there is no such run file here", fix="choose one of those that are listed")
         run = RunConfig.load(path)
-        out = run.out.resolve()
+        out = real_path(run.out, ConfigError, "out")
         if not out.is_relative_to(self.root) or out == self.root:
             where = f"out = {printable(str(run.out))!r} lies outside of {printable(str(self.root))}"
             raise ConfigError(f"{where}, which this page shows", fix="name a folder below it, or start `trimtab studio` on a folder above")
-        if not resume and out.is_dir() and any(out.iterdir()):
+        if not resume and _holds_something(out):
             raise ConfigError(
                 f"out = {printable(str(run.out))!r} is not empty: a run never overwrites another",
                 fix="name another folder in `out`, or resume it",
             )
         words = ["train", str(path), *(["--resume"] if resume else [])]
-        log = log_of(out)
-        started = log.stat().st_size if log.exists() else 0
+        log = user_path(log_of(out), ConfigError, "out with .log, to which it prints,")
         try:
+            started = log.stat().st_size if os.path.lexists(log) else 0
             log.parent.mkdir(parents=True, exist_ok=True)
             opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         except OSError as error:
@@ -105,28 +106,38 @@ class Beginner:
         no such file."""
         try:
             folder = (self.root / out).resolve()
-            if folder.is_relative_to(self.root) and folder != self.root:
-                return read_log(log_of(folder), start)
         except (OSError, ValueError, RuntimeError):
-            pass  # no name of a file: it holds a NUL, or is too long
-        raise NotFoundError("there is no such log here")
+            folder = self.root  # no name of a file: it holds a NUL, is too long, or a link to itself
+        if folder == self.root or not folder.is_relative_to(self.root):
+            raise NotFoundError("there is no such log here")
+        return read_log(log_of(folder), start)
 
 
 def read_log(path: Path, start: int = 0) -> dict[str, Any]:
-    """The last bytes of a log, as text that a browser can be sent. A link is not followed: it may lead to what the page does not show."""
-    if path.is_symlink():
-        raise NotFoundError("there is no such log here")
+    """The last bytes of a log, as text that a browser can be sent. A link is not followed: it may lead to what the page does not show.
+    NotFoundError where there is no such file, and where no file can have its name: a folder's may be as long as names are."""
     try:
+        if path.is_symlink():
+            raise NotFoundError("there is no such log here")
         with open_file(path, printable(str(path))) as file:
             size = file.seek(0, os.SEEK_END)
             begin = max(start if start <= size else 0, size - TAIL)
             file.seek(begin)
             data = file.read(TAIL)
-    except DataError:
+    except (DataError, OSError, ValueError):
         raise NotFoundError("there is no such log here") from None
     text = data.decode("utf-8", errors="replace")
     lines = [printable(line.rsplit("\r", 1)[-1]) for line in text.splitlines()]
     return {"text": "\n".join(lines), "cut": begin > start, "size": size}
+
+
+def _holds_something(out: Path) -> bool:
+    """ConfigError where that cannot be looked up."""
+    try:
+        return out.is_dir() and any(out.iterdir())
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ConfigError(f"out = {printable(str(out))!r} cannot be read: {why}", fix="name a folder that this user may read") from None
 
 
 Known = Mapping[tuple[str, int, int], bool]

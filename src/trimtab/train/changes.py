@@ -31,9 +31,7 @@ def with_changes(content: Any, changes: Sequence[str], where: str) -> Any:
                 raise ValueError("write KEY=VALUE")
             _put(content, key.strip(), read_value(text))
         except (ValueError, yaml.YAMLError) as error:
-            problems.append(f"--set {change}: {error}")
-        except RecursionError:
-            problems.append(f"--set {change[:60]}…: nested too deeply")
+            problems.append(f"--set {change[:160]}: {error}")
     if problems:
         raise ConfigError(
             f"{where} cannot be changed so",

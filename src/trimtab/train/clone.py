@@ -40,8 +40,8 @@ def changes_of(texts: Sequence[str]) -> dict[str, Any]:
             json.dumps(found[key.strip()])  # control.json is to hold it
         except TypeError:
             problems.append(f"{text[:80]}: neither a number, a text, a switch, nor a list or mapping of these")
-        except (ValueError, yaml.YAMLError, RecursionError) as error:
-            problems.append(f"{text[:80]}: {str(error) or 'nested too deeply'}")
+        except (ValueError, yaml.YAMLError) as error:
+            problems.append(f"{text[:80]}: {error}")
     if problems:
         raise ConfigError("these settings cannot be read", problems=problems, fix="write them as in a run file, such as lr=1e-4")
     return found

@@ -24,7 +24,7 @@ from trimtab.objectives import OBJECTIVES, Objective, Sft, directions
 from trimtab.paths import is_url, user_path
 from trimtab.train.changes import with_changes
 from trimtab.train.optimizers import WITHOUT_ADAM
-from trimtab.train.options import VALIDATION, DataConfig, EvalOptions, RunOptions, TrainOptions, VariantConfig
+from trimtab.train.options import FASTEST, VALIDATION, DataConfig, EvalOptions, RunOptions, TrainOptions, VariantConfig
 from trimtab.train.runfile import explain, read_yaml, shown, unknown_keys
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -246,7 +246,23 @@ def _variant(name: str, value: Any, defaults: Mapping[str, Any], data: Mapping[s
     if objective.reads_head and method.name == "full":
         problems.append(f"{where}.objective = {objective.name!r}: a head is a part of an adapter, and method full has none")
         return None
-    return VariantConfig(name=name, data=source, method=method, options=options, objective=objective)
+    config = VariantConfig(name=name, data=source, method=method, options=options, objective=objective)
+    problems += [f"{where}.{p}" for p in _too_fast(config)]
+    return config
+
+
+def _too_fast(config: VariantConfig) -> list[str]:
+    """Rates at which no optimizer settles, and tensors may end as no numbers at all."""
+    options, found = config.options, []
+    ratio = options.loraplus_lr_ratio or 1.0
+    if config.lr * ratio >= FASTEST:
+        found.append(f"loraplus_lr_ratio = {ratio:g}: the B matrices' rate would be {config.lr * ratio:g}; at most {FASTEST:g}")
+    elif config.lr * ratio * options.weight_decay > 2:
+        found.append(
+            f"weight_decay = {options.weight_decay:g}: times the rate of {config.lr * ratio:g} it is above 2, so each step would make the "
+            "tensors larger"
+        )
+    return found
 
 
 def variant_from(name: str, value: Mapping[str, Any], options: Mapping[str, Any], data: Mapping[str, DataConfig | None]) -> VariantConfig:

@@ -12,19 +12,24 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from trimtab.atomic import atomic_write
+from trimtab.atomic import atomic_write, clear_unfinished
 from trimtab.data.opened import open_file
-from trimtab.errors import ConfigError, DataError, printable
+from trimtab.errors import ConfigError, DataError, first_of, printable
 
 CONTROL = "control.json"
 MAX_BYTES = 1 << 20
 FORMAT = 1
+MAX_CLONES = 64
+"""Of a run, those that were refused with them."""
+MAX_NAME = 63
+SHOWN = 10
+"""Of what is wrong with the file, so many findings are told, and how many more there are."""
 LOCK_S = 5.0
 """For how long another writer may hold the file."""
 
@@ -71,9 +76,15 @@ class Orders:
         kept = {n: o for n, o in self.variants.items() if n not in names or o == "stop"}
         return replace(self, variants=kept | {n: order for n in names if order is not None and kept.get(n) != "stop"})
 
-    def with_clone(self, name: str, clone: Clone) -> Orders:
-        """The clone comes last, though one of its name was refused before: it may be one of another clone, which must join first."""
-        return replace(self, clones={n: c for n, c in self.clones.items() if n != name} | {name: clone})
+    def with_clone(self, name: str, clone: Clone, refused: Collection[str] = ()) -> Orders:
+        """The clone comes last, though one of its name was refused before: it may be one of another clone, which must join first.
+        refused: clones that are forgotten where there would be more than MAX_CLONES. ConfigError where there are too many still."""
+        others = {n: c for n, c in self.clones.items() if n != name}
+        if len(others) >= MAX_CLONES:
+            others = {n: c for n, c in others.items() if n not in refused}
+        if len(others) >= MAX_CLONES:
+            raise ConfigError(f"this run has {len(others)} clones; at most {MAX_CLONES} are taken", fix="train more as a run of their own")
+        return replace(self, clones=others | {name: clone})
 
 
 NOTHING = Orders()
@@ -109,15 +120,20 @@ def _orders(data: bytes, path: Path) -> tuple[Orders, list[str]]:
         else:
             problems.append(f"variants.{printable(name[:80])}: neither 'stop' nor 'pause'")
     clones = {}
-    for name, value in _entries(content, "clones", problems):
+    asked = _entries(content, "clones", problems)
+    if len(asked) > MAX_CLONES:
+        problems.append(f"clones: {len(asked):,}, of which the first {MAX_CLONES} count")
+    for name, value in asked[:MAX_CLONES]:
         try:
+            if len(name) > MAX_NAME:
+                raise ValueError(f"a name has at most {MAX_NAME} characters")
             clones[name] = Clone.from_dict(value)
         except ValueError as error:
             problems.append(f"clones.{printable(name[:80])}: {error}")
     end = content.get("end", False)
     if not isinstance(end, bool):
         problems.append("end: neither true nor false")
-    return Orders(end is True, variants, clones), problems
+    return Orders(end is True, variants, clones), first_of(problems, SHOWN)
 
 
 def _entries(content: Mapping[str, Any], key: str, problems: list[str]) -> Sequence[tuple[str, Any]]:
@@ -139,6 +155,8 @@ def change_orders(folder: Path, change: Callable[[Orders], Orders]) -> Orders:
             content = json.dumps(changed.to_dict(), indent=1).encode()
             if len(content) > MAX_BYTES:
                 raise ConfigError(f"{printable(str(path))} would have more than {MAX_BYTES:,} bytes", fix="ask for less")
+            with suppress(OSError):
+                clear_unfinished(folder, CONTROL)  # of writers that were killed: one that lives would have the lock
             with atomic_write(path) as file:
                 file.write(content)
             return changed

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
+
 from trimtab.data.labels import labels_among
+from trimtab.errors import first_of
 from trimtab.forward.batch import BASE
 from trimtab.forward.packs import Mix
 from trimtab.objectives import Objective
@@ -97,17 +100,22 @@ def held_out(prepared: Prepared, name: str, split: Literal["valid", "test"]) -> 
     return replace(held, references=prepared.references.get((name, split), {}))
 
 
-def save(prepared: Prepared, adapters: dict[str, Adapter]) -> dict[str, int]:
-    """Save every variant in the run folder; returns the bytes of each one's tensors on disk. Before scoring, which may take long."""
-    sizes = {}
+def save(prepared: Prepared, adapters: dict[str, Adapter]) -> tuple[dict[str, int], dict[str, str]]:
+    """Save every variant in the run folder, before scoring, which may take long. Returns the bytes of each one's tensors on disk, and for
+    each adapter that cannot be saved, why."""
+    sizes, lost = dict[str, int](), dict[str, str]()
     for v in prepared.variants:
         folder = prepared.run.out / "adapters" / v.name
         if isinstance(v, FullVariant):
             v.save(folder, prepared.base.tokenizer)
         else:
+            odd = [name for name, t in adapters[v.name].params.items() if not bool(torch.isfinite(t).all())]
+            if odd:
+                lost[v.name] = f"cannot be saved: values that are not finite in {', '.join(first_of(odd, 3))}"
+                continue
             adapters[v.name].save(folder, run=_provenance(prepared, v, {}))
         sizes[v.name] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    return sizes
+    return sizes, lost
 
 
 def note_scores(prepared: Prepared, adapters: dict[str, Adapter], scored: Scores) -> None:
@@ -144,7 +152,9 @@ def summarise(prepared: Prepared, scored: Scores, sizes: dict[str, int], seconds
         "peak_memory_gb": round(peak_memory_gb(base.device), 3),
         "base_scores": {d: by_name["base"] for d, by_name in scored.items() if "base" in by_name},
         "variants": {
-            v.name: variant_summary(v, scored.get(v.config.data, {}).get(v.name, {}), sizes[v.name]) | _validation(v) for v in variants
+            v.name: variant_summary(v, scored.get(v.config.data, {}).get(v.name, {}), sizes.get(v.name, 0))
+            | (_validation(v) if v.name in sizes else {"saved_step": None})
+            for v in variants
         },
     }
 

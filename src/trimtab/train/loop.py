@@ -182,12 +182,17 @@ def _conclude(
     run, base = prepared.run, prepared.base
     adapters = {v.name: adapter_of(prepared, v) for v in prepared.variants if not isinstance(v, FullVariant)}
 
-    def write_adapters() -> dict[str, int]:
+    def write_adapters() -> tuple[dict[str, int], dict[str, str]]:
         keeper.hold.check()
         return save(prepared, adapters)
 
     with keeper.explained():
-        sizes = prepared.place.once(write_adapters)
+        sizes, lost = prepared.place.once(write_adapters)
+    for v in prepared.variants:
+        if v.name in lost:
+            v.progress.stopped = v.progress.stopped or lost[v.name]
+            listener.warning(f"{v.name} {lost[v.name]}")
+            del adapters[v.name]
     before, after = watch.before, watch.now(base.model)
     if after != before:
         raise _changed(run, before, after)
@@ -255,7 +260,8 @@ def finished(
                 mirror.claim_and_finish()
 
     place.once(complete)
-    names = [v.name for v in run.variants if not isinstance(v.method, FullConfig)]
+    saved = {name for name, entry in summary["variants"].items() if entry["saved_step"] is not None}
+    names = [v.name for v in run.variants if v.name in saved and not isinstance(v.method, FullConfig)]
     return Report(run.out, summary, {n: Adapter.load(run.out / "adapters" / n, base) for n in names}, base, run.url)
 
 

@@ -72,18 +72,25 @@ def steps_of(steps: float, total_steps: int) -> int:
     return math.ceil(steps * total_steps) if steps < 1 else int(steps)
 
 
+FASTEST = 10.0
+"""Learning rates are below this, LoRA+'s too."""
+
+
 class TrainOptions(Strict):
     """How one variant trains. Given under `defaults` for all, or in a variant for itself."""
 
-    lr: float | None = Field(None, gt=0, lt=10, description="peak learning rate; None: the method's preset, scaled by the objective")
+    lr: float | None = Field(None, gt=0, lt=FASTEST, description="peak learning rate; None: the method's preset, scaled by the objective")
     epochs: float = Field(2, gt=0, allow_inf_nan=False, description="passes over the training rows; ignored where max_steps is set")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
     batch_size: int = Field(16, ge=1, description="rows of one batch")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="batches of one optimizer step")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=65_536, description="batches of one optimizer step")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="decay of the learning rate after warm-up")
     warmup_steps: int | float = Field(0, ge=0, description="steps over which the learning rate rises from 0; below 1: this part of all")
     loraplus_lr_ratio: float | None = Field(
-        None, gt=0, description="LoRA+ (arXiv:2402.12354): the rate of the B matrices is this times lr; lora only, embeddings keep lr"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="LoRA+ (arXiv:2402.12354): the rate of the B matrices is this times lr; lora only, embeddings keep lr",
     )
     optimizer: OptimizerName = Field("adamw", description="what steps; its state is counted by `trimtab plan --optimizer`")
     neftune_noise_alpha: float | None = Field(
@@ -96,7 +103,7 @@ class TrainOptions(Strict):
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient's norm over all of the variant's tensors is clipped to this")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
-    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    adam_epsilon: float = Field(1e-8, gt=0, allow_inf_nan=False, description="AdamW's epsilon")
     max_length: int = Field(1024, ge=2, description="longer rows are counted and left out, never cut")
     last_turn_only: bool = Field(False, description="supervise the last assistant turn only")
     eval_every: int | float | None = Field(

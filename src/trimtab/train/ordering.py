@@ -111,7 +111,7 @@ def clone(folder: Path, of: str, name: str, changes: Mapping[str, Any]) -> Asked
         what = f"run.json in {printable(str(folder))} is not as trimtab writes it ({type(error).__name__}: {error})"
         raise ConfigError(what, fix="resume the run, which writes it anew") from error
     before = run.refused.get(name)
-    change_orders(folder, lambda orders: orders.with_clone(name, Clone(of, changes)))
+    change_orders(folder, lambda orders: orders.with_clone(name, Clone(of, changes), run.refused))
 
     def outcome() -> str | None:
         now = Controlled.of(folder, over=True)

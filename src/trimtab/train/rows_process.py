@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from trimtab.errors import ConfigError, TrimtabError, printable
+from trimtab.errors import BaseError, ConfigError, TrimtabError, printable
 from trimtab.memory import free_bytes
 
 KEPT = 2
@@ -79,19 +79,22 @@ class Answering:
         self._open: OrderedDict[str, Any] = OrderedDict()
         self._limited = False
 
-    def open(self, key: str, subject: str, base: str, allowed: list[str]) -> Asked:
-        """Read what a run folder, or data, is trained on. allowed: folders in which its files may lie."""
-        from trimtab.train.subject import content_of, refuse_outside
+    def open(self, key: str, subject: str, base: str, allowed: list[str], own: str = "") -> Asked:
+        """Read what a run folder, or data, is trained on. base: of data. allowed: folders in which its files may lie, and the base that is
+        asked for. own: the page's base, which may lie anywhere, as that of a run may."""
+        from trimtab.train.subject import content_of, refuse_base_outside, refuse_outside
 
+        refuse_base_outside(base, [Path(folder) for folder in allowed], own)
         content, root = content_of(Path(subject), base)
         refuse_outside(content, root, [Path(folder) for folder in allowed])
         return self._read(key, content, root, subject, estimate=False)
 
-    def check(self, key: str, text: str, root: str, allowed: list[str]) -> Asked:
+    def check(self, key: str, text: str, root: str, allowed: list[str], own: str = "") -> Asked:
         """Read what a run file's text names, and tell what the run would cost."""
-        from trimtab.train.subject import refuse_outside
+        from trimtab.train.subject import refuse_base_outside, refuse_outside
 
         content = parsed(text)
+        refuse_base_outside(content.get("base"), [Path(folder) for folder in allowed], own)
         refuse_outside(content, Path(root), [Path(folder) for folder in allowed])
         return self._read(key, content, Path(root), "run file", estimate=True)
 
@@ -101,23 +104,27 @@ class Answering:
 
         return choices()
 
-    def guess(self, path: str, root: str, base: str, allowed: list[str]) -> Asked:
+    def guess(self, path: str, root: str, base: str, allowed: list[str], own: str = "") -> Asked:
         """A first run file for data."""
         from trimtab.train.guided import guessed
-        from trimtab.train.subject import refuse_outside
+        from trimtab.train.subject import refuse_base_outside, refuse_outside
 
+        refuse_base_outside(base, [Path(folder) for folder in allowed], own)
         refuse_outside({"data": {"rows": {"train": path}}}, Path(root), [Path(folder) for folder in allowed])
         return guessed(path, Path(root), base)
 
-    def form(self, content: Asked, said: list[str], root: str, allowed: list[str]) -> Asked:
+    def form(self, content: Asked, said: list[str], root: str, allowed: list[str], own: str = "") -> Asked:
         """The text of a run file, and what is wrong with it. None of its rows is read, though files are looked into."""
         from trimtab.train.guided import formed, text_of
-        from trimtab.train.subject import refuse_outside
+        from trimtab.train.subject import refuse_base_outside, refuse_outside
 
+        folders = [Path(folder) for folder in allowed]
         try:
-            refuse_outside(content, Path(root), [Path(folder) for folder in allowed])
+            refuse_outside(content, Path(root), folders)
+            refuse_base_outside(content.get("base"), folders, own)
         except TrimtabError as error:
-            return {"text": text_of(content, said), "problems": [{"where": "data", "text": error.render()}]}
+            where = "base" if isinstance(error, BaseError) else "data"
+            return {"text": text_of(content, said), "problems": [{"where": where, "text": error.render()}]}
         return formed(content, said, Path(root))
 
     def rows(self, key: str, **which: Any) -> Asked:
@@ -168,7 +175,7 @@ def parsed(text: str) -> Any:
 
     try:
         content = read_value(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"the run file is not YAML: {error}", fix="docs/run-file.md shows its shape") from None
     if not isinstance(content, dict):
         raise ConfigError("the run file is no mapping", fix="docs/run-file.md shows its shape")

@@ -33,21 +33,19 @@ def read_yaml(path: Path, what: str) -> Any:
             raise ConfigError(
                 f"the {what} {path} is longer than {MAX_BYTES:,} bytes", fix="name the YAML file; rows belong into data files"
             )
-        return yaml.load(data.decode("utf-8"), Loader=_UniqueKeys)
+        return read_value(data.decode("utf-8"))
     except UnicodeDecodeError as e:
         raise ConfigError(f"the {what} {path} is not UTF-8: byte 0x{data[e.start]:02x} at {e.start}", fix="save it as UTF-8") from None
     except FileNotFoundError:
         raise ConfigError(f"there is no {what} {path}", fix=f"name the {what}; `trimtab init` writes a first one") from None
     except OSError as e:
         raise ConfigError(f"cannot read the {what} {path}: {e.strerror}") from None
-    except RecursionError:
-        raise ConfigError(f"{path} is nested too deeply to be a {what}", fix="see docs/run-file.md for its shape") from None
-    except (yaml.YAMLError, ValueError) as e:  # ValueError: a date that is none, a number of 5,000 digits
+    except yaml.YAMLError as e:
         raise ConfigError(f"{path} is not YAML: {e}") from None
 
 
 def read_value(text: str) -> Any:
-    """One value as a run file would have it: `1e-3` is a number. yaml.YAMLError or ValueError where it is none."""
+    """One value as a run file would have it: `1e-3` is a number. yaml.YAMLError, with the line, where it is none: nothing else."""
     return yaml.load(text, Loader=_UniqueKeys)
 
 
@@ -79,8 +77,49 @@ def explain(error: ValidationError, where: str) -> list[str]:
 MERGE = "tag:yaml.org,2002:merge"
 
 
+TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "timestamp")}
+"""YAML's core tags, and that of dates, which plain text such as 2026-01-31 gets."""
+MAX_DEPTH = 50
+"""How deep lists and mappings may be nested."""
+MAX_DIGITS = 400
+
+
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys in silence; two variants of one name would lose the first."""
+    """YAML keeps the last of two equal keys in silence; two variants of one name would lose the first. What is no value of its kind is a
+    yaml.YAMLError with its line, whatever the constructor of the kind raises."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self._depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"nested too deeply: more than {MAX_DEPTH} levels", mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)  # type: ignore[no-any-return]
+        finally:
+            self._depth -= 1
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        tag = node.tag.rpartition(":")[2] if node.tag in TAGS else str(node.tag)
+        # only a scalar is shown: the nodes of a list may stand for more values than memory holds
+        problem = f"{shown(node.value) if isinstance(node, yaml.ScalarNode) else f'a {node.id}'} is no {tag}"
+        if node.tag not in TAGS:
+            problem = f"the tag {shown(tag)} is not read: write the value without it"
+        elif (tag == "map", tag == "seq") != (isinstance(node, yaml.MappingNode), isinstance(node, yaml.SequenceNode)):
+            pass
+        elif tag in ("int", "float") and len(node.value) > MAX_DIGITS:
+            problem = f"a number of {len(node.value):,} characters: at most {MAX_DIGITS} are read"
+        else:
+            try:
+                return super().construct_object(node, deep)
+            except yaml.YAMLError:
+                raise
+            except Exception:
+                pass
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         if any(key.tag == MERGE for key, _ in node.value):  # a few lines of merges can make more keys than memory holds

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trimtab.bases.shapes import Architecture
-from trimtab.errors import ConfigError, DataError, TrimtabError, printable
+from trimtab.errors import ConfigError, DataError, TrimtabError, first_of, printable
 from trimtab.memory import explained
-from trimtab.places.place import Place
+from trimtab.places.place import Place, RankLost
 from trimtab.train.before import refuse_sharded, refuse_too_much
 from trimtab.train.clone import ALONE, TOGETHER, with_clone
-from trimtab.train.control import Clone, Orders, Watched, read_orders
+from trimtab.train.control import SHOWN, Clone, Orders, Watched, read_orders
 from trimtab.train.dry import unrewarded
 from trimtab.train.evaluate import HeldOut
 from trimtab.train.interrupt import Stop
@@ -35,6 +35,9 @@ POLL_S = 0.2
 """Between two looks at the file while nothing trains."""
 BY_HAND = "stopped by hand at step "
 """How `progress.finished_early` begins for a variant that was told to stop."""
+
+MAX_WHY = 2000
+"""Characters of why a clone is refused: settings that a hand has written may be long."""
 
 
 class Steering:
@@ -84,12 +87,13 @@ class Steering:
             return
         if orders.end:
             self._keeper.leave(signal.SIGINT)
+        self._refused = {name: told for name, told in self._refused.items() if name in orders.clones}
         for name, clone in orders.clones.items():
             self._welcome(name, clone)
         known = {v.name: v for v in self._prepared.variants}
         strange = [printable(name[:80]) for name in orders.variants if name not in known and name not in self._refused]
         if strange:
-            self._listener.warning(f"control.json names no variants of this run: {', '.join(strange)}")
+            self._listener.warning(f"control.json names no variants of this run: {', '.join(first_of(strange, SHOWN))}")
         self._stop([v for n, v in known.items() if v.live and orders.variants.get(n) == "stop"], metrics)
         self._pause({n for n, v in known.items() if v.live and orders.variants.get(n) == "pause"})
         self._place.once(self._tell)
@@ -101,7 +105,7 @@ class Steering:
         except (DataError, OSError) as error:
             why = error.message if isinstance(error, DataError) else str(error)
             return None, [f"{why}; orders from before stay in force"]
-        return orders, [f"control.json: {p}; this counts for nothing" for p in problems[:10]]
+        return orders, [f"control.json: {p}; this counts for nothing" for p in problems]
 
     def _stop(self, variants: Sequence[Variant], metrics: Sink) -> None:
         """End them as an early stop does: where they have valid rows, they are validated, and their best step is kept."""
@@ -135,12 +139,17 @@ class Steering:
         try:
             with explained(f"making the clone {printable(name[:80])}", ALONE):
                 config, variant = self._made(name, clone)
+        except RankLost:
+            raise
         except TrimtabError as error:
-            why = "; ".join([error.message, *error.problems, *([f"fix: {error.fix}"] if error.fix else [])])
+            why = "; ".join([error.message, *first_of(error.problems, SHOWN), *([f"fix: {error.fix}"] if error.fix else [])])
+        except Exception as error:  # whatever a setting that nobody has thought of does: the others train on
+            why = f"{type(error).__name__}: {error}"
+        why = printable(why[:MAX_WHY])
         if self._place.most(int(bool(why))):  # memory may be short on one rank alone
             why = why or "another rank cannot take it"
-            self._refused[name] = clone, printable(why)
-            self._listener.warning(f"the clone {printable(name[:80])} does not join: {printable(why)}")
+            self._refused[name] = clone, why
+            self._listener.warning(f"the clone {printable(name[:80])} does not join: {why}")
             return
         prepared = self._prepared
         self._refused.pop(name, None)

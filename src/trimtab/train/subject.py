@@ -7,21 +7,25 @@ taken: length, turns, objective.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from trimtab.bases.bundled import BUNDLED_NAMES
 from trimtab.data.sources import HUB, KEYS, holds_rows, sources_in
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import BaseError, ConfigError, DataError
 from trimtab.objectives import OBJECTIVES, Sft
-from trimtab.paths import user_path
+from trimtab.paths import real_path, user_path
 from trimtab.train.config import RunConfig, named_data
 from trimtab.train.initial import guess, run_text
 from trimtab.train.past import load, plan_of
 from trimtab.train.run_folders import is_file, is_run
 
+OUTSIDE = "outside of the folders that this page may show"
+NAME_IT = "name the folder when the page is started: trimtab studio RUNS --data FOLDER"
 SPLITS = ("train", "valid", "test")
 RUN_FILES = (".yaml", ".yml")
 Content = Mapping[str, Any]
@@ -105,10 +109,19 @@ def refuse_outside(content: Content, root: Path, allowed: Sequence[Path]) -> Non
         for value in [splits[s] for s in SPLITS if splits.get(s)]:
             for source in sources_in(value, "")[0]:
                 if source.rows is None and not source.path.startswith(HUB):
-                    path = user_path(source.path, DataError, "path", root).resolve()
+                    path = real_path(user_path(source.path, DataError, "path", root), DataError, "path")
                     outside += [] if any(path.is_relative_to(folder) for folder in allowed) else [source.path]
     if outside:
-        raise DataError(
-            f"outside of the folders that this page may show: {', '.join(dict.fromkeys(outside))}",
-            fix="name the folder when the page is started: trimtab studio RUNS --data FOLDER",
-        )
+        raise DataError(f"{OUTSIDE}: {', '.join(dict.fromkeys(outside))}", fix=NAME_IT)
+
+
+def refuse_base_outside(base: Any, allowed: Sequence[Path], own: str) -> None:
+    """BaseError where a base is a path outside the folders that may be shown, links followed; before anything of it is read. The same
+    answer whether it is there or not. own: the base that the page was started with, wherever it lies."""
+    if not isinstance(base, str) or base == own or base in BUNDLED_NAMES:
+        return
+    path = user_path(base, BaseError, "base")
+    if not (base.startswith(("/", "~")) or {".", ".."}.intersection(base.split("/")) or os.path.lexists(path)):
+        return  # a name of the hub, or none of anything
+    if not any(real_path(path, BaseError, "base").is_relative_to(folder) for folder in allowed):
+        raise BaseError(f"{OUTSIDE}: base = {base!r}", fix=f"{NAME_IT}, or --base")

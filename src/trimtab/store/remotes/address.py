@@ -125,7 +125,10 @@ def _registry(url: str, rest: str) -> RegistryAddress:
 def _folder(url: str, scheme: str) -> FolderAddress:
     root, hash_, ref = url.partition("#")
     root = root.rstrip("/")
-    path = urlsplit(root)
+    try:
+        path = urlsplit(root)
+    except ValueError as error:
+        raise AdapterError(f"{url!r} is no URL: {error}", fix="write for example s3://bucket/folder or file:///srv/adapters") from None
     if ".." in path.path.split("/") or not (path.netloc or path.path.strip("/")):
         raise AdapterError(
             f"{url!r} names no folder, or leaves it through '..'", fix="write for example s3://bucket/folder or file:///srv/adapters"

@@ -99,8 +99,9 @@ class Registry:
         def send() -> None:
             with self._ask("POST", "/blobs/uploads/", {"Content-Length": "0"}) as answer:
                 self._expect(answer, 202)
-                url = urljoin(f"{self._root}/blobs/uploads/", answer.headers.get("Location", ""))
-            url += ("&" if urlsplit(url).query else "?") + f"digest={blob.digest}"
+                with speaking(self.where):
+                    url = urljoin(f"{self._root}/blobs/uploads/", answer.headers.get("Location", ""))
+                    url += ("&" if urlsplit(url).query else "?") + f"digest={blob.digest}"
             with self._ask("PUT", url, {"Content-Type": "application/octet-stream"}, source) as answer:
                 self._expect(answer, 201)
 

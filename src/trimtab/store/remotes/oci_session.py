@@ -80,7 +80,7 @@ def speaking(where: str) -> Iterator[None]:
         raise AdapterError(f"{where}: no safe connection: {redacted(str(error))}", fix=fix) from error
     except (requests.exceptions.ConnectionError, requests.exceptions.Timeout, requests.exceptions.ChunkedEncodingError) as error:
         raise Transient(str(error)) from error
-    except (requests.exceptions.RequestException, urllib3.exceptions.LocationValueError) as error:
+    except (requests.exceptions.RequestException, urllib3.exceptions.LocationValueError, ValueError) as error:  # no URL
         raise AdapterError(f"{where}: {redacted(str(error))}", fix="see whether the registry's address is right") from error
     except urllib3.exceptions.HTTPError as error:
         raise Transient(str(error)) from error

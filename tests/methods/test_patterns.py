@@ -1,0 +1,90 @@
+"""Patterns are matched in bounded time, and match what `re` matches."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from trimtab.errors import ConfigError
+from trimtab.methods.lora import LoraConfig
+from trimtab.methods.patterns import regex_problem, whole
+from trimtab.methods.targets import key_problem, matches, pattern_value
+
+NAMES = [
+    "",
+    "lm_head",
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.11.self_attn.v_proj",
+    "model.layers.1.mlp.down_proj",
+    "model.layers.3.MLP.experts.gate_up_proj",
+    "transformer.h.10.attn.c_attn",
+    "a\n",
+]
+PATTERNS = [
+    r".*",
+    r".*\.(q_proj|v_proj)$",
+    r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",  # peft's docs
+    r"model\.layers\.(?:0|[1-3]|1[01])\..*_proj",
+    r"(.*\.)?(q_proj)$",
+    r"(?!.*mlp).*_proj",
+    r".*(?<=q_)proj",
+    r".*(?<!q_)proj",
+    r"(?i).*mlp.*",
+    r".*(?i:mlp).*PROJ",
+    r"^model\.layers\.\d{1,2}?\.[^.]+\.\w+\Z",
+    r".*?\.[^\W\d_]+_proj",
+    r"(a|)*\n?",
+    r"a$",
+    r".*\b[A-Z]+\b.*",
+    r"(?x) .* \. q _ proj  # a comment",
+    r"((\w+\.){3}){1}\w+\.\w+",
+    r"(?s)a.",
+    r"\B",
+    r"\b",
+    r"[^a-z].*|lm_head|",
+    r"(model|layers|\.|\d)+self_attn\.q_proj",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_matches_what_re_matches(pattern: str) -> None:
+    assert regex_problem(pattern) is None
+    for name in NAMES:
+        assert whole(pattern, name) is (re.fullmatch(pattern, name) is not None), (pattern, name)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(.+)+!", "(?x)(.+) +!", "((.*)*)*!", "(.|.)*!", ".*" * 12 + "!", "(a?){1000000}!", "(.?){50}" * 3 + "!"]
+)
+def test_no_pattern_takes_for_ever(pattern: str) -> None:
+    name = "model.layers.11.self_attn.q_proj.model.layers.11.self_attn.q_proj"
+    assert not matches(name, pattern)
+    if not pattern.startswith("(?x)"):  # no key: flags stand first
+        assert key_problem(pattern) is None
+        assert pattern_value({pattern: 3}, name, 8) == 8
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ("(", "is not a regular expression"),
+        (r"(a)\1", "has a back reference"),
+        ("(?>a+)b", "has an atomic group"),
+        ("a++b", "has a possessive repeat"),
+        ("(a)?(?(1)b|c)", "has a condition on a group"),
+        ("a{99999999999999999999}", "is not a regular expression"),
+        ("(" * 30 + "a" + ")" * 30, "in one another"),
+        ("(" * 5000 + "a" + ")" * 5000, "in one another"),
+        ("a" * 20_000, "has 20,000 parts"),
+    ],
+)
+def test_what_is_wrong_with_a_pattern_is_said(pattern: str, why: str) -> None:
+    assert why in str(regex_problem(pattern))
+    assert not matches("a", pattern)
+
+
+def test_a_key_that_is_a_pattern_only_by_itself_is_refused() -> None:
+    with pytest.raises(ConfigError) as e:
+        LoraConfig(r=2, rank_pattern={"(?i)q_proj": 4})
+    assert "rank_pattern: '(?i)q_proj' is not a regular expression" in str(e.value)
