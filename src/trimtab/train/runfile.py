@@ -105,7 +105,7 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         tag = node.tag.rpartition(":")[2] if node.tag in TAGS else str(node.tag)
         # only a scalar is shown: the nodes of a list may stand for more values than memory holds
-        problem = f"{shown(node.value) if isinstance(node, yaml.ScalarNode) else f'a {node.id}'} is no {tag}"
+        problem = f"{shown(node.value) if isinstance(node, yaml.ScalarNode) else 'this list or mapping'} is no {tag}"
         if node.tag not in TAGS:
             problem = f"the tag {shown(tag)} is not read: write the value without it"
         elif (tag == "map", tag == "seq") != (isinstance(node, yaml.MappingNode), isinstance(node, yaml.SequenceNode)):
