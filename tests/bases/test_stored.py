@@ -204,13 +204,13 @@ def test_packed_weights_that_do_not_fit(case: str, folder_of: Callable[[str], Pa
 def test_codes_without_their_scales_are_not_taken_for_matrices(
     kind: str, dense: Path, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """One scale that is missing; and scales under the name that other programs give them, one for a matrix."""
+    """One scale that is missing; and scales under the name that other programs give them, one of a matrix, that are no known ones."""
 
     def changed(tensors: dict[str, Tensor]) -> None:
         if kind == "int8":
             del tensors[f"{Q}.SCB"]
         for name in [n for n in tensors if n.endswith("_inv")]:
-            tensors[name.removesuffix("_inv")] = tensors.pop(name).mean()
+            tensors[name.replace("weight_scale_inv", "weight_scales")] = tensors.pop(name).mean()
 
     folder = folder_of("int8") if kind == "int8" else loops("fp8", dense)[0]
     with pytest.raises(BaseError, match="packed weights without the tensors that tell") as refusal:
@@ -318,17 +318,17 @@ def test_a_written_folder_is_read_by_transformers_with_bitsandbytes(name: str, d
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def whole_numbers(W: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def whole_numbers(W: Tensor, size: int, most: int = 15) -> tuple[Tensor, Tensor, Tensor]:
     """(codes [O, I], scales [O, G] in fp16, zeros [O, G]) in groups of so many inputs."""
     groups = W.float().unflatten(1, (-1, size))
-    scale = ((groups.amax(2) - groups.amin(2)) / 15).half()
-    zero = (-groups.amin(2) / scale.float()).round().clamp(0, 15)
-    return ((groups / scale.float()[..., None]).round() + zero[..., None]).clamp(0, 15).flatten(1).long(), scale, zero.long()
+    scale = ((groups.amax(2) - groups.amin(2)) / most).half()
+    zero = (-groups.amin(2) / scale.float()).round().clamp(0, most)
+    return ((groups / scale.float()[..., None]).round() + zero[..., None]).clamp(0, most).flatten(1).long(), scale, zero.long()
 
 
-def eights(numbers: list[int], order: tuple[int, ...] = tuple(range(8))) -> int:
-    """Eight numbers of 4 bits as an int32."""
-    value = sum(numbers[order[k]] << (4 * k) for k in range(8))
+def eights(numbers: list[int], order: tuple[int, ...] = tuple(range(8)), bits: int = 4) -> int:
+    """Eight numbers of 4 bits, or four of 8, as an int32."""
+    value = sum(numbers[order[k]] << (bits * k) for k in range(32 // bits))
     return value - 2**32 if value >= 2**31 else value
 
 
@@ -343,20 +343,33 @@ def packed_by_loop(kind: str, W: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         scale = torch.rand(-(-O // 48), -(-I // 48), generator=torch.Generator().manual_seed(O)) + 0.5
         codes = W.float().to(torch.float8_e4m3fn)
         return {"weight": codes, "weight_scale_inv": scale}, codes.float() * scale[rows][:, columns]
-    code, scale, zero = whole_numbers(W, 32)
+    if kind == "fp8 of outputs":
+        codes, scales = W.float().to(torch.float8_e4m3fn), torch.rand(O, 1, generator=torch.Generator().manual_seed(O)) + 0.5
+        return {"weight": codes, "weight_scale": scales}, codes.float() * scales
+    bits = 8 if "8 bits" in kind else 4
+    per = 32 // bits
+    code, scale, zero = whole_numbers(W, 32, 2**bits - 1)
     group = torch.arange(I) // 32
-    if kind == "gptq in an order":
+    if "in an order" in kind:
         group = group[torch.randperm(I, generator=torch.Generator().manual_seed(0))]
     held = (code - zero[:, group]) * scale.float()[:, group]
+    if kind == "awq gemv":  # room for 32 groups, of which there are two to four
+        wide = torch.nn.functional.pad(zero, (0, 32 - zero.shape[1])).tolist()
+        rows = lambda m: torch.tensor([[eights(row[c : c + 8]) for c in range(0, len(row), 8)] for row in m])  # noqa: E731
+        tensors = {"qweight": rows(code.tolist()).int(), "qzeros": rows(wide).int()}
+        return tensors | {"scales": torch.nn.functional.pad(scale, (0, 32 - scale.shape[1]))}, held
     if kind == "awq":
         along_outputs = lambda m: torch.tensor([[eights(row[c : c + 8], AWQ_ORDER) for c in range(0, O, 8)] for row in m.T.tolist()])  # noqa: E731
         tensors = {"qweight": along_outputs(code), "qzeros": along_outputs(zero)}
     else:
         less = 0 if kind == "gptq_v2" else 1
         tensors = {
-            "qweight": torch.tensor([[eights(code[o, r : r + 8].tolist()) for o in range(O)] for r in range(0, I, 8)]),
+            "qweight": torch.tensor([[eights(code[o, r : r + per].tolist(), bits=bits) for o in range(O)] for r in range(0, I, per)]),
             "qzeros": torch.tensor(
-                [[eights([(z - less) & 15 for z in row[c : c + 8]]) for c in range(0, O, 8)] for row in zero.T.tolist()]
+                [
+                    [eights([(z - less) & (2**bits - 1) for z in row[c : c + per]], bits=bits) for c in range(0, O, per)]
+                    for row in zero.T.tolist()
+                ]
             ),
             "g_idx": group.int(),
         }
@@ -369,7 +382,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32},
     "gptq_v2": {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"},
     "gptq in an order": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
+    "gptq of 8 bits": {"quant_method": "gptq", "bits": 8, "group_size": 32},
+    "gptq of 8 bits in an order": {"quant_method": "gptq", "bits": 8, "group_size": 32, "desc_act": True},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
+    "awq gemv": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"},
+    "fp8 of outputs": {"quant_method": "fbgemm_fp8"},
 }
 
 
@@ -393,7 +410,8 @@ def test_a_folder_that_loops_have_packed(kind: str, dense: Path) -> None:
     folder, matrices = loops(kind, dense)
     base, twin = load_base(str(folder), dtype="float32"), AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     twin.load_state_dict({f"{n}.weight": W for n, W in matrices.items()}, strict=False)
-    assert base.packed_as == SETTINGS[kind]["quant_method"] and len(matrices) == 14
+    form = {"gptq of 8 bits": "gptq-8", "awq gemv": "awq-gemv", "fp8 of outputs": "float-quantized"}.get(kind.removesuffix(" in an order"))
+    assert base.packed_as == (form or SETTINGS[kind]["quant_method"]) and len(matrices) == 14
     for n, W in matrices.items():
         assert difference(base.matrix(n).dense(), W) < 1e-6, n
         assert all(t.is_contiguous() for t in base.matrix(n).packed.parts.values()), "kernels would copy it for each product"
@@ -428,9 +446,13 @@ def test_few_matrices_at_a_time_are_packed_anew_for_a_fingerprint(dense: Path, m
     [
         ("gptq", lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"][:-1].clone()}), {}, r"scales is \[1, 64\]"),
         ("gptq", lambda t: t.update({f"{Q}.g_idx": t[f"{Q}.g_idx"] + 1}), {}, "g_idx names groups from 1 to 2, where there are 2"),
-        ("gptq", lambda t: None, {"bits": 8}, "bits = 8: only 4 are read"),
+        ("gptq", lambda t: None, {"bits": 3}, "bits = 3: only 4 and 8 are read"),
+        ("gptq", lambda t: None, {"bits": 8}, r"qweight is \[8, 64\] int32 where \[16, 64\]"),
         ("gptq", lambda t: None, {"group_size": 48}, "group_size = 48 does not divide the 64 inputs"),
-        ("awq", lambda t: None, {"version": "gemv"}, "version 'gemv' of AWQ is not read"),
+        ("awq", lambda t: None, {"version": "gemv_fast"}, "version 'gemv_fast' of AWQ is not read"),
+        ("awq", lambda t: None, {"version": "gemv"}, r"scales is \[2, 64\] float16 where \[64, 32\]"),
+        ("awq gemv", lambda t: t[f"{Q}.scales"].add_(1), {}, "have more than the 2 groups of 32 inputs"),
+        ("awq", lambda t: None, {"bits": 8}, "bits = 8: AWQ is read with 4"),
         ("awq", lambda t: t.pop(f"{Q}.qzeros"), {}, "no tensor qzeros"),
         ("fp8", lambda t: None, {"weight_block_size": [32, 48]}, r"weight_scale_inv is \[3, 2\]"),
         ("fp8", lambda t: None, {"weight_block_size": [0, 48]}, "two numbers above 0"),

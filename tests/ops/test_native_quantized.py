@@ -18,7 +18,7 @@ ROWS, COLUMNS = 37, (64, 576, 1536)
 BLOCKS = {"q4_0": (32, 18, (0,)), "q8_0": (32, 34, (0,)), "q4_k": (256, 144, (0, 2)), "q6_k": (256, 210, (208,))}
 CASES = [
     *[("code4", block, nested) for block, nested in ((64, False), (64, True), (32, False), (128, False), (192, True))],
-    *[("int4", block, False) for block in (32, 64, 192, 16)],
+    *[(kind, block, False) for kind in ("int4", "int8_groups") for block in (32, 64, 192, 16)],
     *[(kind, block, False) for kind, block in (("int8", 64), ("fp8", 128), ("fp8", 24), ("mxfp4", 32))],
     *[(kind, block, False) for kind, (block, *_) in BLOCKS.items()],
 ]
@@ -47,6 +47,12 @@ def matrix(kind: str, I: int, block: int, nested: bool) -> PackedMatrix:
         parts = {"codes": codes(ROWS, I).view(torch.float8_e4m3fn), "scale": scales(-(-ROWS // 16), -(-I // block))}
     elif kind == "int4":
         parts = {"codes": codes(ROWS, I // 2), "scale": scales(ROWS, I // block), "zero": codes(ROWS, I // block) % 16}
+    elif kind == "int8_groups":
+        parts = {
+            "codes": codes(ROWS, I).view(torch.int8),
+            "scale": scales(ROWS, I // block),
+            "zero": codes(ROWS, I // block).view(torch.int8),
+        }
     elif kind == "mxfp4":
         parts = {"codes": codes(ROWS, I // 2), "table": table, "scale": 120 + codes(ROWS, I // 32) % 12}
     else:

@@ -55,18 +55,21 @@ def by_loop(kind: str) -> tuple[PackedMatrix, Tensor]:
         "fp8": {"codes": float8, "scale": scale[:2]},
         "int4": {"codes": high, "scale": scale, "zero": zero.to(torch.uint8)},
         "int4 in groups": {"codes": high, "scale": scale, "zero": zero.to(torch.uint8), "group": group},
+        "int8_groups": {"codes": whole.to(torch.int8), "scale": scale, "zero": zero.to(torch.int8) - 8},
+        "int8_groups in groups": {"codes": whole.to(torch.int8), "scale": scale, "zero": zero.to(torch.int8) - 8, "group": group},
         "mxfp4": {"codes": low, "table": table, "scale": power.to(torch.uint8)},
     }[kind]
     if kind == "fp8":
         block, rows = 48, 4
     for o in range(6):
         for i in range(64):
-            g = int(group[i]) if "groups" in kind else i // 32
+            g = int(group[i]) if "in groups" in kind else i // 32
             W[o, i] = {
                 "int8": float(whole[o, i]) * scale[o, 0],
                 "fp8": float(float8[o, i]) * scale[o // 4, i // 48],
+                "int8_groups": float(whole[o, i] - zero[o, g] + 8) * scale[o, g],
                 "mxfp4": table[code[o, i]] * 2.0 ** float(power[o, i // 32] - 127),
-            }.get(kind, float(code[o, i] - zero[o, g]) * scale[o, g])
+            }.get(kind.split()[0], float(code[o, i] - zero[o, g]) * scale[o, g])
     return PackedMatrix(kind.split()[0], (6, 64), torch.float32, parts, block, rows), W
 
 
@@ -78,7 +81,7 @@ CASES = {
 }
 CASES |= {"q4_0": (gguf, "Q4_0", 32, 18, (0,)), "q8_0": (gguf, "Q8_0", 32, 34, (0,))}
 CASES |= {"q4_k": (gguf, "Q4_K", 256, 144, (0, 2)), "q6_k": (gguf, "Q6_K", 256, 210, (208,))}
-CASES |= {kind: (by_loop, kind) for kind in ("int8", "fp8", "int4", "int4 in groups", "mxfp4")}
+CASES |= {kind: (by_loop, kind) for kind in ("int8", "fp8", "int4", "int4 in groups", "int8_groups", "int8_groups in groups", "mxfp4")}
 
 
 @pytest.mark.parametrize("case", CASES)

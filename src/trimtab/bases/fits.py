@@ -17,11 +17,11 @@ from trimtab.places.shards import Shards
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes that loading converts, by safetensors' names."""
 CHOICES = ("bfloat16", "float16")
-PACKED = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".scales", ".weight_scale_inv")
+PACKED = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".scales", ".weight_scale_inv", ".weight_scale")
 """Ends of names of floating-point tensors that belong to packed weights, and are not converted."""
 IN_A_LAYER = re.compile(r"\.\d+\..*weight$")
 """Names of weights inside a list of layers, where those are that are packed."""
-IN_EXPERTS = re.compile(r"(.*?\.\d+\.).*experts\.")
+IN_EXPERTS = re.compile(r"(.*?\.\d+\.)(?:.*\.)?experts\.")
 """Names of experts' weights, one by one or all in one tensor; up to the layer's number."""
 PASSING = 4.0
 """Measured on three layers of 32 experts of 1,024 x 512, one by one in the files: 3.9 times a layer's."""

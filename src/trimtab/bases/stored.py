@@ -26,7 +26,7 @@ from trimtab.bases.recipes import BITS
 from trimtab.bases.sharding import matrices_in, parts_of, shard
 from trimtab.bases.spec import Kind
 from trimtab.bases.structure import read_spec
-from trimtab.bases.weights import four_bit, fp8, gguf_blocks, int4, int8, mxfp4
+from trimtab.bases.weights import compressed, four_bit, fp8, gguf_blocks, int4, int8, mxfp4
 from trimtab.bases.weights.experts import parameters_of_experts, put_experts
 from trimtab.bases.weights.packed import KINDS, PackedLinear
 from trimtab.errors import BaseError, first_of
@@ -57,7 +57,9 @@ def _plain(read: Callable[..., PackedLinear]) -> Read:
 STORED: Mapping[str, Stored] = {
     "bitsandbytes_4bit": Stored((".weight.absmax",), _plain(four_bit.read)),
     "bitsandbytes_8bit": Stored((".SCB",), _plain(int8.read)),
-    "fp8": Stored((".weight_scale_inv",), fp8.read),
+    "fp8": Stored((".weight_scale_inv", ".weight_scale"), fp8.read),
+    "fbgemm_fp8": Stored((".weight_scale",), fp8.read),
+    "compressed-tensors": Stored((".weight_packed", ".weight_scale"), compressed.read),
     "gptq": Stored((".qweight",), int4.read_gptq),
     "awq": Stored((".qweight",), int4.read_awq),
     "mxfp4": Stored(("_blocks",), mxfp4.read, experts=True),
@@ -76,6 +78,8 @@ def method_of(settings: Mapping[str, Any]) -> str:
             f"the base is quantised in a way that trimtab does not read: quant_method {method!r}",
             fix=f"use a base that is quantised with one of {', '.join(STORED)}, or the dense one with `quantize: nf4`",
         )
+    if method == "compressed-tensors":
+        compressed.check_settings(settings)
     return method
 
 
@@ -85,7 +89,10 @@ def bits_of(settings: Mapping[str, Any]) -> float:
         return BITS["nf4-double" if settings.get("bnb_4bit_use_double_quant") else "nf4"]
     if method_of(settings) in ("gptq", "awq"):
         size = settings.get("group_size") or 128
-        return 4 + (40 / size if size > 0 else 0)
+        bits = settings.get("bits", 4)
+        return (bits if isinstance(bits, int) else 4) + (40 / size if isinstance(size, int) and size > 0 else 0)
+    if method_of(settings) == "compressed-tensors":
+        return compressed.bits_of(settings)
     if method_of(settings) == "mxfp4":
         return 4.25
     return float(settings.get("bits", 8)) if method_of(settings) == "gguf" else 8.0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trimtab.ops import native
 
-KINDS = ("code4", "int8", "fp8", "int4", "mxfp4", "q4_0", "q8_0", "q4_k", "q6_k", "dense", "tiled")
+KINDS = ("code4", "int8", "fp8", "int4", "mxfp4", "int8_groups", "q4_0", "q8_0", "q4_k", "q6_k", "dense", "tiled")
 """In the order of cpp/quantized.h."""
 PARTS = {
     "code4": ("codes", "table", "absmax", "nested_table", "nested_absmax"),
@@ -24,6 +24,7 @@ PARTS = {
     "fp8": ("codes", "scale"),
     "int4": ("codes", "scale", "zero"),
     "mxfp4": ("codes", "table", "scale"),
+    "int8_groups": ("codes", "scale", "zero"),
 }
 """The parts whose addresses the kernels get, in their order; GGUF's kinds have their codes alone."""
 
@@ -55,7 +56,7 @@ def reads(m: Any) -> bool:
     """Whether the kernels dequantise this `PackedMatrix`."""
     if m.device.type != "cpu" or m.dtype not in native.DTYPES or "group" in m.parts or native.load()[0] is None:
         return False
-    return m.kind != "int4" or m.shape[1] % m.block == 0
+    return m.kind not in ("int4", "int8_groups") or m.shape[1] % m.block == 0
 
 
 def takes(m: Any, x: Tensor) -> bool:

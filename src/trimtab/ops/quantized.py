@@ -35,6 +35,7 @@ class PackedMatrix:
     fp8    W = codes · scale. codes: float8_e4m3fn [O, I]; scale: fp32 [⌈O/block_rows⌉, ⌈I/block⌉]; the last blocks may be short.
     int4   (gptq, awq)  W = (code − zero) · scale. codes: uint8 [O, I/2], the high nibble is the even entry; scale: fp32 [O, G]; zero: uint8
            [O, G]. G = I/block groups of consecutive inputs; or, where there is `group` [I] int64, the group of each input.
+    int8_groups  W = (code − zero) · scale, in groups as int4 has them. codes: int8 [O, I]; scale: fp32 [O, G]; zero: int8 [O, G].
     mxfp4  W = table[code] · 2^(scale − 127). codes: uint8 [O, I/2], the LOW nibble is the even entry; table: fp32 [16]; scale: uint8
            [O, I/32].
     q4_0, q8_0, q4_k, q6_k  codes: uint8 [O, bytes of a row], blocks as GGUF has them.
@@ -189,7 +190,15 @@ def _fp8(m: PackedMatrix, rows: Any) -> Tensor:
 
 
 def _int4(m: PackedMatrix, rows: Any) -> Tensor:
-    code_RI, scale, zero = _nibbles(m.parts["codes"][rows], high_first=True).float(), m.parts["scale"][rows], m.parts["zero"][rows].float()
+    return _in_groups(m, rows, _nibbles(m.parts["codes"][rows], high_first=True).float())
+
+
+def _int8_groups(m: PackedMatrix, rows: Any) -> Tensor:
+    return _in_groups(m, rows, m.parts["codes"][rows].float())
+
+
+def _in_groups(m: PackedMatrix, rows: Any, code_RI: Tensor) -> Tensor:
+    scale, zero = m.parts["scale"][rows], m.parts["zero"][rows].float()
     if "group" in m.parts:
         group = m.parts["group"]
         return (code_RI - zero[:, group]) * scale[:, group]
@@ -265,6 +274,7 @@ DECODERS: Mapping[str, Callable[[PackedMatrix, Any], Tensor]] = {
     "fp8": _fp8,
     "int4": _int4,
     "mxfp4": _mxfp4,
+    "int8_groups": _int8_groups,
     "q4_0": _q4_0,
     "q8_0": _q8_0,
     "q4_k": _q4_k,

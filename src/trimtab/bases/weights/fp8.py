@@ -1,6 +1,7 @@
 """8-bit floating point with a scale for each block of the matrix, as DeepSeek and Qwen publish it: W = weight (e4m3) · weight_scale_inv.
 
-Blocks have 128 x 128 entries; the last ones may be smaller. Mistral's files have one scale for a matrix.
+Blocks have 128 x 128 entries; the last ones may be smaller. Mistral's files have one scale for a matrix. Others name their scales
+`weight_scale`, one or one for each output, which are read as those of compressed-tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.bases.weights import compressed
 from trimtab.bases.weights.packed import Packed, PackedLinear, expect
 
 BLOCK = 128
@@ -40,6 +42,8 @@ def read(
 ) -> PackedLinear:
     """A layer as stored. settings: `weight_block_size`; without it a scale is the matrix's, or its blocks have 128 x 128. ValueError where
     its tensors do not fit each other."""
+    if "weight_scale" in tensors and "weight_scale_inv" not in tensors and settings.get("weight_block_size") is None:
+        return compressed.read_float(tensors, shape, bias, dtype)
     size = settings.get("weight_block_size") or (BLOCK, BLOCK)
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
         raise ValueError(f"weight_block_size = {size}, where two numbers above 0 belong")

@@ -1,8 +1,8 @@
-"""4-bit whole numbers with a scale and a zero for each group of inputs: GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978).
+"""Whole numbers of 4 or 8 bits with a scale and a zero for each group of inputs: GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978).
 
-W[o, i] = scale[o, g] · (code[o, i] − zero[o, g]), g the group of input i. Both store eight codes in an int32, GPTQ along the inputs, AWQ
-along the outputs in an order of its own. In memory both have the rows of the outputs one after the other, two codes a byte. `stored` gives
-back what the files have.
+W[o, i] = scale[o, g] · (code[o, i] − zero[o, g]), g the group of input i. Both store several codes in an int32: GPTQ along the inputs, AWQ
+along the outputs in an order of its own ("gemm") or along the inputs ("gemv"). In memory all have the rows of the outputs one after the
+other: two codes of 4 bits a byte; or codes and zeros of 8 bits less 128, as int8. `stored` gives back what the files have.
 """
 
 from __future__ import annotations
@@ -23,33 +23,36 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _INT32, _FLOATS = (torch.int32,), (torch.float16, torch.bfloat16, torch.float32)
 
 
-class Int4Linear(PackedLinear):
-    """Buffers: codes uint8 [O, I/2], scales fp32 [O, G], zeros uint8 [O, G]; `g_idx` [I] where the files have it, and `group`, the same,
-    where groups are not consecutive. scale_dtype: of the files. less_by_one: whether the files' zeros are."""
+class GroupedLinear(PackedLinear):
+    """Buffers: codes, scales fp32 [O, G], zeros [O, G]; `g_idx` [I] where the files have it, and `group`, the same, where groups are not
+    consecutive. Of 4 bits codes are uint8 [O, I/2] and zeros uint8; of 8 bits both are int8, codes [O, I]. scale_dtype: of the files.
+    less_by_one: whether the files' zeros are."""
 
     scale_dtype: torch.dtype
     less_by_one: bool
 
 
-class Int4(Packed):
-    kind: ClassVar[str] = "int4"
+class Grouped(Packed):
+    """A format of this kind; its `bits` are those of a code."""
+
+    bits: ClassVar[int]
     order: ClassVar[Sequence[int]] = IN_ORDER
 
     @classmethod
     def of_matrix(cls, weight_OI: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
-        O, I = weight_OI.shape  # noqa: E741
+        (O, I), most_code = weight_OI.shape, 2**cls.bits - 1  # noqa: E741
         size = next(n for n in (128, 64, 32, 16, 8, 4, 2) if I % n == 0)
         groups = weight_OI.float().view(O, I // size, size)
         least, most = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
-        scale = ((most - least) / 15).clamp_min(1e-6).to(torch.float16)
-        zero = (-least / scale.float()).round().clamp(0, 15)
-        code = (groups / scale.float()[..., None]).round().add(zero[..., None]).clamp(0, 15).view(O, I).to(torch.uint8)
-        return cls._layer(_pairs(code), scale, zero.to(torch.uint8), None, bias, dtype, size)
+        scale = ((most - least) / most_code).clamp_min(1e-6).to(torch.float16)
+        zero = (-least / scale.float()).round().clamp(0, most_code)
+        code = (groups / scale.float()[..., None]).round().add(zero[..., None]).clamp(0, most_code).view(O, I).to(torch.uint8)
+        return cls.layer(code, scale, zero.to(torch.uint8), None, bias, dtype, size)
 
     @classmethod
-    def _layer(
+    def layer(
         cls,
-        codes: Tensor,
+        code_OI: Tensor,
         scale: Tensor,
         zero: Tensor,
         g_idx: Tensor | None,
@@ -57,14 +60,18 @@ class Int4(Packed):
         dtype: torch.dtype,
         size: int,
         less_by_one: bool = False,
+        beside: Mapping[str, Tensor] | None = None,
     ) -> PackedLinear:
-        kept = {"codes": codes, "scales": scale.float().contiguous(), "zeros": zero}
-        shape, derived = (len(codes), 2 * codes.shape[1]), {}
+        """A layer of codes and zeros from 0 on, in uint8. beside: tensors of the files that it does not compute with."""
+        codes = _pairs(code_OI) if cls.bits == 4 else _signed(code_OI)
+        zeros = zero.contiguous() if cls.bits == 4 else _signed(zero)
+        kept = {"codes": codes, "scales": scale.float().contiguous(), "zeros": zeros, **(beside or {})}
+        shape, derived = (code_OI.shape[0], code_OI.shape[1]), {}
         if g_idx is not None:
             kept["g_idx"] = g_idx
             if not torch.equal(g_idx, torch.arange(shape[1], dtype=g_idx.dtype, device=g_idx.device) // size):
                 derived["group"] = g_idx.long()
-        made = Int4Linear(cls.name, shape, dtype, kept, bias, block=size, derived=derived)
+        made = GroupedLinear(cls.name, shape, dtype, kept, bias, block=size, derived=derived)
         made.scale_dtype, made.less_by_one = scale.dtype, less_by_one
         return made
 
@@ -77,89 +84,124 @@ class Int4(Packed):
     def stored(self) -> dict[str, Tensor]:
         visited(self.module)
         has = self.module.get_buffer
-        code_OI = torch.stack((has("codes") >> 4, has("codes") & 15), -1).flatten(1)
-        found = {"qweight": self._pack_codes(code_OI), "scales": has("scales").T.to(self.module.scale_dtype).contiguous()}
-        found["qzeros"] = pack(self._zeros_in_files(has("zeros")).T, self.order)
-        return found | ({"g_idx": has("g_idx")} if "g_idx" in self.module._buffers else {})
+        codes, zeros = has("codes"), has("zeros")
+        if self.bits == 4:
+            codes = torch.stack((codes >> 4, codes & 15), -1).flatten(1)
+        else:
+            codes, zeros = _unsigned(codes), _unsigned(zeros)
+        return self._in_files(codes, zeros, has("scales").to(self.module.scale_dtype))
 
-    @classmethod
-    def _pack_codes(cls, code_OI: Tensor) -> Tensor:
+    def _in_files(self, code_OI: Tensor, zero_OG: Tensor, scale_OG: Tensor) -> dict[str, Tensor]:
+        """The files' tensors. Codes and zeros are from 0 on, in uint8."""
         raise NotImplementedError
 
-    def _zeros_in_files(self, zero_OG: Tensor) -> Tensor:
-        return zero_OG
 
-
-class Gptq(Int4):
+class Gptq(Grouped):
     """`g_idx` says the group of each input; without it groups are consecutive. Files of format "gptq" have zeros that are less by one."""
 
     name: ClassVar[str] = "gptq"
+    kind: ClassVar[str] = "int4"
+    bits: ClassVar[int] = 4
 
-    @classmethod
-    def _pack_codes(cls, code_OI: Tensor) -> Tensor:
-        return pack(code_OI, IN_ORDER).T.contiguous()
+    def _in_files(self, code_OI: Tensor, zero_OG: Tensor, scale_OG: Tensor) -> dict[str, Tensor]:
+        zero_OG = (zero_OG - 1) & (2**self.bits - 1) if self.module.less_by_one else zero_OG
+        found = {"qweight": pack(code_OI, IN_ORDER, self.bits).T.contiguous(), "qzeros": pack(zero_OG.T, IN_ORDER, self.bits)}
+        found["scales"] = scale_OG.T.contiguous()
+        return found | ({"g_idx": self.module.get_buffer("g_idx")} if "g_idx" in self.module._buffers else {})
 
-    def _zeros_in_files(self, zero_OG: Tensor) -> Tensor:
-        return (zero_OG - 1) & 15 if self.module.less_by_one else zero_OG
+
+class Gptq8(Gptq):
+    name: ClassVar[str] = "gptq-8"
+    kind: ClassVar[str] = "int8_groups"
+    bits: ClassVar[int] = 8
 
 
-class Awq(Int4):
+class Awq(Grouped):
     name: ClassVar[str] = "awq"
-    order: ClassVar[Sequence[int]] = AWQ_ORDER
+    kind: ClassVar[str] = "int4"
+    bits: ClassVar[int] = 4
 
-    @classmethod
-    def _pack_codes(cls, code_OI: Tensor) -> Tensor:
-        return pack(code_OI.T, AWQ_ORDER)
+    def _in_files(self, code_OI: Tensor, zero_OG: Tensor, scale_OG: Tensor) -> dict[str, Tensor]:
+        zeros = pack(zero_OG.T, AWQ_ORDER)
+        return {"qweight": pack(code_OI.T, AWQ_ORDER), "qzeros": zeros, "scales": scale_OG.T.contiguous()}
+
+
+class AwqGemv(Awq):
+    """Zeros and scales are filled up with zeros to the width that the program's kernels read."""
+
+    name: ClassVar[str] = "awq-gemv"
+
+    def _in_files(self, code_OI: Tensor, zero_OG: Tensor, scale_OG: Tensor) -> dict[str, Tensor]:
+        width = gemv_width(code_OI.shape[1], self.module.block)
+        zeros, scales = (F.pad(t, (0, width - t.shape[1])) for t in (zero_OG, scale_OG))
+        return {"qweight": pack(code_OI, IN_ORDER), "qzeros": pack(zeros, IN_ORDER), "scales": scales.contiguous()}
 
 
 def read_gptq(
     tensors: Mapping[str, Tensor], shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype, settings: Mapping[str, Any]
 ) -> PackedLinear:
-    """A layer as stored. settings: `bits`, `group_size` (-1: one group), `checkpoint_format`. ValueError where something does not fit."""
-    (O, I), size = shape, _group_size(settings, shape)  # noqa: E741
+    """A layer as stored. settings: `bits`, `group_size` (-1: one group), `checkpoint_format`; with `dynamic`, by which layers differ, the
+    shapes say both. ValueError where something does not fit."""
     if (form := settings.get("checkpoint_format") or "gptq") not in ("gptq", "gptq_v2"):
         raise ValueError(f"checkpoint_format {form!r} of GPTQ is not read, only 'gptq' and 'gptq_v2'")
-    groups, (inputs, outputs) = -(-I // size), (-(-I // 8), -(-O // 8))
-    shapes = {"qweight": ((inputs, O), _INT32), "scales": ((groups, O), _FLOATS), "qzeros": ((groups, outputs), _INT32)}
+    (O, I), (bits, size) = shape, _told(settings, shape, _as_shaped(tensors, shape) if settings.get("dynamic") else {})  # noqa: E741
+    per, groups = 32 // bits, -(-I // size)
+    shapes = {"qweight": ((-(-I // per), O), _INT32), "scales": ((groups, O), _FLOATS), "qzeros": ((groups, -(-O // per)), _INT32)}
     expect(tensors, shapes | ({"g_idx": ((I,), _INT32)} if "g_idx" in tensors else {}))
     g_idx = tensors.get("g_idx")
     if g_idx is not None and bool(((g_idx < 0) | (g_idx >= groups)).any()):
         raise ValueError(f"g_idx names groups from {int(g_idx.min())} to {int(g_idx.max())}, where there are {groups}")
     less = form == "gptq"
-    zero = unpack(tensors["qzeros"], IN_ORDER)[:, :O].T
-    codes = _pairs(unpack(tensors["qweight"].T, IN_ORDER)[:, :I])
-    zero = ((zero + 1) & 15 if less else zero).contiguous()
-    return Gptq._layer(codes, tensors["scales"].T, zero, g_idx, bias, dtype, size, less)
+    zero, code = unpack(tensors["qzeros"], IN_ORDER, bits)[:, :O].T, unpack(tensors["qweight"].T, IN_ORDER, bits)[:, :I]
+    zero = (zero + 1) & (2**bits - 1) if less else zero
+    return (Gptq if bits == 4 else Gptq8).layer(code, tensors["scales"].T, zero, g_idx, bias, dtype, size, less)
 
 
 def read_awq(
     tensors: Mapping[str, Tensor], shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype, settings: Mapping[str, Any]
 ) -> PackedLinear:
-    """A layer as stored. settings: `bits`, `group_size`, `version` ("gemm"). ValueError where something does not fit."""
-    (O, I), size = shape, _group_size(settings, shape)  # noqa: E741
-    if (version := str(settings.get("version", "gemm")).lower()) != "gemm":
-        raise ValueError(f"version {version!r} of AWQ is not read, only 'gemm'")
+    """A layer as stored. settings: `bits`, `group_size`, `version` ("gemm", "gemv"). ValueError where something does not fit."""
+    (O, I), (bits, size) = shape, _told(settings, shape)  # noqa: E741
+    if bits != 4:
+        raise ValueError(f"bits = {bits}: AWQ is read with 4")
+    if (version := str(settings.get("version", "gemm")).lower()) not in ("gemm", "gemv"):
+        raise ValueError(f"version {version!r} of AWQ is not read, only 'gemm' and 'gemv'")
     groups, outputs = -(-I // size), -(-O // 8)
+    if version == "gemv":
+        width = gemv_width(I, size)
+        expect(tensors, {"qweight": ((O, -(-I // 8)), _INT32), "scales": ((O, width), _FLOATS), "qzeros": ((O, width // 8), _INT32)})
+        scale, zero = tensors["scales"], unpack(tensors["qzeros"], IN_ORDER)
+        if bool(scale[:, groups:].any()) or bool(zero[:, groups:].any()):
+            raise ValueError(f"scales or qzeros have more than the {groups} groups of {size} inputs")
+        code = unpack(tensors["qweight"], IN_ORDER)[:, :I]
+        return AwqGemv.layer(code, scale[:, :groups], zero[:, :groups], None, bias, dtype, size)
     expect(tensors, {"qweight": ((I, outputs), _INT32), "scales": ((groups, O), _FLOATS), "qzeros": ((groups, outputs), _INT32)})
-    codes = _pairs(unpack(tensors["qweight"], AWQ_ORDER)[:, :O].T)
-    zero = unpack(tensors["qzeros"], AWQ_ORDER)[:, :O].T.contiguous()
-    return Awq._layer(codes, tensors["scales"].T, zero, None, bias, dtype, size)
+    code, zero = (unpack(tensors[name], AWQ_ORDER)[:, :O].T for name in ("qweight", "qzeros"))
+    return Awq.layer(code, tensors["scales"].T, zero, None, bias, dtype, size)
 
 
-def unpack(packed: Tensor, order: Sequence[int]) -> Tensor:
-    """[R, C] int32 -> [R, 8 C] uint8: the number at place order[k] of eight is in the k-th four bits."""
-    numbers = torch.empty(*packed.shape, 8, dtype=torch.uint8, device=packed.device)
-    for k, place in enumerate(order):
-        numbers[..., place] = ((packed >> (4 * k)) & 15).to(torch.uint8)
+def gemv_width(inputs: int, size: int) -> int:
+    """How many groups "gemv" has room for, by the widths that its kernels read: zeros of eights, and several of these for small groups."""
+    several = {64: 2, 32: 4}.get(size, 1)
+    return 8 * several * -(-(inputs // size) // (8 * several))
+
+
+def unpack(packed: Tensor, order: Sequence[int], bits: int = 4) -> Tensor:
+    """[R, C] int32 -> [R, 32/bits · C] uint8: the number at place order[k] of each int32 is in its k-th `bits` bits."""
+    per = 32 // bits
+    numbers = torch.empty(*packed.shape, per, dtype=torch.uint8, device=packed.device)
+    for k, place in enumerate(order[:per]):
+        numbers[..., place] = ((packed >> (bits * k)) & (2**bits - 1)).to(torch.uint8)
     return numbers.flatten(1)
 
 
-def pack(numbers: Tensor, order: Sequence[int]) -> Tensor:
-    """What `unpack` takes apart, of a width that is filled up with zeros to whole eights."""
-    eights = F.pad(numbers.int(), (0, -numbers.shape[1] % 8)).unflatten(1, (-1, 8))
-    packed = torch.zeros(eights.shape[:2], dtype=torch.int32, device=numbers.device)
-    for k, place in enumerate(order):
-        packed |= eights[..., place] << (4 * k)
+def pack(numbers: Tensor, order: Sequence[int], bits: int = 4) -> Tensor:
+    """What `unpack` takes apart, of a width that is filled up with zeros to whole int32."""
+    per = 32 // bits
+    filled = F.pad(numbers.int(), (0, -numbers.shape[1] % per)).unflatten(1, (-1, per))
+    packed = torch.zeros(filled.shape[:2], dtype=torch.int32, device=numbers.device)
+    for k, place in enumerate(order[:per]):
+        packed |= filled[..., place] << (bits * k)
     return packed
 
 
@@ -168,11 +210,30 @@ def _pairs(code_OI: Tensor) -> Tensor:
     return (code_OI[:, ::2] << 4 | code_OI[:, 1::2]).contiguous()
 
 
-def _group_size(settings: Mapping[str, Any], shape: tuple[int, int]) -> int:
-    bits, size, I = settings.get("bits", 4), settings.get("group_size", 128), shape[1]  # noqa: E741
-    if bits != 4:
-        raise ValueError(f"bits = {bits}: only 4 are read")
+def _signed(numbers: Tensor) -> Tensor:
+    """Numbers of 8 bits less 128."""
+    return (numbers ^ 128).view(torch.int8).contiguous()
+
+
+def _unsigned(numbers: Tensor) -> Tensor:
+    return numbers.view(torch.uint8) ^ 128
+
+
+def _as_shaped(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
+    """`bits` and `group_size` as the shapes of GPTQ's tensors have them, as far as they do."""
+    (_, I), codes, scales = shape, tensors.get("qweight"), tensors.get("scales")  # noqa: E741
+    if codes is None or scales is None or codes.dim() != 2 or not len(codes) or not len(scales):
+        return {}
+    return {"bits": 32 * len(codes) // I, "group_size": I // len(scales)}
+
+
+def _told(settings: Mapping[str, Any], shape: tuple[int, int], instead: Mapping[str, Any] | None = None) -> tuple[int, int]:
+    """(bits of a code, inputs of a group)."""
+    told, I = {**settings, **(instead or {})}, shape[1]  # noqa: E741
+    bits, size = told.get("bits", 4), told.get("group_size", 128)
+    if bits not in (4, 8):
+        raise ValueError(f"bits = {bits}: only 4 and 8 are read")
     size = I if size in (-1, None) else size
     if not isinstance(size, int) or size < 1 or I % 2 or I % size:
         raise ValueError(f"group_size = {size} does not divide the {I} inputs")
-    return size
+    return bits, size

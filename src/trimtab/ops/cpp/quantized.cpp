@@ -30,6 +30,7 @@ template <class Use> bool with_format(const Quantized& W, Use use) {
         case FP8: return W.block % 32 ? false : as(FormatFp8(W));
         case INT4: return W.block % 32 ? false : W.block % 64 ? as(FormatInt4<true>(W)) : as(FormatInt4<false>(W));
         case MXFP4: return as(FormatMxfp4(W));
+        case INT8_GROUPS: return W.block % 32 ? false : as(FormatInt8Groups(W));
         case Q4_0: return as(FormatQ4_0(W));
         case Q8_0: return as(FormatQ8_0(W));
         case Q4_K: return as(FormatQ4_K(W));

@@ -5,7 +5,7 @@
 #include "inference.h"
 
 // The last two are bfloat16: rows one after the other, and as `matmul` of tiles.cpp reads them.
-enum QuantizedKind : int64_t { CODE4, INT8, FP8, INT4, MXFP4, Q4_0, Q8_0, Q4_K, Q6_K, DENSE, TILED };
+enum QuantizedKind : int64_t { CODE4, INT8, FP8, INT4, MXFP4, INT8_GROUPS, Q4_0, Q8_0, Q4_K, Q6_K, DENSE, TILED };
 
 // W [O, I] as ops/native_quantized.py hands it over. part: addresses in the order of its `PARTS`, null for what there is
 // not. block: numbers of a row that share a scale; block_rows: rows that do, of FP8.

@@ -159,6 +159,28 @@ struct FormatInt8 : InOrder {
     }
 };
 
+struct FormatInt8Groups : InOrder {
+    const Quantized& W;
+    const int64_t groups;
+    const Divisor group_of;
+    struct Row {
+        const uint8_t* codes;
+        const int8_t* zero;
+        const float* scale;
+    };
+    explicit FormatInt8Groups(const Quantized& W) : W(W), groups(W.I / W.block), group_of(W.block) {}
+    Row row(int64_t o, int64_t) {
+        return {(const uint8_t*)W.part[0] + o * W.I, (const int8_t*)W.part[2] + o * groups, (const float*)W.part[1] + o * groups};
+    }
+    INLINE void decode(const Row& r, int64_t k, int64_t left, __m512i* to) const {  // groups are multiples of 32
+        const int64_t g = group_of(k);
+        const __m512 zero = _mm512_set1_ps(float(r.zero[g])), scale = _mm512_set1_ps(r.scale[g]);
+        const __m256i b = some_bytes(ask<32>(r.codes + k, 4 * W.I), left);
+        to[0] = narrow_pair(_mm512_mul_ps(_mm512_sub_ps(float_of(_mm256_castsi256_si128(b)), zero), scale),
+                            _mm512_mul_ps(_mm512_sub_ps(float_of(_mm256_extracti128_si256(b, 1)), zero), scale));
+    }
+};
+
 struct FormatFp8 : InOrder {
     const Quantized& W;
     const int64_t across;

@@ -79,6 +79,12 @@ inline void plain_row(const Quantized& W, int64_t o, int64_t k, int64_t n, float
         case INT8:
             for (int64_t i = 0; i < n; i++) to[i] = float(int8_t(codes[first + i])) * part1[o];
             return;
+        case INT8_GROUPS:
+            return by_block(first, n, W.block, to, [&](int64_t block, int64_t i, int64_t stop, float* out) {
+                const float scale = part1[block];
+                const int zero = int8_t(part2[block]);
+                for (const uint8_t* p = codes + block * W.block; i < stop; i++) *out++ = float(int8_t(p[i]) - zero) * scale;
+            });
         case FP8:
             return by_block(k, n, W.block, to, [&](int64_t block, int64_t i, int64_t stop, float* out) {
                 const float scale = part1[o / W.block_rows * ((W.I + W.block - 1) / W.block) + block];
