@@ -29,6 +29,7 @@ FLOORS = {
             "memory",
             "ops",
             "paths",
+            "patterns",
             "places",
             "startup",
             "tables",

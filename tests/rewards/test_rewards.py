@@ -107,6 +107,25 @@ def test_a_reward_that_hangs_is_asked_three_times(tmp_path: Path) -> None:
     assert len(told) == 2 and "the third time in a row" in told[1]
 
 
+def test_a_pattern_that_backtracks_is_searched_for_in_bounded_time(tmp_path: Path) -> None:
+    asked = replace(call(), texts=["a" * 4000 + "!", "b" + "a" * 4000])
+    told: list[str] = []
+    with Rewarded(tmp_path, told.append) as rewarded:
+        found = rewarded.ask([Reward(reward="regex", pattern=r"(a+)+$")], asked, limit=60.0)
+    assert found == [[0.0, 1.0]] and told == []
+
+
+def test_a_pattern_that_only_python_reads_costs_its_own_reward_alone(tmp_path: Path) -> None:
+    asked = replace(call(), texts=["a" * 4000 + "!", "bb"])
+    told: list[str] = []
+    rewards = [Reward(reward="regex", pattern=r"(a+)+(b)\2$", name="slow", time_limit=0.2), Reward(reward="length", max_words=1)]
+    with Rewarded(tmp_path, told.append) as rewarded:
+        found = rewarded.ask(rewards, asked, limit=60.0)
+    assert all(math.isnan(score) for score in found[0]) and found[1] == [1.0, 1.0]
+    assert told == ["reward slow, step 7: it has not answered in 0.2 s"]
+    assert REWARDS["regex"](["abb", "ab"], pattern=r"(b)\1$") == [1.0, 0.0]
+
+
 def test_built_in() -> None:
     texts = ['{"b": 1, "a": [2]}', " yes\n", "no", "a b c d"]
     assert REWARDS["exact_match"](texts, [{"a": [2], "b": 1}, "yes", "No", None]) == [1.0, 1.0, 0.0, None]
@@ -125,6 +144,8 @@ def test_built_in() -> None:
         ({"reward": "code.py:f"}, "add `trusted: true`"),
         ({"reward": "regex"}, "pattern: reward regex needs it"),
         ({"reward": "regex", "pattern": "("}, "no regular expression"),
+        ({"reward": "regex", "pattern": "(" * 5000 + ")" * 5000}, "no regular expression"),
+        ({"reward": "regex", "pattern": "a{99999999999999999999}"}, "no regular expression"),
         ({"reward": "length", "pattern": "x"}, "pattern: reward length does not take it"),
         ({"reward": "length", "min_words": -5}, "min_words = -5: at least 0"),
         ({"reward": "json_schema", "schema": {"type": 5}}, "schema: it is no JSON schema: 5 is not valid"),

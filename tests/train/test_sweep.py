@@ -16,10 +16,11 @@ from tests.train.common import METHODS, run_file, tiny_base, write_rows
 from trimtab.errors import ConfigError
 from trimtab.store import Adapter
 from trimtab.train import RunConfig, evaluate, train
+from trimtab.train.comparison import compare
 from trimtab.train.groups import plan_groups
 from trimtab.train.halving import Halving, end_worst
 from trimtab.train.interrupt import Interrupted, Stop
-from trimtab.train.leaderboard import rank
+from trimtab.train.leaderboard import rank, table_of
 from trimtab.train.listen import Silent
 from trimtab.train.sweep import SweepReport, sweep
 from trimtab.train.trials import Sweep
@@ -350,6 +351,29 @@ def test_a_trial_that_diverges_is_last_and_the_others_go_on(tmp_path: Path, monk
     board = run(tmp_path, FOUR).leaderboard
     assert [(t["trial"], t["state"], t["steps"]) for t in board["trials"]][::3] == [("lr0.003", "finished", 6), ("lr0.01", "diverged", 3)]
     assert "the loss is nan" in board["trials"][3]["why"] and board["best"]["trial"] == "lr0.003"
+
+
+def test_a_trial_that_cannot_be_saved_is_last_and_names_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found at the end alone, when it is better than all others by the valid rows."""
+    original = Variant.trained
+    best = "lr0.003"
+
+    def broken(self: Variant) -> dict[str, torch.Tensor]:
+        return {k: t * math.nan if self.name == best else t for k, t in original(self).items()}
+
+    monkeypatch.setattr(Variant, "trained", broken)
+    report = run(tmp_path, {"variant": TEMPLATE, "search": {"lr": [3.0e-3, 1.0e-8]}})
+    *others, last = report.leaderboard["trials"]
+    assert (last["trial"], last["state"], last["step"], last["adapter"], last["valid"]) == (best, "diverged", None, None, None)
+    assert "cannot be saved" in last["why"] and report.leaderboard["best"]["trial"] == others[0]["trial"]
+    assert all((report.out / t["adapter"] / "adapter_model.safetensors").is_file() for t in others)
+    text = "\n".join(["|".join(row) for row in table_of(report.leaderboard).rows])
+    assert f"{best}|" in text and "None" not in text
+    assert best in (report.out / "report.html").read_text(encoding="utf-8")
+    folder = report.out / others[0]["adapter"].partition("/adapters/")[0]
+    rows = {v["variant"]: v for v in compare([report.out / folder.name]).variants}
+    assert "cannot be saved" in rows[best]["stopped"] and rows[best]["adapter_mb"] is None
+    assert rows[others[0]["trial"]]["stopped"] is None and rows[others[0]["trial"]]["adapter_mb"] > 0
 
 
 def test_the_winner_alone_is_scored_on_test_rows_and_its_run_file_makes_it_again(four: SweepReport, tmp_path: Path) -> None:

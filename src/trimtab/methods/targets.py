@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from trimtab.bases.spec import Module, Spec
 from trimtab.errors import ConfigError, nearest
 from trimtab.methods.base import ROUTER_WEIGHT, Params, Site
-from trimtab.methods.patterns import regex_problem, whole
+from trimtab.patterns import regex_problem, whole
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,6 +10,7 @@ from typing import Any
 
 from trimtab.bases.template import BadRow
 from trimtab.data.calls import canonical, read_calls
+from trimtab.patterns import occurs, regex_problem
 
 Scores = list[float | None]
 
@@ -21,7 +22,10 @@ def exact_match(completions: Sequence[str], references: Sequence[Any], column: s
 
 
 def regex(completions: Sequence[str], *, pattern: str) -> Scores:
-    """1 where the pattern is found in the answer; `.` matches line ends too."""
+    """1 where the pattern is found in the answer; `.` matches line ends too. The time is bounded, unless `patterns` does not read the
+    pattern, as where it has a back reference: then Python's `re` searches, until it is done or the reward's time limit ends it."""
+    if regex_problem(pattern) is None:
+        return [float(occurs(pattern, said, re.DOTALL)) for said in completions]
     found = re.compile(pattern, re.DOTALL)
     return [float(found.search(said) is not None) for said in completions]
 

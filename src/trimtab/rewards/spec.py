@@ -86,7 +86,7 @@ class Reward:
         if self.pattern is not None:
             try:
                 re.compile(self.pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 found.append(f"pattern = {self.pattern!r} is no regular expression: {error}")
         if self.reward == "length" and (self.min_words or 0) > (self.max_words or float("inf")):
             found.append(f"min_words = {self.min_words} is above max_words = {self.max_words}")

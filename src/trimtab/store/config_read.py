@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -20,14 +19,12 @@ from pydantic import TypeAdapter, ValidationError
 from trimtab.bases.spec import Spec
 from trimtab.errors import AdapterError, ConfigError, nearest
 from trimtab.methods import METHODS, IA3Config, LoraConfig, Method, PrefixTuningConfig, PromptTuningConfig
-from trimtab.methods.targets import matches, saved_sites, select
+from trimtab.methods.targets import key_problem, matches, saved_sites, select
 from trimtab.store.foreign import TRAINING_ONLY, high_ranks, training_leftovers, without_strangers, without_stray_keys
 from trimtab.store.names import short_repr
 
 MAX_ENTRIES, MAX_TEXT = 4096, 4096
 """Entries of a list or a pattern table, characters of a name or regular expression, that a config may hold."""
-MAX_REPEATS = 5
-"""Repeats (`*`, `+`, `{`) of a regular expression from a file: matching takes at most (length of a module's name) ** repeats steps."""
 
 COMMON = frozenset({"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"})
 IGNORED: Mapping[str, frozenset[str]] = {
@@ -113,7 +110,7 @@ def _neutral(value: Any) -> bool:
 
 
 def _text_problems(config: Mapping[str, Any], fields: set[str]) -> list[str]:
-    """Names and regular expressions from a file are matched against every module: bound their number, length and time."""
+    """Names and regular expressions from a file are matched against every module: bound their number and length."""
     problems = []
     for key in sorted(fields & set(config)):
         value = config[key]
@@ -122,20 +119,9 @@ def _text_problems(config: Mapping[str, Any], fields: set[str]) -> list[str]:
             problems.append(
                 f"{key} has {len(texts):,} entries or one that is too long; at most {MAX_ENTRIES:,} of {MAX_TEXT:,} characters are read"
             )
-        elif isinstance(value, str) or key.endswith("_pattern"):
-            problems += [
-                f"{key}: {short_repr(t)} could take for ever to match: a repeated group, or more than {MAX_REPEATS} repeats"
-                for t in texts
-                if _slow(t)
-            ]
+        elif key.endswith("_pattern") and isinstance(value, dict):
+            problems += [f"{key}: {short_repr(t)} {problem}" for t in texts if isinstance(t, str) and (problem := key_problem(t))]
     return problems
-
-
-def _slow(pattern: Any) -> bool:
-    """Whether backtracking may blow up: a group that is repeated, a back reference, or too many repeats."""
-    return isinstance(pattern, str) and (
-        re.search(r"\)[*+{]|\\[1-9]|\(\?P=", pattern) is not None or len(re.findall(r"[*+{]", pattern)) > MAX_REPEATS
-    )
 
 
 def _lora_problems(config: Mapping[str, Any], spec: Spec, warnings: list[str]) -> list[str]:

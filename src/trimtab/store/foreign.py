@@ -12,8 +12,8 @@ from typing import Any
 
 from trimtab.bases.spec import Spec
 from trimtab.methods.base import Site
-from trimtab.methods.patterns import regex_problem
 from trimtab.methods.targets import matches, parameters_of_experts, stray_keys
+from trimtab.patterns import regex_problem
 from trimtab.store.names import short_repr
 
 TRAINING_ONLY = frozenset(

@@ -20,6 +20,7 @@ from trimtab.errors import ConfigError, DataError, NotFoundError, printable
 from trimtab.paths import real_path, user_path
 from trimtab.train.config import RunConfig
 from trimtab.train.run_folders import DEPTH, MAX_FOLDERS, is_run
+from trimtab.train.runfile import outer_keys
 
 KEYS = {"base", "out", "data", "variants"}
 """A YAML file with all of them is a run file."""
@@ -177,7 +178,6 @@ def _is_run_file(path: Path) -> bool:
             data = file.read(MAX_FILE + 1)
         if len(data) > MAX_FILE:
             return False
-        node = yaml.compose(data.decode("utf-8"), Loader=yaml.SafeLoader)
-    except (DataError, OSError, ValueError, RecursionError, yaml.YAMLError):
+        return outer_keys(data.decode("utf-8")) >= KEYS
+    except (DataError, OSError, ValueError, yaml.YAMLError):
         return False
-    return isinstance(node, yaml.MappingNode) and {str(key.value) for key, _ in node.value} >= KEYS

@@ -89,7 +89,7 @@ def _order(by: str | None, scores: Sequence[str], fits: Sequence[str]) -> str:
 def _row(v: PastVariant) -> dict[str, Any]:
     """A variant as --json gives it; what is not known is None."""
     f = v.facts
-    size = f.get("adapter_bytes")
+    size = None if f.get("saved_step", 0) is None else f.get("adapter_bytes")  # it could not be saved: it has no size to sort by
     return {
         "run": v.run.name,
         "variant": v.name,

@@ -41,7 +41,8 @@ def rank(sweep: Sweep, trained: Mapping[str, tuple[str, Mapping[str, Any]]]) -> 
 
 
 def _entry(trial: Trial, metric: str, folder: str, v: Mapping[str, Any]) -> dict[str, Any]:
-    """One trial. valid: its figure, None where there is none. step: whose tensors are saved. why: it ended before its time."""
+    """One trial. valid: its figure, None where there is none. step: whose tensors are saved; None, as adapter, where they could not be.
+    why: it ended before its time."""
     valid = v.get("valid", {})
     early = valid.get("finished_early")
     state = "diverged" if v["stopped"] else "halved" if (early or "").startswith(HALVED) else "finished"
@@ -56,7 +57,7 @@ def _entry(trial: Trial, metric: str, folder: str, v: Mapping[str, Any]) -> dict
         "steps": v["steps"],
         "seconds": v["seconds"],
         "parameters": v["trainable"],
-        "adapter": f"{folder}/adapters/{trial.name}",
+        "adapter": None if v["saved_step"] is None else f"{folder}/adapters/{trial.name}",
     }
 
 
@@ -78,7 +79,7 @@ def table_of(board: Mapping[str, Any]) -> Table:
     rows: list[list[Cell]] = []
     for t in board["trials"]:
         values = [_value(t["values"][k]) if k in t["values"] else "–" for k in searched]
-        costs = (f"{t['step']}", f"{t['steps']}", f"{t['seconds']:.0f}", f"{t['parameters']:,}")
+        costs = ("–" if t["step"] is None else str(t["step"]), f"{t['steps']}", f"{t['seconds']:.0f}", f"{t['parameters']:,}")
         rows.append([str(t["rank"]), t["trial"], *values, _number(t["valid"]), *costs, t["state"]])
     return Table("", headings, rows, frozenset(("", "trial", "state", *searched)))
 

@@ -49,6 +49,12 @@ def read_value(text: str) -> Any:
     return yaml.load(text, Loader=_UniqueKeys)
 
 
+def outer_keys(text: str) -> set[str]:
+    """The keys of the outermost mapping, without building what it holds; none where it is no mapping. yaml.YAMLError."""
+    node = yaml.compose(text, Loader=_UniqueKeys)
+    return {str(key.value) for key, _ in node.value} if isinstance(node, yaml.MappingNode) else set()
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 160, 160, 60
 

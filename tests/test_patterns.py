@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import re
 
 import pytest
 
 from trimtab.errors import ConfigError
 from trimtab.methods.lora import LoraConfig
-from trimtab.methods.patterns import regex_problem, whole
 from trimtab.methods.targets import key_problem, matches, pattern_value
+from trimtab.patterns import occurs, regex_problem, whole
 
 NAMES = [
     "",
@@ -52,6 +53,47 @@ def test_a_pattern_matches_what_re_matches(pattern: str) -> None:
     assert regex_problem(pattern) is None
     for name in NAMES:
         assert whole(pattern, name) is (re.fullmatch(pattern, name) is not None), (pattern, name)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("flags", [0, re.DOTALL, re.MULTILINE | re.IGNORECASE])
+def test_a_pattern_is_found_where_re_finds_it(pattern: str, flags: re.RegexFlag) -> None:
+    for text in (*NAMES, *(f"say\n{n}\nmodel. Q" for n in NAMES)):
+        assert occurs(pattern, text, flags) is (re.search(pattern, text, flags) is not None), (pattern, text)
+
+
+ATOMS = ["a", "b", ".", "[ab]", "[^a]", r"\w", r"\W", r"\b", r"\B", "^", "$", r"\Z", "(?=a)", "(?!b)", "(?<=a)", "(?<!ab)", "(?i:B)", "\n"]
+REPEATS = ["", "", "", "*", "+", "?", "*?", "{2}", "{1,2}", "{2,}"]
+
+
+def _drawn(draw: random.Random, depth: int) -> str:
+    if depth == 0 or draw.random() < 0.4:
+        return draw.choice(ATOMS)
+    parts = [_drawn(draw, depth - 1) + draw.choice(REPEATS) for _ in range(draw.randint(1, 3))]
+    return "(?:" + draw.choice(["", "|"]).join(parts) + ")"
+
+
+def test_drawn_patterns_match_and_are_found_as_re_says() -> None:
+    draw, seen = random.Random(0), [0, 0]
+    for _ in range(1500):
+        pattern = _drawn(draw, 3)
+        try:
+            expected = re.compile(pattern, draw.choice([0, re.DOTALL, re.MULTILINE]))
+        except re.error:
+            continue
+        text = "".join(draw.choice("abB\n ") for _ in range(draw.randint(0, 7)))
+        found = expected.search(text) is not None
+        assert occurs(pattern, text, expected.flags & ~re.UNICODE) is found, (pattern, text)
+        assert whole(pattern, text) is (re.fullmatch(pattern, text) is not None), (pattern, text)
+        seen[found] += 1
+    assert min(seen) > 200
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", r"^(\w+\s?)*$", "(a|aa)+$", "(.*a){12}!", r"(?=.*!).", r"((a*)*)*!", "(?:a?){5000}a{5000}!", "(?:.{1,50}){1,50}!"]
+)
+def test_nothing_is_searched_for_for_ever(pattern: str) -> None:
+    assert not occurs(pattern, "a" * 5000 + "?")
 
 
 @pytest.mark.parametrize(
