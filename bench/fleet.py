@@ -262,7 +262,7 @@ def compare(folder: Path, args: argparse.Namespace, replicas: int, routing: str,
     logs = [json.loads(server.log.read_text()) for server in servers]
     inside = np.array([times for log in logs for times in log["times"]])
     way_s = max(0.0, float(seen[:, 1].mean() - inside[:, 1].mean()))
-    speed = replace(apart or of_run(logs), before_s=way_s / 2, after_s=way_s / 2)
+    speed = apart or replace(of_run(logs), before_s=way_s / 2, after_s=way_s / 2)
     found = simulate(trace, shape, speed, replicas=replicas, routing=routing, warm_up=0.0)
     late = simulate(trace, shape, speed, replicas=replicas, routing=routing, warm_up=WARM_UP)
     line: dict[str, Any] = {"hit_rate": [1 - loads / len(trace), found.hit_rate]}
@@ -294,6 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--running", type=int, default=16)
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--routing", nargs="+", default=["round-robin", "hash"], choices=["round-robin", "hash", "least-loaded"])
@@ -312,7 +313,12 @@ def main() -> None:
         from trimtab.fleet.measured import measure
         from trimtab.model import load_base
 
-        print(json.dumps(asdict(measure(load_base(args.measure, dtype="bfloat16", device="cpu"), shape)[0])))
+        speed = measure(load_base(args.measure, dtype="bfloat16", device="cpu"), shape)[0]
+        if not args.alone:
+            from trimtab.fleet.served import with_server
+
+            speed = with_server(speed, shape, ["--base", args.measure, "--dtype", "bfloat16", "--device", "cpu"])
+        print(json.dumps(asdict(speed)))
         return
     if args.large:
         speed = Speed.given(0.020, 30e-6, 100e-6, 0.030)
