@@ -243,7 +243,7 @@ async def play(trace: Trace, servers: list[Server], routing: str) -> list[tuple[
 def compare(folder: Path, args: argparse.Namespace, replicas: int, routing: str, base: Path, paths: list[Path], size: int) -> None:
     shape = Shape(resident=args.resident, kv_tokens=16384, max_running=args.running)
     requests, rate = args.requests * replicas, args.rate * replicas
-    traffic = Traffic(args.adapters, zipf=0.8, rate=rate, requests=requests, prompt_tokens=48, answer_tokens=args.answer)
+    traffic = Traffic(args.adapters, zipf=args.zipf, rate=rate, requests=requests, prompt_tokens=48, answer_tokens=args.answer)
     trace, skipped = traffic.trace(), int(WARM_UP * requests)
     layers, width = SIZES["num_hidden_layers"], SIZES["num_key_value_heads"] * SIZES["hidden_size"] // SIZES["num_attention_heads"]
     kv_bytes = 2 * 2 * layers * width * shape.kv_tokens
@@ -301,6 +301,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=60)
     parser.add_argument("--resident", type=int, default=12)
     parser.add_argument("--rate", type=float, default=2.0, help="requests a second for each server")
+    parser.add_argument("--zipf", type=float, default=0.8)
     parser.add_argument("--requests", type=int, default=LITTLE, help="for each server")
     parser.add_argument("--answer", type=float, default=24)
     parser.add_argument("--apart", action="store_true", help="speeds as `trimtab simulate` measures them")
@@ -313,11 +314,12 @@ def main() -> None:
         from trimtab.fleet.measured import measure
         from trimtab.model import load_base
 
-        speed = measure(load_base(args.measure, dtype="bfloat16", device="cpu"), shape)[0]
+        base = load_base(args.measure, dtype="bfloat16", device="cpu")
+        speed = measure(base, shape)[0]
         if not args.alone:
             from trimtab.fleet.served import with_server
 
-            speed = with_server(speed, shape, ["--base", args.measure, "--dtype", "bfloat16", "--device", "cpu"])
+            speed = with_server(base, speed, shape, ["--base", args.measure, "--dtype", "bfloat16", "--device", "cpu"])
         print(json.dumps(asdict(speed)))
         return
     if args.large:

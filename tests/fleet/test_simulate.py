@@ -14,9 +14,10 @@ from click.testing import CliRunner
 from tests.laws.common import tokens
 from tests.serve.common import Clock, Heard, Held, ask, engine_of, held
 from trimtab.cli.simulate import simulate as command
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import ConfigError, DataError, TrimtabError
 from trimtab.fleet.replica import Shape
 from trimtab.fleet.routing import ROUTERS, SPILL
+from trimtab.fleet.served import added_by_server, token_seconds, tokens_of, way_and_rows
 from trimtab.fleet.simulate import Simulated, simulate
 from trimtab.fleet.speed import Speed, Step, fit
 from trimtab.fleet.traffic import Asked, Trace, Traffic
@@ -319,6 +320,62 @@ def test_a_real_engine_takes_the_same_steps(rate: float, resident: int, tenants:
         assert q == pytest.approx({k: float(np.quantile(took, k)) for k in q})
 
 
+def plain(trace: Trace, speed: Speed) -> list[tuple[float, float]]:
+    """(first, last) of each request at one server with room for all, in a plain loop: whoever has come and has its adapter is in the next
+    step, two adapters are read at a time, and each step gives everyone a token."""
+    coming = [(asked.at + speed.before_s, i, asked) for i, asked in enumerate(trace)]
+    waiting, running, wanted, loading, there = list[tuple[int, Asked]](), dict[int, Asked](), list[int](), dict[int, float](), set[int]()
+    told, first, last, now = dict.fromkeys(range(len(trace)), 0), dict[int, float](), dict[int, float](), 0.0
+    while coming or waiting or running:
+        while coming and coming[0][0] <= now:
+            _, i, asked = coming.pop(0)
+            waiting.append((i, asked))
+            if asked.adapter not in {*there, *loading, *wanted}:
+                wanted.append(asked.adapter)
+        there |= {a for a, end in loading.items() if end <= now}
+        loading = {a: end for a, end in loading.items() if end > now}
+        while wanted and len(loading) < 2:
+            loading[wanted.pop(0)] = now + speed.load_s
+        running |= {i: asked for i, asked in waiting if asked.adapter in there}
+        waiting = [(i, asked) for i, asked in waiting if i not in running]
+        if not running:
+            now = min([*loading.values(), *(at for at, _, _ in coming[:1])])
+            continue
+        rows = sum(1 if told[i] else asked.prompt for i, asked in running.items())
+        context = sum(asked.prompt + told[i] - 1 for i, asked in running.items() if told[i])
+        step = Step(rows, len(running), len({asked.adapter for asked in running.values()}), context)
+        now += speed(step, bool(loading))
+        for i, asked in list(running.items()):
+            told[i] += 1
+            if told[i] == 1:
+                first[i] = now + speed.after_s - asked.at
+            if told[i] == asked.answer:
+                last[i] = now + speed.after_s - asked.at
+                del running[i]
+    return [(first[i], last[i]) for i in range(len(trace))]
+
+
+@pytest.mark.parametrize(("rate", "load_s"), [(0.4, 0.3), (2.0, 0.3), (3.0, 0.05)])
+def test_a_server_does_what_a_plain_loop_does(rate: float, load_s: float) -> None:
+    """At rest and busy: the times of requests, with every kind of cost. (A longer queue has rules of its own: how many adapters are read
+    ahead. Above, a real engine has them.)"""
+    costs = {
+        "sequence_s": 0.002,
+        "adapter_s": 0.004,
+        "context_s": 1e-5,
+        "load_s": load_s,
+        "slowed": 0.4,
+        "before_s": 0.011,
+        "after_s": 0.013,
+    }
+    speed = Speed((1, 8, 64), (0.02, 0.03, 0.15), "", **costs)
+    trace = Traffic(12, zipf=0.9, rate=rate, requests=60, prompt_tokens=20, answer_tokens=12, seed=4).trace()
+    found, times = run(trace, speed, resident=12, kv_tokens=10**6), np.array(plain(trace, speed))
+    assert found.hit_rate == 1 - len(set(trace.adapter)) / 60
+    for column, q in ((0, found.first_s), (1, found.total_s)):
+        assert q == pytest.approx({k: float(np.quantile(times[:, column], k)) for k in q}, rel=1e-9)
+
+
 # ---- speed
 
 
@@ -358,6 +415,42 @@ def test_a_load_beside_steps_takes_longer() -> None:
 def test_a_load_slows_down_steps() -> None:
     speed = Speed((1,), (1.0,), "", slowed=0.5)
     assert (speed(Step(1, 1, 1, 0), True), speed(Step(1, 1, 1, 0))) == (1.5, 1.0)
+
+
+def event(*tokens: int) -> bytes:
+    return b'data: {"choices": [{"text": "", "token_ids": %s, "prompt_token_ids": [7, 8, 9]}]}\n\n' % json.dumps(tokens).encode()
+
+
+def test_tokens_are_counted_and_not_events() -> None:
+    """Two tokens in one event, an event in two pieces, two events in one piece, and one without tokens."""
+    pieces = [b"HTTP/1.1 200 OK\r\n\r\n", event(5), event(6, 7), (cut := event(8))[:-40], cut[-40:] + event() + event(9), b"data: [DONE]"]
+    sizes = np.cumsum([len(p) for p in pieces]).tolist()
+    assert pieces[3].count(b"]") == 0
+    assert tokens_of(b"".join(pieces), list(zip(range(6), sizes, strict=True))) == [(1, 1), (2, 3), (4, 5)]
+
+
+def test_seconds_of_a_token_while_all_are_decoded() -> None:
+    """The second one begins at 3 and the first one ends at 9: from then to then they have 4 and 2 tokens more."""
+    one = [(1.0, 1), (3.0, 2), (5.0, 4), (9.0, 6)]
+    two = [(3.0, 1), (6.0, 2), (9.0, 3), (20.0, 9)]
+    assert token_seconds([one, two]) == pytest.approx((6 / 4 + 6 / 2) / 2)
+    assert token_seconds([one]) == pytest.approx(8 / 5)
+    with pytest.raises(TrimtabError, match="no two answers"):
+        token_seconds([[(1.0, 1)], [(5.0, 1)]])
+
+
+def test_what_a_server_adds_is_split_into_steps_and_sequences() -> None:
+    assert added_by_server([(n, 0.5 + 0.25 * n) for n in (1, 2, 4)]) == pytest.approx((0.5, 0.25))
+    assert added_by_server([(1, 3.0), (2, 2.0), (3, 1.0)]) == pytest.approx((2.0, 0.0))
+    assert added_by_server([(1, 3.0)]) == pytest.approx((3.0, 0.0))
+
+
+def test_the_way_and_rows_come_from_prompts_that_come_alone() -> None:
+    """A step of 4 rows is taken to take 1.3, of 8 rows 2.1. First tokens after 2 and 3.2 s: the way is 0.7, and four rows more are 1.2."""
+    speed = Speed((1, 4, 8), (1.0, 1.3, 2.1), "")
+    way_s, seconds = way_and_rows({4: 2.0, 8: 3.2}, speed)
+    assert (way_s, seconds) == (pytest.approx(0.7), pytest.approx((1.0, 1.3, 2.5)))
+    assert way_and_rows({4: 1.0}, speed) == (0.0, speed.seconds)
 
 
 @pytest.mark.parametrize(
@@ -416,6 +509,7 @@ def test_a_base_is_measured_and_its_speeds_are_kept(tmp_path: Path, tiny_llama_f
     first = json.loads(invoke(*base, *traffic, "--write-speed", str(kept)).stdout)
     speed = first["speed"]
     assert len(speed["rows"]) > 3 and speed["rows"][0] == 1 and 0 < speed["seconds"][0] < 10 and speed["load_s"] > 0
-    assert "measured on" in speed["source"] and Speed.read(kept).load_s == speed["load_s"]
+    assert 0 < speed["before_s"] < 10 and 0 < speed["busy_load_s"] < 10
+    assert "measured on" in speed["source"] and "in a server" in speed["source"] and Speed.read(kept).load_s == speed["load_s"]
     again = json.loads(invoke("--speed", str(kept), "--max-running", "8", "--kv-tokens", "4096", *traffic).stdout)
     assert again["simulated"][0]["total_s"] == first["simulated"][0]["total_s"]

@@ -67,8 +67,8 @@ def simulate(on: OnBase, **options: Any) -> None:
       trimtab simulate --adapters 100000 --tenants 1000 --rate 100 --replicas 16 --step-ms 20 --row-us 30 --load-ms 30
 
     The servers' scheduler, queues, shares and memory of adapters are the real ones; time is simulated. How long a step and a load take is
-    measured for about half a minute on --base, with fresh LoRAs of rank 16, on this machine; or it is given: --step-ms and its kin, or
-    --speed.
+    measured for about a minute on --base, with fresh LoRAs of rank 16, on this machine, also through a server and its streams; or it is
+    given: --step-ms and its kin, or --speed.
     """
     from trimtab.fleet.replica import Shape
     from trimtab.fleet.simulate import simulate as run
@@ -151,14 +151,22 @@ def _speed(asked: Asked, on: OnBase, shape: Shape) -> Speed:
     if asked.speed_file is not None:
         return Speed.read(asked.speed_file)
     from trimtab.fleet.measured import measure
+    from trimtab.fleet.served import with_server
 
     base = on.open()
     say("measuring steps on this machine, for about half a minute", err=True)
     speed, size = measure(base, shape)
+    speed = with_server(base, speed, shape, _of_serve(on), status=lambda text: say(text, err=True))
     speed = replace(speed, source=f"{speed.source}; {size * shape.resident / 1e9:.3g} GB for {shape.resident} adapters")
     if asked.write_speed is not None:
         _write_new(asked.write_speed, json.dumps(asdict(speed), indent=1) + "\n")
     return speed
+
+
+def _of_serve(on: OnBase) -> list[str]:
+    """The options of `trimtab serve` that say the same of the base."""
+    given = {"--base": on.base_name, "--dtype": on.dtype, "--device": on.device, "--quantize": on.quantize}
+    return [word for option, value in given.items() if value is not None for word in (option, value)]
 
 
 def _write_new(path: Path, text: str) -> None:

@@ -1,5 +1,5 @@
-"""The speed of a base's own engine on this machine, from some seconds of its steps: decoding with few and many streams, with and without
-adapters of their own, prompts of several lengths, and adapters that are read meanwhile.
+"""The speed of a base's own engine on this machine, from some seconds of its steps: decoding with few and many streams of few
+and many adapters, prompts of several lengths, and adapters that are read meanwhile.
 """
 
 from __future__ import annotations
@@ -49,14 +49,13 @@ class _Driven:
         self.engine.on_step = self.facts.append
 
     def begin(self, streams: int, prompt: int, answer: int, own: int) -> None:
-        """So many requests, of which the first `own` have an adapter each and the others the base."""
+        """So many requests, for so many different adapters."""
         vocabulary = self.engine.base.spec.vocab_size
         for i in range(streams):
             self.asked += 1
-            chosen = self.adapters[i] if i < own else None
             limits = SamplingParams(max_tokens=answer, ignore_eos=True)
             ids = tuple((self.asked * 31 + 7 * j) % min(200, vocabulary) for j in range(prompt))
-            self.engine.submit(Request(f"{self.asked}", ids, limits, chosen), _heard)
+            self.engine.submit(Request(f"{self.asked}", ids, limits, self.adapters[i % own]), _heard)
 
     def finish(self) -> list[StepFacts]:
         """All steps until nothing is open."""
@@ -136,14 +135,13 @@ def _steps(driven: _Driven, streams: Sequence[int], longest: int, shape: Shape) 
     warm = streams[-1]
     driven.begin(warm, 8, 3, warm)
     driven.finish()
-    kinds = [(SHORT, n, own) for n in streams for own in sorted({0, n // 2, n})]
+    kinds = [(SHORT, n, own) for n in streams for own in sorted({1, (n + 1) // 2, n})]  # a step of the base alone costs less than any
     kinds += [(LONG, n, n) for n in LONG_STREAMS if n in streams and longest > LONG + DECODES]
     for prompt, n, own in kinds:
         driven.begin(n, prompt, DECODES + 1, own)
         decodes = [f.seconds for f in driven.finish() if not f.prefill_rows and f.decode_rows == n]
         if decodes:
-            shared = own < n  # the others are the base's
-            found.append((Step(n, n, own + shared, n * (prompt + DECODES // 2)), statistics.fmean(decodes)))
+            found.append((Step(n, n, own, n * (prompt + DECODES // 2)), statistics.fmean(decodes)))
     for prompt in (p for p in PROMPTS if p < min(longest, shape.max_step_rows + 1)):
         for n in (1, 4):
             if n * prompt > shape.max_step_rows:
