@@ -296,6 +296,30 @@ def test_a_group_that_is_given_up_is_told_once(tmp_path: Path, monkeypatch: pyte
         driver.refuse_failed()
 
 
+def test_a_group_whose_bucket_is_out_of_reach_is_not_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it has a checkpoint is not known: it neither starts from the beginning nor counts as one that saves nothing."""
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'trimtab[ray]'")
+    made, notes, begun = list[str](), list[tuple[Any, ...]](), list[str]()
+
+    def got(asked: str) -> Told:
+        raise drive.Lost("killed")
+
+    def newest(job: Any) -> str:
+        raise ConfigError("out = 's3://gone/run': does not answer", fix="see whether it can be reached")
+
+    monkeypatch.setattr(drive, "_got", got)
+    monkeypatch.setattr(ray, "wait", lambda asked, **_: (asked, []))
+    monkeypatch.setattr(ray, "kill", lambda actor, **_: None)
+    monkeypatch.setattr(drive, "_newest", newest)
+    driver = driven(tmp_path, made, notes, "a")
+    monkeypatch.setattr(driver, "_begin", lambda p: begun.append(p.job.name))
+    list(driver.run(Stop()))
+    assert begun == ["a"], "once, and not again"
+    with pytest.raises(TrimtabError, match=r"a on node node of a: .*killed.*cannot be looked up: out = 's3://gone/run'") as caught:
+        driver.refuse_failed()
+    assert "--resume" in caught.value.fix
+
+
 def test_run_files_have_names_of_their_own() -> None:
     assert names_of([Path("a/x.yaml"), Path("b/y.yaml")]) == ["x", "y"]
     assert names_of([Path("a/x.yaml"), Path("b/x.yaml")]) == ["a/x.yaml", "b/x.yaml"]

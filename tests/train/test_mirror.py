@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -280,15 +282,107 @@ def test_who_comes_late_takes_no_newer_checkpoint_away(tmp_path: Path, memory: A
     assert "resume once more" in caught.value.fix and there(url) == kept
 
 
-def test_a_damaged_checkpoint_is_fetched_again(tmp_path: Path, memory: Any, whole: dict[str, Any]) -> None:  # noqa: F811
-    run = config(tmp_path, "memory://shared/run")
+@pytest.mark.parametrize("older", [True, False], ids=["newest", "only"])
+def test_a_damaged_checkpoint_is_fetched_again(older: bool, tmp_path: Path, memory: Any, whole: dict[str, Any]) -> None:  # noqa: F811
+    """Of two the newest, or the only one: the bucket's is whole."""
+    run, heard = config(tmp_path, "memory://shared/run"), At()
     interrupt(run, after=5)
-    newest = steps_of(run.out)[0]
+    newest, *others = steps_of(run.out)
+    assert others
+    for path in [] if older else others:
+        shutil.rmtree(path)
     (newest / "v.safetensors").write_bytes(b"")
-    with pytest.raises(Occupied, match="has a checkpoint of step 5, which is newer"):
-        train(run, base=tiny_base(), resume=True)
-    train(run, base=tiny_base(), resume=True)
+    train(run, base=tiny_base(), resume=True, listener=heard)
     assert differences(whole, results(run.out)) == ""
+    assert any("step-00000005" in text and "v.safetensors has 0 bytes" in text for text in heard.warnings)
+
+
+def test_a_damaged_checkpoint_of_a_finished_run_takes_no_results_away(tmp_path: Path, memory: Any, monkeypatch: Any) -> None:  # noqa: F811
+    """The results could not be sent; the bucket has the last checkpoint, and here it is damaged."""
+    run, url = config(tmp_path, "memory://shared/run"), "memory://shared/run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, "finish", lambda self: None)
+        train(run, base=tiny_base())
+    kept = (run.out / "summary.json").read_bytes()
+    for path in steps_of(run.out):
+        (path / "v.safetensors").write_bytes(b"")
+    assert "summary.json" not in there(url)
+    train(run, base=tiny_base(), resume=True)
+    assert there(url)["summary.json"] == kept
+
+
+def test_what_finished_here_does_not_take_anothers_name(tmp_path: Path, memory: Any, machine: Machine) -> None:  # noqa: F811
+    """The run has finished here unsent, and another machine trains on from its last checkpoint: one of them must hear of the other."""
+    url = "memory://shared/run"
+    run, other = config(tmp_path, url), Mirror(url, At())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mirror, "finish", lambda self: None)
+        train(run, base=tiny_base())
+    machine("b")
+    other = Mirror(url, At())
+    other.fetch(resume=True)
+    other.begin()
+    machine("a")
+    train(run, base=tiny_base(), resume=True)
+    assert "summary.json" in there(url)
+    machine("b")
+    with pytest.raises(Occupied, match="has taken over"):
+        other.saved()
+
+
+def test_checkpoints_that_nobody_names_go(tmp_path: Path, url: str) -> None:
+    """Of a sender that was killed before it named them, or after it named others; what is no checkpoint of the run stays."""
+    run = config(tmp_path, url)
+    interrupt(run, after=3)
+    files, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
+    for path in (
+        "checkpoints/step-00000002/v.safetensors",
+        "checkpoints/step-00000009/state.json",
+        "group/checkpoints/step-00000001/x",
+        "own",
+    ):
+        if "file" in url:
+            files.makedirs(f"{root}/{path}".rpartition("/")[0], exist_ok=True)
+        files.pipe_file(f"{root}/{path}", b"x")
+    train(run, base=tiny_base(), resume=True)
+    left = there(url)
+    assert {p.split("/")[1] for p in left if p.startswith("checkpoints/")} == {"step-00000008"}
+    assert {"own", "group/checkpoints/step-00000001/x"} <= left.keys()
+
+
+def test_a_bucket_out_of_reach_is_not_one_without_checkpoints(tmp_path: Path, memory: Any, monkeypatch: Any) -> None:  # noqa: F811
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    run = config(tmp_path, "memory://shared/run")
+    assert Mirror(run.url, At()).newest() == ""
+    interrupt(run, after=3)
+    assert Mirror(run.url, At()).newest() == "step-00000003"
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route")))
+    with pytest.raises(ConfigError, match=r"out = 'memory://shared/run'.*no route") as caught:
+        Mirror(run.url, At()).newest()
+    assert "reached" in caught.value.fix
+
+
+def test_who_brings_a_copy_waits_for_who_does(tmp_path: Path, memory: Any, monkeypatch: Any) -> None:  # noqa: F811
+    """Two processes that share a cache would take each other's files away where their snapshots differ."""
+    url, copy, put = "memory://shared/run", Copy("memory://shared/run"), Copy.fetch
+    (source := tmp_path / "source").mkdir()
+    (source / "a").write_text("a")
+    copy.send(source, ["a"], claim=True)
+    second, waited = list[threading.Thread](), list[bool]()
+
+    def fetch(self: Copy, *what: Any) -> None:
+        if not second:
+            second.append(threading.Thread(target=brought, args=(url,)))
+            second[0].start()
+            second[0].join(0.3)
+            waited.append(second[0].is_alive())
+        put(self, *what)
+
+    monkeypatch.setattr(Copy, "fetch", fetch)
+    folder = brought(url)
+    second[0].join()
+    assert waited == [True] and [p.name for p in folder.iterdir()] == ["a"]
 
 
 def test_what_cannot_be_written_is_named(tmp_path: Path, memory: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

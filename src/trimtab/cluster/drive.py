@@ -166,8 +166,14 @@ class _Driver:
     def _lost(self, p: Placed, reason: str) -> None:
         """Begin a group anew whose worker is gone, unless that does not help."""
         self._leave(p)
-        p.losses = p.losses + 1 if _newest(p.job) == p.saved else 1
         where = f"the node {p.node}" if p.node else "a node"
+        try:
+            newest = _newest(p.job)
+        except TrimtabError as error:  # what it has saved is not known, so it can neither go on nor count as having saved nothing
+            text = f"its process has ended on {where} ({reason}), and its checkpoints cannot be looked up: {error.message}"
+            p.ended = Ended("failed", text=text, problems=error.problems, fix="once they are in reach, go on with --resume")
+            return
+        p.losses = p.losses + 1 if newest == p.saved else 1
         if p.losses >= LOSSES:
             text = f"its process has ended {p.losses} times without a new checkpoint, at last on {where}: {reason}"
             fix = "look at the node's memory and Ray's log there; a smaller checkpoint_every saves more often"
@@ -252,5 +258,6 @@ def _error(p: Placed) -> TrimtabError:
 
 
 def _newest(job: Job) -> str:
+    """The name of a group's newest checkpoint, "" where it has none. ConfigError where its bucket cannot be read, after some attempts."""
     mirror = mirror_of(job.run, Silent())
     return mirror.newest() if mirror is not None else next((path.name for path in steps_of(job.run.out)), "")

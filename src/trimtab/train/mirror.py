@@ -16,8 +16,8 @@ from trimtab.atomic import is_unfinished
 from trimtab.errors import AdapterError, ConfigError, TrimtabError
 from trimtab.places.place import ONE_PROCESS, Place
 from trimtab.store.remotes.fetch import ATTEMPTS
-from trimtab.store.remotes.snapshot import ROOM, Copy, Snapshot, TakenOver, working_copy
-from trimtab.train.checkpoint import MANIFEST, NAME, steps_of
+from trimtab.store.remotes.snapshot import ROOM, Copy, Snapshot, TakenOver, mark_of, working_copy
+from trimtab.train.checkpoint import MANIFEST, NAME, Damaged, newest_checkpoint, steps_of
 from trimtab.train.config import RunConfig
 from trimtab.train.control import CONTROL
 from trimtab.train.hold import LOCK, Occupied, held
@@ -50,7 +50,7 @@ class Mirror:
                 going = ", or go on with it: --resume (from Python resume=True)" if there is not None else ""
                 fix = f"name another folder in `out`, or remove this one{going}"
                 raise ConfigError(f"out = {self.url!r} is not empty: a run never overwrites another", fix=fix)
-            if there is None or _far(there.files) <= _far(_paths(self.folder)):
+            if there is None or _far(there.files) <= self._far_here():
                 return
             self._listener.status(f"fetching the run from {self.url}")
             try:
@@ -63,9 +63,26 @@ class Mirror:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                 self._copy.fetch(there, self.folder, sorted(there.files, key=_turn))
 
+    def _far_here(self) -> tuple[int, bool]:
+        """As `_far`, but a checkpoint that is damaged does not count, unless the run has ended: then its results are here, and may be
+        nowhere else."""
+        step, ended = _far(_paths(self.folder))
+        if step < 0 or ended:
+            return step, ended
+        try:
+            found = newest_checkpoint(self.folder)
+            rejected = found.rejected if found else {}
+            step = int(found.path.name.removeprefix("step-")) if found else -1
+        except Damaged as reasons:
+            rejected, step = dict.fromkeys([self.folder], str(reasons)), -1
+        for path, reason in rejected.items():
+            self._listener.warning(f"{path.name} does not verify: {reason}; what {self.url} has counts, if that is further")
+        return step, ended
+
     def begin(self, place: Place = ONE_PROCESS) -> None:
         """Say at the bucket that this run goes on here; whoever trained it before sends nothing more. The results of a run that is extended
-        go: it has not finished any more. Occupied where a newer checkpoint has come there since `fetch`, or the one of here is damaged."""
+        go: it has not finished any more. Checkpoints go that a killed sender has left there without a name. Occupied where a newer
+        checkpoint has come there since `fetch`, or the one of here is damaged."""
         self._copy.sender = place.once(lambda: self._copy.sender)
         if place.first:
             with self._named():
@@ -74,6 +91,7 @@ class Mirror:
                     text = f"out = {self.url!r} has a checkpoint of step {there}, which is newer than what {self.folder} goes on from"
                     raise Occupied(text, fix="if no other process trains there, resume once more: it is fetched")
                 self._copy.send(self.folder, _in_order(self.folder, ended=False), claim=True)
+                self._copy.remove_unnamed(lambda path: path.startswith("checkpoints/") and NAME.fullmatch(path.split("/")[1]) is not None)
 
     def saved(self) -> None:
         """Send the newest checkpoint. Occupied where another process has taken the run over. If the bucket is out of reach, a warning."""
@@ -89,11 +107,12 @@ class Mirror:
                 self._listener.note(f"{self.url} is in reach again and has all that was kept")
             self._behind = False
 
-    def finish(self) -> None:
-        """Send the results. TrimtabError, which says where they are, if that cannot be done."""
+    def finish(self, claim: bool = False) -> None:
+        """Send the results. claim: whoever trained there before sends nothing more. TrimtabError, which says where they are, if that cannot
+        be done."""
         self._copy.attempts = ATTEMPTS
         try:
-            self._send(ended=True)
+            self._send(ended=True, claim=claim)
         except (AdapterError, OSError) as error:
             text = error.message if isinstance(error, AdapterError) else str(error)
             what = f"the run is finished and kept in {self.folder}, but could not be sent to {self.url}: {text}"
@@ -102,24 +121,23 @@ class Mirror:
             ) from error
 
     def claim_and_finish(self) -> None:
-        """`finish` of a run that ended in another process."""
+        """`finish` of a run that ended in another process, if something of it is not there. It has a token of its own: with that of
+        whoever sent last, who may still train there, none of both would hear of the other."""
         with self._named():
             there = self._copy.read() or Snapshot()
-        if _far(there.files) <= _far(_paths(self.folder)):
-            self._copy.sender = there.sender or self._copy.sender
-            self.finish()
+        here = _in_order(self.folder, ended=True)
+        if _far(there.files) <= _far(_paths(self.folder)) and there.files != {path: mark_of(self.folder / path) for path in here}:
+            self.finish(claim=True)
 
     def newest(self) -> str:
-        """The name of the newest checkpoint there, "" where there is none, or nothing can be read."""
-        try:
+        """The name of the newest checkpoint there, "" where there is none. ConfigError where that cannot be read."""
+        with self._named():
             there = self._copy.read() or Snapshot()
-        except AdapterError:
-            return ""
         return max((p.split("/")[1] for p in there.files if p.startswith("checkpoints/")), default="")
 
-    def _send(self, ended: bool) -> None:
+    def _send(self, ended: bool, claim: bool = False) -> None:
         try:
-            self._copy.send(self.folder, _in_order(self.folder, ended))
+            self._copy.send(self.folder, _in_order(self.folder, ended), claim=claim)
         except TakenOver as other:
             text = f"{other} has taken over out = {self.url!r}, so this run ends, and sends nothing more there; it is kept in {self.folder}"
             raise Occupied(text, fix="leave the run to it; if nothing runs there any more, go on with --resume") from None

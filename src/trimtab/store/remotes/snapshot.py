@@ -11,12 +11,14 @@ another one's there, before it sends or before it writes a snapshot, sends no mo
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -123,6 +125,13 @@ class Copy:
             self._name(now, claim)
         for path in there.files.keys() - files.keys():
             self._patiently(lambda path=path: self.bucket.remove(path), path)  # type: ignore[misc]
+
+    def remove_unnamed(self, which: Callable[[str], bool]) -> None:
+        """Remove the files that `which` says yes to, but those that the snapshot names. TakenOver where that is another sender's."""
+        named = self._owned(claim=False).files
+        for path in self.files():
+            if path not in named and which(path):
+                self._patiently(lambda path=path: self.bucket.remove(path), path)  # type: ignore[misc]
 
     def fetch(self, snapshot: Snapshot, folder: Path, paths: Iterable[str]) -> None:
         """Write these files of a snapshot into `folder`, in their order, but those that are there already. AdapterError where one is not
@@ -238,12 +247,34 @@ def brought(url: str, leave_out: Sequence[str] = ("checkpoints",)) -> Path:
             found = None
             break
     prefix = "".join(f"{name}/" for name in inner)
-    paths = [p for p in (found.files if found else ()) if p.startswith(prefix) and p.split("/")[0] not in leave_out]
-    if found is None or not paths:
+
+    def wanted(snapshot: Snapshot | None) -> list[str]:
+        paths = snapshot.files if snapshot else ()
+        return [p for p in paths if p.startswith(prefix) and p.split("/")[0] not in leave_out]
+
+    if not wanted(found):
         raise AdapterError(f"{url}: there is no run or adapter", fix="name what a run file's `out` names, or a folder in it")
     folder = below(cache_dir() / "copies", root)
-    for path in sorted(folder.rglob("*"), reverse=True):  # of an earlier snapshot
-        if path.is_file() and path.relative_to(folder).as_posix() not in found.files:
-            path.unlink()
-    copy.fetch(found, folder, paths)
+    with _alone(folder):
+        found = copy.read() or Snapshot()  # anew: another process may have brought a newer one meanwhile
+        for path in sorted(folder.rglob("*"), reverse=True):  # of an earlier snapshot
+            if path.is_file() and path.relative_to(folder).as_posix() not in found.files:
+                path.unlink()
+        copy.fetch(found, folder, wanted(found))
     return folder.joinpath(*inner)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While another process of this machine brings the same copy, wait for it. The lock is on a file beside the folder."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise AdapterError(f"the cache {folder.parent} cannot be written: {error.strerror or error}", fix=ROOM) from error
+    try:
+        with suppress(OSError):  # a file system without locks: each file is written whole all the same
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
