@@ -1,4 +1,4 @@
-"""One step of a joint run: every live variant's batch, cut into micro-batches, packed into as few forwards as the token budget allows.
+"""One step of a joint run: every live variant's batch, cut into micro-batches, packed into few forwards within the token budget.
 
 A forward computes the rows of several variants on one frozen model. Each variant's objective turns its own log-probabilities into a part
 of a mean over its own optimizer step, so the sum of all losses gives every variant just the gradient that it would have alone.
@@ -6,6 +6,7 @@ of a mean over its own optimizer step, so the sum of all losses gives every vari
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,14 +15,20 @@ from torch import Tensor
 
 from trimtab import ops
 from trimtab.data import Example
+from trimtab.forward.attached import Attached
 from trimtab.forward.batch import BASE
 from trimtab.forward.packs import Mix
 from trimtab.places.place import ONE_PROCESS, Place
+from trimtab.places.shards import shards_of
 from trimtab.train.losses import Outcome, Part, Unread, forward_loss
 from trimtab.train.measure import probe
 from trimtab.train.variant import MicroBatch, StepBatch, Variant, cut
 
 Item = tuple[Variant, MicroBatch]
+
+FULL = 1024
+"""Tokens a thread from which on a forward on a CPU gains nothing by rows of further variants: reading the weights is a small part of it,
+and what its layers hold between them no longer fits the cache."""
 
 
 @dataclass(frozen=True)
@@ -94,19 +101,32 @@ def gradient_norms(variants: Sequence[Variant]) -> list[Tensor]:
 
 
 def _pack(items: Iterable[Item], max_tokens: int) -> list[list[Item]]:
-    """Groups for one forward each: one model, at most max_tokens tokens, at most one micro-batch of a variant (its rows must stay one
-    span)."""
+    """Groups for one forward each: one model, at most max_tokens tokens, none added to one that is full, at most one micro-batch of a
+    variant (its rows must stay one span)."""
     groups: list[list[Item]] = []
+    full: dict[Attached, float] = {}
     for variant, rows in sorted(items, key=lambda item: -item[1].tokens):
+        attached = variant.attached
+        if attached not in full:
+            full[attached] = _full(attached)
         for group in groups:
-            same_model = group[0][0].attached is variant.attached
-            room = sum(r.tokens for _, r in group) + rows.tokens <= max_tokens
-            if same_model and room and all(v is not variant for v, _ in group):
+            held = sum(r.tokens for _, r in group)
+            room = held < full[attached] and held + rows.tokens <= max_tokens
+            if group[0][0].attached is attached and room and all(v is not variant for v, _ in group):
                 group.append((variant, rows))
                 break
         else:
             groups.append([(variant, rows)])
     return groups
+
+
+def _full(attached: Attached) -> float:
+    """From how many tokens on a forward takes no further variant. No bound where each forward has a cost that does not grow with its rows:
+    launches on a GPU, matrices that are unpacked or fetched from other ranks."""
+    packed = any(not w.stored_dense for w in attached.weights.of.values())
+    if attached.device.type != "cpu" or packed or shards_of(attached.model) is not None:
+        return math.inf
+    return FULL * torch.get_num_threads()
 
 
 @torch.no_grad()
