@@ -224,6 +224,37 @@ def test_what_cannot_be_answered_is_named(served: Site, fields: dict[str, Any], 
     assert (error["param"] or "").startswith(param), error
 
 
+def test_input_tokens_are_those_that_an_answer_counts(sites: Any):
+    """openai's `responses.input_tokens.count`, against the usage of the answer itself."""
+    s = sites("qwen2_5")
+    said = [{"role": "user", "content": "hi"}, {"type": "function_call", "call_id": "c", "name": "pick", "arguments": '{"n": 1}'},
+            {"type": "function_call_output", "call_id": "c", "output": "7"}]  # fmt: skip
+    counts = []
+    for body in ({"input": "hi"}, {"input": "hi", "instructions": "Be brief"}, {"input": said, "tools": [PICK]},
+                 {"input": "hi", "tools": [PICK], "tool_choice": "none"}):  # fmt: skip
+        told = through(s, lambda r, body=body: r.input_tokens.count(model=BASE, **body))
+        assert told.object == "response.input_tokens"
+        counts.append(told.input_tokens)
+        assert counts[-1] == through(s, lambda r, body=body: r.create(**(ASK | body))).usage.input_tokens, body
+    assert counts[0] == counts[3] != counts[1] and counts[2] > counts[0], "tools that none may call are not told"
+    assert s.engine.stats().running == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": "x" * 100_000}, "input"),
+        ({"model": "nothing"}, "model"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content[0]"),
+    ],
+)
+def test_what_cannot_be_counted_is_named(served: Site, fields: dict[str, Any], param: str):
+    error = error_of(post(served.app, PATH + "/input_tokens", {"model": BASE, "input": "hi"} | fields), 404 if "model" in fields else 400)
+    assert error["param"] == param, error
+
+
 def test_a_failure_within_a_stream_is_told(served: Site, monkeypatch: pytest.MonkeyPatch):
     run, steps = served.engine.runner.__class__.__call__, []
 

@@ -108,6 +108,9 @@ def test_documents_are_ranked_by_their_scores(served: Site, theirs: dict[str, An
         score = post(served.app, SCORE, {"model": "judge", "text_1": "hi", "text_2": documents, "truncate_prompt_tokens": last}).json()
         assert max(abs(d["score"] - w) for d, w in zip(score["data"], want, strict=True)) < NEAR
     assert len(post(served.app, "/v1/rerank", asked | {"top_n": 0}).json()["results"]) == 4
+    by_text = asked | {"documents": [{"text": d} for d in documents], "rank_fields": ["text"]}
+    told = post(served.app, "/v1/rerank", by_text).json()["results"]
+    assert [r["index"] for r in told] == [r["index"] for r in post(served.app, "/v1/rerank", asked).json()["results"]]
 
 
 def test_an_adapter_with_a_head_embeds_and_writes_nothing(served: Site):
@@ -136,7 +139,8 @@ def test_an_adapter_with_a_head_embeds_and_writes_nothing(served: Site):
         (RERANK, {"model": "judge", "query": "a", "documents": ["b", ""]}, "documents"),
         (RERANK, {"model": "judge", "query": "a", "documents": ["b", {"title": "c"}]}, "documents"),
         (RERANK, {"model": "judge", "query": "a", "documents": ["b"], "top_n": -1}, "top_n"),
-        (RERANK, {"model": "judge", "query": "a", "documents": ["b"], "rank_fields": ["text"]}, "rank_fields"),
+        (RERANK, {"model": "judge", "query": "a", "documents": ["b"], "rank_fields": ["title"]}, "rank_fields"),
+        (RERANK, {"model": "judge", "query": "a", "documents": ["b"], "rank_fields": ["text", "title"]}, "rank_fields"),
         (RERANK, {"model": "judge", "query": "a", "documents": ["b", "y" * 10_000]}, "documents[1]"),
     ],
 )

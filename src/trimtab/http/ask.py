@@ -155,6 +155,17 @@ async def requests(plan: AnswerPlan, tenant: Tenant, s: Services) -> tuple[list[
     return found, readers
 
 
+async def prompt_tokens(body: ChatBody, tenant: Tenant, s: Services) -> int:
+    """How many tokens the prompt of this chat has. Fault where the chat would be refused for its model, its tools' choice or its length."""
+    await model_of(body, tenant, s)
+
+    def count() -> int:
+        tools = tools_in(body, s.words)
+        return len(conversation_ids(body, s.words, None if tools is None else tools.shown))
+
+    return await aside("messages", is_small(body), count, tenant, s)
+
+
 def deadline(s: Services) -> float | None:
     """When a request that begins now must have its last token."""
     return None if s.limits.request_s is None else time.monotonic() + s.limits.request_s

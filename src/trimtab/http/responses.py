@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from trimtab.http.ask import prompt_tokens
 from trimtab.http.auth import Caller, S, caller
 from trimtab.http.errors import Fault, documented
 from trimtab.http.limits import read_body
@@ -41,12 +44,32 @@ class ResponseReply(BaseModel):
     usage: dict[str, Any]
 
 
+class InputTokensReply(BaseModel):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
 @router.post("/responses", responses=ERRORS | {200: {"model": ResponseReply, "content": STREAM}}, openapi_extra=takes(ResponsesBody))
 async def responses(request: Request, tenant: Caller, s: S) -> Response:
     """Answer a text or a list of items, which holds all that the answer is to know: nothing is kept between requests."""
     body = await read_body(request, ResponsesBody, s)
-    try:
+    with _own_names():
         return await answered(request, chat_of(body), tenant, s, partial(ResponseWriter, body))
+
+
+@router.post("/responses/input_tokens", responses=ERRORS, openapi_extra=takes(ResponsesBody))
+async def input_tokens(request: Request, tenant: Caller, s: S) -> InputTokensReply:
+    """Count the tokens that /v1/responses would read for this body. Nothing is computed."""
+    body = await read_body(request, ResponsesBody, s)
+    with _own_names():
+        return InputTokensReply(object="response.input_tokens", input_tokens=await prompt_tokens(chat_of(body), tenant, s))
+
+
+@contextmanager
+def _own_names() -> Iterator[None]:
+    """A fault about a chat's field names the field of this route that it came from."""
+    try:
+        yield
     except Fault as fault:
         top, rest = (fault.param or "").partition("[")[0], (fault.param or "").partition("[")
         if top in NAMES:

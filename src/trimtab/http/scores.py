@@ -21,7 +21,7 @@ from trimtab.http.ask import adapter_of
 from trimtab.http.auth import Caller, S, caller
 from trimtab.http.embeddings import MAX_INPUTS, Inputs, Texts, inputs_of, pooled
 from trimtab.http.errors import Fault, documented
-from trimtab.http.fields import INTEGRAL, Body, NotSupported, Text, Truncated
+from trimtab.http.fields import INTEGRAL, Body, NotSupported, Text, Truncated, off
 from trimtab.http.limits import read_body
 from trimtab.http.prompts import answer_ids, kept_of, text_ids
 from trimtab.http.schema import takes
@@ -104,7 +104,7 @@ class RerankBody(Scored):
     return_documents: bool | None = Field(True, description="false: results name their documents by index alone.")
     max_chunks_per_doc: NotSupported = None
     max_tokens_per_doc: NotSupported = None
-    rank_fields: NotSupported = None
+    rank_fields: Annotated[Any, off(["text"])] = None
 
 
 BODIES = (ClassifyBody, ScoreBody, RerankBody)
