@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tests.train.common import tiny_base
 from tests.train.test_steering import IA3, LORA, PLAIN, Hand, cloned, config, tell
 from trimtab.places.place import ONE_PROCESS, Place
 from trimtab.store import Adapter
-from trimtab.train import RunConfig, train
+from trimtab.train import RunConfig, steering, train
 from trimtab.train.control import change_orders
 from trimtab.train.interrupt import Interrupted
 
@@ -59,3 +60,25 @@ def test_ranks_obey_as_one_process_does(tmp_path: Path) -> None:
         one, two = (Adapter.load(tmp_path / n / "out" / "adapters" / name, base) for n in ("one", "two"))
         for key, tensor in one.params.items():
             assert (tensor - two.params[key]).abs().max() < 1e-5, (name, key)
+
+
+@pytest.mark.parametrize("part", ["with_clone", "make_variant"], ids=["at once", "at last"])
+def test_a_clone_that_fails_on_one_rank_joins_on_none(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may be short on one rank alone. All train on without the clone, and say why."""
+    run = config(tmp_path, {"lora": LORA | PLAIN})
+
+    def rank(place: Place) -> None:
+        def short(*_: object, **__: object) -> None:
+            raise MemoryError("no room here")
+
+        if not place.first:
+            monkeypatch.setattr(steering, part, short)
+        told = Hand(run.out, {("lora", 2): cloned("v2", "lora", lr=1e-3)})
+        report = train(run, base=tiny_base(), listener=told, place=place)
+        assert list(report.adapters) == ["lora"] and report.summary["variants"]["lora"]["steps"] == 6
+        (said,) = [text for text in told.said if "v2" in text] if place.first else [""]
+        assert not place.first or "does not join: another rank cannot take it" in said, said
+
+    codes = in_ranks(2, rank, tmp_path / "log")
+    assert codes == [0, 0], "\n".join(p.read_text() for p in (tmp_path / "log").iterdir())
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["control"]["refused"] == {"v2": "another rank cannot take it"}

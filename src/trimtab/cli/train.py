@@ -160,6 +160,7 @@ def _train(ctx: click.Context, place: Place, asked: _Asked) -> None:
     run = RunConfig.load(asked.run_file, asked.changes)  # before torch is loaded: a mistake in it is told at once
     if asked.out is not None:
         run = run.writing_to(asked.out)
+    from trimtab.places.launch import end_of_rank
     from trimtab.train import train
     from trimtab.train.beside import alone
     from trimtab.train.checkpoint import steps_of
@@ -174,14 +175,15 @@ def _train(ctx: click.Context, place: Place, asked: _Asked) -> None:
             resume, extend, root = asked.resume or place.restarted, asked.extend, asked.root
             report = train(run, listener=listener, resume=resume, extend=extend, stop=stop, store=root, beside=beside, place=place)
     except Interrupted as e:
+        code = end_of_rank(e.exit_code, place.first) if place.ranks > 1 else e.exit_code
         if not place.first:
-            ctx.exit(e.exit_code)
+            ctx.exit(code)
         saved = steps_of(run.out)[:1]
         say(f"{e}; {f'saved in {saved[0]}' if saved else 'nothing was saved yet'}", err=True)
         if place.here == place.ranks:  # of several machines, torchrun's command is the user's
             ranks = ["--ranks", str(place.ranks)] if place.ranks > 1 else []
             tell_how_to_resume("train", [asked.run_file], asked.out, asked.root, asked.changes, more=ranks)
-        ctx.exit(e.exit_code)
+        ctx.exit(code)
     if not place.first:
         return
     if asked.as_json:
