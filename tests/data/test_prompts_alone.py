@@ -53,7 +53,7 @@ def test_columns_that_a_reward_gets_from_the_run_are_not_the_row_s() -> None:
     [
         ({"answer": "b"}, "no prompt"),
         ({"messages": [SAID]}, "nothing is asked before the answer in messages"),
-        ({"instruction": ["a"], "output": "b"}, "not text: instruction[0] is text"),
+        ({"instruction": ["a"], "output": "b"}, "not text: instruction is a list that holds text"),
         ({"instruction": "a", "input": 5}, "not text: input is a number"),
         ({"prompt": [USER], "history": [["q", "r"]]}, "history: the prompt is a list of messages"),
         ({"instruction": "a", "history": [["q"]]}, "no list of pairs"),

@@ -187,6 +187,8 @@ def test_marks_of_single_answers() -> None:
     ("row", "reason"),
     [
         ({"prompt": "q", "chosen": "yes"}, "no pair: rejected is missing"),
+        ({"prompt": "q", "chosen": "yes", "rejected": " "}, "no pair: rejected is empty"),
+        ({"prompt": "q", "rejected": None}, "no pair: chosen and rejected are missing"),
         ({"prompt": "q", "chosen": "yes", "rejected": "yes"}, "equal pair"),
         ({"chosen": [ASKED, YES], "rejected": [said("user", "other"), NO]}, "ask different things"),
         ({"prompt": "other", "chosen": [ASKED, YES], "rejected": [ASKED, NO]}, "prompt says something else"),

@@ -76,7 +76,8 @@ def _sides(record: Record) -> tuple[dict[str, Any], tuple[str, str]]:
     sides = OPENAI if any(not _is_missing(found.get(name)) for name in OPENAI) else SIDES
     missing = [name for name in sides if _is_missing(found.get(name))]
     if missing:
-        raise BadRow(f"no pair: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; understood: {PAIRED}")
+        what = "empty" if all(name in found for name in missing) else "missing"
+        raise BadRow(f"no pair: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} {what}; understood: {PAIRED}")
     if sides == OPENAI:
         asked = found.pop("input", None)
         if not isinstance(asked, dict) or "messages" not in asked:

@@ -184,6 +184,8 @@ def _learnt(turn: Mapping[str, Any], role: str, where: str) -> bool:
 def text_of(value: Any, where: str) -> str:
     """`value` as text; a list of text parts, as OpenAI writes content, is joined with line breaks, as in serving."""
     if isinstance(value, list) and value:
+        if (other := next((part for part in value if not isinstance(part, dict)), value)) is not value:
+            raise BadRow(f"not text: {where} is a list that holds {kind_of(other)}; parts are objects with type and text")
         value = "\n".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
     if not isinstance(value, str):
         raise BadRow(f"not text: {where} is {kind_of(value)}")
@@ -192,10 +194,8 @@ def text_of(value: Any, where: str) -> str:
     return value
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: dict[str, Any], where: str) -> str:
     """The text of a part; all that it may have besides is null."""
-    if not isinstance(part, dict):
-        raise BadRow(f"not text: {where} is {kind_of(part)}")
     if part.get("type") not in _TEXT_PARTS:
         raise BadRow(f"not text: {where} is a part of type {part['type']!r}")
     if not isinstance(part.get("text"), str):
