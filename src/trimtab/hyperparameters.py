@@ -31,7 +31,10 @@ class Hyperparameters:
             if f.name in wrong:
                 fresh = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
                 object.__setattr__(self, f.name, fresh)
-        if problems := [*wrong.values(), *self.problems()]:
+        own = [
+            p for p in self.problems() if not p.startswith(tuple(f"{name}: " for name in wrong))
+        ]  # their defaults are not what was given
+        if problems := [*wrong.values(), *own]:
             raise ConfigError(f"{type(self).__name__} cannot be used", problems=problems)
 
     def problems(self) -> list[str]:
@@ -91,5 +94,13 @@ def _type_problems(owner: Hyperparameters) -> dict[str, str]:
         try:
             object.__setattr__(owner, name, adapter.validate_python(value))
         except ValidationError as e:
-            problems[name] = f"{name} = {reprlib.repr(value)}: {'; '.join(dict.fromkeys(err['msg'] for err in e.errors()))}"
+            problems[name] = _found(name, value, e)
     return problems
+
+
+def _found(name: str, value: Any, error: ValidationError) -> str:
+    """What is wrong with a value; of a list, with each of its entries."""
+    found = [(err["loc"], err["msg"].removeprefix("Value error, ")) for err in error.errors()]
+    if isinstance(value, list | tuple) and all(loc and isinstance(loc[0], int) for loc, _ in found):
+        return "; ".join(f"{name}[{loc[0]}]{''.join(f'.{part}' for part in loc[1:])}: {text}" for loc, text in found)
+    return f"{name} = {reprlib.repr(value)}: {'; '.join(dict.fromkeys(text for _, text in found))}"

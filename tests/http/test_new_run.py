@@ -15,6 +15,7 @@ from tests.http.common import call
 from trimtab.http.studio import create_studio
 from trimtab.http.studio_auth import Shown
 from trimtab.methods import LoraConfig
+from trimtab.objectives import OBJECTIVES
 from trimtab.train import RunConfig
 from trimtab.train.follow import RunFolders
 from trimtab.train.guided import choices, formed, guessed, text_of
@@ -91,6 +92,74 @@ def test_the_fields_that_are_offered_are_those_of_the_classes():
     assert {"r", "lora_alpha", "lora_dropout", "use_dora"} <= {f["name"] for f in told["lora"]["fields"]}
     dpo = next(o for o in choices()["objectives"] if o["name"] == "dpo")
     assert "ipo" in next(f["words"] for f in dpo["fields"] if f["name"] == "loss_type")
+
+
+ASKS = [{"role": "user", "content": "How?"}]
+SAYS = [{"role": "assistant", "content": "So."}]
+PREFERENCES = {"dpo", "orpo", "simpo", "cpo", "kto", "reward"}
+ROWS: dict[str, tuple[dict[str, Any], set[str], str | None]] = {
+    "conversations": ({"messages": ASKS + SAYS}, {"sft", "distil", "grpo"}, None),
+    "labels": ({"text": "Where is it?", "category": "card"}, {"sft", "distil", "classify"}, None),
+    "pairs": ({"prompt": "How?", "chosen": "So.", "rejected": "No."}, PREFERENCES | {"grpo"}, "dpo"),
+    "marks": ({"prompt": "How?", "completion": "So.", "label": True}, {"kto", "sft", "distil", "grpo"}, "kto"),
+    "steps": ({"prompt": "1 + 1?", "completions": ["one", "two"], "labels": [True, False]}, {"stepwise", "grpo"}, "stepwise"),
+    "prompts": ({"question": "How?"}, {"grpo"}, "grpo"),
+}
+"""Name of a file -> its rows, the objectives that docs/objectives.md says of such rows, and the one that is proposed; None: sft."""
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_rows_decide_which_objectives_are_offered(shown: Shown, name: str):
+    row, offered, proposed = ROWS[name]
+    root = shown.runs.root
+    (root / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    found = guessed(f"{name}.jsonl", root, "smollm2-135m-instruct")
+    ((_, variant),) = found["content"]["variants"].items()
+    assert set(found["objectives"]) == offered and variant.get("objective") == proposed
+    assert formed(found["content"], [], root)["problems"] == []
+    if name == "prompts":
+        assert found["content"]["data"]["prompts"]["train"]["columns"] == {"prompt": "question"} and not found["answered"]
+
+
+def test_every_objective_is_offered_with_its_fields():
+    told = {o["name"]: o for o in choices()["objectives"]}
+    assert told.keys() == OBJECTIVES.keys()
+    kinds = {(name, f["name"]): f["kind"] for name, o in told.items() for f in o["fields"]}
+    assert kinds["grpo", "rewards"] == "rewards" and kinds["distil", "teacher"] == "text" and kinds["classify", "classes"] == "list"
+    for name, cls in OBJECTIVES.items():
+        several = {"loss_weights"}  # for a list of losses, which a form has not
+        assert {f["name"] for f in told[name]["fields"]} == {f.name for f in dataclasses.fields(cls)} - several, name
+    assert told["sft"]["reads"] == told["distil"]["reads"] != told["grpo"]["reads"] and told["dpo"]["reads"] == told["orpo"]["reads"]
+    needed = {r["name"]: [o["name"] for o in r["options"] if o["needed"]] for r in choices()["rewards"]}
+    assert needed == {"exact_match": [], "regex": ["pattern"], "json_schema": ["schema"], "tool_call": [], "length": []}
+
+
+def test_what_is_wrong_with_rewards_and_a_teacher_is_told_at_their_fields(shown: Shown, tmp_path: Path):
+    root = shown.runs.root
+    (tmp_path / "elsewhere.py").write_text("def f(completions, **_): return [1.0] * len(completions)\n")
+    (root / "mine.py").write_text("raise SystemExit('it was run')\n")
+    content = guessed("tickets.jsonl", root, "smollm2-135m-instruct")["content"]
+
+    def told(**fields: Any) -> list[dict[str, str]]:
+        content["variants"] = {"v": {"data": "tickets", "method": "lora", **fields}}
+        found: list[dict[str, str]] = formed(content, [], root, [root])["problems"]
+        return found
+
+    def of(*rewards: Any) -> str:
+        (problem,) = told(objective="grpo", rewards=list(rewards))
+        assert problem["where"] == "variants.v.rewards"
+        return problem["text"]
+
+    assert told(objective="grpo", rewards=["exact_match", {"reward": "mine.py:f", "trusted": True}]) == []
+    assert "name at least one" in of()
+    assert "rewards[0]: pattern = '(' is no regular expression" in of({"reward": "regex", "pattern": "("})
+    both = of("exact_match", {"reward": "mine.py:f"}, {"reward": "exat_match"})
+    assert "rewards[1]: reward = 'mine.py:f' runs code" in both and "rewards[2]: reward = 'exat_match'" in both
+    assert "is not there" in of({"reward": "gone.py:f", "trusted": True})
+    for name in ("../elsewhere.py", "../gone.py", str(tmp_path / "elsewhere.py")):  # the same whether it is there
+        assert of({"reward": f"{name}:f", "trusted": True}) == f"variants.v.rewards: outside of the folders that this page may show: {name}"
+    assert [p["where"] for p in told(objective="distil", teacher="")] == ["variants.v.teacher"]
+    assert told(objective="classify", classes=["a"])[0]["where"] == "variants.v.classes"
 
 
 def test_files_outside_are_named_and_not_looked_into(shown: Shown, tmp_path: Path):

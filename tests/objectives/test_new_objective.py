@@ -268,7 +268,7 @@ def test_rows_without_its_columns_are_named(tmp_path: Path) -> None:
         file.write(json.dumps({"prompt": "a", "chosen": "b"}) + "\n" + json.dumps(rows[0] | {"rejected": "z" * 400}) + "\n")
     report = check(run.model_copy(update={"base": str(tiny_folder(tmp_path / "base"))}))
     found = {f.message: f.items for f in report.findings if "dropped" in f.message}
-    assert found["1 rows dropped: no column 'rejected'"] and found["1 rows dropped: over-long"]
+    assert found["1 row dropped: no column 'rejected'"] and found["1 row dropped: over-long"]
     (counts,) = [s for s in report.splits if (s.data, s.split) == ("pairs", "train")]
     assert (counts.sources[0].read, counts.sources[0].dropped) == (42, 2)
 

@@ -244,7 +244,7 @@ def test_check_reads_pairs(tmp_path: Path) -> None:
         file.write("".join(json.dumps(r) + "\n" for r in more))
     report = check(run)
     found = {(f.where, f.message) for f in report.findings}
-    assert ("data.pairs.train", "1 rows dropped: equal pair") in found
+    assert ("data.pairs.train", "1 row dropped: equal pair") in found
     assert ("data.pairs.train", "1 rows repeat another row") in found
     assert ("data.pairs.test", "1 of 3 rows stand with their answers in data.pairs.train") in found
     assert not report.errors

@@ -138,7 +138,7 @@ def test_empty_answers_are_dropped_as_training_drops_them(checked) -> None:
     found = one(report.warnings, "12 rows dropped: empty")
     assert found.items[0] == "a.jsonl:1: empty: messages[1] has no text" and (len(found.items), found.count) == (10, 12)
     report = checked(rows_of(two, *(pair(f"q{i}", "a") for i in range(20))))
-    assert report.errors == [] and one(report.warnings, "1 rows dropped: empty").items == ("a.jsonl:1: empty: messages[1] has no text",)
+    assert report.errors == [] and one(report.warnings, "1 row dropped: empty").items == ("a.jsonl:1: empty: messages[1] has no text",)
 
 
 def test_what_no_row_uses_is_a_note(checked) -> None:
@@ -159,7 +159,7 @@ def test_no_row_is_left(checked) -> None:
 def test_one_zero_mask_among_many_is_an_error(checked) -> None:
     only_user = {"messages": [{"role": "user", "content": "hello?"}]}
     report = checked(rows_of(*(pair(f"q{i}", "a") for i in range(20)), only_user))
-    assert [f.message for f in report.errors] == ["1 rows dropped: nothing supervised"]
+    assert [f.message for f in report.errors] == ["1 row dropped: nothing supervised"]
     assert report.errors[0].items == ("a.jsonl:21: nothing supervised: the row has no assistant turn to learn from",)
 
 
@@ -196,8 +196,8 @@ def test_byte_order_marks_and_other_encodings(checked) -> None:
     good = rows_of(*(pair(f"q{i}", "a") for i in range(30)))
     report = checked(b"\xef\xbb\xbf" + good + '{"prompt": "caf\xe9", "completion": "x"}\n'.encode("latin-1") + b'{"prompt": \n')
     assert report.errors == []
-    assert one(report.warnings, "1 rows dropped: not UTF-8").items == ("a.jsonl:31: not UTF-8: byte 0xe9 at column 16",)
-    assert one(report.warnings, "1 rows dropped: not JSON").items[0].startswith("a.jsonl:32: not JSON: ")
+    assert one(report.warnings, "1 row dropped: not UTF-8").items == ("a.jsonl:31: not UTF-8: byte 0xe9 at column 16",)
+    assert one(report.warnings, "1 row dropped: not JSON").items[0].startswith("a.jsonl:32: not JSON: ")
     assert report.splits[0].sources[0].read == 32 and report.splits[0].sources[0].dropped == 2
 
 
@@ -211,7 +211,7 @@ def test_wrong_columns_say_which_exist_and_do_not_hide_the_rest(checked) -> None
 
 def test_over_long_rows(checked) -> None:
     report = checked(rows_of(*(pair(f"q{i}", "a") for i in range(9)), pair("x" * 200, "y")))
-    assert one(report.warnings, "1 rows dropped: over-long").items == ("a.jsonl:10: over-long: 222 tokens, max_length is 128",)
+    assert one(report.warnings, "1 row dropped: over-long").items == ("a.jsonl:10: over-long: 222 tokens, max_length is 128",)
     assert report.errors == []
 
 

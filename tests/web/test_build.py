@@ -161,6 +161,37 @@ def test_axe_finds_nothing_with_rows(front_end: Path, tmp_path: Path, tiny_llama
                 page.get_by_role("button", name="Read the rows and estimate").click()
                 page.get_by_text("GB are free").wait_for(timeout=60_000)
                 found[f"cost {scheme}"] = faults(page, source)
+                page.get_by_label("Objective").select_option("grpo")
+                page.get_by_role("button", name="Add a reward").click()
+                page.get_by_role("group", name="Reward 1").get_by_label("Reward", exact=True).select_option("json_schema")
+                page.get_by_role("group", name="Reward 2").get_by_label("Reward", exact=True).select_option("a function in a file")
+                page.get_by_text("More settings of grpo").click()
+                page.get_by_text("wrong with it:").wait_for()
+                found[f"rewards {scheme}"] = faults(page, source)
+    shown.close()
+    assert {k: v for k, v in found.items() if v} == {}
+
+
+@pytest.mark.slow
+def test_axe_finds_nothing_with_what_changes_the_store(front_end: Path, tmp_path: Path):
+    run = run_folder(tmp_path / "runs" / "done", {"v": variant()})
+    stirred(base_of(), LoraConfig(r=4), seed=1).save(run / "adapters" / "v")
+    store = Store(tmp_path / "store", create=True)
+    for seed in (1, 2):
+        store.publish(stirred(base_of(), LoraConfig(r=4), seed=seed), "acme/support")
+    source = (front_end / "node_modules" / "axe-core" / "axe.min.js").read_text()
+    shown = Shown(RunFolders(tmp_path / "runs"), store, key="k")
+    found: dict[str, Any] = {}
+    with browser() as chromium, serving(create_studio(shown)) as url:
+        for scheme, width in (("light", 1280), ("dark", 390)):
+            with Visit(chromium, url, "#key=k", scheme=scheme, width=width, bypass_csp=True) as page:
+                page.get_by_role("link", name="Adapters").click()
+                page.get_by_role("button", name="Publish", exact=True).wait_for()
+                found[f"publish {scheme}"] = faults(page, source)
+                page.get_by_role("link", name="acme/support@2").click()
+                page.get_by_role("textbox", name="Alias for acme/support@2").fill("prod")
+                page.get_by_role("heading", name="Files").wait_for()
+                found[f"changes {scheme}"] = faults(page, source)
     shown.close()
     assert {k: v for k, v in found.items() if v} == {}
 

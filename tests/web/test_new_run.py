@@ -93,6 +93,90 @@ def test_from_rows_to_a_run_file(chromium: Any, site: str, root: Path):
         assert [v.method.name for v in run.variants] == ["lora", "ia3"] and run.out == root / "tickets"
 
 
+def test_objectives_with_rewards_and_a_teacher(chromium: Any, site: str, root: Path):
+    (root / "mine.py").write_text("def close(completions, **_):\n    return [1.0] * len(completions)\n")
+    with Visit(chromium, site, "#/new/tickets.jsonl") as page:
+        formed(page)
+        objective = page.get_by_label("Objective")
+        assert set(objective.locator("option").all_inner_texts()) == {"sft", "distil", "grpo"}
+        objective.select_option("distil")
+        teacher = page.get_by_label("teacher", exact=True)
+        page.get_by_text("name a base or an adapter").first.wait_for()
+        assert teacher.get_attribute("aria-invalid") == "true"
+        teacher.fill("smollm2-135m-instruct")
+        formed(page)
+        page.get_by_role("button", name="Add a variant").click()
+        page.get_by_label("Objective").nth(1).select_option("grpo")
+        formed(page)
+        page.get_by_role("button", name="Add a reward").click()
+        second = page.get_by_role("group", name="Reward 2")
+        second.get_by_label("Reward", exact=True).select_option("regex")
+        page.get_by_text("rewards[1]: pattern: reward regex needs it").first.wait_for()
+        second.get_by_label("pattern").fill("^answer")
+        second.get_by_label("weight").fill("0.2")
+        formed(page)
+        page.get_by_role("button", name="Add a reward").click()
+        third = page.get_by_role("group", name="Reward 3")
+        third.get_by_label("Reward", exact=True).select_option("a function in a file")
+        third.get_by_label("File and function").fill("mine.py:close")
+        page.get_by_text("runs code of that file").first.wait_for()
+        third.get_by_label("training may run this code").check()
+        formed(page)
+        page.get_by_text("More settings of grpo").click()
+        page.get_by_label("beta", exact=True).fill("0.1")
+        page.get_by_role("region", name="Text of the run file").get_by_text("beta: 0.1").wait_for()
+        content = yaml.safe_load(formed(page))
+        assert list(content["data"]) == ["tickets", "tickets-grpo"]
+        assert content["data"]["tickets"]["train"] == content["data"]["tickets-grpo"]["train"]
+        first, other = content["variants"].values()
+        assert first | {"method": "lora"} == {
+            "data": "tickets",
+            "method": "lora",
+            "r": 16,
+            "objective": "distil",
+            "teacher": "smollm2-135m-instruct",
+        }
+        assert other["data"] == "tickets-grpo" and other["beta"] == 0.1
+        assert other["rewards"] == [
+            {"reward": "exact_match"},
+            {"reward": "regex", "pattern": "^answer", "weight": 0.2},
+            {"reward": "mine.py:close", "trusted": True},
+        ]
+        page.get_by_role("button", name="Read the rows and estimate").click()
+        page.get_by_text("GB are free").wait_for(timeout=60_000)
+        assert page.get_by_role("region", name="Cost of each variant").get_by_role("row").count() == 3
+        # another objective takes the fields of the old one away
+        page.get_by_label("Objective").nth(1).select_option("sft")
+        page.get_by_role("region", name="Text of the run file").get_by_text("tickets-grpo").wait_for(state="detached")
+        assert "rewards" not in formed(page)
+
+
+def test_labels_offer_a_classifier_that_trains(chromium: Any, site: str, root: Path):
+    hostile = "<img src=x onerror=window.hacked=3>"  # as short as a label must be to be taken for one
+    rows = [{"text": f"{('card', 'bank')[i % 2]} {i} {EVIL}", "label": ("card", hostile)[i % 2]} for i in range(40)]
+    (root / "intents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Visit(chromium, site, "#key=k") as page:
+        page.goto(f"{site}#/new/intents.jsonl")
+        first = yaml.safe_load(formed(page))
+        assert first["data"]["intents"]["labels"] == "auto" and first["variants"]["intents-lora"]["valid_metric"] == "label_accuracy"
+        page.get_by_label("Objective").select_option("classify")
+        page.get_by_label("classes", exact=True).fill("card")
+        page.get_by_text("at least two, and each once").first.wait_for()
+        page.get_by_label("classes", exact=True).fill("")
+        page.get_by_label("max_steps").fill("2")
+        page.get_by_role("region", name="Text of the run file").get_by_text("max_steps: 2").wait_for()
+        content = yaml.safe_load(formed(page))
+        assert "labels" not in content["data"]["intents"] and "valid_metric" not in content["variants"]["intents-lora"]
+        is_harmless(page, "intents.jsonl")
+        page.get_by_role("button", name="Save and begin").click()
+        page.get_by_text("It has begun").wait_for(timeout=30_000)
+        page.get_by_role("link", name="Follow it among the runs").click()
+        page.get_by_role("row", name="intents finished").wait_for(timeout=60_000)
+        page.get_by_role("link", name="intents", exact=True).click()
+        page.get_by_text("accuracy").first.wait_for()
+        assert page.evaluate("window.hacked") is None
+
+
 def test_two_variants_of_one_name_are_told(chromium: Any, site: str):
     with Visit(chromium, site, "#/new/tickets.jsonl") as page:
         formed(page)
@@ -115,5 +199,17 @@ def test_markup_in_names_and_errors_stays_text(chromium: Any, site: str, width: 
         page.get_by_label("Name of the run").fill(EVIL)
         page.get_by_label("r", exact=True).fill(EVIL)
         page.get_by_text("wrong with it:").wait_for()
+        is_harmless(page, EVIL)
+        refuse_overflow(page)
+        page.get_by_label("Name", exact=True).fill("v")  # of a variant without a right name nothing else is told
+        page.get_by_label("Objective").select_option("grpo")
+        page.get_by_role("button", name="Add a reward").click()
+        reward = page.get_by_role("group", name="Reward 2")
+        reward.get_by_label("Reward", exact=True).select_option("a function in a file")
+        reward.get_by_label("File and function").fill(EVIL)
+        page.get_by_text("a function is named FILE.py:FUNCTION").first.wait_for()
+        page.get_by_role("group", name="Reward 1").get_by_label("Reward", exact=True).select_option("json_schema")
+        page.get_by_label("schema", exact=True).fill(EVIL)
+        page.get_by_text("This is no JSON object yet").wait_for()
         is_harmless(page, EVIL)
         refuse_overflow(page)

@@ -1,6 +1,6 @@
 // What several screens show: commands to copy, errors, tables that become cards on a phone.
 
-import type { ComponentChildren } from "preact";
+import { type ComponentChildren, Fragment } from "preact";
 import { useCallback, useEffect, useRef, useState } from "preact/hooks";
 
 /** Copies a text; `copied` is true for a moment after it has. */
@@ -64,6 +64,24 @@ export function Facts({ look, facts }: { look: "facts" | "pairs"; facts: [string
         </div>
       ))}
     </dl>
+  );
+}
+
+/** A path, which may break behind each of its folders. */
+export function Path({ text }: { text: string }) {
+  return (
+    <span class="path">
+      {text.split("/").map((part, i) => (
+        <Fragment key={i}>
+          {i > 0 && (
+            <>
+              /<wbr />
+            </>
+          )}
+          {part}
+        </Fragment>
+      ))}
+    </span>
   );
 }
 

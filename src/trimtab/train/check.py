@@ -260,7 +260,7 @@ def _dropped_findings(where: str, lost: Sequence[Dropped]) -> Iterator[Finding]:
     for kind, count in Counter(d.kind for d in lost).most_common():
         level: Level = "error" if kind in BAD_MASKS else "warning"
         items = [f"{d.origin}: {d.reason}" for d in lost if d.kind == kind]
-        yield Finding.of(level, where, f"{count} rows dropped: {kind}", items, FIXES.get(kind, ""))
+        yield Finding.of(level, where, f"{count} {'row' if count == 1 else 'rows'} dropped: {kind}", items, FIXES.get(kind, ""))
 
 
 def _quantiles(lengths: np.ndarray) -> dict[str, int]:

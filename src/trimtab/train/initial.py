@@ -20,12 +20,15 @@ from trimtab.data.formats import SUFFIXES
 from trimtab.data.forms import FORMS, form_of
 from trimtab.data.labels import MAX_LABELS
 from trimtab.data.pairs import marked
-from trimtab.data.rows import Dropped
+from trimtab.data.rows import Dropped, to_segments
 from trimtab.data.sources import HUB, records_of
 from trimtab.errors import DataError
+from trimtab.objectives import OBJECTIVES, Objective, Sft
 
 LOOKED_AT = 2000
 """Rows that are read to guess from."""
+READ = 50
+"""Rows by which is told which objectives read them."""
 SHORT = 60
 """Characters of a label at most."""
 SPLIT, ENOUGH = 0.1, 20
@@ -40,17 +43,22 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """Our column -> names that others give it, the likeliest first."""
 SPLITS: Mapping[str, tuple[str, ...]] = {"train": ("train",), "valid": ("valid", "validation", "val", "dev", "eval"), "test": ("test",)}
-PREFERENCES: Mapping[str, str] = {
+AIMS: Mapping[str, str] = {
     "dpo": "rows with a better and a worse answer: objective dpo",
     "kto": "rows with an answer and a mark whether it is wanted: objective kto",
+    "stepwise": "solutions in steps, each marked right or wrong: objective stepwise",
+    "grpo": "prompts without answers: objective grpo. Its reward is a placeholder: docs/objectives.md#reinforcement has others",
 }
+PLACEHOLDER: Mapping[str, Any] = {"reward": "length", "max_words": 100}
+"""The reward of prompts without answers, until somebody says what is wanted."""
 CONTROL = re.compile(r"<\|[a-z_]+\|>|<start_of_turn>|\[INST\]|</s>")
 """Texts of control tokens of common bases."""
 
 
 @dataclass
 class Guess:
-    """What a run file says of the data, and why. form: of the rows, or the objective that reads them. columns: our name -> the file's."""
+    """What a run file says of the data, and why. form: of the rows, or the objective that reads them. columns: our name -> the file's.
+    objectives: those that read most of the rows. answered: the rows have answers of their own."""
 
     splits: dict[str, str]
     form: str
@@ -59,6 +67,8 @@ class Guess:
     trusted: bool = False
     rows: int = 0
     longest: int = 0
+    objectives: tuple[str, ...] = ()
+    answered: bool = False
     said: list[str] = field(default_factory=list)
 
 
@@ -73,6 +83,9 @@ def guess(data: str, root: Path) -> Guess:
     objective = _objective(rows[0])
     form, columns = (objective, {}) if objective else _form(rows[0], names)
     if form is None:
+        form, columns = _prompts(rows[0], names)
+        objective = form
+    if form is None:
         raise DataError(
             f"{data}: no training form found in its columns: {', '.join(names)}",
             fix="write the run file yourself, with `columns` for what the rows are made of: docs/run-file.md#forms-of-a-row",
@@ -83,7 +96,9 @@ def guess(data: str, root: Path) -> Guess:
             said[:] = [s for s in said if not s.startswith(f"{split} rows in {path},")] + [f"{path} is left out: {strange}"]
     found = Guess(splits, form, columns, rows=len(rows), said=said)
     mapped = f", from the columns {', '.join(f'{v!r} as {k}' for k, v in columns.items())}" if columns else ""
-    said.append(PREFERENCES[form] if objective else f"rows of the form {form} ({' + '.join(FORMS[form])}){mapped}")
+    found.objectives = tuple(name for name, cls in OBJECTIVES.items() if _reads(cls, rows, columns))
+    found.answered = _reads(Sft, rows, columns)
+    said.append(AIMS[form] if objective else f"rows of the form {form} ({' + '.join(FORMS[form])}){mapped}")
     _look(found, rows)
     return found
 
@@ -95,6 +110,12 @@ def _strange(path: str, root: Path, objective: str | None, columns: Mapping[str,
         return "it has no rows"
     reads = _objective(row) == objective if objective else form_of(row, columns) is not None
     return None if reads else f"its columns are {', '.join(map(str, row))}"
+
+
+def _reads(objective: type[Objective], rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> bool:
+    """Whether an objective can read most of the rows."""
+    some = rows[:READ]
+    return sum(not isinstance(to_segments(row, "", columns, None, objective.parts), Dropped) for row in some) * 2 > len(some)
 
 
 def _look(found: Guess, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -115,7 +136,10 @@ def _look(found: Guess, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _objective(row: Mapping[str, Any]) -> str | None:
-    """The objective of a row with a better and a worse answer, or with a mark; None of others. Texts alone have no certain prompt."""
+    """The objective of a row with a better and a worse answer, with a mark, or with marked steps; None of others. Texts alone have no
+    certain prompt."""
+    if isinstance(row.get("completions"), list) and not isinstance(to_segments(row, "", {}, None, OBJECTIVES["stepwise"].parts), Dropped):
+        return "stepwise"
     if {"prompt", "messages", "conversations", "instruction", "input"}.isdisjoint(row) and isinstance(row.get("chosen"), str):
         return None
     try:
@@ -125,6 +149,14 @@ def _objective(row: Mapping[str, Any]) -> str | None:
     if {form_of(answer, {}) for answer in answers.values()} & {None, "text", "label"}:
         return None
     return "dpo" if len(answers) == 2 else "kto"
+
+
+def _prompts(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """("grpo", the column of the prompt) where rows only ask."""
+    asked = next((n for n in names for ours in NAMES["prompt"] if re.sub(r"[^a-z]", "", n.lower()) == ours), None)
+    columns = {} if asked in (None, "prompt", "instruction") else {"prompt": asked}
+    read = to_segments(row, "", columns, None, OBJECTIVES["grpo"].parts)
+    return (None, {}) if isinstance(read, Dropped) else ("grpo", columns)
 
 
 def _form(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str | None, dict[str, str]]:
@@ -220,7 +252,8 @@ def run_text(found: Guess, base: str) -> str:
     defaults = {"epochs": 2, "batch_size": 16, "warmup_steps": 0.03, "max_length": length}
     content = {"base": base, "out": f"runs/{name}", "data": {name: data}, "defaults": defaults}
     variant: dict[str, Any] = {"data": name, "method": "lora", "r": 16}
-    variant |= {"objective": found.form} if found.form in PREFERENCES else {}
+    variant |= {"objective": found.form} if found.form in AIMS else {}
+    variant |= {"rewards": [dict(PLACEHOLDER)]} if found.form == "grpo" else {}
     variant |= {"valid_metric": "label_accuracy"} if found.labels and not data.keys().isdisjoint(("valid", "split")) else {}
     content["variants"] = {f"{name}-lora": variant}
     plain = json.loads(json.dumps(content))  # no two uses of one mapping

@@ -125,7 +125,7 @@ class Answering:
         except TrimtabError as error:
             where = "base" if isinstance(error, BaseError) else "data"
             return {"text": text_of(content, said), "problems": [{"where": where, "text": error.render()}]}
-        return formed(content, said, Path(root))
+        return formed(content, said, Path(root), folders)
 
     def rows(self, key: str, **which: Any) -> Asked:
         found: Asked = self._at_hand(key).rows(**which)

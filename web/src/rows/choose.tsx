@@ -3,7 +3,7 @@
 import { useState } from "preact/hooks";
 import { get } from "../api";
 import { ago, bytes } from "../format";
-import { Command, Empty, Failure, Section, Table, useLoaded } from "../parts";
+import { Command, Empty, Failure, Path, Section, Table, useLoaded } from "../parts";
 import { link } from "../route";
 import type { RunLine } from "../runs/types";
 
@@ -90,7 +90,7 @@ export function FileChoice({ files, chosen, go }: { files: Files; chosen?: strin
         {shown.slice(0, SHOWN).map((f) => (
           <li key={f.path}>
             <button type="button" class="file" aria-pressed={f.path === chosen} onClick={() => go(f.path)}>
-              <span class="path">{f.path}</span>
+              <Path text={f.path} />
               <span class="note">
                 {bytes(f.bytes)}, {ago(f.changed)}
               </span>

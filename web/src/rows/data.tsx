@@ -122,7 +122,7 @@ function Shown({ report, reading, subject, base }: { report: Report; reading: st
 /** Whether a finding is of these data, or of no data; dropped rows have a section of their own. */
 function told_here(f: Finding, where: string): boolean {
   const here = !f.where.startsWith("data.") || f.where === where || f.where.startsWith(`${where}.`);
-  return here && !/^\d+ rows dropped: /.test(f.message);
+  return here && !/^\d+ rows? dropped: /.test(f.message);
 }
 
 function Facts({ split, data, report }: { split: SplitFacts; data: DataFacts; report: Report }) {

@@ -7,29 +7,10 @@ import { Command, Failure, Section, Table, useCopy, useLoaded } from "../parts";
 import { link } from "../route";
 import { FileChoice, type Files } from "./choose";
 import { Findings, Progress } from "./data";
+import { Choice, Field, type Fields, put, Text } from "./fields";
 import { useReading } from "./reading";
 import type { Report } from "./types";
-
-interface FieldFacts {
-  name: string;
-  kind: "number" | "word" | "switch";
-  default: unknown;
-  words?: string[];
-  whole?: boolean;
-  says?: string;
-}
-
-interface Choices {
-  bases: string[];
-  quantize: string[];
-  methods: { name: string; fields: FieldFacts[]; lr: number }[];
-  objectives: { name: string; fields: FieldFacts[] }[];
-  training: FieldFacts[];
-  base: string;
-  root: string;
-}
-
-type Fields = Record<string, unknown>;
+import { type Choices, type Variant, VariantForm } from "./variant";
 
 interface Content {
   base: string;
@@ -44,16 +25,13 @@ interface Guessed {
   content: Content;
   said: string[];
   rows: number;
+  objectives: string[];
+  answered: boolean;
 }
 
 interface Problem {
   where: string;
   text: string;
-}
-
-interface Variant {
-  name: string;
-  fields: Fields;
 }
 
 /** What the user has chosen so far. */
@@ -65,27 +43,16 @@ interface Draft {
   data: Record<string, Fields>;
   said: string[];
   rows: number;
+  /** Objectives that can read the rows. */
+  objectives: string[];
+  /** The rows have answers of their own. */
+  answered: boolean;
   defaults: Fields;
   variants: Variant[];
+  /** The variant as it was guessed. */
+  guessed: Fields;
 }
 
-const SAYS: Record<string, string> = {
-  lora: "Low-rank matrices beside the weights; the usual choice.",
-  ia3: "One factor a channel; a hundredth of LoRA's size.",
-  bottleneck: "A small network behind each layer (Houlsby, Pfeiffer).",
-  prompt: "Learnt tokens in front of every prompt.",
-  prefix: "Learnt keys and values in front of every layer.",
-  full: "Every weight of the base, as a yardstick; needs the most memory.",
-};
-const AIMS: Record<string, string> = {
-  sft: "imitate the answers",
-  dpo: "prefer the better of two answers, measured against the base",
-  cpo: "prefer the better of two answers, without the base",
-  simpo: "prefer the better of two answers, by the mean of its tokens",
-  orpo: "imitate the better answer and avoid the worse one",
-  kto: "raise wanted answers, lower unwanted ones",
-};
-const PAIRS = ["dpo", "orpo", "simpo", "cpo"];
 const FORM_MS = 250;
 
 export function NewRun({ about, path }: { about: About; path: string }) {
@@ -111,6 +78,9 @@ export function NewRun({ about, path }: { about: About; path: string }) {
         data: c.data,
         said: found.said,
         rows: found.rows,
+        objectives: found.objectives,
+        answered: found.answered,
+        guessed: Object.values(c.variants)[0] ?? {},
         defaults: c.defaults,
         variants: Object.entries(c.variants).map(([name, fields]) => ({ name, fields })),
       });
@@ -123,7 +93,7 @@ export function NewRun({ about, path }: { about: About; path: string }) {
     if (path) void start(path);
   }, [path]);
 
-  const content = draft ? contentOf(draft) : null;
+  const content = draft && choices.found ? contentOf(draft, choices.found) : null;
   const key = JSON.stringify(content);
   useEffect(() => {
     if (!content || !draft) return undefined;
@@ -147,7 +117,7 @@ export function NewRun({ about, path }: { about: About; path: string }) {
     <>
       <div class="page-head">
         <h1>New run</h1>
-        <p class="note">Four choices; the run file forms beside them. Nothing is trained before you say so.</p>
+        <p class="note">Five steps; the run file forms beside them. Nothing is trained before you say so.</p>
       </div>
       <div class="guided">
         <div class="steps">
@@ -208,7 +178,7 @@ export function NewRun({ about, path }: { about: About; path: string }) {
                     key={i}
                     variant={v}
                     known={known}
-                    pairs={draft.variants.some((o) => PAIRS.includes(String(o.fields["objective"])))}
+                    rows={draft}
                     at={(field) => at(field ? `variants.${v.name}.${field}` : `variants.${v.name}`)}
                     named={twice(draft).filter((p) => p.where === `variants.${v.name}`).map((p) => p.text)}
                     set={(next) => change({ variants: draft.variants.map((o, j) => (j === i ? next : o)) })}
@@ -235,9 +205,23 @@ export function NewRun({ about, path }: { about: About; path: string }) {
   );
 }
 
-function contentOf(draft: Draft): Content {
-  const variants = Object.fromEntries(draft.variants.map((v) => [v.name, v.fields]));
-  return { base: draft.base, ...(draft.quantize ? { quantize: draft.quantize } : {}), out: draft.out, data: draft.data, defaults: draft.defaults, variants };
+/** The run file. Variants whose objectives read rows in different ways get a data set for each way, which name the same files. */
+function contentOf(draft: Draft, known: Choices): Content {
+  const [name = "", rows = {}] = Object.entries(draft.data)[0] ?? [];
+  const data: Record<string, Fields> = {};
+  const sets = new Map<string, string>();
+  const variants = draft.variants.map((v) => {
+    const aim = String(v.fields["objective"] ?? "sft");
+    const reads = known.objectives.find((o) => o.name === aim)?.reads ?? "";
+    if (!sets.has(reads)) {
+      const { labels, ...others } = rows; // labels that are judged by their likelihoods, which only imitation has
+      const own = sets.size ? `${name.slice(0, 50)}-${aim}` : name;
+      data[own] = aim === "sft" || aim === "distil" ? rows : others;
+      sets.set(reads, own);
+    }
+    return [v.name, { ...v.fields, data: sets.get(reads) }] as const;
+  });
+  return { base: draft.base, ...(draft.quantize ? { quantize: draft.quantize } : {}), out: draft.out, data, defaults: draft.defaults, variants: Object.fromEntries(variants) };
 }
 
 /** Names that two variants have: the run file could hold only one of them. */
@@ -248,7 +232,9 @@ function twice(draft: Draft | null): Problem[] {
 
 /** A problem's text without the place, which the field shows. */
 function after(p: Problem): string {
-  return p.where && p.text.startsWith(`${p.where}: `) ? p.text.slice(p.where.length + 2) : p.text.startsWith(`${p.where} = `) ? p.text.slice(p.where.length + 3) : p.text;
+  if (!p.where || !p.text.startsWith(p.where)) return p.text;
+  const rest = p.text.slice(p.where.length);
+  return rest.startsWith("[") ? `${p.where.split(".").pop()}${rest}` : rest.replace(/^(: | = ('': )?)/, "");
 }
 
 function another(variants: Variant[]): Variant {
@@ -257,188 +243,6 @@ function another(variants: Variant[]): Variant {
   let n = 2;
   while (names.has(`${last.name.replace(/-\d+$/, "")}-${n}`)) n++;
   return { name: `${last.name.replace(/-\d+$/, "")}-${n}`, fields: { ...last.fields } };
-}
-
-/** The fields with one more, or without it where it is what it is by default. */
-function put(fields: Fields, name: string, value: unknown): Fields {
-  const { [name]: _, ...rest } = fields;
-  return value === undefined ? rest : name in fields ? { ...fields, [name]: value } : { ...rest, [name]: value };
-}
-
-function VariantForm({
-  variant,
-  known,
-  pairs,
-  at,
-  named,
-  set,
-  remove,
-}: {
-  variant: Variant;
-  known: Choices;
-  pairs: boolean;
-  at: (field: string) => string[];
-  named: string[];
-  set: (next: Variant) => void;
-  remove: (() => void) | undefined;
-}) {
-  const method = known.methods.find((m) => m.name === variant.fields["method"]) ?? known.methods[0]!;
-  const aim = String(variant.fields["objective"] ?? "sft");
-  const objective = known.objectives.find((o) => o.name === aim);
-  const objectives = aim === "kto" ? ["kto"] : pairs || PAIRS.includes(aim) ? PAIRS : ["sft"];
-  const field = (name: string, value: unknown) => set({ ...variant, fields: put(variant.fields, name, value) });
-  /** Another method or objective has other fields; those of the old one go. */
-  const swap = (key: string, name: string, old: FieldFacts[]) => {
-    const kept = Object.fromEntries(Object.entries(variant.fields).filter(([k]) => !old.some((f) => f.name === k) && k !== "lr"));
-    set({ ...variant, fields: { ...kept, [key]: name } });
-  };
-  return (
-    <fieldset class="variant-form">
-      <legend>
-        {variant.name || "a variant"}
-        {remove && (
-          <button type="button" class="quiet" onClick={remove} aria-label={`Take ${variant.name} away`}>
-            Take away
-          </button>
-        )}
-      </legend>
-      <div class="fields">
-        <Text label="Name" value={variant.name} errors={[...named, ...at("")]} set={(name) => set({ ...variant, name })} />
-        <Choice label="Method" value={method.name} words={known.methods.map((m) => m.name)} errors={at("method")} hint={SAYS[method.name]} set={(name) => swap("method", name, method.fields)} />
-        <Choice
-          label="Objective"
-          value={aim}
-          words={objectives}
-          errors={at("objective")}
-          hint={AIMS[aim]}
-          set={(name) => swap("objective", name, objective?.fields ?? [])}
-        />
-        <Field
-          facts={{ name: "lr", kind: "number", default: null, says: "peak learning rate" }}
-          preset={aim === "sft" ? String(method.lr) : ""}
-          value={variant.fields["lr"]}
-          errors={at("lr")}
-          set={(x) => field("lr", x)}
-        />
-        {[...method.fields, ...(objective?.fields ?? [])].map((f) => (
-          <Field key={f.name} facts={f} value={variant.fields[f.name]} errors={at(f.name)} set={(x) => field(f.name, x)} />
-        ))}
-      </div>
-    </fieldset>
-  );
-}
-
-let fieldCount = 0;
-
-function useFieldId(): string {
-  const id = useRef("");
-  if (!id.current) id.current = `field-${++fieldCount}`;
-  return id.current;
-}
-
-function Errors({ id, errors, hint }: { id: string; errors: string[]; hint?: string | undefined }) {
-  if (!errors.length && !hint) return null;
-  return (
-    <span id={id} class={errors.length ? "field-error" : "field-hint"}>
-      {errors.length ? errors.join("; ") : hint}
-    </span>
-  );
-}
-
-function Text({ label, value, errors, hint, list, wide, set }: { label: string; value: string; errors: string[]; hint?: string; list?: string[]; wide?: boolean; set: (value: string) => void }) {
-  const id = useFieldId();
-  return (
-    <div class={wide ? "field wide" : "field"}>
-      <label for={id}>{label}</label>
-      <input
-        id={id}
-        type="text"
-        value={value}
-        spellcheck={false}
-        autoComplete="off"
-        list={list ? `${id}-list` : undefined}
-        aria-invalid={errors.length > 0}
-        aria-describedby={`${id}-says`}
-        onInput={(e) => set(e.currentTarget.value)}
-      />
-      {list && (
-        <datalist id={`${id}-list`}>
-          {list.map((x) => (
-            <option key={x} value={x} />
-          ))}
-        </datalist>
-      )}
-      <Errors id={`${id}-says`} errors={errors} hint={hint} />
-    </div>
-  );
-}
-
-function Choice({ label, value, words, errors, hint, shown, set }: { label: string; value: string; words: string[]; errors: string[]; hint?: string | undefined; shown?: (word: string) => string; set: (value: string) => void }) {
-  const id = useFieldId();
-  return (
-    <div class="field">
-      <label for={id}>{label}</label>
-      <select id={id} value={value} aria-invalid={errors.length > 0} aria-describedby={`${id}-says`} onChange={(e) => set(e.currentTarget.value)}>
-        {words.map((w) => (
-          <option key={w} value={w}>
-            {shown ? shown(w) : w}
-          </option>
-        ))}
-      </select>
-      <Errors id={`${id}-says`} errors={errors} hint={hint} />
-    </div>
-  );
-}
-
-/** A field of a run file. Empty: what it is by default, which the field shows. What is no number is sent as it is, and refused by name. */
-function Field({ facts, value, errors, preset, set }: { facts: FieldFacts; value: unknown; errors: string[]; preset?: string; set: (value: unknown) => void }) {
-  const id = useFieldId();
-  const name = facts.name;
-  if (facts.kind === "switch") {
-    return (
-      <div class="field switch">
-        <label class="check">
-          <input type="checkbox" checked={value === undefined ? facts.default === true : value === true} onChange={(e) => set(e.currentTarget.checked === (facts.default === true) ? undefined : e.currentTarget.checked)} />
-          {name}
-        </label>
-        <Errors id={`${id}-says`} errors={errors} />
-      </div>
-    );
-  }
-  if (facts.kind === "word") {
-    const standard = facts.default === null ? "" : String(facts.default);
-    return (
-      <Choice
-        label={name}
-        value={value === undefined ? standard : String(value)}
-        words={[...(standard ? [] : [""]), ...(facts.words ?? [])]}
-        errors={errors}
-        hint={facts.says}
-        set={(w) => set(w === standard ? undefined : w)}
-      />
-    );
-  }
-  const shown = value === undefined ? "" : String(value);
-  return (
-    <div class="field">
-      <label for={id}>{name}</label>
-      <input
-        id={id}
-        type="text"
-        inputMode="decimal"
-        value={shown}
-        placeholder={preset ?? (facts.default === null ? "" : String(facts.default))}
-        autoComplete="off"
-        aria-invalid={errors.length > 0}
-        aria-describedby={`${id}-says`}
-        onInput={(e) => {
-          const text = e.currentTarget.value.trim();
-          set(text === "" ? undefined : Number.isFinite(Number(text)) ? Number(text) : text);
-        }}
-      />
-      <Errors id={`${id}-says`} errors={errors} hint={facts.says} />
-    </div>
-  );
 }
 
 function RunFile({ name, text, problems }: { name: string; text: string; problems: Problem[] }) {
@@ -497,7 +301,7 @@ function Cost({ text, wrong }: { text: string; wrong: boolean }) {
         </button>
       }
     >
-      {!asked && <p class="note">Reads all rows and estimates memory and time, as `trimtab check` does. Nothing is trained.</p>}
+      {!asked && <p class="note">Reads all rows and estimates memory and time, as <code>trimtab check</code> does. Nothing is trained.</p>}
       {failed ? <Failure error={failed} /> : null}
       {reading && <Progress reading={reading} />}
       {report && stale && <p class="note">The run file has changed since: this is of the one before.</p>}

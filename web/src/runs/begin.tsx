@@ -4,6 +4,7 @@ import { useState } from "preact/hooks";
 import { get, post } from "../api";
 import { quoted } from "../format";
 import { Command, Failure, Options, Section, useLoaded } from "../parts";
+import { link } from "../route";
 import { Log } from "./control";
 
 interface Begun {
@@ -39,7 +40,12 @@ export function Begin() {
   return (
     <Section title="Begin a run" id="begin">
       {files.length === 0 ? (
-        <p class="note">There is no run file below this folder. A run file is YAML with base, out, data and variants; `trimtab init ROWS.jsonl` writes one.</p>
+        <>
+          <p class="note">
+            There is no run file below this folder. <a href={link("new")}>New run</a> makes one from rows, and so does a command:
+          </p>
+          <Command text="trimtab init ROWS.jsonl" />
+        </>
       ) : (
         <form onSubmit={submit}>
           <div class="row">

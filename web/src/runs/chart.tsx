@@ -265,7 +265,7 @@ function optionsOf(look: Look, latest: { current: Latest }, tell: (read: Read | 
     },
     scales: { x: { time: false }, y: look.log ? { distr: 3 } : { range: (_, low, high) => (low === null || (low === 0 && high === 0) ? [0, 1] : uPlot.rangeNum(low, high, 0.1, true)) } },
     axes: [
-      { stroke: ink, font, grid: { show: false }, ticks: { stroke: rule, size: 4 }, size: 26, gap: 4, values: (_, ticks) => ticks.map(tick), space: 60 },
+      { stroke: ink, font, grid: { show: false }, ticks: { stroke: rule, size: 4 }, incrs: WHOLE, size: 26, gap: 4, values: (_, ticks) => ticks.map(tick), space: 60 },
       {
         stroke: ink,
         font,
@@ -292,6 +292,9 @@ function optionsOf(look: Look, latest: { current: Latest }, tell: (read: Read | 
     },
   };
 }
+
+/** Between marks of the axis below: steps, tokens and seconds are told in whole numbers. */
+const WHOLE = Array.from({ length: 13 }, (_, power) => [1, 2, 5].map((n) => n * 10 ** power)).flat();
 
 /** On a logarithmic axis a line for each power of ten is enough. */
 function decades(_: uPlot, splits: number[]): (number | null)[] {

@@ -136,7 +136,7 @@ function Confirm({ name, folder, onYes, onNo }: { name: string; folder: string; 
       <p id="stop-says" class="note">
         {name
           ? "Its best validated step is kept, or its last one, and scored when the run ends. The others go on. It cannot be resumed, only cloned."
-          : "It writes a checkpoint after the step that runs, and ends. `trimtab train RUN.yaml --resume` goes on with it."}
+          : "It writes a checkpoint after the step that runs, and ends. “trimtab train RUN.yaml --resume” goes on with it."}
       </p>
       <div class="row">
         <button type="button" class="main" onClick={onYes}>

@@ -68,7 +68,7 @@ export function RunPage({ ids, changes }: { ids: string[]; changes: boolean }) {
         doubts={doubts}
         source={server}
         control={runs.map((run) => (
-          <div key={run.id}>
+          <div key={run.id} class="controls-of">
             {changes && <Control run={run} state={metrics.get(run.id)?.state ?? run.state} />}
             {run.logged && <Log ask={{ id: run.id }} name={run.name} />}
           </div>

@@ -2,6 +2,6 @@
 
 import type { State } from "./types";
 
-export function StateMark({ state }: { state: State }) {
+export function StateMark({ state }: { state: State | "paused" }) {
   return <span class={`state ${state}`}>{state}</span>;
 }
