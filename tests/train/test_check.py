@@ -95,7 +95,9 @@ def test_counts_are_those_of_training(tmp_path: Path, tiny_llama_folder: Path, m
     assert (estimate.steps, estimate.trainable) == (done["steps"], done["trainable"])
     assert estimate.rows_per_epoch == 11 + 7 + round(0.6 * 7)
     assert estimate.tokens == pytest.approx(done["tokens"], rel=0.02)
-    assert 0 < estimate.tokens_per_step <= 6 * 128
+    steps = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    largest = [max(s["tokens"] for s in steps if s["step"] in within) for within in (range(1, 5), range(5, 9))]
+    assert estimate.tokens_per_step == max(largest), "of all epochs, not of the first"
 
 
 def test_sources_lengths_and_supervised_tokens(checked) -> None:
@@ -483,8 +485,8 @@ def test_memory_counts_the_base_once_and_every_variant(checked, tiny_llama_folde
     packed = sum(p.serve_adapter_bytes for p in plans[:2])  # as they are judged
     held, activations = plans[0].base_bytes + own + full + packed, max(p.activation_bytes for p in plans)
     least, most = e.memory_bytes
-    assert held + activations <= least <= held + 2 * activations
-    assert held + int(HEAP * activations) <= most <= held + int(2 * HEAP * activations)
+    assert held + int(HEAP[0] * activations) <= least <= held + int(2 * HEAP[0] * activations)
+    assert held + int(HEAP[1] * activations) <= most <= held + int(2 * HEAP[1] * activations)
     by_name = {v.name: v for v in report.variants}
     assert e.forward_tokens == by_name["lora"].tokens_per_step + by_name["prefix"].tokens_per_step
     assert e.answers == 4

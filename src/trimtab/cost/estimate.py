@@ -32,6 +32,8 @@ from trimtab.train.prepare import labelled
 EFFICIENCY = (0.25, 0.7)
 """Share of the probe's speed that whole steps reach: an assumption. Seen on the bundled base, 1 thread with AMX: 0.4."""
 PROBE_S, PROBE_ROWS = 0.25, 512
+DRAWN_ROWS = 2**20
+"""Of so many rows at most the order is drawn, whole epochs, to find the largest step. That takes half a second."""
 
 
 def estimate_run(
@@ -146,11 +148,14 @@ def _variant(run: RunConfig, v: VariantConfig, split: Split, base: Architecture,
     o, aim = v.options, v.objective
     answers = aim.answers * aim.answer_tokens  # at most, to each row
     lengths = split.epoch.tokens + answers
-    at = order(len(lengths), o.seed if o.seed is not None else run.seed, 0)
-    batches = np.add.reduceat(lengths[at], np.arange(0, len(at), o.batch_size))
-    of_step = np.add.reduceat(batches, np.arange(0, len(batches), o.gradient_accumulation_steps))
-    steps = o.total_steps(len(lengths), aim.steps_on_rows)
-    tokens = int(lengths.sum() * steps * o.gradient_accumulation_steps / len(batches))
+    rows, accumulated = len(lengths), o.gradient_accumulation_steps
+    steps, an_epoch = o.total_steps(rows, aim.steps_on_rows), math.ceil(rows / o.batch_size)
+    drawn = math.ceil(steps / aim.steps_on_rows) * accumulated  # batches
+    epochs = min(math.ceil(drawn / an_epoch), max(1, DRAWN_ROWS // rows))
+    orders = (order(rows, o.seed if o.seed is not None else run.seed, epoch) for epoch in range(epochs))
+    batches = np.concatenate([np.add.reduceat(lengths[at], np.arange(0, rows, o.batch_size)) for at in orders])[:drawn]
+    of_step = np.add.reduceat(batches, np.arange(0, len(batches), accumulated))
+    tokens = int(lengths.sum() * steps * accumulated / an_epoch)
     costs, bare = (plan(base, v.method, dtype=dtype, batch_tokens=1, sequence_length=1, head=h) for h in (aim.head, None))
     supervised = 0.0 if aim.reads_head else (int(split.epoch.targets.sum()) + answers * len(lengths)) / lengths.sum()
     per_token = flops_per_token(base, v.method, bare.trainable, supervised, again=run.activation_checkpointing)
@@ -196,7 +201,7 @@ def fitting_tokens(run: RunConfig, base: Architecture, variants: Sequence[Varian
     while tokens >= max(64, length):
         name, again = str(dtype).removeprefix("torch."), run.activation_checkpointing
         options: dict[str, Any] = {"dtype": name, "batch_tokens": tokens, "sequence_length": sequence, "activation_checkpointing": again}
-        if HEAP * max(plan(base, v.method, **options).activation_bytes for v in variants) <= free:
+        if HEAP[1] * max(plan(base, v.method, **options).activation_bytes for v in variants) <= free:
             return tokens
         tokens //= 2
     return None
