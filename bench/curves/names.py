@@ -78,7 +78,7 @@ def ours(count: int) -> list[float | str]:
         work, root = Path(at), Path(at) / "store"
         made(root, work, count)
         gc.collect()
-        one, base = path(count // 2), SimpleNamespace(name="tiny", fingerprint="")
+        one, base = path(count // 2), SimpleNamespace(name="tiny", fingerprint="", base_differs=False)
         resolve = cpu_seconds(lambda: Store(root).resolve(one), 3)
         listed: list[Any] = []
 
