@@ -422,6 +422,19 @@ def test_a_folder_that_loops_have_packed(kind: str, dense: Path) -> None:
     assert as_stored.fingerprint == fingerprint_folder(folder) == fingerprint_model(as_stored.model)
 
 
+@pytest.mark.parametrize("number", [0.0, 0.5])
+def test_a_bias_that_the_model_has_no_place_for(number: float, dense: Path, tmp_path: Path) -> None:
+    """Programs write a bias of zeros to each layer. Another one would be lost."""
+    name = "model.layers.0.self_attn.o_proj"
+    folder = change(loops("gptq", dense)[0], tmp_path / "bias", lambda t: t.update({f"{name}.bias": torch.full((64,), number).half()}))
+    if not number:
+        assert load_base(folder, dtype="float32").matrix(name).name == "gptq"
+        return
+    with pytest.raises(BaseError, match="packed weights of the base in") as refusal:
+        load_base(folder)
+    assert list(refusal.value.problems) == [f"{name}: bias is not zero, and the model has no place for it"]
+
+
 def test_few_matrices_at_a_time_are_packed_anew_for_a_fingerprint(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_base(str(loops("gptq", dense)[0]), dtype="bfloat16")
     made, alive, in_memory = list[weakref.ref[Tensor]](), list[int](), int4.Gptq.stored
