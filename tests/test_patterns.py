@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import re
+from typing import Any
 
 import pytest
 
+from trimtab import patterns
 from trimtab.errors import ConfigError
 from trimtab.methods.lora import LoraConfig
 from trimtab.methods.targets import key_problem, matches, pattern_value
@@ -48,6 +50,14 @@ PATTERNS = [
 ]
 
 
+@pytest.fixture(params=[False, True], ids=["sets", "re"])
+def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the sets of positions alone, and with `re` where that is quick."""
+    if not request.param:
+        monkeypatch.setattr(patterns, "QUICK", -1)
+
+
+@pytest.mark.usefixtures("_quick")
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_pattern_matches_what_re_matches(pattern: str) -> None:
     assert regex_problem(pattern) is None
@@ -73,6 +83,16 @@ def _drawn(draw: random.Random, depth: int) -> str:
     return "(?:" + draw.choice(["", "|"]).join(parts) + ")"
 
 
+@pytest.mark.parametrize(
+    "pattern", ["K", "k", "\u212a", "s", "\u017f", "[a-k]", "[^\u0100-\u2fff]", "[^k]", "i", "\u0130", "\u00e9", "\u00c9"]
+)
+@pytest.mark.parametrize("flags", [re.IGNORECASE, re.IGNORECASE | re.ASCII, 0])
+def test_cases_of_a_character_are_those_of_re(pattern: str, flags: re.RegexFlag) -> None:
+    for text in "aAkK\u212asS\u017fiI\u0130\u0131\u00e9\u00c9":
+        assert occurs(pattern, text, flags) is (re.search(pattern, text, flags) is not None), text
+
+
+@pytest.mark.usefixtures("_quick")
 def test_drawn_patterns_match_and_are_found_as_re_says() -> None:
     draw, seen = random.Random(0), [0, 0]
     for _ in range(1500):
@@ -94,6 +114,29 @@ def test_drawn_patterns_match_and_are_found_as_re_says() -> None:
 )
 def test_nothing_is_searched_for_for_ever(pattern: str) -> None:
     assert not occurs(pattern, "a" * 5000 + "?")
+
+
+@pytest.mark.parametrize("repeat", ["{1,2}", "{0,3}", "{2}"])
+def test_repeats_in_one_another_are_followed_once_from_each_set(repeat: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    followed, count = patterns._Text._repeat, 0
+
+    def counted(*args: Any) -> int:
+        nonlocal count
+        count += 1
+        return followed(*args)
+
+    monkeypatch.setattr(patterns._Text, "_repeat", counted)
+    pattern = "(?:" * 18 + "a?" + (")" + repeat) * 18
+    assert regex_problem(pattern) is None and not whole(pattern + "!", "a" * 50)
+    assert count < 3000  # (1 + 2 ** 18 times without a memory)
+
+
+def test_a_table_with_an_entry_for_each_module_is_left_to_re(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "_Text", None)  # thirty times as slow
+    names = [f"model.layers.{i}.mlp.experts.{e}.up_proj" for i in range(3) for e in range(4)]
+    table = {re.escape(name.removeprefix("model.")): at for at, name in enumerate(names)}
+    assert [pattern_value(table, name, -1) for name in names] == list(range(len(names)))
+    assert matches(names[0], r"model\..*\.(up|down)_proj")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ of a set's positions together, so a repeated character costs one addition. Wheth
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -21,6 +22,9 @@ MAX_PARTS = 10_000
 """Of how many parts (characters, groups, repeats) a pattern may consist."""
 MAX_KEPT = 4096
 """Sets of positions that are remembered while one text is matched."""
+QUICK, MAX_QUICK = 1_000_000, 3
+"""A pattern with at most MAX_QUICK repeats, for which `re` needs at most QUICK steps, is left to `re`. For a module's name that takes a
+thirtieth of the time, and a table of an adapter may have an entry for each module."""
 
 IN_ORDER = {
     op.GROUPREF: "a back reference",
@@ -28,6 +32,7 @@ IN_ORDER = {
     op.ATOMIC_GROUP: "an atomic group",
     op.POSSESSIVE_REPEAT: "a possessive repeat",
 }
+REPEATS = {op.MAX_REPEAT, op.MIN_REPEAT}
 CHARACTERS = {op.LITERAL, op.NOT_LITERAL, op.ANY, op.IN, op.CATEGORY}
 CATEGORIES: dict[Any, tuple[Callable[[str], bool], bool]] = {
     op.CATEGORY_DIGIT: (str.isdecimal, True),
@@ -60,6 +65,9 @@ def regex_problem(pattern: str) -> str | None:
 
 def whole(pattern: str, text: str) -> bool:
     """`re.fullmatch`, for a pattern in which `regex_problem` finds nothing."""
+    compiled, steps, repeats = _steps(pattern)
+    if steps * (len(text) + 1) ** repeats <= QUICK:
+        return compiled.fullmatch(text) is not None
     tree = _parsed(pattern, 0)
     return bool(_Text(text).ends(tree, 1, tree.state.flags) >> len(text) & 1)
 
@@ -73,6 +81,25 @@ def occurs(pattern: str, text: str, flags: int = 0) -> bool:
 @lru_cache(maxsize=8192)  # a table may have an entry for each module of a large base
 def _parsed(pattern: str, flags: int) -> Any:
     return parser.parse(pattern, flags)
+
+
+@lru_cache(maxsize=8192)
+def _steps(pattern: str) -> tuple[re.Pattern[str], float, int]:
+    """(the pattern, s, n): `re` takes at most s · (the text's length + 1) ** n steps. s is inf where more than a character is repeated."""
+    tree = _parsed(pattern, 0)
+    steps, repeats, todo = 1.0 + len(_parts(tree, 1)), 0, list(tree)
+    while todo:
+        what, argument = todo.pop()
+        if what is op.BRANCH:
+            steps *= len(argument[1])
+        elif what in REPEATS and argument[1] <= 1:
+            steps *= 2
+        elif what in REPEATS:
+            repeats += 1
+            if repeats > MAX_QUICK or len(argument[2]) != 1 or argument[2][0][0] not in CHARACTERS:
+                return re.compile(pattern), math.inf, 0
+        todo += [part for inner in _inside(what, argument) for part in inner]
+    return re.compile(pattern), steps, repeats
 
 
 def _parts(node: Any, depth: int) -> list[tuple[Any, int]]:
@@ -110,7 +137,7 @@ class _Text:
 
     def ends(self, tree: Any, starts: int, flags: int) -> int:
         """Where a sequence can end that begins at one of these positions."""
-        if len(tree) == 1:
+        if len(tree) == 1 and tree[0][0] not in REPEATS:
             what, argument = tree[0]
             return self._through(what, argument, starts, flags)
         key = id(tree), starts, flags
@@ -136,7 +163,7 @@ class _Text:
         if what is op.SUBPATTERN:
             _, more, less, inner = argument
             return self.ends(inner, starts, (flags | more) & ~less)
-        if what in (op.MAX_REPEAT, op.MIN_REPEAT):
+        if what in REPEATS:
             least, most, inner = argument
             return self._repeat(least, most, inner, starts, flags)
         if what in (op.ASSERT, op.ASSERT_NOT):
@@ -225,5 +252,12 @@ class _Text:
             negated = bool(argument) and argument[0][0] is op.NEGATE
             return any(self._is(w, a, c, flags) for w, a in argument[negated:]) is not negated
         low, high = argument if what is op.RANGE else (argument, argument)
-        forms = {c, *(f for f in (c.lower(), c.upper()) if len(f) == 1)} if flags & re.IGNORECASE else {c}
-        return any(low <= ord(f) <= high for f in forms)
+        if flags & re.IGNORECASE:
+            return _in_either_case(low, high, flags & re.ASCII).fullmatch(c) is not None
+        return bool(low <= ord(c) <= high)
+
+
+@lru_cache(maxsize=512)
+def _in_either_case(low: int, high: int, ascii_only: int) -> re.Pattern[str]:
+    """Characters of a range, as `re` has it: to it "K" is a "k" too, the Kelvin sign is one of them, and with ASCII it is not."""
+    return re.compile(f"[{re.escape(chr(low))}-{re.escape(chr(high))}]", re.IGNORECASE | ascii_only)
