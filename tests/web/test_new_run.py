@@ -213,3 +213,31 @@ def test_markup_in_names_and_errors_stays_text(chromium: Any, site: str, width: 
         page.get_by_text("This is no JSON object yet").wait_for()
         is_harmless(page, EVIL)
         refuse_overflow(page)
+
+
+def test_a_number_is_typed_key_by_key(chromium: Any, site: str):
+    with Visit(chromium, site, "#/new/tickets.jsonl") as page:
+        formed(page)
+        for typed, value in (("0.0002", 0.0002), ("1.50e-4", 0.00015)):
+            page.get_by_label("lr", exact=True).fill("")
+            page.get_by_label("lr", exact=True).press_sequentially(typed)
+            page.get_by_role("region", name="Text of the run file").get_by_text(f"lr: {value}").wait_for()
+            assert page.get_by_label("lr", exact=True).input_value() == typed
+            assert next(iter(yaml.safe_load(formed(page))["variants"].values()))["lr"] == value
+
+
+def test_what_is_taken_away_takes_its_text_along(chromium: Any, site: str):
+    with Visit(chromium, site, "#/new/tickets.jsonl") as page:
+        formed(page)
+        page.get_by_label("Objective").select_option("grpo")
+        page.get_by_role("button", name="Add a reward").click()
+        for number, schema in ((1, '{"type": "array"}'), (2, '{"type": "object"}')):
+            page.get_by_role("group", name=f"Reward {number}").get_by_label("Reward", exact=True).select_option("json_schema")
+            page.get_by_label("schema", exact=True).nth(number - 1).fill(schema)
+        text = page.get_by_role("region", name="Text of the run file")
+        text.get_by_text("type: object").wait_for()
+        page.get_by_role("button", name="Take reward 1 away").click()
+        assert json.loads(page.get_by_label("schema", exact=True).input_value()) == {"type": "object"}
+        text.get_by_text("type: array").wait_for(state="detached")
+        (variant,) = yaml.safe_load(formed(page))["variants"].values()
+        assert variant["rewards"] == [{"reward": "json_schema", "schema": {"type": "object"}}]

@@ -133,9 +133,10 @@ def test_nothing_is_the_best_where_scores_do_not_compare(chromium: Any, folder: 
         assert page.locator("td.best").count() == (not differ)
 
 
-@pytest.mark.parametrize("keep_best", [False, True])
-def test_no_step_is_marked_as_kept_where_the_last_one_is(chromium: Any, folder: Path, site: str, keep_best: bool):
-    run = run_folder(folder / "r", {"v": variant()}, summary=False)
+@pytest.mark.parametrize(("keep_best", "saved", "marked"), [(False, ..., False), (True, ..., True), (True, None, False), (True, 30, True)])
+def test_the_step_that_is_kept_is_marked(chromium: Any, folder: Path, site: str, keep_best: bool, saved: Any, marked: bool):
+    """saved: what the run says at its end; while it goes on, the best step so far is the one, unless the last one is kept."""
+    run = run_folder(folder / "r", {"v": variant() if saved is ... else variant(saved_step=saved)}, summary=saved is not ...)
     settings = {"variants.v.method": "lora", "variants.v.keep_best": keep_best}
     (run / "run.json").write_text(json.dumps({"base": "tiny", "steps": {"v": 60}, "settings": settings}))
     with Visit(chromium, site) as page:
@@ -148,7 +149,7 @@ def test_no_step_is_marked_as_kept_where_the_last_one_is(chromium: Any, folder: 
         )
         page.get_by_role("link", name="r", exact=True).click()
         told_at(page, "End", "step ")
-        assert (page.evaluate("window.diamonds") > 0) == keep_best, "of all that is drawn the diamond alone is closed"
+        assert (page.evaluate("window.diamonds") > 0) == marked, "of all that is drawn the diamond alone is closed"
 
 
 def test_a_late_answer_to_an_earlier_question_is_not_shown(chromium: Any, folder: Path, site: str):

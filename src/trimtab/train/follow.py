@@ -297,6 +297,7 @@ def _variants(run: PastRun, plan: Mapping[str, Any], own: Mapping[str, dict[str,
                 "scores": numbers(facts.get("scores")),
                 "valid": {k: valid.get(k) for k in ("metric", "best", "best_step", "finished_early", "base")},
                 **{k: facts.get(k) for k in taken},
+                "unsaved": facts.get("saved_step", 0) is None,
             }
         )
     return found

@@ -19,6 +19,12 @@ export function put(fields: Fields, name: string, value: unknown): Fields {
   return value === undefined ? rest : name in fields ? { ...fields, [name]: value } : { ...rest, [name]: value };
 }
 
+/** What is written in a field, while it stands for the field's value ("0." does for 0); else the value, which something else has set. */
+export function useWritten(value: unknown, read: (text: string) => unknown, shown: (value: unknown) => string): [string, (text: string) => void] {
+  const [text, write] = useState(() => shown(value));
+  return [JSON.stringify(read(text)) === JSON.stringify(value) ? text : shown(value), write];
+}
+
 let fieldCount = 0;
 
 export function useFieldId(): string {
@@ -113,22 +119,27 @@ export function Field({ facts, value, errors, preset, set }: { facts: FieldFacts
   if (facts.kind === "text") {
     return <Text label={name} value={value === undefined ? String(facts.default ?? "") : String(value)} errors={errors} hint={facts.says} list={facts.words} set={set} />;
   }
-  const shown = value === undefined ? "" : String(value);
+  return <NumberField facts={facts} value={value} errors={errors} preset={preset} set={set} />;
+}
+
+function NumberField({ facts, value, errors, preset, set }: { facts: FieldFacts; value: unknown; errors: string[]; preset: string | undefined; set: (value: unknown) => void }) {
+  const id = useFieldId();
+  const [written, write] = useWritten(value, numberOf, (x) => (x === undefined ? "" : String(x)));
   return (
     <div class="field">
-      <label for={id}>{name}</label>
+      <label for={id}>{facts.name}</label>
       <input
         id={id}
         type="text"
         inputMode="decimal"
-        value={shown}
+        value={written}
         placeholder={preset ?? (facts.default === null ? "" : String(facts.default))}
         autoComplete="off"
         aria-invalid={errors.length > 0}
         aria-describedby={`${id}-says`}
         onInput={(e) => {
-          const text = e.currentTarget.value.trim();
-          set(text === "" ? undefined : Number.isFinite(Number(text)) ? Number(text) : text);
+          write(e.currentTarget.value);
+          set(numberOf(e.currentTarget.value));
         }}
       />
       <Errors id={`${id}-says`} errors={errors} hint={facts.says} />
@@ -136,9 +147,14 @@ export function Field({ facts, value, errors, preset, set }: { facts: FieldFacts
   );
 }
 
-/** Words with commas between them. What is written stays as it is written: a comma at its end too. */
+function numberOf(written: string): unknown {
+  const text = written.trim();
+  return text === "" ? undefined : Number.isFinite(Number(text)) ? Number(text) : text;
+}
+
+/** Words with commas between them. */
 function List({ facts, value, errors, set }: { facts: FieldFacts; value: unknown; errors: string[]; set: (value: unknown) => void }) {
-  const [text, setText] = useState(Array.isArray(value) ? value.join(", ") : "");
+  const [text, write] = useWritten(value, wordsOf, (x) => (Array.isArray(x) ? x.join(", ") : ""));
   return (
     <Text
       label={facts.name}
@@ -147,10 +163,14 @@ function List({ facts, value, errors, set }: { facts: FieldFacts; value: unknown
       hint={facts.says}
       wide
       set={(written) => {
-        setText(written);
-        const words = written.split(",").map((w) => w.trim()).filter(Boolean);
-        set(words.length ? words : undefined);
+        write(written);
+        set(wordsOf(written));
       }}
     />
   );
+}
+
+function wordsOf(written: string): string[] | undefined {
+  const words = written.split(",").map((w) => w.trim()).filter(Boolean);
+  return words.length ? words : undefined;
 }

@@ -1,7 +1,6 @@
 // The rewards of `grpo`: built-in ones with their options, and functions of the user's own files.
 
-import { useState } from "preact/hooks";
-import { Choice, Errors, Field, type Fields, put, Text, useFieldId } from "./fields";
+import { Choice, Errors, Field, type Fields, put, Text, useFieldId, useWritten } from "./fields";
 
 export interface RewardFacts {
   name: string;
@@ -103,7 +102,7 @@ function OneReward({ number, known, reward, set, remove }: { number: number; kno
 /** A JSON schema. What is no JSON yet is kept as text, which the run file is refused for. */
 function Schema({ value, set }: { value: unknown; set: (value: unknown) => void }) {
   const id = useFieldId();
-  const [text, setText] = useState(value === undefined ? "" : typeof value === "string" ? value : JSON.stringify(value));
+  const [text, write] = useWritten(value, parsed, (x) => (x === undefined ? "" : typeof x === "string" ? x : JSON.stringify(x)));
   const wrong = typeof value === "string" ? ["This is no JSON object yet"] : [];
   return (
     <div class="field wide">
@@ -117,7 +116,7 @@ function Schema({ value, set }: { value: unknown; set: (value: unknown) => void 
         aria-invalid={wrong.length > 0}
         aria-describedby={`${id}-says`}
         onInput={(e) => {
-          setText(e.currentTarget.value);
+          write(e.currentTarget.value);
           set(parsed(e.currentTarget.value));
         }}
       />
@@ -127,6 +126,7 @@ function Schema({ value, set }: { value: unknown; set: (value: unknown) => void 
 }
 
 function parsed(text: string): unknown {
+  if (text === "") return undefined;
   try {
     const found: unknown = JSON.parse(text);
     return typeof found === "object" && found !== null && !Array.isArray(found) ? found : text;

@@ -138,6 +138,7 @@ function lossCurve(s: Shown, p: Placed, weight: number, withRaw: boolean): Curve
 
 /** Where the kept step is: the run says it at its end, the validations say which is best so far. */
 function kept(s: Shown, p: Placed, line: Points, rings: Points | undefined): { kept?: { x: number; y: number } } {
+  if (s.facts.unsaved) return {};
   const best = p.valid.column("best");
   const steps = p.valid.column("step");
   const last = best.findLastIndex((b) => b === 1);

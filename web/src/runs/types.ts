@@ -40,6 +40,8 @@ export interface VariantFacts {
   tokens: number | null;
   tokens_per_s: number | null;
   saved_step: number | null;
+  /** The run has ended and could not save it. */
+  unsaved: boolean;
 }
 
 /** What is asked of a run, and what became of it: variant -> what, or clone -> why not. */
