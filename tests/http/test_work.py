@@ -78,6 +78,7 @@ def test_a_tenant_whose_job_no_thread_could_take_is_not_shut_out(monkeypatch):
         assert await asyncio.wait_for(work.run("b", lambda: 8), 5) == 8
 
     asyncio.run(use())
+    work.close()  # the thread puts its things away after its result
     assert not work._waiting and not work._busy
 
 
