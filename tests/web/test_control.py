@@ -125,6 +125,23 @@ def test_a_run_from_its_beginning_to_its_end(chromium: Any, tmp_path: Path, tiny
     assert [x["step"] for x in steps if x["variant"] == "quick"] == list(range(1, 8))
 
 
+def test_a_run_that_is_paused_says_so(chromium: Any, tmp_path: Path):
+    some, every = (
+        planned(tmp_path / "some", "v", "w", paused=["w"]),
+        planned(tmp_path / "every", "v", "w", "x", paused=["v", "w"], ended={"x": "by hand"}),
+    )
+    with site(tmp_path) as (url, _), locked(some), locked(every), Visit(chromium, url, f"#key={KEY}") as page:
+        page.get_by_role("link", name="some", exact=True).click()
+        page.get_by_text("1 of 2 variants paused").wait_for()
+        assert page.get_by_role("heading", level=1).inner_text().split() == ["some", "running"]
+        page.get_by_role("link", name="Runs", exact=True).first.click()
+        page.get_by_role("link", name="every", exact=True).click()
+        page.get_by_text("All variants are paused: the run waits").wait_for()
+        assert page.get_by_role("heading", level=1).inner_text().split() == ["every", "paused"]
+        page.get_by_text(f"trimtab runs resume {every}", exact=True).wait_for()
+        assert page.get_by_text("of steps to go").count() == 0
+
+
 def test_without_the_key_nothing_is_done(chromium: Any, tmp_path: Path):
     run = planned(tmp_path / "r", "v", "w")
     with site(tmp_path) as (url, _), locked(run), (visit := Visit(chromium, url)) as page:
