@@ -151,6 +151,23 @@ def test_commands_exist_with_their_options(page: Path) -> None:
     assert not {c: said for c in commands(page.read_text(encoding="utf-8")) if (said := unknown(c))}
 
 
+def leaves(known: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
+    """(name, command) of every command below this one that is no group."""
+    if not isinstance(known, click.Group):
+        yield name, known
+        return
+    context = click.Context(known)
+    for inner in known.list_commands(context):
+        if (command := known.get_command(context, inner)) is not None:
+            yield from leaves(command, f"{name} {inner}")
+
+
+def test_the_help_of_every_command_has_an_example() -> None:
+    found = dict(leaves(main, "trimtab"))
+    lacking = [name for name, c in found.items() if not re.search(rf"Examples?:\n(.*\n)*? +(\w.*)?{name}\b", f"{c.help}\n{c.epilog or ''}")]
+    assert len(found) > 40 and not lacking
+
+
 def test_files_that_are_named_exist() -> None:
     """`train/loop.py`, `loop.py`, tests/laws/test_law6_*.py: the project has a file whose path ends in this."""
     tops = ("src", "tests", "bench", "docs", "examples", "scripts")

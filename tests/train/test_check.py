@@ -185,7 +185,16 @@ def test_a_template_that_rewrites_earlier_turns(checked, tmp_path: Path) -> None
     report = checked(rows_of(two, two | {}), base=str(base_with(tmp_path, REWRITING)))
     assert one(report.findings, "each answer is trained as a segment of its own").where == "base" and not report.errors
     shown = "".join(f"[{text}]" if learnt else text for text, learnt in report.rendered[0].runs)
+    assert [r.origin for r in report.rendered] == ["a.jsonl:1", "a.jsonl:2"], "each row once, whatever its segments"
     assert "[<think></think>b<|im_end|>]" in shown and shown.endswith("[<think></think>d<|im_end|>]\n")
+
+
+def test_a_pair_is_shown_once_with_both_answers(checked) -> None:
+    rows = rows_of({"prompt": "which one?", "chosen": "good", "rejected": "bad"})
+    report = checked(rows, rows, variants={"v": METHODS["lora"] | {"data": "a", "objective": "dpo"}})
+    (row,) = [r for r in report.rendered if r.origin == "a.jsonl:1"]
+    shown = "".join(f"[{text}]" if learnt else text for text, learnt in row.runs)
+    assert [shown.count(text) for text in ("which one?", "[good<|im_end|>]", "… rejected:", "[bad<|im_end|>]")] == [1, 1, 1, 1]
 
 
 def test_a_template_without_an_end_of_turn_and_a_pad_that_is_the_end(checked, tmp_path: Path) -> None:

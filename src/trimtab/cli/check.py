@@ -42,7 +42,7 @@ def check(ctx: click.Context, run_file: Path, rows: int, strict: bool, changes: 
 
     Shows the rows, tokens and supervised tokens of every source, rows that are dropped and why, the first rows as the base reads them
     (supervised tokens coloured, or between ⟦ and ⟧), rows of train that stand in valid or test too, and estimates of steps, memory and
-    time. Exits with 2 on errors: rows without a mask or with nothing but mask, files that cannot be read, nothing left to train on.
+    time. Exits with 2 on errors: rows with nothing supervised, or with everything, files that cannot be read, nothing left to train on.
     """
     from trimtab.bases.progress import reporting
     from trimtab.train import RunConfig

@@ -54,6 +54,10 @@ def _common(command: Command) -> Command:
 def stop(folder: Path, variants: tuple[str, ...], wait_s: float, as_json: bool) -> None:
     """End variants for good: each keeps its best validated step, or its last one, and is saved and scored when the run ends.
 
+    \b
+    Example:
+      trimtab runs stop examples/runs/desks support-lora
+
     Without a VARIANT the whole run ends after its step with a checkpoint, as on Ctrl-C; `trimtab train --resume` goes on with it.
     """
     from trimtab.train import ordering
@@ -65,7 +69,12 @@ def stop(folder: Path, variants: tuple[str, ...], wait_s: float, as_json: bool) 
 @_common
 @click.argument("variants", nargs=-1, metavar="[VARIANT]…")
 def pause(folder: Path, variants: tuple[str, ...], wait_s: float, as_json: bool) -> None:
-    """Let variants, or all, make no more steps until `trimtab runs resume`. They keep their place in their rows and schedules."""
+    """Let variants, or all, make no more steps until `trimtab runs resume`. They keep their place in their rows and schedules.
+
+    \b
+    Example:
+      trimtab runs pause examples/runs/desks support-lora
+    """
     from trimtab.train import ordering
 
     _await(ordering.order(folder, variants, "pause"), wait_s, as_json)
@@ -75,7 +84,12 @@ def pause(folder: Path, variants: tuple[str, ...], wait_s: float, as_json: bool)
 @_common
 @click.argument("variants", nargs=-1, metavar="[VARIANT]…")
 def resume(folder: Path, variants: tuple[str, ...], wait_s: float, as_json: bool) -> None:
-    """Let paused variants, or all, go on."""
+    """Let paused variants, or all, go on.
+
+    \b
+    Example:
+      trimtab runs resume examples/runs/desks
+    """
     from trimtab.train import ordering
 
     _await(ordering.order(folder, variants, None), wait_s, as_json)
@@ -94,6 +108,10 @@ def resume(folder: Path, variants: tuple[str, ...], wait_s: float, as_json: bool
 )
 def clone(folder: Path, variant: str, name: str, changes: tuple[str, ...], file: Path | None, wait_s: float, as_json: bool) -> None:
     """Add a variant with VARIANT's settings, but for those that --set gives. It trains from its first step on, as it would alone.
+
+    \b
+    Example:
+      trimtab runs clone examples/runs/desks support-lora --name support-slow --set lr=1e-4
 
     Its data set must be one that the run has read, and max_length, last_turn_only and what its objective reads of a row must be as they are
     for this data. For anything else, and from a run that has finished, --write makes a run file, which `trimtab train` trains as a run of

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 )
 @click.option("--base", default="smollm2-135m-instruct", show_default=True, help="The base on which rows are read that no run has read.")
 @store_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; elsewhere than here, a token is needed.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; elsewhere than here, the key is needed.")
 @click.option("--port", default=8050, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
 @json_option("Print the line that says where the page is as JSON.")
 def studio(runs: Path, data: tuple[Path, ...], base: str, root: Path | None, host: str, port: int, as_json: bool) -> None:

@@ -68,7 +68,13 @@ def settings(command: Callable[..., Any]) -> Callable[..., Any]:
 @settings
 @common
 def add(name: str, db: Path | str | None, as_json: bool, **settings: Any) -> None:
-    """Add the tenant NAME and print its first key. It sees the namespace of its own name unless told otherwise."""
+    """Add the tenant NAME and print its first key. It sees the namespace of its own name unless told otherwise.
+
+    \b
+    Example:
+      trimtab tenants add acme --tokens-per-minute 100000
+      trimtab tenants add operations --admin
+    """
     from trimtab.serve.tenants import Tenant, check
 
     wanted = _changed(Tenant(name, name, (name,)), **settings)
@@ -92,7 +98,12 @@ def add(name: str, db: Path | str | None, as_json: bool, **settings: Any) -> Non
 @settings
 @common
 def update(name: str, db: Path | str | None, as_json: bool, **settings: Any) -> None:
-    """Change what the tenant NAME may do; what is not named stays. Counts from its next request on."""
+    """Change what the tenant NAME may do; what is not named stays. Counts from its next request on.
+
+    \b
+    Example:
+      trimtab tenants update acme --max-concurrent 8
+    """
     with opened(db) as (store, act):
         wanted = _changed(store.get(name), **settings)
         with act("tenant.update", name, _told(wanted)):
@@ -103,7 +114,12 @@ def update(name: str, db: Path | str | None, as_json: bool, **settings: Any) -> 
 @tenants.command("list")
 @common
 def list_(db: Path | str | None, as_json: bool) -> None:
-    """Every tenant, what it may do, and its keys' public ids."""
+    """Every tenant, what it may do, and its keys' public ids.
+
+    \b
+    Example:
+      trimtab tenants list
+    """
     with opened(db) as (store, _):
         found = [(t, store.keys(t.name)) for t in store.list()]
     if as_json:
@@ -122,7 +138,12 @@ def list_(db: Path | str | None, as_json: bool) -> None:
 @click.argument("name")
 @common
 def remove(name: str, db: Path | str | None, as_json: bool) -> None:
-    """Remove the tenant NAME: none of its keys is valid any more. Its usage stays in the reports."""
+    """Remove the tenant NAME: none of its keys is valid any more. Its usage stays in the reports.
+
+    \b
+    Example:
+      trimtab tenants remove acme
+    """
     with opened(db) as (store, act), act("tenant.remove", name):
         _print(_told(store.remove(name)), as_json, f"removed {name}")
 
@@ -132,7 +153,12 @@ def remove(name: str, db: Path | str | None, as_json: bool) -> None:
 @click.option("--expires-days", type=click.FloatRange(0, 36500, min_open=True), help="Days until it ends; by default never.")
 @common
 def key_create(name: str, expires_days: float | None, db: Path | str | None, as_json: bool) -> None:
-    """Print a new key of the tenant NAME."""
+    """Print a new key of the tenant NAME.
+
+    \b
+    Example:
+      trimtab tenants key-create acme --expires-days 90
+    """
     with opened(db) as (store, act), act("key.create", name) as learnt:
         key, text = store.create_key(name, lifetime=None if expires_days is None else expires_days * DAY)
         learnt["key"] = key.id
@@ -144,7 +170,12 @@ def key_create(name: str, expires_days: float | None, db: Path | str | None, as_
 @click.option("--grace-hours", type=click.FloatRange(0, 24 * 366), default=24, show_default=True, help="How long the old one stays valid.")
 @common
 def key_rotate(key_id: str, grace_hours: float, db: Path | str | None, as_json: bool) -> None:
-    """Print a new key for the tenant of the key KEY_ID (the part before the dot), which then ends after a while."""
+    """Print a new key for the tenant of the key KEY_ID (the part before the dot), which then ends after a while.
+
+    \b
+    Example:
+      trimtab tenants key-rotate 5f0c31a09b7e --grace-hours 1
+    """
     _refuse_whole(key_id)
     with opened(db) as (store, act), act("key.rotate", key_id) as learnt:
         key, text = store.rotate_key(key_id, grace=grace_hours * 3600)
@@ -156,7 +187,12 @@ def key_rotate(key_id: str, grace_hours: float, db: Path | str | None, as_json: 
 @click.argument("key_id")
 @common
 def key_revoke(key_id: str, db: Path | str | None, as_json: bool) -> None:
-    """Make the key KEY_ID (the part before the dot) invalid, at once and for good."""
+    """Make the key KEY_ID (the part before the dot) invalid, at once and for good.
+
+    \b
+    Example:
+      trimtab tenants key-revoke 5f0c31a09b7e
+    """
     _refuse_whole(key_id)
     with opened(db) as (store, act), act("key.revoke", key_id):
         _print(_told_key(store.revoke_key(key_id)), as_json, f"revoked {key_id}")
@@ -170,7 +206,12 @@ def key_revoke(key_id: str, db: Path | str | None, as_json: bool) -> None:
 @common
 def usage(tenant: str, since: datetime | None, until: datetime | None, root: Path | None, db: Path | str | None, as_json: bool) -> None:
     """Requests and tokens per tenant, day (UTC) and adapter. Adapters are counted by digest; the store tells what they are called. The
-    base's have no digest."""
+    base's have no digest.
+
+    \b
+    Example:
+      trimtab tenants usage --tenant acme --since 2026-11-01
+    """
     with opened(db) as (store, _):
         rows = store.usage.report(tenant, f"{since:%Y-%m-%d}" if since else "", f"{until:%Y-%m-%d}" if until else "")
     names = _names({r.adapter for r in rows} - {""}, root)

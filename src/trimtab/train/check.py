@@ -97,7 +97,7 @@ def read_all(run: RunConfig, *, rows: int = 0, status: Status = lambda text: Non
     for name, config in run.data.items():
         data[name], seen = _read_data(run, name, config, tokenizer, architecture.spec.vocab_size, report, status)
         splits = data[name]
-        report.rendered += [_render(s, tokenizer) for e in _first(splits[0], rows) for s in e.segments]
+        report.rendered += [_render(e, tokenizer) for e in _first(splits[0], rows)]
         report.findings += seen.findings(splits)
         report.findings += _fit(run, name, splits, tokenizer, architecture.spec) + _label_findings(run, name, config, splits)
         mine = [v for v in run.variants if v.data == name]
@@ -288,10 +288,11 @@ def _first(split: Split, rows: int) -> Iterator[Example]:
 
 def _render(example: Example, tokenizer: Any) -> Rendered:
     """Decoded run by run: text and mask are the ids' own, not the row's. A further segment is shown from where it differs from the one
-    before it."""
+    before it, behind its role, such as `rejected`."""
     runs: list[tuple[str, bool]] = []
     for segment in example.segments:
-        runs += [("\n… ", False)] if runs else []
+        if runs:
+            runs.append((f"\n… {segment.role}: " if segment.role else "\n… ", False))
         marked = zip(segment.supervised[segment.shared :].tolist(), segment.ids[segment.shared :].tolist(), strict=True)
         for flag, pairs in groupby(marked, key=itemgetter(0)):
             ids = [i for _, i in pairs]
