@@ -19,6 +19,7 @@ from tests.laws.common import difference, tokens
 from tests.tiny import FAMILIES, tiny_tokenizer
 from trimtab.bases import fingerprint_folder, fingerprint_model
 from trimtab.bases.shapes import read_architecture
+from trimtab.bases.weights.compressed import read
 from trimtab.errors import BaseError
 from trimtab.model import load_base
 
@@ -195,6 +196,9 @@ def test_layers_of_several_kinds(dense: Path, tmp_path: Path) -> None:
         ({"config_groups": {}}, "config_groups names no weights"),
         ({"config_groups": None}, "config_groups names no weights"),
         ({"config_groups": {"group_0": {"weights": None}}}, "config_groups names no weights"),
+        ({"config_groups": {"group_0": {"weights": INT4 | {"num_bits": None}}}}, "num_bits None, where a whole number belongs"),
+        ({"sparsity_config": "2:4"}, "sparsity_config is no mapping"),
+        ({"transform_config": ["R1"]}, "transform_config is no mapping"),
     ],
 )
 def test_ways_that_are_not_read(settings: dict[str, Any], said: str, dense: Path, tmp_path: Path) -> None:
@@ -202,3 +206,28 @@ def test_ways_that_are_not_read(settings: dict[str, Any], said: str, dense: Path
     with pytest.raises(BaseError, match="quantised by compressed-tensors in a way that trimtab does not read") as refusal:
         load_base(str(tmp_path / "other"))
     assert said in str(refusal.value.problems) and "quantize: nf4" in refusal.value.fix
+
+
+GROUP, BLOCK = {"strategy": "group", "group_size": 8}, {"strategy": "block", "block_structure": [4, 4]}
+
+
+@pytest.mark.parametrize(("kind", "strategy"), [("int", GROUP), ("float", GROUP), ("float", BLOCK)])
+def test_one_scale_is_that_of_the_whole_matrix(kind: str, strategy: dict[str, Any]) -> None:
+    W = torch.arange(8.0).repeat(8, 2)
+    codes = W.to(torch.int8 if kind == "int" else torch.float8_e4m3fn)
+    scheme = {"num_bits": 8, "type": kind, "symmetric": True, **strategy}
+    tensors = {"weight": codes, "weight_scale": torch.tensor([0.5])}
+    layer = read(tensors, (8, 16), None, torch.float32, {"config_groups": {"all": {"weights": scheme}}})
+    assert torch.equal(layer(torch.eye(16)).T, 0.5 * W)
+
+
+def test_a_shape_that_is_told_as_one_number() -> None:
+    tensors = {"weight_packed": torch.zeros(8, 2, dtype=torch.int32), "weight_scale": torch.ones(8, 1), "weight_shape": torch.tensor(8)}
+    with pytest.raises(ValueError, match=r"weight_shape is 8 where the model has \[8, 16\]"):
+        read(
+            tensors,
+            (8, 16),
+            None,
+            torch.float32,
+            {"config_groups": {"all": {"weights": INT4 | {"strategy": "channel", "group_size": None}}}},
+        )

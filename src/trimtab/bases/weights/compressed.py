@@ -89,19 +89,21 @@ class FloatQuantized(Packed):
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """BaseError where a `quantization_config` of compressed-tensors names something that is not read."""
-    sparse = (settings.get("sparsity_config") or {}).get("format", "dense")
-    rotated = (settings.get("transform_config") or {}).get("config_groups")
+    beside = {key: settings.get(key) or {} for key in ("sparsity_config", "transform_config")}
+    wrong = [f"{key} is no mapping" for key, value in beside.items() if not isinstance(value, Mapping)]
+    sparse, rotated = ({} if wrong else beside[key] for key in beside)
     schemes = settings.get("config_groups")
-    wrong = []
     if not isinstance(schemes, Mapping) or not all(isinstance(s, Mapping) for s in schemes.values()) or not list(_weights(settings)):
         wrong.append("config_groups names no weights that are quantised")
     else:
         for form in dict.fromkeys([settings.get("format"), *(s.get("format") for s in schemes.values())]):
             if form is not None and form not in FORMATS_READ:
                 wrong.append(f"format {form!r} is not read, only {', '.join(FORMATS_READ)}")
-    if sparse != "dense":
-        wrong.append(f"sparsity_config has format {sparse!r}: sparse matrices are not read")
-    if rotated:
+        sizes = dict.fromkeys(repr(w.get("num_bits")) for w in _weights(settings) if not isinstance(w.get("num_bits", 8), int))
+        wrong += [f"config_groups has num_bits {bits}, where a whole number belongs" for bits in sizes]
+    if (form := sparse.get("format", "dense")) != "dense":
+        wrong.append(f"sparsity_config has format {form!r}: sparse matrices are not read")
+    if rotated.get("config_groups"):
         wrong.append("transform_config rotates what layers read, which is not computed")
     if wrong:
         raise BaseError(
@@ -145,7 +147,7 @@ def read_float(
     shapes = {"weight": (shape, (torch.float8_e4m3fn,)), "weight_scale": (_as_given(tensors.get("weight_scale"), grid), _FLOATS)}
     expect(tensors, shapes)
     kept = {name: tensors[name] for name in ("weight", "weight_scale", *_BESIDE) if name in tensors}
-    derived = {"scale": tensors["weight_scale"].float().reshape(grid).contiguous()}
+    derived = {"scale": _over(tensors["weight_scale"].float(), grid)}
     return PackedLinear(FloatQuantized.name, shape, dtype, kept, bias, block=size[1], block_rows=size[0], derived=derived)
 
 
@@ -167,9 +169,8 @@ def _read_one(
         shapes["weight_zero_point"] = (_as_given(tensors.get("weight_zero_point"), grid), (torch.int8,))
     expect(tensors, shapes)
     kept = {name: tensors[name] for name in ("weight", "weight_scale", "weight_zero_point", *_BESIDE) if name in tensors}
-    scale = tensors["weight_scale"].float().reshape(-1, grid[1])
-    zero = tensors["weight_zero_point"].reshape(-1, grid[1]) if "weight_zero_point" in kept else torch.zeros_like(scale, dtype=torch.int8)
-    derived = {"scale": scale.expand(*grid).contiguous(), "zero": zero.expand(*grid).contiguous()}
+    zero = kept.get("weight_zero_point", torch.zeros(1, dtype=torch.int8))
+    derived = {"scale": _over(tensors["weight_scale"].float(), grid), "zero": _over(zero, grid)}
     return PackedLinear(IntQuantized.name, shape, dtype, kept, bias, block=size, derived=derived)
 
 
@@ -192,7 +193,7 @@ def _read_packed(
         shapes["weight_g_idx"] = ((I,), (torch.int32, torch.int64))
     expect(tensors, shapes)
     told = tensors.get("weight_shape")
-    if told is not None and tuple(told.tolist()) != shape:
+    if told is not None and told.flatten().tolist() != list(shape):
         raise ValueError(f"weight_shape is {told.tolist()} where the model has {list(shape)}")
     g_idx = tensors.get("weight_g_idx")
     if g_idx is not None and bool((g_idx == -1).all()):
@@ -245,6 +246,11 @@ def _numbers(tensor: Tensor | None) -> int:
 def _as_given(tensor: Tensor | None, grid: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that scales of such a grid have: the grid's, or none where one number is stored."""
     return tuple(tensor.shape) if tensor is not None and tensor.numel() == 1 else grid
+
+
+def _over(given: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Scales or zeros in the shape that kernels read. One number is that of the whole matrix."""
+    return (given.reshape(1, 1).expand(grid) if given.numel() == 1 else given.reshape(grid)).contiguous()
 
 
 def _sides(matrix: Tensor) -> tuple[int, int]:
