@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from tests.laws.common import tokens
 from tests.serve.common import Clock, Heard, Held, ask, engine_of, held
 from trimtab.cli.simulate import simulate as command
 from trimtab.errors import ConfigError, DataError, TrimtabError
+from trimtab.fleet import served
 from trimtab.fleet.replica import Shape
 from trimtab.fleet.routing import ROUTERS, SPILL
 from trimtab.fleet.served import added_by_server, token_seconds, tokens_of, way_and_rows
@@ -451,6 +454,39 @@ def test_the_way_and_rows_come_from_prompts_that_come_alone() -> None:
     way_s, seconds = way_and_rows({4: 2.0, 8: 3.2}, speed)
     assert (way_s, seconds) == (pytest.approx(0.7), pytest.approx((1.0, 1.3, 2.5)))
     assert way_and_rows({4: 1.0}, speed) == (0.0, speed.seconds)
+
+
+class Server(served._Client):
+    """One that takes no longer answers than so many tokens. busy_with: of the streams beside which adapters are read."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__("http://127.0.0.1:1", "a")
+        self.most, self.busy_with = most, list[int]()
+
+    async def together(self, n: int, answer: int = served.ANSWER) -> list[served.Streams]:
+        if answer != served.ANSWER:
+            self.busy_with.append(answer)
+        if answer > self.most:
+            raise TrimtabError("too long")
+        await asyncio.sleep(0.001)
+        return [[(0.0, 1), (1.0, 48)]] * n
+
+    async def alone(self, prompt: int, model: str | None = None) -> float:
+        await asyncio.sleep(0.002)
+        return 1.0
+
+    async def loading(self, numbers: Iterable[int]) -> tuple[float, float]:
+        await asyncio.sleep(0.002)
+        return 0.1, 0.2
+
+
+def test_streams_beside_which_adapters_are_read_fit_the_base_and_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "PAUSE_S", 0.002)
+    server = Server(most=84)
+    found = asyncio.run(served._measured(SECOND, Shape(), 100, server))
+    assert found.busy_load_s == pytest.approx(0.2) and set(server.busy_with) == {84}
+    with pytest.raises(TrimtabError, match="too long"):  # a figure of adapters that are read alone would be taken for one beside streams
+        asyncio.run(served._measured(SECOND, Shape(), 100, Server(most=60)))
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,11 @@ async def _measured(speed: Speed, shape: Shape, longest: int, client: _Client) -
     way_s, longer = way_and_rows({p: statistics.median(times) for p, times in first_s.items()}, found)
     found = replace(found, seconds=longer, before_s=way_s / 2, after_s=way_s / 2)
     load_s, more_s = await client.loading(range(LOADS))
-    beside = asyncio.create_task(client.busy(min(BESIDE, max(1, shape.max_running - 1))))
+    beside = asyncio.create_task(client.busy(min(BESIDE, max(1, shape.max_running - 1)), min(4 * ANSWER, longest - PROMPT)))
     await asyncio.sleep(PAUSE_S)
     busy_load_s, _ = await client.loading(range(LOADS, 2 * LOADS))
+    if beside.done():  # it goes on until it is cancelled: raises what has ended it
+        await beside
     beside.cancel()
     await asyncio.gather(beside, return_exceptions=True)
     handed_s = max(0.0, more_s - load_s)  # to a thread, and back to the steps; beside steps the end of one is awaited as well
@@ -169,10 +171,10 @@ class _Client:
         """The streams of so many answers of one adapter."""
         return await asyncio.gather(*(self.ask(self.model, answer) for _ in range(n)))
 
-    async def busy(self, n: int) -> None:
+    async def busy(self, n: int, answer: int) -> None:
         """So many streams at any time, until this is cancelled."""
         while True:
-            await self.together(n, 4 * ANSWER)
+            await self.together(n, answer)
 
     async def alone(self, prompt: int, model: str | None = None) -> float:
         """Seconds to the first token of a request that comes after a pause."""
