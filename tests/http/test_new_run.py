@@ -19,6 +19,7 @@ from trimtab.objectives import OBJECTIVES
 from trimtab.train import RunConfig
 from trimtab.train.follow import RunFolders
 from trimtab.train.guided import choices, formed, guessed, text_of
+from trimtab.train.initial import guess
 from trimtab.train.rows_process import Answering, answer
 
 KEY = {"authorization": "Bearer k"}
@@ -119,6 +120,20 @@ def test_the_rows_decide_which_objectives_are_offered(shown: Shown, name: str):
     assert formed(found["content"], [], root)["problems"] == []
     if name == "prompts":
         assert found["content"]["data"]["prompts"]["train"]["columns"] == {"prompt": "question"} and not found["answered"]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"source": "a book", "question": "How?"}, {"prompt": "question"}),
+        ({"title": "Roads", "prompt": "How?"}, {}),
+        ({"input": "A road.", "instruction": "Describe it."}, {}),
+    ],
+)
+def test_of_several_columns_the_likeliest_asks(row: dict[str, str], columns: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    found = guess("rows.jsonl", tmp_path)
+    assert (found.form, found.columns) == ("grpo", columns)
 
 
 def test_every_objective_is_offered_with_its_fields():

@@ -152,16 +152,23 @@ def _objective(row: Mapping[str, Any]) -> str | None:
 
 
 def _prompts(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """("grpo", the column of the prompt) where rows only ask."""
-    asked = next((n for n in names for ours in NAMES["prompt"] if re.sub(r"[^a-z]", "", n.lower()) == ours), None)
-    columns = {} if asked in (None, "prompt", "instruction") else {"prompt": asked}
-    read = to_segments(row, "", columns, None, OBJECTIVES["grpo"].parts)
-    return (None, {}) if isinstance(read, Dropped) else ("grpo", columns)
+    """("grpo", the column of the prompt) where rows only ask. No column is named where the objective reads the rows as they are."""
+    plain = _plain(names)
+    asked = next((plain[n] for n in NAMES["prompt"] if n in plain), None)
+    for columns in ({}, {} if asked is None else {"prompt": asked}):
+        if not isinstance(to_segments(row, "", columns, None, OBJECTIVES["grpo"].parts), Dropped):
+            return "grpo", columns
+    return None, {}
+
+
+def _plain(names: Sequence[str]) -> dict[str, str]:
+    """Each column by its letters alone; of two with the same letters the first."""
+    return {re.sub(r"[^a-z]", "", n.lower()): n for n in reversed(names)}
 
 
 def _form(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str | None, dict[str, str]]:
     """The form of the rows, by their columns or by what others call these."""
-    plain = {re.sub(r"[^a-z]", "", n.lower()): n for n in reversed(names)}
+    plain = _plain(names)
 
     def named(ours: str, taken: Sequence[str] = ()) -> str | None:
         return next((plain[n] for n in NAMES[ours] if n in plain and plain[n] not in taken), None)
