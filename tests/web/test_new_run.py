@@ -241,3 +241,21 @@ def test_what_is_taken_away_takes_its_text_along(chromium: Any, site: str):
         text.get_by_text("type: array").wait_for(state="detached")
         (variant,) = yaml.safe_load(formed(page))["variants"].values()
         assert variant["rewards"] == [{"reward": "json_schema", "schema": {"type": "object"}}]
+
+
+def test_nothing_is_saved_before_the_file_has_what_the_fields_say(chromium: Any, site: str):
+    with Visit(chromium, site, "#key=k") as page:
+        page.goto(f"{site}#/new/tickets.jsonl")
+        formed(page)
+        buttons = [page.get_by_role("button", name=name) for name in ("Read the rows and estimate", "Save and begin", "Save the run file")]
+        assert all(button.is_enabled() for button in buttons)
+        held: list[Any] = []
+        page.route("**/studio/new/form", lambda route: held.append(route))
+        with page.expect_request("**/studio/new/form"):
+            page.get_by_label("max_steps").fill("3")
+        assert not any(button.is_enabled() for button in buttons)
+        while not held:
+            page.wait_for_timeout(20)
+        held[0].continue_()
+        page.get_by_role("region", name="Text of the run file").get_by_text("max_steps: 3").wait_for()
+        assert all(button.is_enabled() for button in buttons)

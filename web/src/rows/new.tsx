@@ -61,7 +61,7 @@ export function NewRun({ about, path }: { about: About; path: string }) {
   const [draft, setDraft] = useState<Draft | null>(null);
   const [error, setError] = useState<unknown>(null);
   const [busy, setBusy] = useState(false);
-  const [formed, setFormed] = useState<{ text: string; problems: Problem[] } | null>(null);
+  const [formed, setFormed] = useState<{ text: string; problems: Problem[]; key: string } | null>(null);
   const latest = useRef(0);
 
   const start = async (chosen: string) => {
@@ -100,7 +100,7 @@ export function NewRun({ about, path }: { about: About; path: string }) {
     const mine = ++latest.current;
     const timer = setTimeout(() => {
       post<{ text: string; problems: Problem[] }>("studio/new/form", { content, said: ["Formed on the page of `trimtab studio`.", ...draft.said.map((s) => `- ${s}`)] }).then(
-        (found) => mine === latest.current && setFormed(found),
+        (found) => mine === latest.current && setFormed({ ...found, key }),
         (failed: unknown) => mine === latest.current && setError(failed),
       );
     }, FORM_MS);
@@ -111,6 +111,7 @@ export function NewRun({ about, path }: { about: About; path: string }) {
   if (!choices.found) return <p class="note">Looking up what can be chosen…</p>;
   const known = choices.found;
   const problems = [...(formed?.problems ?? []), ...twice(draft)];
+  const wrong = problems.length > 0 || formed?.key !== key; // a text that is not yet of these fields is neither saved nor estimated
   const at = (where: string) => problems.filter((p) => p.where === where).map((p) => after(p));
   const change = (more: Partial<Draft>) => draft && setDraft({ ...draft, ...more });
   return (
@@ -194,8 +195,8 @@ export function NewRun({ about, path }: { about: About; path: string }) {
                     ))}
                 </div>
               </Section>
-              <Cost text={formed?.text ?? ""} wrong={problems.length > 0} />
-              <Begin about={about} draft={draft} text={formed?.text ?? ""} wrong={problems.length} errors={at("out")} set={(out) => change({ out })} root={known.root} />
+              <Cost text={formed?.text ?? ""} wrong={wrong} />
+              <Begin about={about} draft={draft} text={formed?.text ?? ""} wrong={wrong} errors={at("out")} set={(out) => change({ out })} root={known.root} />
             </>
           )}
         </div>
@@ -385,7 +386,7 @@ function span([least, most]: [number, number]): string {
   return a === b ? a : `${a} to ${b}`;
 }
 
-function Begin({ about, draft, text, wrong, errors, root, set }: { about: About; draft: Draft; text: string; wrong: number; errors: string[]; root: string; set: (out: string) => void }) {
+function Begin({ about, draft, text, wrong, errors, root, set }: { about: About; draft: Draft; text: string; wrong: boolean; errors: string[]; root: string; set: (out: string) => void }) {
   const [done, setDone] = useState<{ path: string; begun: boolean } | null>(null);
   const [busy, setBusy] = useState(false);
   const [error, setError] = useState<unknown>(null);
@@ -425,12 +426,12 @@ function Begin({ about, draft, text, wrong, errors, root, set }: { about: About;
       ) : null}
       <div class="row">
         {about.changes && (
-          <button type="button" class="main" disabled={busy || wrong > 0 || !text || done?.begun} onClick={() => void save(true)}>
+          <button type="button" class="main" disabled={busy || wrong || !text || done?.begun} onClick={() => void save(true)}>
             Save and begin
           </button>
         )}
         {about.changes && (
-          <button type="button" disabled={busy || wrong > 0 || !text || done !== null} onClick={() => void save(false)}>
+          <button type="button" disabled={busy || wrong || !text || done !== null} onClick={() => void save(false)}>
             Save the run file
           </button>
         )}
