@@ -79,7 +79,7 @@ async def allowed(studio: Studio, given: Given) -> None:
     if studio.token is None:
         return
     if given is None or not secrets.compare_digest(given.credentials.encode(), studio.token.encode()):
-        raise AuthError("this page needs its token", fix="open the address that `trimtab studio` printed, or give the token behind #key=")
+        raise AuthError("this page needs its key", fix="open the address that `trimtab studio` printed, or give what stands behind #key=")
 
 
 async def may_change(studio: Studio, given: Given) -> None:
