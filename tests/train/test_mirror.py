@@ -350,6 +350,25 @@ def test_checkpoints_that_nobody_names_go(tmp_path: Path, url: str) -> None:
     assert {"own", "group/checkpoints/step-00000001/x"} <= left.keys()
 
 
+def test_what_another_one_sends_meanwhile_stays(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Another machine claims the run, and has sent a file that its snapshot will name later, when the list of files comes here."""
+    url, path, listed = "memory://shared/run", "checkpoints/step-00000009/v.safetensors", Copy.files
+    mirror = Mirror(url, At())
+    mirror.fetch(resume=False)
+    mirror.folder.mkdir(parents=True, exist_ok=True)
+
+    def files(self: Copy) -> list[str]:
+        Copy(url).send(tmp_path, [], claim=True)
+        fs, root = fsspec.core.url_to_fs(url)
+        fs.pipe_file(f"{root}/{path}", b"x")
+        return listed(self)
+
+    monkeypatch.setattr(Copy, "files", files)
+    with pytest.raises(Occupied, match="has taken over out = 'memory://shared/run'"):
+        mirror.begin()
+    assert there(url)[path] == b"x"
+
+
 def test_a_bucket_out_of_reach_is_not_one_without_checkpoints(tmp_path: Path, memory: Any, monkeypatch: Any) -> None:  # noqa: F811
     from fsspec.implementations.memory import MemoryFileSystem
 

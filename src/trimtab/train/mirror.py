@@ -82,7 +82,7 @@ class Mirror:
     def begin(self, place: Place = ONE_PROCESS) -> None:
         """Say at the bucket that this run goes on here; whoever trained it before sends nothing more. The results of a run that is extended
         go: it has not finished any more. Checkpoints go that a killed sender has left there without a name. Occupied where a newer
-        checkpoint has come there since `fetch`, or the one of here is damaged."""
+        checkpoint has come there since `fetch`, the one of here is damaged, or another process takes the run over meanwhile."""
         self._copy.sender = place.once(lambda: self._copy.sender)
         if place.first:
             with self._named():
@@ -91,7 +91,10 @@ class Mirror:
                     text = f"out = {self.url!r} has a checkpoint of step {there}, which is newer than what {self.folder} goes on from"
                     raise Occupied(text, fix="if no other process trains there, resume once more: it is fetched")
                 self._copy.send(self.folder, _in_order(self.folder, ended=False), claim=True)
-                self._copy.remove_unnamed(lambda path: path.startswith("checkpoints/") and NAME.fullmatch(path.split("/")[1]) is not None)
+                with self._ours():
+                    self._copy.remove_unnamed(
+                        lambda path: path.startswith("checkpoints/") and NAME.fullmatch(path.split("/")[1]) is not None
+                    )
 
     def saved(self) -> None:
         """Send the newest checkpoint. Occupied where another process has taken the run over. If the bucket is out of reach, a warning."""
@@ -136,8 +139,14 @@ class Mirror:
         return max((p.split("/")[1] for p in there.files if p.startswith("checkpoints/")), default="")
 
     def _send(self, ended: bool, claim: bool = False) -> None:
-        try:
+        with self._ours():
             self._copy.send(self.folder, _in_order(self.folder, ended), claim=claim)
+
+    @contextmanager
+    def _ours(self) -> Iterator[None]:
+        """Occupied where another process has taken the run over."""
+        try:
+            yield
         except TakenOver as other:
             text = f"{other} has taken over out = {self.url!r}, so this run ends, and sends nothing more there; it is kept in {self.folder}"
             raise Occupied(text, fix="leave the run to it; if nothing runs there any more, go on with --resume") from None

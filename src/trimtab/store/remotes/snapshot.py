@@ -128,8 +128,9 @@ class Copy:
 
     def remove_unnamed(self, which: Callable[[str], bool]) -> None:
         """Remove the files that `which` says yes to, but those that the snapshot names. TakenOver where that is another sender's."""
+        listed = self.files()  # before it is read whose the snapshot is: another sender's files, unnamed as yet, are not among these
         named = self._owned(claim=False).files
-        for path in self.files():
+        for path in listed:
             if path not in named and which(path):
                 self._patiently(lambda path=path: self.bucket.remove(path), path)  # type: ignore[misc]
 
