@@ -61,7 +61,7 @@ def test_warnings_exit_with_0_and_strictly_with_2(run_yaml: Path) -> None:
     write(run_yaml.parent / "b-test.jsonl", pair("n 0 ", "a 0"))
     result = call(run_yaml)
     assert result.exit_code == 0
-    assert "warning: data.a.test: 1 of 1 rows stand with their answers in data.a.train\n  - b-test.jsonl:1: as a.jsonl:1\n" in result.stdout
+    assert "warning: data.a.test: 1 of 1 row stands with its answer in data.a.train\n  - b-test.jsonl:1: as a.jsonl:1\n" in result.stdout
     assert call(run_yaml, "--strict").exit_code == 2
 
 

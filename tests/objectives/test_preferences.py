@@ -245,8 +245,8 @@ def test_check_reads_pairs(tmp_path: Path) -> None:
     report = check(run)
     found = {(f.where, f.message) for f in report.findings}
     assert ("data.pairs.train", "1 row dropped: equal pair") in found
-    assert ("data.pairs.train", "1 rows repeat another row") in found
-    assert ("data.pairs.test", "1 of 3 rows stand with their answers in data.pairs.train") in found
+    assert ("data.pairs.train", "1 row repeats another row") in found
+    assert ("data.pairs.test", "1 of 3 rows stands with its answer in data.pairs.train") in found
     assert not report.errors
     lengths = next(f for f in report.findings if f.where == "data.pairs.train" and "pairs: the chosen" in f.message)
     sizes = [tuple(len(s.supervised.nonzero()[0]) for s in e.segments) for e in prepare(run, tiny_base()).data["pairs"].train.examples]

@@ -266,12 +266,12 @@ def test_prompts_are_checked_with_the_answers_that_are_drawn(checked, tmp_path: 
 def test_rows_that_do_not_call_their_alora(checked) -> None:
     called = METHODS["lora"] | {"data": "a", "alora_invocation_tokens": tiny_base().encode("call")}
     report = checked(rows_of(pair("call me", "y"), pair("x", "y")), variants={"v": called})
-    assert one(report.errors, "1 rows lack the invocation of their aLoRA").items == ("a.jsonl:2",)
+    assert one(report.errors, "1 row lacks the invocation of its aLoRA").items == ("a.jsonl:2",)
 
 
 def test_prompts_that_leave_no_room_to_answer(checked) -> None:
     report = checked(test_rows=rows_of(pair("x" * 80, "y")), evaluate={"max_new_tokens": 415})
-    assert one(report.warnings, "1 prompts leave less room than 415 new tokens").items == ("a-test.jsonl:1: 99 tokens",)
+    assert one(report.warnings, "1 prompt leaves less room than 415 new tokens").items == ("a-test.jsonl:1: 99 tokens",)
     for fits in ({"max_new_tokens": 414}, {"max_new_tokens": 415, "generate": False}):
         assert not any("less room" in w.message for w in checked(test_rows=rows_of(pair("x" * 80, "y")), evaluate=fits).warnings)
 
@@ -293,14 +293,14 @@ def test_test_rows_copied_into_train(checked) -> None:
     )
     report = checked(train, test, variants={"v": LORA["v"] | {"max_length": 512}})
     assert [(f.message.partition(" train")[0], f.items) for f in report.warnings] == [
-        ("1 of 6 rows stand with their answers in data.a.train", ("a-test.jsonl:1: as a.jsonl:1",)),
-        ("1 of 6 rows stand with their answers, but for case, blanks or punctuation, in data.a.train", ("a-test.jsonl:2: as a.jsonl:2",)),
-        ("1 of 6 rows ask what is asked, with another answer, in data.a.train", ("a-test.jsonl:3: as a.jsonl:3",)),
+        ("1 of 6 rows stands with its answer in data.a.train", ("a-test.jsonl:1: as a.jsonl:1",)),
+        ("1 of 6 rows stands with its answer, but for case, blanks or punctuation, in data.a.train", ("a-test.jsonl:2: as a.jsonl:2",)),
+        ("1 of 6 rows asks what is asked, with another answer, in data.a.train", ("a-test.jsonl:3: as a.jsonl:3",)),
         (
-            "1 of 6 rows ask, but for case, blanks or punctuation, what is asked, with another answer, in data.a.train",
+            "1 of 6 rows asks, but for case, blanks or punctuation, what is asked, with another answer, in data.a.train",
             ("a-test.jsonl:4: as a.jsonl:4",),
         ),
-        ("1 of 6 rows share at least 50% of their 13-word runs with data.a.train", ("a-test.jsonl:5: 80%, most of it in a.jsonl:5",)),
+        ("1 of 6 rows shares at least 50% of its 13-word runs with data.a.train", ("a-test.jsonl:5: 80%, most of it in a.jsonl:5",)),
     ]
     assert report.errors == []
 
@@ -350,12 +350,12 @@ def test_prompts_alone_and_what_a_head_reads_are_compared_whole(checked) -> None
     asked = [{"prompt": [{"role": "user", "content": text}]} for text in ("which one is it", "and now", "Which one is it?")]
     drawing = METHODS["lora"] | {"data": "a", "objective": "grpo", "rewards": {"reward": "length", "max_words": 3}}
     report = checked(rows_of(*asked), rows_of(asked[1], {"prompt": "other"}), variants={"v": drawing})
-    assert one(report.warnings, "1 of 2 rows stand with their answers in data.a.train").items == ("a-test.jsonl:1: as a.jsonl:2",)
-    assert one(report.warnings, "1 rows repeat another row but for case").items == ("a.jsonl:3: as a.jsonl:1",)
+    assert one(report.warnings, "1 of 2 rows stands with its answer in data.a.train").items == ("a-test.jsonl:1: as a.jsonl:2",)
+    assert one(report.warnings, "1 row repeats another row but for case").items == ("a.jsonl:3: as a.jsonl:1",)
     marked = [r | {"messages": r["prompt"], "label": str(i)} for i, r in enumerate(asked)]
     marked = [{k: v for k, v in r.items() if k != "prompt"} for r in marked]
     report = checked(rows_of(*marked), rows_of(marked[2]), variants={"v": METHODS["lora"] | {"data": "a", "objective": "classify"}})
-    assert one(report.warnings, "1 of 1 rows").items == ("a-test.jsonl:1: as a.jsonl:3",)
+    assert one(report.warnings, "1 of 1 row ").items == ("a-test.jsonl:1: as a.jsonl:3",)
 
 
 def test_words() -> None:
@@ -387,8 +387,8 @@ def test_turns_are_the_same_where_their_joined_texts_and_words_are() -> None:
 def test_duplicates_inside_train(checked) -> None:
     sources = {"a": {"train": ["a.jsonl", "b.jsonl"], "test": "a-test.jsonl"}}
     report = checked(rows_of(pair("q", "a"), pair("q", "a"), pair("Q?", "A"), pair("q", "b")), data=sources)
-    assert one(report.warnings, "1 rows repeat another row but for case").items == ("a.jsonl:3: as a.jsonl:1",)
-    assert [f.items for f in report.warnings if f.message == "1 rows repeat another row"] == [("a.jsonl:2: as a.jsonl:1",)]
+    assert one(report.warnings, "1 row repeats another row but for case").items == ("a.jsonl:3: as a.jsonl:1",)
+    assert [f.items for f in report.warnings if f.message == "1 row repeats another row"] == [("a.jsonl:2: as a.jsonl:1",)]
 
 
 def test_pairs_repeat_each_other_where_both_answers_do() -> None:

@@ -100,10 +100,17 @@ def test_a_paused_variant_goes_on_as_if_it_had_not_been(tmp_path: Path):
 def test_alone_it_is_equal_to_the_bit(tmp_path: Path):
     free = trained(config(tmp_path / "free", {"lora": LORA}))
     run = config(tmp_path / "paused", {"lora": LORA})
-    hand = Hand(run.out, {("lora", 3): tell("lora", to="pause")}, lambda: (change_orders(run.out, tell("lora", to=None)), None)[1])
+    told = list[bool]()
+
+    def go_on() -> None:
+        told.append(json.loads((run.out / "run.json").read_text())["control"]["waits"])
+        change_orders(run.out, tell("lora", to=None))
+
+    hand = Hand(run.out, {("lora", 3): tell("lora", to="pause")}, go_on)
     same(trained(run, hand).adapters["lora"], free.adapters["lora"])
     assert len(hand.said) == 3 and hand.said[1].endswith(f"`trimtab runs resume {run.out}`")
     assert not (run.out / "checkpoints" / "step-00000000").exists()
+    assert [*told, json.loads((run.out / "run.json").read_text())["control"]["waits"]] == [True, False]
 
 
 def test_a_stopped_variant_is_as_one_that_was_to_make_fewer_steps(tmp_path: Path):

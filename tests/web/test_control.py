@@ -128,9 +128,11 @@ def test_a_run_from_its_beginning_to_its_end(chromium: Any, tmp_path: Path, tiny
 def test_a_run_that_is_paused_says_so(chromium: Any, tmp_path: Path):
     some, every = (
         planned(tmp_path / "some", "v", "w", paused=["w"]),
-        planned(tmp_path / "every", "v", "w", "x", paused=["v", "w"], ended={"x": "by hand"}),
+        planned(tmp_path / "every", "v", "w", "x", paused=["v", "w"], ended={"x": "by hand"}, waits=True),
     )
     with site(tmp_path) as (url, _), locked(some), locked(every), Visit(chromium, url, f"#key={KEY}") as page:
+        for name, word in (("some", "running"), ("every", "paused")):
+            page.get_by_role("row").filter(has=page.get_by_role("link", name=name, exact=True)).get_by_text(word, exact=True).wait_for()
         page.get_by_role("link", name="some", exact=True).click()
         page.get_by_text("1 of 2 variants paused").wait_for()
         assert page.get_by_role("heading", level=1).inner_text().split() == ["some", "running"]

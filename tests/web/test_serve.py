@@ -76,6 +76,19 @@ def ask(page: Any, prompt: str, tokens: int = 8) -> None:
     page.get_by_label("Prompt").press("Control+Enter")
 
 
+def test_no_screen_stands_below_the_form_that_wants_a_key(chromium: Any, town: Served):
+    visit = Visit(chromium, town.url)
+    page = visit.page
+    page.get_by_role("heading", name="A key is needed").wait_for()
+    assert page.get_by_label("Prompt").count() == 0 and page.get_by_role("alert").count() == 0
+    page.get_by_label("Key", exact=True).fill(town.keys["acme"])
+    page.get_by_role("button", name="Use this key").click()
+    page.get_by_label("Prompt").wait_for()
+    page.get_by_label("acme/support", exact=True).wait_for()
+    visit.context.close()
+    assert visit.wrong and all("401" in told for told in visit.wrong), visit.wrong
+
+
 def test_answers_side_by_side_are_those_of_the_routes(chromium: Any, local: Served):
     with Visit(chromium, local.url) as page:
         for name in ("acme/odd", "acme/support"):

@@ -1,7 +1,7 @@
 // The frame: which screens there are here, the key, and the screen that the address names.
 
 import { useEffect, useState } from "preact/hooks";
-import { type About, get, onKeyWanted, setKey, takeKeyFromAddress } from "./api";
+import { type About, get, hasKey, onKeyWanted, setKey, takeKeyFromAddress } from "./api";
 import { Command, Failure, useLoaded } from "./parts";
 import { link, useRoute } from "./route";
 import { AdapterList, AdapterPage } from "./adapters/adapters";
@@ -86,7 +86,7 @@ export function App() {
             onClosed={() => setAsked(false)}
           />
         )}
-        {about && here && <Shown key={`${here.name} ${keyed}`} about={about} screen={here.name} route={route.slice(1)} />}
+        {about && here && !(asked && about.serves && !hasKey()) && <Shown key={`${here.name} ${keyed}`} about={about} screen={here.name} route={route.slice(1)} />}
       </main>
       {about && <footer class="bottom">
           trimtab {about.version}

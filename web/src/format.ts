@@ -43,7 +43,15 @@ export function ago(time: number): string {
 /** A setting as it was given: 20240101 and 20240102 are two seeds. */
 export function value(x: unknown): string {
   if (x === null || x === undefined) return "–";
+  if (Array.isArray(x) && x.length) return x.map(entry).join(", ");
   return typeof x === "string" ? x : JSON.stringify(x);
+}
+
+/** An entry of a list. Of a source of rows, its path and what else is said of it. */
+function entry(x: unknown): string {
+  if (typeof x !== "object" || x === null || !("path" in x) || typeof x.path !== "string") return typeof x === "string" ? x : JSON.stringify(x);
+  const said = Object.entries(x).filter(([k, v]) => k !== "path" && v !== null && v !== false && !(k === "weight" && v === 1) && JSON.stringify(v) !== "{}");
+  return [x.path, ...said.map(([k, v]) => `${k} ${value(v)}`)].join(" · ");
 }
 
 /** One word of a command line, quoted where the shell would read it otherwise. */

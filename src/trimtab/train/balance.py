@@ -11,6 +11,7 @@ from trimtab.errors import DataError
 from trimtab.objectives.classify import Classify
 from trimtab.objectives.kto import Kto
 from trimtab.objectives.preference import CHOSEN
+from trimtab.tables import counted
 from trimtab.train.findings import Finding, Split
 from trimtab.train.options import DataConfig, VariantConfig
 from trimtab.train.prepare import classes_of
@@ -63,13 +64,15 @@ def _labels(splits: Sequence[Split], variants: Sequence[VariantConfig], config: 
     for split in splits:
         if strange := sorted(_counts(split).keys() - known):
             message = (
-                f"{len(strange)} labels that a head lacks, as no training row has them" if split in held else "labels that are not listed"
+                f"{counted(len(strange), 'label')} that a head lacks, as no training row has them"
+                if split in held
+                else "labels that are not listed"
             )
             yield Finding.of(
                 "error", split.where, message, [repr(x) for x in strange], "correct these rows, or list all labels (data.NAME.labels)."
             )
     if unused := sorted(known - counts.keys()):
-        yield Finding.of("warning", train.where, f"{len(unused)} labels that no training row has", [repr(x) for x in unused])
+        yield Finding.of("warning", train.where, f"{counted(len(unused), 'label')} that no training row has", [repr(x) for x in unused])
 
 
 def _counts(split: Split) -> dict[str, int]:

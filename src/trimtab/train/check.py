@@ -47,6 +47,7 @@ from trimtab.data.reading import FIXES, Hear, Reading, tokenizer_state
 from trimtab.data.token_store import Examples
 from trimtab.errors import BaseError, ConfigError, DataError, Mistakes
 from trimtab.paths import user_path
+from trimtab.tables import counted
 from trimtab.train.balance import answer_findings
 from trimtab.train.config import RunConfig, unreadable
 from trimtab.train.dry import DRY, reward_findings
@@ -260,7 +261,7 @@ def _dropped_findings(where: str, lost: Sequence[Dropped]) -> Iterator[Finding]:
     for kind, count in Counter(d.kind for d in lost).most_common():
         level: Level = "error" if kind in BAD_MASKS else "warning"
         items = [f"{d.origin}: {d.reason}" for d in lost if d.kind == kind]
-        yield Finding.of(level, where, f"{count} {'row' if count == 1 else 'rows'} dropped: {kind}", items, FIXES.get(kind, ""))
+        yield Finding.of(level, where, f"{counted(count, 'row')} dropped: {kind}", items, FIXES.get(kind, ""))
 
 
 def _quantiles(lengths: np.ndarray) -> dict[str, int]:
@@ -316,7 +317,8 @@ def _fit(run: RunConfig, name: str, splits: Sequence[Split], tokenizer: Any, spe
         long = np.flatnonzero(split.examples.longest + most > spec.max_positions)
         if len(long):
             items = tuple(f"{e.origin}: {e.longest} tokens" for e in map(split.examples.__getitem__, long[:SHOWN]))
-            message = f"{len(long)} rows are longer than the base's {spec.max_positions} positions{beside}"
+            who = "1 row is" if len(long) == 1 else f"{len(long)} rows are"
+            message = f"{who} longer than the base's {spec.max_positions} positions{beside}"
             fix = f"set max_length to {spec.max_positions - most} or less."
             found.append(Finding("error", split.where, message, items, len(long), fix))
     room = spec.max_positions - virtual - run.evaluate.max_new_tokens + 1
@@ -324,11 +326,15 @@ def _fit(run: RunConfig, name: str, splits: Sequence[Split], tokenizer: Any, spe
         asking = [row for row in split.rows[: run.evaluate.max_rows] if split.name == "test" and answer_of(row) is not None]
         prompts = [(row.origin, len(prompt_and_reference(row, tokenizer)[0])) for row in asking]
         if short := [f"{origin}: {n} tokens" for origin, n in prompts if n > room]:
-            message = f"{len(short)} prompts leave less room than {run.evaluate.max_new_tokens} new tokens: their answers end early"
+            one = len(short) == 1
+            who = "1 prompt leaves" if one else f"{len(short)} prompts leave"
+            ends = "its answer ends" if one else "their answers end"
+            message = f"{who} less room than {run.evaluate.max_new_tokens} new tokens: {ends} early"
             found.append(Finding.of("warning", split.where, message, short, "shorten them, or lower evaluate.max_new_tokens."))
     for v in mine:
         if without := uninvoked(v, splits[0].examples):
-            message = f"{len(without)} rows lack the invocation of their aLoRA"
+            who = "1 row lacks the invocation of its" if len(without) == 1 else f"{len(without)} rows lack the invocation of their"
+            message = f"{who} aLoRA"
             found.append(Finding.of("error", f"variants.{v.name}", message, without, f"{INVOKE}."))
     return found
 

@@ -82,9 +82,11 @@ class RunFolders:
         for key, path, written in found:
             facts = known[path][1] if path in known and known[path][0] == written else _facts_or_error(path)
             self._lines[path] = written, facts
-            own = {"id": key, "name": self._name(path), "path": printable(str(path)), "state": state(path), "changed": _changed(path)}
-            lines.append(own | facts)
-        return sorted(lines, key=lambda line: (line["state"] != "running", -line["changed"]))
+            now = state(path)
+            now = "paused" if now == "running" and facts["waits"] else now
+            own = {"id": key, "name": self._name(path), "path": printable(str(path)), "state": now, "changed": _changed(path)}
+            lines.append(own | {k: v for k, v in facts.items() if k != "waits"})
+        return sorted(lines, key=lambda line: (line["state"] not in ("running", "paused"), -line["changed"]))
 
     def folder(self, key: str) -> Path:
         """The folder of an id. NotFoundError if no run has it."""
@@ -212,7 +214,7 @@ def _facts_or_error(folder: Path) -> dict[str, Any]:
     try:
         return _facts(folder) | {"error": None}
     except (*UNLIKE, OSError, DataError):
-        return {"base": None, "variants": 0, "methods": [], "seconds": None, "tokens": None, "error": "cannot be read"}
+        return {"base": None, "variants": 0, "methods": [], "seconds": None, "tokens": None, "waits": False, "error": "cannot be read"}
 
 
 def _written(folder: Path) -> str:
@@ -269,6 +271,7 @@ def _facts(folder: Path) -> dict[str, Any]:
         "methods": sorted(map(word, methods)),
         "seconds": number(summary.get("seconds")),
         "tokens": number(summary.get("tokens")),
+        "waits": (told.get("control") or {}).get("waits") is True,
     }
 
 

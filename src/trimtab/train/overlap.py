@@ -18,6 +18,7 @@ import numpy as np
 
 from trimtab.data import Row
 from trimtab.data.calls import said_by
+from trimtab.tables import counted
 from trimtab.train.findings import SHOWN, Finding
 
 NGRAM, NEAR_SHARE, BOILERPLATE_ROWS = 13, 0.5, 10
@@ -126,12 +127,13 @@ class Repeats:
         fix = "take them out, or give the source a weight if they are meant to count more."
         found = []
         for repeating, first, what in (
-            (same, exact, "repeat another row"),
-            (alike, folded, "repeat another row but for case, blanks or punctuation"),
+            (same, exact, ""),
+            (alike, folded, f" {_LOOSELY}"),
         ):
             if count := int(repeating.sum()):
                 items = tuple(f"{origin(i)}: as {origin(first[i])}" for i in np.flatnonzero(repeating)[:SHOWN].tolist())
-                found.append(Finding("warning", where, f"{count} rows {what}", items, count, fix))
+                said = "1 row repeats" if count == 1 else f"{count} rows repeat"
+                found.append(Finding("warning", where, f"{said} another row{what}", items, count, fix))
         return found
 
 
@@ -174,7 +176,13 @@ class Contamination:
                 kinds[hit[0]].append(f"{row.origin}: as {self._first[hit]}")
         kinds["ngrams"], longest = self._near.found(rest)
         found = [
-            Finding.of("warning", held_where, f"{len(items)} of {len(self._held)} rows {_KINDS[kind]} {train_where}", items, _FIX)
+            Finding.of(
+                "warning",
+                held_where,
+                f"{len(items)} of {counted(len(self._held), 'row')} {_KINDS[kind][len(items) > 1]} {train_where}",
+                items,
+                _FIX,
+            )
             for kind, items in kinds.items()
             if items
         ]
@@ -187,13 +195,21 @@ class Contamination:
         return found
 
 
+_LOOSELY = "but for case, blanks or punctuation"
 _KINDS = {
-    "exact": "stand with their answers in",
-    "words": "stand with their answers, but for case, blanks or punctuation, in",
-    "prompt": "ask what is asked, with another answer, in",
-    "prompt words": "ask, but for case, blanks or punctuation, what is asked, with another answer, in",
-    "ngrams": f"share at least {NEAR_SHARE:.0%} of their {NGRAM}-word runs with",
+    "exact": ("stands with its answer in", "stand with their answers in"),
+    "words": (f"stands with its answer, {_LOOSELY}, in", f"stand with their answers, {_LOOSELY}, in"),
+    "prompt": ("asks what is asked, with another answer, in", "ask what is asked, with another answer, in"),
+    "prompt words": (
+        f"asks, {_LOOSELY}, what is asked, with another answer, in",
+        f"ask, {_LOOSELY}, what is asked, with another answer, in",
+    ),
+    "ngrams": (
+        f"shares at least {NEAR_SHARE:.0%} of its {NGRAM}-word runs with",
+        f"share at least {NEAR_SHARE:.0%} of their {NGRAM}-word runs with",
+    ),
 }
+"""What one held-out row does, and what several do."""
 _FIX = "take them out of one of the two: scores on them measure memory."
 
 

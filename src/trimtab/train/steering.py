@@ -69,6 +69,7 @@ class Steering:
                 return going
             if not waits:
                 self._keeper.secure()
+                self._place.once(self._tell)
                 self._listener.note(f"all variants are paused: the run waits for `trimtab runs resume {self._prepared.run.out}`")
             waits = True
             between()
@@ -196,6 +197,8 @@ class Steering:
     def _tell(self) -> None:
         """What became of the orders, in run.json."""
         told: dict[str, Any] = {"in_step": self._validator.halving is not None, "paused": sorted(self._paused)}
+        live = [v.name for v in self._prepared.variants if v.live]
+        told["waits"] = bool(live) and self._paused.issuperset(live)
         told["ended"] = {v.name: v.progress.finished_early for v in self._prepared.variants if v.progress.finished_early}
         told["refused"] = {name: why for name, (_, why) in self._refused.items()}
         self._keeper.describe(told)

@@ -22,6 +22,7 @@ export function Playground({ about }: { about: About }) {
   const [wanted, setWanted] = useState("");
   const [answers, setAnswers] = useState<Record<string, Answer>>({});
   const control = useRef<AbortController | null>(null);
+  const columns = useRef<HTMLDivElement>(null);
   const [busy, setBusy] = useState(false);
   useEffect(() => () => control.current?.abort(), []);
 
@@ -35,6 +36,8 @@ export function Playground({ about }: { about: About }) {
     const mine = (control.current = new AbortController());
     setAnswers({});
     setBusy(true);
+    const shown = columns.current; // below the form on a phone, where nobody would see that answers come
+    if (shown && shown.getBoundingClientRect().top > innerHeight * 0.75) shown.scrollIntoView({ block: "start" });
     await Promise.all(models.map((m) => ask(m, settings, mine.signal, (answer) => control.current === mine && setAnswers((all) => ({ ...all, [m]: answer })))));
     if (control.current === mine) setBusy(false);
   };
@@ -98,7 +101,7 @@ export function Playground({ about }: { about: About }) {
                 <span class="hidden">Find a model, or name one</span>
                 <input
                   type="text"
-                  placeholder="Find, or name one: acme/support@2"
+                  placeholder="Find, or name one: acme/a@2"
                   value={wanted}
                   onInput={(e) => setWanted(e.currentTarget.value)}
                   onKeyDown={(e) => e.key === "Enter" && !e.ctrlKey && !e.metaKey && add(e)}
@@ -129,7 +132,7 @@ export function Playground({ about }: { about: About }) {
             </p>
           </fieldset>
         </form>
-        <div class="columns">
+        <div class="columns" ref={columns}>
           {models.map((m) => (
             <AnswerColumn key={m} model={m} answer={answers[m]} settings={settings} keyed={about.keyed} />
           ))}

@@ -435,6 +435,11 @@ function Begin({ about, draft, text, wrong, errors, root, set }: { about: About;
             Save the run file
           </button>
         )}
+        {about.changes && wrong > 0 && (
+          <span class="note">
+            {wrong === 1 ? "One value is wrong" : `${wrong} values are wrong`}: see the run file, {file.split("/").at(-1)}.
+          </span>
+        )}
       </div>
       <div class="commands">
         <Command says="What it costs" text={`trimtab check ${quoted(file)}`} />

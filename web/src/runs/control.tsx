@@ -131,7 +131,7 @@ function Confirm({ name, folder, onYes, onNo }: { name: string; folder: string; 
   const no = useRef<HTMLButtonElement>(null);
   useEffect(() => no.current?.focus(), [name]);
   return (
-    <div class="ask" role="alertdialog" aria-labelledby="stop-title" aria-describedby="stop-says" onKeyDown={(e) => e.key === "Escape" && onNo()}>
+    <div class="order" role="alertdialog" aria-labelledby="stop-title" aria-describedby="stop-says" onKeyDown={(e) => e.key === "Escape" && onNo()}>
       <h3 id="stop-title">{name ? `Stop ${name} for good?` : "Stop the whole run?"}</h3>
       <p id="stop-says" class="note">
         {name
@@ -180,7 +180,7 @@ function CloneForm({ run, of, onAsked, onClosed }: { run: RunFacts; of: VariantF
     }
   };
   return (
-    <form class="ask" aria-labelledby="clone-title" onSubmit={submit} onKeyDown={(e) => e.key === "Escape" && onClosed()}>
+    <form class="order" aria-labelledby="clone-title" onSubmit={submit} onKeyDown={(e) => e.key === "Escape" && onClosed()}>
       <h3 id="clone-title">Clone {of.name}</h3>
       <p class="note">The clone has the same settings but for these. It trains from its first step on, beside the others.</p>
       <div class="row">

@@ -5,12 +5,12 @@ import { duration, number, quoted, short } from "../format";
 import { Command, Facts } from "../parts";
 import { StateMark } from "./state";
 import type { Metrics } from "./series";
-import type { RunFacts } from "./types";
+import type { RunFacts, State } from "./types";
 
 export function Head({ run, metrics, version }: { run: RunFacts; metrics: Metrics | undefined; version: number }) {
   const going = metrics?.state ?? run.state;
   const far = useMemo(() => progress(run, metrics), [run, version]);
-  const state = going === "running" && far.paused > 0 && far.training === 0 ? "paused" : going;
+  const state: State = going === "running" && far.paused > 0 && far.training === 0 ? "paused" : going;
   const stopped = run.variants.filter((v) => v.stopped);
   const prints = run.base_fingerprint;
   const facts: [string, string][] = [

@@ -2,6 +2,6 @@
 
 import type { State } from "./types";
 
-export function StateMark({ state }: { state: State | "paused" }) {
+export function StateMark({ state }: { state: State }) {
   return <span class={`state ${state}`}>{state}</span>;
 }

@@ -1,6 +1,7 @@
 // What the server tells of runs: see trimtab/train/follow.py.
 
-export type State = "running" | "finished" | "stopped";
+/** paused: all variants that have not ended are, and the run waits. */
+export type State = "running" | "paused" | "finished" | "stopped";
 
 export interface RunLine {
   id: string;

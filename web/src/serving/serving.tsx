@@ -156,7 +156,7 @@ function Latency({ s, readings }: { s: Samples; readings: Reading[] }) {
     <Section title="Latency" id="latency">
       <p class="note">
         Means are exact. The server counts times in ranges, so of half, 90% and 99% of the answers the page knows the end of the range that they were
-        within. In the last minute, and since the server began.
+        within. 1 min: in the last minute; all: since the server began.
       </p>
       <Table
         label="Latency quantiles"
@@ -164,10 +164,10 @@ function Latency({ s, readings }: { s: Samples; readings: Reading[] }) {
         rowKey={(r) => r.name}
         columns={[
           { key: "title", title: "time", cell: (r: Row) => r.title },
-          { key: "rm", title: "mean, last minute", number: true, cell: (r: Row) => duration(r.recentMean) },
-          ...of.map((q, i) => ({ key: `r${q}`, title: `${q * 100}%, last minute`, number: true, cell: (r: Row) => atMost(r.recent[i]) })),
-          { key: "em", title: "mean, since start", number: true, cell: (r: Row) => duration(r.everMean) },
-          ...of.map((q, i) => ({ key: `e${q}`, title: `${q * 100}%, since start`, number: true, cell: (r: Row) => atMost(r.ever[i]) })),
+          { key: "rm", title: "mean, 1 min", number: true, cell: (r: Row) => duration(r.recentMean) },
+          ...of.map((q, i) => ({ key: `r${q}`, title: `${q * 100}%, 1 min`, number: true, cell: (r: Row) => atMost(r.recent[i]) })),
+          { key: "em", title: "mean, all", number: true, cell: (r: Row) => duration(r.everMean) },
+          ...of.map((q, i) => ({ key: `e${q}`, title: `${q * 100}%, all`, number: true, cell: (r: Row) => atMost(r.ever[i]) })),
           { key: "count", title: "measured", number: true, cell: (r: Row) => number(r.count) },
         ]}
       />
