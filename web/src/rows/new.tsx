@@ -196,7 +196,7 @@ export function NewRun({ about, path }: { about: About; path: string }) {
                 </div>
               </Section>
               <Cost text={formed?.text ?? ""} wrong={wrong} />
-              <Begin about={about} draft={draft} text={formed?.text ?? ""} wrong={wrong} errors={at("out")} set={(out) => change({ out })} root={known.root} />
+              <Begin about={about} draft={draft} text={formed?.text ?? ""} wrong={wrong} problems={problems.length} errors={at("out")} set={(out) => change({ out })} root={known.root} />
             </>
           )}
         </div>
@@ -386,7 +386,7 @@ function span([least, most]: [number, number]): string {
   return a === b ? a : `${a} to ${b}`;
 }
 
-function Begin({ about, draft, text, wrong, errors, root, set }: { about: About; draft: Draft; text: string; wrong: boolean; errors: string[]; root: string; set: (out: string) => void }) {
+function Begin({ about, draft, text, wrong, problems, errors, root, set }: { about: About; draft: Draft; text: string; wrong: boolean; problems: number; errors: string[]; root: string; set: (out: string) => void }) {
   const [done, setDone] = useState<{ path: string; begun: boolean } | null>(null);
   const [busy, setBusy] = useState(false);
   const [error, setError] = useState<unknown>(null);
@@ -435,9 +435,9 @@ function Begin({ about, draft, text, wrong, errors, root, set }: { about: About;
             Save the run file
           </button>
         )}
-        {about.changes && wrong > 0 && (
+        {about.changes && problems > 0 && (
           <span class="note">
-            {wrong === 1 ? "One value is wrong" : `${wrong} values are wrong`}: see the run file, {file.split("/").at(-1)}.
+            {problems === 1 ? "One value is wrong" : `${problems} values are wrong`}: see the run file, {file.split("/").at(-1)}.
           </span>
         )}
       </div>
