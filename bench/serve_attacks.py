@@ -4,7 +4,7 @@
 
 The attacker sends, one attack after the other: prompts of 3.9 MB; regular expressions and schemas that are hard to compile; loads of a
 sparse file of 1 TB as an adapter; bodies of very many small values; tools with hostile schemas; echoes of long prompts; very many biases;
-nested parts; sums of adapters; and, without any limit of its own, as many long answers as it gets.
+nested parts; sums of adapters; counts of long inputs; and, without any limit of its own, as many long answers as it gets.
 Meanwhile the victim asks for eight tokens, again and again. Reported for each: what the victim waited (idle, then p50 and maximum during
 the attack), the memory of the server with the processes that it has started (above idle: the highest, and a second after the attack), the
 CPU seconds of both, and what the attacker was told. Each attack is bounded in number and time; requests go to 127.0.0.1 only.
@@ -89,6 +89,8 @@ def attacks(base: str, folder: Path) -> Iterator[tuple[str, list[Ask]]]:
     yield "six bodies of 1,000 texts to embed", [("/v1/embeddings", {"model": base, "input": ["word " * 40] * 1000})] * 6
     items = [{"role": "user", "content": [{"type": "input_text", "text": ""}] * 1024}] * 90
     yield "six responses of 90,000 parts", [("/v1/responses", {"model": base, "input": items})] * 6
+    counts = [{"model": base, "input": f"{i} " + "word " * 7_000} for i in range(60)]
+    yield "60 counts of 7,000 tokens", [("/v1/responses/input_tokens", body) for body in counts]
     long = {"model": base, "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True}
     yield "places: 400 long answers", [(complete, long)] * 400
 
