@@ -156,6 +156,7 @@ def test_labels_offer_a_classifier_that_trains(chromium: Any, site: str, root: P
     rows = [{"text": f"{('card', 'bank')[i % 2]} {i} {EVIL}", "label": ("card", hostile)[i % 2]} for i in range(40)]
     (root / "intents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with Visit(chromium, site, "#key=k") as page:
+        page.get_by_role("link", name="Data").wait_for()  # by then the key has been taken out of the address
         page.goto(f"{site}#/new/intents.jsonl")
         first = yaml.safe_load(formed(page))
         assert first["data"]["intents"]["labels"] == "auto" and first["variants"]["intents-lora"]["valid_metric"] == "label_accuracy"
@@ -245,6 +246,7 @@ def test_what_is_taken_away_takes_its_text_along(chromium: Any, site: str):
 
 def test_nothing_is_saved_before_the_file_has_what_the_fields_say(chromium: Any, site: str):
     with Visit(chromium, site, "#key=k") as page:
+        page.get_by_role("link", name="Data").wait_for()  # by then the key has been taken out of the address
         page.goto(f"{site}#/new/tickets.jsonl")
         formed(page)
         buttons = [page.get_by_role("button", name=name) for name in ("Read the rows and estimate", "Save and begin", "Save the run file")]
