@@ -62,6 +62,10 @@ def told(tmp_path: Path, steps: str, **environment: str) -> str:
     return done.stdout
 
 
+def linux() -> tuple[int, ...]:
+    return tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
+
+
 def test_they_do_as_long_as_more_threads_are_runnable_than_there_are_cores(tmp_path: Path) -> None:
     """Ten threads more than cores, then none. What the process itself uses is no neighbour."""
     steps = """
@@ -116,6 +120,37 @@ def test_a_process_looks_where_it_has_threads_that_wait_and_the_user_said_nothin
     alone = "torch.set_num_threads(1); " + steps.replace("seen(1)", "time.sleep(1) or library.crowd_seen()")
     assert told(tmp_path, alone) == "0\n"
     assert told(tmp_path, alone.replace("set_num_threads(1)", "get_num_threads()"), OMP_WAIT_POLICY="active") == "0\n"
+
+
+@pytest.mark.skipif(linux() < (6, 12), reason="Linux gives threads turns of their own length from 6.12 on")
+def test_turns_are_short_as_long_as_others_want_the_cores(tmp_path: Path) -> None:
+    """As the kernel says it, for each thread, one that is started meanwhile too."""
+    steps = """
+import ctypes, struct, threading
+number = {"x86_64": 315, "aarch64": 275}[os.uname().machine]  # sched_getattr
+libc, said = ctypes.CDLL(None), ctypes.create_string_buffer(48)
+def turns():
+    found = set()
+    for thread in os.listdir("/proc/self/task"):
+        if libc.syscall(number, int(thread), said, 48, 0) == 0:  # else it has ended just now
+            found.add(struct.unpack("<IIQiIQQQ", said.raw)[5])
+    return found
+torch.set_num_threads(1)
+usual = turns()
+library = native.load()[0]
+say(1)
+library.crowd_watch(loads.encode(), ctypes.c_int64(cores))
+print(seen(0), turns() == usual)
+say(500)
+seen(1)
+held = threading.Event()
+threading.Thread(target=held.wait).start()
+print(turns() == {100_000} != usual)
+say(1)
+print(seen(0), turns() == usual)
+held.set()
+"""
+    assert told(tmp_path, steps).splitlines() == ["0 True", "True", "0 True"]
 
 
 def test_sums_are_the_same_while_others_want_the_cores(tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 // They spin for some 50 microseconds before they sleep. On a quiet machine that is faster than sleeping at once. Where one of them has lost
 // its core to another process, the others spin in vain at every barrier, and what they spin away is then missing for their work. So a thread
 // of this file looks at how many threads of the machine are runnable. libgomp lets its threads, torch's too, sleep almost at once as long as
-// a process has more of them than there are cores. So threads that never run are added as long as the cores are taken. No result depends on
-// it: who computes what stays the same.
+// a process has more of them than there are cores. So threads that never run are added as long as the cores are taken. And as long, the
+// kernel is asked for short turns: a thread that wakes up has its turn soon, so those that wait for it at a barrier wait less. Its share of
+// the cores stays the same. No result depends on any of it: who computes what stays the same.
 
 #ifdef __linux__
+#include <dirent.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -19,6 +22,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <vector>
@@ -29,6 +33,8 @@ const int SAMPLES = 32;
 const long WORKING_MS = 10, RESTING_MS = 50;  // between two looks; the second where this process computes little
 const double WORKING = 0.05;                   // cores
 const double ENTER = 0.6, LEAVE = 0.3;         // runnable threads beyond the cores that there are
+
+const uint64_t TURN_NS = 100000;  // the shortest that Linux gives
 
 // Not freed: threads may still wait here when the process ends.
 struct Parking {
@@ -109,10 +115,36 @@ void* park(void* given) {
     return nullptr;  // its team ends with it
 }
 
+// sched_setattr(2), which older C libraries do not have.
+struct Attributes {
+    uint32_t size, policy;
+    uint64_t flags;
+    int32_t nice;
+    uint32_t priority;
+    uint64_t runtime, deadline, period;
+};
+
+// Ask for turns of so many nanoseconds for every thread of this process; 0: as long as the kernel likes. Threads that they start have the
+// same. Linux before 6.12 does not listen.
+void ask_for_turns(uint64_t nanoseconds) {
+    DIR* const threads = opendir("/proc/self/task");
+    if (threads == nullptr) return;
+    while (const dirent* const entry = readdir(threads)) {
+        const long id = std::atol(entry->d_name);
+        Attributes a{};
+        if (id <= 0 || syscall(SYS_sched_getattr, id, &a, sizeof(a), 0) != 0) continue;
+        if (a.policy != SCHED_OTHER && a.policy != SCHED_BATCH) continue;
+        a.size = sizeof(a), a.runtime = nanoseconds;
+        syscall(SYS_sched_setattr, id, &a, 0);
+    }
+    closedir(threads);
+}
+
 void set_crowded(bool crowded, int threads) {
     std::lock_guard<std::mutex> lock(parking->mutex);
     if (parking->crowded == crowded) return;
     parking->crowded = crowded;
+    ask_for_turns(crowded ? TURN_NS : 0);
     if (!crowded) return parking->over.notify_all();
     start(park, new Parked{threads, ++parking->times});
 }
