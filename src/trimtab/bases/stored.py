@@ -224,7 +224,8 @@ class Packing:
         assert self.settings is not None
         before = f"{name}_" if self.stored.experts else f"{name}."
         own = {n.removeprefix(before): stored for n, stored in self._names.items() if n.startswith(before)}
-        if waiting.bias is None and "bias" in own and bool(tensor(own["bias"]).any()):  # GPTQ's programs write one of zeros everywhere
+        lost = waiting.bias is None and "bias" in own and not self.stored.experts  # experts' biases are parameters of their own
+        if lost and bool(tensor(own["bias"]).any()):  # GPTQ's programs write one of zeros everywhere
             raise ValueError("bias is not zero, and the model has no place for it")
         settings = {**self.settings, "experts": waiting.experts}
         return self.stored.read({n: tensor(s) for n, s in own.items() if n != "bias"}, shape, waiting.bias, self.dtype, settings)
