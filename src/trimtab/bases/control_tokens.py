@@ -18,6 +18,10 @@ LONGEST_HEADER = 64
 """Characters that a template may write between an added token and an answer."""
 
 
+SPELT = "special token in the content"
+"""How it begins why a row is left out whose content spells out a control token."""
+
+
 @dataclass(frozen=True)
 class Cut:
     """A text without its beginning, which it shares with the text before it. rest: from the last added token that both have on; all of it
@@ -51,7 +55,7 @@ class ControlTokens:
     def refuse_specials(self, text: str, where: str) -> None:
         """BadRow if content holds the text of a special token: the tokenizer would read it as one, and a user could forge a turn."""
         if (found := self.specials.search(text)) is not None:
-            raise BadRow(f"special token in the content: {where} holds {found[0]!r}, which this tokenizer reads as a control token")
+            raise BadRow(f"{SPELT}: {where} holds {found[0]!r}, which this tokenizer reads as a control token")
 
     def is_forged(self, text: str, ids: Ids) -> bool:
         """Whether `ids` hold more or fewer control tokens than `text` spells out: a normaliser made one out of look-alike characters."""

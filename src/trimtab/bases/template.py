@@ -201,7 +201,7 @@ class Template(Prompts):
         or a variable spells out is text: none of it becomes a control token. end: asked; finished, the conversation as it stands; open, up
         to the content of its last message, which the answer goes on with. BadRow if the template refuses the messages, or leaves the
         content of one out."""
-        told, plain = list(map(self._unescaped, self._as_text(messages))), self._plain
+        told, plain = list(map(self._unescaped, self._as_text(messages))), self.plain
         if end != "asked":
             told, variables = plain.hidden_in(told), plain.hidden_in(variables)
             return plain.shown(self._unasked(told, variables, end == "open")), plain.ids
@@ -232,12 +232,13 @@ class Template(Prompts):
         return {**message, "tool_calls": [{**c, "function": {**c["function"], "arguments": arguments_of(c)}} for c in calls]}
 
     @cached_property
-    def _plain(self) -> PlainContent:
+    def plain(self) -> PlainContent:
+        """What encodes contents as the characters that they have."""
         return PlainContent(self.tokenizer, self.specials, self.special_texts)
 
     def _unforged(self, text: str) -> Ids:
         ids = self.ids_of([text])[0]
-        return self._plain.ids(self._plain.shown(text)) if self.is_forged(text, ids) else ids
+        return self.plain.ids(self.plain.shown(text)) if self.is_forged(text, ids) else ids
 
     def prompt_ids(self, messages: Sequence[Message]) -> Ids:
         """The ids of the `question`."""

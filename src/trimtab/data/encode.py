@@ -21,6 +21,7 @@ from dataclasses import replace
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
+from trimtab.bases.control_tokens import SPELT
 from trimtab.bases.marks import Ids
 from trimtab.bases.template import BadRow, Template
 from trimtab.data.examples import Arrays, Example, Joined, Run, arrays_of, one_row
@@ -177,7 +178,7 @@ def _join(r: Rendered, whole: Ids, ends: list[int] | None, parts: list[Ids] | No
             elif template.text_of(ids) != template.text_of(whole):
                 raise BadRow("the tokenizer merges prompt and answer: the pieces alone spell another text")
     if not sure and template.is_forged(r.whole, ids):
-        raise BadRow("special token in the content: look-alike characters turn into a control token when tokenised")
+        raise BadRow(f"{SPELT}: look-alike characters turn into a control token when tokenised")
     runs = [(b - a, flag) for (a, b), (_, flag) in zip(pairwise([0, *ends]), r.pieces, strict=True)]
     if r.bos or r.eos:
         return [*r.bos, *ids, *r.eos], [(len(r.bos), False), *runs, (len(r.eos), True)]
