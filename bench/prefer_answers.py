@@ -36,7 +36,7 @@ from trimtab.train.measure import log_probabilities_of
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dpo": {"objective": "dpo", "beta": 0.1, "lr": 5e-5},
-    "dpo-sft": {"objective": "dpo", "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2], "lr": 1e-4},
+    "dpo-sft": {"objective": "dpo", "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2], "lr": 3e-4},
     "ipo": {"objective": "dpo", "loss_type": "ipo", "beta": 0.5, "lr": 5e-5},
     "orpo": {"objective": "orpo", "lr": 1e-4},
 }
