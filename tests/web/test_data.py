@@ -55,7 +55,7 @@ def test_rows_of_a_file(chromium: Any, site: str):
         assert [mark.inner_text() for mark in first.locator("mark").all()] == ["answer 0", "<|im_end|>"]
         assert "user\n" in first.locator(".template").nth(0).text_content() + first.locator(".template").nth(1).text_content()
         assert page.get_by_text("2 of 2 rows").count() == 0 and page.get_by_role("button", name="valid 2").count() == 1
-        page.get_by_text("1 of 2 rows stand with their answers in data.tickets.train").wait_for()
+        page.get_by_text("1 of 2 rows stands with its answer in data.tickets.train").wait_for()
         dropped = page.get_by_role("region", name="Dropped rows")
         dropped.get_by_role("button", name="1 not JSON").click()
         dropped.get_by_text("tickets.jsonl:5").wait_for()
