@@ -15,7 +15,7 @@ from trimtab.bases.locate import HUB_ID
 from trimtab.bases.progress import quiet_transformers
 from trimtab.bases.recipes import BITS, GGUF, check_quantize
 from trimtab.bases.spec import Spec
-from trimtab.bases.stored import bits_of, kinds_of, settings_of, without_settings
+from trimtab.bases.stored_formats import bits_of, kinds_of, settings_of, without_settings
 from trimtab.bases.structure import read_spec
 from trimtab.bases.text_tower import text_config
 from trimtab.errors import BaseError, nearest

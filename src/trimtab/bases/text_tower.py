@@ -12,7 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trimtab.bases.folder import read_header, weight_files
-from trimtab.bases.stored import ByLayer, Packing, forget_quantization, packing_options, settings_of, without_settings
+from trimtab.bases.stored import ByLayer, Packing, forget_quantization, packing_options
+from trimtab.bases.stored_formats import settings_of, without_settings
 from trimtab.errors import BaseError, ConfigError
 from trimtab.places.shards import Shards
 

@@ -148,17 +148,10 @@ def plan_ranks(
     flops = sum(t.flops + t.tokens * attention_flops(base.spec, t.length, again) for t in trainees)
     reduced = sum(4 * t.trainable * t.steps for t in trainees)
     forwards = sum(_forwards(trainees, step, ranks, max(max_tokens, longest)) for step in _phases(trainees))
-    part, link = (ranks - 1) / ranks, device.link_bytes * LINK_SHARE
-    gathered = int(2 * base.spec.weight_bytes(dtype) * part)
-    low, high = shares or device.shares
-    talk, shardable = 2 * reduced * part / link, not any(isinstance(t.method, FullConfig) for t in trainees)
-    launching = [forwards * base.spec.num_layers * TRAINING_LAUNCHES * launch_seconds(device)[i] for i in (0, 1)]
-    computing = [max(flops / (ranks * device.flops * s), launches) for s, launches in zip((high, low), launching, strict=True)]
-    gathering = gathered * forwards / link
-    spans: dict[str, tuple[float, float] | None] = {
-        "whole": (computing[0] + talk, computing[1] + talk) if whole.fits else None,
-        "sharded": (max(computing[0], gathering) + talk, computing[1] + gathering + talk) if sharded.fits and shardable else None,
-    }
+    gathered, used = int(2 * base.spec.weight_bytes(dtype) * (ranks - 1) / ranks), shares or device.shares
+    shardable = not any(isinstance(t.method, FullConfig) for t in trainees)
+    alone, together = _seconds(base, device, ranks, used, flops=flops, forwards=forwards, reduced=reduced, gathered=gathered)
+    spans = {"whole": alone if whole.fits else None, "sharded": together if sharded.fits and shardable else None}
 
     def of(number: Callable[[float], float]) -> dict[str, tuple[float, float] | None]:
         return {k: None if s is None else (min(map(number, s)), max(map(number, s))) for k, s in spans.items()}
@@ -182,8 +175,28 @@ def plan_ranks(
         hours=of(lambda s: s / 3600) if whole_run else None,
         cost=of(lambda s: s * price) if price is not None and whole_run else None,
         cost_per_million=of(lambda s: s * price / tokens * 1e6) if price is not None else None,
-        assumes=_assumes(base, device, ranks, (low, high), given=shares is not None, again=again),
+        assumes=_assumes(base, device, ranks, used, given=shares is not None, again=again),
     )
+
+
+def _seconds(
+    base: Architecture,
+    device: Device,
+    ranks: int,
+    shares: tuple[float, float],
+    *,
+    flops: float,
+    forwards: int,
+    reduced: int,
+    gathered: int,
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(least, most) of all steps: the base whole on each rank, and shared out. flops: of all ranks. reduced: bytes of gradients.
+    gathered: bytes of the base that a forward brings together."""
+    link, (low, high) = device.link_bytes * LINK_SHARE, shares
+    talk, gathering = 2 * reduced * (ranks - 1) / ranks / link, gathered * forwards / link
+    launching = (forwards * base.spec.num_layers * TRAINING_LAUNCHES * seconds for seconds in launch_seconds(device))
+    least, most = (max(flops / (ranks * device.flops * s), launches) for s, launches in zip((high, low), launching, strict=True))
+    return (least + talk, most + talk), (max(least, gathering) + talk, most + gathering + talk)
 
 
 def launch_seconds(device: Device) -> tuple[float, float]:

@@ -104,32 +104,8 @@ def plan_replica(
     each = None if adapter.full is None else max(1, adapter.serve_adapter_bytes // adapter.variants)
     budget = int(ADAPTER_SHARE * free)
     resident = 0 if each is None else budget // each
-    low, high = shares or device.shares
-    table = spec.vocab_size * spec.hidden_size
-    numbers = spec.num_parameters - (0 if spec.tied_head else table) - spec.idle_parameters()  # what a decoded token is multiplied with
-    launches, per_entry = spec.num_layers * DECODE_LAUNCHES, spec.weight_bytes(dtype) / spec.num_parameters
-
-    def idle_bytes(n: int) -> float:
-        """Of experts that no stream is sent to, which nobody reads."""
-        return spec.idle_parameters(n) * per_entry
-
-    def step(n: int, compute: float, read: float, launch: float) -> float:
-        """Seconds. The embedding's rows are few, so its table counts only where it is the head too."""
-        embedding = 0 if spec.tied_head else table * dtype.itemsize
-        moved = spec.weight_bytes(dtype) - embedding - idle_bytes(n) + n * ((each or 0) + per_token * length / 2)
-        return max(moved / (device.read_bytes * read), 2 * numbers * n / (device.flops * compute), launches * launch)
-
-    def decoding(n: int) -> Decoding:
-        rate = tuple(n / step(n, *shares) for shares in zip((low, high), READ_SHARES, launch_seconds(device)[::-1], strict=True))
-        cost = None if price_per_hour is None else (price_per_hour / 3600 / rate[1] * 1e6, price_per_hour / 3600 / rate[0] * 1e6)
-        return Decoding(n, (rate[0], rate[1]), cost)
-
-    def prompts(compute: float, launch: float) -> float:
-        """Tokens of prompts a second, in forwards of as many rows as a server takes."""
-        return 1 / max(prompt / (device.flops * compute), launches * launch / config.max_step_rows)
-
+    speed = _Speed(base, device, dtype, length, each or 0, shares or device.shares, price_per_hour)
     shown: Sequence[int] = sorted({*(n for n in STREAMS if n <= streams), streams} - {0})
-    prompt = 2 * (numbers - table) + _scores(base, length)  # one row of a prompt reaches the head
     return ReplicaPlan(
         device=device,
         replicas=replicas,
@@ -142,10 +118,63 @@ def plan_replica(
         adapter_bytes=each,
         adapter_budget_bytes=budget,
         resident=resident,
-        prompt_tokens_per_s=(prompts(low, launch_seconds(device)[1]), prompts(high, launch_seconds(device)[0])),
-        decoding=tuple(map(decoding, shown)),
-        assumes=_assumes(device, (low, high), length, f" ({cap})" if tokens == most else "", given=shares is not None),
+        prompt_tokens_per_s=speed.prompts(),
+        decoding=tuple(map(speed.decoding, shown)),
+        assumes=_assumes(device, speed.shares, length, f" ({cap})" if tokens == most else "", given=shares is not None),
     )
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """Of one device. each: bytes of an adapter, of which each stream has one. shares: (least, most) of the device's peak, as reached."""
+
+    base: Architecture
+    device: Device
+    dtype: torch.dtype
+    length: int
+    each: int
+    shares: tuple[float, float]
+    price_per_hour: float | None
+
+    @property
+    def table(self) -> int:
+        """Numbers in the embedding."""
+        return self.base.spec.vocab_size * self.base.spec.hidden_size
+
+    @property
+    def numbers(self) -> int:
+        """What a decoded token is multiplied with."""
+        spec = self.base.spec
+        return spec.num_parameters - (0 if spec.tied_head else self.table) - spec.idle_parameters()
+
+    @property
+    def launches(self) -> int:
+        return self.base.spec.num_layers * DECODE_LAUNCHES
+
+    def decoding(self, streams: int) -> Decoding:
+        """A decode step of so many streams, at the least and the most that the device reaches."""
+        spans = zip(self.shares, READ_SHARES, launch_seconds(self.device)[::-1], strict=True)
+        low, high = (streams / self._step(streams, *span) for span in spans)
+        price = self.price_per_hour
+        return Decoding(streams, (low, high), None if price is None else (price / 3600 / high * 1e6, price / 3600 / low * 1e6))
+
+    def prompts(self) -> tuple[float, float]:
+        """Tokens of prompts a second, in forwards of as many rows as a server takes. One row of a prompt reaches the head."""
+        flops, rows = 2 * (self.numbers - self.table) + _scores(self.base, self.length), EngineConfig().max_step_rows
+        spans = zip(self.shares, launch_seconds(self.device)[::-1], strict=True)
+        low, high = (1 / max(flops / (self.device.flops * compute), self.launches * launch / rows) for compute, launch in spans)
+        return low, high
+
+    def _step(self, streams: int, compute: float, read: float, launch: float) -> float:
+        """Seconds. The embedding's rows are few, so its table counts only where it is the head too. Nobody reads experts that no stream is
+        sent to."""
+        spec, size = self.base.spec, self.dtype.itemsize
+        per_token = 2 * spec.num_layers * spec.kv_width * size
+        embedding = 0 if spec.tied_head else self.table * size
+        idle = spec.idle_parameters(streams) * spec.weight_bytes(self.dtype) / spec.num_parameters
+        moved = spec.weight_bytes(self.dtype) - embedding - idle + streams * (self.each + per_token * self.length / 2)
+        computing = 2 * self.numbers * streams / (self.device.flops * compute)
+        return max(moved / (self.device.read_bytes * read), computing, self.launches * launch)
 
 
 def _scores(base: Architecture, length: int) -> float:
