@@ -144,6 +144,18 @@ def test_a_run_that_is_paused_says_so(chromium: Any, tmp_path: Path):
         assert page.get_by_text("of steps to go").count() == 0
 
 
+def test_a_variant_may_be_called_constructor(chromium: Any, tmp_path: Path):
+    """Every object has something under that name: it is neither ended nor answered for that."""
+    run = planned(tmp_path / "r", "constructor", "w", paused=["w"])
+    with site(tmp_path) as (url, _), locked(run), Visit(chromium, url, f"#key={KEY}") as page:
+        page.get_by_role("link", name="r", exact=True).click()
+        page.get_by_text("1 of 2 variants paused").wait_for()
+        assert page.get_by_role("heading", level=1).inner_text().split() == ["r", "running"]
+        control = page.get_by_role("region", name="Control")
+        assert control.get_by_role("row", name="constructor").get_by_text("training", exact=True).count() == 1
+        assert control.get_by_role("button", name="Stop constructor").is_enabled()
+
+
 def test_without_the_key_nothing_is_done(chromium: Any, tmp_path: Path):
     run = planned(tmp_path / "r", "v", "w")
     with site(tmp_path) as (url, _), locked(run), (visit := Visit(chromium, url)) as page:

@@ -159,3 +159,15 @@ def test_hostile_texts_are_texts(chromium: Any, tmp_path: Path, width: int):
             wanted = hostile.replace("/", "") if where == "h1" else hostile
             assert any(wanted.strip() in text for text in page.locator(where).evaluate_all("all => all.map((e) => e.textContent)")), where
         refuse_overflow(page)
+
+
+def test_names_that_every_object_has(chromium: Any, tmp_path: Path):
+    """A variant, and a role in a prompt, that are called `constructor`: of a row that the variant has not answered it has no answer."""
+    run = run_folder(tmp_path / "r", {"constructor": variant(), "w": variant()})
+    told = line("yes", "yes") | {"prompt": "<|im_start|>constructor\nBuild it.<|im_end|>\n"}
+    predictions(run, "a", base=[told, line("b", "c", 1)], constructor=[told])
+    with Visit(chromium, report(tmp_path, run), "report.html") as page:
+        page.get_by_label("Answers of").select_option("constructor")
+        page.get_by_text("Wrong: constructor 0.").wait_for()
+        (shown,) = page.get_by_role("article").all()
+        assert shown.locator(".who").all_inner_texts() == ["constructor"] and "✓ equal" in shown.inner_text()

@@ -2,6 +2,7 @@
 
 import { render } from "preact";
 import "uplot/dist/uPlot.min.css";
+import { own } from "./format";
 import { Head } from "./runs/head";
 import { Metrics } from "./runs/series";
 import type { AnswerRow, Confusion, FoundAnswers, Source } from "./runs/source";
@@ -27,13 +28,13 @@ for (const [id, mine] of metrics) mine.add(report.metrics[id] ?? {});
 const source: Source = {
   async answers(run, data, who, start, count) {
     const found = report.answers[run]![data]!;
-    const rows = who ? found.rows.filter((row) => who in row.answers).map((row): AnswerRow => ({ ...row, answers: { [who]: row.answers[who]! } })) : found.rows;
+    const rows = who ? found.rows.filter((row) => own(row.answers, who)).map((row): AnswerRow => ({ ...row, answers: { [who]: row.answers[who]! } })) : found.rows;
     if (who) rows.sort((a, b) => Number(a.answers[who]!.right !== false) - Number(b.answers[who]!.right !== false));
-    const wrong = who ? { [who]: found.wrong[who] ?? 0 } : found.wrong;
+    const wrong = who ? { [who]: own(found.wrong, who) ?? 0 } : found.wrong;
     return { ...found, rows: rows.slice(start, start + count), total: rows.length, wrong };
   },
   async confusion(run, data) {
-    return report.confusion[run]?.[data] ?? null;
+    return own(report.confusion[run] ?? {}, data) ?? null;
   },
 };
 

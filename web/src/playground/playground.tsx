@@ -2,6 +2,7 @@
 
 import { useEffect, useRef, useState } from "preact/hooks";
 import { type About, get } from "../api";
+import { own } from "../format";
 import { Failure, useLoaded } from "../parts";
 import { type Answer, ask, type Settings } from "./ask";
 import { AnswerColumn } from "./answer";
@@ -134,7 +135,7 @@ export function Playground({ about }: { about: About }) {
         </form>
         <div class="columns" ref={columns}>
           {models.map((m) => (
-            <AnswerColumn key={m} model={m} answer={answers[m]} settings={settings} keyed={about.keyed} />
+            <AnswerColumn key={m} model={m} answer={own(answers, m)} settings={settings} keyed={about.keyed} />
           ))}
         </div>
       </div>

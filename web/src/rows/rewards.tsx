@@ -1,5 +1,6 @@
 // The rewards of `grpo`: built-in ones with their options, and functions of the user's own files.
 
+import { own } from "../format";
 import { Choice, Errors, Field, type Fields, put, Text, useFieldId, useWritten } from "./fields";
 
 export interface RewardFacts {
@@ -66,7 +67,7 @@ function OneReward({ number, known, reward, set, remove }: { number: number; kno
         value={built ? name : FILE}
         words={[...known.map((r) => r.name), FILE]}
         errors={[]}
-        hint={SAYS[name]}
+        hint={own(SAYS, name)}
         set={(word) => set({ reward: word === FILE ? "" : word, ...weight })}
       />
       {!built && (

@@ -1,6 +1,7 @@
 // Which labels are taken for which: the pairs that are mistaken most, and the matrix, labels with the most mistakes first.
 
 import { useEffect, useMemo, useState } from "preact/hooks";
+import { own } from "../format";
 import { Failure, Options, Section } from "../parts";
 import type { Confusion, Source } from "./source";
 import type { RunFacts } from "./types";
@@ -157,7 +158,7 @@ function Matrix({ title, who, confusion, told, shown }: { title: string; who: st
 function tell(confusion: Confusion, who: string): Told {
   const n = confusion.labels.length;
   const told: Told = { labels: [], counts: new Map(), rows: new Array<number>(n).fill(0), right: 0, total: 0, mistaken: new Array<number>(n).fill(0), others: false, mistakes: [] };
-  for (const [is, said, count] of confusion.of[who] ?? []) {
+  for (const [is, said, count] of own(confusion.of, who) ?? []) {
     told.counts.set(`${is} ${said}`, count);
     told.rows[is]! += count;
     told.total += count;

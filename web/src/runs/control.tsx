@@ -2,7 +2,7 @@
 
 import { useEffect, useRef, useState } from "preact/hooks";
 import { get, post } from "../api";
-import { quoted, value } from "../format";
+import { own, quoted, value } from "../format";
 import { Command, Failure, Section, Table, type Column, usePoll } from "../parts";
 import type { RunFacts, State, VariantFacts } from "./types";
 
@@ -50,8 +50,8 @@ export function Control({ run, state }: { run: RunFacts; state: State }) {
       key: "do",
       title: "control",
       cell: (v) => {
-        const over = v.name in control.ended || Boolean(v.stopped);
-        const paused = control.paused.includes(v.name) || control.asked[v.name] === "pause";
+        const over = own(control.ended, v.name) !== undefined || Boolean(v.stopped);
+        const paused = control.paused.includes(v.name) || own(control.asked, v.name) === "pause";
         return (
           <span class="acts" role="group" aria-label={v.name}>
             <button type="button" disabled={over} aria-label={`${paused ? "Resume" : "Pause"} ${v.name}`} onClick={() => give(paused ? "resume" : "pause", [v.name])}>
@@ -116,11 +116,11 @@ function told(act: Do, names: string[]): string {
 
 function StandsAt({ run, variant, state }: { run: RunFacts; variant: VariantFacts; state: State }) {
   const { control } = run;
-  const ended = control.ended[variant.name];
+  const ended = own(control.ended, variant.name);
   if (variant.stopped) return <span class="state stopped">diverged</span>;
   if (ended) return <span class="state stopped">{ended}</span>;
   const paused = control.paused.includes(variant.name);
-  const asked = control.asked[variant.name];
+  const asked = own(control.asked, variant.name);
   if (asked === "stop") return <span class="state">stopping</span>;
   if (asked === "pause" && !paused) return <span class="state">pausing</span>;
   if (paused) return <span class="state paused">{asked === "pause" ? "paused" : "resuming"}</span>;

@@ -1,7 +1,7 @@
 // Where a run stands: its base, how far it is, what it has cost.
 
 import { useMemo } from "preact/hooks";
-import { duration, number, quoted, short } from "../format";
+import { duration, number, own, quoted, short } from "../format";
 import { Command, Facts } from "../parts";
 import { StateMark } from "./state";
 import type { Metrics } from "./series";
@@ -58,7 +58,7 @@ function progress(run: RunFacts, metrics: Metrics | undefined) {
     const done = lines?.column("step").at(-1) ?? 0;
     far.done += done;
     far.total += v.total_steps ?? 0;
-    const over = v.stopped !== null || v.name in ended || (v.total_steps !== null && done >= v.total_steps);
+    const over = v.stopped !== null || own(ended, v.name) !== undefined || (v.total_steps !== null && done >= v.total_steps);
     const paused = !over && asked.includes(v.name);
     if (!over) far[paused ? "paused" : "training"]++;
     if (!lines || !done) continue;

@@ -1,7 +1,7 @@
 // What the variants cost and score, one table for each data set, the base's row first.
 
 import type { ComponentChildren } from "preact";
-import { bytes, duration, number, quoted, short } from "../format";
+import { bytes, duration, number, own, quoted, short } from "../format";
 import { type Column, Command, Section, Table } from "../parts";
 import { Swatch } from "./swatch";
 import type { Metrics } from "./series";
@@ -56,7 +56,7 @@ interface OneSetProps {
 function OneSet({ data, shown, runs, meanings, metrics, ranked }: OneSetProps) {
   const bases = new Map<string, Row>();
   for (const run of runs) {
-    const scores = run.base_scores[data];
+    const scores = own(run.base_scores, data);
     if (!scores || Object.keys(scores).length === 0) continue;
     const same = JSON.stringify(scores);
     const known = bases.get(same);
@@ -64,7 +64,7 @@ function OneSet({ data, shown, runs, meanings, metrics, ranked }: OneSetProps) {
     else bases.set(same, { key: `base ${run.id}`, shown: null, label: run.name, scores, base: {} });
   }
   const rows: Row[] = [...bases.values()].map((row) => ({ ...row, label: bases.size === 1 ? "base" : `base (${row.label})` }));
-  rows.push(...shown.map((s) => ({ key: String(s.number), shown: s, label: s.label, scores: s.facts.scores, base: s.run.base_scores[data] ?? {} })));
+  rows.push(...shown.map((s) => ({ key: String(s.number), shown: s, label: s.label, scores: s.facts.scores, base: own(s.run.base_scores, data) ?? {} })));
   const names = [...new Set(rows.flatMap((r) => Object.keys(r.scores)))];
   const best = new Map(names.map((n) => [n, ranked ? bestOf(n, rows, meanings) : null]));
   const variant: Column<Row> = { key: "variant", title: "variant", cell: (r) => (r.shown ? <Name shown={r.shown} /> : r.label) };

@@ -1,5 +1,7 @@
 // A prompt as the model reads it, cut into the turns of a conversation again. What no known template wrote is one turn, as it is.
 
+import { own } from "../format";
+
 export interface Turn {
   role: string;
   text: string;
@@ -22,5 +24,5 @@ export function turns(prompt: string): Turn[] {
 }
 
 function role(name: string): string {
-  return { model: "assistant", INST: "user" }[name] ?? name;
+  return own({ model: "assistant", INST: "user" }, name) ?? name;
 }
