@@ -82,6 +82,19 @@ def test_each_data_set_shows_the_measure_that_fits_it() -> None:
     assert measures_of(rewarded, "v") == ["accuracy", "margin"] and "margin of v went from 0.10 to 0.50;" in gain(rewarded)
 
 
+def test_what_was_not_scored_has_no_columns() -> None:
+    run = summary({"v": ({}, {}), "w": ({}, {})})
+    assert score_table(run).headings == ["variant", "method", "trainable", "MB"]
+    assert [list(row) for row in score_table(run).rows] == [[n, "lora", "1,000 (1%)", "4.0"] for n in "vw"]
+    mixed = score_table(
+        summary(
+            {"v": ({"loss": 2.0, "exact_match": 0.0}, {"loss": 1.0, "exact_match": 50.0}), "w": ({}, {})}, measures={"v": "exact_match"}
+        )
+    )
+    assert mixed.headings[4:] == ["loss", "exact match, %"]
+    assert [list(row[4:]) for row in mixed.rows] == [[("2.00", "1.00"), ("0.0", "50.0")], ["–", "–"]]
+
+
 def test_which_measure_fits_answers() -> None:
     free = ["Email the receipt number to Billing within 30 days of the charge.", "Upload a PNG under 1 MB in Settings, then save it there."]
     assert fitting_measure(free) == "token_f1"

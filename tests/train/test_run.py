@@ -189,3 +189,19 @@ def test_a_base_that_changes_during_a_run_is_told_and_nothing_is_lost(tmp_path: 
     assert str(tmp_path / "out" / "adapters") in str(told.value)
     assert Adapter.load(tmp_path / "out" / "adapters" / "lora", tiny_base()).info["run"]
     assert (tmp_path / "out" / "adapters" / "full" / "model.safetensors").exists() and not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_a_run_says_that_it_scores_only_where_there_are_test_rows(tmp_path: Path, tested: bool) -> None:
+    said: list[str] = []
+
+    class Ear(Silent):
+        def status(self, text: str) -> None:
+            said.append(text)
+
+    content = run_file(tmp_path, {"v": {"data": "a", "method": "lora", "r": 2, "max_steps": 1}})
+    if not tested:
+        content["data"] = {"a": {"train": "a.jsonl"}}
+    report = train(RunConfig.from_dict(content, root=tmp_path), base=tiny_base(), listener=Ear())
+    assert ("scoring on held-out rows" in said) == tested == ("loss" in report.table().headings)
+    assert ("no `test` rows: nothing to score" in said) != tested

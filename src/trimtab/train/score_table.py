@@ -24,8 +24,10 @@ def fitting_measure(references: Sequence[str]) -> str:
 
 def measures_of(summary: Mapping[str, Any], data: str) -> list[str]:
     """The scores by which the variants of a data set are shown: those of their objective, else the one that fits its answers; both where
-    an older summary does not name that."""
+    an older summary does not name that; none where it has no test rows."""
     judged = {k for v in summary["variants"].values() if v["data"] == data for k in v["scores"]}
+    if not judged:
+        return []
     own = [k for k in OWN if k in judged]
     if own and not judged & TITLES.keys():
         return own
@@ -35,10 +37,11 @@ def measures_of(summary: Mapping[str, Any], data: str) -> list[str]:
 
 def score_table(summary: Mapping[str, Any]) -> Table:
     """One row a variant. Loss and scores are "base → adapter"; a score that does not fit a variant's data is left out; summary.json holds
-    all of them."""
+    all of them. A run without test rows has no columns for them."""
     shown = {data: measures_of(summary, data) for data in dict.fromkeys(v["data"] for v in summary["variants"].values())}
     columns = [k for k in (*OWN, *TITLES) if any(k in keys for keys in shown.values())]
-    headings = ["variant", "method", "trainable", "MB", "loss"]
+    has_loss = any(v["scores"].get("loss") is not None for v in summary["variants"].values())
+    headings = ["variant", "method", "trainable", "MB", *(["loss"] if has_loss else [])]
     headings += [f"{TITLES[k]}, %" if k in TITLES else k.replace("rewards/", "reward ") for k in columns]
     rows: list[list[Cell]] = []
     for name, v in summary["variants"].items():
@@ -50,8 +53,9 @@ def score_table(summary: Mapping[str, Any]) -> Table:
             v["method"],
             trainable,
             f"{v['adapter_bytes'] / 1e6:.1f}",
-            _change(before.get("loss"), after.get("loss"), 2),
         ]
+        if has_loss:
+            cells.append(_change(before.get("loss"), after.get("loss"), 2))
         for k in columns:
             fits = k in shown[v["data"]]
             cells.append(_change(before.get(k), after.get(k) if fits else None, 1 if k in TITLES else 3))
