@@ -93,6 +93,19 @@ def test_cases_of_a_character_are_those_of_re(pattern: str, flags: re.RegexFlag)
 
 
 @pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize(
+    "pattern",
+    [r"(?a)\s", r"(?a)\S", r"(?a:\s)\s", r"(?a)[\s\d]", r"(?a)[^\s]", r"(?a)(?u:\w)", r"(?a)\w(?u:\w)", r"(?ai)(?u:k)", r"(?u:\w(?a:\w))"],
+)
+def test_what_ascii_takes_is_what_re_takes(pattern: str) -> None:
+    """To Python \\x1c is a space, to `re` with ASCII it is not; "(?u:…)" takes other letters within "(?a)…" too."""
+    for text in [*"a1 _\x1c\x1d\x1e\x1f\x0b\x85\xa0\u00e9\u212a\u0663", "\x1c\x1c", " \x1f", "a\u00e9", "\u00e9\u00e9"]:
+        compiled = re.compile(pattern)  # its `search` looks for the first letter with the outer flags, and overlooks some of "(?u:…)"
+        assert occurs(pattern, text) is any(compiled.match(text, at) for at in range(len(text))), (pattern, text)
+        assert whole(pattern, text) is (compiled.fullmatch(text) is not None), (pattern, text)
+
+
+@pytest.mark.usefixtures("_quick")
 def test_drawn_patterns_match_and_are_found_as_re_says() -> None:
     draw, seen = random.Random(0), [0, 0]
     for _ in range(1500):

@@ -42,6 +42,10 @@ CATEGORIES: dict[Any, tuple[Callable[[str], bool], bool]] = {
     op.CATEGORY_WORD: (lambda c: c.isalnum() or c == "_", True),
     op.CATEGORY_NOT_WORD: (lambda c: c.isalnum() or c == "_", False),
 }
+KINDS = re.ASCII | re.LOCALE | re.UNICODE
+"""Flags of which one takes the place of another."""
+SEPARATORS = "\x1c\x1d\x1e\x1f"
+"""Characters of ASCII that are space to Unicode, and none to `re` with ASCII."""
 
 
 def regex_problem(pattern: str) -> str | None:
@@ -162,7 +166,8 @@ class _Text:
             return found
         if what is op.SUBPATTERN:
             _, more, less, inner = argument
-            return self.ends(inner, starts, (flags | more) & ~less)
+            kept = flags & ~KINDS if more & KINDS else flags  # "(?u:…)" within "(?a)…" takes the other letters again
+            return self.ends(inner, starts, (kept | more) & ~less)
         if what in REPEATS:
             least, most, inner = argument
             return self._repeat(least, most, inner, starts, flags)
@@ -245,7 +250,8 @@ class _Text:
             return c != "\n" or bool(flags & re.DOTALL)
         if what is op.CATEGORY:
             kind, wanted = CATEGORIES[argument]
-            return (kind(c) and (c.isascii() or not flags & re.ASCII)) is wanted
+            narrow = bool(flags & re.ASCII)
+            return (kind(c) and not (narrow and (not c.isascii() or c in SEPARATORS))) is wanted
         if what is op.NOT_LITERAL:
             return not self._is(op.LITERAL, argument, c, flags)
         if what is op.IN:

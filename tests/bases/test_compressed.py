@@ -157,7 +157,6 @@ def test_tensors_that_do_not_fit(case: str, change: Any, settings: dict[str, Any
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        (INT4 | {"num_bits": 3}, "num_bits 3 are not read, only int with 4 or 8"),
         (INT4 | {"group_size": 40}, r"group_size = 40 does not divide the (64|96) inputs"),
         (INT4 | {"num_bits": 8}, r"weight_packed is \[\d+, (8|12)\] int32 where \[\d+, (16|24)\]"),
     ],
@@ -196,16 +195,26 @@ def test_layers_of_several_kinds(dense: Path, tmp_path: Path) -> None:
         ({"config_groups": {}}, "config_groups names no weights"),
         ({"config_groups": None}, "config_groups names no weights"),
         ({"config_groups": {"group_0": {"weights": None}}}, "config_groups names no weights"),
-        ({"config_groups": {"group_0": {"weights": INT4 | {"num_bits": None}}}}, "num_bits None, where a whole number belongs"),
+        ({"config_groups": {"group_0": {"weights": INT4 | {"num_bits": None}}}}, "num_bits None, where 4 or 8 belongs"),
+        ({"config_groups": {"group_0": {"weights": INT4 | {"num_bits": True}}}}, "num_bits True, where 4 or 8 belongs"),
+        ({"config_groups": {"group_0": {"weights": INT4 | {"num_bits": 4.0}}}}, "num_bits 4.0, where 4 or 8 belongs"),
+        ({"config_groups": {"group_0": {"weights": INT4 | {"num_bits": [4]}}}}, "num_bits [4], where 4 or 8 belongs"),
+        ({"config_groups": {"group_0": {"weights": INT4 | {"num_bits": 10**400}}}}, "0, where 4 or 8 belongs"),
+        ({"config_groups": {"group_0": {"weights": INT4 | {"group_size": True}}}}, "group_size True, where -1 or a whole number above 0"),
+        ({"config_groups": {"group_0": {"weights": INT4 | {"group_size": 0}}}}, "group_size 0, where -1 or a whole number above 0"),
+        ({"config_groups": {"group_0": {"weights": INT4 | {"group_size": "32"}}}}, "group_size '32', where -1 or a whole number"),
+        ({"config_groups": {"group_0": {"weights": INT4, "format": ["a"]}}}, "format ['a'] is not read"),
+        ({"format": {"a": 1}}, "format {'a': 1} is not read"),
         ({"sparsity_config": "2:4"}, "sparsity_config is no mapping"),
         ({"transform_config": ["R1"]}, "transform_config is no mapping"),
     ],
 )
 def test_ways_that_are_not_read(settings: dict[str, Any], said: str, dense: Path, tmp_path: Path) -> None:
     written("int4", dense, tmp_path / "other", **settings)
-    with pytest.raises(BaseError, match="quantised by compressed-tensors in a way that trimtab does not read") as refusal:
-        load_base(str(tmp_path / "other"))
-    assert said in str(refusal.value.problems) and "quantize: nf4" in refusal.value.fix
+    for reads in (load_base, read_architecture):  # a plan says it before the weights are there
+        with pytest.raises(BaseError, match="quantised by compressed-tensors in a way that trimtab does not read") as refusal:
+            reads(str(tmp_path / "other"))
+        assert any(said in problem for problem in refusal.value.problems) and "quantize: nf4" in refusal.value.fix
 
 
 GROUP, BLOCK = {"strategy": "group", "group_size": 8}, {"strategy": "block", "block_structure": [4, 4]}
@@ -231,3 +240,18 @@ def test_a_shape_that_is_told_as_one_number() -> None:
             torch.float32,
             {"config_groups": {"all": {"weights": INT4 | {"strategy": "channel", "group_size": None}}}},
         )
+
+
+def test_a_shape_that_is_told_at_length_is_not_repeated() -> None:
+    tensors = {"weight_packed": torch.zeros(8, 2, dtype=torch.int32), "weight_scale": torch.ones(8, 1), "weight_shape": torch.ones(100_000)}
+    scheme = INT4 | {"strategy": "channel", "group_size": None}
+    with pytest.raises(ValueError, match="weight_shape is 100,000 numbers where"):
+        read(tensors, (8, 16), None, torch.float32, {"config_groups": {"all": {"weights": scheme}}})
+
+
+def test_weights_that_leave_their_bits_out_have_8() -> None:
+    """As compressed-tensors has it."""
+    scheme = {"type": "int", "strategy": "channel"}
+    tensors = {"weight": torch.full((8, 16), -3, dtype=torch.int8), "weight_scale": torch.full((8, 1), 0.5)}
+    layer = read(tensors, (8, 16), None, torch.float32, {"config_groups": {"all": {"weights": scheme}}})
+    assert torch.equal(layer(torch.eye(16)), torch.full((16, 8), -1.5))

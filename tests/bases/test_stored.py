@@ -25,6 +25,7 @@ from trimtab.bases import fingerprint, fingerprint_folder, fingerprint_model
 from trimtab.bases.fits import weight_bytes
 from trimtab.bases.recipes import BITS
 from trimtab.bases.shapes import read_architecture
+from trimtab.bases.stored_formats import bits_of
 from trimtab.bases.unchanged import Watch
 from trimtab.bases.weights import FORMATS, four_bit, int4, stored_state, weight_of
 from trimtab.bases.weights.four_bit import FourBit
@@ -480,3 +481,27 @@ def test_folders_of_loops_that_do_not_fit(
     with pytest.raises(BaseError, match="packed weights of the base in") as refusal:
         load_base(change(loops(kind, dense)[0], tmp_path / "wrong", tensors, **settings))
     assert any(re.search(said, problem) for problem in refusal.value.problems), refusal.value.problems
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("gptq", {"bits": 3}, "bits = 3: only 4 and 8 are read"),
+        ("gptq", {"bits": 4.0}, "bits = 4.0: only 4 and 8 are read"),
+        ("awq", {"bits": True}, "bits = True: only 4 and 8 are read"),
+        ("awq", {"bits": 10**400}, "only 4 and 8 are read"),
+        ("gptq", {"group_size": True}, "group_size = True, where -1 or a whole number above 0 belongs"),
+        ("awq", {"group_size": "32"}, "group_size = '32', where -1 or a whole number above 0 belongs"),
+    ],
+)
+def test_sizes_of_groups_that_cannot_be(kind: str, settings: dict[str, Any], said: str, dense: Path, tmp_path: Path) -> None:
+    """They are said by a plan too, which reads the config alone."""
+    folder = change(loops(kind, dense)[0], tmp_path / "wrong", **settings)
+    for reads in (load_base, read_architecture):
+        with pytest.raises(BaseError, match=re.escape(said)):
+            reads(str(folder))
+
+
+@pytest.mark.parametrize("bits", ["x", None, [4], -1, 10**400, True])
+def test_a_folder_that_calls_itself_gguf_is_planned_as_any_of_8_bits(bits: Any) -> None:
+    assert bits_of({"quant_method": "gguf", "bits": bits}) == 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,6 +115,30 @@ def test_a_variant_that_cannot_be_saved_costs_the_others_nothing(tmp_path: Path)
     assert not (report.out / "adapters" / "bad").exists()
     again = RunConfig.from_dict(run_file(tmp_path, content), root=tmp_path)
     assert set(train(again, resume=True, base=tiny_base()).adapters) == {"good"}
+
+
+def test_a_fine_tuned_model_that_cannot_be_saved_costs_the_others_nothing(tmp_path: Path) -> None:
+    original = Variant.step
+
+    def broken(self: Variant, *rest: Any) -> dict[str, float]:
+        logged = original(self, *rest)
+        if self.name == "bad" and self.progress.step == self.total_steps:
+            self.params["model.norm.weight"].data[3] = math.nan
+        return logged
+
+    content = {n: METHODS["full"] | {"data": "a", "max_steps": 2} for n in ("good", "bad")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Variant, "step", broken)
+        report = run(tmp_path, content)
+    entries = report.summary["variants"]
+    assert entries["bad"]["stopped"] == "cannot be saved: values that are not finite in model.norm.weight"
+    assert (entries["bad"]["adapter_bytes"], entries["bad"]["saved_step"], entries["bad"]["scores"]) == (0, None, {})
+    assert not (report.out / "adapters" / "bad").exists()
+    assert entries["good"]["stopped"] is None and entries["good"]["scores"]["loss"] > 0
+    model = AutoModelForCausalLM.from_pretrained(report.out / "adapters" / "good")
+    assert all(bool(torch.isfinite(w).all()) for w in model.parameters())
+    again = RunConfig.from_dict(run_file(tmp_path, content), root=tmp_path)
+    assert train(again, resume=True, base=tiny_base()).summary["variants"]["bad"]["saved_step"] is None
 
 
 def test_a_run_never_overwrites(tmp_path: Path) -> None:

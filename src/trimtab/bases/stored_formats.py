@@ -67,14 +67,17 @@ def bits_of(settings: Mapping[str, Any]) -> float:
     if method_of(settings) == "bitsandbytes_4bit":
         return BITS["nf4-double" if settings.get("bnb_4bit_use_double_quant") else "nf4"]
     if method_of(settings) in ("gptq", "awq"):
-        size = settings.get("group_size") or 128
-        bits = settings.get("bits", 4)
-        return (bits if isinstance(bits, int) else 4) + (40 / size if isinstance(size, int) and size > 0 else 0)
+        try:
+            bits, size = int4.told(settings)
+        except ValueError as error:
+            raise BaseError(f"the base's quantization_config cannot be read: {error}", fix="check that config.json is whole") from None
+        return bits + (40 / size if size else 0)
     if method_of(settings) == "compressed-tensors":
         return compressed.bits_of(settings)
     if method_of(settings) == "mxfp4":
         return 4.25
-    return float(settings.get("bits", 8)) if method_of(settings) == "gguf" else 8.0
+    bits = settings.get("bits", 8)  # of a .gguf file it is trimtab that writes them
+    return float(bits) if method_of(settings) == "gguf" and type(bits) in (int, float) and 0 < bits <= 32 else 8.0
 
 
 def kinds_of(settings: Mapping[str, Any]) -> tuple[Kind, ...]:

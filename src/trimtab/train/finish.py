@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -37,8 +38,15 @@ def test_rows(prepared: Prepared) -> dict[str, HeldOut]:
     return {name: held_out(prepared, name, "test") for name, splits in prepared.data.items() if splits.test}
 
 
-def evaluate(prepared: Prepared, adapters: dict[str, Adapter], held: dict[str, HeldOut], rewarded: Rewarded, listener: Listener) -> Scores:
-    """Scores of the base and of all variants on test rows; their predictions go into the run folder."""
+def evaluate(
+    prepared: Prepared,
+    adapters: dict[str, Adapter],
+    lost: Container[str],
+    held: dict[str, HeldOut],
+    rewarded: Rewarded,
+    listener: Listener,
+) -> Scores:
+    """Scores of the base and of all variants that are not lost on test rows; their predictions go into the run folder."""
     run, base = prepared.run, prepared.base
     mix, numbers = base.mix(list(adapters.values()))
     member = dict(zip(adapters, numbers, strict=True))
@@ -63,7 +71,7 @@ def evaluate(prepared: Prepared, adapters: dict[str, Adapter], held: dict[str, H
     )
     results = judge.judge(base.attached, mix, fields, held)
     for v in prepared.variants:
-        if isinstance(v, FullVariant) and (data := v.config.data) in held:
+        if isinstance(v, FullVariant) and v.name not in lost and (data := v.config.data) in held:
             alone = Contestant(v.name, BASE, generates, objective=v.config.objective)
             results[data] |= judge.judge(v.attached, Mix([]), {data: [alone]}, held)[data]
     return _scores(prepared, results)
@@ -102,17 +110,18 @@ def held_out(prepared: Prepared, name: str, split: Literal["valid", "test"]) -> 
 
 def save(prepared: Prepared, adapters: dict[str, Adapter]) -> tuple[dict[str, int], dict[str, str]]:
     """Save every variant in the run folder, before scoring, which may take long. Returns the bytes of each one's tensors on disk, and for
-    each adapter that cannot be saved, why."""
+    each one that cannot be saved, why."""
     sizes, lost = dict[str, int](), dict[str, str]()
     for v in prepared.variants:
         folder = prepared.run.out / "adapters" / v.name
+        tensors = v.weights if isinstance(v, FullVariant) else adapters[v.name].params
+        odd = [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]
+        if odd:
+            lost[v.name] = f"cannot be saved: values that are not finite in {', '.join(first_of(odd, 3))}"
+            continue
         if isinstance(v, FullVariant):
             v.save(folder, prepared.base.tokenizer)
         else:
-            odd = [name for name, t in adapters[v.name].params.items() if not bool(torch.isfinite(t).all())]
-            if odd:
-                lost[v.name] = f"cannot be saved: values that are not finite in {', '.join(first_of(odd, 3))}"
-                continue
             adapters[v.name].save(folder, run=_provenance(prepared, v, {}))
         sizes[v.name] = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return sizes, lost

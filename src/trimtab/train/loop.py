@@ -192,14 +192,14 @@ def _conclude(
         if v.name in lost:
             v.progress.stopped = v.progress.stopped or lost[v.name]
             listener.warning(f"{v.name} {lost[v.name]}")
-            del adapters[v.name]
+            adapters.pop(v.name, None)
     before, after = watch.before, watch.now(base.model)
     if after != before:
         raise _changed(run, before, after)
     with keeper.explained():
         listener.status("scoring on held-out rows" if tests else "no `test` rows: nothing to score")
         with keeper.within_memory("scoring on held-out rows"):
-            scored = evaluate(prepared, adapters, tests, rewarded, listener)
+            scored = evaluate(prepared, adapters, lost, tests, rewarded, listener)
 
         def write() -> dict[str, Any]:
             keeper.hold.check()

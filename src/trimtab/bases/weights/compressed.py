@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trimtab.bases.weights.int4 import IN_ORDER, Grouped, pack, unpack
+from trimtab.bases.weights.int4 import IN_ORDER, Grouped, is_size, pack, unpack
 from trimtab.bases.weights.packed import Packed, PackedLinear, expect
 from trimtab.errors import BaseError
 
@@ -96,11 +96,14 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     if not isinstance(schemes, Mapping) or not all(isinstance(s, Mapping) for s in schemes.values()) or not list(_weights(settings)):
         wrong.append("config_groups names no weights that are quantised")
     else:
-        for form in dict.fromkeys([settings.get("format"), *(s.get("format") for s in schemes.values())]):
-            if form is not None and form not in FORMATS_READ:
+        forms = [settings.get("format"), *(s.get("format") for s in schemes.values())]
+        for form in [form for i, form in enumerate(forms) if form not in forms[:i]]:
+            if form is not None and (not isinstance(form, str) or form not in FORMATS_READ):
                 wrong.append(f"format {form!r} is not read, only {', '.join(FORMATS_READ)}")
-        sizes = dict.fromkeys(repr(w.get("num_bits")) for w in _weights(settings) if not isinstance(w.get("num_bits", 8), int))
-        wrong += [f"config_groups has num_bits {bits}, where a whole number belongs" for bits in sizes]
+        told = dict.fromkeys(repr(bits) for w in _weights(settings) if type(bits := w.get("num_bits", 8)) is not int or bits not in (4, 8))
+        wrong += [f"config_groups has num_bits {bits}, where 4 or 8 belongs" for bits in told]
+        sizes = dict.fromkeys(repr(w["group_size"]) for w in _weights(settings) if not is_size(w.get("group_size")))
+        wrong += [f"config_groups has group_size {size}, where -1 or a whole number above 0 belongs" for size in sizes]
     if (form := sparse.get("format", "dense")) != "dense":
         wrong.append(f"sparsity_config has format {form!r}: sparse matrices are not read")
     if rotated.get("config_groups"):
@@ -118,7 +121,7 @@ def bits_of(settings: Mapping[str, Any]) -> float:
     found = 8.0
     for i, scheme in enumerate(_weights(settings)):
         bits, size = float(scheme.get("num_bits", 8)), scheme.get("group_size") or 0
-        bits += 40 / size if isinstance(size, int) and size > 0 else 0
+        bits += 40 / size if size > 0 else 0
         found = bits if not i else max(found, bits)
     return found
 
@@ -154,7 +157,7 @@ def read_float(
 def _read_one(
     tensors: Mapping[str, Tensor], shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype, scheme: Mapping[str, Any]
 ) -> PackedLinear:
-    kind, bits, strategy = scheme.get("type", "int"), scheme.get("num_bits"), scheme.get("strategy", "tensor")
+    kind, bits, strategy = scheme.get("type", "int"), scheme.get("num_bits", 8), scheme.get("strategy", "tensor")
     if "weight_packed" in tensors:
         return _read_packed(tensors, shape, bias, dtype, scheme)
     if bits != 8 or kind not in ("int", "float"):
@@ -177,7 +180,7 @@ def _read_one(
 def _read_packed(
     tensors: Mapping[str, Tensor], shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype, scheme: Mapping[str, Any]
 ) -> PackedLinear:
-    (O, I), bits, kind = shape, scheme.get("num_bits"), scheme.get("type", "int")  # noqa: E741
+    (O, I), bits, kind = shape, scheme.get("num_bits", 8), scheme.get("type", "int")  # noqa: E741
     if kind != "int" or bits not in (4, 8):
         raise ValueError(f"packed weights of type {kind!r} with num_bits {bits!r} are not read, only int with 4 or 8")
     (size, grid), per, middle = _groups(scheme, shape), 32 // bits, 2 ** (bits - 1)
@@ -193,8 +196,9 @@ def _read_packed(
         shapes["weight_g_idx"] = ((I,), (torch.int32, torch.int64))
     expect(tensors, shapes)
     told = tensors.get("weight_shape")
-    if told is not None and told.flatten().tolist() != list(shape):
-        raise ValueError(f"weight_shape is {told.tolist()} where the model has {list(shape)}")
+    if told is not None and (told.numel() > 2 or told.flatten().tolist() != list(shape)):
+        what = told.tolist() if told.numel() <= 2 else f"{told.numel():,} numbers"
+        raise ValueError(f"weight_shape is {what} where the model has {list(shape)}")
     g_idx = tensors.get("weight_g_idx")
     if g_idx is not None and bool((g_idx == -1).all()):
         raise ValueError("weight_g_idx is -1 throughout: the groups of the inputs were never stored")
@@ -225,7 +229,7 @@ def _groups(scheme: Mapping[str, Any], shape: tuple[int, int]) -> tuple[int, tup
     """(inputs of a group, [O, groups])."""
     (O, I), size = shape, scheme.get("group_size")  # noqa: E741
     size = I if scheme.get("strategy", "group" if size else "channel") in ("channel", "tensor") or size in (None, -1) else size
-    if not isinstance(size, int) or size < 1 or I % 2 or I % size:
+    if I % 2 or I % size:
         raise ValueError(f"group_size = {size} does not divide the {I} inputs")
     return size, (O, I // size)
 

@@ -227,13 +227,25 @@ def _as_shaped(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[st
     return {"bits": 32 * len(codes) // I, "group_size": I // len(scales)}
 
 
+def told(settings: Mapping[str, Any]) -> tuple[int, int | None]:
+    """(bits of a code, inputs of a group, or None where all are one). ValueError where one of them cannot be read."""
+    bits, size = settings.get("bits", 4), settings.get("group_size", 128)
+    if type(bits) is not int or bits not in (4, 8):
+        raise ValueError(f"bits = {bits!r}: only 4 and 8 are read")
+    if not is_size(size):
+        raise ValueError(f"group_size = {size!r}, where -1 or a whole number above 0 belongs")
+    return bits, None if size == -1 else size
+
+
+def is_size(size: Any) -> bool:
+    """Whether a config may have this as a `group_size`. One that is `true` is no 1."""
+    return size is None or (type(size) is int and (size == -1 or size > 0))
+
+
 def _told(settings: Mapping[str, Any], shape: tuple[int, int], instead: Mapping[str, Any] | None = None) -> tuple[int, int]:
     """(bits of a code, inputs of a group)."""
-    told, I = {**settings, **(instead or {})}, shape[1]  # noqa: E741
-    bits, size = told.get("bits", 4), told.get("group_size", 128)
-    if bits not in (4, 8):
-        raise ValueError(f"bits = {bits}: only 4 and 8 are read")
-    size = I if size in (-1, None) else size
-    if not isinstance(size, int) or size < 1 or I % 2 or I % size:
+    (bits, size), I = told({**settings, **(instead or {})}), shape[1]  # noqa: E741
+    size = size or I
+    if I % 2 or I % size:
         raise ValueError(f"group_size = {size} does not divide the {I} inputs")
     return bits, size
