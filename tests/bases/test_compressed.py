@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from tests.bases.repacked import words, write_dense, write_packed
 from tests.laws.common import difference, tokens
-from tests.tiny import FAMILIES, tiny_tokenizer
 from trimtab.bases import fingerprint_folder, fingerprint_model
 from trimtab.bases.shapes import read_architecture
 from trimtab.bases.weights.compressed import read
@@ -42,13 +41,6 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
 """Case -> (`format`, `weights` of its group)."""
 
 
-def packed(numbers: list[int], bits: int) -> list[int]:
-    """Numbers one after the other in int32, from the lowest bits on."""
-    per = 32 // bits
-    words = [sum(n << (bits * k) for k, n in enumerate(numbers[at : at + per])) for at in range(0, len(numbers), per)]
-    return [w - 2**32 if w >= 2**31 else w for w in words]
-
-
 def by_loop(case: str, W: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """(a layer's tensors as the format has them, the matrix that they hold)."""
     (form, scheme), (O, I) = SCHEMES[case], W.shape
@@ -71,43 +63,27 @@ def by_loop(case: str, W: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     if form != "pack-quantized":
         zeros = {} if scheme["symmetric"] else {"weight_zero_point": zero.to(torch.int8)}
         return {"weight": code.to(torch.int8), "weight_scale": stored} | zeros, held
-    tensors = {"weight_packed": torch.tensor([packed(row, bits) for row in (code + half).tolist()], dtype=torch.int32)}
+    tensors = {"weight_packed": torch.tensor([words(row, bits) for row in (code + half).tolist()], dtype=torch.int32)}
     tensors |= {"weight_scale": scale, "weight_shape": torch.tensor([O, I])}
     if "zeros as int8" in case:
         tensors["weight_zero_point"] = zero.to(torch.int8)
     elif not scheme["symmetric"]:
-        tensors["weight_zero_point"] = torch.tensor([packed(c, bits) for c in (zero + half).T.tolist()], dtype=torch.int32).T.contiguous()
+        tensors["weight_zero_point"] = torch.tensor([words(c, bits) for c in (zero + half).T.tolist()], dtype=torch.int32).T.contiguous()
     return tensors | ({"weight_g_idx": group.int()} if "order" in case else {}), held
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases") / "dense"
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("qwen2", **{**FAMILIES["qwen2"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1})
-    )
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return write_dense(tmp_path_factory.mktemp("bases") / "dense", hidden_size=64, intermediate_size=96, num_hidden_layers=1)
 
 
-def written(case: str, dense: Path, to: Path, change: Callable[[dict[str, Tensor]], object] = lambda t: None, **settings: Any) -> Any:
+def written(
+    case: str, dense: Path, to: Path, change: Callable[[dict[str, Tensor]], object] = lambda t: None, **settings: Any
+) -> dict[str, Tensor]:
     """The dense base packed so: the matrices."""
-    tensors, matrices = load_file(dense / "model.safetensors"), {}
-    for name in [n for n in tensors if n.endswith("proj.weight")]:
-        layer, matrices[name] = by_loop(case, tensors.pop(name))
-        tensors |= {f"{name.removesuffix('weight')}{part}": t for part, t in layer.items()}
-    change(tensors)
-    shutil.copytree(dense, to)
-    save_file(tensors, to / "model.safetensors", {"format": "pt"})
     form, scheme = SCHEMES[case]
     told = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme}}}
-    config = json.loads((to / "config.json").read_text()) | {"quantization_config": told | settings}
-    (to / "config.json").write_text(json.dumps(config))
-    return matrices
+    return write_packed(dense, to, partial(by_loop, case), told | settings, change)
 
 
 @pytest.mark.parametrize("case", SCHEMES)
@@ -115,10 +91,10 @@ def test_a_folder_that_loops_have_packed(case: str, dense: Path, tmp_path: Path)
     folder = tmp_path / "packed"
     matrices = written(case, dense, folder)
     base, twin = load_base(str(folder), dtype="float32"), AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-    twin.load_state_dict(matrices, strict=False)
+    twin.load_state_dict({f"{n}.weight": W for n, W in matrices.items()}, strict=False)
     assert len(matrices) == 7 and base.packed_as.removesuffix("-4").removesuffix("-8") == SCHEMES[case][0].replace("naive", "int")
     for n, W in matrices.items():
-        weight = base.matrix(n.removesuffix(".weight"))
+        weight = base.matrix(n)
         assert difference(weight.dense(), W) < 1e-6, n
         assert all(t.is_contiguous() for t in weight.packed.parts.values()), "kernels would copy it for each product"
     ids = tokens(40, 1)
@@ -172,7 +148,7 @@ def test_layers_of_several_kinds(dense: Path, tmp_path: Path) -> None:
     """One group of layers in 4 bits and one in float8: each layer has what fits its tensors."""
 
     def change(tensors: dict[str, Tensor]) -> None:
-        layer, held[f"{Q}.weight"] = by_loop("fp8", W)
+        layer, held[Q] = by_loop("fp8", W)
         for name in [n for n in tensors if n.startswith(f"{Q}.weight")]:
             del tensors[name]
         tensors |= {f"{Q}.{part}": t for part, t in layer.items()}
@@ -183,7 +159,7 @@ def test_layers_of_several_kinds(dense: Path, tmp_path: Path) -> None:
     base = load_base(str(tmp_path / "mixed"), dtype="float32")
     assert base.packed_as == "float-quantized, pack-quantized-4"
     for n, W in (matrices | held).items():
-        assert difference(base.matrix(n.removesuffix(".weight")).dense(), W) < 1e-6, n
+        assert difference(base.matrix(n).dense(), W) < 1e-6, n
 
 
 @pytest.mark.parametrize(

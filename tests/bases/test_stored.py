@@ -7,6 +7,7 @@ import re
 import shutil
 import weakref
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from tests.bases.repacked import words, write_dense, write_packed
 from tests.laws.common import difference, noisy, tokens
-from tests.tiny import FAMILIES, tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 from tests.train.common import METHODS as VARIANTS
 from tests.train.common import run_file
 from trimtab.bases import fingerprint, fingerprint_folder, fingerprint_model
@@ -51,15 +53,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a tiny Qwen2, which has biases and a tied head, in bfloat16."""
-    folder = tmp_path_factory.mktemp("bases") / "dense"
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **{**FAMILIES["qwen2"], **WIDE}))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return write_dense(tmp_path_factory.mktemp("bases") / "dense", **WIDE)
 
 
 @pytest.fixture(scope="module")
@@ -327,12 +321,6 @@ def whole_numbers(W: Tensor, size: int, most: int = 15) -> tuple[Tensor, Tensor,
     return ((groups / scale.float()[..., None]).round() + zero[..., None]).clamp(0, most).flatten(1).long(), scale, zero.long()
 
 
-def eights(numbers: list[int], order: tuple[int, ...] = tuple(range(8)), bits: int = 4) -> int:
-    """Eight numbers of 4 bits, or four of 8, as an int32."""
-    value = sum(numbers[order[k]] << (bits * k) for k in range(32 // bits))
-    return value - 2**32 if value >= 2**31 else value
-
-
 def packed_by_loop(kind: str, W: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """(a layer's tensors as the format has them, the matrix that they hold)."""
     O, I = W.shape
@@ -348,30 +336,22 @@ def packed_by_loop(kind: str, W: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         codes, scales = W.float().to(torch.float8_e4m3fn), torch.rand(O, 1, generator=torch.Generator().manual_seed(O)) + 0.5
         return {"weight": codes, "weight_scale": scales}, codes.float() * scales
     bits = 8 if "8 bits" in kind else 4
-    per = 32 // bits
     code, scale, zero = whole_numbers(W, 32, 2**bits - 1)
     group = torch.arange(I) // 32
     if "in an order" in kind:
         group = group[torch.randperm(I, generator=torch.Generator().manual_seed(0))]
     held = (code - zero[:, group]) * scale.float()[:, group]
     if kind == "awq gemv":  # room for 32 groups, of which there are two to four
-        wide = torch.nn.functional.pad(zero, (0, 32 - zero.shape[1])).tolist()
-        rows = lambda m: torch.tensor([[eights(row[c : c + 8]) for c in range(0, len(row), 8)] for row in m])  # noqa: E731
-        tensors = {"qweight": rows(code.tolist()).int(), "qzeros": rows(wide).int()}
-        return tensors | {"scales": torch.nn.functional.pad(scale, (0, 32 - scale.shape[1]))}, held
+        scale, zero = (torch.nn.functional.pad(x, (0, 32 - x.shape[1])) for x in (scale, zero))
+        tensors = {n: torch.tensor([words(row) for row in m.tolist()]) for n, m in (("qweight", code), ("qzeros", zero))}
+        return {n: t.int() for n, t in tensors.items()} | {"scales": scale}, held
     if kind == "awq":
-        along_outputs = lambda m: torch.tensor([[eights(row[c : c + 8], AWQ_ORDER) for c in range(0, O, 8)] for row in m.T.tolist()])  # noqa: E731
-        tensors = {"qweight": along_outputs(code), "qzeros": along_outputs(zero)}
+        tensors = {n: torch.tensor([words(row, order=AWQ_ORDER) for row in m.T.tolist()]) for n, m in (("qweight", code), ("qzeros", zero))}
     else:
         less = 0 if kind == "gptq_v2" else 1
         tensors = {
-            "qweight": torch.tensor([[eights(code[o, r : r + per].tolist(), bits=bits) for o in range(O)] for r in range(0, I, per)]),
-            "qzeros": torch.tensor(
-                [
-                    [eights([(z - less) & (2**bits - 1) for z in row[c : c + per]], bits=bits) for c in range(0, O, per)]
-                    for row in zero.T.tolist()
-                ]
-            ),
+            "qweight": torch.tensor([words(row, bits) for row in code.tolist()]).T.contiguous(),
+            "qzeros": torch.tensor([words(row, bits) for row in ((zero.T - less) & (2**bits - 1)).tolist()]),
             "g_idx": group.int(),
         }
     return {n: t.to(torch.int32) for n, t in tensors.items()} | {"scales": scale.T.contiguous()}, held
@@ -391,19 +371,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
 def loops(kind: str, dense: Path) -> tuple[Path, dict[str, Tensor]]:
     """The dense base packed so: (its folder, the matrices)."""
     folder = dense.parent / f"loops-{kind.replace(' ', '-')}"
-    tensors, matrices = load_file(dense / "model.safetensors"), {}
-    for name in [n for n in tensors if n.endswith("proj.weight")]:
-        layer, matrices[name.removesuffix(".weight")] = packed_by_loop(kind, tensors.pop(name))
-        tensors |= {f"{name.removesuffix('weight')}{part}": t for part, t in layer.items()}
-    if not folder.exists():
-        shutil.copytree(dense, folder)
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        config = json.loads((folder / "config.json").read_text()) | {"quantization_config": SETTINGS[kind]}
-        (folder / "config.json").write_text(json.dumps(config))
-    return folder, matrices
+    return folder, write_packed(dense, folder, partial(packed_by_loop, kind), SETTINGS[kind])
 
 
 @pytest.mark.parametrize("kind", SETTINGS)

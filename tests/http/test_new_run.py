@@ -177,6 +177,11 @@ def test_what_is_wrong_with_rewards_and_a_teacher_is_told_at_their_fields(shown:
     assert told(objective="classify", classes=["a"])[0]["where"] == "variants.v.classes"
 
 
+def told_of(message: dict[str, Any]) -> str:
+    """What the process that reads rows answers."""
+    return json.dumps(answer(Answering(lambda text: None), json.dumps(message)))
+
+
 def test_files_outside_are_named_and_not_looked_into(shown: Shown, tmp_path: Path):
     (tmp_path / "secret.jsonl").write_text('{"s3cret": 1}\n')
     allowed = {"root": str(shown.runs.root), "allowed": [str(shown.runs.root)]}
@@ -186,7 +191,7 @@ def test_files_outside_are_named_and_not_looked_into(shown: Shown, tmp_path: Pat
         {"do": "guess", "path": "../secret.jsonl", "base": "b"},
         {"do": "check", "key": "k", "text": json.dumps(content)},
     ):
-        told = json.dumps(answer(Answering(lambda text: None), json.dumps(message | allowed)))
+        told = told_of(message | allowed)
         assert "outside of the folders" in told and "s3cret" not in told, message["do"]
 
 
@@ -207,10 +212,10 @@ def test_no_base_is_read_outside(shown: Shown, tmp_path: Path, monkeypatch: pyte
         {"do": "check", "key": "k", "text": json.dumps(content), "root": root},
         {"do": "open", "key": "k", "subject": f"{root}/tickets.jsonl", "base": base},
     ):
-        told = json.dumps(answer(Answering(lambda text: None), json.dumps(message | allowed)))
+        told = told_of(message | allowed)
         assert "outside of the folders" in told and "s3cret" not in told, message["do"]
         if message["do"] in ("form", "guess"):
-            assert "outside of" not in json.dumps(answer(Answering(lambda text: None), json.dumps(message | allowed | {"own": base})))
+            assert "outside of" not in told_of(message | allowed | {"own": base})
 
 
 @pytest.mark.parametrize("path", ["{}", "./secret", "../{}", "file://{}", "secret.py", "json"])
@@ -223,7 +228,7 @@ def test_no_path_is_read_as_a_dataset_of_the_hub(shown: Shown, tmp_path: Path, m
     allowed = {"root": str(shown.runs.root), "allowed": [str(shown.runs.root)]}
     content = {"base": "smollm2-135m-instruct", "out": "o", "data": {"s": {"train": path}}, "variants": {"v": {"method": "lora"}}}
     for message in ({"do": "guess", "path": path, "base": "b"}, {"do": "check", "key": "k", "text": json.dumps(content)}):
-        told = json.dumps(answer(Answering(lambda text: None), json.dumps(message | allowed)))
+        told = told_of(message | allowed)
         assert "s3cret" not in told and "without hf:" in told, told
 
 
