@@ -84,11 +84,15 @@ def _drawn(draw: random.Random, depth: int) -> str:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["K", "k", "\u212a", "s", "\u017f", "[a-k]", "[^\u0100-\u2fff]", "[^k]", "i", "\u0130", "\u00e9", "\u00c9"]
+    "pattern",
+    [
+        *("K", "k", "\u212a", "s", "\u017f", "[a-k]", "[^\u0100-\u2fff]", "[^k]", "i", "\u0130", "\u00e9", "\u00c9"),
+        *(r"\w", r"\W", r"\d", r"\D", r"\s", r"\S", r"[^\W\d]", r"\b", r"\B"),
+    ],
 )
 @pytest.mark.parametrize("flags", [re.IGNORECASE, re.IGNORECASE | re.ASCII, 0])
-def test_cases_of_a_character_are_those_of_re(pattern: str, flags: re.RegexFlag) -> None:
-    for text in "aAkK\u212asS\u017fiI\u0130\u0131\u00e9\u00c9":
+def test_cases_and_kinds_of_a_character_are_those_of_re(pattern: str, flags: re.RegexFlag) -> None:
+    for text in "aAkK\u212asS\u017fiI\u0130\u0131\u00e9\u00c95\u0663 \u2003\n":
         assert occurs(pattern, text, flags) is (re.search(pattern, text, flags) is not None), text
 
 
@@ -142,6 +146,19 @@ def test_repeats_in_one_another_are_followed_once_from_each_set(repeat: str, mon
     pattern = "(?:" * 18 + "a?" + (")" + repeat) * 18
     assert regex_problem(pattern) is None and not whole(pattern + "!", "a" * 50)
     assert count < 3000  # (1 + 2 ** 18 times without a memory)
+
+
+def test_a_repeat_that_adds_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, count = patterns._Text.ends, 0
+
+    def counted(*args: Any) -> int:
+        nonlocal count
+        count += 1
+        return ends(*args)
+
+    monkeypatch.setattr(patterns._Text, "ends", counted)
+    assert not whole("(?:a?){20000}!", "a" * 50) and whole("(?:ab?){20000,}|(?:b?a?){20000}", "ab" * 25)
+    assert count < 1000
 
 
 def test_a_table_with_an_entry_for_each_module_is_left_to_re(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from trimtab.errors import BaseError
 from trimtab.model import load_base
 
 Q = "model.layers.0.self_attn.q_proj"
+GROUP, BLOCK = {"strategy": "group", "group_size": 8}, {"strategy": "block", "block_structure": [4, 4]}
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "int4": ("pack-quantized", INT4),
@@ -131,14 +132,17 @@ def test_tensors_that_do_not_fit(case: str, change: Any, settings: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("weights", "said"),
+    ("case", "weights", "said"),
     [
-        (INT4 | {"group_size": 40}, r"group_size = 40 does not divide the (64|96) inputs"),
-        (INT4 | {"num_bits": 8}, r"weight_packed is \[\d+, (8|12)\] int32 where \[\d+, (16|24)\]"),
+        ("int4", INT4 | {"group_size": 40}, r"group_size = 40 does not divide the (64|96) inputs"),
+        ("int4", INT4 | {"num_bits": 8}, r"weight_packed is \[\d+, (8|12)\] int32 where \[\d+, (16|24)\]"),
+        ("int8", INT4, "num_bits 4 are not read unless they are packed, only those with 8"),
+        ("int8", {"num_bits": 8, "type": "int"} | BLOCK, "int8 weights with strategy 'block' are not read"),
+        ("fp8", {"num_bits": 8, "type": "float"} | BLOCK | {"block_structure": [0, 4]}, "two numbers above 0"),
     ],
 )
-def test_weights_that_are_declared_wrongly(weights: dict[str, Any], said: str, dense: Path, tmp_path: Path) -> None:
-    written("int4", dense, tmp_path / "wrong", config_groups={"group_0": {"weights": weights}})
+def test_weights_that_are_declared_wrongly(case: str, weights: dict[str, Any], said: str, dense: Path, tmp_path: Path) -> None:
+    written(case, dense, tmp_path / "wrong", config_groups={"group_0": {"weights": weights}})
     with pytest.raises(BaseError, match="packed weights of the base in") as refusal:
         load_base(str(tmp_path / "wrong"))
     assert len(refusal.value.problems) == 7 and all(re.search(said, p) for p in refusal.value.problems), refusal.value.problems
@@ -191,9 +195,6 @@ def test_ways_that_are_not_read(settings: dict[str, Any], said: str, dense: Path
         with pytest.raises(BaseError, match="quantised by compressed-tensors in a way that trimtab does not read") as refusal:
             reads(str(tmp_path / "other"))
         assert any(said in problem for problem in refusal.value.problems) and "quantize: nf4" in refusal.value.fix
-
-
-GROUP, BLOCK = {"strategy": "group", "group_size": 8}, {"strategy": "block", "block_structure": [4, 4]}
 
 
 @pytest.mark.parametrize(("kind", "strategy"), [("int", GROUP), ("float", GROUP), ("float", BLOCK)])
