@@ -154,3 +154,20 @@ def test_texts_without_tokens_are_dropped():
     assert all(isinstance(e, Dropped) and e.reason.startswith("empty") for e in empty[:3]) and isinstance(empty[3], Example)
     with pytest.raises(DataError, match="cannot be scored: empty"):
         read_ids(tokenizer, "")
+
+
+@pytest.mark.parametrize("text", ["caf\udce9", "<|im_end|>\ud83d"])
+def test_texts_that_are_not_unicode_are_not_scored(text: str):
+    """As the command line gives bytes that are not UTF-8, in every place."""
+    tokenizer, said = tiny_tokenizer(), [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    rows = (
+        {"text": text},
+        {"text": "a", "prompt": text},
+        {"text": text, "prompt": "a"},
+        {"text": "a", "steps": ["a", text]},
+        {"messages": said},
+    )
+    for row in rows:
+        with pytest.raises(DataError, match=r"cannot be scored: not U(TF-8: byte 0xe9|nicode: lone surrogate U\+D83D)"):
+            read_ids(tokenizer, **row)
+    assert len(read_ids(tokenizer, "caf\x1b")[0]) == 4, "a terminal's codes are text here"

@@ -217,3 +217,11 @@ def test_what_is_no_value_is_an_error_with_its_line(tmp_path: Path, text: str, w
 def test_a_step_of_more_rows_than_anybody_has_is_refused() -> None:
     with pytest.raises(ValidationError, match="gradient_accumulation_steps"):
         TrainOptions(gradient_accumulation_steps=10**30)
+
+
+@pytest.mark.parametrize("part", [math.inf, -math.inf, math.nan, 0, 1.5])
+def test_a_part_to_hold_out_that_is_none_is_said(part: float) -> None:
+    for data in ({"train": "a.jsonl", "split": part}, {"train": {"path": "a.jsonl", "split": part}}):
+        content = {"base": "x", "out": "o", "data": {"d": data}, "variants": {"v": {"data": "d", "method": "lora"}}}
+        with pytest.raises(ConfigError, match="not a part of the rows between 0 and 1, nor a number of them"):
+            RunConfig.from_dict(content)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from trimtab.bases.control_tokens import SPELT
 from trimtab.bases.template import Message, Template
-from trimtab.bases.tool_turns import BadRow
+from trimtab.bases.tool_turns import BadRow, texts_in
+from trimtab.data.characters import bad_character
 from trimtab.data.encode import STEP_END, encode_row
 from trimtab.data.examples import Example
 from trimtab.data.labels import UNLIMITED
 from trimtab.data.render import render
 from trimtab.data.rows import Row
 from trimtab.errors import DataError
+
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_ids(
@@ -38,6 +42,9 @@ def read_ids(
         row = Row(where, prompt=prompt, completion=text, read=())
     else:
         row = Row(where, text=text, read=tuple(steps))
+    given = (row.text, row.prompt, row.completion, row.messages, row.read)
+    if bad := next((text for text in texts_in(given) if SURROGATE.search(text)), None):  # no tokenizer takes them
+        raise DataError(f"{where} cannot be scored: {bad_character(bad)}", fix="send it as UTF-8")
     found = encode_row(row, tokenizer, UNLIMITED)
     if isinstance(found, Example):
         return found.ids.tolist(), found.supervised.nonzero()[0].tolist()

@@ -109,7 +109,7 @@ def part_problem(part: Any) -> str:
     """What is wrong with a number of rows to hold out; "" where nothing is."""
     if isinstance(part, bool) or not isinstance(part, int | float):
         return "neither a hub dataset's split nor a number"
-    right = 0 < part < 1 or (part >= 1 and part == int(part) and part < math.inf)
+    right = 0 < part < 1 or (1 <= part < math.inf and part == int(part))
     return "" if right else "not a part of the rows between 0 and 1, nor a number of them"
 
 
