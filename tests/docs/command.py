@@ -49,7 +49,7 @@ def rewritten(arguments: list[str]) -> list[str]:
     added = []
     base, steps = os.environ.get("TEST_BASE"), os.environ.get("TEST_STEPS")
     options = {o for p in command.params for o in p.opts}
-    if base and "--base" in options and "--base" not in arguments and command.name not in ("init", "export"):
+    if base and "--base" in options and "--base" not in arguments and command.name != "init":
         added += ["--base", base]
     if steps and command.name == "train" and "defaults:" in Path(rest[0]).read_text(encoding="utf-8"):
         added += ["--set", f"defaults.max_steps={steps}"]

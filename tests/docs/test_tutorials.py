@@ -36,7 +36,7 @@ SAID = {
         r"changed finance: 8 answers",
     ],
     "how-to/rewards.md": [r"near of the own answers of 4 rows: 1, 1, 1, 1"],
-    "how-to/move.md": [r"sample_packing: True"],
+    "how-to/move.md": [r"sample_packing: True", r"\['default'\] on llama"],
     "reference/files.md": [r"2 answers, 0 of them failed"],
 }
 """What a page's commands print, where that is what the page is about."""

@@ -229,4 +229,4 @@ def test_a_run_says_that_it_scores_only_where_there_are_test_rows(tmp_path: Path
         content["data"] = {"a": {"train": "a.jsonl"}}
     report = train(RunConfig.from_dict(content, root=tmp_path), base=tiny_base(), listener=Ear())
     assert ("scoring on held-out rows" in said) == tested == ("loss" in report.table().headings)
-    assert ("no `test` rows: nothing to score" in said) != tested
+    assert ("no `test` rows, so nothing is scored" in said) != tested

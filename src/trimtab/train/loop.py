@@ -197,7 +197,7 @@ def _conclude(
     if after != before:
         raise _changed(run, before, after)
     with keeper.explained():
-        listener.status("scoring on held-out rows" if tests else "no `test` rows: nothing to score")
+        listener.status("scoring on held-out rows" if tests else "no `test` rows, so nothing is scored")
         with keeper.within_memory("scoring on held-out rows"):
             scored = evaluate(prepared, adapters, lost, tests, rewarded, listener)
 
