@@ -31,6 +31,7 @@ def compare(runs: tuple[str, ...], by: str | None, html: Path | None, as_json: b
     Example:
       trimtab compare examples/runs/desks examples/runs/halyard --by exact_match --html compare.html
 
+    `s` is a variant's share of the run's time, `peak GB` the memory of the whole run.
     A run that has not finished is shown as far as it has come. Runs on different bases or rows are said not to be comparable.
     """
     from trimtab.train.comparison import compare as compare_runs
