@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -87,6 +88,16 @@ def test_no_screen_stands_below_the_form_that_wants_a_key(chromium: Any, town: S
     page.get_by_label("acme/support", exact=True).wait_for()
     visit.context.close()
     assert visit.wrong and all("401" in told for told in visit.wrong), visit.wrong
+
+
+def test_an_adapter_may_be_called_constructor(chromium: Any, tmp_path: Path):
+    """Every object has something under that name: it is no answer."""
+    folder = stirred(base_of(), LoraConfig(r=4), seed=1).save(tmp_path / "adapter")
+    with site(Asked(adapters={"constructor": str(folder)})) as made, serving(made.app) as url, Visit(chromium, url) as page:
+        page.get_by_label("constructor", exact=True).check()
+        column(page, "constructor").get_by_text("No answer yet.").wait_for()
+        ask(page, "hello there")
+        column(page, "constructor").get_by_text("ended: length").wait_for()
 
 
 def test_answers_side_by_side_are_those_of_the_routes(chromium: Any, local: Served):
