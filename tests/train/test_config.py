@@ -18,6 +18,7 @@ from trimtab.data.sources import peek_source
 from trimtab.errors import BaseError, ConfigError, DataError
 from trimtab.methods import LoraConfig
 from trimtab.train import RunConfig
+from trimtab.train.beginning import Beginner
 from trimtab.train.changes import with_changes
 from trimtab.train.clone import changes_of
 from trimtab.train.options import TrainOptions
@@ -200,6 +201,8 @@ def test_a_run_file_that_is_not_there_is_named_once(tmp_path: Path) -> None:
         ("[" * 9000, "nested too deeply"),
         ("{a: " * 9000, "nested too deeply"),
         ("- " * 9000, "nested too deeply"),
+        ('"\\U00110000"', "0x110000"),
+        ('"\\UFFFFFFFF"', "too large"),
     ],
 )
 def test_what_is_no_value_is_an_error_with_its_line(tmp_path: Path, text: str, word: str) -> None:
@@ -225,3 +228,13 @@ def test_a_part_to_hold_out_that_is_none_is_said(part: float) -> None:
         content = {"base": "x", "out": "o", "data": {"d": data}, "variants": {"v": {"data": "d", "method": "lora"}}}
         with pytest.raises(ConfigError, match="not a part of the rows between 0 and 1, nor a number of them"):
             RunConfig.from_dict(content)
+
+
+@pytest.mark.parametrize("text", ['base: "\\U00110000"', 'base: "\\UFFFFFFFF"', f"%YAML 1.{'1' * 5000}\n--- a"])
+def test_what_yaml_cannot_scan_hides_no_run_file(text: str, tmp_path: Path) -> None:
+    """The scanner's error is Python's own, and the page looks into each YAML file below its folder."""
+    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "b.yaml").write_text("{base: x, out: o, data: {}, variants: {}}")
+    assert Beginner(tmp_path).files() == ["b.yaml"]
+    with pytest.raises(ConfigError, match=r"a\.yaml is not YAML"):
+        read_yaml(tmp_path / "a.yaml", "run file")

@@ -7,7 +7,7 @@ import re
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,24 @@ def read_yaml(path: Path, what: str) -> Any:
 
 def read_value(text: str) -> Any:
     """One value as a run file would have it: `1e-3` is a number. yaml.YAMLError, with the line, where it is none: nothing else."""
-    return yaml.load(text, Loader=_UniqueKeys)
+    return _read(text, _UniqueKeys.get_single_data)
 
 
 def outer_keys(text: str) -> set[str]:
     """The keys of the outermost mapping, without building what it holds; none where it is no mapping. yaml.YAMLError."""
-    node = yaml.compose(text, Loader=_UniqueKeys)
+    node = _read(text, _UniqueKeys.get_single_node)
     return {str(key.value) for key, _ in node.value} if isinstance(node, yaml.MappingNode) else set()
+
+
+def _read(text: str, part: Callable[[_UniqueKeys], Any]) -> Any:
+    """What is read of a text, whose scanner has errors of Python's own: for "\\U00110000", or a %YAML of 5,000 digits."""
+    loader = _UniqueKeys(text)
+    try:
+        return part(loader)
+    except (ValueError, OverflowError) as error:
+        raise yaml.scanner.ScannerError(None, None, str(error), loader.get_mark()) from None
+    finally:
+        loader.dispose()
 
 
 _SHORT = reprlib.Repr()
