@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -170,3 +171,42 @@ exact = a.double().numpy() @ a.double().numpy().T
 print(quiet[0], crowded[0], quiet[1] == crowded[1], numpy.abs((a @ a.T).numpy() - exact).max() < 1e-2)
 """
     assert told(tmp_path, steps) == "0 1 True True\n"
+
+
+FILTERED = """
+import ctypes, platform, struct
+number = {"x86_64": 314, "aarch64": 274}[platform.machine()]  # sched_setattr
+steps = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (6, 0, 0, ANSWER), (6, 0, 0, 0x7FFF0000)]  # load it, compare, answer so, else allow
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+given = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(code)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # no new privileges
+print("filtered" if libc.prctl(22, 2, given, 0, 0) == 0 else "no filter")
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="the number of the system call is not known")
+@pytest.mark.parametrize("answer", ["0x80000000", "0x00000000", "0x00050001"], ids=["the process ends", "the thread ends", "refused"])
+def test_a_filter_of_system_calls_that_ends_who_asks_for_turns(answer: str, tmp_path: Path) -> None:
+    """As systemd's `SystemCallFilter=~@resources` does, and containers' filters, which refuse it. The threads are parked all the same."""
+    steps = f"""
+torch.set_num_threads(1)
+library = native.load()[0]
+before = threads()
+{FILTERED.replace("ANSWER", answer)}
+say(1)
+library.crowd_watch(loads.encode(), ctypes.c_int64(cores))
+print(seen(0))
+say(cores + 10)
+print(seen(1), settled(before + 3))
+say(1)
+print(seen(0), settled(before + 1))
+try:
+    print(os.waitpid(-1, os.WNOHANG))
+except ChildProcessError:
+    print("no child is left")
+"""
+    first, *lines = told(tmp_path, steps).splitlines()
+    if first == "no filter":
+        pytest.skip("this system has no filters of system calls")
+    assert lines == ["0", "1 0", "0 0", "no child is left"]

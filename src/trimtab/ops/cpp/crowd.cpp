@@ -13,12 +13,15 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
@@ -124,6 +127,24 @@ struct Attributes {
     uint64_t runtime, deadline, period;
 };
 
+// Whether asking is safe. A filter of system calls may end who asks, as systemd's SystemCallFilter=~@resources does: where there is one, a
+// child asks first. It is made without the C library, whose handlers of forks stop other libraries' threads, and does nothing else.
+bool may_ask() {
+    if (prctl(PR_GET_SECCOMP, 0, 0, 0, 0) == 0) return true;
+    const long child = syscall(SYS_clone, 0, 0, 0, 0, 0);
+    if (child == 0) {
+        prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);  // no core file
+        Attributes a{};
+        if (syscall(SYS_sched_getattr, 0, &a, sizeof(a), 0) == 0) a.size = sizeof(a), syscall(SYS_sched_setattr, 0, &a, 0);
+        for (;;) syscall(SYS_exit_group, 0);
+    }
+    int status = 0;
+    pid_t found;
+    do found = child > 0 ? waitpid(pid_t(child), &status, __WALL) : -1;
+    while (found < 0 && child > 0 && errno == EINTR);
+    return found == child && status == 0;
+}
+
 // Ask for turns of so many nanoseconds for every thread of this process; 0: as long as the kernel likes. Threads that they start have the
 // same. Linux before 6.12 does not listen.
 void ask_for_turns(uint64_t nanoseconds) {
@@ -140,11 +161,11 @@ void ask_for_turns(uint64_t nanoseconds) {
     closedir(threads);
 }
 
-void set_crowded(bool crowded, int threads) {
+void set_crowded(bool crowded, int threads, bool asks) {
     std::lock_guard<std::mutex> lock(parking->mutex);
     if (parking->crowded == crowded) return;
     parking->crowded = crowded;
-    ask_for_turns(crowded ? TURN_NS : 0);
+    if (asks) ask_for_turns(crowded ? TURN_NS : 0);
     if (!crowded) return parking->over.notify_all();
     start(park, new Parked{threads, ++parking->times});
 }
@@ -154,6 +175,7 @@ void* watch(void* given) {
     delete (Watched*)given;
     double wanted[SAMPLES], wall[SAMPLES], cpu[SAMPLES];
     bool crowded = false, told = false;
+    const bool asks = may_ask();  // at the beginning, when this process is still small
     long pause = WORKING_MS;
     for (int64_t i = 0;; i++) {
         const timespec time{0, pause * 1000000};
@@ -162,7 +184,7 @@ void* watch(void* given) {
         wanted[at] = runnable(watched.loads), wall[at] = seconds(CLOCK_MONOTONIC), cpu[at] = seconds(CLOCK_PROCESS_CPUTIME_ID);
         if (wanted[at] < 0) {  // no file can be opened just now, say: nothing is known until there are enough looks again
             if (!told) return nullptr;
-            set_crowded(crowded = false, 0);
+            set_crowded(crowded = false, 0, asks);
             i = -1, pause = RESTING_MS;
             continue;
         }
@@ -178,7 +200,7 @@ void* watch(void* given) {
         const double others = std::max(0.0, sum / SAMPLES - used - std::max(0.0, all - cores));
         crowded = others + double(watched.threads) - cores > (crowded ? LEAVE : ENTER);
         // one thread of those that park is there already, and the others make them more than the cores
-        set_crowded(crowded, std::max(2, int(int64_t(cores) - watched.threads) + 2));
+        set_crowded(crowded, std::max(2, int(int64_t(cores) - watched.threads) + 2), asks);
         pause = used < WORKING ? RESTING_MS : WORKING_MS;
     }
 }
