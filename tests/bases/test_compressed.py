@@ -232,3 +232,17 @@ def test_weights_that_leave_their_bits_out_have_8() -> None:
     tensors = {"weight": torch.full((8, 16), -3, dtype=torch.int8), "weight_scale": torch.full((8, 1), 0.5)}
     layer = read(tensors, (8, 16), None, torch.float32, {"config_groups": {"all": {"weights": scheme}}})
     assert torch.equal(layer(torch.eye(16)), torch.full((16, 8), -1.5))
+
+
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_groups_in_an_order_are_not_read_as_consecutive_ones(kind: str) -> None:
+    """Of weights that are not packed. One that says what holds without it is none."""
+    codes = torch.ones(8, 16).to(torch.int8 if kind == "int" else torch.float8_e4m3fn)
+    tensors = {"weight": codes, "weight_scale": torch.tensor([[1.0, 2.0]]).repeat(8, 1)}
+    settings = {"config_groups": {"all": {"weights": {"num_bits": 8, "type": kind, "symmetric": True, **GROUP}}}}
+    group = torch.arange(16) // 8
+    for same in (group.int(), torch.full((16,), -1)):
+        layer = read(tensors | {"weight_g_idx": same}, (8, 16), None, torch.float32, settings)
+        assert torch.equal(layer(torch.eye(16))[:, 0], group + 1.0)
+    with pytest.raises(ValueError, match="weight_g_idx says that groups are not consecutive"):
+        read(tensors | {"weight_g_idx": group.flip(0)}, (8, 16), None, torch.float32, settings)

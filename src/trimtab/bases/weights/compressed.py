@@ -162,6 +162,8 @@ def _read_one(
         return _read_packed(tensors, shape, bias, dtype, scheme)
     if bits != 8 or kind not in ("int", "float"):
         raise ValueError(f"weights of type {kind!r} with num_bits {bits!r} are not read unless they are packed, only those with 8")
+    if "weight_g_idx" in tensors and not _consecutive(tensors["weight_g_idx"], _groups(scheme, shape)[0]):
+        raise ValueError("weight_g_idx says that groups are not consecutive, which is read of packed weights alone")
     if kind == "float":
         return read_float(tensors, shape, bias, dtype, _block(scheme, shape) if strategy in ("block", "group") else None)
     if strategy == "block":
@@ -232,6 +234,12 @@ def _groups(scheme: Mapping[str, Any], shape: tuple[int, int]) -> tuple[int, tup
     if I % 2 or I % size:
         raise ValueError(f"group_size = {size} does not divide the {I} inputs")
     return size, (O, I // size)
+
+
+def _consecutive(g_idx: Tensor, size: int) -> bool:
+    """Whether inputs have the groups that they would have without it; -1 throughout: as without it."""
+    flat = g_idx.flatten().long()
+    return bool((flat == -1).all()) or torch.equal(flat, torch.arange(flat.numel()) // size)
 
 
 def _block(scheme: Mapping[str, Any], shape: tuple[int, int]) -> tuple[int, int]:
