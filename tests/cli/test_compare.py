@@ -48,6 +48,17 @@ def test_the_table(two: list[Path]) -> None:
     assert "note" not in result.output
 
 
+def test_the_base_stands_last_with_its_own_scores(two: list[Path]) -> None:
+    assert next(line for line in reversed(call(*two).output.splitlines()) if line.strip()).split()[:4] == ["base", "–", "3.000", "10.0"]
+    file = two[0] / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["base_scores"]["a"]["exact_match"] = 7.0
+    file.write_text(json.dumps(summary))
+    rows = {line.split()[0]: line for line in call(*two).output.splitlines() if "/base" in line}
+    assert list(rows) == ["first/base", "second/base"]
+    assert " 7.0 " in rows["first/base"] and " 7.0 " not in rows["second/base"]
+
+
 @pytest.mark.parametrize(
     ("by", "expected"),
     [

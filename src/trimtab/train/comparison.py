@@ -9,7 +9,7 @@ from typing import Any
 
 from trimtab.errors import ConfigError, nearest
 from trimtab.tables import Cell, Table
-from trimtab.train.past import LOWER_IS_BETTER, PERCENT, PastVariant, doubts, read_runs, title
+from trimtab.train.past import LOWER_IS_BETTER, PERCENT, PastVariant, doubts, numbers, read_runs, title
 
 COSTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "train_loss": ("train loss", "{:.3f}".format),
@@ -38,7 +38,7 @@ class Comparison:
         return {"sorted_by": self.by, "notes": list(self.notes), "variants": list(self.variants), "base_scores": self.base_scores}
 
     def tables(self) -> list[Table]:
-        """One for each data set. Only fields are shown in which its variants of one method differ."""
+        """One for each data set, the base's own scores last. Only fields are shown in which its variants of one method differ."""
         return [self._table(data) for data in dict.fromkeys(r["data"] for r in self.variants)]
 
     def _table(self, data: str) -> Table:
@@ -51,7 +51,15 @@ class Comparison:
             name = f"{r['run']}/{r['variant']}" + (" (stopped)" if r["stopped"] else "" if r["finished"] else " (not finished)")
             costs = [form(r[k]) if r[k] is not None else "–" for k, (_, form) in COSTS.items()]
             cells.append([name, r["method"] or "–", *(_score(s, r["scores"].get(s)) for s in measured), *costs, _differing(r, rows)])
+        for name, scores in self._bases(data):
+            cells.append([name, "–", *(_score(s, scores.get(s)) for s in measured), *["–"] * len(COSTS), ""])
         return Table(f"{data}, by {title(self.by)}", headings, cells, frozenset(("run/variant", "method", "differs in")))
+
+    def _bases(self, data: str) -> list[tuple[str, dict[str, float]]]:
+        """What the base itself scores on a data set: one row, or one for each run where the runs have measured different scores."""
+        scored = {run: found for run, of_data in self.base_scores.items() if (found := numbers(of_data.get(data)))}
+        one = len({tuple(sorted(found.items())) for found in scored.values()}) == 1
+        return [("base", next(iter(scored.values())))] if one else [(f"{run}/base", found) for run, found in scored.items()]
 
     def __str__(self) -> str:
         return "\n\n".join([*map(str, self.tables()), *(f"note: {n}" for n in self.notes)])
