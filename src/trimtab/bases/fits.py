@@ -11,6 +11,7 @@ import torch
 
 from trimtab.bases.folder import read_header, read_json, weight_files
 from trimtab.bases.recipes import BITS, SMALLEST
+from trimtab.bases.stored_formats import in_an_order
 from trimtab.memory import OutOfMemory, free_bytes, obtainable_bytes
 from trimtab.places.shards import Shards
 
@@ -19,6 +20,7 @@ STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 CHOICES = ("bfloat16", "float16")
 PACKED = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".scales", ".weight_scale_inv", ".weight_scale")
 """Ends of names of floating-point tensors that belong to packed weights, and are not converted."""
+CODES = (".qweight", ".weight_packed")
 IN_A_LAYER = re.compile(r"\.\d+\..*weight$")
 """Names of weights inside a list of layers, where those are that are packed."""
 IN_EXPERTS = re.compile(r"(.*?\.\d+\.)(?:.*\.)?experts\.")
@@ -37,7 +39,9 @@ def weight_bytes(folder: Path, dtype: torch.dtype | str, quantize: str | None = 
     they need not fit into memory at once; weights that are converted or put together do.
     """
     tensors, config = [t for file in weight_files(folder) for t in read_header(file)], read_json(folder / "config.json")
-    as_they_are = PACKED if config.get("quantization_config") else ()
+    settings = config.get("quantization_config") or {}
+    as_they_are, ordered = PACKED if settings else (), in_an_order(settings)
+    bits = 4 if settings.get("bits", 4) != 8 else 8
     if dtype == "auto":
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), "auto")
     whole = own = 0
@@ -45,7 +49,9 @@ def weight_bytes(folder: Path, dtype: torch.dtype | str, quantize: str | None = 
         stored, made = STORED.get(t.dtype), EXPERT.search(t.name) is not None
         size = t.stop - t.start
         experts = len(t.shape) == 3 and re.search(r"\.\d+\.", t.name) is not None
-        if quantize is not None and (experts or (len(t.shape) == 2 and IN_A_LAYER.search(t.name))):
+        if made and ordered and t.dtype == "I32" and t.name.endswith(CODES):
+            size = math.prod(t.shape) * 32 // bits * (dtype.itemsize if isinstance(dtype, torch.dtype) else 2)
+        elif quantize is not None and (experts or (len(t.shape) == 2 and IN_A_LAYER.search(t.name))):
             size, made = int(math.prod(t.shape) * BITS[quantize] / 8), True
         elif stored is not None and not t.name.endswith(as_they_are) and isinstance(dtype, torch.dtype) and dtype != stored:
             size, made = math.prod(t.shape) * dtype.itemsize, True

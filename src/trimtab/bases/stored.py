@@ -7,7 +7,7 @@ dense matrix is ever made there. The packed tensors are mapped from the files; a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trimtab.bases.folder import read_header, weight_files
+from trimtab.bases.pieces import Names, Pieces, put_together
 from trimtab.bases.sharding import matrices_in, parts_of, shard
 from trimtab.bases.stored_formats import STORED, method_of
 from trimtab.bases.structure import read_spec
-from trimtab.bases.weights.experts import parameters_of_experts, put_experts
+from trimtab.bases.weights.experts import parameters_of_experts, put_dense, put_experts
 from trimtab.bases.weights.packed import KINDS, PackedLinear
 from trimtab.errors import BaseError, first_of
 from trimtab.memory import release_files, release_freed, release_mapped
@@ -52,6 +53,7 @@ class Packing:
     ):
         self._with_experts, self._by_layer = experts, by_layer
         self._made: dict[str, PackedLinear] = {}
+        self._routers: dict[str, tuple[int, int]] = {}
         self.folder, self.dtype, self.settings, self.quantize = folder, dtype, settings, quantize
         self.stored = None if settings is None else STORED[method_of(settings)]
         self._renamed = renamed
@@ -63,14 +65,36 @@ class Packing:
             self._by_layer.prepare(model)
         self._names = {self._named(name, model): name for name in self._tensors}
         experts = parameters_of_experts(model)
+        self._find_modules(model, set(experts))
         self._experts = list(experts)
         self._quantized = set(experts) if self.quantize is not None and self._with_experts else set[str]()
         for name in list(self._chosen(model, set(experts))):
             if name in experts:
                 module, own = experts[name]
                 put_experts(module, own, _Waiting.for_experts(module, own))
+            elif name in self._routers:
+                self._routers[name] = tuple(model.get_parameter(f"{name}.weight").shape)
+                put_dense(model.get_submodule(name), "weight", None)
             else:
                 model.set_submodule(name, _Waiting.of(model.get_submodule(name)))
+
+    def _find_modules(self, model: Any, experts: set[str]) -> None:
+        """Sort the files' tensors by module, and find what the model calls those that are packed."""
+        self._own: dict[str, dict[str, str]] = {}
+        self._pieces: dict[str, Pieces] = {}
+        if self.stored is None or self.stored.experts:
+            return
+        names = Names(model, dict(self._renamed))
+        marked = {n.removesuffix(mark) for n in self._tensors for mark in self.stored.marks if n.endswith(mark)}
+        dense = {n.removesuffix(".weight") for n in self._tensors if n.endswith(".weight")}
+        for name in self._tensors:
+            if (module := next((m for m in _above(name) if m in marked or m in dense), None)) is not None:
+                self._own.setdefault(module, {})[name.removeprefix(f"{module}.")] = name
+        pieces = names.pieces(marked | dense, experts)
+        self._pieces = {n: p for n, p in pieces.items() if not marked.isdisjoint(p.at.values())}
+        one_by_one = {at for p in self._pieces.values() for at in p.at.values()}
+        self._marked = {names.module(n): n for n in marked - one_by_one}
+        self._marked_pieces = marked & one_by_one
 
     def packs(self, parameter: str) -> bool:
         """Whether this parameter of experts is quantised once transformers has read it."""
@@ -106,20 +130,30 @@ class Packing:
                 if not isinstance(module, _Waiting):
                     continue
                 try:
-                    packed = self._made.pop(name) if name in self._made else self._packed(name, module, tensor)
-                    packed.experts = module.experts
-                    model.set_submodule(name, packed)
+                    if (pieces := self._pieces.get(name)) is not None:
+                        self._put_together(model, name, module, pieces, tensor)
+                    else:
+                        packed = self._made.pop(name) if name in self._made else self._packed(name, module, tensor)
+                        packed.experts = module.experts
+                        model.set_submodule(name, packed)
                     if self._by_layer is not None:
                         self._by_layer.reached(name)
                 except ValueError as error:
                     problems.append(f"{name}: {error}")
-        if self.quantize is not None:
+            for name, shape in self._routers.items():
+                try:
+                    layer = self._read(self._own[self._marked[name]], shape, None, tensor)
+                    put_dense(model.get_submodule(name), "weight", KINDS[layer.form](layer).dense())
+                except ValueError as error:
+                    problems.append(f"{name}: {error}")
+        if self.quantize is not None or self._pieces:
             release_freed()
         for name in self._experts:  # in the order of the class's parameters, which is in the names of peft's files
             at, _, own = name.rpartition(".")
-            parts = model.get_submodule(at)._modules
-            if own in parts:
-                parts[own] = parts.pop(own)
+            module = model.get_submodule(at)
+            for parts in [module._modules, *([module._parameters] if name in self._pieces else [])]:
+                if own in parts:
+                    parts[own] = parts.pop(own)
         if problems:
             raise BaseError(
                 f"packed weights of the base in {self.folder} cannot be read",
@@ -137,29 +171,58 @@ class Packing:
             made = KINDS[self.quantize].of_matrix(weight.to(self.dtype), waiting.bias, self.dtype)
             release_mapped(weight.data_ptr(), weight.nbytes)
             return made
-        assert self.settings is not None
-        before = f"{name}_" if self.stored.experts else f"{name}."
-        own = {n.removeprefix(before): stored for n, stored in self._names.items() if n.startswith(before)}
-        lost = waiting.bias is None and "bias" in own and not self.stored.experts  # experts' biases are parameters of their own
-        if lost and bool(tensor(own["bias"]).any()):  # GPTQ's programs write one of zeros everywhere
+        if self.stored.experts:
+            own = {n.removeprefix(f"{name}_"): stored for n, stored in self._names.items() if n.startswith(f"{name}_")}
+            own.pop("bias", None)  # experts' biases are parameters of their own
+        else:
+            own = self._own[self._marked[name]]
+        return self._read(own, shape, waiting.bias, tensor, waiting.experts)
+
+    def _read(
+        self, own: Mapping[str, str], shape: tuple[int, int], bias: Tensor | None, tensor: Callable[[str], Tensor], experts: int = 0
+    ) -> PackedLinear:
+        """A packed layer. own: its tensors' names after the module's -> in the files."""
+        assert self.stored is not None and self.settings is not None
+        if bias is None and "bias" in own and bool(tensor(own["bias"]).any()):  # GPTQ's programs write one of zeros everywhere
             raise ValueError("bias is not zero, and the model has no place for it")
-        settings = {**self.settings, "experts": waiting.experts}
-        return self.stored.read({n: tensor(s) for n, s in own.items() if n != "bias"}, shape, waiting.bias, self.dtype, settings)
+        settings = {**self.settings, "experts": experts}
+        return self.stored.read({n: tensor(s) for n, s in own.items() if n != "bias"}, shape, bias, self.dtype, settings)
+
+    def _put_together(self, model: Any, name: str, waiting: _Waiting, pieces: Pieces, tensor: Callable[[str], Tensor]) -> None:
+        def read(at: str, shape: tuple[int, int]) -> PackedLinear | Tensor:
+            own = self._own[at]
+            try:
+                if at in self._marked_pieces:
+                    return self._read(own, shape, None, tensor)
+                if tuple((weight := tensor(own["weight"])).shape) != shape:
+                    raise ValueError(f"weight is {list(weight.shape)} where {list(shape)} belongs")
+            except ValueError as error:
+                raise ValueError(f"{at}: {error}") from error
+            return weight.to(self.dtype)
+
+        at, _, parameter = name.rpartition(".")
+        sides = waiting.experts, waiting.out_features // waiting.experts, waiting.in_features
+        put_together(model.get_submodule(at), parameter, sides, pieces, read)
+        release_files(weight_files(self.folder))
 
     def _chosen(self, model: Any, experts: set[str]) -> Iterable[str]:
         """The linear layers, or parameters of experts, that the files have packed; or the linear layers of the decoder layers, but for
         routers, where they are quantised here."""
         head = model.get_output_embeddings()
         if self.stored is not None:
-            marked = {n.removesuffix(mark) for n in self._names for mark in self.stored.marks if n.endswith(mark)}
-            linear = experts if self.stored.experts else {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            if self.stored.experts:
+                marked, linear = {n.removesuffix(mark) for n in self._names for mark in self.stored.marks if n.endswith(mark)}, experts
+            else:
+                marked, linear = set(self._marked), {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+                self._routers = dict.fromkeys(_routers(model, marked - linear), (0, 0))
+                linear |= self._routers.keys()
             if strange := sorted(marked - linear):
                 raise BaseError(
                     f"the base in {self.folder} has packed weights where its model has no linear layer: {', '.join(strange[:5])}",
                     fix="use a base whose linear layers alone are quantised, or the dense one with `quantize: nf4`",
                 )
             self._refuse_bare(model, marked)
-            return sorted(marked)
+            return sorted([*marked, *self._pieces])
         routers = {f"{n}.{c}" for n, m in model.named_modules() if hasattr(m, "experts") for c, _ in m.named_children()}
         for block, count in {n.rsplit(".", 2)[0]: len(model.get_parameter(n)) for n in experts}.items():  # some lie deeper
             inside = model.get_submodule(block).named_modules(prefix=block)
@@ -187,6 +250,29 @@ class Packing:
         prefix = model.base_model_prefix
         inside = hasattr(model, prefix) and not hasattr(model, name.split(".")[0])
         return f"{prefix}.{name}" if inside else name
+
+
+def _routers(model: Any, names: set[str]) -> set[str]:
+    """Those of these modules that choose experts, by a matrix of their own: they become dense."""
+    blocks = {n.rsplit(".", 2)[0]: len(model.get_parameter(n)) for n in parameters_of_experts(model)}
+    shapes = {n: dict(model.get_submodule(n).named_parameters(recurse=False)) for n in names if _is_there(model, n)}
+    widths = {n: p["weight"].shape for n, p in shapes.items() if "weight" in p and p["weight"].dim() == 2}
+    return {n for n, (rows, _) in widths.items() if blocks.get(n.rpartition(".")[0]) == rows}
+
+
+def _is_there(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _above(name: str) -> Iterator[str]:
+    """The modules that a tensor may be of by its name, the nearest first."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 class _Waiting(nn.Module):

@@ -82,7 +82,16 @@ def bits_of(settings: Mapping[str, Any]) -> float:
 
 def kinds_of(settings: Mapping[str, Any]) -> tuple[Kind, ...]:
     """What a folder with this `quantization_config` has packed, as kinds of a `Spec`'s modules."""
-    return ("experts",) if STORED[method_of(settings)].experts else ("linear",)
+    if STORED[method_of(settings)].experts:
+        return ("experts",)
+    return ("linear",) if method_of(settings) == "gguf" or in_an_order(settings) else ("linear", "experts")
+
+
+def in_an_order(settings: Mapping[str, Any]) -> bool:
+    """Whether the groups of inputs are in an order of each matrix' own, so that experts do not stay packed."""
+    schemes = settings.get("config_groups")
+    found = [s.get("weights") for s in schemes.values() if isinstance(s, Mapping)] if isinstance(schemes, Mapping) else []
+    return bool(settings.get("desc_act")) or any(isinstance(w, Mapping) and w.get("actorder") in ("group", "dynamic") for w in found)
 
 
 def settings_of(config: Any) -> dict[str, Any] | None:

@@ -11,14 +11,14 @@ Inputs that are to be rounded too (W8A8) are not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from trimtab.bases.weights.int4 import IN_ORDER, Grouped, is_size, pack, unpack
-from trimtab.bases.weights.packed import Packed, PackedLinear, expect
+from trimtab.bases.weights.packed import Packed, PackedLinear, expect, in_one, rows_of, scales_in_one
 from trimtab.errors import BaseError
 
 FORMATS_READ = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
@@ -66,6 +66,12 @@ class IntQuantized(Packed):
         return read({"weight": codes, "weight_scale": scale}, _sides(weight_OI), bias, dtype, _settings("int", 8, "channel"))
 
     @classmethod
+    def below_each_other(cls, layers: Sequence[PackedLinear]) -> PackedLinear | None:
+        stored, derived = in_one(layers, "weight"), in_one(layers, "scale", "zero")
+        stored |= {"weight_scale": derived["scale"], "weight_zero_point": derived["zero"]}
+        return PackedLinear(cls.name, rows_of(layers), layers[0].compute_dtype, stored, None, block=layers[0].block, derived=derived)
+
+    @classmethod
     def parts(cls, module: PackedLinear) -> dict[str, Tensor]:
         return {"codes": module.get_buffer("weight"), "scale": module.get_buffer("scale"), "zero": module.get_buffer("zero")}
 
@@ -81,6 +87,13 @@ class FloatQuantized(Packed):
         scale = weight_OI.float().abs().amax(1, keepdim=True).clamp_min(1e-30) / torch.finfo(torch.float8_e4m3fn).max
         codes = (weight_OI.float() / scale).to(torch.float8_e4m3fn)
         return read({"weight": codes, "weight_scale": scale}, _sides(weight_OI), bias, dtype, _settings("float", 8, "channel"))
+
+    @classmethod
+    def below_each_other(cls, layers: Sequence[PackedLinear]) -> PackedLinear | None:
+        (scale, rows), block = scales_in_one(layers, [layer.get_buffer("scale") for layer in layers]), layers[0].block
+        stored, shape = in_one(layers, "weight") | {"weight_scale": scale}, rows_of(layers)
+        dtype = layers[0].compute_dtype
+        return PackedLinear(cls.name, shape, dtype, stored, None, block=block, block_rows=rows, derived={"scale": scale})
 
     @classmethod
     def parts(cls, module: PackedLinear) -> dict[str, Tensor]:

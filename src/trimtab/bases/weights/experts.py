@@ -91,6 +91,14 @@ def put_experts(module: nn.Module, name: str, packed: nn.Module) -> None:
     vars(module)["_is_hf_initialized"] = True
 
 
+def put_dense(module: nn.Module, name: str, matrix: Tensor | None) -> None:
+    """Put a matrix in the place of a module's parameter, or of what stands there. None: leave the place empty, also in `state_dict()`."""
+    if name in module._modules:
+        delattr(module, name)
+    module.register_parameter(name, None if matrix is None else nn.Parameter(matrix, requires_grad=False))
+    vars(module)["_is_hf_initialized"] = True
+
+
 def parameters_of_experts(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """The parameters of experts in transformers' layout: full name -> (its module, its name there)."""
     return {

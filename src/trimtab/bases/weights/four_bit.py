@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from trimtab.bases.weights.packed import Packed, PackedLinear, expect
+from trimtab.bases.weights.packed import Packed, PackedLinear, expect, rows_of
 
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
@@ -59,6 +59,26 @@ class FourBit(Packed):
             derived["nested_offset"] = torch.tensor([state["nested_offset"]], dtype=torch.float32, device=on)
             derived["nested_block"] = torch.tensor([state["nested_blocksize"]], device=on)
         return PackedLinear(cls.name, (O, I), dtype, stored, bias, block=state["blocksize"], derived=derived)
+
+    @classmethod
+    def below_each_other(cls, layers: Sequence[PackedLinear]) -> PackedLinear | None:
+        """Scales that are quantised have an offset for each layer: they become fp32, which is exact. None where blocks run over the ends of
+        matrices, or tables differ."""
+        block, parts, (O, I) = layers[0].block, [cls.parts(layer) for layer in layers], rows_of(layers)  # noqa: E741
+        if I % 2 or any(layer.out_features * I % block for layer in layers):
+            return None
+        if any(not torch.equal(own["table"], parts[0]["table"]) for own in parts):
+            return None
+        plain = next(c for c in (Nf4, Fp4) if c.table == cls.table)
+        dtype, shape = str(layers[0].compute_dtype).removeprefix("torch."), [O, I]
+        state: dict[str, Any] = {"quant_type": cls.table, "blocksize": block, "dtype": dtype, "shape": shape}
+        stored = {
+            "weight": torch.cat([own["codes"].reshape(-1) for own in parts])[:, None],
+            "weight.absmax": torch.cat([_plain_absmax(own) for own in parts]),
+            "weight.quant_map": parts[0]["table"],
+            f"weight.quant_state.bitsandbytes__{cls.table}": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+        }
+        return plain._made(stored, state, None, layers[0].compute_dtype)
 
     @classmethod
     def parts(cls, module: PackedLinear) -> dict[str, Tensor]:
@@ -140,6 +160,15 @@ def _quantised(flat: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         codes[a // 2 : (a + len(code)) // 2] = code[::2] << 4 | code[1::2]
         absmax.append(largest)
     return codes, torch.cat(absmax)
+
+
+def _plain_absmax(parts: Mapping[str, Tensor]) -> Tensor:
+    """The scales of all blocks, fp32, by what `FourBit.parts` gives."""
+    absmax = parts["absmax"].reshape(-1)
+    if "nested_absmax" not in parts:
+        return absmax
+    number = torch.arange(len(absmax), device=absmax.device) // parts["nested_block"]
+    return parts["nested_table"][absmax.int()] * parts["nested_absmax"][number] + parts["nested_offset"]
 
 
 def _zero_of(table: Tensor) -> int:

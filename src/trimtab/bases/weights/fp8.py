@@ -6,7 +6,7 @@ Blocks have 128 x 128 entries; the last ones may be smaller. Mistral's files hav
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.bases.weights import compressed
-from trimtab.bases.weights.packed import Packed, PackedLinear, expect
+from trimtab.bases.weights.packed import Packed, PackedLinear, expect, in_one, rows_of, scales_in_one
 
 BLOCK = 128
 
@@ -30,6 +30,12 @@ class Fp8(Packed):
         scale = blocks.abs().amax((1, 3)).clamp_min(1e-38) / torch.finfo(torch.float8_e4m3fn).max
         codes = (blocks / scale[:, None, :, None]).reshape(padded.shape)[:O, :I].to(torch.float8_e4m3fn)
         return _layer({"weight": codes.contiguous(), "weight_scale_inv": scale}, (O, I), bias, dtype, (BLOCK, BLOCK))
+
+    @classmethod
+    def below_each_other(cls, layers: Sequence[PackedLinear]) -> PackedLinear | None:
+        scale, rows = scales_in_one(layers, [cls.parts(layer)["scale"] for layer in layers])
+        stored = in_one(layers, "weight") | {"weight_scale_inv": scale}
+        return _layer(stored, rows_of(layers), None, layers[0].compute_dtype, (rows, layers[0].block))
 
     @classmethod
     def parts(cls, module: PackedLinear) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.bases.weights.packed import Packed, PackedLinear, expect
+from trimtab.bases.weights.packed import Packed, PackedLinear, expect, in_one, rows_of
 from trimtab.places.shards import visited
 
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
@@ -73,6 +73,21 @@ class Grouped(Packed):
                 derived["group"] = g_idx.long()
         made = GroupedLinear(cls.name, shape, dtype, kept, bias, block=size, derived=derived)
         made.scale_dtype, made.less_by_one = scale.dtype, less_by_one
+        return made
+
+    @classmethod
+    def below_each_other(cls, layers: Sequence[PackedLinear]) -> PackedLinear | None:
+        """None where groups are not consecutive: each layer has an order of its own."""
+        told = {tuple(getattr(layer, name, None) for name in ("scale_dtype", "less_by_one", "zeros_stored")) for layer in layers}
+        if len(told) > 1 or any("group" in layer._buffers for layer in layers):
+            return None
+        made = GroupedLinear(
+            cls.name, rows_of(layers), layers[0].compute_dtype, in_one(layers, "codes", "scales", "zeros"), None, block=layers[0].block
+        )
+        first: Any = layers[0]
+        made.scale_dtype, made.less_by_one = first.scale_dtype, first.less_by_one
+        if hasattr(first, "zeros_stored"):
+            made.zeros_stored = first.zeros_stored  # type: ignore[assignment]
         return made
 
     @classmethod

@@ -5,13 +5,13 @@ W[o, i] = weight[o, i] · SCB[o] / 127. bitsandbytes also rounds what it multipl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from trimtab.bases.weights.packed import Packed, PackedLinear, expect
+from trimtab.bases.weights.packed import Packed, PackedLinear, expect, in_one, rows_of
 
 ROWS = 0
 """bitsandbytes' `weight_format` of a matrix that lies row by row, as all on the hub do."""
@@ -27,6 +27,11 @@ class Int8(Packed):
         form = torch.tensor(ROWS, dtype=torch.uint8, device=weight_OI.device)
         stored = {"weight": codes, "SCB": largest_O, "weight_format": form}
         return PackedLinear(cls.name, (len(codes), codes.shape[1]), dtype, stored, bias, block=codes.shape[1])
+
+    @classmethod
+    def below_each_other(cls, layers: Sequence[PackedLinear]) -> PackedLinear | None:
+        stored = in_one(layers, "weight", "SCB")
+        return PackedLinear(cls.name, rows_of(layers), layers[0].compute_dtype, stored, None, block=layers[0].block)
 
     @classmethod
     def parts(cls, module: PackedLinear) -> dict[str, Tensor]:

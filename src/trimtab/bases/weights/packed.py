@@ -5,7 +5,8 @@ A format of this kind says what its tensors mean (`parts`), how they are read fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -90,6 +91,12 @@ class Packed(Weight):
         raise NotImplementedError
 
     @classmethod
+    def below_each_other(cls, layers: Sequence[PackedLinear]) -> PackedLinear | None:
+        """Layers of this format, with one number of inputs and one `block`, as one: their matrices one below the other. None where one
+        layer cannot hold them. What is stored of it need not be what the layers' files have, but means the same entries."""
+        return None
+
+    @classmethod
     def parts(cls, module: PackedLinear) -> dict[str, Tensor]:
         """`PackedMatrix.parts` of a module."""
         raise NotImplementedError
@@ -128,6 +135,24 @@ class Packed(Weight):
         visited(self.module)
         kept = self.module.state_dict()
         return {name.replace(":", "."): tensor for name, tensor in kept.items() if name != "bias"}
+
+
+def rows_of(layers: Sequence[PackedLinear]) -> tuple[int, int]:
+    """The shape that matrices one below the other have."""
+    return sum(layer.out_features for layer in layers), layers[0].in_features
+
+
+def in_one(layers: Sequence[PackedLinear], *names: str) -> dict[str, Tensor]:
+    """These buffers of all layers, the rows of each after those of the one before."""
+    return {name: torch.cat([layer.get_buffer(name) for layer in layers]) for name in names}
+
+
+def scales_in_one(layers: Sequence[PackedLinear], scales: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """(scales of blocks of rows, [O/rows, G], of all layers; how many rows a block has then). Blocks are made smaller where a layer's rows
+    are no whole number of them."""
+    rows = math.gcd(*(n for layer in layers for n in (layer.out_features, layer.block_rows)))
+    each = [s.repeat_interleave(layer.block_rows // rows, 0)[: layer.out_features // rows] for s, layer in zip(scales, layers, strict=True)]
+    return torch.cat(each), rows
 
 
 def expect(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]) -> None:
