@@ -21,6 +21,7 @@ CHOICES = ("bfloat16", "float16")
 PACKED = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".scales", ".weight_scale_inv", ".weight_scale")
 """Ends of names of floating-point tensors that belong to packed weights, and are not converted."""
 CODES = (".qweight", ".weight_packed")
+"""Ends of names of codes of 4 bits, eight in an int32; those of 8 bits are taken for as many."""
 IN_A_LAYER = re.compile(r"\.\d+\..*weight$")
 """Names of weights inside a list of layers, where those are that are packed."""
 IN_EXPERTS = re.compile(r"(.*?\.\d+\.)(?:.*\.)?experts\.")
@@ -39,9 +40,8 @@ def weight_bytes(folder: Path, dtype: torch.dtype | str, quantize: str | None = 
     they need not fit into memory at once; weights that are converted or put together do.
     """
     tensors, config = [t for file in weight_files(folder) for t in read_header(file)], read_json(folder / "config.json")
-    settings = config.get("quantization_config") or {}
-    as_they_are, ordered = PACKED if settings else (), in_an_order(settings)
-    bits = 4 if settings.get("bits", 4) != 8 else 8
+    settings = config.get("quantization_config")
+    as_they_are, ordered = PACKED if settings else (), isinstance(settings, dict) and in_an_order(settings)
     if dtype == "auto":
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), "auto")
     whole = own = 0
@@ -50,7 +50,7 @@ def weight_bytes(folder: Path, dtype: torch.dtype | str, quantize: str | None = 
         size = t.stop - t.start
         experts = len(t.shape) == 3 and re.search(r"\.\d+\.", t.name) is not None
         if made and ordered and t.dtype == "I32" and t.name.endswith(CODES):
-            size = math.prod(t.shape) * 32 // bits * (dtype.itemsize if isinstance(dtype, torch.dtype) else 2)
+            size = math.prod(t.shape) * 8 * (dtype.itemsize if isinstance(dtype, torch.dtype) else 2)
         elif quantize is not None and (experts or (len(t.shape) == 2 and IN_A_LAYER.search(t.name))):
             size, made = int(math.prod(t.shape) * BITS[quantize] / 8), True
         elif stored is not None and not t.name.endswith(as_they_are) and isinstance(dtype, torch.dtype) and dtype != stored:

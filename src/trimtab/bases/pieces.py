@@ -1,8 +1,8 @@
 """Experts that files hold one by one: `…experts.7.gate_proj` and so on, each with a matrix of its own, where the model has one parameter
 [E, O, I] for all.
 
-transformers' tables say what becomes of what: the experts' matrices stand one after the other, and of several for each expert (gate, up) one
-below the other. Where all are packed alike they stay packed, as one `PackedLinear` of E·O rows. Else each is dequantised into its place.
+transformers' tables say what becomes of what: the experts' matrices stand one after the other, and of several for each expert (gate, up)
+one below the other. Where all are packed alike they stay packed, as one `PackedLinear` of E·O rows. Else each is dequantised into place.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
 
-from trimtab.bases.weights.experts import put_experts
+from trimtab.bases.weights.experts import put_dense, put_experts
 from trimtab.bases.weights.packed import KINDS, PackedLinear
 
 _EXPERT = re.compile(r"\.(\d+)\.")
@@ -85,8 +85,8 @@ def _strange(converter: WeightConverter) -> str:
 def put_together(
     module: Any, name: str, shape: tuple[int, int, int], pieces: Pieces, read: Callable[[str, tuple[int, int]], PackedLinear | Tensor]
 ) -> None:
-    """Put the experts' matrices in the place of a module's parameter `name`. shape: (E, O, I). read: (a module's name in the files, shape) ->
-    its matrix. ValueError where something does not fit."""
+    """Put the experts' matrices in the place of a module's parameter `name`. shape: (E, O, I). read: (a module's name in the files,
+    shape) -> its matrix. ValueError where something does not fit."""
     (experts, outputs, inputs), parts = shape, len(pieces.patterns)
     pieces.check(experts)
     if outputs % parts:
@@ -115,7 +115,4 @@ def put_together(
         whole[divmod(number, parts)] = own
     assert whole is not None
     dense = whole.view(experts, outputs, inputs)
-    delattr(module, name)
-    module.register_parameter(
-        name, nn.Parameter(dense.transpose(1, 2).contiguous() if module.is_transposed else dense, requires_grad=False)
-    )
+    put_dense(module, name, dense.transpose(1, 2).contiguous() if module.is_transposed else dense)
