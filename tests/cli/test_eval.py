@@ -67,9 +67,30 @@ def test_without_answers(trained: Path, tiny_llama_folder: Path) -> None:
     assert json.loads(result.stdout)["scores"]["lora"].keys() == {"loss", "perplexity", "rows", "label_accuracy"}
 
 
+def test_a_file_with_columns_of_its_own(trained: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """The same rows under other names, in a file whose name says nothing, score the same; a system turn changes what is read."""
+    rows = [json.loads(line) for line in (trained / "a-test.jsonl").read_text().splitlines()]
+    other = tmp_path / "answers"
+    other.write_text("".join(json.dumps({"turns": r["messages"]}) + "\n" for r in rows))
+    named = ["--column", "messages=turns", "--format", "jsonl"]
+
+    def losses(data: Path, *more: str) -> list[float]:
+        rest = arguments(trained, tiny_llama_folder, "--no-generate", "--json", *more)[2:]
+        result = call("eval", data, *rest)
+        assert result.exit_code == 0, result.output
+        return [scores["loss"] for scores in json.loads(result.stdout)["scores"].values()]
+
+    assert losses(other, *named) == losses(trained / "a-test.jsonl") != losses(other, *named, "--system", "Be short.")
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
+        (["--column", "prompt"], "--column prompt: not two names"),
+        (["--column", "prompt=a", "--column", "prompt=b"], "given twice, as a and b"),
+        (["--column", "prompt=nothing"], "nothing"),
+        (["--split", "test"], "split"),
+        (["--format", "cvs"], "csv"),
         (["--labels", "yes,no"], "no row's answer is one of the labels 'yes', 'no'"),
         (["--labels", "yes"], "at least two"),
         (["--max-rows", "0"], "--max-rows"),

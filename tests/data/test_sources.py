@@ -372,3 +372,22 @@ def test_parse_sources_as_a_run_file_writes_them():
     for fields in ({"weight": 0}, {"weight": float("inf")}, {"format": "jsonll"}, {"columns": {"prompt": 1}}, {"system": 1}):
         with pytest.raises(ConfigError, match=next(iter(fields))):
             Source("a", **fields)
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ({"path": "a.jsonl", "split": "test"}, "split = 'test': a file or folder has no splits by name"),
+        ({"path": "guides", "split": "validation"}, "split = 'validation': a file or folder has no splits by name"),
+        ({"path": "hf:org/name", "format": "csv"}, "format = 'csv': of files"),
+        ({"path": "a.jsonl", "split": "train"}, None),
+        ({"path": "a.jsonl", "split": 0.1, "format": "csv"}, None),
+        ({"path": "hf:org/name", "split": "test"}, None),
+    ],
+)
+def test_a_key_of_other_sources_is_not_ignored(source, problem):
+    if problem is None:
+        assert parse_sources(source)
+        return
+    with pytest.raises(ConfigError, match=problem):
+        parse_sources(source)

@@ -21,6 +21,16 @@ from trimtab.errors import ConfigError
     "--adapter", "adapters", multiple=True, help="An adapter's folder, or its name in the store; give several to judge all in one pass."
 )
 @store_option
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="OURS=THEIRS",
+    help="A column that DATA calls otherwise: prompt=question; may be repeated.",
+)
+@click.option("--system", help="A system turn for rows that have none.")
+@click.option("--format", "file_format", help="Of DATA if its name does not say it: jsonl, json, csv, parquet or text.")
+@click.option("--split", help="Of a data set of the hub; by default train.")
 @click.option("--labels", help="A classification's labels, as a,b,c; auto: the distinct answers of the rows. Judged by their likelihoods.")
 @click.option("--max-rows", type=click.IntRange(1), help="The first rows only.")
 @click.option("--max-new-tokens", default=96, show_default=True, type=click.IntRange(1), help="Length of an answer at most.")
@@ -37,6 +47,10 @@ def evaluate(
     data: str,
     on: OnBase,
     adapters: tuple[str, ...],
+    columns: tuple[str, ...],
+    system: str | None,
+    file_format: str | None,
+    split: str | None,
     labels: str | None,
     max_rows: int | None,
     max_new_tokens: int,
@@ -48,8 +62,9 @@ def evaluate(
     """Score the base and each --adapter on the rows of DATA (a file, a folder or hf:org/name): all in one pass of mixed batches.
 
     \b
-    Example:
+    Examples:
       trimtab eval examples/desks/finance/test.jsonl --adapter examples/runs/desks/adapters/finance-ia3
+      trimtab eval examples/halyard/tickets-test.csv --column prompt=question --column completion=answer --adapter acme/support
 
     Each row asks for its last answer. Scores of adapters come with their distance to the base. Adapters that were trained towards
     preferences are measured by their own objective if DATA holds the rows that it reads, such as pairs.
@@ -58,7 +73,8 @@ def evaluate(
     from trimtab.train.scoring import Asked, reader, refuse_occupied, short_names
     from trimtab.train.scoring import evaluate as score
 
-    asked = Asked(Source(data), _labels(labels), max_rows, max_new_tokens, max_tokens, not no_generate, _flag)
+    source = Source(data, columns=_columns(columns), system=system, format=file_format, split=split)
+    asked = Asked(source, _labels(labels), max_rows, max_new_tokens, max_tokens, not no_generate, _flag)
     folders = short_names(adapters)
     with on.before_loading(adapters) as mistakes:
         with mistakes.noted():
@@ -86,6 +102,19 @@ eval = evaluate  # the command's name, by which it is found
 def _flag(name: str, value: Any) -> str:
     """An option of the command, as a message writes it."""
     return "--no-generate" if name == "generate" else f"--{name.replace('_', '-')} {value}"
+
+
+def _columns(pairs: tuple[str, ...]) -> dict[str, str]:
+    """Our column names -> the file's."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        ours, equals, theirs = pair.partition("=")
+        if not (ours and equals and theirs):
+            raise ConfigError(f"--column {pair}: not two names", fix="write our name and the file's: --column prompt=question")
+        if ours in found:
+            raise ConfigError(f"--column {ours}: given twice, as {found[ours]} and {theirs}", fix="leave one out")
+        found[ours] = theirs
+    return found
 
 
 def _labels(text: str | None) -> list[str] | Any:

@@ -82,12 +82,22 @@ class Source:
             problems.append(f"limit = {self.limit!r}: not a number of rows, at least 1")
         if self.rows is not None and not problems:
             problems += self._take_rows()
+        if self.rows is None and isinstance(self.path, str):
+            problems += self._of_other_sources()
         if not isinstance(self.split, str | None):
             problems += [f"split = {self.split!r}: {text}" for text in (part_problem(self.split),) if text]
             object.__setattr__(self, "held", self.split)
             object.__setattr__(self, "split", None)
         if problems:
             raise ConfigError(f"the source {self.path!r} cannot be used", problems=problems)
+
+    def _of_other_sources(self) -> list[str]:
+        """Keys that such a source does not have. A file is one split, which `datasets` calls train."""
+        if self.path.startswith(HUB):
+            return [] if self.format is None else [f"format = {self.format!r}: of files; data sets of the hub say it themselves"]
+        if isinstance(self.split, str) and self.split != "train":
+            return [f"split = {self.split!r}: a file or folder has no splits by name; a number holds so many rows out for validation"]
+        return []
 
     def _take_rows(self) -> list[str]:
         """Read the rows that were given, once; what is wrong with them."""
