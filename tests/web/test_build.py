@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.http.common import base_of, site
+from tests.http.test_tools import PICK, base_with, saying
 from tests.store.common import stirred
 from tests.train.common import locked
 from tests.train.past import predictions, run_folder, variant
@@ -132,6 +133,32 @@ def test_axe_finds_nothing_with_a_server(front_end: Path, tmp_path: Path):
                 page.get_by_role("link", name="Serving").click()
                 page.get_by_role("application").nth(2).wait_for()
                 found[f"serving {scheme}"] = faults(page, source)
+    assert {k: v for k, v in found.items() if v} == {}
+
+
+@pytest.mark.slow
+def test_axe_finds_nothing_with_tools(front_end: Path):
+    source = (front_end / "node_modules" / "axe-core" / "axe.min.js").read_text()
+    found: dict[str, Any] = {}
+    with browser() as chromium, site(base=base_with("qwen2_5"), kv_bytes=64 << 20) as made, serving(made.app) as url:
+        for scheme, width in (("light", 1280), ("dark", 390)):
+            with Visit(chromium, url, scheme=scheme, width=width, bypass_csp=True) as page:
+                page.locator(".tools summary").click()
+                page.get_by_label("Definitions").fill("[1]")
+                page.get_by_text("Tool 1 is no object").wait_for()
+                found[f"mistake {scheme}"] = faults(page, source)
+                page.get_by_label("Definitions").fill(json.dumps([PICK]))
+                page.get_by_label("Tokens at most").fill("60")
+                with saying(made, '<tool_call>\n{"name": "pick", "arguments": {"n": 7, "kind": "a"}}\n</tool_call>'):
+                    page.get_by_label("Prompt").fill("hello there")
+                    page.get_by_label("Prompt").press("Control+Enter")
+                    page.get_by_text("ended: tool_calls").wait_for()
+                found[f"call {scheme}"] = faults(page, source)
+                page.get_by_label("What pick returns").fill("42")
+                page.get_by_role("button", name="Send the result").click()
+                page.get_by_text("ended:").nth(1).wait_for()
+                page.get_by_text("As the model wrote it").click()
+                found[f"result {scheme}"] = faults(page, source)
     assert {k: v for k, v in found.items() if v} == {}
 
 

@@ -3,16 +3,88 @@
 import { useState } from "preact/hooks";
 import { duration, number, quoted } from "../format";
 import { Command } from "../parts";
-import { type Answer, body, type Settings, type Token } from "./ask";
+import { type Answer, body, type Call, type Settings, type Token, type Turn } from "./ask";
+import { Calls } from "./calls";
 
-export function AnswerColumn({ model, answer, settings, keyed }: { model: string; answer: Answer | undefined; settings: Settings; keyed: boolean }) {
+interface Props {
+  model: string;
+  turns: Turn[];
+  /** What the next command asks: as the form has it, or as it was when the answer was asked for whose calls have results. */
+  settings: Settings;
+  keyed: boolean;
+  typed: (call: Call) => string;
+  onTyped: (call: Call, text: string) => void;
+  /** Sends the results of the last answer's calls. */
+  onSend: () => void;
+}
+
+export function AnswerColumn({ model, turns, settings, keyed, typed, onTyped, onSend }: Props) {
+  return (
+    <section class="card column" aria-label={`Answer of ${model}`}>
+      <h2>{model}</h2>
+      {turns.length === 0 && <Said answer={undefined} />}
+      {turns.map((turn, i) => (
+        <div key={i} class="turn">
+          <Said answer={turn.answer} />
+          {turn.answer.calls.length > 0 && (
+            <Calls
+              calls={turn.answer.calls}
+              running={turn.answer.running}
+              sent={turn.results}
+              typed={typed}
+              onTyped={onTyped}
+              onSend={turn.answer.running || turn.answer.error ? null : onSend}
+            />
+          )}
+          {turn.answer.error && (
+            <p class="failure" role="alert">
+              {turn.answer.error}
+            </p>
+          )}
+          <p class="note figures">{figures(turn.answer)}</p>
+        </div>
+      ))}
+      {settings.prompt.trim() && (
+        <details class="as-command">
+          <summary>As a command</summary>
+          <Command text={curl(model, settings, turns.slice(0, -1), keyed)} />
+        </details>
+      )}
+    </section>
+  );
+}
+
+/** Reasoning and text. The tokens of an answer that calls spell the call too: they can be looked at beneath it. */
+function Said({ answer }: { answer: Answer | undefined }) {
+  const tokens = answer ? spelling(answer) : [];
+  const calls = !!answer?.calls.length;
+  const rest = calls && !tokens.length && !answer.running ? answer.tokens : [];
+  return (
+    <>
+      {answer?.reasoning && (
+        <details class="note">
+          <summary>Reasoning</summary>
+          <div class="said">{answer.reasoning}</div>
+        </details>
+      )}
+      {(!calls || answer.text) && <Tokens text={answer?.text ?? ""} tokens={tokens} running={!!answer?.running} missing={!answer} />}
+      {rest.length > 0 && (
+        <details class="note">
+          <summary>As the model wrote it</summary>
+          <Tokens text={rest.map((t) => t.text).join("")} tokens={rest} running={false} missing={false} />
+        </details>
+      )}
+    </>
+  );
+}
+
+function Tokens({ text, tokens, running, missing }: { text: string; tokens: Token[]; running: boolean; missing: boolean }) {
   const [at, choose] = useState<number | null>(null);
   const [touched, setTouched] = useState(false); // room for the alternatives stays once they were asked for: nothing jumps under the pointer
   const setAt = (to: number | null) => {
     choose(to);
     if (to !== null) setTouched(true);
   };
-  const tokens = answer ? spelling(answer) : [];
   const shown = at !== null ? tokens[at] : undefined;
   const onKey = (event: KeyboardEvent) => {
     if (!tokens.length) return;
@@ -23,21 +95,14 @@ export function AnswerColumn({ model, answer, settings, keyed }: { model: string
     setAt(Math.max(0, Math.min(tokens.length - 1, to)));
   };
   return (
-    <section class="card column" aria-label={`Answer of ${model}`}>
-      <h2>{model}</h2>
-      {answer?.reasoning && (
-        <details class="note">
-          <summary>Reasoning</summary>
-          <div class="said">{answer.reasoning}</div>
-        </details>
-      )}
+    <>
       <div
         class="said answer"
         tabIndex={tokens.length ? 0 : undefined}
         role={tokens.length ? "application" : undefined}
         aria-roledescription={tokens.length ? "answer" : undefined}
-        aria-label={tokens.length ? `${answer?.text ?? ""} Arrow keys go through its tokens.` : undefined}
-        aria-busy={answer?.running}
+        aria-label={tokens.length ? `${text} Arrow keys go through its tokens.` : undefined}
+        aria-busy={running}
         onKeyDown={onKey}
         onMouseLeave={() => setAt(null)}
         onBlur={() => setAt(null)}
@@ -48,28 +113,16 @@ export function AnswerColumn({ model, answer, settings, keyed }: { model: string
                 {t.text}
               </span>
             ))
-          : answer?.text}
-        {answer?.running && <span class="caret" aria-hidden="true" />}
-        {!answer && <span class="note">No answer yet.</span>}
+          : text}
+        {running && <span class="caret" aria-hidden="true" />}
+        {missing && <span class="note">No answer yet.</span>}
       </div>
-      {answer?.error && (
-        <p class="failure" role="alert">
-          {answer.error}
-        </p>
-      )}
       {touched && tokens.length > 0 && (
         <div class="alternatives" role="status">
           {shown && <Alternatives token={shown} />}
         </div>
       )}
-      {answer && <p class="note figures">{figures(answer)}</p>}
-      {settings.prompt.trim() && (
-        <details class="as-command">
-          <summary>As a command</summary>
-          <Command text={curl(model, settings, keyed)} />
-        </details>
-      )}
-    </section>
+    </>
   );
 }
 
@@ -127,8 +180,8 @@ function figures(answer: Answer): string {
     .join(" · ");
 }
 
-function curl(model: string, settings: Settings, keyed: boolean): string {
+function curl(model: string, settings: Settings, turns: Turn[], keyed: boolean): string {
   const where = new URL("v1/chat/completions", document.baseURI).href;
   const header = keyed ? ' -H "authorization: Bearer $TRIMTAB_KEY"' : "";
-  return `curl ${quoted(where)} -H 'content-type: application/json'${header} -d ${quoted(JSON.stringify(body(model, settings)))}`;
+  return `curl ${quoted(where)} -H 'content-type: application/json'${header} -d ${quoted(body(model, settings, turns))}`;
 }

@@ -1,11 +1,11 @@
 // One prompt, answered by the base and any adapters side by side. All are asked at once, so the server runs them in one mixed batch.
 
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { type About, get } from "../api";
-import { own } from "../format";
 import { Failure, useLoaded } from "../parts";
-import { type Answer, ask, type Settings } from "./ask";
+import { type Answer, ask, type Call, type Settings, type Turn, UNASKED } from "./ask";
 import { AnswerColumn } from "./answer";
+import { EXAMPLE_PROMPT, read, ToolsField } from "./tools";
 
 interface Model {
   id: string;
@@ -13,7 +13,7 @@ interface Model {
 }
 
 const MOST = 6; // a browser opens no more connections to a server at once
-const START: Settings = { system: "", prompt: "", temperature: 0, top_p: 1, max_tokens: 128, seed: null, logprobs: true };
+const START: Settings = { system: "", prompt: "", temperature: 0, top_p: 1, max_tokens: 128, seed: null, logprobs: true, tools: "", choice: "auto", single: false };
 
 export function Playground({ about }: { about: About }) {
   const { found, error, reload } = useLoaded((signal) => get<{ data: Model[]; has_more: boolean }>("v1/models", {}, signal), []);
@@ -21,10 +21,11 @@ export function Playground({ about }: { about: About }) {
   const [chosen, setChosen] = useState<string[] | null>(null);
   const [added, setAdded] = useState<string[]>([]);
   const [wanted, setWanted] = useState("");
-  const [answers, setAnswers] = useState<Record<string, Answer>>({});
+  const [asked, setAsked] = useState(START); // what the answers that are shown were asked with
+  const [turns, setTurns] = useState<ReadonlyMap<string, Turn[]>>(new Map());
+  const [results, setResults] = useState<ReadonlyMap<string, string>>(new Map());
   const control = useRef<AbortController | null>(null);
   const columns = useRef<HTMLDivElement>(null);
-  const [busy, setBusy] = useState(false);
   useEffect(() => () => control.current?.abort(), []);
 
   const names = [...(found?.data.map((m) => m.id) ?? []), ...added];
@@ -32,24 +33,43 @@ export function Playground({ about }: { about: About }) {
   const change = (more: Partial<Settings>) => setSettings({ ...settings, ...more });
   const toggle = (name: string, on: boolean) => setChosen(on ? [...models, name].slice(0, MOST) : models.filter((m) => m !== name));
 
-  const send = async () => {
-    if (!settings.prompt.trim() || models.length === 0 || busy) return;
+  const { tools, wrong } = useMemo(() => read(settings.tools), [settings.tools]);
+  const busy = [...turns.values()].some((all) => last(all)?.answer.running);
+  const ready = settings.prompt.trim() !== "" && models.length > 0 && !busy && wrong.length === 0;
+  const toolNamed = tools.some((t) => `name:${t.function.name}` === settings.choice);
+  const choice = settings.choice.startsWith("name:") && !toolNamed ? "auto" : settings.choice; // its tool has gone
+  const sent = { ...settings, choice, tools: tools.length ? settings.tools : "" };
+
+  const take = (model: string, answer: Answer) =>
+    setTurns((all) => new Map(all).set(model, [...(all.get(model) ?? []).slice(0, -1), { answer, results: null }]));
+  const send = () => {
+    if (!ready) return;
     const mine = (control.current = new AbortController());
-    setAnswers({});
-    setBusy(true);
+    setAsked(sent);
+    setTurns(new Map(models.map((m) => [m, [{ answer: UNASKED, results: null }]])));
     const shown = columns.current; // below the form on a phone, where nobody would see that answers come
     if (shown && shown.getBoundingClientRect().top > innerHeight * 0.75) shown.scrollIntoView({ block: "start" });
-    await Promise.all(models.map((m) => ask(m, settings, mine.signal, (answer) => control.current === mine && setAnswers((all) => ({ ...all, [m]: answer })))));
-    if (control.current === mine) setBusy(false);
+    for (const m of models) void ask(m, sent, [], mine.signal, (answer) => control.current === mine && take(m, answer));
   };
-  const stop = () => {
-    control.current?.abort();
-    setBusy(false);
+  const typed = (call: Call) => results.get(callKey(call)) ?? "";
+  const goOn = (wanted: string[]) => {
+    const mine = control.current?.signal.aborted === false ? control.current : (control.current = new AbortController());
+    for (const m of wanted) {
+      const before = (turns.get(m) ?? []).map((t) => ({ ...t, results: t.results ?? t.answer.calls.map(typed) }));
+      setTurns((all) => new Map(all).set(m, [...before, { answer: UNASKED, results: null }]));
+      void ask(m, asked, before, mine.signal, (answer) => control.current === mine && take(m, answer));
+    }
   };
+  const waiting = models.filter((m) => {
+    const answer = last(turns.get(m) ?? [])?.answer;
+    return answer && answer.calls.length > 0 && !answer.running && !answer.error;
+  });
+  const answered = waiting.every((m) => last(turns.get(m)!)!.answer.calls.every((call) => typed(call).trim()));
+  const stop = () => control.current?.abort();
   const onKey = (event: KeyboardEvent) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
-      void send();
+      send();
     }
   };
   const add = (event: Event) => {
@@ -67,7 +87,7 @@ export function Playground({ about }: { about: About }) {
       <h1>Playground</h1>
       {error ? <Failure error={error} /> : null}
       <div class="playground">
-        <form class="card ask" onSubmit={(e) => (e.preventDefault(), void send())} onKeyDown={onKey} aria-label="What to ask">
+        <form class="card ask" onSubmit={(e) => (e.preventDefault(), send())} onKeyDown={onKey} aria-label="What to ask">
           <label>
             <span>Prompt</span>
             <textarea rows={6} value={settings.prompt} onInput={(e) => change({ prompt: e.currentTarget.value })} />
@@ -86,8 +106,19 @@ export function Playground({ about }: { about: About }) {
             <input type="checkbox" checked={settings.logprobs} onChange={(e) => change({ logprobs: e.currentTarget.checked })} /> probabilities of tokens
           </label>
           {settings.logprobs && <p class="note">Tinted tokens were less likely. Point at one to see what else might have come.</p>}
+          <ToolsField
+            text={settings.tools}
+            tools={tools}
+            wrong={wrong}
+            choice={choice}
+            single={settings.single}
+            onText={(text) => change({ tools: text })}
+            onChoice={(to) => change({ choice: to })}
+            onSingle={(single) => change({ single })}
+            onExample={(text) => change({ tools: text, ...(settings.prompt.trim() ? {} : { prompt: EXAMPLE_PROMPT }) })}
+          />
           <div class="row">
-            <button type="submit" class="main" disabled={!settings.prompt.trim() || models.length === 0 || busy}>
+            <button type="submit" class="main" disabled={!ready}>
               Ask {models.length === 1 ? models[0] : `${models.length} models`}
             </button>
             <button type="button" disabled={!busy} onClick={stop}>
@@ -134,14 +165,39 @@ export function Playground({ about }: { about: About }) {
           </fieldset>
         </form>
         <div class="columns" ref={columns}>
-          {models.map((m) => (
-            <AnswerColumn key={m} model={m} answer={own(answers, m)} settings={settings} keyed={about.keyed} />
-          ))}
+          {models.map((m) => {
+            const mine = turns.get(m) ?? [];
+            return (
+              <AnswerColumn
+                key={m}
+                model={m}
+                turns={mine}
+                settings={mine.length > 1 ? asked : sent}
+                keyed={about.keyed}
+                typed={typed}
+                onTyped={(call, text) => setResults((all) => new Map(all).set(callKey(call), text))}
+                onSend={() => goOn([m])}
+              />
+            );
+          })}
+          {waiting.length > 1 && (
+            <div class="row all">
+              <button type="button" class="main" disabled={!answered} onClick={() => goOn(waiting)}>
+                Send the results of {waiting.length} models and go on
+              </button>
+              <span class="note">A result counts for every call with the same arguments.</span>
+            </div>
+          )}
         </div>
       </div>
     </>
   );
 }
+
+const last = (turns: Turn[]): Turn | undefined => turns[turns.length - 1];
+
+/** Models that make the same call get the same result, which is typed once. */
+const callKey = (call: Call): string => JSON.stringify([call.name, call.args]);
 
 interface NumberProps {
   label: string;
