@@ -173,7 +173,8 @@ def _train(ctx: click.Context, place: Place, asked: _Asked) -> None:
         with stopping(stop, quiet=not place.first), show.listener(quiet=asked.as_json or not place.first) as listener, ExitStack() as parts:
             beside = alone if asked.port is None or not place.first else parts.enter_context(_serving(asked.port, listener))
             resume, extend, root = asked.resume or place.restarted, asked.extend, asked.root
-            report = train(run, listener=listener, resume=resume, extend=extend, stop=stop, store=root, beside=beside, place=place)
+            with place.told():  # that it was interrupted, too
+                report = train(run, listener=listener, resume=resume, extend=extend, stop=stop, store=root, beside=beside, place=place)
     except Interrupted as e:
         code = end_of_rank(e.exit_code, place.first) if place.ranks > 1 else e.exit_code
         if not place.first:

@@ -26,7 +26,9 @@ T = TypeVar("T")
 
 
 class RankLost(TrimtabError):
-    """Another rank does not answer any more, so that no step can be made together."""
+    """Ranks cannot go on together: one does not answer any more, or has come to something else. trained: whether steps had been made."""
+
+    trained = False
 
 
 class Place:

@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from trimtab.errors import ConfigError, TrimtabError
 from trimtab.places.place import ONE_PROCESS, Place, RankLost
-from trimtab.places.shards import Shards
+from trimtab.places.shards import Shards, gather
 
 T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -32,6 +32,9 @@ TOLD_S = 2.0
 """How long a rank that has failed waits whether the first one says the same."""
 SIGN_S = 5.0
 """How long a rank that has lost another waits for signs of life from other machines."""
+TALKS = ("add", "add_gradients", "most", "once", "gather")
+"""What ranks do together: each begins with a word of every rank, the number of what it has come for."""
+RESUME = "start it again with --resume, with any number of ranks"
 
 
 @contextmanager
@@ -75,10 +78,15 @@ class Ranks(Place):
         self.rank, self.ranks = numbers["RANK"], numbers["WORLD_SIZE"]
         self._local, self.here = numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"]
         self._shards: Shards | None = None
+        self.lost: list[int] = []
+        self._said: str | None = None
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self._restarts, self._store = restarts, PrefixStore(f"trimtab/{restarts}", store)
-        self._processes = self._gathered((socket.gethostname(), os.getpid()))
-        self.lost: list[int] = []
+        self._processes = {self.rank: (socket.gethostname(), os.getpid())}
+        told = self._gathered((*self._processes[self.rank], restarts))
+        self._processes = {rank: (host, pid) for rank, (host, pid, _) in enumerate(told)}
+        self._restarts = max(n for *_, n in told)  # torchrun counts on the machine where a rank has failed, and not on the others
+        self._store = PrefixStore(f"trimtab/{self._restarts}", store)
 
     def shards(self) -> Shards:
         if self._shards is None:
@@ -119,7 +127,7 @@ class Ranks(Place):
         return [reduce(add, of_each) for of_each in zip(*self._gathered(list(values)), strict=True)]  # in the order of ranks, everywhere
 
     def add(self, tensor: Tensor) -> None:
-        with self._together():
+        with self._together("add"):
             dist.all_reduce(tensor)
 
     def add_gradients(self, leaves: Iterable[Iterable[Tensor]]) -> None:
@@ -129,23 +137,21 @@ class Ranks(Place):
         if every[0].is_cuda:  # whoever dies while it computes is missed here: NCCL would wait for it without an end
             torch.cuda.synchronize(every[0].device)
         has = torch.tensor([p.grad is not None for p in every], dtype=torch.uint8)
-        with self._together():
+        with self._together("add_gradients", len(every)):
             dist.all_reduce(has, dist.ReduceOp.MAX)
-        for part in _buckets([p for p, some in zip(every, has.tolist(), strict=True) if some]):
-            flat = torch.cat([(p.new_zeros(p.shape) if p.grad is None else p.grad).reshape(-1) for p in part])
-            self.add(flat)
-            for p, g in zip(part, flat.split([p.numel() for p in part]), strict=True):
-                p.grad = g.view_as(p)
+            for part in _buckets([p for p, some in zip(every, has.tolist(), strict=True) if some]):
+                flat = torch.cat([(p.new_zeros(p.shape) if p.grad is None else p.grad).reshape(-1) for p in part])
+                dist.all_reduce(flat)
+                for p, g in zip(part, flat.split([p.numel() for p in part]), strict=True):
+                    p.grad = g.view_as(p)
 
     def most(self, number: int) -> int:
-        found = torch.tensor([number])
-        with self._together():
-            dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        with self._together("most", number, same=False) as told:
+            return max(told)
 
     def once(self, work: Callable[[], T]) -> T:
         held: list[Any] = [work() if self.first else None]
-        with self._together():
+        with self._together("once"):
             dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
         result: T = held[0]
         return result
@@ -178,28 +184,45 @@ class Ranks(Place):
     def _gathered(self, value: T) -> list[T]:
         """The value of each rank."""
         found: list[Any] = [None] * self.ranks
-        with self._together():
+        with self._together("gather"):
             dist.all_gather_object(found, value)
         return found
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
-        """While ranks talk, after all have computed what they have to."""
+    def _together(self, what: str, number: int = 0, same: bool = True) -> Iterator[list[int]]:
+        """While ranks talk, after all have computed what they have to. Gives the number of each rank. RankLost where they have come for
+        different things, or where `same` and their numbers differ: each would wait for the others without an end."""
         with self._noticing():
             if self._shards is not None:
                 self._shards.meet()
-            yield
+            words = torch.empty(self.ranks, 2, dtype=torch.int64)
+            gather(words.view(-1), torch.tensor([TALKS.index(what), number]))
+            told = [(TALKS[kind], n) for kind, n in words.tolist()]
+            if any((kind, n if same else 0) != (what, number if same else 0) for kind, n in told):
+                raise self._apart(told)
+            yield [n for _, n in told]
+
+    def _apart(self, told: Sequence[tuple[str, int]]) -> RankLost:
+        """What each of them has come for."""
+        each = [f"rank {rank} ({self._name(rank)}) at {kind!r} of {n}" for rank, (kind, n) in enumerate(told)]
+        return RankLost(f"the ranks do not do the same any more: {', '.join(each)}", fix=RESUME)
 
     @contextmanager
     def _noticing(self) -> Iterator[None]:
-        """RankLost, naming them, where some have ended while ranks talk."""
+        """Whatever fails while ranks talk becomes a RankLost that names who has ended, or what was wrong here. Nobody goes on after it: the
+        others would wait for what this rank has not sent."""
         try:
             yield
-        except RuntimeError as error:  # what torch.distributed raises where the other end of a connection is gone
-            raise self._missed() from error
+        except RankLost:
+            raise
+        except Exception as error:
+            raise self._missed(error) from error
 
-    def _missed(self) -> RankLost:
-        """Who does not answer: of this machine, whose process has ended; of others, those who leave no sign within `SIGN_S`."""
+    def _missed(self, error: Exception) -> RankLost:
+        """Who does not answer: of this machine, whose process has ended; of others, those who leave no sign within `SIGN_S`. Where all do,
+        the error is this rank's own."""
+        if not isinstance(error, RuntimeError):  # what torch.distributed raises where the other end of a connection is gone
+            return self._failed(error)
         try:
             self._store.set(f"alive/{self.rank}", "")
             until, missing = time.monotonic() + SIGN_S, list(range(self.ranks))
@@ -213,19 +236,25 @@ class Ranks(Place):
             missing, said = [0], {}
         self.lost = missing
         who = [f"rank {r} of {self.ranks} ({self._name(r)}) has ended" + (f": {said[r]}" if r in said else "") for r in missing]
-        return RankLost("; ".join(who) or "the ranks have lost each other", fix="start it again with --resume, with any number of ranks")
+        return RankLost("; ".join(who), fix=RESUME) if who else self._failed(error)
+
+    def _failed(self, error: Exception) -> RankLost:
+        """What was wrong here, which the others are told too."""
+        text = f"{type(error).__name__}: {error}"
+        self._tell(text)
+        return RankLost(f"rank {self.rank} of {self.ranks} ({self._name(self.rank)}) cannot go on with the others: {text}", fix=RESUME)
 
     @contextmanager
     def told(self) -> Iterator[None]:
         try:
             yield
         except RankLost as lost:
-            if self.leads and not self._has_told(0):
+            if self._speaks(lost):
                 raise
             raise SystemExit(lost.exit_code) from None
         except TrimtabError as error:
             text = str(error).split("\n")[0]
-            same = not self.first and self._has_told(0, wait_s=TOLD_S) == text
+            same = not self.first and self._said is None and self._has_told(0, wait_s=TOLD_S) == text
             self._tell(text)
             if same:
                 raise SystemExit(error.exit_code) from None
@@ -237,26 +266,42 @@ class Ranks(Place):
         except Exception as error:
             self._tell(f"{type(error).__name__}: {error}")
             raise
+        except SystemExit:
+            raise
+        except BaseException as error:  # it is interrupted: the others hear of it where they still have something to do
+            self._tell(str(error))
+            raise
+
+    def _speaks(self, lost: RankLost) -> bool:
+        """Whether this rank says that others are lost: one of each machine does. Where the first rank was on this machine and has ended
+        before anything was trained, it has said all there is to say."""
+        if self._said is not None:  # the error is its own
+            return True
+        if any(self._host(r) == self._host(self.rank) and r not in self.lost for r in range(self.rank)):
+            return False
+        return lost.trained or self._host(0) != self._host(self.rank) or not self._has_told(0)
+
+    def _host(self, rank: int) -> str:
+        return self._processes[rank][0] if rank in self._processes else ""
 
     def _name(self, rank: int) -> str:
-        host, pid = self._processes[rank]
-        return f"{host}, process {pid}"
+        return "{}, process {}".format(*self._processes[rank]) if rank in self._processes else "which has not said where it runs"
 
     def _has_ended(self, rank: int) -> bool | None:
         """Whether the process of a rank has; None where it is another machine's."""
-        host, pid = self._processes[rank]
-        if host != socket.gethostname():
+        if self._host(rank) != socket.gethostname():
             return None
         try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+            return Path(f"/proc/{self._processes[rank][1]}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
         except OSError:
             return True
 
     def _tell(self, text: str) -> None:
-        try:
-            self._store.set(f"error/{self.rank}", text)
-        except RuntimeError:
-            pass  # its host is gone
+        """What this rank ends with; the first that is told counts."""
+        if self._said is None:
+            self._said = text
+            with suppress(RuntimeError):  # the store's host is gone
+                self._store.set(f"error/{self.rank}", text)
 
     def _has_told(self, rank: int, wait_s: float = 0.0) -> str | None:
         """What a rank has ended with, if it has said so."""

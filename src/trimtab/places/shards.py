@@ -30,7 +30,7 @@ from trimtab.ops.native import compute_alone
 MEET = -1
 ALIGNED = 64
 """Tensors begin at multiples of so many bytes, as torch's own do."""
-_gather: Callable[[Tensor, Tensor], Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
+gather: Callable[[Tensor, Tensor], Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
 NAME = "of_shards"
 """Under this name a module knows the unit that its tensors are in, and a model its `Shards`."""
 
@@ -221,7 +221,7 @@ class Shards:
     def _exchange(self, wanted: int) -> bool:
         """Say what this rank wants, and give every rank what it wants. True where all ranks meet."""
         words = torch.empty(self.ranks, dtype=torch.int64)
-        _gather(words, torch.tensor([wanted]))
+        gather(words, torch.tensor([wanted]))
         told = words.tolist()
         for number in sorted({*told} - {MEET}):
             self._send(self.units[number], [rank for rank, said in enumerate(told) if said == number])
@@ -232,7 +232,7 @@ class Shards:
             if unit.own.is_cuda and self.rank in to and unit.ready is not None:
                 self._stream(unit.own.device).wait_event(unit.ready)
             if unit.own.is_cuda and len(to) == self.ranks:
-                _gather(unit.whole, unit.own)
+                gather(unit.whole, unit.own)
                 return
             # gloo's all-gather passes small pieces on in turn: it takes three to five times as long as this, and as much CPU time
             parts = unit.whole.chunk(self.ranks) if self.rank in to else ()

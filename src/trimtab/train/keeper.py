@@ -111,7 +111,9 @@ class Keeper:
             else:
                 self._save()
             there = f"what was trained is safe in {self.saved}" if self.saved else "nothing was saved yet"
-            raise RankLost(f"{lost.message}; {there}", fix=lost.fix) from lost
+            ended = RankLost(f"{lost.message}; {there}", fix=lost.fix)
+            ended.trained = True
+            raise ended from lost
 
     def _save(self) -> None:
         """Write a checkpoint, on the first rank that lives. A disk that is full does not end the run: the next one may find room, and the

@@ -122,7 +122,9 @@ def train(
     if mirror is not None and run.url is not None:
         run, own_mirror = run.writing_to(run.url), mirror  # on another machine than the run file was read
         place.once(lambda: own_mirror.fetch(resume))
-    if resume and (run.out / "summary.json").exists() and not (extend and is_longer(run)):
+    has_ended = (run.out / "summary.json").exists()
+    place.agree({"resume": resume, "extend": extend, "whether `out` has a summary.json": has_ended})  # before their ways part
+    if resume and has_ended and not (extend and is_longer(run)):
         return finished(run, base, listener, store, place, mirror)
     start, mistakes = None, Mistakes()
     with mistakes.noted():

@@ -146,9 +146,11 @@ class Steering:
             why = "; ".join([error.message, *first_of(error.problems, SHOWN), *([f"fix: {error.fix}"] if error.fix else [])])
         except Exception as error:  # whatever a setting that nobody has thought of does: the others train on
             why = f"{type(error).__name__}: {error}"
-        why = printable(why[:MAX_WHY])
-        if self._place.most(int(bool(why))):  # memory may be short on one rank alone
-            why = why or "another rank cannot take it"
+        own = [(self._place.rank, printable(why[:MAX_WHY]))] if why else []
+        (whys,) = self._place.added([own])  # memory may be short on one rank alone
+        if whys:
+            rank, why = whys[0]
+            why = why if rank == 0 else f"rank {rank} cannot take it: {why}"
             self._refused[name] = clone, why
             self._listener.warning(f"the clone {printable(name[:80])} does not join: {why}")
             return
