@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trimtab import bases
-from trimtab.bases.folder import read_json
+from trimtab.bases.quantization_notes import quantization_settings
 from trimtab.bases.sharding import shard
 from trimtab.bases.spec import Spec
 from trimtab.bases.template import encode_prompt, end_of_turn_id
@@ -276,7 +276,7 @@ class Base:
         """A linear layer's matrix [O, I] as the base's folder has it, where the base was packed while it was loaded: on the CPU, mapped
         from the file. ConfigError where there is none."""
         matrix = self.matrix(name)
-        if matrix.stored_dense or self.path is None or read_json(self.path / "config.json").get("quantization_config"):
+        if matrix.stored_dense or self.path is None or quantization_settings(self.path) is not None:
             what = "is not packed" if matrix.stored_dense else "was packed before it was loaded: what that took away is not known"
             raise ConfigError(
                 f"init_lora_weights = 'loftq': {name} {what}", fix="load a dense base with quantize: nf4, or take another start"

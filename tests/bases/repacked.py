@@ -29,11 +29,15 @@ def write_dense(folder: Path, **sizes: int) -> Path:
 
 def words(numbers: Sequence[int], bits: int = 4, order: Sequence[int] | None = None) -> list[int]:
     """Numbers of so many bits as int32, from the lowest bits on. order: which of a word's numbers comes first, second and so on."""
+    if order is None:  # one after the other, also over the ends of words
+        whole = sum(number << (bits * i) for i, number in enumerate(numbers))
+        cut = [whole >> (32 * k) & 0xFFFFFFFF for k in range(-(-bits * len(numbers) // 32))]
+        return [value - 2**32 if value >= 2**31 else value for value in cut]
     per = 32 // bits
     found = []
     for at in range(0, len(numbers), per):
         part = numbers[at : at + per]
-        value = sum(part[i] << (bits * k) for k, i in enumerate(order or range(len(part))))
+        value = sum(part[i] << (bits * k) for k, i in enumerate(order))
         found.append(value - 2**32 if value >= 2**31 else value)
     return found
 

@@ -95,9 +95,8 @@ KINDS: dict[str, tuple[Any, dict[str, Any], str]] = {
         "int-quantized",
     ),
 }
-KINDS["gptq in an order"] = (*KINDS["gptq in an order"][:2], "")
-KINDS["gptq of 8 bits"] = (*KINDS["gptq of 8 bits"][:2], "gptq-8")
-KINDS["gptq of 8 bits in an order"] = (*KINDS["gptq of 8 bits in an order"][:2], "")
+KINDS |= {kind: (*KINDS[kind][:2], "") for kind in KINDS if "in an order" in kind}
+KINDS |= {f"gptq of {n} bits": (*KINDS[f"gptq of {n} bits"][:2], f"gptq-{n}") for n in (2, 8)}
 KINDS["awq gemv"] = (*KINDS["awq gemv"][:2], "awq-gemv")
 KINDS["fp8 of outputs"] = (*KINDS["fp8 of outputs"][:2], "float-quantized")
 

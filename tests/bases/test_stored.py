@@ -210,7 +210,7 @@ def test_codes_without_their_scales_are_not_taken_for_matrices(
     folder = folder_of("int8") if kind == "int8" else loops("fp8", dense)[0]
     with pytest.raises(BaseError, match="packed weights without the tensors that tell") as refusal:
         load_base(change(folder, tmp_path / "bare", changed))
-    assert f"{Q}.weight is {'I8' if kind == 'int8' else 'F8_E4M3'}" in refusal.value.problems
+    assert f"{Q}.weight is {'I8' if kind == 'int8' else 'F8_E4M3'} (model.safetensors)" in refusal.value.problems
     assert len(refusal.value.problems) == (1 if kind == "int8" else 11)
 
 
@@ -335,7 +335,7 @@ def packed_by_loop(kind: str, W: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     if kind == "fp8 of outputs":
         codes, scales = W.float().to(torch.float8_e4m3fn), torch.rand(O, 1, generator=torch.Generator().manual_seed(O)) + 0.5
         return {"weight": codes, "weight_scale": scales}, codes.float() * scales
-    bits = 8 if "8 bits" in kind else 4
+    bits = next((int(n) for n in "238" if f"{n} bits" in kind), 4)
     code, scale, zero = whole_numbers(W, 32, 2**bits - 1)
     group = torch.arange(I) // 32
     if "in an order" in kind:
@@ -363,6 +363,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32},
     "gptq_v2": {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"},
     "gptq in an order": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
+    "gptq of 2 bits": {"quant_method": "gptq", "bits": 2, "group_size": 32},
+    "gptq of 3 bits in an order": {"quant_method": "gptq", "bits": 3, "group_size": 32, "desc_act": True},
     "gptq of 8 bits": {"quant_method": "gptq", "bits": 8, "group_size": 32},
     "gptq of 8 bits in an order": {"quant_method": "gptq", "bits": 8, "group_size": 32, "desc_act": True},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
@@ -383,7 +385,8 @@ def test_a_folder_that_loops_have_packed(kind: str, dense: Path) -> None:
     folder, matrices = loops(kind, dense)
     base, twin = load_base(str(folder), dtype="float32"), AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     twin.load_state_dict({f"{n}.weight": W for n, W in matrices.items()}, strict=False)
-    form = {"gptq of 8 bits": "gptq-8", "awq gemv": "awq-gemv", "fp8 of outputs": "float-quantized"}.get(kind.removesuffix(" in an order"))
+    form = {f"gptq of {n} bits": f"gptq-{n}" for n in (2, 3, 8)} | {"awq gemv": "awq-gemv", "fp8 of outputs": "float-quantized"}
+    form = form.get(kind.removesuffix(" in an order"))
     assert base.packed_as == (form or SETTINGS[kind]["quant_method"]) and len(matrices) == 14
     for n, W in matrices.items():
         assert difference(base.matrix(n).dense(), W) < 1e-6, n
@@ -405,7 +408,7 @@ def test_a_bias_that_the_model_has_no_place_for(number: float, dense: Path, tmp_
         return
     with pytest.raises(BaseError, match="packed weights of the base in") as refusal:
         load_base(folder)
-    assert list(refusal.value.problems) == [f"{name}: bias is not zero, and the model has no place for it"]
+    assert list(refusal.value.problems) == [f"{name}: bias is not zero, and the model has no place for it (model.safetensors)"]
 
 
 def test_few_matrices_at_a_time_are_packed_anew_for_a_fingerprint(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,7 +435,7 @@ def test_few_matrices_at_a_time_are_packed_anew_for_a_fingerprint(dense: Path, m
     [
         ("gptq", lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"][:-1].clone()}), {}, r"scales is \[1, 64\]"),
         ("gptq", lambda t: t.update({f"{Q}.g_idx": t[f"{Q}.g_idx"] + 1}), {}, "g_idx names groups from 1 to 2, where there are 2"),
-        ("gptq", lambda t: None, {"bits": 3}, "bits = 3: only 4 and 8 are read"),
+        ("gptq", lambda t: None, {"bits": 5}, "bits = 5: only 2, 3, 4 and 8 are read"),
         ("gptq", lambda t: None, {"bits": 8}, r"qweight is \[8, 64\] int32 where \[16, 64\]"),
         ("gptq", lambda t: None, {"group_size": 48}, "group_size = 48 does not divide the 64 inputs"),
         ("awq", lambda t: None, {"version": "gemv_fast"}, "version 'gemv_fast' of AWQ is not read"),
@@ -458,10 +461,10 @@ def test_folders_of_loops_that_do_not_fit(
 @pytest.mark.parametrize(
     ("kind", "settings", "said"),
     [
-        ("gptq", {"bits": 3}, "bits = 3: only 4 and 8 are read"),
-        ("gptq", {"bits": 4.0}, "bits = 4.0: only 4 and 8 are read"),
-        ("awq", {"bits": True}, "bits = True: only 4 and 8 are read"),
-        ("awq", {"bits": 10**400}, "only 4 and 8 are read"),
+        ("gptq", {"bits": 5}, "bits = 5: only 2, 3, 4 and 8 are read"),
+        ("gptq", {"bits": 4.0}, "bits = 4.0: only 2, 3, 4 and 8 are read"),
+        ("awq", {"bits": True}, "bits = True: only 2, 3, 4 and 8 are read"),
+        ("awq", {"bits": 10**400}, "only 2, 3, 4 and 8 are read"),
         ("gptq", {"group_size": True}, "group_size = True, where -1 or a whole number above 0 belongs"),
         ("awq", {"group_size": "32"}, "group_size = '32', where -1 or a whole number above 0 belongs"),
     ],

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from trimtab.bases.folder import read_header, read_json, weight_files
+from trimtab.bases.quantization_notes import quantization_settings
 from trimtab.bases.recipes import BITS, SMALLEST
 from trimtab.bases.stored_formats import in_an_order
 from trimtab.memory import OutOfMemory, free_bytes, obtainable_bytes
@@ -40,8 +41,9 @@ def weight_bytes(folder: Path, dtype: torch.dtype | str, quantize: str | None = 
     they need not fit into memory at once; weights that are converted or put together do.
     """
     tensors, config = [t for file in weight_files(folder) for t in read_header(file)], read_json(folder / "config.json")
-    settings = config.get("quantization_config")
-    as_they_are, ordered = PACKED if settings else (), isinstance(settings, dict) and in_an_order(settings)
+    settings = quantization_settings(folder)
+    as_they_are, ordered = PACKED if settings else (), settings is not None and in_an_order(settings)
+    bits = found if settings and type(found := settings.get("bits")) is int and found > 0 else 4
     if dtype == "auto":
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), "auto")
     whole = own = 0
@@ -51,6 +53,8 @@ def weight_bytes(folder: Path, dtype: torch.dtype | str, quantize: str | None = 
         experts = len(t.shape) == 3 and re.search(r"\.\d+\.", t.name) is not None
         if made and ordered and t.dtype == "I32" and t.name.endswith(CODES):
             size = math.prod(t.shape) * 8 * (dtype.itemsize if isinstance(dtype, torch.dtype) else 2)
+        elif t.name.endswith(CODES):  # laid out anew, those of 2 and 3 bits in 4
+            size, made = size * 4 // min(4, bits), True
         elif quantize is not None and (experts or (len(t.shape) == 2 and IN_A_LAYER.search(t.name))):
             size, made = int(math.prod(t.shape) * BITS[quantize] / 8), True
         elif stored is not None and not t.name.endswith(as_they_are) and isinstance(dtype, torch.dtype) and dtype != stored:
@@ -100,7 +104,7 @@ def refuse_too_large(
     if (need := needed(dtype, quantize)) <= free:
         return
     smaller = {choice: needed(getattr(torch, choice), quantize) for choice in CHOICES}
-    if quantize is None and not read_json(folder / "config.json").get("quantization_config"):
+    if quantize is None and quantization_settings(folder) is None:
         smaller[f"{CHOICES[0]} with quantize: {SMALLEST}"] = needed(getattr(torch, CHOICES[0]), SMALLEST)
     fitting = [f"{name} ({f'{size / 1e9:.3g} GB' if size else 'as it is stored'})" for name, size in smaller.items() if size <= free]
     asked = str(dtype).removeprefix("torch.")

@@ -162,7 +162,9 @@ def _weight_problems(folder: Path) -> list[str]:
             return [
                 f"weights only as pickle ({', '.join(pickles[:3])}), which can run code when read: refused; convert them to safetensors"
             ]
-        return [f"no weights: neither {SINGLE_FILE} nor {INDEX_FILE}"]
+        others = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
+        meant = f"; if {others[0]} has them, rename it to {SINGLE_FILE}" if len(others) == 1 else ""
+        return [f"no weights: neither {SINGLE_FILE} nor {INDEX_FILE}{meant}"]
     problems = []
     for path in files:
         if not path.exists():

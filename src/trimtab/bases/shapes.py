@@ -70,7 +70,7 @@ def read_architecture(name: str, quantize: str | None = None) -> Architecture:
     """
     with quiet_transformers():
         whole = _read_config(name)
-        settings, config = settings_of(whole), without_settings(text_config(whole))
+        settings, config = settings_of(whole, _folder_of(name)), without_settings(text_config(whole))
         try:
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -113,6 +113,15 @@ def _read_config(name: str) -> Any:
         if source != name:
             raise _unreadable(name, error) from error
         raise _unknown(name, f"a hub id whose config could not be had: {_first_line(error)}") from error
+
+
+def _folder_of(name: str) -> Path | None:
+    """The folder that a config is read from, where it is one here."""
+    if name in PRESETS:
+        return None
+    path = user_path(name, BaseError, "base")
+    found = path if path.is_dir() else path.parent if path.is_file() and path.suffix.lower() == ".json" else None
+    return found if found is not None and (found / "config.json").is_file() else None
 
 
 def _check(config: Path, name: str) -> None:

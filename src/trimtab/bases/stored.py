@@ -166,7 +166,8 @@ class Packing:
         if self.stored is None:
             weight = tensor(self._names[f"{name}.weight"])
             if tuple(weight.shape) != shape:
-                raise ValueError(f"weight is {list(weight.shape)} where {list(shape)} belongs")
+                file = self._tensors[self._names[f"{name}.weight"]].file.name
+                raise ValueError(f"weight is {list(weight.shape)} where {list(shape)} belongs ({file})")
             assert self.quantize is not None
             made = KINDS[self.quantize].of_matrix(weight.to(self.dtype), waiting.bias, self.dtype)
             release_mapped(weight.data_ptr(), weight.nbytes)
@@ -181,12 +182,23 @@ class Packing:
     def _read(
         self, own: Mapping[str, str], shape: tuple[int, int], bias: Tensor | None, tensor: Callable[[str], Tensor], experts: int = 0
     ) -> PackedLinear:
-        """A packed layer. own: its tensors' names after the module's -> in the files."""
+        """A packed layer. own: its tensors' names after the module's -> in the files. ValueError, with the file, where they do not fit."""
         assert self.stored is not None and self.settings is not None
-        if bias is None and "bias" in own and bool(tensor(own["bias"]).any()):  # GPTQ's programs write one of zeros everywhere
-            raise ValueError("bias is not zero, and the model has no place for it")
-        settings = {**self.settings, "experts": experts}
-        return self.stored.read({n: tensor(s) for n, s in own.items() if n != "bias"}, shape, bias, self.dtype, settings)
+        try:
+            if bias is None and "bias" in own and bool(tensor(own["bias"]).any()):  # GPTQ's programs write one of zeros everywhere
+                raise ValueError("bias is not zero, and the model has no place for it")
+            tensors = {n: tensor(s) for n, s in own.items() if n != "bias"}
+            layer = self.stored.read(tensors, shape, bias, self.dtype, {**self.settings, "experts": experts})
+            if wild := [f"{n} has {lost:,} numbers that are not finite" for n, t in tensors.items() if (lost := _not_finite(n, t))]:
+                raise ValueError("; ".join(wild))
+            return layer
+        except ValueError as error:
+            raise ValueError(f"{error} ({self._files(own, str(error))})") from error
+
+    def _files(self, own: Mapping[str, str], said: str) -> str:
+        """The files of a layer's tensors, or of those that a text names. own: names after the module's -> in the files."""
+        named = [s for n, s in own.items() if re.search(rf"(?<![\w.]){re.escape(n)}(?![\w.])", said)]
+        return ", ".join(sorted({self._tensors[s].file.name for s in named or own.values()}))
 
     def _put_together(self, model: Any, name: str, waiting: _Waiting, pieces: Pieces, tensor: Callable[[str], Tensor]) -> None:
         def read(at: str, shape: tuple[int, int]) -> PackedLinear | Tensor:
@@ -195,7 +207,7 @@ class Packing:
                 if at in self._marked_pieces:
                     return self._read(own, shape, None, tensor)
                 if tuple((weight := tensor(own["weight"])).shape) != shape:
-                    raise ValueError(f"weight is {list(weight.shape)} where {list(shape)} belongs")
+                    raise ValueError(f"weight is {list(weight.shape)} where {list(shape)} belongs ({self._files(own, 'weight')})")
             except ValueError as error:
                 raise ValueError(f"{at}: {error}") from error
             return weight.to(self.dtype)
@@ -234,7 +246,11 @@ class Packing:
     def _refuse_bare(self, model: Any, marked: set[str]) -> None:
         """BaseError where a parameter outside the packed layers is stored in 8 bits: transformers would take these codes for the matrix."""
         stored = {n: self._tensors[self._names[n]].dtype for n, _ in model.named_parameters() if n in self._names}
-        bare = [f"{n} is {dtype}" for n, dtype in stored.items() if dtype not in _DENSE and n.rpartition(".")[0] not in marked]
+        bare = [
+            f"{n} is {dtype} ({self._tensors[self._names[n]].file.name})"
+            for n, dtype in stored.items()
+            if dtype not in _DENSE and n.rpartition(".")[0] not in marked
+        ]
         if bare:
             raise BaseError(
                 f"the base in {self.folder} has packed weights without the tensors that tell what they mean",
@@ -250,6 +266,13 @@ class Packing:
         prefix = model.base_model_prefix
         inside = hasattr(model, prefix) and not hasattr(model, name.split(".")[0])
         return f"{prefix}.{name}" if inside else name
+
+
+def _not_finite(name: str, tensor: Tensor) -> int:
+    """How many scales, or other numbers beside the codes, are NaN or infinite. bitsandbytes may keep codes as floating-point numbers."""
+    if name == "weight" or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        return 0
+    return tensor.numel() - int(tensor.isfinite().sum())
 
 
 def _routers(model: Any, names: set[str]) -> set[str]:

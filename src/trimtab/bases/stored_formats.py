@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trimtab.bases.quantization_notes import settings_beside
 from trimtab.bases.recipes import BITS
 from trimtab.bases.spec import Kind
 from trimtab.bases.weights import compressed, four_bit, fp8, gguf_blocks, int4, int8, mxfp4
@@ -71,7 +73,7 @@ def bits_of(settings: Mapping[str, Any]) -> float:
             bits, size = int4.told(settings)
         except ValueError as error:
             raise BaseError(f"the base's quantization_config cannot be read: {error}", fix="check that config.json is whole") from None
-        return bits + (40 / size if size else 0)
+        return max(bits, 4) + (40 / size if size else 0)
     if method_of(settings) == "compressed-tensors":
         return compressed.bits_of(settings)
     if method_of(settings) == "mxfp4":
@@ -94,13 +96,15 @@ def in_an_order(settings: Mapping[str, Any]) -> bool:
     return bool(settings.get("desc_act")) or any(isinstance(w, Mapping) and w.get("actorder") in ("group", "dynamic") for w in found)
 
 
-def settings_of(config: Any) -> dict[str, Any] | None:
-    """A config's `quantization_config` as a dict; None where the base is dense."""
+def settings_of(config: Any, folder: Path | None) -> dict[str, Any] | None:
+    """A config's `quantization_config` as a dict, or what a file beside it says in its folder; None where the base is dense."""
     found = getattr(config, "quantization_config", None)
     if found is None:
-        return None
-    made: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-    method_of(made)
+        made = None if folder is None else settings_beside(folder)
+    else:
+        made = found if isinstance(found, dict) else found.to_dict()
+    if made is not None:
+        method_of(made)
     return made
 
 

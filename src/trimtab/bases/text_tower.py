@@ -59,7 +59,7 @@ def load_causal(
     straight from the files; None: the CPU. shards: share the model out while it is read."""
     options |= {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    settings, text = settings_of(config), text_config(config)
+    settings, text = settings_of(config, folder), text_config(config)
     if text is not config:
         stored = [t.name for file in weight_files(folder) for t in read_header(file)]
         text.tie_word_embeddings = not any(name.endswith("lm_head.weight") for name in stored)

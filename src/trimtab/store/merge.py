@@ -22,8 +22,8 @@ from torch import Tensor
 
 from trimtab.bases.by_layer import in_float32_by_layer
 from trimtab.bases.copies import copied
-from trimtab.bases.folder import read_json
 from trimtab.bases.progress import quiet_transformers
+from trimtab.bases.quantization_notes import quantization_settings
 from trimtab.bases.text_tower import load_causal
 from trimtab.bases.weights import Weight, claimed, norm_weight, weight_of
 from trimtab.bases.weights.dense import Dense
@@ -123,7 +123,7 @@ def _refuse_unmergeable(base: Base, method: Method, sites: list[Site]) -> None:
 
 def _has_dense_source(base: Base) -> bool:
     """Whether a base that is packed in memory was made of a folder whose matrices are dense."""
-    return base.path is not None and not read_json(base.path / "config.json").get("quantization_config")
+    return base.path is not None and quantization_settings(base.path) is None
 
 
 def fresh_copy(base: Base) -> Any:

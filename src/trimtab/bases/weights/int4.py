@@ -1,4 +1,4 @@
-"""Whole numbers of 4 or 8 bits with a scale and a zero for each group of inputs: GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978).
+"""Whole numbers of 2 to 8 bits with a scale and a zero for each group of inputs: GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978).
 
 W[o, i] = scale[o, g] · (code[o, i] − zero[o, g]), g the group of input i. Both store several codes in an int32: GPTQ along the inputs, AWQ
 along the outputs in an order of its own ("gemm") or along the inputs ("gemv"). In memory all have the rows of the outputs one after the
@@ -17,7 +17,7 @@ from torch import Tensor
 from trimtab.bases.weights.packed import Packed, PackedLinear, expect, in_one, rows_of
 from trimtab.places.shards import visited
 
-IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
+IN_ORDER = tuple(range(16))
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight consecutive outputs each four bits of an int32 are, from the lowest on."""
 _INT32, _FLOATS = (torch.int32,), (torch.float16, torch.bfloat16, torch.float32)
@@ -63,8 +63,8 @@ class Grouped(Packed):
         beside: Mapping[str, Tensor] | None = None,
     ) -> PackedLinear:
         """A layer of codes and zeros from 0 on, in uint8. beside: tensors of the files that it does not compute with."""
-        codes = _pairs(code_OI) if cls.bits == 4 else _signed(code_OI)
-        zeros = zero.contiguous() if cls.bits == 4 else _signed(zero)
+        codes = _pairs(code_OI) if cls.bits <= 4 else _signed(code_OI)
+        zeros = zero.contiguous() if cls.bits <= 4 else _signed(zero)
         kept = {"codes": codes, "scales": scale.float().contiguous(), "zeros": zeros, **(beside or {})}
         shape, derived = (code_OI.shape[0], code_OI.shape[1]), {}
         if g_idx is not None:
@@ -100,7 +100,7 @@ class Grouped(Packed):
         visited(self.module)
         has = self.module.get_buffer
         codes, zeros = has("codes"), has("zeros")
-        if self.bits == 4:
+        if self.bits <= 4:
             codes = torch.stack((codes >> 4, codes & 15), -1).flatten(1)
         else:
             codes, zeros = _unsigned(codes), _unsigned(zeros)
@@ -123,6 +123,20 @@ class Gptq(Grouped):
         found = {"qweight": pack(code_OI, IN_ORDER, self.bits).T.contiguous(), "qzeros": pack(zero_OG.T, IN_ORDER, self.bits)}
         found["scales"] = scale_OG.T.contiguous()
         return found | ({"g_idx": self.module.get_buffer("g_idx")} if "g_idx" in self.module._buffers else {})
+
+
+class Gptq2(Gptq):
+    """Codes of 2 bits, in memory in 4."""
+
+    name: ClassVar[str] = "gptq-2"
+    bits: ClassVar[int] = 2
+
+
+class Gptq3(Gptq):
+    """Codes of 3 bits, in memory in 4."""
+
+    name: ClassVar[str] = "gptq-3"
+    bits: ClassVar[int] = 3
 
 
 class Gptq8(Gptq):
@@ -160,8 +174,8 @@ def read_gptq(
     if (form := settings.get("checkpoint_format") or "gptq") not in ("gptq", "gptq_v2"):
         raise ValueError(f"checkpoint_format {form!r} of GPTQ is not read, only 'gptq' and 'gptq_v2'")
     (O, I), (bits, size) = shape, _told(settings, shape, _as_shaped(tensors, shape) if settings.get("dynamic") else {})  # noqa: E741
-    per, groups = 32 // bits, -(-I // size)
-    shapes = {"qweight": ((-(-I // per), O), _INT32), "scales": ((groups, O), _FLOATS), "qzeros": ((groups, -(-O // per)), _INT32)}
+    groups = -(-I // size)
+    shapes = {"qweight": ((words(I, bits), O), _INT32), "scales": ((groups, O), _FLOATS), "qzeros": ((groups, words(O, bits)), _INT32)}
     expect(tensors, shapes | ({"g_idx": ((I,), _INT32)} if "g_idx" in tensors else {}))
     g_idx = tensors.get("g_idx")
     if g_idx is not None and bool(((g_idx < 0) | (g_idx >= groups)).any()):
@@ -169,7 +183,8 @@ def read_gptq(
     less = form == "gptq"
     zero, code = unpack(tensors["qzeros"], IN_ORDER, bits)[:, :O].T, unpack(tensors["qweight"].T, IN_ORDER, bits)[:, :I]
     zero = (zero + 1) & (2**bits - 1) if less else zero
-    return (Gptq if bits == 4 else Gptq8).layer(code, tensors["scales"].T, zero, g_idx, bias, dtype, size, less)
+    cls = {c.bits: c for c in (Gptq2, Gptq3, Gptq, Gptq8)}[bits]
+    return cls.layer(code, tensors["scales"].T, zero, g_idx, bias, dtype, size, less)
 
 
 def read_awq(
@@ -202,7 +217,10 @@ def gemv_width(inputs: int, size: int) -> int:
 
 
 def unpack(packed: Tensor, order: Sequence[int], bits: int = 4) -> Tensor:
-    """[R, C] int32 -> [R, 32/bits · C] uint8: the number at place order[k] of each int32 is in its k-th `bits` bits."""
+    """[R, C] int32 -> [R, 32/bits · C] uint8: the number at place order[k] of each int32 is in its k-th `bits` bits. Those of 3 bits stand
+    one after the other, 32 in three int32."""
+    if bits == 3:
+        return _unpack_threes(packed)
     per = 32 // bits
     numbers = torch.empty(*packed.shape, per, dtype=torch.uint8, device=packed.device)
     for k, place in enumerate(order[:per]):
@@ -211,13 +229,40 @@ def unpack(packed: Tensor, order: Sequence[int], bits: int = 4) -> Tensor:
 
 
 def pack(numbers: Tensor, order: Sequence[int], bits: int = 4) -> Tensor:
-    """What `unpack` takes apart, of a width that is filled up with zeros to whole int32."""
+    """What `unpack` takes apart, of a width that is filled up with zeros to whole int32; of 3 bits, to three of them."""
+    if bits == 3:
+        return _pack_threes(numbers)
     per = 32 // bits
     filled = F.pad(numbers.int(), (0, -numbers.shape[1] % per)).unflatten(1, (-1, per))
     packed = torch.zeros(filled.shape[:2], dtype=torch.int32, device=numbers.device)
     for k, place in enumerate(order[:per]):
         packed |= filled[..., place] << (bits * k)
     return packed
+
+
+def words(numbers: int, bits: int) -> int:
+    """How many int32 so many numbers take."""
+    return 3 * -(-numbers // 32) if bits == 3 else -(-numbers * bits // 32)
+
+
+def _unpack_threes(packed: Tensor) -> Tensor:
+    three = packed.unflatten(1, (-1, 3)).long() & 0xFFFFFFFF
+    numbers = torch.empty(*three.shape[:2], 32, dtype=torch.uint8, device=packed.device)
+    for k in range(32):
+        word, at = divmod(3 * k, 32)
+        found = three[..., word] >> at
+        numbers[..., k] = (found | three[..., word + 1] << (32 - at) if at > 29 else found) & 7
+    return numbers.flatten(1)
+
+
+def _pack_threes(numbers: Tensor) -> Tensor:
+    filled = F.pad(numbers.long(), (0, -numbers.shape[1] % 32)).unflatten(1, (-1, 32))
+    three = torch.zeros(*filled.shape[:2], 4, dtype=torch.int64, device=numbers.device)
+    for k in range(32):
+        word, at = divmod(3 * k, 32)
+        three[..., word] |= filled[..., k] << at & 0xFFFFFFFF
+        three[..., word + 1] |= filled[..., k] << at >> 32
+    return (three[..., :3] - (three[..., :3] >> 31 << 32)).to(torch.int32).flatten(1)
 
 
 def _pairs(code_OI: Tensor) -> Tensor:
@@ -245,8 +290,8 @@ def _as_shaped(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[st
 def told(settings: Mapping[str, Any]) -> tuple[int, int | None]:
     """(bits of a code, inputs of a group, or None where all are one). ValueError where one of them cannot be read."""
     bits, size = settings.get("bits", 4), settings.get("group_size", 128)
-    if type(bits) is not int or bits not in (4, 8):
-        raise ValueError(f"bits = {bits!r}: only 4 and 8 are read")
+    if type(bits) is not int or bits not in (2, 3, 4, 8):
+        raise ValueError(f"bits = {bits!r}: only 2, 3, 4 and 8 are read")
     if not is_size(size):
         raise ValueError(f"group_size = {size!r}, where -1 or a whole number above 0 belongs")
     return bits, None if size == -1 else size

@@ -12,6 +12,8 @@ from trimtab.bases.weights.packed import Packed, PackedLinear, expect
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BLOCK, BIAS, LARGEST_EXPONENT = 32, 127, 2
+NAN = 255
+"""The one scale that is no power of two."""
 
 
 class Mxfp4(Packed):
@@ -53,4 +55,6 @@ def read(
     expect(
         tensors, {"blocks": ((experts, O, I // BLOCK, BLOCK // 2), (torch.uint8,)), "scales": ((experts, O, I // BLOCK), (torch.uint8,))}
     )
+    if lost := int((tensors["scales"] == NAN).sum()):
+        raise ValueError(f"scales has {lost:,} numbers that are not finite")
     return Mxfp4._made({n: tensors[n] for n in ("blocks", "scales")}, shape, bias, dtype)
