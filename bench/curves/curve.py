@@ -1,7 +1,8 @@
 """What a file of this folder holds: a `CURVE`, whose `ours` and `peers` get a point's value and return a number (or text) a column.
 
 These functions import what they measure inside, and warm up what is not to be measured. `random_llama`, `bundled_tokenizer` and
-`training_step` are what several of them measure, `cpu_seconds` and `peak_bytes` measure.
+`training_step` are what several of them measure, `cpu_seconds` and `peak_bytes` measure. `linear_flops` and `attention_flops` say what
+arithmetic a token costs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 Measure = Callable[[Any], Sequence[float | str]]
+
+SIZES = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+"""The bundled base's shapes; its heads have 64 numbers."""
+HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,20 @@ def random_llama(layers: int = 30, vocab_size: int = 49152) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-    config = LlamaConfig(vocab_size=vocab_size, num_hidden_layers=layers, max_position_embeddings=16384, tie_word_embeddings=True, **sizes)
+    config = LlamaConfig(vocab_size=vocab_size, num_hidden_layers=layers, max_position_embeddings=16384, tie_word_embeddings=True, **SIZES)
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def linear_flops(layers: int) -> float:
+    """Of a token in the forward: the linear layers of `random_llama` without its head, two for each weight."""
+    hidden, inside = SIZES["hidden_size"], SIZES["intermediate_size"]
+    attended, keys = (SIZES[f"num_{kind}_heads"] * HEAD_DIM for kind in ("attention", "key_value"))
+    return 2.0 * layers * hidden * (2 * attended + 2 * keys + 3 * inside)
+
+
+def attention_flops(layers: int, tokens: int) -> float:
+    """Of a token in the forward, the mean over a text of so many: scores, and the sum of values, over the tokens up to its own."""
+    return 4.0 * layers * SIZES["num_attention_heads"] * HEAD_DIM * (tokens + 1) / 2
 
 
 def bundled_tokenizer() -> Any:

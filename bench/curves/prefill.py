@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from curves.curve import Curve, Point, cpu_seconds, random_llama
+from curves.curve import Curve, Point, attention_flops, cpu_seconds, linear_flops, random_llama
 
 CHUNK = 2048
 """Rows of a forward, as generation and the engine feed a long prompt."""
+SHORT, LAYERS = 1024, 30
 
 
 def ours(tokens: int) -> list[float | str]:
@@ -41,6 +42,19 @@ def transformers(tokens: int) -> list[float | str]:
         return [tokens / cpu_seconds(lambda: plain(ids, logits_to_keep=1), 2)]
 
 
+def by_arithmetic(tokens: int) -> float:
+    """The speed over that at 1,024 tokens if each multiplication took equally long, attention's and those of linear layers."""
+    return flops(SHORT) / flops(tokens)
+
+
+def flops(tokens: int) -> float:
+    return linear_flops(LAYERS) + attention_flops(LAYERS, tokens)
+
+
+def limit(point: Point) -> str:
+    return f"{by_arithmetic(point.value):.2f} of the speed at {SHORT:,} by arithmetic" if point.value > SHORT else ""
+
+
 CURVE = Curve(
     what="one prompt through a random Llama of 135M parameters in bf16",
     grows="tokens",
@@ -48,5 +62,5 @@ CURVE = Curve(
     columns=["tokens a CPU s"],
     ours=ours,
     peers={"transformers, SDPA": transformers},
-    limit=lambda point: "0.7 of the speed at 1,024" if point.value > 1024 else "",
+    limit=limit,
 )
