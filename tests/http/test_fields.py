@@ -1,10 +1,11 @@
 """Fields that change nothing are taken, and what nobody read is named. Each answer is compared with that of the plain request."""
 
 import json
+import re
 
 import pytest
 
-from tests.http.common import CHAT, TEXT, Site, base_of, call, post, site
+from tests.http.common import CHAT, TEXT, Site, base_of, call, error_of, post, site
 from tests.tiny import CHATML
 from trimtab.serve.keys import make_key
 
@@ -93,11 +94,93 @@ def test_a_guided_choice_is_structured_outputs(served: Site):
         assert newer == older
 
 
+CONSTRAINTS = [
+    ({"structured_outputs": {"grammar": 'start: "yes" | "no"'}}, "(yes|no)"),
+    ({"guided_grammar": 'root ::= "yes" | "no"'}, "(yes|no)"),
+    ({"grammar": 'root ::= "ab"{2}'}, "abab"),
+    ({"ebnf": 'root ::= [0-9] [0-9]'}, "[0-9][0-9]"),
+    ({"regex": "[xy]z"}, "[xy]z"),
+    ({"json_schema": {"enum": ["yes", "no"]}}, '"(yes|no)"'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "pattern"), CONSTRAINTS)
+def test_other_servers_names_of_a_constraint_hold_the_answer(served: Site, fields: dict, pattern: str):
+    """Through each route that answers; what may come is said by Python's `re`."""
+    chat = post(served.app, CHAT_PATH, CHAT | {"max_tokens": 20} | fields).json()["choices"][0]["message"]["content"]
+    text = post(served.app, TEXT_PATH, TEXT | {"max_tokens": 20} | fields).json()["choices"][0]["text"]
+    asked = {"model": CHAT["model"], "input": "hi", "temperature": 0, "max_output_tokens": 20}
+    item = post(served.app, "/v1/responses", asked | fields).json()["output"][-1]["content"][0]["text"]
+    for answer in (chat, text, item):
+        assert re.fullmatch(pattern, answer), answer
+
+
+def test_a_stop_text_is_kept_by_sglangs_name_too(served: Site):
+    whole = post(served.app, TEXT_PATH, TEXT | {"max_tokens": 8}).json()["choices"][0]["text"]
+    asked = TEXT | {"max_tokens": 8, "stop": whole[2:4]}
+    found = [post(served.app, TEXT_PATH, asked | f).json()["choices"][0]["text"] for f in ({}, {"no_stop_trim": True})]
+    end = whole.index(whole[2:4])
+    assert found == [whole[:end], whole[: end + 2]]
+
+
+BODIES = {
+    CHAT_PATH: CHAT,
+    TEXT_PATH: TEXT,
+    "/v1/responses": {"model": CHAT["model"], "input": "hi", "temperature": 0, "max_output_tokens": 4},
+    "/v1/embeddings": {"model": CHAT["model"], "input": "hi"},
+    "/v1/score": {"model": CHAT["model"], "text_1": "a", "text_2": "b"},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    ("field", "value", "fix"),
+    [
+        ("lora_path", "other", "name it in model"),
+        ("adapter_id", "other", "name it in model"),
+        ("lora", [{"id": 0, "scale": 0.5}], "name it in model"),
+        ("n_predict", 5, "max_tokens"),
+        ("truncation_side", "right", "end of a prompt"),
+        ("include_reasoning", False, "turned off"),
+        ("thinking_token_budget", 100, "not supported"),
+        ("custom_logit_processor", "x", "not supported"),
+        ("stop_regex", "a+", "not supported"),
+    ],
+)  # fmt: skip
+def test_what_would_change_the_answer_at_another_server_is_refused_by_name(served: Site, path: str, field: str, value, fix: str):
+    error = error_of(post(served.app, path, BODIES[path] | {field: value, "nobody_knows_it": 1}), 400)
+    assert error["param"] == field and error["message"].startswith(f"{field}: ") and fix in error["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_path": None, "lora": [], "adapter_id": ""},
+        {"n_predict": -1, "truncation_side": "left", "include_reasoning": True, "separate_reasoning": True},
+        {"thinking_token_budget": -1, "vllm_xargs": {}, "guidance_scale": 1.0, "watermarking": False, "stop_regex": []},
+    ],
+)  # fmt: skip
+def test_their_neutral_values_are_taken(served: Site, fields: dict):
+    for path, body in ((CHAT_PATH, CHAT), (TEXT_PATH, TEXT)):
+        plain, told = post(served.app, path, body), post(served.app, path, body | fields)
+        assert told.status_code == 200, told.text
+        assert told.json()["choices"] == plain.json()["choices"]
+
+
 def test_a_schema_may_come_as_text(served: Site):
     schema = {"enum": ["yes", "no"]}
     for fields in ({"guided_json": json.dumps(schema)}, {"structured_outputs": {"json": json.dumps(schema)}}):
         answer = post(served.app, "/v1/completions", TEXT | {"max_tokens": 20} | fields).json()
         assert json.loads(answer["choices"][0]["text"]) in schema["enum"]
+
+
+def test_tgis_form_of_a_schema_is_followed(served: Site):
+    """huggingface_hub's InferenceClient turns json_schema into it, where it has the address of a server."""
+    schema = {"enum": ["yes", "no"]}
+    for form in ({"type": "json_object", "value": schema}, {"type": "json", "value": json.dumps(schema)}):
+        answer = post(served.app, CHAT_PATH, CHAT | {"max_tokens": 20, "response_format": form})
+        assert json.loads(answer.json()["choices"][0]["message"]["content"]) in schema["enum"]
+        assert "x-trimtab-ignored" not in answer.headers
 
 
 def test_an_assistant_turn_without_content_is_an_empty_one(served: Site):

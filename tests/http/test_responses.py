@@ -114,6 +114,26 @@ def test_log_probabilities(served: Site):
     assert [x.token for e in told if e.type.endswith("text.delta") for x in e.logprobs] == [c["token"] for c in chat["logprobs"]["content"]]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": "e"},
+        {"logit_bias": {"70": 100}},
+        {"repetition_penalty": 5.0},
+        {"presence_penalty": 2.0, "frequency_penalty": 2.0},
+        {"temperature": 5.0, "top_k": 1},
+        {"temperature": 5.0, "min_p": 0.99},
+        {"ignore_eos": True, "min_tokens": 6},
+        {"structured_outputs": {"choice": ["yes", "no"]}},
+    ],
+)
+def test_tokens_are_chosen_as_in_a_chat(served: Site, fields: dict[str, Any]):
+    chat = post(served.app, "/v1/chat/completions", CHAT | {"max_tokens": 6} | fields).json()
+    told = post(served.app, PATH, {"model": CHAT["model"], "input": "hi", "temperature": 0, "max_output_tokens": 6} | fields)
+    assert told.status_code == 200 and "x-trimtab-ignored" not in told.headers
+    assert told.json()["output"][-1]["content"][0]["text"] == chat["choices"][0]["message"]["content"]
+
+
 def test_a_schema_is_followed_and_parsed(served: Site):
     class Answer(BaseModel):
         kind: Literal["a", "b"]
@@ -216,6 +236,10 @@ def test_reasoning_is_an_item_and_comes_back(sites: Any):
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}}}, "text.format"),
         ({"model": "nothing"}, "model"),
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"n": 2}, "n"),
     ],
 )
 def test_what_cannot_be_answered_is_named(served: Site, fields: dict[str, Any], param: str):

@@ -185,6 +185,15 @@ def test_parts_are_added_up_and_flattened(named):
         composed([(Named(f"n{n}", a.adapter), 1) for n in range(MAX_PARTS + 1)])
 
 
+def test_the_name_of_a_sum_is_short_whatever_its_parts_are_called(named):
+    """It goes into a header; proxies take 4 kB of all of them by default."""
+
+    far = [Named(f"/srv/{'deep/' * 800}desk{n}", named["a"].adapter) for n in range(MAX_PARTS)]
+    whole = composed([(part, 0.123456789) for part in far])
+    assert whole is not None and len(whole.ref) < 8 * 80 and all(f"/desk{n}" in whole.ref for n in range(MAX_PARTS))
+    assert composed([(named["a"], 1), (named["rs"], 0.5)]).ref in ("a+0.5*rs", "0.5*rs+a")  # type: ignore[union-attr]
+
+
 def test_names_with_scales_are_read():
     assert names_in("a") is None and names_in("acme/a@3") is None
     assert names_in("a+0.5*b") == [("a", 1.0), ("b", 0.5)]

@@ -60,6 +60,8 @@ SCHEMA = {
         ("json_object", "", ["{}", '{"a": [1, {"b": null}]}'], ["[]", "1", ""]),
         ("regex", "[a-c]{2,3}(x|é)", ["abx", "abcé"], ["ax", "abcdx", "ab"]),
         ("choice", '["ja", "nein", "a\\"b\\n", "/x/"]', ["ja", "nein", 'a"b\n', "/x/"], ["j", "x", "jaja", ""]),
+        ("grammar", 'start: NAME ("," NAME)*\nNAME: /[a-c]+/', ["a", "abc,b"], ["", "a,", "d"]),
+        ("grammar", 'root ::= name ("," name)*\nname ::= [a-c]+', ["a", "abc,b"], ["", "a,", "d"]),
     ],
 )
 def test_what_follows_and_what_does_not(kind, text, good, bad):
@@ -89,6 +91,10 @@ def test_blanks_between_parts_are_bounded():
         ("json_schema", "[" * 60000, "not JSON"),
         ("json_schema", '{"description": "' + "x" * 70000 + '"}', "at most 65536"),
         ("regex", "a(b", "cannot be followed"),
+        ("grammar", "start: (", "cannot be followed"),
+        ("grammar", "root ::= (", "cannot be read"),
+        ("grammar", "root ::= " + "(" * 30000, "cannot be read"),
+        ("grammar", "start: missing", "cannot be followed"),
         ("choice", '["a", 1]', "a JSON list of texts"),
         ("choice", "[]", "a JSON list of texts"),
         ("choice", json.dumps([str(i) for i in range(2000)]), "2000 choices, at most 1024"),

@@ -209,7 +209,7 @@ def sampling_of(body: ChatBody | CompletionBody, vocab_size: int) -> SamplingPar
         grammar=None if constraint is None else constraint[1],
         prompt_logprobs=prompt_top_of(body),
         logit_bias=biases,
-        with_stop=bool(body.include_stop_str_in_output),
+        with_stop=bool(body.include_stop_str_in_output or body.no_stop_trim),
         all_shown=body.skip_special_tokens is False,
     )
 
@@ -235,7 +235,7 @@ def constraint_of(body: Sampled) -> tuple[str, Grammar] | None:
     """(the field that constrains the answer, its grammar); Fault (400) if fields contradict each other."""
     form, own, found = body.response_format, body.structured_outputs, _constraints(body)
     if own is not None and sum(field.startswith("structured_outputs.") for field in found) != 1:
-        text = "structured_outputs: give exactly one of json, json_object, regex and choice"
+        text = "structured_outputs: give exactly one of json, json_object, regex, choice and grammar"
         raise Fault(text, param="structured_outputs", code="invalid_value")
     if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
         text = "response_format: json_schema goes with type json_schema, and only with it"
@@ -246,21 +246,29 @@ def constraint_of(body: Sampled) -> tuple[str, Grammar] | None:
 
 
 def _constraints(body: Sampled) -> dict[str, Grammar]:
-    """All of OpenAI's response_format, vLLM's structured_outputs, and its older guided_*, by field."""
+    """All of OpenAI's response_format, vLLM's structured_outputs, its older guided_*, and other servers' names of them, by field."""
     form, own = body.response_format, body.structured_outputs or StructuredOutputs.model_construct()
-    schema = None if form is None else form.schema_ if form.json_schema is None else form.json_schema.schema_
+    schema = None if form is None else form.json_schema.schema_ if form.json_schema is not None else _or(form.schema_, form.value)
     schemas = {"response_format": schema, "structured_outputs.json": own.json_, "guided_json": body.guided_json}
+    schemas["json_schema"] = body.json_schema
     objects = {
         "response_format": form is not None and form.type == "json_object" and schema is None,
         "structured_outputs.json_object": own.json_object,
     }
-    regexes = {"structured_outputs.regex": own.regex, "guided_regex": body.guided_regex}
+    regexes = {"structured_outputs.regex": own.regex, "guided_regex": body.guided_regex, "regex": body.regex}
     choices = {"structured_outputs.choice": own.choice, "guided_choice": body.guided_choice}
+    grammars = {
+        "structured_outputs.grammar": own.grammar,
+        "guided_grammar": body.guided_grammar,
+        "ebnf": body.ebnf,
+        "grammar": body.grammar,
+    }
     return {
         **{field: Grammar("json_schema", _schema_text(given, field)) for field, given in schemas.items() if given is not None},
         **{field: Grammar("json_object") for field, given in objects.items() if given},
         **{field: Grammar("regex", given) for field, given in regexes.items() if given is not None},
         **{field: Grammar("choice", json.dumps(given)) for field, given in choices.items() if given is not None},
+        **{field: Grammar("grammar", given) for field, given in grammars.items() if given is not None},
     }
 
 

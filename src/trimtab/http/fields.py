@@ -42,8 +42,11 @@ class Off:
 
     values: tuple[Any, ...]
 
+    def takes(self, value: Any) -> bool:
+        return any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in self.values)
+
     def check(self, value: Any) -> None:
-        if not any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in self.values):
+        if not self.takes(value):
             raise PydanticCustomError("not_supported", "is not supported by this server; leave it out")
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -122,6 +125,7 @@ Ids = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MA
 Text = Annotated[str, Field(min_length=1)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Regex = Annotated[str, Field(min_length=1, max_length=4096)]
+GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_CHARS)]
 Choice = Annotated[list[StopText], Field(fail_fast=True, min_length=1, max_length=256)]
 Biases = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]], BeforeValidator(_biases)

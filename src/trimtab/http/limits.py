@@ -20,7 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from trimtab.errors import LimitError, TrimtabError
 from trimtab.http.auth import tenant_of
 from trimtab.http.errors import RETRY_S, ClientGone, Fault, fault_of, fault_of_body, reply
-from trimtab.http.fields import Strict, ignored_of
+from trimtab.http.fields import Body, Strict, ignored_of
+from trimtab.http.foreign import refuse_foreign
 from trimtab.http.health import PROBES
 from trimtab.http.services import Services
 from trimtab.memory import release_freed
@@ -226,6 +227,8 @@ def parse(raw: bytes, model: type[M], max_depth: int, variables: frozenset[str])
         raise Fault("the body must be a JSON object", code="invalid_json")
     try:
         read = model.model_validate(body)
+        if isinstance(read, Body):
+            refuse_foreign(read)
         return read, ignored_of(read, variables)
     except ValidationError as error:
         raise fault_of_body(error, body, model) from None

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from trimtab.http.fields import INTEGRAL, Body, NotSupported, Schema, Text, Tokens, TopLogprobs, off
+from trimtab.http.fields import Body, NotSupported, Schema, Text, Tokens, TopLogprobs, off
 from trimtab.http.messages import MAX_MESSAGES, CalledFunction, FunctionTool, Message, Part, Tool, ToolCall, ToolChoice, only_functions
-from trimtab.http.schema import AdapterPart, ChatBody, JsonSchema, ResponseFormat, StreamOptions
+from trimtab.http.schema import AdapterPart, ChatBody, Chosen, JsonSchema, ResponseFormat, StreamOptions
 from trimtab.serve.composed import MAX_PARTS
 
 LOGPROBS = "message.output_text.logprobs"
@@ -93,7 +93,7 @@ class Reasoning(Body):
     effort: str | None = Field(None, max_length=64, description="A variable of the chat template, reasoning_effort, where that reads it.")
 
 
-class ResponsesBody(Body):
+class ResponsesBody(Chosen):
     """POST /v1/responses"""
 
     model: str = Field(min_length=1, max_length=256, description="As in the other routes.")
@@ -105,9 +105,6 @@ class ResponsesBody(Body):
     ] = Field(description="A text, or items, one of which is a message, a call or a result.")
     instructions: str | None = Field(None, description="A system message before the input.")
     max_output_tokens: Tokens | None = None
-    temperature: float | None = Field(1.0, ge=0, le=100)
-    top_p: float | None = Field(1.0, ge=0, le=1)
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), INTEGRAL] | None = Field(None, description="As in the other routes.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     text: TextOptions | None = None
@@ -130,6 +127,13 @@ class ResponsesBody(Body):
     prompt_cache_key: Any = Field(None, description="Changes nothing.")
     prompt_cache_retention: Any = Field(None, description="Changes nothing.")
 
+    messages: NotSupported = None
+    max_tokens: NotSupported = None
+    max_completion_tokens: NotSupported = None
+    response_format: NotSupported = None
+    n: Annotated[Any, off(1)] = None
+    echo: NotSupported = None
+    prompt_logprobs: NotSupported = None
     previous_response_id: NotSupported = None
     conversation: NotSupported = None
     prompt: NotSupported = None
@@ -177,9 +181,6 @@ def chat_of(body: ResponsesBody) -> ChatBody:
         adapters=body.adapters,
         messages=messages,
         max_completion_tokens=body.max_output_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        seed=body.seed,
         stream=body.stream,
         response_format=None if form is None else _format(form),
         reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
@@ -188,12 +189,13 @@ def chat_of(body: ResponsesBody) -> ChatBody:
         parallel_tool_calls=body.parallel_tool_calls,
         logprobs=logprobs,
         top_logprobs=body.top_logprobs if logprobs else None,
+        **{name: getattr(body, name) for name in Chosen.model_fields},
     )
 
 
 def _format(form: TextFormat) -> ResponseFormat:
     schema = None if form.schema_ is None else JsonSchema.model_construct(name=form.name, schema_=form.schema_)
-    return ResponseFormat.model_construct(type=form.type, json_schema=schema, schema_=None)
+    return ResponseFormat.model_construct(type=form.type, json_schema=schema, schema_=None, value=None)
 
 
 def _tool(tool: ResponsesTool) -> Tool:

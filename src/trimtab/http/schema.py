@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from trimtab.http.fields import (
@@ -19,6 +19,7 @@ from trimtab.http.fields import (
     Biases,
     Body,
     Choice,
+    GrammarText,
     Ids,
     NotSupported,
     Regex,
@@ -62,9 +63,10 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"]
+    type: Annotated[Literal["text", "json_object", "json_schema"], BeforeValidator(lambda said: "json_object" if said == "json" else said)]
     json_schema: JsonSchema | None = None
     schema_: Schema | None = Field(None, alias="schema", description="A JSON Schema beside json_object, as some clients send it.")
+    value: SchemaOrText | None = Field(None, description="The same, as TGI has it; its type may be json.")
 
 
 class StructuredOutputs(Body):
@@ -74,7 +76,7 @@ class StructuredOutputs(Body):
     json_object: Literal[True] | None = None
     regex: Regex | None = None
     choice: Choice | None = None
-    grammar: NotSupported = None
+    grammar: GrammarText | None = Field(None, description="A grammar in Lark's form or llama.cpp's GBNF, as llguidance reads them.")
     structural_tag: NotSupported = None
 
 
@@ -83,8 +85,56 @@ class AdapterPart(Body):
     scale: float = Field(1.0, ge=-MAX_SCALE, le=MAX_SCALE, description="What it adds is multiplied by this.")
 
 
-class Sampled(Body):
-    """How tokens are chosen, for both routes."""
+class Chosen(Body):
+    """How tokens are chosen, for all routes that answer."""
+
+    temperature: float | None = Field(1.0, ge=0, le=100, description="0 takes the likeliest token each time.")
+    top_p: float | None = Field(1.0, ge=0, le=1, description="0 only at temperature 0, where it changes nothing.")
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), INTEGRAL] | None = Field(
+        None, description="Same seed, same request: same answer. The i-th answer has seed + i."
+    )
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31), INTEGRAL] | None = Field(
+        0, description="vLLM's. Draw from the k likeliest tokens; 0 or -1: from all."
+    )
+    min_p: float | None = Field(0.0, ge=0, lt=1, description="vLLM's. Least probability relative to the likeliest token.")
+    repetition_penalty: float | None = Field(1.0, ge=0.01, le=100, description="vLLM's.")
+    min_tokens: Annotated[int, Field(ge=0, lt=1 << 31), INTEGRAL] | None = Field(0, description="vLLM's. No end before so many.")
+    ignore_eos: bool | None = Field(False, description="vLLM's. End tokens do not end the answer.")
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=64)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: SchemaOrText | None = Field(None, description="vLLM's older name of structured_outputs.json.")
+    guided_regex: Regex | None = Field(None, description="The same of structured_outputs.regex.")
+    guided_choice: Choice | None = Field(None, description="The same of structured_outputs.choice.")
+    guided_grammar: GrammarText | None = Field(None, description="The same of structured_outputs.grammar.")
+    regex: Regex | None = Field(None, description="SGLang's name of structured_outputs.regex.")
+    json_schema: SchemaOrText | None = Field(None, description="SGLang's and llama.cpp's name of structured_outputs.json.")
+    ebnf: GrammarText | None = Field(None, description="SGLang's name of structured_outputs.grammar.")
+    grammar: GrammarText | None = Field(None, description="llama.cpp's name of structured_outputs.grammar.")
+    logit_bias: Biases | None = Field(None, description="Token ids, as text, and what is added to their logits.")
+    include_stop_str_in_output: bool | None = Field(False, description="vLLM's. What ends the answer is part of its text.")
+    no_stop_trim: bool | None = Field(False, description="SGLang's name of include_stop_str_in_output.")
+    skip_special_tokens: bool | None = Field(True, description="vLLM's. false: control tokens are part of the answer's text.")
+    truncate_prompt_tokens: Truncated = None
+    bad_words: NotSupported = None
+    allowed_token_ids: NotSupported = None
+    logits_processors: NotSupported = None
+    use_beam_search: NotSupported = None
+    length_penalty: Annotated[Any, off(1)] = None
+    no_repeat_ngram_size: Annotated[Any, off(0)] = None
+    repeat_penalty: Annotated[Any, off(1)] = None
+    typical_p: Annotated[Any, off(1)] = None
+    top_a: Annotated[Any, off(0)] = None
+    tfs: Annotated[Any, off(1)] = None
+    mirostat: Annotated[Any, off(0)] = None
+    dry_multiplier: Annotated[Any, off(0)] = None
+    xtc_probability: Annotated[Any, off(0)] = None
+
+
+class Sampled(Chosen):
+    """What chat and completions share."""
 
     model: str = Field(
         min_length=1, max_length=256, description="An adapter (support, acme/support@3), a sum (support+0.5*legal), or the base's own name."
@@ -98,31 +148,10 @@ class Sampled(Body):
         " alone is computed.",
     )
     max_completion_tokens: Tokens | None = Field(None, description="OpenAI's newer name of max_tokens.")
-    temperature: float | None = Field(1.0, ge=0, le=100, description="0 takes the likeliest token each time.")
-    top_p: float | None = Field(1.0, ge=0, le=1, description="0 only at temperature 0, where it changes nothing.")
     n: Annotated[int, Field(ge=1, le=MAX_N), INTEGRAL] | None = Field(1, description="Answers to each prompt.")
-    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), INTEGRAL] | None = Field(
-        None, description="Same seed, same request: same answer. The i-th answer has seed + i."
-    )
-    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-
-    top_k: Annotated[int, Field(ge=-1, lt=1 << 31), INTEGRAL] | None = Field(
-        0, description="vLLM's. Draw from the k likeliest tokens; 0 or -1: from all."
-    )
-    min_p: float | None = Field(0.0, ge=0, lt=1, description="vLLM's. Least probability relative to the likeliest token.")
-    repetition_penalty: float | None = Field(1.0, ge=0.01, le=100, description="vLLM's.")
-    min_tokens: Annotated[int, Field(ge=0, lt=1 << 31), INTEGRAL] | None = Field(0, description="vLLM's. No end before so many.")
-    ignore_eos: bool | None = Field(False, description="vLLM's. End tokens do not end the answer.")
-    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=64)] | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: SchemaOrText | None = Field(None, description="vLLM's older name of structured_outputs.json.")
-    guided_regex: Regex | None = Field(None, description="The same of structured_outputs.regex.")
-    guided_choice: Choice | None = Field(None, description="The same of structured_outputs.choice.")
 
     user: Any = Field(None, description="Changes nothing.")
     metadata: Any = Field(None, description="Changes nothing.")
@@ -135,33 +164,14 @@ class Sampled(Body):
     request_id: Any = Field(None, description="vLLM's. Changes nothing: the header x-request-id names a request.")
     spaces_between_special_tokens: Any = Field(None, description="vLLM's. Changes nothing.")
 
-    logit_bias: Biases | None = Field(None, description="Token ids, as text, and what is added to their logits.")
     prompt_logprobs: TopLogprobs | None = Field(
         None, description="vLLM's. The prompt's tokens come with their log-probabilities and so many alternatives; not in a stream."
     )
-    include_stop_str_in_output: bool | None = Field(False, description="vLLM's. What ends the answer is part of its text.")
-    skip_special_tokens: bool | None = Field(True, description="vLLM's. false: control tokens are part of the answer's text.")
     return_tokens_as_token_ids: bool | None = Field(False, description="vLLM's. Tokens of log-probabilities are told as token_id:5.")
     return_token_ids: bool | None = Field(False, description="vLLM's. Ids of the prompt and of the answer come beside it.")
     echo: bool | None = Field(
         False, description="The answer begins with the prompt; in a chat with the last message, where that is an assistant's."
     )
-
-    truncate_prompt_tokens: Truncated = None
-    bad_words: NotSupported = None
-    allowed_token_ids: NotSupported = None
-    logits_processors: NotSupported = None
-    guided_grammar: NotSupported = None
-    use_beam_search: NotSupported = None
-    length_penalty: Annotated[Any, off(1)] = None
-    no_repeat_ngram_size: Annotated[Any, off(0)] = None
-    repeat_penalty: Annotated[Any, off(1)] = None
-    typical_p: Annotated[Any, off(1)] = None
-    top_a: Annotated[Any, off(0)] = None
-    tfs: Annotated[Any, off(1)] = None
-    mirostat: Annotated[Any, off(0)] = None
-    dry_multiplier: Annotated[Any, off(0)] = None
-    xtc_probability: Annotated[Any, off(0)] = None
 
 
 class ChatBody(Conversation, Sampled):

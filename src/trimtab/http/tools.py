@@ -91,7 +91,9 @@ def sampled(sampling: SamplingParams, tools: Tools | None, words: Words, prompt:
         return sampling
     own = sampling.grammar
     if own is not None and own.kind not in ("json_schema", "json_object"):
-        text = "tools: an answer that is a call does not follow a regex or a choice; give tool_choice: none, or leave one of them out"
+        text = (
+            "tools: an answer that is a call does not follow a regex, choice or grammar; give tool_choice: none, or leave one of them out"
+        )
         raise Fault(text, param="tools", code="invalid_value")
     try:
         return replace(sampling, grammar=_grammar(tools, own, form, words, tail(prompt, words).rstrip()))

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from trimtab.store import Adapter
 
 MAX_PARTS, MAX_SCALE = 8, 100.0
+MAX_REF = 64
+"""Characters of an adapter's name in that of a sum."""
 _SCALED = re.compile(r"(-?(?:\d+\.?\d*|\.\d+)(?:[eE]-?\d+)?)\*([^*]+)", re.ASCII)
 
 
@@ -42,7 +44,9 @@ class Composed:
 
     @property
     def ref(self) -> str:
-        return "+".join(part.ref if scale == 1 else f"{scale:g}*{part.ref}" for part, scale in self.parts)
+        """Short: it goes into headers, where a path for each part would be more than proxies take."""
+        names = [(_shortened(part.ref), scale) for part, scale in self.parts]
+        return "+".join(name if scale == 1 else f"{scale:g}*{name}" for name, scale in names)
 
     @property
     def head(self) -> Head | None:
@@ -117,6 +121,11 @@ def usage_of(digest: str) -> str:
 
 def base_is_no_part(name: str) -> TrimtabError:
     return AdapterError(f"{name!r} is the base, which every composition contains", fix="name adapters alone, each with its scale")
+
+
+def _shortened(ref: str) -> str:
+    """Its end, where it is a long path: that tells folders apart."""
+    return ref if len(ref) <= MAX_REF else f"...{ref[3 - MAX_REF :]}"
 
 
 def _fits(scale: float) -> bool:

@@ -1,4 +1,5 @@
-"""Answers that follow a grammar: a JSON schema, a regular expression, a choice. Which tokens may come next is llguidance's to say.
+"""Answers that follow a grammar: a JSON schema, a regular expression, a choice, a grammar. llguidance says which tokens may come
+next.
 
 What a grammar costs cannot be told from its text, and nothing can be stopped once it has begun: so all this runs in a process of its own
 (`grammar_process.py`), which may end at any call for want of time or memory. It imports neither torch nor transformers.
@@ -116,12 +117,24 @@ def _source(kind: str, text: str) -> str:
         return LLMatcher.grammar_from_regex(text)
     if kind == "calls":
         return LLMatcher.grammar_from_lark(text)
+    if kind == "grammar":
+        return LLMatcher.grammar_from_lark(_lark(text))
     if kind == "choice":
         return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c) for c in _choices(text)))
     schema = {"type": "object"} if kind == "json_object" else _parse(kind, text)
     if not isinstance(schema, dict):
         raise GrammarError(f"a JSON schema is an object, this is {type(schema).__name__}")
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": WHITESPACE, "lenient": False})
+
+
+def _lark(text: str) -> str:
+    """A grammar in Lark's form, as it is; one in GBNF turned into it."""
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return str(any_to_lark(text))
+    except Exception as error:  # of its own kind, or whatever a text makes of it
+        raise GrammarError(f"this grammar cannot be read: {error}") from None
 
 
 def _choices(text: str) -> list[str]:

@@ -40,13 +40,13 @@ class Trigger:
 @dataclass(frozen=True)
 class Grammar:
     """A constraint on an answer. kind: json_schema (text: the schema as JSON), json_object (text: ""), regex, choice (text: a JSON list of
-    strings), calls (text: as `bases.call_grammar` gives it).
+    strings), grammar (text: Lark's form or GBNF), calls (text: as `bases.call_grammar` gives it).
 
     trigger: None if it binds from the first token on; else free text may come before, and the grammar is one of the trigger's token and
     what follows, or of a text that has the trigger somewhere. loose: where it cannot be followed the answer goes on without it.
     """
 
-    kind: Literal["json_schema", "json_object", "regex", "choice", "calls"]
+    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar", "calls"]
     text: str = ""
     trigger: Trigger | None = None
     loose: bool = False
