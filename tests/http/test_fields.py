@@ -100,6 +100,7 @@ CONSTRAINTS = [
     ({"grammar": 'root ::= "ab"{2}'}, "abab"),
     ({"ebnf": 'root ::= [0-9] [0-9]'}, "[0-9][0-9]"),
     ({"regex": "[xy]z"}, "[xy]z"),
+    ({"guided_regex": "[xy]z", "structured_outputs": {"regex": "[xy]z"}}, "[xy]z"),
     ({"json_schema": {"enum": ["yes", "no"]}}, '"(yes|no)"'),
 ]  # fmt: skip
 

@@ -240,7 +240,7 @@ def constraint_of(body: Sampled) -> tuple[str, Grammar] | None:
     if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
         text = "response_format: json_schema goes with type json_schema, and only with it"
         raise Fault(text, param="response_format", code="invalid_value")
-    if len(found) > 1:
+    if len(set(found.values())) > 1:  # guidance sends one grammar under two names
         raise Fault(f"{' and '.join(found)}: give one of them", param="structured_outputs", code="invalid_value")
     return next(((field.partition(".")[0], grammar) for field, grammar in found.items()), None)
 
