@@ -14,8 +14,9 @@ from transformers.utils.quantization_config import GgufConfig
 from tests.bases.gguf_blocks import random_blocks
 from tests.laws.common import difference, tokens
 from tests.tiny import VOCAB, tiny_tokenizer
-from trimtab.bases import fingerprint_folder, fingerprint_model, gguf
+from trimtab.bases import fingerprint_folder, fingerprint_model, gguf, load
 from trimtab.bases.shapes import read_architecture
+from trimtab.bases.weights.gguf_blocks import BLOCKS
 from trimtab.errors import BaseError, ConfigError
 from trimtab.model import load_base
 
@@ -37,9 +38,37 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
-def write(path: Path, blocks_written: int = 2) -> Path:
-    """A file that says that it has two blocks."""
-    from gguf import GGMLQuantizationType, GGUFWriter, quants
+OTHERS = (
+    ("q4_1", "q5_0", "q5_1", "q5_k", "q2_k", "q3_k", "iq4_nl"),
+    ("iq4_xs", "f16", "bf16", "f32", "iq2_xxs", "iq3_s", "mxfp4"),
+)
+"""By block, the kind of each of `MATRICES` in a file whose matrices do not stay packed."""
+
+
+def _numbers(kind: str, outputs: int, inputs: int, seed: int) -> np.ndarray:
+    """Random numbers in this kind of blocks, about as large as weights are; of what gguf does not quantise, random blocks."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+    random, kept = np.random.default_rng(seed), GGMLQuantizationType[kind.upper()]
+    if kind in BLOCKS:
+        return random_blocks(kind, outputs, inputs, seed=seed)
+    try:
+        return quants.quantize((0.2 * random.normal(size=(outputs, inputs))).astype(np.float32), kept)
+    except NotImplementedError:
+        (block, size), halves = GGML_QUANT_SIZES[kept], HALF_AT[kind]
+        blocks = random.integers(0, 256, (outputs, inputs // block, size), dtype=np.uint8)
+        for at in halves:
+            blocks[..., at : at + 2] = np.full((*blocks.shape[:2], 1), 0.001, np.float16).view(np.uint8)
+        return blocks.reshape(outputs, -1)
+
+
+HALF_AT = {"q5_k": (0, 2), "q2_k": (80, 82), "q3_k": (108,), "iq4_nl": (0,), "iq4_xs": (0,), "iq2_xxs": (0,), "iq3_s": (0,)}
+"""Where blocks have fp16 numbers."""
+
+
+def write(path: Path, blocks_written: int = 2, kinds: tuple[tuple[str, ...], ...] = ()) -> Path:
+    """A file that says that it has two blocks. kinds: other ones than those of `MATRICES`, by block."""
+    from gguf import GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(str(path), "llama")
     writer.add_context_length(512)
@@ -59,11 +88,9 @@ def write(path: Path, blocks_written: int = 2) -> Path:
     for name in norms:
         writer.add_tensor(f"{name}.weight", (1 + 0.1 * random.normal(size=HIDDEN)).astype(np.float32))
     for i in range(blocks_written):
-        for name, (kind, outputs, inputs) in MATRICES.items():
-            quantised = GGMLQuantizationType[kind.upper()]
-            entries = (0.2 * random.normal(size=(outputs, inputs))).astype(np.float32)
-            blocks = quants.quantize(entries, quantised) if kind == "q5_0" else random_blocks(kind, outputs, inputs, seed=i)
-            writer.add_tensor(f"blk.{i}.{name}.weight", blocks, raw_dtype=quantised)
+        for number, (name, (kind, outputs, inputs)) in enumerate(MATRICES.items()):
+            kind = kinds[i][number] if kinds else kind
+            writer.add_tensor(f"blk.{i}.{name}.weight", _numbers(kind, outputs, inputs, i), raw_dtype=GGMLQuantizationType[kind.upper()])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -120,3 +147,70 @@ def test_a_file_without_all_of_its_tensors_is_no_base(quantize: str | None, cach
         load_base(str(write(tmp_path / "tiny.gguf", 1)), quantize=quantize)
     with pytest.raises(BaseError, match="is one of several parts of a model"):
         load_base(str(write(tmp_path / "tiny-00001-of-00002.gguf", 1)), quantize=quantize)
+
+
+def _by_loop(kind: str, blocks: np.ndarray, inputs: int) -> np.ndarray:
+    """The entries of the first row, computed one by one from what llama.cpp says of these kinds."""
+    found = []
+    size = {"q4_1": 20, "q5_0": 22, "q5_1": 24, "iq4_nl": 18}[kind]
+    table = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+    for at in range(0, inputs // 32 * size, size):
+        block = blocks[0, at : at + size]
+        halves = block[:4].view(np.float16).astype(np.float64)
+        fifth = int.from_bytes(block[2 if kind == "q5_0" else 4 :][:4].tobytes(), "little") if "5" in kind else 0
+        for i in range(32):
+            byte = int(block[size - 16 + i % 16])
+            code = (byte & 15 if i < 16 else byte >> 4) | (fifth >> i & 1) << 4
+            least = {"q4_1": halves[1], "q5_1": halves[1], "q5_0": -16 * halves[0], "iq4_nl": 0}[kind]
+            found.append(halves[0] * (table[code] if kind == "iq4_nl" else code) + least)
+    return np.array(found)
+
+
+@pytest.mark.parametrize("quantize", [None, "gguf"])
+def test_what_does_not_stay_packed_is_dequantised(quantize: str | None, cached: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "others.gguf", kinds=OTHERS)
+    plan = GgufConfig(dequantize=True)
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32, quantization_config=plan)
+    said: list[str] = []
+    load(str(file), dtype="float32", quantize=quantize, progress=said.append)
+    base = load_base(str(file), dtype="float32", quantize=quantize)
+    for name, weight in base.attached.weights.of.items():
+        assert weight.stored_dense and torch.equal(weight.dense(), twin.get_submodule(name).weight.bfloat16().float()), name
+    for name, kind in (("attn_v", "q5_1"), ("ffn_down", "iq4_nl")):
+        own = base.matrix(f"model.layers.0.{'self_attn.v_proj' if name == 'attn_v' else 'mlp.down_proj'}").dense()[0]
+        _, outputs, inputs = MATRICES[name]
+        assert difference(own.double(), torch.from_numpy(_by_loop(kind, _numbers(kind, outputs, inputs, 0), inputs))) < 4e-3, kind
+    told = [line for line in said if "are kept in bfloat16" in line]
+    assert bool(told) == (quantize == "gguf")
+    if told:
+        assert told[0].startswith("matrices of IQ2_XXS, IQ3_S, IQ4_NL, IQ4_XS, MXFP4, Q2_K, Q3_K, Q4_1, Q5_0, Q5_1, Q5_K are kept")
+
+
+@pytest.mark.parametrize("quantize", [None, "gguf"])
+def test_numbers_that_are_not_finite_are_told_with_their_tensor(quantize: str | None, file: Path, cached: Path, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    spoilt = tmp_path / "spoilt.gguf"
+    spoilt.write_bytes(file.read_bytes())
+    reader = GGUFReader(spoilt, "r+")
+    (matrix,) = [t for t in reader.tensors if t.name == "blk.1.attn_v.weight"]  # q8_0
+    matrix.data[3, :2] = np.array([np.inf], np.float16).view(np.uint8)
+    reader.data.flush()
+    with pytest.raises(BaseError, match=r"not finite") as refusal:
+        load_base(str(spoilt), quantize=quantize)
+    assert "blk.1.attn_v.weight" in str(refusal.value) or "layers.1.self_attn.v_proj" in str(refusal.value)
+
+
+def test_a_kind_that_gguf_cannot_dequantise_is_refused_by_name(cached: Path, tmp_path: Path) -> None:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(str(tmp_path / "tiny.gguf"), "llama")
+    writer.add_tensor("blk.0.attn_q.weight", np.zeros((4, 292), np.uint8), raw_dtype=GGMLQuantizationType.Q8_K)
+    for write_part in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write_part()
+    with pytest.raises(BaseError, match="has tensors that cannot be dequantised") as refusal:
+        load_base(str(tmp_path / "tiny.gguf"))
+    assert refusal.value.problems == ("blk.0.attn_q.weight is Q8_K",) and "Q5_K" in refusal.value.fix
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "tiny.gguf").read_bytes()[:60])
+    with pytest.raises(BaseError, match=r"cut\.gguf' cannot be read"):
+        load_base(str(tmp_path / "cut.gguf"))

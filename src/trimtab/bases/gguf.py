@@ -18,7 +18,7 @@ from typing import Any
 from trimtab.bases.cache import cache_dir, locked, whole_folder
 from trimtab.bases.folder import folder_problems
 from trimtab.bases.progress import Progress, quiet_transformers
-from trimtab.errors import BaseError, TrimtabError
+from trimtab.errors import BaseError, TrimtabError, first_of
 
 SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 """How llama.cpp names the parts of a model that it has split."""
@@ -60,6 +60,7 @@ def folder_for_gguf(path: Path, progress: Progress, *, packed: bool = False) -> 
         if file.read(4) != b"GGUF":
             raise BaseError(f"{str(path)!r} is not a GGUF file: it does not start with the letters GGUF", fix="fetch the file anew.")
     _refuse_parts(path)
+    _refuse_kinds(path)
     sha256 = sha256_of_file(path)
     folder = converted_folder(_plain(path.stem) + ("-packed" if packed else ""), sha256)
     convert(path, folder, sha256=sha256, progress=progress, packed=packed)
@@ -87,7 +88,7 @@ def convert(path: Path, folder: Path, *, sha256: str, progress: Progress, packed
                     if packed:
                         from trimtab.bases.gguf_packed import write_packed  # which loads torch
 
-                        tokenizer = _tokenizer(path, write_packed(path, work))
+                        tokenizer = _tokenizer(path, write_packed(path, work, progress))
                     else:
                         model.save_pretrained(work)
                     tokenizer.save_pretrained(work)
@@ -114,6 +115,31 @@ def _refuse_parts(path: Path) -> None:
         )
 
 
+def _refuse_kinds(path: Path) -> None:
+    """BaseError, with the tensors, for numbers in blocks that the package gguf cannot dequantise."""
+    from gguf.quants import _type_traits
+
+    read = {"F32", "F16", *(kind.name for kind in _type_traits)}
+    wrong = [f"{t.name} is {t.tensor_type.name}" for t in _tensors_of(path) if t.tensor_type.name not in read]
+    if wrong:
+        raise BaseError(
+            f"the GGUF file {str(path)!r} has tensors that cannot be dequantised",
+            problems=first_of(wrong, 10),
+            fix=f"use a file whose tensors are of {', '.join(sorted(read))}.",
+        )
+
+
+def _tensors_of(path: Path) -> Any:
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path).tensors
+    except Exception as error:  # it raises whatever a wrong number leads to
+        raise BaseError(
+            f"the GGUF file {str(path)!r} cannot be read: {type(error).__name__}: {error}", fix="fetch the file anew."
+        ) from error
+
+
 def _unpack(path: Path) -> tuple[Any, Any]:
     """The dense bf16 model and the tokenizer in a .gguf file, ready to be saved."""
     import torch
@@ -128,6 +154,8 @@ def _unpack(path: Path) -> tuple[Any, Any]:
     model, info = AutoModelForCausalLM.from_pretrained(path.parent, **options)
     if missing := sorted(info["missing_keys"]):  # which transformers fills with random numbers
         raise BaseError(f"{path.name} has no tensors for {', '.join(missing[:5])}", fix="fetch the file anew.")
+    if wild := [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]:
+        raise BaseError(f"{path.name} has numbers that are not finite in {', '.join(wild[:5])}", fix="fetch the file anew.")
     packed = [name for name, p in model.named_parameters() if not p.is_floating_point()]
     if packed:
         raise BaseError(f"{path.name} stays packed after unpacking: {packed[:3]}", fix="pass the model's safetensors folder instead.")

@@ -15,20 +15,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from trimtab.bases.progress import Progress
 from trimtab.bases.weights.gguf_blocks import BLOCKS
 
 
-def write_packed(path: Path, folder: Path) -> Any:
-    """Write config and weights of the .gguf file into a folder. Returns the config, for the tokenizer."""
+def write_packed(path: Path, folder: Path, progress: Progress) -> Any:
+    """Write config and weights of the .gguf file into a folder. Returns the config, for the tokenizer. progress: told what is
+    not kept packed."""
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    state = _tensors(GGUFReader(path), model)
+    state, loosened = _tensors(GGUFReader(path), model)
     if missing := sorted(set(_wanted(model)) - {_weight(name) for name in state}):
         raise ValueError(f"the file has no tensors for {', '.join(missing[:5])}")
+    if loosened:
+        kinds, was, now = ", ".join(sorted(loosened)), *(sum(sizes) / 1e9 for sizes in zip(*loosened.values(), strict=True))
+        progress(f"matrices of {kinds} are kept in bfloat16: {now:.3g} GB in place of {was:.3g}")
     config.dtype = torch.bfloat16
     packed = [(t, *BLOCKS[kind]) for n, t in state.items() if (kind := n.rpartition(".")[2]) in BLOCKS]
     entries = sum(t.nbytes // size * block for t, block, size in packed)
@@ -39,7 +44,8 @@ def write_packed(path: Path, folder: Path) -> Any:
     return config
 
 
-def _tensors(reader: Any, model: Any) -> dict[str, Tensor]:
+def _tensors(reader: Any, model: Any) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
+    """(the model's tensors; by kind of blocks that does not stay packed, the bytes that it takes in the file and in bfloat16)."""
     from gguf.quants import dequantize
     from transformers import modeling_gguf_pytorch_utils as tables
 
@@ -54,8 +60,11 @@ def _tensors(reader: Any, model: Any) -> dict[str, Tensor]:
         return names.get(done.name), done.weights
 
     state: dict[str, Tensor] = {}
+    loosened: dict[str, tuple[int, int]] = {}
     for t in reader.tensors:
         kind, entries = t.tensor_type.name.lower(), dequantize(t.data, t.tensor_type)
+        if not np.isfinite(entries).all():
+            raise ValueError(f"the tensor {t.name} has {(~np.isfinite(entries)).sum():,} numbers that are not finite")
         name, dense = turned(entries, t.name)
         if name is None:
             continue
@@ -64,8 +73,11 @@ def _tensors(reader: Any, model: Any) -> dict[str, Tensor]:
             if blocks.shape == t.data.shape and np.array_equal(dequantize(blocks, t.tensor_type), dense):
                 state[f"{name.removesuffix('.weight')}.{kind}"] = torch.from_numpy(np.array(blocks))
                 continue
+        if t.data.dtype == np.uint8 and kind != "bf16":
+            was, now = loosened.get(kind.upper(), (0, 0))
+            loosened[kind.upper()] = was + t.data.nbytes, now + 2 * entries.size
         state[name] = torch.from_numpy(np.array(dense)).to(torch.bfloat16)
-    return state | {name: torch.as_tensor(t).to(torch.bfloat16) for name, t in beside["tensors"].items()}
+    return state | {name: torch.as_tensor(t).to(torch.bfloat16) for name, t in beside["tensors"].items()}, loosened
 
 
 def _weight(name: str) -> str:
