@@ -160,7 +160,7 @@ def test_contradictions_are_told(served: Site):
         ({"n": 3, "best_of": 2}, "best_of"),
         ({"best_of": 2, "stream": True}, "best_of"),
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
-        ({"guided_regex": "a", "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"guided_regex": "a", "structured_outputs": {"regex": "b"}}, "structured_outputs"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "structured_outputs"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
     ):
