@@ -20,6 +20,7 @@ from trimtab.data import reading as reading_module
 from trimtab.data.reading import Reading
 from trimtab.data.token_store import LAYOUT, Examples, Tokens, token_file
 from trimtab.errors import DataError
+from trimtab.train.options import DataConfig
 
 TINY = tiny_tokenizer()
 TENANTS = Path(__file__).parents[3] / "shared" / "data" / "tenants"
@@ -64,7 +65,7 @@ def test_dropped_rows_are_listed_and_too_many_stop(tmp_path):
     assert [d.origin for d in data.dropped] == ["a.jsonl:28", "a.jsonl:29", "a.jsonl:30"] and len(data.examples) == 27
     assert summarise_dropped(data.dropped)[0].startswith("1 x ") and summarise_dropped([]) == []
     with pytest.raises(DataError) as stopped:
-        load(tmp_path, "a.jsonl", max_dropped_share=0.09)
+        load(tmp_path, Source("a.jsonl", max_dropped=0.09))
     text = str(stopped.value)
     assert (
         "3 of 30 rows cannot be trained on (10%; allowed are 9%)" in text and "a.jsonl:30: over-long: " in text and "1 x over-long" in text
@@ -79,7 +80,7 @@ def test_error_lists_ten_and_says_how_to_mend_the_commonest(tmp_path):
     assert "and 2 more" in stopped.value.problems and "12 x over-long" in stopped.value.problems and "max_length" in stopped.value.fix
     with pytest.raises(DataError, match="12 of 12"):
         write_jsonl(tmp_path / "a.jsonl", [{"prompt": "z" * 600, "completion": "y"}] * 12)
-        load(tmp_path, "a.jsonl", max_dropped_share=1.0)
+        load(tmp_path, Source("a.jsonl", max_dropped=1))
     with pytest.raises(DataError, match="no sources"):
         load(tmp_path)
 
@@ -132,8 +133,8 @@ def test_cache_serves_what_was_tokenised(tmp_path, monkeypatch, own_cache):
 
 def test_rows_are_heard_from_the_cache_as_when_they_were_read(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x"}, *pairs(3), {"prompt": "z" * 600, "completion": "y"}, *pairs(2, f"end{END}")])
-    options = {"keep_rows": True, "max_dropped_share": 0.9}
-    fresh, again = load(tmp_path, "a.jsonl", **options), load(tmp_path, "a.jsonl", **options)
+    source = Source("a.jsonl", max_dropped=0.9)
+    fresh, again = load(tmp_path, source, keep_rows=True), load(tmp_path, source, keep_rows=True)
     assert [r.id for r in fresh.rows] == [e.row for e in fresh.examples] == [(0, 0), (0, 1), (0, 2)]
     assert again.rows == fresh.rows and [r.id for r in again.rows] == [r.id for r in fresh.rows]
     assert again.dropped == fresh.dropped and len(fresh.dropped) == 4
@@ -320,3 +321,16 @@ def test_real_rows_with_the_real_tokenizer(tenant, monkeypatch, tmp_path):
         assert np.array_equal(example.supervised, chatml_mask(example.ids, tokenizer))
         first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
         assert example.ids[: int(example.supervised.argmax())].tolist() == encode_prompt(messages[:first], tokenizer)
+
+
+def test_a_data_set_says_what_its_sources_may_lose(tmp_path):
+    """A source's own number goes first; what a file says of it decides, and nothing else of the run."""
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "z" * 600, "completion": "y"}, *pairs(3)])
+    data = DataConfig(train=[Source("a.jsonl"), Source("a.jsonl", max_dropped=0.2)], max_dropped=0.25)
+    assert len(load(tmp_path, data.train[0]).examples) == 3
+    with pytest.raises(DataError, match=r"1 of 4 rows .*\(25%; allowed are 20%\)"):
+        load(tmp_path, data.train[1])
+    with pytest.raises(DataError, match="max_dropped"):
+        load(tmp_path, "a.jsonl")
+    with pytest.raises(ValueError, match=r"max_dropped = 25.0: not a part of the rows"):
+        DataConfig(train=[Source("a.jsonl")], max_dropped=25)

@@ -380,12 +380,14 @@ def test_parse_sources_as_a_run_file_writes_them():
         ({"path": "a.jsonl", "split": "test"}, "split = 'test': a file or folder has no splits by name"),
         ({"path": "guides", "split": "validation"}, "split = 'validation': a file or folder has no splits by name"),
         ({"path": "hf:org/name", "format": "csv"}, "format = 'csv': of files"),
+        ({"path": "a.jsonl", "max_dropped": 30}, "max_dropped = 30: not a part of the rows, 0 to 1"),
+        ({"path": "a.jsonl", "max_dropped": True}, "max_dropped = True: not a part"),
         ({"path": "a.jsonl", "split": "train"}, None),
         ({"path": "a.jsonl", "split": 0.1, "format": "csv"}, None),
         ({"path": "hf:org/name", "split": "test"}, None),
     ],
 )
-def test_a_key_of_other_sources_is_not_ignored(source, problem):
+def test_keys_of_other_sources_and_wrong_values_are_refused(source, problem):
     if problem is None:
         assert parse_sources(source)
         return

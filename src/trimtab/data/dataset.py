@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.bases.template_report import template_warnings
-from trimtab.data.reading import MAX_DROPPED_SHARE, Hear, Reading
+from trimtab.data.reading import Hear, Reading
 from trimtab.data.rows import Dropped, Parts, Row, whole
 from trimtab.data.sources import Source
 from trimtab.data.token_store import Examples
@@ -45,7 +45,6 @@ def load_examples(
     *,
     root: Path,
     max_length: int,
-    max_dropped_share: float = MAX_DROPPED_SHARE,
     last_turn_only: bool = False,
     seed: int = 0,
     keep_rows: bool = False,
@@ -59,7 +58,7 @@ def load_examples(
     rows of the base's embedding; rows with a token id beyond it are dropped. parts: how a record becomes segments. state:
     `tokenizer_state`, if it is known.
 
-    Raises DataError if a source cannot be read, if more than `max_dropped_share` of a source's rows were dropped (the message counts the
+    Raises DataError if a source cannot be read, if more of its rows were dropped than its `max_dropped` allows (the message counts the
     reasons and names the first ten), or if nothing is left to train on.
     """
     reading = Reading(tokenizer, root, max_length, last_turn_only, seed, vocab_size, parts, state)
@@ -70,7 +69,7 @@ def load_examples(
     digest = hashlib.sha256()
     for index, source in enumerate(sources):
         found = reading.read(source, index, notes.append, kept.append if keep_rows else hear)
-        if (error := found.refusal(max_dropped_share)) is not None:
+        if (error := found.refusal()) is not None:
             raise error
         examples.append(found.epoch)
         dropped += found.dropped

@@ -26,7 +26,7 @@ from trimtab.data.examples import Example
 from trimtab.data.keys import ROW_KEYS, TURN_KEYS
 from trimtab.data.render import as_learnt
 from trimtab.data.rows import Dropped, Parts, Row, whole
-from trimtab.data.sources import Source, content_of, rows_of
+from trimtab.data.sources import MAX_DROPPED, Source, content_of, rows_of
 from trimtab.data.token_store import Examples, Tokens, TokenWriter, token_file
 from trimtab.errors import DataError
 from trimtab.version import __version__
@@ -38,11 +38,9 @@ BATCH_ROWS, BATCH_BYTES = 2000, 4 << 20
 ABANDONED_S = 3600
 """A file of tokens to which nobody has written for so long is one whose writer was killed: writers write every second or so."""
 SHOWN = 10
-MAX_DROPPED_SHARE = 0.1
-"""If more of a source's rows are dropped than this fraction, the run stops: the rest would not be the data that was meant."""
 
 FIXES = {
-    "over-long": "raise max_length, or shorten the rows; nothing is cut silently.",
+    "over-long": "raise max_length, shorten the rows, or let more be left out with `max_dropped`; nothing is cut silently.",
     "the chat template rewrites earlier turns": "its prompt does not stand before these answers: use another base.",
     "special token in the content": "take them out: conversations belong in `messages`, and the end token is added for you. Plain text "
     "that is meant to hold them is read with `trusted: true` on its source.",
@@ -71,9 +69,10 @@ class SourceRows:
     epoch: Examples
     key: str
 
-    def refusal(self, allowed: float = MAX_DROPPED_SHARE) -> DataError | None:
-        """Why the source cannot be trained on, where more than this share of its rows were dropped; None if it can."""
+    def refusal(self) -> DataError | None:
+        """Why the source cannot be trained on, where more of its rows were dropped than it allows; None if it can."""
         good, lost = len(self.examples), len(self.dropped)
+        allowed = MAX_DROPPED if self.source.max_dropped is None else self.source.max_dropped
         total = good + lost
         if good and lost <= allowed * total:
             return None

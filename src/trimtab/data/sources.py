@@ -36,6 +36,10 @@ ROWS = "rows"
 _HOLDERS = frozenset(("path", "rows"))
 
 
+MAX_DROPPED = 0.1
+"""The part of a source's rows that may be dropped where nothing else is said: with more, the rest would not be the data that was meant."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One source of rows.
@@ -46,6 +50,7 @@ class Source:
     of them). format: jsonl, json, csv, parquet or text, if the suffix does not say it. columns: our column name -> the file's. system: a
     system turn for rows that have none. split: of a hub dataset ("train"); or a number: so many of the rows (below 1: this part of them)
     are held out as valid rows. trusted: control tokens in its plain text are read as such. limit: only the first so many rows are read.
+    max_dropped: the part of its rows that may be dropped, 0 to 1; where more are, it is refused. None: `MAX_DROPPED`.
 
     held: a number that was given as `split`. held_out: this is the source of those valid rows. Neither is a key of run files.
     """
@@ -58,6 +63,7 @@ class Source:
     split: str | float | None = None
     trusted: bool = False
     limit: int | None = None
+    max_dropped: float | None = None
     held: float = 0
     held_out: bool = False
     rows: Annotated[Any, PlainSerializer(lambda rows: None)] = None  # no setting: the digest of a data set says which rows it has
@@ -80,6 +86,8 @@ class Source:
         problems += [f"trusted = {v!r}: neither true nor false" for v in (self.trusted,) if type(v) is not bool]
         if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
             problems.append(f"limit = {self.limit!r}: not a number of rows, at least 1")
+        if text := dropped_problem(self.max_dropped):
+            problems.append(f"max_dropped = {self.max_dropped!r}: {text}")
         if self.rows is not None and not problems:
             problems += self._take_rows()
         if self.rows is None and isinstance(self.path, str):
@@ -113,6 +121,12 @@ class Source:
         except ConfigError as e:
             return e.among_others()
         return []
+
+
+def dropped_problem(part: Any) -> str:
+    """What is wrong with a part of the rows that may be dropped; "" where nothing is."""
+    right = part is None or (not isinstance(part, bool) and isinstance(part, int | float) and 0 <= part <= 1)
+    return "" if right else "not a part of the rows, 0 to 1"
 
 
 def part_problem(part: Any) -> str:

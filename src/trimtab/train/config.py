@@ -186,7 +186,7 @@ def _data(name: str, value: Any, problems: list[str]) -> DataConfig | None:
     if "train" not in splits:
         problems.append(f"{where}: 'train' is missing")
     try:
-        shared = {k: value[k] for k in ("columns", "system", "labels", "split") if value.get(k) is not None}
+        shared = {k: value[k] for k in ("columns", "system", "labels", "split", "max_dropped") if value.get(k) is not None}
         return DataConfig(**{"train": [], **splits}, **shared)
     except ValidationError as e:
         problems += explain(e, where)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from trimtab.bases.recipes import NAMES
-from trimtab.data import SCORES, Source, part_problem
+from trimtab.data import SCORES, Source, dropped_problem, part_problem
 from trimtab.errors import nearest
 from trimtab.hyperparameters import NO_SWITCH, switch_for_number
 from trimtab.methods import Method
@@ -150,8 +150,8 @@ class DataConfig(Strict):
 
     train: rows to train on. valid: rows for validation while the run trains. test: rows for the scores after training.
 
-    columns, system: of every source that has none of its own. split: so many rows of each training source (below 1: this part of them) are
-    held out as valid rows; a source's own `split` goes first.
+    columns, system, max_dropped: of every source that has none of its own.
+    split: so many rows of each training source (below 1: this part of them) are held out as valid rows; a source's own `split` goes first.
     labels: of a classification, to be judged by their likelihoods: a list, or "auto" for the distinct answers of the training rows.
     """
 
@@ -161,6 +161,7 @@ class DataConfig(Strict):
     columns: dict[str, str] = {}
     system: str | None = None
     split: float | None = None
+    max_dropped: float | None = None
     labels: list[str] | Literal["auto"] | None = None
 
     @property
@@ -174,8 +175,10 @@ class DataConfig(Strict):
         """Give the training sources their split, and make sources of what they hold out."""
         if self.split is not None and (text := part_problem(self.split)):
             raise ValueError(f"split = {self.split}: {text}")
+        if text := dropped_problem(self.max_dropped):
+            raise ValueError(f"max_dropped = {self.max_dropped}: {text}")
         for name in ("train", "valid", "test"):
-            shared = [replace(s, columns=s.columns or self.columns, system=s.system or self.system) for s in getattr(self, name)]
+            shared = [self._with_shared(s) for s in getattr(self, name)]
             object.__setattr__(self, name, shared)
         train = [replace(s, held=s.held or self.split or 0) for s in self.train]
         valid = [replace(s, weight=1.0, held_out=True) for s in train if s.held]
@@ -186,6 +189,10 @@ class DataConfig(Strict):
         object.__setattr__(self, "train", train)
         object.__setattr__(self, "valid", valid or self.valid)
         return self
+
+    def _with_shared(self, s: Source) -> Source:
+        allowed = self.max_dropped if s.max_dropped is None else s.max_dropped
+        return replace(s, columns=s.columns or self.columns, system=s.system or self.system, max_dropped=allowed)
 
     @field_validator("labels")
     @classmethod

@@ -60,8 +60,9 @@ def settings(run: RunConfig) -> dict[str, Any]:
     for source in (s for d in content["data"].values() for split in ("train", "valid", "test") for s in d[split]):
         for key in [k for k in ("limit", "held", "held_out", "rows") if not source[k]]:
             del source[key]  # as in checkpoints from before there were these
+        del source["max_dropped"]  # whether a run begins; its rows have their digest
     for data in content["data"].values():
-        for key in ("split", "columns", "system"):
+        for key in ("split", "columns", "system", "max_dropped"):
             del data[key]  # its sources have it
     found: dict[str, Any] = {}
     for key, value in _flat(json.loads(json.dumps(content)), ""):
