@@ -50,7 +50,7 @@ class Source:
     of them). format: jsonl, json, csv, parquet or text, if the suffix does not say it. columns: our column name -> the file's. system: a
     system turn for rows that have none. split: of a hub dataset ("train"); or a number: so many of the rows (below 1: this part of them)
     are held out as valid rows. trusted: control tokens in its plain text are read as such. limit: only the first so many rows are read.
-    max_dropped: the part of its rows that may be dropped, 0 to 1; where more are, it is refused. None: `MAX_DROPPED`.
+    max_dropped: the part of its rows that may be dropped, 0 to 1; where more are, it is refused. None: 0.1.
 
     held: a number that was given as `split`. held_out: this is the source of those valid rows. Neither is a key of run files.
     """
