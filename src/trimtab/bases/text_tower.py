@@ -5,11 +5,13 @@ Its class is the one that transformers has for the config of the text. Weights o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from trimtab.bases.folder import read_header, weight_files
 from trimtab.bases.stored import ByLayer, Packing, forget_quantization, packing_options
@@ -25,6 +27,18 @@ NAMES = {r"^language_model\.lm_head\.": "lm_head."} | dict.fromkeys(
 """What folders call the text tower's tensors -> what its own class calls them."""
 
 
+KIN: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "qwen2_vl_text": ("qwen2", {}),
+    "qwen2_5_vl_text": ("qwen2", {}),
+    "qwen3_vl_text": ("qwen3", {}),
+    "glm4v_text": ("glm4", {"attention_bias": True}),
+    "glm4v_moe_text": ("glm4_moe", {}),
+}
+"""Text towers without a causal language model of their own -> the family that computes the same of text, and what their config leaves
+unsaid. They place a token by three numbers, which are equal where there is text alone."""
+OF_THREE = ("mrope_section", "mrope_interleaved")
+
+
 def text_config(config: Any) -> Any:
     """The config of a base's causal language model: that of the text tower where the base has more, else the config itself. BaseError where
     the tower alone would not do what the whole does with text."""
@@ -36,13 +50,35 @@ def text_config(config: Any) -> Any:
             f"{config.model_type} models read a prompt in both directions: only causal attention is supported",
             fix="use the language model that it was made from",
         )
+    if text.model_type in KIN:
+        text = _of_kin(text)
     if type(text) not in AutoModelForCausalLM._model_mapping:
         raise BaseError(
             f"the text tower of this {config.model_type} model is a {text.model_type}, of which transformers has no causal language model",
             fix="use a base of text alone",
         )
-    text.tie_word_embeddings = bool(config.tie_word_embeddings)
+    text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False)))
     return text
+
+
+def _of_kin(text: Any) -> Any:
+    """The config of the family that computes the same of text."""
+    family, unsaid = KIN[text.model_type]
+    said = {k: v for k, v in text.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")}
+    rope = {k: v for k, v in (said.get("rope_parameters") or {}).items() if k not in OF_THREE}
+    if rope.get("rope_type") == "mrope":
+        rope["rope_type"] = "default"
+    heads = {"head_dim": said.get("head_dim") or text.hidden_size // text.num_attention_heads}
+    return AutoConfig.for_model(family, **{**said, **heads, **unsaid, "rope_parameters": rope})
+
+
+def _names_of_the_whole(config: Any, text: Any) -> None:
+    """Let transformers put together a tower's weights as it does the whole model's, where it has a table for the whole alone."""
+    if text.model_type == f"{config.model_type}_text" and get_checkpoint_conversion_mapping(text.model_type) is None:
+        whole = get_checkpoint_conversion_mapping(config.model_type) or []
+        own = [t for t in whole if not all(p.startswith("^") for p in t.source_patterns)]  # those are of prefixes, which `NAMES` has
+        if own:
+            register_checkpoint_conversion_mapping(text.model_type, own)
 
 
 def load_causal(
@@ -66,6 +102,7 @@ def load_causal(
         if isinstance(config.dtype, torch.dtype) and text.dtype is None:
             text.dtype = config.dtype
         options |= {"config": text, "key_mapping": NAMES}
+        _names_of_the_whole(config, text)
     if settings is not None and quantize is not None:
         raise ConfigError(
             f"quantize {quantize!r}: the base in {folder} is quantised already ({settings.get('quant_method')})",
