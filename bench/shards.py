@@ -2,11 +2,13 @@
 
     python bench/shards.py                       # one process, then 2 ranks that have the whole base, then 2 that have a part
     python bench/shards.py --ranks 3 --layers 4 --formats float32
+    python bench/shards.py --experts 16 --hidden 1024       # 3-D weights of experts, of which a token is sent to two
 
-A random Llama is written to a temporary folder in bfloat16, with the widths of a 1.1B one. Each rank is a fresh process with one thread,
-and trains a LoRA on all linear layers for some steps of 2 rows. Bytes are those of the rank that has most. "counted" adds up the tensors of
-the base; the other columns are the process's memory (its own and mapped pages) less what it had before the base. "loaded" is the highest
-that it was while the base was loaded, "trains" what it is after the last step. In bfloat16 a process that has the whole base maps its file.
+A random Llama is written to a temporary folder in bfloat16, with the widths of a 1.1B one; with --experts a Qwen3-MoE. Each rank is a
+fresh process with one thread, and trains a LoRA on all linear layers for some steps of 2 rows. Bytes are those of the rank that has most.
+"counted" adds up the tensors of the base; the other columns are the process's memory (its own and mapped pages) less what it had before
+the base. "loaded" is the highest that it was while the base was loaded, "trains" what it is after the last step. In bfloat16 a process
+that has the whole base maps its file.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--experts", type=int, default=0, help="of each layer; 0: none")
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -40,7 +43,7 @@ def main() -> None:
         as_rank(args.rank)
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_base(Path(folder), args.layers, args.hidden)
+        write_base(Path(folder), args.layers, args.hidden, args.experts)
         print("| base | processes | " + " | ".join(f"{c}, GB" for c in COLUMNS) + " | s a step |", flush=True)
         print("|---" * (len(COLUMNS) + 3) + "|", flush=True)
         for name in args.formats:
@@ -51,17 +54,21 @@ def main() -> None:
                 print(f"| {name} | {who} | {' | '.join(cells)} | {max(f['seconds'] for f in found):.2f} |", flush=True)
 
 
-def write_base(folder: Path, layers: int, hidden: int) -> None:
+def write_base(folder: Path, layers: int, hidden: int, experts: int) -> None:
     import torch
     from curves.curve import bundled_tokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     sizes = {"hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "num_hidden_layers": layers}
     heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": 4, "max_position_embeddings": 2048}
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    config = LlamaConfig(vocab_size=49152, tie_word_embeddings=True, dtype="bfloat16", **sizes, **heads)
-    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    shared = {"vocab_size": 49152, "tie_word_embeddings": True, "dtype": "bfloat16", **sizes, **heads}
+    if experts:
+        config = Qwen3MoeConfig(num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=hidden // 2, head_dim=64, **shared)
+        Qwen3MoeForCausalLM(config).save_pretrained(folder / "base")
+    else:
+        LlamaForCausalLM(LlamaConfig(**shared)).save_pretrained(folder / "base")
     bundled_tokenizer().save_pretrained(folder / "base")
     rows = [{"prompt": "word " * 12 + str(i), "completion": "answer " * 40} for i in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

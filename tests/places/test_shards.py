@@ -22,7 +22,7 @@ from tests.places.test_lost import check_resumed, dying, read
 from tests.places.test_ranks import CASES, SGD, compare, quick, steady, validated
 from tests.store.common import SEQUENCES, stirred
 from tests.store.common import tiny_base as of_family
-from tests.tiny import FAMILIES, tiny_folder, tiny_tokenizer
+from tests.tiny import FAMILIES, MORE_FAMILIES, tiny_folder, tiny_tokenizer
 from tests.train.common import METHODS, run_file, tiny_base
 from trimtab.bases import fits
 from trimtab.bases.fingerprint import fingerprint_model
@@ -106,6 +106,60 @@ def test_formats_equal_ranks_that_have_the_whole_base(dtype: str, quantize: str 
         assert parts.base.packed_as == (quantize or "")
 
     assert in_ranks(2, work, tmp_path / "log") == [0, 0], read(tmp_path / "log")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "quantize"), [("float32", None), ("bfloat16", None), ("float32", "nf4"), ("bfloat16", "int8")])
+def test_experts_are_shared_out_while_they_are_read(
+    dtype: str, quantize: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3-D weights, with LoRA on them and on attention: equal to one process, and no rank has the whole base at any time."""
+    folder = tmp_path / "base"
+    config = AutoConfig.for_model("qwen3_moe", **MORE_FAMILIES["qwen3_moe"] | {"num_hidden_layers": 14, "moe_intermediate_size": 64})
+    dense = config.num_experts * 2 * config.moe_intermediate_size * config.hidden_size * 4 if quantize else 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    keys = {"base": str(folder), "dtype": dtype, "quantize": quantize, "evaluate": {"generate": False}, "defaults": {"max_steps": 2}}
+    aims = {"target_modules": ["q_proj", "o_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    variants = {"lora": LORA | SGD | aims | {"data": "a"}, "ia3": METHODS["ia3"] | SGD | {"data": "b"}}
+    one, many = (RunConfig.from_dict(run_file(tmp_path / n, variants, **keys), root=tmp_path / n) for n in ("one", "many"))
+    alone = train(one)
+
+    def work(place: Place) -> None:
+        seen = list[int]()
+        add = Shards.add
+
+        def added(self: Shards, *args: Any) -> None:
+            gc.collect()
+            alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) in KEPT}
+            seen.append(sum(alive.values()) - before)
+            add(self, *args)
+
+        monkeypatch.setattr(Shards, "add", added)
+        gc.collect()
+        before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) in KEPT}.values())
+        shards = place.shards()
+        assert shards is not None
+        base = load_base(str(folder), dtype=dtype, quantize=quantize, device="cpu", shards=shards)
+        monkeypatch.undo()
+        matrices = sum(t.nbytes for own in matrices_in(alone.base.model).values() for t in own)
+        assert abs(2 * shards.own_bytes - matrices) <= 2 * 64 * len(shards.units)
+        layer = max(sum(u.nbytes for u in shards.units if u.owner is owner) for owner in base.model.model.layers)
+        ends = sum(m.weight.nbytes for m in (alone.base.model.model.embed_tokens, alone.base.model.lm_head))  # shared out last
+        most = shards.own_bytes + ends // 2 + layer + dense  # of what is quantised here a parameter is there as it was stored
+        assert len(seen) > 14 and max(seen) < most < matrices, (seen, most, matrices)
+        parts = train(many.model_copy(update={"shard": True}), base=base, place=place)
+        for name, adapter in alone.adapters.items():
+            for key, tensor in adapter.params.items():
+                near = {"rtol": 1e-4, "atol": 1e-6} if dtype == "float32" else {"rtol": 0.05, "atol": 1e-3}
+                torch.testing.assert_close(parts.adapters[name].params[key], tensor, **near, msg=lambda m, k=(name, key): f"{k}: {m}")
+
+    assert in_ranks(2, work, tmp_path / "log") == [0, 0], read(tmp_path / "log")
+
+
+KEPT = (Tensor, torch.nn.Parameter)
 
 
 @dataclass

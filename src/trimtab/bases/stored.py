@@ -111,7 +111,9 @@ class Packing:
         module = model.get_submodule(at)
         rows = (dense.transpose(1, 2) if module.is_transposed else dense).flatten(0, 1)
         put_experts(module, name, _Waiting.for_experts(module, name))
-        self._made[parameter] = KINDS[self.quantize].of_matrix(rows.to(self.dtype), None, self.dtype)
+        self._made[parameter] = made = KINDS[self.quantize].of_matrix(rows.to(self.dtype), None, self.dtype)
+        if self._by_layer is not None:  # in `fill` it would be too late: all layers' experts are read before
+            self._by_layer.share(parameter, made)
         release_files(weight_files(self.folder))  # what was put together stays mapped
         release_freed()  # several times the parameter, which lies between what is kept
 
@@ -364,6 +366,11 @@ class ByLayer:
             self._shards.add(self._whole, matrices_in(self._whole), self._device)
             self._release()
         self._whole = part
+
+    def share(self, parameter: str, made: nn.Module) -> None:
+        """Share out what has been packed of a part of the model, which comes later."""
+        if (part := self._part(parameter)) is not None:
+            self._shards.add(part, matrices_in(made), self._device)
 
     def fill(self, model: Any) -> None:
         """Nothing is left to be read."""

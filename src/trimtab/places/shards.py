@@ -36,11 +36,12 @@ NAME = "of_shards"
 
 
 class Unit:
-    """Tensors that come and go together. holders: how many use it now; without any the tensors have no memory and must not be read."""
+    """Tensors that come and go together. owner: the module that they were added for. holders: how many use it now; without any the tensors
+    have no memory and must not be read."""
 
-    def __init__(self, shards: Shards, number: int, tensors: Sequence[Tensor], device: torch.device):
+    def __init__(self, shards: Shards, number: int, owner: nn.Module, tensors: Sequence[Tensor], device: torch.device):
         """Take this rank's part of these tensors, which must be whole, and let their memory go. They are on `device` afterwards."""
-        self.shards, self.number, self.holders, self.tensors = shards, number, 0, list(tensors)
+        self.shards, self.number, self.owner, self.holders, self.tensors = shards, number, owner, 0, list(tensors)
         places, end = list[int](), 0
         for t in tensors:
             places.append(end)
@@ -75,8 +76,8 @@ class Shards:
     """The units of one rank's models. rank, ranks, here: as of the place. noticing: entered around what ranks do together; it says who is
     lost where that fails.
 
-    A unit is in memory while a module that it hooks runs (`add`), while it is held (`held`), or as the guest: the one unit that was visited
-    last. The backward of a module visits its unit. While one unit is used, the one that followed it last time is brought beside it.
+    A unit is in memory while a module that it hooks runs (`add`), while it is held (`held`), or as a guest: the units of one module that
+    were visited last. The backward of a module visits its units. While one is used, the one that followed it last time comes beside it.
     """
 
     def __init__(self, rank: int, ranks: int, here: int, noticing: Callable[[], AbstractContextManager[None]] = nullcontext):
@@ -84,7 +85,7 @@ class Shards:
         self.units: list[Unit] = []
         self._unit_of: dict[Tensor, Unit] = {}
         self._hooked: set[tuple[nn.Module, Unit]] = set()
-        self._guest: Unit | None = None
+        self._guests: list[Unit] = []
         self._ahead: tuple[Unit, Future[bool]] | None = None
         self._follows: dict[tuple[int, int], int] = {}
         self._last = MEET, MEET
@@ -106,7 +107,7 @@ class Shards:
         runs, and when its backward does. matrices: of the module and of all modules in it. Ranks add the same ones in the same order."""
         fresh = list(dict.fromkeys(t for own in matrices.values() for t in own if t not in self._unit_of))
         if fresh:
-            unit = Unit(self, len(self.units), fresh, device)
+            unit = Unit(self, len(self.units), module, fresh, device)
             self.units.append(unit)
             self._unit_of |= dict.fromkeys(fresh, unit)
         for inside, own in matrices.items():
@@ -139,11 +140,13 @@ class Shards:
                 self._let_go(unit)
 
     def visit(self, unit: Unit) -> None:
-        """Bring a unit, if it is not there. It stays until another one is visited or held."""
+        """Bring a unit, if it is not there. It stays until one of another module is visited, or another one is held."""
         if unit.holders:
             return
-        self._dismiss()
-        self._guest, unit.holders = unit, 1
+        if any(guest.owner is not unit.owner for guest in self._guests):
+            self._dismiss()
+        self._guests.append(unit)
+        unit.holders = 1
         self._bring(unit)
 
     def meet(self) -> None:
@@ -162,7 +165,7 @@ class Shards:
         self._worker.shutdown(wait=False, cancel_futures=True)
 
     def _hold(self, unit: Unit) -> None:
-        if self._guest is not unit:
+        if unit not in self._guests:
             self._dismiss()
         unit.holders += 1
         if unit.holders == 1:
@@ -174,9 +177,9 @@ class Shards:
             unit.free()
 
     def _dismiss(self) -> None:
-        """Let the guest go."""
-        guest, self._guest = self._guest, None
-        if guest is not None:
+        """Let the guests go."""
+        guests, self._guests = self._guests, []
+        for guest in guests:
             self._let_go(guest)
 
     def _before(self, unit: Unit, module: nn.Module, args: Any) -> None:
