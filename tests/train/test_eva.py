@@ -162,8 +162,11 @@ def test_no_rows_and_too_few_of_them_are_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match="train the variant from a run file"):
         Adapter.create(base, LoraConfig(init_lora_weights="eva"))
     monkeypatch.setattr(trimtab.train.eva, "MOST_FORWARDS", 3)
-    few = rows(1)
+    few, ran = rows(1), list[int]()
+    handle = base.model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda m, args: ran.append(1))
     with pytest.raises(ConfigError, match="no forward has the 32 supervised tokens"):
         begin(base, LoraConfig(r=16, init_lora_weights="eva"), Rows(few, 1, 0), 1000, 0)
+    handle.remove()
+    assert len(ran) == 1, "forwards that have too few tokens need not run: the one is told apart by what modules read"
     with pytest.raises(ConfigError, match="after 3 forwards the directions"):
         begin(base, LoraConfig(r=2, init_lora_weights="eva", eva_config={"tau": 0.999999}), Rows(rows(), 4, 0), 1000, 0)

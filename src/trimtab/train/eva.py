@@ -82,6 +82,8 @@ def _directions(
             break
         if at == MOST_FORWARDS:
             raise _unsettled(method, found, settled)
+        if _tokens_read(method, examples) < min(pca.count for n, pca in found.items() if not settled[n]):
+            continue  # nothing could be told of so few
         with _reading(base, [n for n in found if not settled[n]]) as read:
             _forward(base, method, examples, partial(_fit, found, method.eva("tau")), read)
         if all(pca.components_NI is not None for pca in found.values()):
@@ -194,6 +196,13 @@ def _reading(base: Base, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _tokens_read(method: LoraConfig, examples: Sequence[Example]) -> int:
+    """How many tokens of these rows inputs are read at: the supervised ones, or all where there are none."""
+    segments = [s for e in examples for s in e.segments]
+    supervised = sum(int(s.supervised.sum()) for s in segments) if method.eva("use_label_mask") else 0
+    return supervised or sum(len(s.ids) for s in segments)
 
 
 @torch.no_grad()
