@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.bases.repacked import write_dense, write_packed
+from tests.bases.repacked import words, write_dense, write_packed
 from tests.bases.test_stored import SETTINGS, packed_by_loop
 from tests.laws.common import difference, noisy, tokens
 from trimtab.bases.fits import weight_bytes
 from trimtab.bases.shapes import read_architecture
+from trimtab.bases.weights import weight_of
+from trimtab.bases.weights.int4 import read_gptq
 from trimtab.errors import BaseError, ConfigError, NotMergeable
 from trimtab.methods import LoraConfig
 from trimtab.model import load_base
@@ -190,3 +192,22 @@ def test_weights_under_a_name_of_their_own(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(BaseError, match="is not a base that can be read") as refusal:
         load_base(str(tmp_path / "base"))
     assert any("if gptq_model-4bit-32g.safetensors has them, rename it to model.safetensors" in p for p in refusal.value.problems)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_of_different_sizes(bits: int) -> None:
+    """GPTQ's have one size, but its files could say anything."""
+    draw = torch.Generator().manual_seed(0)
+    code, zero = torch.randint(2**bits, (6, 64), generator=draw), torch.randint(1, 2**bits, (6, 2), generator=draw)
+    scale, group = torch.rand(6, 2, generator=draw).half(), torch.rand(64, generator=draw).gt(0.7).int()
+    tensors = {
+        "qweight": torch.tensor([words(row, bits) for row in code.tolist()], dtype=torch.int32).T.contiguous(),
+        "qzeros": torch.tensor([words(row, bits) for row in (zero.T - 1).tolist()], dtype=torch.int32),
+        "scales": scale.T.contiguous(),
+        "g_idx": group,
+    }
+    read = weight_of(read_gptq(tensors, (6, 64), None, torch.float32, {"bits": bits, "group_size": 32}))
+    for o in range(6):
+        for i in range(64):
+            assert abs(float(read.dense()[o, i]) - float((code[o, i] - zero[o, group[i]]) * scale[o, group[i]].float())) < 1e-3
+    assert all(torch.equal(t, tensors[n]) for n, t in read.stored().items())

@@ -58,7 +58,7 @@ def by_loop(kind: str) -> tuple[PackedMatrix, Tensor]:
         "int8_groups": {"codes": whole.to(torch.int8), "scale": scale, "zero": zero.to(torch.int8) - 8},
         "int8_groups in groups": {"codes": whole.to(torch.int8), "scale": scale, "zero": zero.to(torch.int8) - 8, "group": group},
         "mxfp4": {"codes": low, "table": table, "scale": power.to(torch.uint8)},
-    }[kind]
+    }[kind.removesuffix(" in an order")]
     if kind == "fp8":
         block, rows = 48, 4
     for o in range(6):
@@ -70,6 +70,11 @@ def by_loop(kind: str) -> tuple[PackedMatrix, Tensor]:
                 "int8_groups": float(whole[o, i] - zero[o, g] + 8) * scale[o, g],
                 "mxfp4": table[code[o, i]] * 2.0 ** float(power[o, i // 32] - 127),
             }.get(kind.split()[0], float(code[o, i] - zero[o, g]) * scale[o, g])
+    if "in an order" in kind:
+        order = torch.randperm(64, generator=generator)
+        parts, kept, W = parts | {"order": order}, W, torch.empty_like(W)
+        for k in range(64):
+            W[:, order[k]] = kept[:, k]
     return PackedMatrix(kind.split()[0], (6, 64), torch.float32, parts, block, rows), W
 
 
@@ -82,6 +87,7 @@ CASES = {
 CASES |= {"q4_0": (gguf, "Q4_0", 32, 18, (0,)), "q8_0": (gguf, "Q8_0", 32, 34, (0,))}
 CASES |= {"q4_k": (gguf, "Q4_K", 256, 144, (0, 2)), "q6_k": (gguf, "Q6_K", 256, 210, (208,))}
 CASES |= {kind: (by_loop, kind) for kind in ("int8", "fp8", "int4", "int4 in groups", "int8_groups", "int8_groups in groups", "mxfp4")}
+CASES |= {kind: (by_loop, kind) for kind in ("int4 in an order", "int8_groups in an order")}
 
 
 @pytest.mark.parametrize("case", CASES)

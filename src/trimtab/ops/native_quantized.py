@@ -54,7 +54,7 @@ _memory = _Memory()
 
 def reads(m: Any) -> bool:
     """Whether the kernels dequantise this `PackedMatrix`."""
-    if m.device.type != "cpu" or m.dtype not in native.DTYPES or "group" in m.parts or native.load()[0] is None:
+    if m.device.type != "cpu" or m.dtype not in native.DTYPES or not {"group", "order"}.isdisjoint(m.parts) or native.load()[0] is None:
         return False
     return m.kind not in ("int4", "int8_groups") or m.shape[1] % m.block == 0
 

@@ -8,7 +8,7 @@ and dequantise the tiles of products of many. T rows, I inputs, O outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ class PackedMatrix:
     int8   W = codes · scale. codes: int8 [O, I]; scale: fp32 [O].
     fp8    W = codes · scale. codes: float8_e4m3fn [O, I]; scale: fp32 [⌈O/block_rows⌉, ⌈I/block⌉]; the last blocks may be short.
     int4   (gptq, awq)  W = (code − zero) · scale. codes: uint8 [O, I/2], the high nibble is the even entry; scale: fp32 [O, G]; zero: uint8
-           [O, G]. G = I/block groups of consecutive inputs; or, where there is `group` [I] int64, the group of each input.
+           [O, G]. G = I/block groups of consecutive inputs; or, where there is `group` [I] int64, the group of each input. Where there is
+           `order` [I] int64, column k of all this is the matrix' column order[k]: so groups of any inputs are consecutive.
     int8_groups  W = (code − zero) · scale, in groups as int4 has them. codes: int8 [O, I]; scale: fp32 [O, G]; zero: int8 [O, G].
     mxfp4  W = table[code] · 2^(scale − 127). codes: uint8 [O, I/2], the LOW nibble is the even entry; table: fp32 [16]; scale: uint8
            [O, I/32].
@@ -64,6 +65,8 @@ def product(m: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None = None, out: Te
 
 def product_t(m: PackedMatrix, dy_TO: Tensor) -> Tensor:
     """dx [T, I] = dy W."""
+    if "order" in m.parts:
+        return _put_back(m, product_t(_without_order(m), dy_TO))
     if native_quantized.takes(m, dy_TO):
         dx_TI, dy = dy_TO.new_empty(*dy_TO.shape[:-1], m.shape[1]), dy_TO.detach().flatten(0, -2)
         for columns, tile in native_quantized.column_tiles(m, TILE):
@@ -80,6 +83,8 @@ def product_t(m: PackedMatrix, dy_TO: Tensor) -> Tensor:
 
 def dense(m: PackedMatrix, rows: Any = None) -> Tensor:
     """W [O, I] dequantised, or these of its rows. rows: whatever indexes the first dimension of a tensor."""
+    if "order" in m.parts:
+        return _put_back(m, dense(_without_order(m), rows))
     if rows is None and native_quantized.reads(m):
         return native_quantized.dense(m, slice(0, m.shape[0]), slice(0, m.shape[1]))
     if rows is None or isinstance(rows, slice):
@@ -126,7 +131,18 @@ class _Product(torch.autograd.Function):
         return dx_TI, None, dy_TO.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
 
 
+def _without_order(m: PackedMatrix) -> PackedMatrix:
+    return replace(m, parts={name: part for name, part in m.parts.items() if name != "order"})
+
+
+def _put_back(m: PackedMatrix, of_columns: Tensor) -> Tensor:
+    """What is told of the columns as they are kept, of the matrix' columns."""
+    return torch.empty_like(of_columns).index_copy_(-1, m.parts["order"], of_columns)
+
+
 def _forward(m: PackedMatrix, x_TI: Tensor, bias_O: Tensor | None, out_TO: Tensor) -> Tensor:
+    if "order" in m.parts:
+        return _forward(_without_order(m), x_TI.index_select(-1, m.parts["order"]), bias_O, out_TO)
     if native_quantized.takes(m, x_TI):
         x, out = x_TI.flatten(0, -2), out_TO if out_TO.dim() == 2 else out_TO.flatten(0, -2)
         if len(x) <= native_quantized.few_rows(m):

@@ -24,9 +24,10 @@ _INT32, _FLOATS = (torch.int32,), (torch.float16, torch.bfloat16, torch.float32)
 
 
 class GroupedLinear(PackedLinear):
-    """Buffers: codes, scales fp32 [O, G], zeros [O, G]; `g_idx` [I] where the files have it, and `group`, the same, where groups are not
-    consecutive. Of 4 bits codes are uint8 [O, I/2] and zeros uint8; of 8 bits both are int8, codes [O, I]. scale_dtype: of the files.
-    less_by_one: whether the files' zeros are."""
+    """Buffers: codes, scales fp32 [O, G], zeros [O, G]; `g_idx` [I] where the files have it. Where groups are not consecutive, `order` [I]
+    has the inputs group by group, and codes are kept so; or, where groups have different sizes, `group` is `g_idx`. Of up to 4
+    bits codes are uint8 [O, I/2] and zeros uint8; of 8 bits both are int8, codes [O, I]. scale_dtype: of the files. less_by_one: whether
+    the files' zeros are."""
 
     scale_dtype: torch.dtype
     less_by_one: bool
@@ -63,13 +64,17 @@ class Grouped(Packed):
         beside: Mapping[str, Tensor] | None = None,
     ) -> PackedLinear:
         """A layer of codes and zeros from 0 on, in uint8. beside: tensors of the files that it does not compute with."""
+        order = None if g_idx is None else _order(g_idx, size)
+        code_OI = code_OI if order is None else code_OI[:, order]
         codes = _pairs(code_OI) if cls.bits <= 4 else _signed(code_OI)
         zeros = zero.contiguous() if cls.bits <= 4 else _signed(zero)
         kept = {"codes": codes, "scales": scale.float().contiguous(), "zeros": zeros, **(beside or {})}
         shape, derived = (code_OI.shape[0], code_OI.shape[1]), {}
         if g_idx is not None:
             kept["g_idx"] = g_idx
-            if not torch.equal(g_idx, torch.arange(shape[1], dtype=g_idx.dtype, device=g_idx.device) // size):
+            if order is not None:
+                derived["order"] = order
+            elif not _consecutive(g_idx, size):
                 derived["group"] = g_idx.long()
         made = GroupedLinear(cls.name, shape, dtype, kept, bias, block=size, derived=derived)
         made.scale_dtype, made.less_by_one = scale.dtype, less_by_one
@@ -79,7 +84,7 @@ class Grouped(Packed):
     def below_each_other(cls, layers: Sequence[PackedLinear]) -> PackedLinear | None:
         """None where groups are not consecutive: each layer has an order of its own."""
         told = {tuple(getattr(layer, name, None) for name in ("scale_dtype", "less_by_one", "zeros_stored")) for layer in layers}
-        if len(told) > 1 or any("group" in layer._buffers for layer in layers):
+        if len(told) > 1 or any(not {"group", "order"}.isdisjoint(layer._buffers) for layer in layers):
             return None
         made = GroupedLinear(
             cls.name, rows_of(layers), layers[0].compute_dtype, in_one(layers, "codes", "scales", "zeros"), None, block=layers[0].block
@@ -94,7 +99,7 @@ class Grouped(Packed):
     def parts(cls, module: PackedLinear) -> dict[str, Tensor]:
         has = module.get_buffer
         parts = {"codes": has("codes"), "scale": has("scales"), "zero": has("zeros")}
-        return parts | ({"group": has("group")} if "group" in module._buffers else {})
+        return parts | {name: has(name) for name in ("group", "order") if name in module._buffers}
 
     def stored(self) -> dict[str, Tensor]:
         visited(self.module)
@@ -104,6 +109,8 @@ class Grouped(Packed):
             codes = torch.stack((codes >> 4, codes & 15), -1).flatten(1)
         else:
             codes, zeros = _unsigned(codes), _unsigned(zeros)
+        if "order" in self.module._buffers:
+            codes = torch.empty_like(codes).index_copy_(1, has("order"), codes)
         return self._in_files(codes, zeros, has("scales").to(self.module.scale_dtype))
 
     def _in_files(self, code_OI: Tensor, zero_OG: Tensor, scale_OG: Tensor) -> dict[str, Tensor]:
@@ -263,6 +270,16 @@ def _pack_threes(numbers: Tensor) -> Tensor:
         three[..., word] |= filled[..., k] << at & 0xFFFFFFFF
         three[..., word + 1] |= filled[..., k] << at >> 32
     return (three[..., :3] - (three[..., :3] >> 31 << 32)).to(torch.int32).flatten(1)
+
+
+def _consecutive(g_idx: Tensor, size: int) -> bool:
+    return torch.equal(g_idx, torch.arange(len(g_idx), dtype=g_idx.dtype, device=g_idx.device) // size)
+
+
+def _order(g_idx: Tensor, size: int) -> Tensor | None:
+    """The inputs group by group, where groups are not consecutive and each has its `size` inputs; else None."""
+    whole = bool((torch.bincount(g_idx.long(), minlength=len(g_idx) // size) == size).all())
+    return g_idx.argsort(stable=True) if whole and not _consecutive(g_idx, size) else None
 
 
 def _pairs(code_OI: Tensor) -> Tensor:
