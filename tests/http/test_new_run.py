@@ -142,8 +142,9 @@ def test_every_objective_is_offered_with_its_fields():
     kinds = {(name, f["name"]): f["kind"] for name, o in told.items() for f in o["fields"]}
     assert kinds["grpo", "rewards"] == "rewards" and kinds["distil", "teacher"] == "text" and kinds["classify", "classes"] == "list"
     for name, cls in OBJECTIVES.items():
-        several = {"loss_weights"}  # for a list of losses, which a form has not
-        assert {f["name"] for f in told[name]["fields"]} == {f.name for f in dataclasses.fields(cls)} - several, name
+        assert {f["name"] for f in told[name]["fields"]} == {f.name for f in dataclasses.fields(cls)}, name
+    several = [(name, f["name"]) for name, o in told.items() for f in o["fields"] if f.get("several")]
+    assert several == [("dpo", "loss_type")] and kinds["dpo", "loss_weights"] == "numbers"
     assert told["sft"]["reads"] == told["distil"]["reads"] != told["grpo"]["reads"] and told["dpo"]["reads"] == told["orpo"]["reads"]
     needed = {r["name"]: [o["name"] for o in r["options"] if o["needed"]] for r in choices()["rewards"]}
     assert needed == {"exact_match": [], "regex": ["pattern"], "json_schema": ["schema"], "tool_call": [], "length": []}
@@ -267,6 +268,28 @@ def test_a_run_file_is_saved_beside_the_runs_and_writes_over_none(shown: Shown, 
         "mine.yaml",
         "tickets.jsonl",
     ]
+
+
+@pytest.mark.slow
+def test_names_keep_their_order(shown: Shown):
+    """Which a JavaScript object would not: it has "10" and "2" before all others, and 2 before 10."""
+    app = create_studio(shown)
+    content = call(app, "POST", "/studio/new/guess", {"path": "tickets.jsonl"}).json()["content"]
+    assert [name for name, _ in content["variants"]] == ["tickets-lora"] and [name for name, _ in content["data"]] == ["tickets"]
+    fields = content["variants"][0][1]
+    content["variants"] = [["b", fields], ["10", fields], ["2", fields]]
+    told = call(app, "POST", "/studio/new/form", {"content": content}).json()
+    assert told["problems"] == [] and list(yaml.safe_load(told["text"])["variants"]) == ["b", "10", "2"]
+    for wrong, why in (
+        ([["b", fields], ["b", fields]], "two called 'b'"),
+        ([["b"]], "pairs of a name"),
+        ([[1, fields]], "pairs of a name"),
+        ([None], "pairs"),
+    ):
+        answer = call(app, "POST", "/studio/new/form", {"content": content | {"variants": wrong}})
+        assert answer.status_code == 400 and why in answer.json()["error"]["message"]
+    strange = call(app, "POST", "/studio/new/form", {"content": content | {"variants": [["v", "x"]]}}).json()
+    assert strange["problems"]
 
 
 @pytest.mark.slow

@@ -178,6 +178,57 @@ def test_labels_offer_a_classifier_that_trains(chromium: Any, site: str, root: P
         assert page.evaluate("window.hacked") is None
 
 
+def test_variants_keep_their_order_whatever_their_names(chromium: Any, site: str):
+    with Visit(chromium, site, "#/new/tickets.jsonl") as page:
+        formed(page)
+        for n, name in ((0, "b"), (1, "10"), (2, "2")):
+            if n:
+                page.get_by_role("button", name="Add a variant").click()
+            page.get_by_label("Name", exact=True).nth(n).fill(name)
+        page.get_by_role("region", name="Text of the run file").get_by_text("'2':").wait_for()
+        assert list(yaml.safe_load(formed(page))["variants"]) == ["b", "10", "2"]
+
+
+def test_a_run_file_that_could_not_be_formed_is_asked_for_again(chromium: Any, site: str):
+    visit = Visit(chromium, site, "#/new/tickets.jsonl")
+    page = visit.page
+    formed(page)
+    page.route("**/studio/new/form", lambda route: route.abort())
+    page.get_by_label("max_steps").fill("7")
+    page.get_by_role("alert").get_by_text("the server does not answer").wait_for()
+    assert page.get_by_role("button", name="Read the rows and estimate").is_disabled()
+    page.unroute("**/studio/new/form")
+    page.get_by_role("button", name="Try again").click()
+    page.get_by_role("region", name="Text of the run file").get_by_text("max_steps: 7").wait_for()
+    page.get_by_role("alert").wait_for(state="detached")
+    formed(page)
+    visit.context.close()
+    assert all("ERR_FAILED" in told for told in visit.wrong), visit.wrong
+
+
+def test_a_list_of_losses(chromium: Any, site: str, root: Path):
+    pairs = [{"prompt": f"p {i}", "chosen": "yes", "rejected": "no"} for i in range(30)]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    with Visit(chromium, site, "#/new/pairs.jsonl") as page:
+        formed(page)
+        page.get_by_label("loss_type", exact=True).select_option("ipo")
+        text = page.get_by_role("region", name="Text of the run file")
+        text.get_by_text("loss_type: ipo").wait_for()
+        page.get_by_role("button", name="Add another loss_type").click()
+        page.get_by_label("loss_type 2").select_option("sft")
+        page.get_by_label("loss_weights").fill("1, 0.2, 3")
+        page.get_by_text("one for each of the 2 loss types").first.wait_for()
+        page.get_by_label("loss_weights").fill("1, 0.2")
+        text.get_by_text("0.2").wait_for()
+        (variant,) = yaml.safe_load(formed(page))["variants"].values()
+        assert (variant["loss_type"], variant["loss_weights"]) == (["ipo", "sft"], [1, 0.2])
+        page.get_by_role("button", name="Take sft away").click()
+        page.get_by_label("loss_weights").fill("")
+        text.get_by_text("loss_weights").wait_for(state="detached")
+        (variant,) = yaml.safe_load(formed(page))["variants"].values()
+        assert variant["loss_type"] == "ipo" and "loss_weights" not in variant
+
+
 def test_two_variants_of_one_name_are_told(chromium: Any, site: str):
     with Visit(chromium, site, "#/new/tickets.jsonl") as page:
         formed(page)

@@ -244,6 +244,17 @@ def test_runs_are_compared_by_what_differs(chromium: Any, folder: Path, site: st
         assert page.get_by_role("region", name="Scores on a").get_by_role("row", name="base").count() == 1, "they measured the same base"
 
 
+def test_answers_stand_in_the_order_of_the_variants(chromium: Any, folder: Path, site: str):
+    run_folder(folder / "numbers", {"10": variant(), "2": variant()})
+    answers(folder / "numbers", 2, **{"base": "five", "10": "4", "2": "nine"})
+    with Visit(chromium, site) as page:
+        page.get_by_role("link", name="numbers", exact=True).click()
+        row = page.get_by_role("article", name="Row 1", exact=True)
+        row.wait_for()
+        assert [text.split()[0] for text in row.locator("dt").all_inner_texts()] == ["reference", "base", "10", "2"]
+        page.get_by_text("Wrong: base 2, 10 0, 2 2.").wait_for()
+
+
 def test_answers_are_bubbles_and_come_page_by_page(chromium: Any, folder: Path, site: str):
     run_folder(folder / "r", {"v": variant(), "w": variant()})
     answers(folder / "r", 13, base="five", v="4", w="nine")

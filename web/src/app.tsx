@@ -1,6 +1,6 @@
 // The frame: which screens there are here, the key, and the screen that the address names.
 
-import { useEffect, useState } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 import { type About, get, hasKey, onKeyWanted, setKey, takeKeyFromAddress } from "./api";
 import { Command, Failure, useLoaded } from "./parts";
 import { link, useRoute } from "./route";
@@ -112,6 +112,8 @@ function Shown({ about, screen, route }: { about: About; screen: string; route: 
 
 function KeyForm({ serves, onGiven, onClosed }: { serves: boolean; onGiven: () => void; onClosed: () => void }) {
   const [text, setText] = useState("");
+  const field = useRef<HTMLInputElement>(null);
+  useEffect(() => field.current?.focus(), []); // autofocus is for a page that opens, not for what is shown later
   return (
     <form
       class="card key-form"
@@ -122,7 +124,7 @@ function KeyForm({ serves, onGiven, onClosed }: { serves: boolean; onGiven: () =
         onGiven();
       }}
     >
-      <h2 id="key-title">A key is needed</h2>
+      <h2 id="key-title">{hasKey() ? "Use another key" : "A key is needed"}</h2>
       <p class="note">
         {serves
           ? "Whoever runs this server has it: it was printed when the tenant was added, and cannot be shown again. A new one for a tenant:"
@@ -133,7 +135,7 @@ function KeyForm({ serves, onGiven, onClosed }: { serves: boolean; onGiven: () =
       <div class="row">
         <label class="grow">
           <span>Key</span>
-          <input type="password" autoComplete="off" value={text} onInput={(e) => setText(e.currentTarget.value)} autoFocus />
+          <input type="password" autoComplete="off" value={text} onInput={(e) => setText(e.currentTarget.value)} ref={field} />
         </label>
         <button type="submit" class="main" disabled={!text.trim()}>
           Use this key

@@ -32,11 +32,20 @@ export function Command({ text, says }: { text: string; says?: string }) {
   );
 }
 
-export function Failure({ error }: { error: unknown }) {
+/** again: what a button tries once more. */
+export function Failure({ error, again }: { error: unknown; again?: (() => void) | undefined }) {
   return (
-    <p class="failure" role="alert">
+    <div class="failure" role="alert">
       {error instanceof Error ? error.message : String(error)}
-    </p>
+      {again && (
+        <>
+          {" "}
+          <button type="button" class="quiet" onClick={again}>
+            Try again
+          </button>
+        </>
+      )}
+    </div>
   );
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import Field
+from pydantic import Field, field_validator
 from starlette.concurrency import run_in_threadpool
 
 from trimtab.atomic import write_new
@@ -33,11 +33,21 @@ class GuessBody(Strict):
     base: Annotated[str, Field(max_length=4096)] = ""
 
 
+ORDERED = ("data", "variants")
+"""Parts of a run file whose names are a user's own. They travel as pairs of name and fields: in JavaScript an object has a name like "10" before
+all others, wherever it stood."""
+
+
 class FormBody(Strict):
-    """POST /studio/new/form. content: a run file as a mapping. said: comments above it."""
+    """POST /studio/new/form. content: a run file as a mapping; its data and variants may be pairs. said: comments above it."""
 
     content: dict[str, Any]
     said: list[Annotated[str, Field(max_length=2000)]] = Field([], max_length=50)
+
+    @field_validator("content")
+    @classmethod
+    def _of_mappings(cls, content: dict[str, Any]) -> dict[str, Any]:
+        return {key: _mapping(key, part) if key in ORDERED and isinstance(part, list) else part for key, part in content.items()}
 
 
 class CheckBody(Strict):
@@ -69,7 +79,8 @@ async def guess(studio: Studio, request: Request) -> dict[str, Any]:
     def found() -> dict[str, Any]:
         path = body.path if body.path.startswith(HUB) else os.path.relpath(shown_path(studio, body.path), root)
         told: dict[str, Any] = studio.helper.at_once(_at(studio, {"do": "guess", "path": path, "base": body.base or studio.base}))
-        return told
+        content = told["content"]
+        return told | {"content": content | {key: list(content[key].items()) for key in ORDERED}}
 
     return await run_in_threadpool(found)
 
@@ -100,6 +111,18 @@ async def save(studio: Studio, request: Request) -> dict[str, Any]:
 
 
 router.include_router(changes)
+
+
+def _mapping(key: str, pairs: list[Any]) -> dict[str, Any]:
+    """ValueError if these are no pairs, or if a name comes twice: a run file could hold only one of the two."""
+    if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise ValueError(f"{key}: give pairs of a name and its fields")
+    found: dict[str, Any] = {}
+    for name, fields in pairs:
+        if name in found:
+            raise ValueError(f"{key}: there are two called {name[:80]!r}")
+        found[name] = fields
+    return found
 
 
 def _at(studio: Studio, message: dict[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,8 @@ PLACE = re.compile(r"([a-z_]+(?:\.[\w-]+)*)(?:\[\d+\])?(?: = |: )")
 TRAINING = ("lr", "epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "max_length", "schedule", "warmup_steps", "optimizer")
 """Training options that are asked for; all others stay what they are by default, and can be written into the file."""
 
-KINDS = ("number", "word", "switch", "text", "list", "rewards")
-"""Kinds of fields that a form can hold."""
+KINDS = ("number", "numbers", "word", "switch", "text", "list", "rewards")
+"""Kinds of fields that a form can hold. A word may be several, in a list."""
 
 
 def choices() -> dict[str, Any]:
@@ -142,13 +142,17 @@ def _field(name: str, hint: Any, default: Any) -> dict[str, Any] | None:
     kinds = [k for k in (get_args(hint) if get_origin(hint) is not Literal and get_args(hint) else (hint,)) if k is not type(None)]
     words = [w for k in kinds if get_origin(k) is Literal for w in get_args(k)]
     if words:
-        return {"name": name, "kind": "word", "default": default, "words": words} if default is None or default in words else None
+        several = {"several": True} if any(get_origin(k) is tuple and get_origin(get_args(k)[0]) is Literal for k in kinds) else {}
+        told = {"name": name, "kind": "word", "default": default, "words": words, **several}
+        return told if default is None or default in words else None
     if kinds == [bool]:
         return {"name": name, "kind": "switch", "default": default}
     if kinds == [str]:
         return {"name": name, "kind": "text", "default": default}
     if kinds == [tuple[str, ...]]:
         return {"name": name, "kind": "list", "default": None}
+    if kinds == [tuple[float, ...]]:
+        return {"name": name, "kind": "numbers", "default": None}
     if set(kinds) <= {int, float} and kinds:
         return {"name": name, "kind": "number", "default": default, "whole": float not in kinds}
     return None

@@ -56,7 +56,7 @@ export function Calls({ calls, running, sent, typed, onTyped, onSend }: Props) {
             <h3>
               <span class="note">calls</span> <code>{call.name}</code>
             </h3>
-            <Arguments text={call.args} running={running} />
+            <Arguments text={call.args} running={running && i === calls.length - 1} />
             {sent ? (
               <div class="result">
                 <span class="note">returned</span>
@@ -89,12 +89,15 @@ function Arguments({ text, running }: { text: string; running: boolean }) {
   if (!found) {
     return (
       <>
-        <pre tabIndex={0}>{text}</pre>
+        <pre tabIndex={0}>
+          {text}
+          {running && <span class="caret" aria-hidden="true" />}
+        </pre>
         {!running && <p class="note">These arguments are no JSON object.</p>}
       </>
     );
   }
-  if (!found.length) return <p class="note">without arguments</p>;
+  if (!found.length) return running ? <span class="caret" aria-hidden="true" /> : <p class="note">without arguments</p>;
   return (
     <dl class="arguments">
       {found.map(([name, value]) => (

@@ -4,9 +4,11 @@ import { useRef, useState } from "preact/hooks";
 
 export interface FieldFacts {
   name: string;
-  kind: "number" | "word" | "switch" | "text" | "list" | "rewards";
+  kind: "number" | "numbers" | "word" | "switch" | "text" | "list" | "rewards";
   default: unknown;
   words?: string[] | undefined;
+  /** It may be a list of its words. */
+  several?: boolean;
   whole?: boolean;
   says?: string | undefined;
 }
@@ -102,6 +104,7 @@ export function Field({ facts, value, errors, preset, set }: { facts: FieldFacts
       </div>
     );
   }
+  if (facts.kind === "word" && facts.several) return <Several facts={facts} value={value} errors={errors} set={set} />;
   if (facts.kind === "word") {
     const standard = facts.default === null ? "" : String(facts.default);
     return (
@@ -115,7 +118,8 @@ export function Field({ facts, value, errors, preset, set }: { facts: FieldFacts
       />
     );
   }
-  if (facts.kind === "list") return <List facts={facts} value={value} errors={errors} set={set} />;
+  if (facts.kind === "list") return <List facts={facts} value={value} errors={errors} read={wordsOf} set={set} />;
+  if (facts.kind === "numbers") return <List facts={facts} value={value} errors={errors} read={numbersOf} set={set} />;
   if (facts.kind === "text") {
     return <Text label={name} value={value === undefined ? String(facts.default ?? "") : String(value)} errors={errors} hint={facts.says} list={facts.words} set={set} />;
   }
@@ -152,9 +156,43 @@ function numberOf(written: string): unknown {
   return text === "" ? undefined : Number.isFinite(Number(text)) ? Number(text) : text;
 }
 
-/** Words with commas between them. */
-function List({ facts, value, errors, set }: { facts: FieldFacts; value: unknown; errors: string[]; set: (value: unknown) => void }) {
-  const [text, write] = useWritten(value, wordsOf, (x) => (Array.isArray(x) ? x.join(", ") : ""));
+/** One of the words, or more of them, each once. */
+function Several({ facts, value, errors, set }: { facts: FieldFacts; value: unknown; errors: string[]; set: (value: unknown) => void }) {
+  const words = facts.words ?? [];
+  const chosen = Array.isArray(value) ? value.map(String) : [String(value ?? facts.default ?? words[0])];
+  const change = (next: string[]) => set(next.length > 1 ? next : next[0] === facts.default ? undefined : next[0]);
+  const free = words.find((w) => !chosen.includes(w));
+  return (
+    <div class="several">
+      {chosen.map((word, i) => (
+        <div key={i} class="row">
+          <Choice
+            label={i ? `${facts.name} ${i + 1}` : facts.name}
+            value={word}
+            words={words.filter((w) => w === word || !chosen.includes(w))}
+            errors={i ? [] : errors}
+            hint={i ? undefined : facts.says}
+            set={(w) => change(chosen.map((old, j) => (j === i ? w : old)))}
+          />
+          {i > 0 && (
+            <button type="button" class="quiet" aria-label={`Take ${word} away`} onClick={() => change(chosen.filter((_, j) => j !== i))}>
+              Take away
+            </button>
+          )}
+        </div>
+      ))}
+      {free !== undefined && (
+        <button type="button" class="quiet" onClick={() => change([...chosen, free])}>
+          Add another {facts.name}
+        </button>
+      )}
+    </div>
+  );
+}
+
+/** Words or numbers with commas between them. */
+function List({ facts, value, errors, read, set }: { facts: FieldFacts; value: unknown; errors: string[]; read: (written: string) => unknown; set: (value: unknown) => void }) {
+  const [text, write] = useWritten(value, read, (x) => (Array.isArray(x) ? x.join(", ") : ""));
   return (
     <Text
       label={facts.name}
@@ -164,7 +202,7 @@ function List({ facts, value, errors, set }: { facts: FieldFacts; value: unknown
       wide
       set={(written) => {
         write(written);
-        set(wordsOf(written));
+        set(read(written));
       }}
     />
   );
@@ -173,4 +211,8 @@ function List({ facts, value, errors, set }: { facts: FieldFacts; value: unknown
 function wordsOf(written: string): string[] | undefined {
   const words = written.split(",").map((w) => w.trim()).filter(Boolean);
   return words.length ? words : undefined;
+}
+
+function numbersOf(written: string): unknown[] | undefined {
+  return wordsOf(written)?.map(numberOf);
 }

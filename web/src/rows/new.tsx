@@ -16,10 +16,13 @@ interface Content {
   base: string;
   out: string;
   quantize?: string;
-  data: Record<string, Fields>;
+  data: Named[];
   defaults: Fields;
-  variants: Record<string, Fields>;
+  variants: Named[];
 }
+
+/** Pairs of a name and its fields: an object would have a variant called "10" before all others, wherever it stands. */
+type Named = readonly [string, Fields];
 
 interface Guessed {
   content: Content;
@@ -40,7 +43,7 @@ interface Draft {
   base: string;
   quantize: string;
   out: string;
-  data: Record<string, Fields>;
+  data: Named[];
   said: string[];
   rows: number;
   /** Objectives that can read the rows. */
@@ -61,12 +64,16 @@ export function NewRun({ about, path }: { about: About; path: string }) {
   const [draft, setDraft] = useState<Draft | null>(null);
   const [error, setError] = useState<unknown>(null);
   const [busy, setBusy] = useState(false);
+  const [unformed, setUnformed] = useState<unknown>(null);
+  const [tries, setTries] = useState(0);
   const [formed, setFormed] = useState<{ text: string; problems: Problem[]; key: string } | null>(null);
+  const [asked, setAsked] = useState("");
   const latest = useRef(0);
 
   const start = async (chosen: string) => {
     setBusy(true);
     setError(null);
+    setAsked(chosen);
     try {
       const found = await post<Guessed>("studio/new/guess", { path: chosen, base: draft?.base ?? "" });
       const c = found.content;
@@ -80,9 +87,9 @@ export function NewRun({ about, path }: { about: About; path: string }) {
         rows: found.rows,
         objectives: found.objectives,
         answered: found.answered,
-        guessed: Object.values(c.variants)[0] ?? {},
+        guessed: c.variants[0]?.[1] ?? {},
         defaults: c.defaults,
-        variants: Object.entries(c.variants).map(([name, fields]) => ({ name, fields })),
+        variants: c.variants.map(([name, fields]) => ({ name, fields })),
       });
     } catch (failed) {
       setError(failed);
@@ -96,18 +103,22 @@ export function NewRun({ about, path }: { about: About; path: string }) {
   const content = draft && choices.found ? contentOf(draft, choices.found) : null;
   const key = JSON.stringify(content);
   useEffect(() => {
-    if (!content || !draft) return undefined;
+    if (!content || !draft || twice(draft).length) return undefined;
     const mine = ++latest.current;
     const timer = setTimeout(() => {
       post<{ text: string; problems: Problem[] }>("studio/new/form", { content, said: ["Formed on the page of `trimtab studio`.", ...draft.said.map((s) => `- ${s}`)] }).then(
-        (found) => mine === latest.current && setFormed({ ...found, key }),
-        (failed: unknown) => mine === latest.current && setError(failed),
+        (found) => {
+          if (mine !== latest.current) return;
+          setFormed({ ...found, key });
+          setUnformed(null);
+        },
+        (failed: unknown) => mine === latest.current && setUnformed(failed),
       );
     }, FORM_MS);
     return () => clearTimeout(timer);
-  }, [key]);
+  }, [key, tries]);
 
-  if (choices.error) return <Failure error={choices.error} />;
+  if (choices.error) return <Failure error={choices.error} again={choices.reload} />;
   if (!choices.found) return <p class="note">Looking up what can be chosen…</p>;
   const known = choices.found;
   const problems = [...(formed?.problems ?? []), ...twice(draft)];
@@ -123,7 +134,7 @@ export function NewRun({ about, path }: { about: About; path: string }) {
       <div class="guided">
         <div class="steps">
           <Section title="1. Data" id="step-data" aside={draft ? <a href={link("data", "file", draft.path)}>Look at the rows</a> : undefined}>
-            {error ? <Failure error={error} /> : null}
+            {error ? <Failure error={error} again={asked ? () => void start(asked) : undefined} /> : null}
             {busy && (
               <p class="note" role="status">
                 <span class="spinner" aria-hidden="true" /> Looking at the rows…
@@ -146,7 +157,7 @@ export function NewRun({ about, path }: { about: About; path: string }) {
                 </details>
               </>
             ) : (
-              !busy && (files.found ? <FileChoice files={files.found} go={(p) => void start(p)} /> : files.error ? <Failure error={files.error} /> : <p class="note">Looking for files…</p>)
+              !busy && (files.found ? <FileChoice files={files.found} go={(p) => void start(p)} /> : files.error ? <Failure error={files.error} again={files.reload} /> : <p class="note">Looking for files…</p>)
             )}
           </Section>
           {draft && (
@@ -200,7 +211,7 @@ export function NewRun({ about, path }: { about: About; path: string }) {
             </>
           )}
         </div>
-        {draft && <RunFile name={draft.out} text={formed?.text ?? ""} problems={problems} />}
+        {draft && <RunFile name={draft.out} text={formed?.text ?? ""} problems={problems} error={unformed} again={() => (setUnformed(null), setTries(tries + 1))} />}
       </div>
     </>
   );
@@ -208,8 +219,8 @@ export function NewRun({ about, path }: { about: About; path: string }) {
 
 /** The run file. Variants whose objectives read rows in different ways get a data set for each way, which name the same files. */
 function contentOf(draft: Draft, known: Choices): Content {
-  const [name = "", rows = {}] = Object.entries(draft.data)[0] ?? [];
-  const data: Record<string, Fields> = {};
+  const [name, rows] = draft.data[0] ?? ["", {}];
+  const data: Named[] = [];
   const sets = new Map<string, string>();
   const variants = draft.variants.map((v) => {
     const aim = String(v.fields["objective"] ?? "sft");
@@ -217,12 +228,12 @@ function contentOf(draft: Draft, known: Choices): Content {
     if (!sets.has(reads)) {
       const { labels, ...others } = rows; // labels that are judged by their likelihoods, which only imitation has
       const own = sets.size ? `${name.slice(0, 50)}-${aim}` : name;
-      data[own] = aim === "sft" || aim === "distil" ? rows : others;
+      data.push([own, aim === "sft" || aim === "distil" ? rows : others]);
       sets.set(reads, own);
     }
     return [v.name, { ...v.fields, data: sets.get(reads) }] as const;
   });
-  return { base: draft.base, ...(draft.quantize ? { quantize: draft.quantize } : {}), out: draft.out, data, defaults: draft.defaults, variants: Object.fromEntries(variants) };
+  return { base: draft.base, ...(draft.quantize ? { quantize: draft.quantize } : {}), out: draft.out, data, defaults: draft.defaults, variants };
 }
 
 /** Names that two variants have: the run file could hold only one of them. */
@@ -246,7 +257,7 @@ function another(variants: Variant[]): Variant {
   return { name: `${last.name.replace(/-\d+$/, "")}-${n}`, fields: { ...last.fields } };
 }
 
-function RunFile({ name, text, problems }: { name: string; text: string; problems: Problem[] }) {
+function RunFile({ name, text, problems, error, again }: { name: string; text: string; problems: Problem[]; error: unknown; again: () => void }) {
   const { copied, copy } = useCopy(text);
   return (
     <aside class="card run-file" aria-labelledby="run-file">
@@ -261,8 +272,9 @@ function RunFile({ name, text, problems }: { name: string; text: string; problem
           </button>
         </div>
       </div>
+      {error ? <Failure error={error} again={again} /> : null}
       <p class={problems.length ? "field-error" : "note"} role="status">
-        {!text ? "It forms as you choose." : problems.length ? `${problems.length === 1 ? "One thing is" : `${problems.length} things are`} wrong with it:` : "Nothing is wrong with it."}
+        {error ? "The text below is of what you had chosen before." : !text ? "It forms as you choose." : problems.length ? `${problems.length === 1 ? "One thing is" : `${problems.length} things are`} wrong with it:` : "Nothing is wrong with it."}
       </p>
       {problems.length > 0 && (
         <ul class="problems">

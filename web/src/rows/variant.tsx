@@ -52,6 +52,7 @@ const AIMS: Record<string, string> = {
 };
 const HINTS: Record<string, string> = {
   teacher: "Another base, or an adapter on this run's base: its folder, or its name in the store",
+  loss_weights: "One for each loss type, with commas between them; none: 1 each",
   classes: "Labels in the order of the scores, with commas between them; none: those of the rows",
 };
 const FIRST = ["teacher", "classes", "num_generations", "max_completion_length", "temperature"];

@@ -1,17 +1,17 @@
 // Held-out rows with what base and variants answered, as bubbles; those first that most variants got wrong.
 
 import { useEffect, useRef, useState } from "preact/hooks";
-import { number } from "../format";
+import { number, own } from "../format";
 import { Failure, Options, Section } from "../parts";
 import { Name } from "./scores";
 import type { Answer, AnswerRow, FoundAnswers, Source } from "./source";
 import { turns } from "./turns";
-import type { RunFacts, Shown } from "./types";
+import { answeredSets, type RunFacts, type Shown } from "./types";
 
 const PAGE = 10;
 
 export function Answers({ run, shown, source }: { run: RunFacts; shown: Shown[]; source: Source }) {
-  const sets = Object.keys(run.answers);
+  const sets = answeredSets(run);
   const [chosen, setChosen] = useState(sets[0] ?? "");
   const data = sets.includes(chosen) ? chosen : (sets[0] ?? "");
   const [who, setWho] = useState("");
@@ -71,13 +71,14 @@ export function Answers({ run, shown, source }: { run: RunFacts; shown: Shown[];
       {found && (
         <p class="note">
           {found.answered ?? found.total} held-out rows, answered greedily, those first that most got wrong. Wrong:{" "}
-          {Object.entries(found.wrong)
-            .map(([name, count]) => `${name} ${count}`)
+          {names
+            .filter((name) => own(found.wrong, name) !== undefined)
+            .map((name) => `${name} ${found.wrong[name]}`)
             .join(", ")}
           .{found.answered ? ` The first ${found.total} are in this file.` : ""}
         </p>
       )}
-      {found?.rows.map((row) => <Row key={row.row} row={row} shown={shown.filter((s) => s.run.id === run.id)} />)}
+      {found?.rows.map((row) => <Row key={row.row} row={row} names={names} shown={shown.filter((s) => s.run.id === run.id)} />)}
       {found && found.rows.length < found.total && (
         <button type="button" disabled={busy} onClick={() => void load(found.rows.length, found.rows)}>
           {Math.min(PAGE, found.total - found.rows.length)} more of {found.total - found.rows.length}
@@ -87,7 +88,8 @@ export function Answers({ run, shown, source }: { run: RunFacts; shown: Shown[];
   );
 }
 
-function Row({ row, shown }: { row: AnswerRow; shown: Shown[] }) {
+/** names: in the order in which their answers stand. */
+function Row({ row, names, shown }: { row: AnswerRow; names: string[]; shown: Shown[] }) {
   return (
     <article class="answer-row" aria-label={`Row ${row.row + 1}`}>
       <div class="talk">
@@ -103,7 +105,9 @@ function Row({ row, shown }: { row: AnswerRow; shown: Shown[] }) {
           <dt>reference</dt>
           <dd>{row.reference}</dd>
         </div>
-        {Object.entries(row.answers).map(([name, answer]) => {
+        {names.map((name) => {
+          const answer = own(row.answers, name);
+          if (!answer) return null;
           const variant = shown.find((s) => s.facts.name === name);
           return (
             <div key={name}>

@@ -4,7 +4,7 @@ import { useEffect, useMemo, useState } from "preact/hooks";
 import { own } from "../format";
 import { Failure, Options, Section } from "../parts";
 import type { Confusion, Source } from "./source";
-import type { RunFacts } from "./types";
+import { answeredSets, type RunFacts } from "./types";
 
 const FEW = 15; // labels whose matrix is shown without being asked for
 const PAIRS = 12;
@@ -27,7 +27,7 @@ interface Told {
 }
 
 export function ConfusionMatrix({ run, source }: { run: RunFacts; source: Source }) {
-  const sets = Object.keys(run.answers);
+  const sets = answeredSets(run);
   const [found, setFound] = useState<[string, Confusion][]>([]);
   const [error, setError] = useState<unknown>(null);
   useEffect(() => {
@@ -44,14 +44,13 @@ export function ConfusionMatrix({ run, source }: { run: RunFacts; source: Source
   return (
     <>
       {found.map(([data, confusion]) => (
-        <OneSet key={data} id={`confusion-${run.id}-${data}`} title={`Labels of ${data}`} confusion={confusion} />
+        <OneSet key={data} id={`confusion-${run.id}-${data}`} title={`Labels of ${data}`} confusion={confusion} names={(run.answers[data] ?? []).filter((n) => own(confusion.of, n))} />
       ))}
     </>
   );
 }
 
-function OneSet({ id, title, confusion }: { id: string; title: string; confusion: Confusion }) {
-  const names = Object.keys(confusion.of);
+function OneSet({ id, title, confusion, names }: { id: string; title: string; confusion: Confusion; names: string[] }) {
   const [chosen, setChosen] = useState("");
   const [all, setAll] = useState(false);
   const who = names.includes(chosen) ? chosen : (names.find((n) => n !== "base") ?? names[0]!);

@@ -38,12 +38,14 @@ export function RunList({ changes }: { changes: boolean }) {
       title: "run",
       cell: (r) => (
         <span class="run-name">
-          <input
-            type="checkbox"
-            aria-label={`Compare ${r.name}`}
-            checked={still.includes(r.id)}
-            onChange={(e) => setChosen(e.currentTarget.checked ? [...still, r.id] : still.filter((id) => id !== r.id))}
-          />
+          <label>
+            <input
+              type="checkbox"
+              aria-label={`Compare ${r.name}`}
+              checked={still.includes(r.id)}
+              onChange={(e) => setChosen(e.currentTarget.checked ? [...still, r.id] : still.filter((id) => id !== r.id))}
+            />
+          </label>
           <a href={link("runs", r.id)}>{r.name}</a>
         </span>
       ),

@@ -99,3 +99,9 @@ export interface Shown {
   run: RunFacts;
   facts: VariantFacts;
 }
+
+/** Sets of rows that have answers, in the order of the variants that learn them: an object has a set called "10" before all others. */
+export function answeredSets(run: RunFacts): string[] {
+  const known = run.variants.flatMap((v) => (v.data !== null && Object.hasOwn(run.answers, v.data) ? [v.data] : []));
+  return [...new Set([...known, ...Object.keys(run.answers)])];
+}
