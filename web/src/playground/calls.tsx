@@ -56,7 +56,7 @@ export function Calls({ calls, running, sent, typed, onTyped, onSend }: Props) {
             <h3>
               <span class="note">calls</span> <code>{call.name}</code>
             </h3>
-            <Arguments text={call.args} running={running && i === calls.length - 1} />
+            <Arguments text={call.args} running={running} />
             {sent ? (
               <div class="result">
                 <span class="note">returned</span>
@@ -73,6 +73,7 @@ export function Calls({ calls, running, sent, typed, onTyped, onSend }: Props) {
           </li>
         ))}
       </ol>
+      {running && <span class="caret" aria-hidden="true" />}
       {!sent && onSend && (
         <div class="row">
           <button type="button" class="main" disabled={!ready} onClick={onSend}>
@@ -89,15 +90,12 @@ function Arguments({ text, running }: { text: string; running: boolean }) {
   if (!found) {
     return (
       <>
-        <pre tabIndex={0}>
-          {text}
-          {running && <span class="caret" aria-hidden="true" />}
-        </pre>
+        <pre tabIndex={0}>{text}</pre>
         {!running && <p class="note">These arguments are no JSON object.</p>}
       </>
     );
   }
-  if (!found.length) return running ? <span class="caret" aria-hidden="true" /> : <p class="note">without arguments</p>;
+  if (!found.length) return running ? null : <p class="note">without arguments</p>;
   return (
     <dl class="arguments">
       {found.map(([name, value]) => (

@@ -374,7 +374,7 @@ function Costs({ report }: { report: Report }) {
             { key: "rows", title: "rows an epoch", number: true, cell: (v) => number(v.rows_per_epoch) },
             { key: "steps", title: "steps", number: true, cell: (v) => number(v.steps) },
             { key: "tokens", title: "tokens", number: true, cell: (v) => short(v.tokens) },
-            { key: "seconds", title: "alone", number: true, cell: (v) => span(v.seconds) },
+            { key: "seconds", title: "alone", number: true, class: () => "wraps", cell: (v) => span(v.seconds) },
           ]}
         />
       )}
