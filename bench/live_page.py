@@ -7,9 +7,9 @@ A run folder is written with so many lines of metrics, and opened in Chromium by
 each, while a trace is taken. Printed are the tasks of the page's main thread: their CPU time, which other programs do not add to, and their
 time by the clock, as well as the CPU that the server takes. A task of more than 16 ms costs a frame at 60 frames a second.
 
-With `--training` a real training runs on this machine, of the bundled base on rows of one length. It is followed by an open page for some
-steps, and by none for as many, in turn; which comes first alternates. Printed are, for each pair and as the median of all, what a step takes
-by the clock and of the training's CPU time, with the page against without it. Times by the clock hold every other program of the machine.
+With `--training` a real training runs on this machine, of the bundled base on rows of one length. An open page follows it for some steps,
+and none for as many, in turn; which comes first alternates. Printed are, for each pair and as the median of all, what a step takes by the
+clock and of the training's CPU time, with the page against without it. Times by the clock hold every other program of the machine.
 
 The first paint is that of a browser that has just started, with nothing in its cache; the first one is the server's first answer too.
 
@@ -221,9 +221,7 @@ def window(root: Path, process: subprocess.Popen[bytes], steps: int) -> tuple[fl
 
 
 def loss_of_training(args: argparse.Namespace, root: Path) -> None:
-    print(
-        f"{args.train_variants} variants x {args.train_rows} rows a step; {args.pairs} pairs of {args.window} steps with a page, and without"
-    )
+    print(f"{args.train_variants} variants x {args.train_rows} rows; {args.pairs} pairs of {args.window} steps with a page, and without")
     pairs = []
     with studio(root) as (url, server), training(root, args) as process, sync_playwright() as p:
         until(root, process, args.window)  # until it is warm
