@@ -15,6 +15,9 @@ from click.testing import CliRunner
 from tests.http.process import first_line
 from tests.train.past import run_folder, variant
 from trimtab.cli import main
+from trimtab.cli.studio import _store
+from trimtab.errors import TrimtabError
+from trimtab.store.registry import Store
 
 
 def test_a_folder_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
@@ -49,3 +52,18 @@ def test_it_shows_runs_until_ctrl_c(tmp_path: Path, host: str) -> None:
             assert process.stdout is not None
             process.stdout.close()
     assert "Traceback" not in log.read_text()
+
+
+def test_a_store_that_is_not_there_yet_is_made_by_the_first_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert _store(tmp_path / "new") == (None, tmp_path / "new") and not (tmp_path / "new").exists()
+    Store(tmp_path / "made", create=True)
+    store, new = _store(tmp_path / "made")
+    assert store is not None and store.root == tmp_path / "made" and new is None
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(TrimtabError):
+        _store(tmp_path / "other")
+    monkeypatch.setenv("TRIMTAB_STORE", str(tmp_path / "other"))
+    assert _store(None) == (None, None), "a folder of something else is left alone"
+    monkeypatch.setenv("TRIMTAB_STORE", str(tmp_path / "none"))
+    assert _store(None) == (None, tmp_path / "none")

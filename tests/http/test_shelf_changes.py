@@ -158,6 +158,27 @@ def test_names_are_checked_before_a_command_runs(shown: Shown):
 
 
 @pytest.mark.slow
+def test_the_first_adapter_makes_the_store(shown: Shown, tmp_path: Path):
+    """A newcomer has none yet, and publishes from the page."""
+    new = tmp_path / "new" / "store"
+    made = Shown(shown.runs, key="k", new_store=new)
+    try:
+        app = create_studio(made)
+        assert call(app, "GET", "/studio/about").json()["store"] is True
+        assert call(app, "GET", "/studio/adapters").json() == {"adapters": [], "more": False, "after": ""} and not new.exists()
+        assert ask(made, "alias", {"ref": "acme/first@1", "alias": "prod", "take": False}).status_code == 404
+        (key,) = shown.runs.found()
+        job = ask(made, "publish", {"run": key, "variant": "v", "name": "acme/first", "aliases": ["prod"]}).json()
+        assert ended(made.commands, job["key"])["state"] == "done"
+        (listed,) = call(app, "GET", "/studio/adapters").json()["adapters"]
+        assert listed["ref"] == "acme/first@1" and Store(new).resolve("acme/first@prod").version == 1
+        assert ask(made, "alias", {"ref": "acme/first@1", "alias": "best", "take": False}).status_code == 200
+    finally:
+        made.close()
+    without = create_studio(Shown(shown.runs, new_store=new.parent / "other"))
+    assert call(without, "GET", "/studio/about").json()["store"] is False, "nothing can be published without a key"
+
+
 def test_publish_and_push_are_the_commands_that_are_shown(shown: Shown, tmp_path: Path):
     assert shown.store is not None
     (key,) = shown.runs.found()

@@ -244,6 +244,25 @@ def test_runs_are_compared_by_what_differs(chromium: Any, folder: Path, site: st
         assert page.get_by_role("region", name="Scores on a").get_by_role("row", name="base").count() == 1, "they measured the same base"
 
 
+def test_many_variants_are_found_by_name_and_leave_the_curves_in_sight(chromium: Any, folder: Path, site: str):
+    run_folder(folder / "many", {f"v-{n}": variant() for n in range(260)}, steps=2)
+    with Visit(chromium, site) as page:
+        page.get_by_role("link", name="many", exact=True).click()
+        page.get_by_role("heading", name="Curves").wait_for()
+        legend = page.get_by_role("group", name="Variants: press one")
+        assert legend.bounding_box()["height"] <= 270, "260 buttons would push the curves from the screen"
+        costs = page.get_by_role("region", name="Costs on a")
+        costs.get_by_role("button", name="Show the other 60").wait_for()
+        assert costs.locator("tbody tr").count() == 200
+        costs.get_by_role("button", name="Show the other 60").click()
+        assert costs.locator("tbody tr").count() == 260
+        legend.get_by_role("button", name="Hide all").click()
+        legend.get_by_label("Find variants").fill("v-25")
+        legend.get_by_role("button", name="Show 11").click()
+        legend.get_by_label("Find variants").fill("")
+        assert legend.locator("[aria-pressed=true]").all_inner_texts() == ["v-25", *(f"v-25{n}" for n in range(10))]
+
+
 def test_answers_stand_in_the_order_of_the_variants(chromium: Any, folder: Path, site: str):
     run_folder(folder / "numbers", {"10": variant(), "2": variant()})
     answers(folder / "numbers", 2, **{"base": "five", "10": "4", "2": "nine"})

@@ -33,9 +33,17 @@ const SCREENS: Screen[] = [
 export function App() {
   const route = useRoute();
   const { found: about, error } = useLoaded((signal) => get<About>("studio/about", {}, signal), []);
-  const [asked, setAsked] = useState(false);
+  const [asked, setAsked] = useState(false); // by the server, or by whoever pressed the button
+  const [refused, setRefused] = useState(false);
   const [keyed, setKeyed] = useState(0); // counts keys given, so that screens load anew
-  useEffect(() => onKeyWanted(() => setAsked(true)), []);
+  useEffect(
+    () =>
+      onKeyWanted(() => {
+        setRefused(true);
+        setAsked(true);
+      }),
+    [],
+  );
   useEffect(() => {
     const changed = () => {
       if (!takeKeyFromAddress()) return; // an address with a key, put into a page that is open
@@ -69,7 +77,7 @@ export function App() {
           ))}
         </nav>
         {about?.keyed && (
-          <button type="button" class="quiet" onClick={() => setAsked(true)}>
+          <button type="button" class="quiet" onClick={() => (setRefused(false), setAsked(true))}>
             Key
           </button>
         )}
@@ -79,6 +87,7 @@ export function App() {
         {asked && (
           <KeyForm
             serves={!!about?.serves}
+            other={!refused && hasKey()}
             onGiven={() => {
               setAsked(false);
               setKeyed(keyed + 1);
@@ -110,7 +119,7 @@ function Shown({ about, screen, route }: { about: About; screen: string; route: 
   return <Serving about={about} />;
 }
 
-function KeyForm({ serves, onGiven, onClosed }: { serves: boolean; onGiven: () => void; onClosed: () => void }) {
+function KeyForm({ serves, other, onGiven, onClosed }: { serves: boolean; other: boolean; onGiven: () => void; onClosed: () => void }) {
   const [text, setText] = useState("");
   const field = useRef<HTMLInputElement>(null);
   useEffect(() => field.current?.focus(), []); // autofocus is for a page that opens, not for what is shown later
@@ -124,7 +133,7 @@ function KeyForm({ serves, onGiven, onClosed }: { serves: boolean; onGiven: () =
         onGiven();
       }}
     >
-      <h2 id="key-title">{hasKey() ? "Use another key" : "A key is needed"}</h2>
+      <h2 id="key-title">{other ? "Use another key" : "A key is needed"}</h2>
       <p class="note">
         {serves
           ? "Whoever runs this server has it: it was printed when the tenant was added, and cannot be shown again. A new one for a tenant:"

@@ -102,7 +102,9 @@ export function Section({ title, id, aside, children }: { title: string; id: str
   return (
     <section class="card" aria-labelledby={id}>
       <div class="card-head">
-        <h2 id={id}>{title}</h2>
+        <h2 id={id} tabIndex={-1}>
+          {title}
+        </h2>
         {aside}
       </div>
       {children}
@@ -117,6 +119,8 @@ export interface Column<Row> {
   number?: boolean;
   class?: (row: Row) => string | undefined;
 }
+
+const MOST_ROWS = 200; // of a table at first: a thousand variants in five tables take seconds to lay out
 
 /** A table whose first column names the row. On a phone each row is a card, and each cell says what it is. */
 export function Table<Row>({
@@ -135,6 +139,8 @@ export function Table<Row>({
   /** As wide as its cells, not as the page. */
   narrow?: boolean;
 }) {
+  const [whole, setWhole] = useState(false);
+  const shown = whole || rows.length <= MOST_ROWS ? rows : rows.slice(0, MOST_ROWS);
   return (
     <div class="table-frame" role="region" aria-label={label} tabIndex={0}>
       <table role="table" class={narrow ? "narrow" : undefined}>
@@ -148,7 +154,7 @@ export function Table<Row>({
           </tr>
         </thead>
         <tbody role="rowgroup">
-          {rows.map((row) => (
+          {shown.map((row) => (
             <tr key={rowKey(row)} role="row" class={rowClass?.(row)}>
               {columns.map((c, i) => {
                 const content = c.cell(row);
@@ -167,6 +173,14 @@ export function Table<Row>({
           ))}
         </tbody>
       </table>
+      {shown.length < rows.length && (
+        <p class="note">
+          These are the first {shown.length}.{" "}
+          <button type="button" class="quiet" onClick={() => setWhole(true)}>
+            Show the other {rows.length - shown.length}
+          </button>
+        </p>
+      )}
     </div>
   );
 }

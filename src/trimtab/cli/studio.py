@@ -55,11 +55,11 @@ def studio(runs: Path, data: tuple[Path, ...], base: str, root: Path | None, hos
     from trimtab.train.follow import RunFolders
 
     mistakes = Mistakes()
-    folders, store = None, None
+    folders, store, new_store = None, None, None
     with mistakes.noted():
         folders = RunFolders(runs)
     with mistakes.noted():
-        store = _store(root)
+        store, new_store = _store(root)
     mistakes.refuse("this cannot be shown")
     assert folders is not None
     with ExitStack() as open_parts:
@@ -67,7 +67,9 @@ def studio(runs: Path, data: tuple[Path, ...], base: str, root: Path | None, hos
         port = sock.getsockname()[1]
         local = host in server.LOOPBACK
         key = secrets.token_urlsafe(24)
-        shown = Shown(folders, store, None if local else key, server.local_hosts(port) if local else None, data, base, key=key)
+        shown = Shown(
+            folders, store, None if local else key, server.local_hosts(port) if local else None, data, base, key=key, new_store=new_store
+        )
         open_parts.callback(shown.close)
         app = create_studio(shown)
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}/#key={key}"
@@ -76,9 +78,14 @@ def studio(runs: Path, data: tuple[Path, ...], base: str, root: Path | None, hos
         uvicorn.Server(config).run([sock])
 
 
-def _store(root: Path | None) -> Store | None:
-    """The store at `root`, or the default one where there is one."""
+def _store(root: Path | None) -> tuple[Store | None, Path | None]:
+    """The store at `root`, or the default one; or where there is none yet, the folder of the one that the first adapter makes."""
     from trimtab.store.names import default_root
     from trimtab.store.registry import Store
 
-    return None if root is None and not (default_root() / "index.json").is_file() else Store(root)
+    folder = default_root() if root is None else root
+    if (folder / "index.json").is_file():
+        return Store(root), None
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None, folder
+    return (None if root is None else Store(root)), None  # which says what is wrong with it

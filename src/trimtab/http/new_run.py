@@ -34,8 +34,8 @@ class GuessBody(Strict):
 
 
 ORDERED = ("data", "variants")
-"""Parts of a run file whose names are a user's own. They travel as pairs of name and fields: in JavaScript an object has a name like "10" before
-all others, wherever it stood."""
+"""Parts of a run file whose names are a user's own. They travel as pairs of name and fields: in JavaScript an object has a name like "10"
+before all others, wherever it stood."""
 
 
 class FormBody(Strict):

@@ -71,22 +71,24 @@ router.include_router(own)
 
 @studio_router.get("/adapters")
 async def all_adapters(studio: Studio, after: After = "") -> dict[str, Any]:
-    return await run_in_threadpool(listed, studio.store, LOCAL, after)
+    if studio.shelf is None and studio.new_store is not None:
+        return {"adapters": [], "more": False, "after": ""}
+    return await run_in_threadpool(listed, studio.shelf, LOCAL, after)
 
 
 @studio_router.get("/adapter")
 async def any_adapter(studio: Studio, name: Given) -> dict[str, Any]:
-    return await run_in_threadpool(versions, studio.store, LOCAL, name)
+    return await run_in_threadpool(versions, studio.shelf, LOCAL, name)
 
 
 @studio_router.get("/version")
 async def any_version(studio: Studio, ref: Given) -> dict[str, Any]:
-    return await run_in_threadpool(shown, studio.store, LOCAL, ref)
+    return await run_in_threadpool(shown, studio.shelf, LOCAL, ref)
 
 
 @studio_router.get("/diff")
 async def any_diff(studio: Studio, a: Given, b: Given) -> dict[str, Any]:
-    return await run_in_threadpool(lambda: compared(studio.store, LOCAL, a, b, weights=True))
+    return await run_in_threadpool(lambda: compared(studio.shelf, LOCAL, a, b, weights=True))
 
 
 def listed(store: Store | None, tenant: Tenant, after: str) -> dict[str, Any]:

@@ -107,28 +107,28 @@ async def command(studio: Studio, key: Annotated[str, Query(max_length=64)]) -> 
 async def publish(studio: Studio, request: Request) -> dict[str, Any]:
     """Put a run's adapter into the store as the next version of a name."""
     body = await body_of(request, PublishBody)
-    store = _store(studio.store)
+    root = studio.new_store if studio.shelf is None and studio.new_store is not None else _store(studio.shelf).root
     parse_name(body.name)
     aliases = [word for alias in check_aliases(body.aliases) for word in ("--alias", alias)]
     names = (await run_adapters(studio, body.run))["adapters"]
     if body.variant not in names:
         raise NotFoundError(f"the run has no adapter {body.variant[:100]!r}", fix=f"one of: {', '.join(names) or 'none yet'}")
     folder = studio.runs.folder(body.run) / ADAPTERS / body.variant
-    return studio.commands.begin(["adapters", "publish", *aliases, "--store", str(store.root), "--json"], [str(folder), body.name])
+    return studio.commands.begin(["adapters", "publish", *aliases, "--store", str(root), "--json"], [str(folder), body.name])
 
 
 @changes.post("/alias")
 async def alias(studio: Studio, request: Request) -> dict[str, Any]:
     """Let an alias stand for a version, or take it away."""
     body = await body_of(request, AliasBody)
-    return await run_in_threadpool(_moved, _store(studio.store), body)
+    return await run_in_threadpool(_moved, _store(studio.shelf), body)
 
 
 @changes.post("/export")
 async def export(studio: Studio, request: Request) -> dict[str, Any]:
     """Write an adapter into a folder beside the runs as another program wants it."""
     body = await body_of(request, ExportBody)
-    store = _store(studio.store)
+    store = _store(studio.shelf)
     version = await run_in_threadpool(store.resolve, body.ref)
     if not is_word(body.folder):
         raise Fault(f"{body.folder[:80]!r} is no name for a folder: {RULE}", code="invalid_value", param="folder")
@@ -144,7 +144,7 @@ async def export(studio: Studio, request: Request) -> dict[str, Any]:
 async def push(studio: Studio, request: Request) -> dict[str, Any]:
     """Copy a version elsewhere."""
     body = await body_of(request, PushBody)
-    store = _store(studio.store)
+    store = _store(studio.shelf)
     version = await run_in_threadpool(store.resolve, body.ref)
     return studio.commands.begin(["adapters", "push", "--store", str(store.root), "--json"], [version.ref, body.url])
 
@@ -153,7 +153,7 @@ async def push(studio: Studio, request: Request) -> dict[str, Any]:
 async def take(studio: Studio, request: Request) -> Response:
     """An adapter's folder as one file, its bytes compared with their digests."""
     body = await body_of(request, TakeBody)
-    store = _store(studio.store)
+    store = _store(studio.shelf)
     if not studio.downloads.acquire(blocking=False):
         raise OverloadedError("other adapters are being sent", fix="wait until they have been", retry_after=5.0)
     try:

@@ -30,7 +30,8 @@ def create_studio(shown: Shown) -> FastAPI:
 async def about(studio: Studio) -> dict[str, Any]:
     """Which of its screens the page can fill here; needs no token, as it tells nothing of runs."""
     changes = studio.key is not None
-    there = {"runs": True, "changes": changes, "rows": True, "store": studio.store is not None, "serves": False}
+    stored = studio.shelf is not None or (changes and studio.new_store is not None)
+    there = {"runs": True, "changes": changes, "rows": True, "store": stored, "serves": False}
     return {"version": __version__, "keyed": changes or studio.token is not None, **there}
 
 

@@ -28,9 +28,9 @@ BASE = "smollm2-135m-instruct"
 
 @dataclass(frozen=True)
 class Shown:
-    """What a studio shows. store: None if there is none. token: None: none is asked for. hosts: Host headers that are answered;
-    None: all. data: folders of rows that may be shown, beside that of the runs. base: on which rows are read that no run has read. key:
-    what must be given to change something; None: nothing can be changed."""
+    """What a studio shows. store: None if there is none. new_store: where the first adapter that is published makes one. token: None: none
+    is asked for. hosts: Host headers that are answered; None: all. data: folders of rows that may be shown, beside that of the runs. base:
+    on which rows are read that no run has read. key: what must be given to change something; None: nothing can be changed."""
 
     runs: RunFolders
     store: Store | None = None
@@ -42,9 +42,21 @@ class Shown:
     helper: Reader = field(default_factory=Reader)
     """Another process, for what takes a moment while the reader reads for minutes."""
     key: str | None = None
+    new_store: Path | None = None
 
     commands: Commands = field(default_factory=Commands)
     downloads: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(DOWNLOADS))
+
+    _opened: list[Store] = field(default_factory=list)
+
+    @property
+    def shelf(self) -> Store | None:
+        """The store; None as long as nothing has been published."""
+        if self.store is not None:
+            return self.store
+        if not self._opened and self.new_store is not None and (self.new_store / "index.json").is_file():
+            self._opened.append(Store(self.new_store))
+        return self._opened[0] if self._opened else None
 
     @cached_property
     def beginner(self) -> Beginner:

@@ -70,7 +70,7 @@ export function AdapterList({ about }: { about: About }) {
     }
   };
   useEffect(() => void load([], ""), []);
-  if (!listed) return error ? <Failure error={error} /> : <p class="note">Reading the store…</p>;
+  if (!listed) return error ? <Failure error={error} again={() => void load([], "")} /> : <p class="note">Reading the store…</p>;
   const words = wanted.toLowerCase().split(/\s+/).filter(Boolean);
   const shown = listed.adapters.filter((v) => words.every((w) => `${v.name} ${v.method} ${v.base} ${v.aliases.join(" ")}`.toLowerCase().includes(w)));
   return (
@@ -79,7 +79,7 @@ export function AdapterList({ about }: { about: About }) {
       {error ? <Failure error={error} /> : null}
       {listed.adapters.length === 0 ? (
         <Empty>
-          <p>There is no adapter in the store that you may see. Publish one from a run folder.</p>
+          <p>There is no adapter in the store that you may see. {about.changes ? "Publish one of a run below." : "Publish one from a run folder."}</p>
           <Command text="trimtab adapters publish RUN/adapters/VARIANT acme/support --alias prod" />
         </Empty>
       ) : (
@@ -117,7 +117,7 @@ export function AdapterList({ about }: { about: About }) {
 export function AdapterPage({ name, about }: { name: string; about: About }) {
   const { found, error, reload } = useLoaded((signal) => get<{ versions: Version[] }>("studio/adapter", { name }, signal), [name]);
   const [number, setNumber] = useState<number | null>(null);
-  if (error) return <Failure error={error} />;
+  if (error) return <Failure error={error} again={reload} />;
   if (!found) return <p class="note">Reading…</p>;
   const versions = [...found.versions].reverse();
   const chosen = versions.find((v) => v.version === number) ?? versions[0]!;

@@ -1,7 +1,7 @@
 // What can be done with the store: publish, aliases, export, push; and how the cards of two versions differ. Each shows its command.
 
 import { useEffect, useState } from "preact/hooks";
-import { get, post, request } from "../api";
+import { ApiError, get, post, request } from "../api";
 import { bytes, duration, number, quoted, value } from "../format";
 import { Command, Failure, Options, Section, Table, useLoaded } from "../parts";
 import type { RunLine } from "../runs/types";
@@ -29,9 +29,10 @@ function useJob(onDone: (result: unknown) => void) {
         const told = { key: job.key, ...(await get<Omit<Job, "key">>("studio/command", { key: job.key })) };
         setJob(told);
         if (told.state === "done") onDone(told.result);
+        setError(null);
       } catch (failed) {
-        setError(failed);
-        setJob(null);
+        setError(failed); // the command goes on, whether it is heard of or not
+        setJob(failed instanceof ApiError && failed.status === 0 ? { ...job } : null);
       }
     }, POLL_MS);
     return () => clearTimeout(timer);

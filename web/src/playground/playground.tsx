@@ -85,7 +85,7 @@ export function Playground({ about }: { about: About }) {
   return (
     <>
       <h1>Playground</h1>
-      {error ? <Failure error={error} /> : null}
+      {error ? <Failure error={error} again={reload} /> : null}
       <div class="playground">
         <form class="card ask" onSubmit={(e) => (e.preventDefault(), send())} onKeyDown={onKey} aria-label="What to ask">
           <label>

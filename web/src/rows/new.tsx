@@ -99,6 +99,9 @@ export function NewRun({ about, path }: { about: About; path: string }) {
   useEffect(() => {
     if (path) void start(path);
   }, [path]);
+  useEffect(() => {
+    if (draft && document.activeElement === document.body) document.getElementById("step-data")?.focus(); // the button that was pressed has gone
+  }, [draft?.path]);
 
   const content = draft && choices.found ? contentOf(draft, choices.found) : null;
   const key = JSON.stringify(content);

@@ -15,7 +15,7 @@ interface Begun {
 }
 
 export function Begin() {
-  const { found, reload } = useLoaded((signal) => get<{ files: string[] }>("studio/run-files", {}, signal), []);
+  const { found, error: unread, reload } = useLoaded((signal) => get<{ files: string[] }>("studio/run-files", {}, signal), []);
   const [file, setFile] = useState("");
   const [resume, setResume] = useState(false);
   const [busy, setBusy] = useState(false);
@@ -23,6 +23,7 @@ export function Begin() {
   const [begun, setBegun] = useState<Begun[]>([]);
   const files = found?.files ?? [];
   const chosen = files.includes(file) ? file : (files[0] ?? "");
+  if (unread) return <Failure error={unread} again={reload} />;
   if (!found) return null;
   const submit = async (event: Event) => {
     event.preventDefault();

@@ -26,9 +26,13 @@ interface Props {
   control?: ComponentChildren;
 }
 
+const MANY = 24; // variants that are found by their names, not by looking
+
 export function RunView({ runs, metrics, version, doubts, source, scoresFirst, control }: Props) {
   const [hidden, setHidden] = useState<Set<number>>(new Set());
   const every = useMemo(() => everyVariant(runs), [runs]);
+  const [wanted, setWanted] = useState("");
+  const found = every.length > MANY && wanted ? every.filter((s) => s.label.toLowerCase().includes(wanted.trim().toLowerCase())) : every;
   const shown = useMemo(() => every.filter((s) => !hidden.has(s.number)), [every, hidden]);
   const toggle = (n: number) => setHidden(new Set(hidden.has(n) ? [...hidden].filter((x) => x !== n) : [...hidden, n]));
   const curved = useLater(useGrown(version, metrics));
@@ -55,7 +59,18 @@ export function RunView({ runs, metrics, version, doubts, source, scoresFirst, c
     <>
       {every.length > 1 && (
         <div class="legend" role="group" aria-label="Variants: press one to hide or show it">
-          {every.map((s) => (
+          {every.length > MANY && (
+            <>
+              <input type="search" aria-label="Find variants" placeholder={`Find among ${every.length}`} value={wanted} onInput={(e) => setWanted(e.currentTarget.value)} />
+              <button type="button" class="quiet" onClick={() => setHidden(new Set([...hidden, ...found.map((s) => s.number)]))}>
+                Hide {found.length === every.length ? "all" : found.length}
+              </button>
+              <button type="button" class="quiet" onClick={() => setHidden(new Set([...hidden].filter((n) => !found.some((s) => s.number === n))))}>
+                Show {found.length === every.length ? "all" : found.length}
+              </button>
+            </>
+          )}
+          {found.map((s) => (
             <button key={s.number} type="button" aria-pressed={!hidden.has(s.number)} onClick={() => toggle(s.number)}>
               <Swatch number={s.number} /> {s.label}
             </button>
