@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -142,18 +143,22 @@ def compute_alone() -> None:
 
 
 def _built(compiler: str) -> Path:
-    """The library's path, built if it is not there. Its name is a digest of what decides it, the processor's features included."""
-    files = sorted(f for f in SOURCES.iterdir() if f.suffix in (".cpp", ".h"))
+    """The library's path, built if it is not there."""
+    return build("native", compiler, sorted(f for f in SOURCES.iterdir() if f.suffix in (".cpp", ".h")), FLAGS)
+
+
+def build(name: str, compiler: str, files: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> Path:
+    """Path of a library in the cache, built if it is not there. Its name is a digest of what decides it, the processor's features included."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    options = " ".join(FLAGS).encode(), version.encode(), _features().encode()
+    options = " ".join([*flags, *libraries]).encode(), version.encode(), _features().encode()
     digest = hashlib.sha256(b"\0".join([*(f.read_bytes() for f in files), *options])).hexdigest()
     folder = _folder()
-    target = folder / f"native-{digest[:16]}.so"
+    target = folder / f"{name}-{digest[:16]}.so"
     if not target.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            made = Path(work) / "native.so"
-            command = [compiler, *FLAGS, "-o", str(made), *(str(f) for f in files if f.suffix == ".cpp")]
+            made = Path(work) / f"{name}.so"
+            command = [compiler, *flags, "-o", str(made), *(str(f) for f in files if f.suffix == ".cpp"), *libraries]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
             made.chmod(0o755)  # with a umask of 002 its group could write it, and it would not be loaded
             sync(made)

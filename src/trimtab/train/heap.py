@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from trimtab.ops.reuse import reuse_blocks
+
 GROWTH = 1.3
 """How far the resident memory may grow beyond that after a step which began with nothing to spare."""
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
@@ -26,7 +28,7 @@ LARGEST_BLOCK, LARGEST_SPARED = 2**25, 2**20
 
 
 class Heap:
-    """Watches the process between joint steps. sparing: memory matters more than time. It does nothing without glibc."""
+    """Watches the process between joint steps, and has torch use freed blocks again. sparing: memory matters more than time. It does nothing without glibc."""
 
     def __init__(self, sparing: bool = False) -> None:
         self.trim = _keep_what_is_freed(LARGEST_SPARED if sparing else LARGEST_BLOCK)
@@ -55,6 +57,7 @@ def _keep_what_is_freed(largest: int) -> Callable[[], object] | None:
         trim, mallopt = libc.malloc_trim, libc.mallopt
     except (OSError, AttributeError, TypeError):
         return None
+    reuse_blocks()
     mallopt(TRIM_THRESHOLD, 2**31 - 1)
     mallopt(MMAP_THRESHOLD, largest)
     return lambda: trim(0)
