@@ -54,7 +54,7 @@ def test_a_run_takes_what_plan_and_check_say(tmp_path: Path, method: str) -> Non
         model = Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCAB, num_hidden_layers=layers, tie_word_embeddings=True, **SIZES))
         model.bfloat16().save_pretrained(tmp_path / name)
         tiny_tokenizer().save_pretrained(tmp_path / name)
-    row = json.dumps({"text": "x" * 600}) + "\n"  # cut to max_length
+    row = json.dumps({"text": "x" * 511}) + "\n"  # and the token that ends it
     (tmp_path / "a.jsonl").write_text(row * 32)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RUN, str(tmp_path), method]

@@ -148,7 +148,7 @@ def _built(compiler: str) -> Path:
 
 
 def build(name: str, compiler: str, files: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> Path:
-    """Path of a library in the cache, built if it is not there. Its name is a digest of what decides it, the processor's features included."""
+    """Path of a library in the cache, built if it is not there. Its name is a digest of what decides it, the processor's features too."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     options = " ".join([*flags, *libraries]).encode(), version.encode(), _features().encode()
     digest = hashlib.sha256(b"\0".join([*(f.read_bytes() for f in files), *options])).hexdigest()
