@@ -2,18 +2,25 @@
 // (seen with 2.36) looks for one that is larger by the alignment: a freed block never serves the next request of its own size. Here glibc
 // gets an ordinary request of that larger size, so equal requests use the same block again, and the tensor begins at a multiple of 64 in it.
 #include <c10/core/CPUAllocator.h>
+#include <dlfcn.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 
 namespace {
 
-constexpr size_t ALIGNMENT = 64;
+constexpr uintptr_t ALIGNMENT = 64;
+static_assert(sizeof(void*) == 8, "the sizes of blocks must be smaller than any address");
 
+// oneDNN gives back by whatever allocator torch has at that time, so what torch's own made comes here too: by its first byte. Before that
+// glibc keeps the block's size, with flags in its lowest bits. No block is as large as the number of its address, which ours have there.
 void give_back(void* data) {
     if (data == nullptr) return;
     c10::profiledCPUMemoryReporter().Delete(data);
-    std::free(static_cast<void**>(data)[-1]);
+    void* block = static_cast<void**>(data)[-1];
+    const bool ours = reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(block) <= ALIGNMENT;
+    std::free(ours ? block : data);
 }
 
 struct Reusing final : c10::Allocator {
@@ -35,8 +42,13 @@ struct Reusing final : c10::Allocator {
 
 }  // namespace
 
-// Tensors that exist already are freed as they were allocated.
-extern "C" void reuse_blocks() {
+// Nothing where it was done, else why not. Tensors that exist already are freed as they were allocated.
+extern "C" const char* reuse_blocks() {
+    void* glibc = dlopen("libc.so.6", RTLD_LAZY | RTLD_NOLOAD);
+    if (glibc == nullptr || dlsym(glibc, "free") != dlsym(RTLD_DEFAULT, "free")) return "this process has another malloc than glibc's";
+    if (c10::GetCPUAllocator() != c10::GetDefaultCPUAllocator()) return "another library has set torch's allocator";
     static auto* allocator = new Reusing;  // never destroyed: tensors are made and freed until the process is gone
+    std::atomic_thread_fence(std::memory_order_release);  // other threads see it whole
     c10::SetCPUAllocator(allocator, 1);
+    return nullptr;
 }
