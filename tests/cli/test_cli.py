@@ -39,6 +39,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -
     return folder / "out"
 
 
+def test_a_directory_that_is_gone_is_told_before_torch_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    result = call("plan", "smollm2-135m-instruct")
+    assert result.exit_code == 2 and "the directory in which this runs is not there any more" in result.output
+    assert "fix: cd into one that is." in result.output
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_an_example(name: str) -> None:
     result = call(name, "--help")

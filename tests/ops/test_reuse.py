@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -39,6 +40,39 @@ for size in (3_000_000, 200_000, 10_000):
 """
 
 
+ONEDNN = """
+import torch
+from trimtab.ops.reuse import reuse_blocks
+
+def made():
+    return [torch.full((n,), float(n)).to_mkldnn() for n in [*range(1, 4000, 7), 10_000_000]]
+
+before = made()
+assert reuse_blocks() == (True, "")
+after = made()
+print(all(float(t.to_dense().sum()) == float(torch.full(t.shape, float(t.shape[0])).sum()) for t in before + after))
+del before[::2], after[1::2]
+more = made()
+del before, after, more
+more = made()  # glibc ends a process whose heap is broken
+"""
+
+INTERPOSED = """
+extern void* __libc_malloc(unsigned long);
+extern void __libc_free(void*);
+void* malloc(unsigned long bytes) { return __libc_malloc(bytes); }
+void free(void* block) { __libc_free(block); }
+"""
+
+ASKED = "import torch; from trimtab.ops.reuse import reuse_blocks; print(reuse_blocks(), torch.ones(1000).sum())"
+
+
+def _says(code: str, **settings: str) -> str:
+    """What a fresh process prints."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")} | settings
+    return subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True).stdout
+
+
 @pytest.fixture(autouse=True)
 def reused() -> None:
     assert reuse_blocks() == (True, "")
@@ -47,9 +81,7 @@ def reused() -> None:
 @pytest.mark.slow
 def test_what_is_freed_serves_the_next_of_its_size() -> None:
     """By glibc's own count of its heap: tensors take the places of as many freed ones that lie between others in use."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    said = subprocess.run([sys.executable, "-c", HOLES], env=environment, check=True, capture_output=True, text=True).stdout
-    grown = [float(line) for line in said.split()]
+    grown = [float(line) for line in _says(HOLES).split()]
     assert len(grown) == 3 and max(grown) < 0.1, grown
 
 
@@ -73,6 +105,57 @@ def test_storages_grow_are_shared_and_outlive_their_makers() -> None:
     with ThreadPoolExecutor(4) as threads:
         made = list(threads.map(lambda n: torch.full((n,), n), range(1, 400)))
     assert all(int(t.sum()) == n * n for n, t in enumerate(made, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_what_onednn_had_before_is_freed_as_it_was_made() -> None:
+    """oneDNN keeps bare addresses, and hands them to the allocator of the time at which it frees."""
+    assert _says(ONEDNN) == "True\n"
+
+
+@pytest.mark.slow
+def test_another_malloc_keeps_torchs_own(tmp_path: Path) -> None:
+    """Only with glibc's is it known what lies before a block."""
+    (tmp_path / "other.c").write_text(INTERPOSED)
+    command = [find_compiler()[0] or "", "-x", "c", "-shared", "-fPIC", "-o", str(tmp_path / "other.so"), str(tmp_path / "other.c")]
+    subprocess.run(command, check=True)
+    said = _says(ASKED, LD_PRELOAD=str(tmp_path / "other.so"))
+    assert said == '(False, "this process has another malloc than glibc\'s") tensor(1000.)\n'
+
+
+def test_huge_pages_that_a_user_chose_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    reuse_blocks.cache_clear()
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        assert reuse_blocks() == (False, "THP_MEM_ALLOC_ENABLE is set")
+    finally:
+        reuse_blocks.cache_clear()
+
+
+def test_blocks_above_the_threshold_go_back_to_the_system_at_once() -> None:
+    Heap()
+    process = psutil.Process()
+    before = process.memory_info().rss
+    t = torch.ones(64 * 2**20, dtype=torch.uint8)
+    held = process.memory_info().rss
+    del t
+    assert held - before > 60 * 2**20 and process.memory_info().rss - before < 8 * 2**20
+
+
+def test_a_forked_child_frees_what_its_parent_made_and_makes_its_own() -> None:
+    tensors = [torch.full((n,), n) for n in range(1, 2000, 3)]
+    child = os.fork()
+    if child == 0:
+        try:
+            right = all(int(t.sum()) == n * n for t, n in zip(tensors, range(1, 2000, 3), strict=True))
+            tensors.clear()
+            right &= int(torch.arange(100_000).sum()) == 4_999_950_000
+            os._exit(0 if right else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert all(int(t[-1]) == len(t) for t in tensors)
 
 
 def test_what_cannot_be_had_is_told_as_memory_that_ran_out() -> None:

@@ -5,6 +5,7 @@ A user's mistake (`TrimtabError`) is printed with its fix and exits with code 2;
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -83,6 +84,10 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
+            try:
+                os.getcwd()
+            except OSError as e:  # torch would end the process: "oneMKL FATAL ERROR: Cannot load …/libtorch_cpu.so"
+                raise TrimtabError(f"the directory in which this runs is not there any more ({e})", fix="cd into one that is.") from e
             less = "give it less to do at a time, or make memory free"
             with unwound_by_sigterm(), explained(lambda: f"running `trimtab {ctx.invoked_subcommand}`", less):
                 return super().invoke(ctx)

@@ -46,8 +46,9 @@ struct Reusing final : c10::Allocator {
 extern "C" const char* reuse_blocks() {
     void* glibc = dlopen("libc.so.6", RTLD_LAZY | RTLD_NOLOAD);
     if (glibc == nullptr || dlsym(glibc, "free") != dlsym(RTLD_DEFAULT, "free")) return "this process has another malloc than glibc's";
-    if (c10::GetCPUAllocator() != c10::GetDefaultCPUAllocator()) return "another library has set torch's allocator";
     static auto* allocator = new Reusing;  // never destroyed: tensors are made and freed until the process is gone
+    if (c10::GetCPUAllocator() == allocator) return nullptr;
+    if (c10::GetCPUAllocator() != c10::GetDefaultCPUAllocator()) return "another library has set torch's allocator";
     std::atomic_thread_fence(std::memory_order_release);  // other threads see it whole
     c10::SetCPUAllocator(allocator, 1);
     return nullptr;
