@@ -30,7 +30,7 @@ from trimtab.train.config import RunConfig
 from trimtab.train.options import VariantConfig
 from trimtab.train.teachers import measured_by
 
-HEAP = 1.0, 1.3
+HEAP = 0.95, 1.23
 """How many times its sum a process takes for what passes in a step on a CPU: glibc's heap keeps in pieces what was freed. Tensors took 1.01
 to 1.03 times the sum, and steps of equal rows 1.05 to 1.09 times (1.2 to 1.7 without `ops.reuse`, which needs a compiler). Where rows
 differ in length, `train.heap` lets the process grow to 1.3 times. Other devices' allocators are taken to be as wasteful."""
