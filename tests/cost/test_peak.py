@@ -63,12 +63,12 @@ def test_a_run_takes_what_plan_and_check_say(tmp_path: Path, method: str, quanti
         model = Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCAB, num_hidden_layers=layers, tie_word_embeddings=True, **SIZES))
         model.bfloat16().save_pretrained(tmp_path / name)
         tiny_tokenizer().save_pretrained(tmp_path / name)
-    row = {"prompt": "x" * 255, "completion": "x" * 249} if scored else {"text": "x" * 511}  # and the tokens that end it
+    row = {"prompt": "x" * 255, "completion": "x" * 229} if scored else {"text": "x" * 511}  # and what the roles take
     for name, rows in (("a", 32), ("v", 8)):
         (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * rows)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RUN, str(tmp_path), method, quantize, "scored" if scored else "trained"]
-    said = subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    said = subprocess.run(command, env=environment, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout
     planned, least, most, peak = json.loads(said.splitlines()[-1])
     assert scored or 0.85 <= planned / peak <= 1.15, (planned, peak)  # `plan` knows no scoring
     assert least <= peak <= most <= 1.3 * least, (least, peak, most)

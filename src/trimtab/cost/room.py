@@ -31,9 +31,9 @@ from trimtab.train.options import VariantConfig
 from trimtab.train.teachers import measured_by
 
 HEAP = 0.95, 1.23
-"""How many times its sum a process takes for what passes in a step on a CPU: glibc's heap keeps in pieces what was freed. Tensors took 1.01
-to 1.03 times the sum, and steps of equal rows 1.05 to 1.09 times (1.2 to 1.7 without `ops.reuse`, which needs a compiler). Where rows
-differ in length, `train.heap` lets the process grow to 1.3 times. Other devices' allocators are taken to be as wasteful."""
+"""How many times its sum a process takes for what passes in a step on a CPU. Measured: 0.98 to 1.07 times in steps of equal rows, up to
+1.16 where rows differ in length and are scored (`tests/cost/test_peak.py`); 1.2 to 1.7 without `ops.reuse`, which needs a compiler. Other
+devices' allocators are taken to be as wasteful."""
 
 ROW_BYTES = 200
 """Of a row's place among what the base says: an entry of a dict."""
@@ -138,7 +138,7 @@ def memory_bytes(
         the rest   activations of the dearest method; the fp32 gradients of a fully fine-tuned variant, which are made when those are gone;
                    or what judging takes (`judging_bytes`), before which freed memory is given back: whichever is most
 
-    The least and the most: the rest `HEAP` times, since the heap keeps in pieces what was freed.
+    The least and the most: the rest `HEAP` times, since the sum is not exact and the heap keeps in pieces what was freed.
     """
     spec, again = base.spec, run.activation_checkpointing
     name = str(dtype).removeprefix("torch.")

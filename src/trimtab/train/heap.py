@@ -28,8 +28,8 @@ LARGEST_BLOCK, LARGEST_SPARED = 2**25, 2**20
 
 
 class Heap:
-    """Watches the process between joint steps, and has torch use freed blocks again. sparing: memory matters more than
-    time. It does nothing without glibc."""
+    """Watches the process between joint steps, and has torch use freed blocks again (`ops.reuse`). sparing: memory matters more than time.
+    It does nothing without glibc."""
 
     def __init__(self, sparing: bool = False) -> None:
         self.trim = _keep_what_is_freed(LARGEST_SPARED if sparing else LARGEST_BLOCK)
