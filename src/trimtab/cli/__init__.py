@@ -5,12 +5,12 @@ A user's mistake (`TrimtabError`) is printed with its fix and exits with code 2;
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 
 import click
 
@@ -85,7 +85,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             try:
-                os.getcwd()
+                Path.cwd()
             except OSError as e:  # torch would end the process: "oneMKL FATAL ERROR: Cannot load …/libtorch_cpu.so"
                 raise TrimtabError(f"the directory in which this runs is not there any more ({e})", fix="cd into one that is.") from e
             less = "give it less to do at a time, or make memory free"

@@ -31,8 +31,8 @@ from trimtab.train.options import VariantConfig
 from trimtab.train.teachers import measured_by
 
 HEAP = 0.95, 1.23
-"""How many times its sum a process takes for what passes in a step on a CPU. Measured: 0.98 to 1.07 times in steps of equal rows, up to
-1.16 where rows differ in length and are scored (`tests/cost/test_peak.py`); 1.2 to 1.7 without `ops.reuse`, which needs a compiler. Other
+"""How many times its sum a process takes for what passes in a step on a CPU. Measured: 0.98 to 1.09 times in steps of equal rows, up to
+1.17 where rows differ in length and are scored (`tests/cost/test_peak.py`); 1.2 to 1.7 without `ops.reuse`, which needs a compiler. Other
 devices' allocators are taken to be as wasteful."""
 
 ROW_BYTES = 200

@@ -38,7 +38,7 @@ def plan_groups(run: RunConfig, base: Base, longest: int, memory_gb: float | Non
     ConfigError that names each trial that does not fit the base, or does not fit the memory even alone.
 
     The estimate: the base as it is loaded, what each trial owns, and the activations of the greediest. The process itself (0.4 GB) and an
-    allocator's slack come on top: on a CPU up to a sixth of the activations, and without a compiler (`ops.reuse`) as much again, as seen over
+    allocator's slack come on top: on a CPU up to a sixth of the activations, and without a compiler (`ops.reuse`) as much again, as in
     12 steps of six LoRAs.
     """
     costs = _costs(run, base, longest)
