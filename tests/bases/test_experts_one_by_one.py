@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM
 
 import trimtab
 from tests import tiny
+from tests.bases.repacked import words
 from tests.bases.test_packed_experts import BOTH, _gradients
 from tests.bases.test_stored import SETTINGS, packed_by_loop
+from tests.bases.test_text_tower import write_whole
 from tests.laws.common import difference, gradient_difference, noisy, tokens
 from trimtab.bases.fits import weight_bytes
 from trimtab.bases.shapes import read_architecture
@@ -79,6 +81,17 @@ def _by_compressed_tensors(name: str, W: Tensor) -> tuple[dict[str, Tensor], Ten
     return {"weight": codes, "weight_scale": scale.half()}, codes.float() * scale.half().float()
 
 
+def _by_pack(name: str, W: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Of llm-compressor, symmetric: codes from 0 on, of which 8 is zero."""
+    scale = (W.abs().unflatten(1, (-1, 32)).amax(2) / 7).bfloat16()
+    codes = (W / scale.float().repeat_interleave(32, 1)).round().clamp(-8, 7).long()
+    packed = torch.tensor([words(row) for row in (codes + 8).tolist()], dtype=torch.int32)
+    return {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor(W.shape)}, codes * scale.float().repeat_interleave(
+        32, 1
+    )
+
+
+INT4 = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
 INT8 = {"type": "int", "num_bits": 8, "strategy": "channel", "symmetric": True}
 KINDS: dict[str, tuple[Any, dict[str, Any], str]] = {
     **{kind: (partial(_by_loop, kind), SETTINGS[kind], SETTINGS[kind]["quant_method"]) for kind in SETTINGS},
@@ -89,6 +102,11 @@ KINDS: dict[str, tuple[Any, dict[str, Any], str]] = {
         "nf4",
     ),
     "int8": (partial(_by_bitsandbytes, kind="int8"), {"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8"),
+    "pack-quantized": (
+        _by_pack,
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"a": {"weights": INT4}}},
+        "pack-quantized-4",
+    ),
     "compressed-tensors": (
         _by_compressed_tensors,
         {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"a": {"weights": INT8}}},
@@ -237,3 +255,30 @@ def test_such_a_base_is_planned_and_merges_into_nothing(made: Callable[[str, str
     adapter = noisy(base, LoraConfig(r=2, target_modules=(), target_parameters=BOTH))
     with pytest.raises(NotMergeable, match="gptq"):
         adapter.merge_into(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("family", ["kimi_k25", "qwen3_vl"])
+def test_the_packed_tower_of_a_multimodal_folder(family: str, tmp_path: Path) -> None:
+    """Kimi K2.5 is published so: experts of 4 bits, under the names of the whole. Qwen3-VL's tower is loaded as another family."""
+    model = write_whole(family, tmp_path / "base")
+    file, held = tmp_path / "base" / "model.safetensors", model.state_dict()
+    stored = {n.replace("language_model.model.blocks.", "language_model.model.layers."): t for n, t in load_file(file).items()}
+    for name in [n for n in stored if "language_model" in n and re.search(r"proj\.weight$", n) and stored[n].shape[1] % 32 == 0]:
+        tensors, W = _by_pack(name, stored[name].float())
+        stored |= {f"{name.removesuffix('.weight')}.{part}": t for part, t in tensors.items()}
+        del stored[name]
+        own = name.replace("language_model.model.", "model.language_model.")
+        if ".experts." in own:
+            at, expert, which = re.fullmatch(r"(.*experts)\.(\d+)\.(\w+)\.weight", own).groups()  # type: ignore[union-attr]
+            whole = held[f"{at}.{'down_proj' if which == 'down_proj' else 'gate_up_proj'}"][int(expert)]
+            {"down_proj": whole, "gate_proj": whole[: len(W)], "up_proj": whole[len(whole) - len(W) :]}[which].copy_(W)
+        else:
+            held[own].copy_(W)
+    save_file({n: t.contiguous() for n, t in stored.items()}, file, {"format": "pt"})
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"quantization_config": KINDS["pack-quantized"][1]}))
+    base, ids = trimtab.load_base(str(tmp_path / "base"), dtype="float32"), tokens(21, 1)
+    assert base.packed_as == "pack-quantized-4"
+    assert sum(m.bits is not None for m in base.spec.modules.values()) >= 3
+    with torch.no_grad():
+        assert difference(base.logits([ids])[0], model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]) <= 1e-5
