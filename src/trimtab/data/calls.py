@@ -71,7 +71,8 @@ def canonical(calls: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def said_by(message: Mapping[str, Any]) -> str:
     """What a turn says, as text: its content, and the calls that it makes as JSON."""
-    return "\n".join([*filter(None, [message["content"]]), *canonical(calls_of(message))])
+    content, calls = message["content"], calls_of(message)
+    return "\n".join([*filter(None, [content]), *canonical(calls)]) if calls else content or ""
 
 
 def as_result(value: Any, where: str) -> Any:

@@ -11,8 +11,7 @@ import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,11 +35,10 @@ def words(text: str) -> tuple[str, ...]:
         folded = text.lower()
     else:
         folded = _LONE.sub(r" \1 ", unicodedata.normalize("NFKC", text).casefold())
-    return tuple([w for word in folded.split() if (w := word.strip(_EDGES))])
+    return tuple([w for word in folded.split() if (w := word if word.isalnum() else word.strip(_EDGES))])
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """An assistant turn and all that stands before it. keys: digests of what two turns share where they are the same, by kind, the
     strongest first; without words in the prompt there is only the text to compare. folded: of the words of both; worded: whether there
     are any. words, asked: the prompt's are the first `asked` of these."""
@@ -61,13 +59,15 @@ def turns(row: Row) -> list[Turn]:
     if messages is None:
         read.go_on(row.text or "", words(row.text or ""))
         return [read.turn("", ())]
-    answers = frozenset(row.answers if row.asked is None and row.read is None else ())
-    found = list[Turn]()
+    answers = row.answers if row.asked is None and row.read is None else ()
+    found, last = list[Turn](), answers[-1] if answers else None
     for i, message in enumerate(messages):
         text = said_by(message)
         said = words(text)
         if i in answers:
             found.append(read.turn(text, said))
+            if i == last:  # nothing is asked after it
+                break
         read.go_on(text, said)
     return found or [read.turn("", ())]
 
@@ -80,7 +80,8 @@ class _Prompt:
 
     def go_on(self, text: str, said: Sequence[str]) -> None:
         self._text.update((self._joint + text).encode("utf-8", "surrogatepass"))
-        self._asked.update("".join([w + "\n" for w in said]).encode("utf-8", "surrogatepass"))
+        if said:
+            self._asked.update(("\n".join(said) + "\n").encode("utf-8", "surrogatepass"))
         self._words += said
         self._joint = "\n"
 
@@ -102,7 +103,8 @@ def _of(text: str) -> bytes:
 
 
 def _number(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    """A digest that is compared within this process."""
+    return hash(content) & 0xFFFFFFFFFFFFFFFF
 
 
 class Repeats:
@@ -225,9 +227,11 @@ class Near:
 
     def add(self, row: Row, asked: Sequence[str]) -> None:
         """asked: the words of a training row's prompt. A run is made only where its first and last word are those of one that is wanted."""
-        edges = self._edges
-        places = [i for i, pair in enumerate(zip(asked, asked[NGRAM - 1 :], strict=False)) if pair in edges]
-        for gram in {tuple(asked[i : i + NGRAM]) for i in places} & self._wanted if places else ():
+        edges, last = self._edges, asked[NGRAM - 1 :]
+        if edges.isdisjoint(zip(asked, last, strict=False)):
+            return
+        places = [i for i, pair in enumerate(zip(asked, last, strict=False)) if pair in edges]
+        for gram in {tuple(asked[i : i + NGRAM]) for i in places} & self._wanted:
             self._seen[gram] += 1
             self._where.setdefault(gram, row.origin)
 
