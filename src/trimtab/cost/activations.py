@@ -86,8 +86,10 @@ def _held_and_again(
     """(bytes held from the forward on, bytes of the layer that is computed again at the time)."""
     first = min((_layer(spec, s.name) for s in sites), default=0)
     live, at = range(first, spec.num_layers), {s.name: _layer(spec, s.name) for s in sites}
-    inside = [s for s in sites if s.name.startswith(spec.layer_list + ".")]
-    outside = tokens * dtype.itemsize * _remembered(spec, [s for s in sites if s not in inside])
+    inside, beside = list[Site](), list[Site]()
+    for s in sites:
+        (inside if s.name.startswith(spec.layer_list + ".") else beside).append(s)
+    outside = tokens * dtype.itemsize * _remembered(spec, beside)
     if not activation_checkpointing:
         return outside + _kept_by(spec, inside, live, dtype, tokens, length, virtual), 0
     again = [_kept_by(spec, [s for s in inside if at[s.name] == i], range(i, i + 1), dtype, tokens, length, virtual) for i in live]

@@ -97,11 +97,12 @@ def _unused_turns(record: Mapping[str, Any], columns: Mapping[str, str], form: s
         turns = listed(record[column], column) if form in ("messages", "conversations") else talk_in(record[column])
         found |= unused_keys(turns, column)
         talk += turns if isinstance(turns, list) else [{"role": "user"}] if name == "prompt" else []
-    own = columns.get("system", "system")
-    if talk and _role(talk[0]) in ("system", "developer") and not is_blank(said := record.get(own)):
-        found |= {f"{own} beside a system turn"} if said != (talk[0].get("content") or talk[0].get("value")) else set()
-    if talk and _role(talk[0]) not in BEFORE_ANY:
+    first = _role(talk[0]) if talk else None
+    if talk and first not in BEFORE_ANY:
         return found
+    own = columns.get("system", "system")
+    if first in ("system", "developer") and not is_blank(said := record.get(own)):
+        found |= {f"{own} beside a system turn"} if said != (talk[0].get("content") or talk[0].get("value")) else set()
     return found | {STARTS} if unasked([_role(turn) for turn in talk]) else found
 
 

@@ -108,9 +108,11 @@ def unasked(roles: Sequence[str | None]) -> set[int]:
 
 def unused_keys(value: Any, where: str) -> set[str]:
     """Keys of messages to which no format gives a meaning, as reports name them."""
-    turns = value if isinstance(value, list) else []
-    more = (t for t in turns if isinstance(t, dict) and not _KNOWN.issuperset(t))
-    return {f"{where}[].{k}" for t in more for k in t if k not in _KNOWN and not is_empty(t[k])}
+    found = set[str]()
+    for turn in value if isinstance(value, list) else ():
+        if isinstance(turn, dict) and not _KNOWN.issuperset(turn):
+            found |= {f"{where}[].{k}" for k in turn if k not in _KNOWN and not is_empty(turn[k])}
+    return found
 
 
 def _turn(turn: Any, where: str) -> Turn:
