@@ -33,9 +33,9 @@ def rows(tokens: int) -> list[Any]:
 
 
 def ours(tokens: int) -> list[float | str]:
-    """CPU ms: the least of several steps, and of as many sums of steps of each alone. Rounds take turns; in each a step follows others of its
-    kind, as in a run: a step of another kind before it leaves memory that does not fit, and what the heap then gives back costs this one a
-    fault a page."""
+    """CPU ms: the least of several steps, and of as many sums of steps of each alone. Rounds take turns; in each a step follows others of
+    its kind, as in a run: a step of another kind before it leaves memory that does not fit, and what the heap then gives back costs this
+    one a fault a page."""
     from trimtab.model import Base
 
     base, together, batch = Base(random_llama(LAYERS, vocab_size=8192), None), methods(), rows(tokens)

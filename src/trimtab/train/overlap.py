@@ -118,7 +118,7 @@ class Repeats:
         every = [*said, *[turn for other in row.others for turn in turns(other)]]
         self._exact.append(_number(b"\n".join([s.content_key() for s in row.segments])))
         self._folded.append(_number(b"".join([turn.folded for turn in every])))
-        self._worded.append(any([turn.worded for turn in every]))
+        self._worded.append(any(turn.worded for turn in every))
 
     def findings(self, where: str, origin: Callable[[int], str]) -> list[Finding]:
         """origin: of the row that was added as number n."""
