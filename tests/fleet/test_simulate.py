@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tests.serve.common import Clock, Heard, Held, ask, engine_of, held
 from trimtab.cli.simulate import simulate as command
 from trimtab.errors import ConfigError, DataError, TrimtabError
 from trimtab.fleet import served
+from trimtab.fleet.measured import _fresh
 from trimtab.fleet.replica import Shape
 from trimtab.fleet.routing import ROUTERS, SPILL
 from trimtab.fleet.served import added_by_server, token_seconds, tokens_of, way_and_rows
@@ -25,6 +27,7 @@ from trimtab.fleet.simulate import Simulated, simulate
 from trimtab.fleet.speed import Speed, Step, fit
 from trimtab.fleet.traffic import Asked, Trace, Traffic
 from trimtab.serve.residency import packed_bytes
+from trimtab.serve.stats import StepFacts
 
 SECOND = Speed((1,), (1.0,), "a test's: a second a step")
 
@@ -171,6 +174,15 @@ def test_a_request_takes_its_way() -> None:
     assert found.total_s[0.5] == pytest.approx(first + (1.75 + 0.1) + (1.75 + 0.11))
     assert (found.hit_rate, found.found, found.replicas[0].steps, found.replicas[0].tokens) == (0.0, 0.0, 3, 3)
     assert found.replicas[0].rows_a_step == 4.0 and found.tokens_per_s == pytest.approx(3 / found.seconds)
+
+
+def test_an_adapter_that_was_not_in_the_step_before_takes_longer() -> None:
+    """Each has a step of its own at first. At 10 the first one comes (3 s more), at 20 again (it is still there), at 30 the other one."""
+    speed = Speed((1,), (1.0,), "", fresh_s=3.0)
+    found = run(trace_of((0.0, 0, 1, 1), (0.0, 1, 1, 1), (10.0, 0, 1, 2), (20.0, 0, 1, 1), (30.0, 1, 1, 1)), speed, warm_up=0.4)
+    assert found.first_s == pytest.approx({q: np.quantile([4.0, 1.0, 4.0], q) for q in (0.5, 0.95)})
+    assert found.total_s == pytest.approx({q: np.quantile([5.0, 1.0, 4.0], q) for q in (0.5, 0.95)})
+    assert found.replicas[0].busy == pytest.approx((4 + 4 + 5 + 1 + 4) / 34)
 
 
 def test_steps_are_slower_while_an_adapter_is_read() -> None:
@@ -328,6 +340,7 @@ def plain(trace: Trace, speed: Speed) -> list[tuple[float, float]]:
     step, two adapters are read at a time, and each step gives everyone a token."""
     coming = [(asked.at + speed.before_s, i, asked) for i, asked in enumerate(trace)]
     waiting, running, wanted, loading, there = list[tuple[int, Asked]](), dict[int, Asked](), list[int](), dict[int, float](), set[int]()
+    before = set[int]()
     told, first, last, now = dict.fromkeys(range(len(trace)), 0), dict[int, float](), dict[int, float](), 0.0
     while coming or waiting or running:
         while coming and coming[0][0] <= now:
@@ -346,8 +359,9 @@ def plain(trace: Trace, speed: Speed) -> list[tuple[float, float]]:
             continue
         rows = sum(1 if told[i] else asked.prompt for i, asked in running.items())
         context = sum(asked.prompt + told[i] - 1 for i, asked in running.items() if told[i])
-        step = Step(rows, len(running), len({asked.adapter for asked in running.values()}), context)
-        now += speed(step, bool(loading))
+        adapters = {asked.adapter for asked in running.values()}
+        now += speed(Step(rows, len(running), len(adapters), context, len(adapters - before)), bool(loading))
+        before = adapters
         for i, asked in list(running.items()):
             told[i] += 1
             if told[i] == 1:
@@ -366,6 +380,7 @@ def test_a_server_does_what_a_plain_loop_does(rate: float, load_s: float) -> Non
         "sequence_s": 0.002,
         "adapter_s": 0.004,
         "context_s": 1e-5,
+        "fresh_s": 0.006,
         "load_s": load_s,
         "slowed": 0.4,
         "before_s": 0.011,
@@ -390,14 +405,14 @@ def test_a_step_takes_what_lines_between_say() -> None:
 
 
 def test_a_fit_finds_what_made_the_steps() -> None:
-    true = Speed((1, 4, 16, 64), (0.010, 0.011, 0.014, 0.030), "", sequence_s=2e-4, adapter_s=5e-4, context_s=1e-6)
+    true = Speed((1, 4, 16, 64), (0.010, 0.011, 0.014, 0.030), "", sequence_s=2e-4, adapter_s=5e-4, context_s=1e-6, fresh_s=2e-3)
     draw = np.random.default_rng(0)
     steps = [Step(n, n, k, n * c) for n in (1, 4, 16, 64) for k in (0, n) for c in (10, 400)]
-    steps += [Step(n, 1, 1, 0) for n in (4, 16, 64)]
+    steps += [Step(n, 1, 1, 0, fresh) for n in (4, 16, 64) for fresh in (0, 1)]
     found = fit([(s, true(s) * draw.normal(1, 0.01)) for s in steps for _ in range(5)], "here", load_s=0.2)
     for s in [*steps, Step(32, 7, 3, 500), Step(8, 8, 8, 800)]:
         assert found(s) == pytest.approx(true(s), rel=0.04), s
-    assert found.load_s == 0.2 and found.source == "here"
+    assert found.load_s == 0.2 and found.source == "here" and found.fresh_s == pytest.approx(2e-3, rel=0.1)
 
 
 def test_a_fit_has_no_costs_below_nothing() -> None:
@@ -418,6 +433,24 @@ def test_a_load_beside_steps_takes_longer() -> None:
 def test_a_load_slows_down_steps() -> None:
     speed = Speed((1,), (1.0,), "", slowed=0.5)
     assert (speed(Step(1, 1, 1, 0), True), speed(Step(1, 1, 1, 0))) == (1.5, 1.0)
+
+
+def test_what_another_adapter_takes_longer_is_measured_in_pairs() -> None:
+    """Prompts take 1 s, for another adapter than the last one 0.25 s more, and one step in three is held up by another program."""
+
+    class Timed:
+        adapters, asked, held_up = "abcde", list[str](), 0
+
+        def begin(self, streams: int, prompt: int, answer: int, own: int) -> None:
+            assert (streams, prompt, answer, own) == (1, 64, 1, 1)
+            self.asked.append(self.adapters[0])
+
+        def finish(self) -> list[StepFacts]:
+            other, self.held_up = self.asked[-2:-1] != self.asked[-1:], (self.held_up + 1) % 3
+            return [StepFacts(1.0 + 0.25 * other + 5.0 * (self.held_up == 0), 64, 0, 1)]
+
+    timed: Any = Timed()
+    assert _fresh(timed, 64) == pytest.approx(0.25) and timed.adapters == "abcde"
 
 
 def event(*tokens: int) -> bytes:

@@ -32,6 +32,9 @@ DECODES, PROMPT_STEPS = 24, 4
 of all of them."""
 SHORT, LONG, LONG_STREAMS = 16, 256, (1, 4, 8)
 """Tokens of the prompts of streams whose decoding is timed, and how many streams have long ones."""
+FRESH_PROMPT, FRESH_PAIRS = 64, 24
+"""Tokens of prompts that come for another adapter than the last one and then for the same, and how many such pairs are timed. The median of
+their differences counts, since each is small beside what other programs do to a single step."""
 LOADED, MOST_BESIDE = 6, 512
 """Adapters whose reading is timed beside decoding, and how many steps that may take."""
 
@@ -101,12 +104,13 @@ def measure(
             driven = _Driven(engine, found[: max(streams)])
             load_s = _read(driven, found[: max(streams)])
             steps = list(_steps(driven, streams, longest, shape))
+            fresh_s = _fresh(driven, min(FRESH_PROMPT, longest - 1, shape.max_step_rows)) if len(driven.adapters) > 1 else 0.0
             slowed, busy_load_s = _beside(driven, min(8, max(streams)), found[max(streams) :])
         finally:
             engine.close()
     threads = counted(torch.get_num_threads(), "thread")
     source = f"measured on {base.name or 'the base'} here, {threads}, adapters of {size / 1e6:.3g} MB in memory, beside what else runs"
-    return fit(steps, source, load_s=load_s, busy_load_s=busy_load_s, slowed=slowed), size
+    return fit(steps, source, fresh_s=fresh_s, load_s=load_s, busy_load_s=busy_load_s, slowed=slowed), size
 
 
 def _written(base: Base, method: Method, path: Path, seed: int) -> Path:
@@ -153,6 +157,23 @@ def _steps(driven: _Driven, streams: Sequence[int], longest: int, shape: Shape) 
             if took:
                 found.append((Step(n * prompt, n, n, 0), statistics.fmean(took)))
     return found
+
+
+def _fresh(driven: _Driven, prompt: int) -> float:
+    """Seconds that a step takes longer for an adapter that was not in the one before."""
+    more, adapters = list[float](), driven.adapters
+    try:
+        for i in range(FRESH_PAIRS + 1):
+            driven.adapters = [adapters[i % len(adapters)]]
+            took = list[float]()
+            for _ in range(2):
+                driven.begin(1, prompt, 1, 1)
+                took += [f.seconds for f in driven.finish() if f.prefill_rows == prompt]
+            if i and len(took) == 2:
+                more.append(took[0] - took[1])
+    finally:
+        driven.adapters = adapters
+    return max(0.0, statistics.median(more)) if more else 0.0
 
 
 def _beside(driven: _Driven, streams: int, adapters: Sequence[Servable]) -> tuple[float, float]:

@@ -136,6 +136,7 @@ class Replica:
         self._inbox: list[Live] = []
         self._answers: dict[Live, Answer] = {}
         self._serial, self._stepping, self._seen = 0, False, 0.0
+        self._warm: set[str | None] = set()
 
     def _load_s(self) -> float:
         return self.speed.of_load(bool(self.scheduler.running))
@@ -188,12 +189,15 @@ class Replica:
         work = [w for w in work if w.live.where == "running"]
         if not work:
             return
+        adapters = {w.live.digest for w in work}
         step = Step(
             rows=sum(w.rows for w in work),
             sequences=len(work),
-            adapters=len({w.live.digest for w in work}),
+            adapters=len(adapters),
             context=sum(w.live.past for w in work),
+            fresh=len(adapters - self._warm),
         )
+        self._warm = adapters
         took = self.speed(step, self.residency.reading)
         self.busy_s += took
         self.steps += 1

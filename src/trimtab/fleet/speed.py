@@ -18,19 +18,22 @@ KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 @dataclass(frozen=True)
 class Step:
     """What decides how long a step takes. rows: tokens that enter it, of prompts and of decoding. sequences: that are in it. adapters:
-    distinct ones. context: tokens that are in the cache of all its sequences."""
+    distinct ones. context: tokens that are in the cache of all its sequences. fresh: of the adapters, those that were not in the step
+    before."""
 
     rows: int
     sequences: int
     adapters: int
     context: int
+    fresh: int = 0
 
 
 @dataclass(frozen=True)
 class Speed:
     """rows, seconds: of a step of so many rows, on straight lines between, and beyond the last. sequence_s, adapter_s, context_s: more for
-    each sequence, distinct adapter, and token in the cache. load_s: of reading and packing an adapter while nothing runs; busy_load_s:
-    while steps run, None: the same. slowed: by how much longer a step takes while one is read. before_s, after_s: between client and
+    each sequence, distinct adapter, and token in the cache. fresh_s: more for an adapter that was not in the step before, since its tensors
+    have to come into the processor's caches. load_s: of reading and packing an adapter while nothing runs; busy_load_s: while steps run,
+    None: the same. slowed: by how much longer a step takes while one is read. before_s, after_s: between client and
     engine, of a request and of its last token. source: where these figures come from."""
 
     rows: tuple[int, ...]
@@ -39,6 +42,7 @@ class Speed:
     sequence_s: float = 0.0
     adapter_s: float = 0.0
     context_s: float = 0.0
+    fresh_s: float = 0.0
     load_s: float = 0.0
     busy_load_s: float | None = None
     slowed: float = 0.0
@@ -46,7 +50,7 @@ class Speed:
     after_s: float = 0.0
 
     def __post_init__(self) -> None:
-        names = ("sequence_s", "adapter_s", "context_s", "load_s", "busy_load_s", "slowed", "before_s", "after_s")
+        names = ("sequence_s", "adapter_s", "context_s", "fresh_s", "load_s", "busy_load_s", "slowed", "before_s", "after_s")
         each = {name: value for name in names if (value := getattr(self, name)) is not None}
         problems = [f"{name} = {value}: must be at least 0" for name, value in each.items() if not value >= 0]
         if not self.rows or len(self.rows) != len(self.seconds) or min(self.rows) < 1 or list(self.rows) != sorted(set(self.rows)):
@@ -60,6 +64,7 @@ class Speed:
         """Seconds of a step. loading: whether an adapter is read meanwhile."""
         took = self.of_rows(step.rows)
         took += self.sequence_s * step.sequences + self.adapter_s * step.adapters + self.context_s * step.context
+        took += self.fresh_s * step.fresh
         return took * (1 + self.slowed * loading)
 
     def of_load(self, busy: bool) -> float:
@@ -97,20 +102,20 @@ def fit(steps: Sequence[tuple[Step, float]], source: str, **others: float) -> Sp
     knots = [k for k in KNOTS if k < most] + [most]
     knots = [k for i, k in enumerate(knots) if i == 0 or any(knots[i - 1] < s.rows <= k for s, _ in steps)] or [1]
     hats_KN = np.array([np.interp([s.rows for s, _ in steps], knots, row) for row in np.eye(len(knots))])
-    more_3N = np.array([[s.sequences, s.adapters, s.context] for s, _ in steps], dtype=np.float64).T
+    more_4N = np.array([[s.sequences, s.adapters, s.context, s.fresh] for s, _ in steps], dtype=np.float64).T
     took_N = np.array([seconds for _, seconds in steps])
-    kept = [i for i in range(3) if np.ptp(more_3N[i]) > 0]
+    kept = [i for i in range(4) if np.ptp(more_4N[i]) > 0]
     while True:
-        scaled = more_3N[kept] / np.maximum(1, np.abs(more_3N[kept]).max(1, keepdims=True)) if kept else more_3N[:0]
+        scaled = more_4N[kept] / np.maximum(1, np.abs(more_4N[kept]).max(1, keepdims=True)) if kept else more_4N[:0]
         columns = np.concatenate([hats_KN, scaled]) / took_N
         found = np.linalg.lstsq(columns.T, np.ones_like(took_N), rcond=1e-6)[0]
         below = [i for i, x in zip(kept, found[len(knots) :], strict=True) if x < 0]
         if not below:
             break
         kept = [i for i in kept if i not in below]
-    each = dict.fromkeys(range(3), 0.0)
+    each = dict.fromkeys(range(4), 0.0)
     for i, x in zip(kept, found[len(knots) :], strict=True):
-        each[i] = float(x / max(1.0, np.abs(more_3N[i]).max()))
+        each[i] = float(x / max(1.0, np.abs(more_4N[i]).max()))
     seconds = np.maximum.accumulate(np.maximum(found[: len(knots)], 1e-6))
     return Speed(
         tuple(knots),
@@ -119,5 +124,5 @@ def fit(steps: Sequence[tuple[Step, float]], source: str, **others: float) -> Sp
         sequence_s=each[0],
         adapter_s=each[1],
         context_s=each[2],
-        **others,
+        **{"fresh_s": each[3]} | others,
     )
