@@ -82,10 +82,9 @@ def serve_logged(log: Path, args: list[str]) -> None:
     from trimtab.serve.residency import Residency
     from trimtab.serve.step import Step as EngineStep
 
-    steps: list[tuple[int, int, int, int, int, bool, float]] = []
+    steps: list[tuple[int, int, int, int, bool, bool, float]] = []
     times: list[tuple[float | None, float]] = []
-    shape: list[tuple[int, int, int, int, int]] = []
-    before: set[str | None] = set()
+    shape: list[tuple[int, int, int, int, bool]] = []
     loads: list[float] = []
     handed: dict[str, float] = {}
     step, run_work, close, start = EngineStep.__call__, EngineStep._run, Engine.close, Engine.start
@@ -101,11 +100,11 @@ def serve_logged(log: Path, args: list[str]) -> None:
 
     def run_logged(self: EngineStep, work: Any) -> Any:
         lives = [w.live for w in work]
-        now = {x.digest for x in lives}
-        shape.append((sum(w.rows for w in work), len(work), len(now), sum(x.past for x in lives), len(now - before)))
-        before.clear()
-        before.update(now)
-        return run_work(self, work)
+        seen = (sum(w.rows for w in work), len(work), len({x.digest for x in lives}), sum(x.past for x in lives))
+        mix = self.runner._mix
+        found = run_work(self, work)
+        shape.append((*seen, self.runner._mix is not mix))
+        return found
 
     def step_logged(self: EngineStep) -> bool:
         shape.clear()
@@ -145,7 +144,7 @@ def serve_logged(log: Path, args: list[str]) -> None:
 def of_run(logs: list[dict[str, Any]]) -> Speed:
     """The speed of servers by their own steps. Steps that are alike count together, as their mean: fitted one by one, long ones beside
     other programs would be taken for errors."""
-    alike: dict[tuple[int, int, int, int], list[list[float]]] = {}
+    alike: dict[tuple[int, int, int, bool], list[list[float]]] = {}
     slow, free = list[list[float]](), list[list[float]]()
     for log in logs:
         for *numbers, loading, seconds in log["steps"]:
@@ -154,16 +153,18 @@ def of_run(logs: list[dict[str, Any]]) -> Speed:
                 alike.setdefault((int(4 * np.log2(numbers[0])), numbers[1], numbers[2], numbers[4]), []).append([*numbers, seconds])
     means = [(np.mean(found, axis=0), len(found)) for found in alike.values()]
     steps = [
-        (Step(*(max(1, round(x)) for x in m[:3]), *map(round, m[3:5])), float(m[5])) for m, count in means for _ in range(min(count, 50))
+        (Step(*(max(1, round(x)) for x in m[:3]), round(m[3]), bool(m[4])), float(m[5]))
+        for m, count in means
+        for _ in range(min(count, 50))
     ]
     speed = fit(steps, "the servers' own steps")
 
     def longer(found: list[list[float]]) -> float:
         """What these steps took in all, as a part of what they are taken to take."""
-        return sum(m[5] for m in found) / sum(speed(Step(*(int(x) for x in m[:5]))) for m in found) if found else 1.0
+        return sum(m[5] for m in found) / sum(speed(Step(*(int(x) for x in m[:4]), bool(m[4]))) for m in found) if found else 1.0
 
     factor = longer(free)
-    more = {name: getattr(speed, name) * factor for name in ("sequence_s", "adapter_s", "context_s", "fresh_s")}
+    more = {name: getattr(speed, name) * factor for name in ("sequence_s", "adapter_s", "context_s", "mix_s")}
     speed = replace(speed, seconds=tuple(s * factor for s in speed.seconds), **more)
     slowed = longer(slow) - 1
     load_s = statistics.fmean(seconds for log in logs for seconds in log["loads"])
@@ -176,7 +177,7 @@ def speed_of(content: dict[str, Any]) -> Speed:
 
 def mean(speeds: list[Speed]) -> Speed:
     rows = sorted({n for s in speeds for n in s.rows})
-    more = ("sequence_s", "adapter_s", "context_s", "fresh_s", "load_s", "busy_load_s", "slowed", "before_s", "after_s")
+    more = ("sequence_s", "adapter_s", "context_s", "mix_s", "load_s", "busy_load_s", "slowed", "before_s", "after_s")
     seconds = tuple(statistics.fmean(s.of_rows(n) for s in speeds) for n in rows)
     return Speed(tuple(rows), seconds, speeds[0].source, **{name: statistics.fmean(getattr(s, name) for s in speeds) for name in more})
 

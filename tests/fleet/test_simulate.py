@@ -19,7 +19,7 @@ from tests.serve.common import Clock, Heard, Held, ask, engine_of, held
 from trimtab.cli.simulate import simulate as command
 from trimtab.errors import ConfigError, DataError, TrimtabError
 from trimtab.fleet import served
-from trimtab.fleet.measured import _fresh
+from trimtab.fleet.measured import _mixing
 from trimtab.fleet.replica import Shape
 from trimtab.fleet.routing import ROUTERS, SPILL
 from trimtab.fleet.served import added_by_server, token_seconds, tokens_of, way_and_rows
@@ -176,13 +176,22 @@ def test_a_request_takes_its_way() -> None:
     assert found.replicas[0].rows_a_step == 4.0 and found.tokens_per_s == pytest.approx(3 / found.seconds)
 
 
-def test_an_adapter_that_was_not_in_the_step_before_takes_longer() -> None:
-    """Each has a step of its own at first. At 10 the first one comes (3 s more), at 20 again (it is still there), at 30 the other one."""
-    speed = Speed((1,), (1.0,), "", fresh_s=3.0)
-    found = run(trace_of((0.0, 0, 1, 1), (0.0, 1, 1, 1), (10.0, 0, 1, 2), (20.0, 0, 1, 1), (30.0, 1, 1, 1)), speed, warm_up=0.4)
-    assert found.first_s == pytest.approx({q: np.quantile([4.0, 1.0, 4.0], q) for q in (0.5, 0.95)})
-    assert found.total_s == pytest.approx({q: np.quantile([5.0, 1.0, 4.0], q) for q in (0.5, 0.95)})
-    assert found.replicas[0].busy == pytest.approx((4 + 4 + 5 + 1 + 4) / 34)
+def test_a_mix_of_adapters_is_put_together_where_the_last_one_lacks_some() -> None:
+    """Such a step takes 3 s more: the first of adapter 0, the first of 0 and 1 (6 to 10), and that of 2. Then the mix lacks 0 again. At 20
+    and at 30 the mix of both still is there."""
+    requests = [(0.0, 0, 1, 9), (5.0, 1, 1, 1), (20.0, 1, 1, 2), (30.0, 0, 1, 1), (40.0, 2, 1, 1), (50.0, 0, 1, 1)]
+    found = run(trace_of(*requests), Speed((1,), (1.0,), "", mix_s=3.0))
+    assert found.first_s == pytest.approx({q: np.quantile([4.0, 5.0, 1.0, 1.0, 4.0, 4.0], q) for q in (0.5, 0.95)})
+    assert found.total_s == pytest.approx({q: np.quantile([15.0, 5.0, 2.0, 1.0, 4.0, 4.0], q) for q in (0.5, 0.95)})
+    assert found.replicas[0].busy == pytest.approx((9 + 5 + 4 * 3) / 54)
+
+
+@pytest.mark.parametrize(("resident", "seconds"), [(2, 4.0), (3, 1.0)])
+def test_a_mix_goes_with_an_adapter_that_leaves(resident: int, seconds: float) -> None:
+    """With room for two, 2 pushes 0 out; its own request is too long to run. 1 is there, but the mix of 0 and 1 is not."""
+    requests = [(0.0, 0, 1, 9), (1.0, 1, 1, 9), (30.0, 2, 200, 1), (40.0, 1, 1, 1)]
+    found = run(trace_of(*requests), Speed((1,), (1.0,), "", mix_s=3.0), resident=resident, kv_tokens=64, warm_up=0.75)
+    assert found.counted == 1 and found.first_s[0.5] == pytest.approx(seconds)
 
 
 def test_steps_are_slower_while_an_adapter_is_read() -> None:
@@ -340,7 +349,7 @@ def plain(trace: Trace, speed: Speed) -> list[tuple[float, float]]:
     step, two adapters are read at a time, and each step gives everyone a token."""
     coming = [(asked.at + speed.before_s, i, asked) for i, asked in enumerate(trace)]
     waiting, running, wanted, loading, there = list[tuple[int, Asked]](), dict[int, Asked](), list[int](), dict[int, float](), set[int]()
-    before = set[int]()
+    mix = set[int]()
     told, first, last, now = dict.fromkeys(range(len(trace)), 0), dict[int, float](), dict[int, float](), 0.0
     while coming or waiting or running:
         while coming and coming[0][0] <= now:
@@ -360,8 +369,9 @@ def plain(trace: Trace, speed: Speed) -> list[tuple[float, float]]:
         rows = sum(1 if told[i] else asked.prompt for i, asked in running.items())
         context = sum(asked.prompt + told[i] - 1 for i, asked in running.items() if told[i])
         adapters = {asked.adapter for asked in running.values()}
-        now += speed(Step(rows, len(running), len(adapters), context, len(adapters - before)), bool(loading))
-        before = adapters
+        mixed = not adapters <= mix
+        mix = adapters if mixed else mix
+        now += speed(Step(rows, len(running), len(adapters), context, mixed), bool(loading))
         for i, asked in list(running.items()):
             told[i] += 1
             if told[i] == 1:
@@ -380,7 +390,7 @@ def test_a_server_does_what_a_plain_loop_does(rate: float, load_s: float) -> Non
         "sequence_s": 0.002,
         "adapter_s": 0.004,
         "context_s": 1e-5,
-        "fresh_s": 0.006,
+        "mix_s": 0.006,
         "load_s": load_s,
         "slowed": 0.4,
         "before_s": 0.011,
@@ -405,14 +415,14 @@ def test_a_step_takes_what_lines_between_say() -> None:
 
 
 def test_a_fit_finds_what_made_the_steps() -> None:
-    true = Speed((1, 4, 16, 64), (0.010, 0.011, 0.014, 0.030), "", sequence_s=2e-4, adapter_s=5e-4, context_s=1e-6, fresh_s=2e-3)
+    true = Speed((1, 4, 16, 64), (0.010, 0.011, 0.014, 0.030), "", sequence_s=2e-4, adapter_s=5e-4, context_s=1e-6, mix_s=2e-3)
     draw = np.random.default_rng(0)
     steps = [Step(n, n, k, n * c) for n in (1, 4, 16, 64) for k in (0, n) for c in (10, 400)]
-    steps += [Step(n, 1, 1, 0, fresh) for n in (4, 16, 64) for fresh in (0, 1)]
+    steps += [Step(n, 1, 1, 0, mixed) for n in (4, 16, 64) for mixed in (False, True)]
     found = fit([(s, true(s) * draw.normal(1, 0.01)) for s in steps for _ in range(5)], "here", load_s=0.2)
     for s in [*steps, Step(32, 7, 3, 500), Step(8, 8, 8, 800)]:
         assert found(s) == pytest.approx(true(s), rel=0.04), s
-    assert found.load_s == 0.2 and found.source == "here" and found.fresh_s == pytest.approx(2e-3, rel=0.1)
+    assert found.load_s == 0.2 and found.source == "here" and found.mix_s == pytest.approx(2e-3, rel=0.1)
 
 
 def test_a_fit_has_no_costs_below_nothing() -> None:
@@ -435,8 +445,8 @@ def test_a_load_slows_down_steps() -> None:
     assert (speed(Step(1, 1, 1, 0), True), speed(Step(1, 1, 1, 0))) == (1.5, 1.0)
 
 
-def test_what_another_adapter_takes_longer_is_measured_in_pairs() -> None:
-    """Prompts take 1 s, for another adapter than the last one 0.25 s more, and one step in three is held up by another program."""
+def test_the_time_of_a_mix_is_measured_in_pairs() -> None:
+    """Prompts take 1 s, for another adapter than the last one 0.25 s more, for its first use 9 s, and one in three is held up by others."""
 
     class Timed:
         adapters, asked, held_up = "abcde", list[str](), 0
@@ -447,10 +457,11 @@ def test_what_another_adapter_takes_longer_is_measured_in_pairs() -> None:
 
         def finish(self) -> list[StepFacts]:
             other, self.held_up = self.asked[-2:-1] != self.asked[-1:], (self.held_up + 1) % 3
-            return [StepFacts(1.0 + 0.25 * other + 5.0 * (self.held_up == 0), 64, 0, 1)]
+            first = self.asked.count(self.asked[-1]) == 1
+            return [StepFacts(1.0 + 0.25 * other + 9.0 * first + 5.0 * (self.held_up == 0), 64, 0, 1)]
 
     timed: Any = Timed()
-    assert _fresh(timed, 64) == pytest.approx(0.25) and timed.adapters == "abcde"
+    assert _mixing(timed, 64) == pytest.approx(0.25) and timed.adapters == "abcde"
 
 
 def event(*tokens: int) -> bytes:

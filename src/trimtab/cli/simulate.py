@@ -210,7 +210,7 @@ def _show(asked: Asked, trace: Trace, shape: Shape, speed: Speed, found: list[Si
     rows_ms = ", ".join(f"{n}: {s * 1e3:.4g}" for n, s in zip(speed.rows, speed.seconds, strict=True))
     say(f"  - milliseconds by rows of a step: {rows_ms}")
     each = {"sequence": speed.sequence_s, "adapter": speed.adapter_s, "token in the cache": speed.context_s}
-    each["adapter that was not in the step before"] = speed.fresh_s
+    each["mix of adapters that is put together"] = speed.mix_s
     say(f"  - and more for each {', '.join(f'{name} {s * 1e6:.3g} µs' for name, s in each.items())}")
     load_ms = " or ".join(dict.fromkeys(f"{speed.of_load(busy) * 1e3:.3g} ms" for busy in (False, True)))
     beside = ", without and beside steps" if speed.busy_load_s is not None else ""

@@ -32,9 +32,9 @@ DECODES, PROMPT_STEPS = 24, 4
 of all of them."""
 SHORT, LONG, LONG_STREAMS = 16, 256, (1, 4, 8)
 """Tokens of the prompts of streams whose decoding is timed, and how many streams have long ones."""
-FRESH_PROMPT, FRESH_PAIRS = 64, 24
-"""Tokens of prompts that come for another adapter than the last one and then for the same, and how many such pairs are timed. The median of
-their differences counts, since each is small beside what other programs do to a single step."""
+MIXES = 24
+"""Mixes of adapters whose making is timed, as the difference of two steps. The median counts: it is small beside what other programs do to
+a single step."""
 LOADED, MOST_BESIDE = 6, 512
 """Adapters whose reading is timed beside decoding, and how many steps that may take."""
 
@@ -103,14 +103,14 @@ def measure(
         try:
             driven = _Driven(engine, found[: max(streams)])
             load_s = _read(driven, found[: max(streams)])
+            mix_s = _mixing(driven, min(SHORT, longest - 1, shape.max_step_rows)) if len(driven.adapters) > 1 else 0.0
             steps = list(_steps(driven, streams, longest, shape))
-            fresh_s = _fresh(driven, min(FRESH_PROMPT, longest - 1, shape.max_step_rows)) if len(driven.adapters) > 1 else 0.0
             slowed, busy_load_s = _beside(driven, min(8, max(streams)), found[max(streams) :])
         finally:
             engine.close()
     threads = counted(torch.get_num_threads(), "thread")
     source = f"measured on {base.name or 'the base'} here, {threads}, adapters of {size / 1e6:.3g} MB in memory, beside what else runs"
-    return fit(steps, source, fresh_s=fresh_s, load_s=load_s, busy_load_s=busy_load_s, slowed=slowed), size
+    return fit(steps, source, mix_s=mix_s, load_s=load_s, busy_load_s=busy_load_s, slowed=slowed), size
 
 
 def _written(base: Base, method: Method, path: Path, seed: int) -> Path:
@@ -159,17 +159,18 @@ def _steps(driven: _Driven, streams: Sequence[int], longest: int, shape: Shape) 
     return found
 
 
-def _fresh(driven: _Driven, prompt: int) -> float:
-    """Seconds that a step takes longer for an adapter that was not in the one before."""
+def _mixing(driven: _Driven, prompt: int) -> float:
+    """Seconds that a step takes longer in which the engine puts a mix of adapters together: one for another adapter, less the next for the
+    same. Before steps of several adapters, whose mix holds them all and would be kept."""
     more, adapters = list[float](), driven.adapters
     try:
-        for i in range(FRESH_PAIRS + 1):
+        for i in range(len(adapters) + MIXES):
             driven.adapters = [adapters[i % len(adapters)]]
             took = list[float]()
             for _ in range(2):
                 driven.begin(1, prompt, 1, 1)
                 took += [f.seconds for f in driven.finish() if f.prefill_rows == prompt]
-            if i and len(took) == 2:
+            if i >= len(adapters) and len(took) == 2:  # before that, an adapter is used for the first time
                 more.append(took[0] - took[1])
     finally:
         driven.adapters = adapters

@@ -90,8 +90,10 @@ class _Adapter:
 class _Residency(Residency):
     """Loads end after some seconds of simulated time. An adapter takes one byte, so the budget is how many fit."""
 
-    def __init__(self, places: int, clock: Clock, load_s: Callable[[], float], wake: Callable[[], None]):
-        super().__init__(NO_BASE, places, cast(Executor, self), Lock(), wake)
+    def __init__(
+        self, places: int, clock: Clock, load_s: Callable[[], float], wake: Callable[[], None], on_free: Callable[[Resident], None]
+    ):
+        super().__init__(NO_BASE, places, cast(Executor, self), Lock(), wake, on_free)
         self._clock, self._load_s = clock, load_s
 
     def submit(self, run: Callable[[str], None], digest: str) -> None:
@@ -126,7 +128,7 @@ class Replica:
             prefix_cache=False,
         )
         pool = BlockPool(shape.kv_tokens // shape.block_size)
-        self.residency = _Residency(shape.resident, clock, self._load_s, self._wake)
+        self.residency = _Residency(shape.resident, clock, self._load_s, self._wake, self._forget)
         self.scheduler = Scheduler(config, pool, self.residency, pool.total * shape.block_size)
         if not shape.on_cpu:
             self.scheduler.bounds = ELSEWHERE
@@ -136,10 +138,15 @@ class Replica:
         self._inbox: list[Live] = []
         self._answers: dict[Live, Answer] = {}
         self._serial, self._stepping, self._seen = 0, False, 0.0
-        self._warm: set[str | None] = set()
+        self._mix: set[str] = set()
 
     def _load_s(self) -> float:
         return self.speed.of_load(bool(self.scheduler.running))
+
+    def _forget(self, gone: Resident) -> None:
+        """As `Runner.forget` does it: a mix is let go with any of its adapters."""
+        if gone.digest in self._mix:
+            self._mix = set()
 
     def holds(self, digest: str) -> bool:
         """Whether an adapter is in memory."""
@@ -189,15 +196,16 @@ class Replica:
         work = [w for w in work if w.live.where == "running"]
         if not work:
             return
-        adapters = {w.live.digest for w in work}
+        wanted = {w.live.digest for w in work if w.live.digest is not None}
         step = Step(
             rows=sum(w.rows for w in work),
             sequences=len(work),
-            adapters=len(adapters),
+            adapters=len({w.live.digest for w in work}),
             context=sum(w.live.past for w in work),
-            fresh=len(adapters - self._warm),
+            mixed=not wanted <= self._mix,
         )
-        self._warm = adapters
+        if step.mixed:
+            self._mix = wanted
         took = self.speed(step, self.residency.reading)
         self.busy_s += took
         self.steps += 1

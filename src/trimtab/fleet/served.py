@@ -119,9 +119,7 @@ async def _measured(speed: Speed, shape: Shape, longest: int, client: _Client) -
         await beside
     beside.cancel()
     await asyncio.gather(beside, return_exceptions=True)
-    handed_s = max(
-        0.0, more_s - load_s - found.fresh_s
-    )  # to a thread, and back to the steps; beside steps the end of one is awaited as well
+    handed_s = max(0.0, more_s - load_s - found.mix_s)  # to a thread, and back to the steps; beside steps the end of one is awaited as well
     return replace(found, load_s=load_s + handed_s, busy_load_s=busy_load_s + handed_s)
 
 

@@ -18,23 +18,23 @@ KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 @dataclass(frozen=True)
 class Step:
     """What decides how long a step takes. rows: tokens that enter it, of prompts and of decoding. sequences: that are in it. adapters:
-    distinct ones. context: tokens that are in the cache of all its sequences. fresh: of the adapters, those that were not in the step
-    before."""
+    distinct ones. context: tokens that are in the cache of all its sequences. mixed: whether the engine puts a mix of
+    its adapters together, since the one that it has lacks some (`Runner`)."""
 
     rows: int
     sequences: int
     adapters: int
     context: int
-    fresh: int = 0
+    mixed: bool = False
 
 
 @dataclass(frozen=True)
 class Speed:
-    """rows, seconds: of a step of so many rows, on straight lines between, and beyond the last. sequence_s, adapter_s, context_s: more for
-    each sequence, distinct adapter, and token in the cache. fresh_s: more for an adapter that was not in the step before, since its tensors
-    have to come into the processor's caches. load_s: of reading and packing an adapter while nothing runs; busy_load_s: while steps run,
-    None: the same. slowed: by how much longer a step takes while one is read. before_s, after_s: between client and
-    engine, of a request and of its last token. source: where these figures come from."""
+    """rows, seconds: of a step of so many rows, on straight lines between, and beyond the last. sequence_s, adapter_s, context_s: more
+    for each sequence, distinct adapter, and token in the cache. mix_s: more for a mix of adapters that is put together. load_s: of
+    reading and packing an adapter while nothing runs; busy_load_s: while steps run, None: the same. slowed: by how much longer a step
+    takes while one is read. before_s, after_s: between client and engine, of a request and of its last token. source: where these figures
+    come from."""
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -42,7 +42,7 @@ class Speed:
     sequence_s: float = 0.0
     adapter_s: float = 0.0
     context_s: float = 0.0
-    fresh_s: float = 0.0
+    mix_s: float = 0.0
     load_s: float = 0.0
     busy_load_s: float | None = None
     slowed: float = 0.0
@@ -50,7 +50,7 @@ class Speed:
     after_s: float = 0.0
 
     def __post_init__(self) -> None:
-        names = ("sequence_s", "adapter_s", "context_s", "fresh_s", "load_s", "busy_load_s", "slowed", "before_s", "after_s")
+        names = ("sequence_s", "adapter_s", "context_s", "mix_s", "load_s", "busy_load_s", "slowed", "before_s", "after_s")
         each = {name: value for name in names if (value := getattr(self, name)) is not None}
         problems = [f"{name} = {value}: must be at least 0" for name, value in each.items() if not value >= 0]
         if not self.rows or len(self.rows) != len(self.seconds) or min(self.rows) < 1 or list(self.rows) != sorted(set(self.rows)):
@@ -64,7 +64,7 @@ class Speed:
         """Seconds of a step. loading: whether an adapter is read meanwhile."""
         took = self.of_rows(step.rows)
         took += self.sequence_s * step.sequences + self.adapter_s * step.adapters + self.context_s * step.context
-        took += self.fresh_s * step.fresh
+        took += self.mix_s * step.mixed
         return took * (1 + self.slowed * loading)
 
     def of_load(self, busy: bool) -> float:
@@ -102,7 +102,7 @@ def fit(steps: Sequence[tuple[Step, float]], source: str, **others: float) -> Sp
     knots = [k for k in KNOTS if k < most] + [most]
     knots = [k for i, k in enumerate(knots) if i == 0 or any(knots[i - 1] < s.rows <= k for s, _ in steps)] or [1]
     hats_KN = np.array([np.interp([s.rows for s, _ in steps], knots, row) for row in np.eye(len(knots))])
-    more_4N = np.array([[s.sequences, s.adapters, s.context, s.fresh] for s, _ in steps], dtype=np.float64).T
+    more_4N = np.array([[s.sequences, s.adapters, s.context, s.mixed] for s, _ in steps], dtype=np.float64).T
     took_N = np.array([seconds for _, seconds in steps])
     kept = [i for i in range(4) if np.ptp(more_4N[i]) > 0]
     while True:
@@ -124,5 +124,5 @@ def fit(steps: Sequence[tuple[Step, float]], source: str, **others: float) -> Sp
         sequence_s=each[0],
         adapter_s=each[1],
         context_s=each[2],
-        **{"fresh_s": each[3]} | others,
+        **{"mix_s": each[3]} | others,
     )
