@@ -1,4 +1,5 @@
 """Looks at the built site as a browser without a network would: every link and anchor leads somewhere, nothing is loaded from elsewhere.
+Links to other sites cannot be followed here; they are well-formed, and name hosts that somebody has looked at.
 
 python -m scripts.check_site build/site
 """
@@ -17,6 +18,8 @@ NOT_FETCHED = {"canonical", "next", "prev", "alternate"}
 """Links of a head that only say where something is."""
 ANYWHERE = "404.html"
 """A host shows this page at any address, so its links begin at the root."""
+HOSTS = {"keepachangelog.com", "filesystem-spec.readthedocs.io", "docs.ray.io"}
+"""Other sites that pages may send a reader to. Who writes a link to another one follows it, and adds its host."""
 IN_STYLE = re.compile(r"url\(\s*['\"]?(https?:[^)'\"]+)|@import\s+['\"](https?:[^'\"]+)")
 
 
@@ -39,6 +42,16 @@ class Page(HTMLParser):
             self.loads.append(said[where])
 
 
+def doubt_of(link: str) -> str | None:
+    """What is wrong with a link to another site; None: nothing that can be seen without following it."""
+    where = urlsplit(link)
+    if where.scheme != "https":
+        return "is not https"
+    if where.netloc != where.hostname or re.search(r"[\s\"<>\\^`{|}]", link):
+        return "is no well-formed address"
+    return None if where.hostname in HOSTS else f"names a host that nobody has looked at; follow it, and add {where.hostname} to HOSTS"
+
+
 def problems(site: Path) -> list[str]:
     """Every finding, as "page: what"."""
     pages = {p: Page(p.read_text(encoding="utf-8")) for p in sorted(site.rglob("*.html"))}
@@ -49,6 +62,8 @@ def problems(site: Path) -> list[str]:
             if where.scheme or where.netloc:
                 if link in page.loads and where.scheme != "data":
                     found.append(f"{path.relative_to(site)}: loads {link} from elsewhere")
+                elif link not in page.loads and (why := doubt_of(link)):
+                    found.append(f"{path.relative_to(site)}: {link} {why}")
                 continue
             start = site if path.name == ANYWHERE else path.parent
             target = (start / unquote(where.path).lstrip("/")).resolve() if where.path else path

@@ -13,7 +13,7 @@ import pytest
 from scripts.check_site import problems
 from tests.docs.pages import ROOT
 
-GOOD = '<h1 id="a">A</h1><a href="b/two.html#x">x</a><a href="https://example.com">out</a><img src="data:image/png;base64,AA==">'
+GOOD = '<h1 id="a">A</h1><a href="b/two.html#x">x</a><a href="https://docs.ray.io/en/latest">out</a><img src="data:image/png;base64,AA==">'
 
 
 @pytest.fixture
@@ -40,6 +40,15 @@ def test_a_good_site_has_no_problems(site: Path) -> None:
         ('<script src="https://cdn.example/x.js"></script>', "index.html: loads https://cdn.example/x.js from elsewhere"),
         ('<link rel="stylesheet" href="//fonts.example/f.css">', "index.html: loads //fonts.example/f.css from elsewhere"),
         ('<link rel="canonical" href="https://example.com/">', None),
+        ('<a href="http://docs.ray.io">', "index.html: http://docs.ray.io is not https"),
+        ('<a href="//docs.ray.io">', "index.html: //docs.ray.io is not https"),
+        ('<a href="mailto:a@docs.ray.io">', "index.html: mailto:a@docs.ray.io is not https"),
+        ('<a href="https://docs.ray.io/a b">', "index.html: https://docs.ray.io/a b is no well-formed address"),
+        ('<a href="https://user@docs.ray.io">', "index.html: https://user@docs.ray.io is no well-formed address"),
+        (
+            '<a href="https://docs.rey.io/">',
+            "index.html: https://docs.rey.io/ names a host that nobody has looked at; follow it, and add docs.rey.io to HOSTS",
+        ),
         ('<img src="missing.png">', "index.html: missing.png leads nowhere"),
     ],
 )

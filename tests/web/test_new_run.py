@@ -206,6 +206,14 @@ def test_a_run_file_that_could_not_be_formed_is_asked_for_again(chromium: Any, s
     assert all("ERR_FAILED" in told for told in visit.wrong), visit.wrong
 
 
+def test_the_focus_stays_where_the_pressed_button_was(chromium: Any, site: str):
+    with Visit(chromium, site, "#/new") as page:
+        page.get_by_role("button", name="tickets.jsonl").focus()
+        page.keyboard.press("Enter")
+        formed(page)
+        assert page.evaluate("document.activeElement.textContent") == "1. Data"
+
+
 def test_a_list_of_losses(chromium: Any, site: str, root: Path):
     pairs = [{"prompt": f"p {i}", "chosen": "yes", "rejected": "no"} for i in range(30)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
