@@ -19,6 +19,7 @@ from trimtab.bases.shapes import read_architecture
 from trimtab.bases.weights.gguf_blocks import BLOCKS
 from trimtab.errors import BaseError, ConfigError
 from trimtab.model import load_base
+from trimtab.ops import native
 
 HIDDEN, INNER, HEADS, KV_HEADS = 256, 512, 4, 2
 MATRICES = {
@@ -100,6 +101,7 @@ def write(path: Path, blocks_written: int = 2, kinds: tuple[tuple[str, ...], ...
 
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    native.load()  # else the kernels would be built anew for a cache of this test's own
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(gguf, "_tokenizer", lambda path, config: tiny_tokenizer())  # the file has none
     return tmp_path / "cache"
