@@ -4,7 +4,9 @@
 
 The attacker sends, one attack after the other: prompts of 3.9 MB; regular expressions and schemas that are hard to compile; loads of a
 sparse file of 1 TB as an adapter; bodies of very many small values; tools with hostile schemas; echoes of long prompts; very many biases;
-nested parts; sums of adapters; counts of long inputs; and, without any limit of its own, as many long answers as it gets.
+nested parts; sums of adapters; counts of long inputs; references that go round; thousands of tools, stop texts and prompts; grammars of
+its own; floods of HEAD and OPTIONS; headers without an end, bodies that drip, streams that nobody reads; and, without any limit of its own,
+as many long answers as it gets.
 Meanwhile the victim asks for eight tokens, again and again. Reported for each: what the victim waited (idle, then p50 and maximum during
 the attack), the memory of the server with the processes that it has started (above idle: the highest, and a second after the attack), the
 CPU seconds of both, and what the attacker was told. Each attack is bounded in number and time; requests go to 127.0.0.1 only.
@@ -19,6 +21,7 @@ import argparse
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,7 +41,9 @@ from trimtab.serve.tenants import Tenants
 
 MB = 1e6
 PLAIN = {"prompt": "The harbour at dawn", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+JSON = {"content-type": "application/json"}
 Ask = tuple[str, dict[str, Any] | bytes]
+"""A path and a body to POST; or "METHOD path"; or a manner of `talk`."""
 
 
 def attacks(base: str, folder: Path) -> Iterator[tuple[str, list[Ask]]]:
@@ -91,8 +96,50 @@ def attacks(base: str, folder: Path) -> Iterator[tuple[str, list[Ask]]]:
     yield "six responses of 90,000 parts", [("/v1/responses", {"model": base, "input": items})] * 6
     counts = [{"model": base, "input": f"{i} " + "word " * 7_000} for i in range(60)]
     yield "60 counts of 7,000 tokens", [("/v1/responses/input_tokens", body) for body in counts]
+    yield from of_many_things(base)
+    yield from of_connections(base)
     long = {"model": base, "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True}
     yield "places: 400 long answers", [(complete, long)] * 400
+
+
+def of_many_things(base: str) -> Iterator[tuple[str, list[Ask]]]:
+    """Attacks whose bodies say one thing very often, or in a circle."""
+    complete, chat = "/v1/completions", "/v1/chat/completions"
+    go = {"model": base, "messages": [{"role": "user", "content": "go"}], "max_tokens": 64}
+    names = [f"n{i}" for i in range(60)]
+    round_ = {"$ref": "#/$defs/n0", "$defs": {a: {"$ref": f"#/$defs/{b}"} for a, b in zip(names, [*names[1:], names[0]], strict=True)}}
+    both = {"anyOf": [{"$ref": f"#/$defs/n{i}"} for i in range(16)]}
+    crossed = {"$ref": "#/$defs/n0", "$defs": {f"n{i}": {"type": "object", "properties": {"a": both, "b": both}} for i in range(16)}}
+    for name, schema in (("ten tools whose references go round", round_), ("ten tools whose references cross", crossed)):
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        yield name, [(chat, go | {"tools": [tool], "tool_choice": "required"})] * 10
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": {"type": "object"}}} for i in range(10_000)]
+    yield "six bodies of 10,000 tools", [(chat, go | {"tools": tools})] * 6
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}] * 20_000}
+    yield "six choices of 20,000 allowed tools", [(chat, go | {"tools": tools[:1], "tool_choice": allowed})] * 6
+    yield "six bodies of 100,000 stop texts", [(complete, {"model": base, "prompt": "x", "stop": [f"s{i}" for i in range(100_000)]})] * 6
+    stops = [f"{i % 10}" + "ab" * 100 for i in range(16)]
+    yield "twenty answers with long stop texts", [(complete, {"model": base, "prompt": "ab" * 500, "max_tokens": 200, "stop": stops})] * 20
+    yield "six bodies of 40,000 prompts", [(complete, {"model": base, "prompt": [[7]] * 40_000, "max_tokens": 1})] * 6
+    sums = {"model": base, "prompt": "x", "adapters": [{"name": f"none{i}", "scale": 0.5} for i in range(1000)]}
+    yield "64 sums of 1,000 adapters", [(complete, sums)] * 64
+    yield "64 sums of 60 adapters by name", [(complete, {"model": "+".join(f"x{i}" for i in range(60)), "prompt": "x"})] * 64
+    lark = "start: a0\n" + "\n".join(f"a{i}: a{i + 1} a{i + 1} | a{i + 1}" for i in range(2000)) + '\na2000: "a"'
+    again = "start: (((((A{1000}){1000}){1000}){1000}){1000})\nA: /a{1000}/"
+    gbnf = "root ::= " + "(" * 400 + '"a"' + ")*" * 400
+    wide = "root ::= " + " | ".join(f'"{i}" root' for i in range(4000))
+    grammars = [{"model": base, "prompt": "x", "max_tokens": 64, "structured_outputs": {"grammar": g}} for g in (lark, again, gbnf, wide)]
+    yield "forty grammars of one's own", [(complete, body) for body in grammars * 10]
+
+
+def of_connections(base: str) -> Iterator[tuple[str, list[Ask]]]:
+    """Attacks that need no long body."""
+    yield "2,000 HEADs and OPTIONS", [("HEAD /v1/models", b""), ("OPTIONS /v1/chat/completions", b"")] * 1000
+    yield "2,000 requests for routes that are not there", [("GET /" + "a/" * 200, b"")] * 2000
+    yield "200 headers without an end", [("headers", b"")] * 200
+    yield "200 bodies that drip", [("drip", json.dumps(PLAIN | {"model": base}).encode())] * 200
+    long = json.dumps({"model": base, "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True, "logprobs": 5, "n": 4})
+    yield "fifty streams that nobody reads", [("deaf", long.encode())] * 50
 
 
 class Memory:
@@ -171,13 +218,49 @@ async def send(url: str, key: str, asks: list[tuple[str, bytes]], most: float) -
     async def one(path: str, raw: bytes) -> None:
         try:
             async with asyncio.timeout(most):
-                answer = await attacker.post(path, content=raw, headers={"content-type": "application/json"})
-            told[f"{answer.status_code} {(answer.json().get('error') or {}).get('code') or ''}".strip()] += 1
-        except (TimeoutError, httpx.HTTPError) as error:
+                if not (method := path.rpartition(" ")[0]) and not path.startswith("/"):
+                    told[await talk(url, key, path, raw, most)] += 1
+                    return
+                answer = await attacker.request(method or "POST", path.removeprefix(f"{method} "), content=raw, headers=JSON)
+            code = (answer.json().get("error") or {}).get("code") if answer.content else ""
+            told[f"{answer.status_code} {code or ''}".strip()] += 1
+        except (TimeoutError, OSError, httpx.HTTPError) as error:
             told[type(error).__name__] += 1
 
     await asyncio.gather(*(one(*ask) for ask in asks))
     return told
+
+
+async def talk(url: str, key: str, manner: str, raw: bytes, most: float) -> str:
+    """A request on a connection of its own, in a manner that no client has. What the server said, if anything: its status."""
+    parts, loop = httpx.URL(url), asyncio.get_running_loop()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: {parts.host}\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n"
+    with socket.socket() as line:
+        line.setblocking(False)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        await loop.sock_connect(line, (parts.host, parts.port))
+        until = loop.time() + 0.6 * most
+        with suppress(ConnectionError):
+            if manner == "deaf":
+                await loop.sock_sendall(line, f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
+                await asyncio.sleep(0.6 * most)
+            else:
+                await loop.sock_sendall(line, head.encode() + (b"transfer-encoding: chunked\r\n\r\n" if manner == "drip" else b""))
+            pieces = (f"x-{i}: {'a' * 500}\r\n".encode() for i in range(100_000)) if manner == "headers" else iter(())
+            pieces = (b"1\r\n%c\r\n" % byte for byte in raw) if manner == "drip" else pieces
+            for piece in pieces:
+                if loop.time() > until:
+                    break
+                await loop.sock_sendall(line, piece)
+                await asyncio.sleep(0.02)
+        try:
+            async with asyncio.timeout(1):
+                said = await loop.sock_recv(line, 64)
+        except TimeoutError:
+            return "nothing yet"
+        except ConnectionError:
+            return "closed"
+        return said.decode("latin-1").partition("\r\n")[0].removeprefix("HTTP/1.1 ") or "closed"
 
 
 async def measure(url: str, pid: int, keys: dict[str, str], base: str, folder: Path, seconds: float, only: str) -> None:
