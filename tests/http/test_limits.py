@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,6 +183,54 @@ def test_a_connection_that_sends_no_head_is_closed(monkeypatch: pytest.MonkeyPat
             time.sleep(0.2)
             good.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
             assert answer(good).startswith(b"HTTP/1.1 200"), "an idle connection that has sent a request is kept"
+
+
+ENDLESS = {
+    "one header": b"GET /livez HTTP/1.1\r\nhost: x\r\nx: ",
+    "many headers": b"GET /livez HTTP/1.1\r\nhost: x\r\n",
+    "a path": b"GET /",
+    "trailers": b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    b"2\r\n{}\r\n0\r\n",
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_a_head_without_an_end_is_refused_before_it_takes_memory(what: str):
+    """Before any key is looked at. What the server takes of it is what fits into the system's own buffers besides."""
+    piece = b"x-header: " + b"a" * 4000 + b"\r\n" if what in ("many headers", "trailers") else b"a" * 4000
+    with site() as s, listening(s.services, s.app) as address, socket.create_connection(address) as bad:
+        bad.settimeout(5)
+        bad.sendall(ENDLESS[what])
+        sent = 0
+        with suppress(ConnectionError):
+            while sent < 64 << 20:
+                bad.sendall(piece)
+                sent += len(piece)
+        assert sent < 32 << 20, "it goes on reading"
+        with socket.create_connection(address) as good:
+            good.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert answer(good).startswith(b"HTTP/1.1 200")
+
+
+def test_a_head_that_is_too_large_is_told_so_and_a_large_one_is_read():
+    with site() as s, listening(s.services, s.app) as address:
+        for size, end, status in ((server.MAX_HEAD - 200, b"\r\n\r\n", b"200"), (server.MAX_HEAD + 1, b"", b"431")):
+            with socket.create_connection(address) as client:
+                client.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\nx: " + b"a" * size + end)
+                got = client.recv(4096)
+            assert got.startswith(b"HTTP/1.1 " + status), got
+        assert json.loads(got.partition(b"\r\n\r\n")[2])["error"]["code"] == "head_too_large"
+
+
+def test_a_body_in_many_small_pieces_is_no_head():
+    raw = json.dumps(TEXT).encode()
+    with site() as s, listening(s.services, s.app) as address, socket.create_connection(address) as client:
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+            + b"".join(b"1;%s\r\n%c\r\n" % (b"e" * 3000, byte) for byte in raw)  # more than a head's bytes besides
+            + b"0\r\n\r\n"
+        )
+        assert client.recv(4096).startswith(b"HTTP/1.1 200")
 
 
 def test_small_packets_are_sent_at_once(monkeypatch: pytest.MonkeyPatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import socket
 import time
 from collections.abc import Callable
@@ -19,11 +20,14 @@ from prometheus_client import CollectorRegistry, start_http_server
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from trimtab.errors import ConfigError
+from trimtab.http.errors import Fault
 from trimtab.http.services import Services
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEAD_S = 20.0
 """Seconds within which a connection must have sent the head of a request."""
+MAX_HEAD = 64 << 10
+"""Bytes of a request's head, and of what stands between and behind the pieces of its body. The parser keeps them, whoever sends them."""
 KEEP_ALIVE_S = 75
 """Of a connection without a request: longer than clients keep theirs, so that none sends into one that is being closed."""
 LAST_S = 5
@@ -87,21 +91,43 @@ def make(app: FastAPI, services: Services, *, drain_s: float, ready: Callable[[]
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's, with an end for connections that never send a whole head."""
+    """uvicorn's, with an end for connections that never send a whole head, or one without an end."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._head_timer: asyncio.TimerHandle | None = None
+        self._unfinished = 0  # bytes since the last whole head, or the last piece of a body
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        self._unfinished += len(data)
         super().data_received(data)
+        if self._unfinished > MAX_HEAD:
+            self._refuse_head()
         self._watch_head()
+
+    def on_headers_complete(self) -> None:
+        self._unfinished = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unfinished = 0
+        super().on_body(body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         if self._head_timer is not None:
             self._head_timer.cancel()
+
+    def _refuse_head(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:  # else another answer is being written
+            fault = Fault(f"the request's head is larger than {MAX_HEAD:,} bytes", status=431, code="head_too_large")
+            body = json.dumps(fault.body).encode()
+            head = f"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
+        self.transport.close()
 
     def _watch_head(self) -> None:
         waiting = self.cycle is None or self.cycle.response_complete
