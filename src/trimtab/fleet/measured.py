@@ -32,7 +32,7 @@ DECODES, PROMPT_STEPS = 24, 4
 of all of them."""
 SHORT, LONG, LONG_STREAMS = 16, 256, (1, 4, 8)
 """Tokens of the prompts of streams whose decoding is timed, and how many streams have long ones."""
-MIXES = 24
+MIXES = 64
 """Mixes of adapters whose making is timed, as the difference of two steps. The median counts: it is small beside what other programs do to
 a single step."""
 LOADED, MOST_BESIDE = 6, 512
