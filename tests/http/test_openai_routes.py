@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -337,6 +338,19 @@ def test_vllms_routes_load_and_unload(served: Site, tmp_path: Path):
         assert "is no name" in error_of(post(served.app, "/v1/load_lora_adapter", named | {"lora_name": name}), 400)["message"]
     wrong = post(served.app, "/v1/load_lora_adapter", named | {"base_model_name": "another"})
     assert error_of(wrong, 400)["param"] == "base_model_name"
+
+
+def test_a_folders_name_adds_no_header(served: Site):
+    folder = served.services.catalog.folders[0]
+    odd = folder / "odd\r\nx-more: 1é"
+    shutil.copytree(folder / "lora", odd)
+    try:
+        assert post(served.app, "/v1/load_lora_adapter", {"lora_name": "odd", "lora_path": str(odd)}).status_code == 200
+        answer = post(served.app, "/v1/completions", TEXT | {"model": "odd"})
+        assert answer.headers["x-trimtab-adapter"].startswith(f"{folder}/odd??x-more: 1? sha256:"), answer.headers
+        assert post(served.app, "/v1/unload_lora_adapter", {"lora_name": "odd"}).status_code == 200
+    finally:
+        shutil.rmtree(odd)
 
 
 def test_one_stream_and_one_whole_answer_say_the_same(served: Site):

@@ -122,7 +122,7 @@ def test_log_probabilities(served: Site):
         {"repetition_penalty": 5.0},
         {"presence_penalty": 2.0, "frequency_penalty": 2.0},
         {"temperature": 5.0, "top_k": 1},
-        {"temperature": 5.0, "min_p": 0.99},
+        {"temperature": 5.0, "min_p": 0.5, "seed": 3},
         {"ignore_eos": True, "min_tokens": 6},
         {"structured_outputs": {"choice": ["yes", "no"]}},
     ],

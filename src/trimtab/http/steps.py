@@ -144,7 +144,8 @@ def headers_of(adapter: Served | None, s: Services) -> dict[str, str]:
 
 
 def _ascii(text: str) -> str:
-    return text.encode("ascii", "replace").decode()
+    """As a header takes it: a folder's name may hold anything."""
+    return "".join(char if char.isascii() and char.isprintable() else "?" for char in text)
 
 
 def _counted(adapter: Served | None, choices: int, tenant: Tenant, s: Services) -> Callable[[int, int], None] | None:
