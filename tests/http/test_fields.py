@@ -159,6 +159,7 @@ def test_what_would_change_the_answer_at_another_server_is_refused_by_name(serve
         {"lora_path": None, "lora": [], "adapter_id": ""},
         {"n_predict": -1, "truncation_side": "left", "include_reasoning": True, "separate_reasoning": True},
         {"thinking_token_budget": -1, "vllm_xargs": {}, "guidance_scale": 1.0, "watermarking": False, "stop_regex": []},
+        {"grammar": "", "ebnf": "", "guided_grammar": ""},
     ],
 )  # fmt: skip
 def test_their_neutral_values_are_taken(served: Site, fields: dict):
@@ -182,6 +183,19 @@ def test_tgis_form_of_a_schema_is_followed(served: Site):
         answer = post(served.app, CHAT_PATH, CHAT | {"max_tokens": 20, "response_format": form})
         assert json.loads(answer.json()["choices"][0]["message"]["content"]) in schema["enum"]
         assert "x-trimtab-ignored" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "json_object", "schema": {"enum": ["a"]}, "value": {"enum": ["b"]}},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["a"]}}, "schema": {"enum": ["b"]}},
+        {"type": "text", "value": {"enum": ["a"]}},
+    ],
+)
+def test_a_form_with_a_schema_too_many_is_refused(served: Site, form: dict):
+    error = error_of(post(served.app, CHAT_PATH, CHAT | {"response_format": form}), 400)
+    assert error["param"] == "response_format" and "a schema goes with" in error["message"]
 
 
 def test_an_assistant_turn_without_content_is_an_empty_one(served: Site):

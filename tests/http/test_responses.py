@@ -236,9 +236,6 @@ def test_reasoning_is_an_item_and_comes_back(sites: Any):
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}}}, "text.format"),
         ({"model": "nothing"}, "model"),
-        ({"max_tokens": 5}, "max_tokens"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "messages"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"n": 2}, "n"),
     ],
 )
@@ -246,6 +243,20 @@ def test_what_cannot_be_answered_is_named(served: Site, fields: dict[str, Any], 
     response = post(served.app, PATH, ASK | fields)
     error = error_of(response, 404 if "model" in fields else 400)
     assert (error["param"] or "").startswith(param), error
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"max_tokens": 5}, "max_tokens: is max_output_tokens here"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages: is input here"),
+        ({"response_format": {"type": "json_object"}}, "response_format: is text.format here"),
+        ({"min_tokens": 9, "max_output_tokens": 8}, "min_tokens: 9 is more than max_output_tokens"),
+        ({"regex": "a", "text": {"format": {"type": "json_object"}}}, "text.format and regex: give one of them"),
+    ],
+)
+def test_a_mistake_is_told_with_this_routes_names(served: Site, fields: dict[str, Any], told: str):
+    assert error_of(post(served.app, PATH, ASK | fields), 400)["message"] == told
 
 
 def test_input_tokens_are_those_that_an_answer_counts(sites: Any):

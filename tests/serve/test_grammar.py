@@ -94,6 +94,7 @@ def test_blanks_between_parts_are_bounded():
         ("grammar", "start: (", "cannot be followed"),
         ("grammar", "root ::= (", "cannot be read"),
         ("grammar", "root ::= " + "(" * 30000, "cannot be read"),
+        ("grammar", "root ::= " + "x" * 5000, "cannot be read: Rule 'x"),
         ("grammar", "start: missing", "cannot be followed"),
         ("choice", '["a", 1]', "a JSON list of texts"),
         ("choice", "[]", "a JSON list of texts"),

@@ -240,6 +240,9 @@ def constraint_of(body: Sampled) -> tuple[str, Grammar] | None:
     if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
         text = "response_format: json_schema goes with type json_schema, and only with it"
         raise Fault(text, param="response_format", code="invalid_value")
+    if form is not None and sum(x is not None for x in (form.json_schema, form.schema_, form.value)) > (form.type != "text"):
+        text = "response_format: a schema goes with json_schema or json_object, and is json_schema, schema or value"
+        raise Fault(text, param="response_format", code="invalid_value")
     if len(set(found.values())) > 1:  # guidance sends one grammar under two names
         raise Fault(f"{' and '.join(found)}: give one of them", param="structured_outputs", code="invalid_value")
     return next(((field.partition(".")[0], grammar) for field, grammar in found.items()), None)
@@ -268,7 +271,7 @@ def _constraints(body: Sampled) -> dict[str, Grammar]:
         **{field: Grammar("json_object") for field, given in objects.items() if given},
         **{field: Grammar("regex", given) for field, given in regexes.items() if given is not None},
         **{field: Grammar("choice", json.dumps(given)) for field, given in choices.items() if given is not None},
-        **{field: Grammar("grammar", given) for field, given in grammars.items() if given is not None},
+        **{field: Grammar("grammar", given) for field, given in grammars.items() if given},
     }
 
 

@@ -31,6 +31,7 @@ MAX_IDS = 1 << 20
 """Ids of one prompt: what no base has positions for. It bounds what a check of the list costs."""
 MAX_VARIABLES = 4096
 """Characters of a template's variables, as JSON."""
+NOT_SUPPORTED = "is not supported by this server; leave it out"
 TOLD, MAX_NAME = 16, 64
 """Unknown fields that are named to the client, and characters of a name."""
 
@@ -38,16 +39,17 @@ TOLD, MAX_NAME = 16, 64
 @dataclass(frozen=True, eq=False)  # typing keeps one of equal annotations, and 1 equals true
 class Off:
     """In the annotation of a field that would change the answer and is not supported: only these values, which change nothing, are
-    taken."""
+    taken. why: what is told where it has another one."""
 
     values: tuple[Any, ...]
+    why: str = NOT_SUPPORTED
 
     def takes(self, value: Any) -> bool:
         return any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in self.values)
 
     def check(self, value: Any) -> None:
         if not self.takes(value):
-            raise PydanticCustomError("not_supported", "is not supported by this server; leave it out")
+            raise PydanticCustomError("not_supported", "{why}", {"why": self.why})
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return no_info_before_validator_function(self.check, handler(source))
@@ -56,9 +58,9 @@ class Off:
         return {"enum": list(self.values), "description": "Not supported."}
 
 
-def off(*neutral: Any) -> Off:
+def off(*neutral: Any, why: str = NOT_SUPPORTED) -> Off:
     """Takes null, false, "", [], {} and the neutral values."""
-    return Off((None, False, "", [], {}, *neutral))
+    return Off((None, False, "", [], {}, *neutral), why)
 
 
 def _integral(value: Any) -> Any:
@@ -125,7 +127,8 @@ Ids = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MA
 Text = Annotated[str, Field(min_length=1)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Regex = Annotated[str, Field(min_length=1, max_length=4096)]
-GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_CHARS)]
+GrammarText = Annotated[str, Field(max_length=MAX_CHARS)]
+"""Empty, as llama.cpp's clients send it: there is none."""
 Choice = Annotated[list[StopText], Field(fail_fast=True, min_length=1, max_length=256)]
 Biases = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]], BeforeValidator(_biases)

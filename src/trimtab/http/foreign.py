@@ -11,32 +11,30 @@ from collections.abc import Mapping
 from trimtab.http.errors import Fault
 from trimtab.http.fields import Body, Off, off
 
-_ADAPTER = "names an adapter; name it in model, or in adapters"
-_LENGTH = "is max_tokens here"
-_OTHER = "is not supported by this server; leave it out"
+_ADAPTER = off(why="names an adapter; name it in model, or in adapters")
+_LENGTH = off(-1, why="is max_tokens here, and in /v1/responses max_output_tokens")
 
-FOREIGN: Mapping[str, tuple[Off, str]] = {
-    **dict.fromkeys(("lora_path", "lora", "lora_name", "lora_request", "adapter_id", "merged_adapters"), (off(), _ADAPTER)),
-    **dict.fromkeys(("n_predict", "num_predict", "max_new_tokens"), (off(-1), _LENGTH)),
-    "min_new_tokens": (off(0), "is min_tokens here"),
-    "random_seed": (off(), "is seed here"),
-    "truncation_side": (off("left"), "is not supported by this server: the end of a prompt is kept"),
-    **dict.fromkeys(("include_reasoning", "separate_reasoning"), (Off((None, True)), "cannot be turned off; leave it out")),
-    **dict.fromkeys(("logprob_token_ids", "repetition_detection", "vllm_xargs", "watermarking"), (off(0), _OTHER)),  # vLLM's
-    **dict.fromkeys(("stop_regex", "session_params", "custom_logit_processor", "watermark"), (off(0), _OTHER)),  # SGLang's
-    **dict.fromkeys(("input_ids", "return_hidden_states", "embed_overrides"), (off(), _OTHER)),
+FOREIGN: Mapping[str, Off] = {
+    **dict.fromkeys(("lora_path", "lora", "lora_name", "lora_request", "adapter_id", "merged_adapters"), _ADAPTER),
+    **dict.fromkeys(("n_predict", "num_predict", "max_new_tokens"), _LENGTH),
+    "min_new_tokens": off(0, why="is min_tokens here"),
+    "random_seed": off(why="is seed here"),
+    "truncation_side": off("left", why="is not supported by this server: the end of a prompt is kept"),
+    **dict.fromkeys(("include_reasoning", "separate_reasoning"), Off((None, True), "cannot be turned off; leave it out")),
+    **dict.fromkeys(("logprob_token_ids", "repetition_detection", "vllm_xargs", "watermarking"), off(0)),  # vLLM's
+    **dict.fromkeys(("stop_regex", "session_params", "custom_logit_processor", "watermark"), off(0)),  # SGLang's
+    **dict.fromkeys(("input_ids", "return_hidden_states", "embed_overrides"), off()),
     # and of llama.cpp's kin
-    **dict.fromkeys(("samplers", "smoothing_factor", "dynatemp_range", "epsilon_cutoff", "eta_cutoff"), (off(0), _OTHER)),
-    **dict.fromkeys(("thinking_token_budget", "thinking_budget_tokens", "top_n_sigma"), (off(-1), _OTHER)),
-    "guidance_scale": (off(1), _OTHER),
-    "negative_prompt": (off(), _OTHER),
+    **dict.fromkeys(("samplers", "smoothing_factor", "dynatemp_range", "epsilon_cutoff", "eta_cutoff"), off(0)),
+    **dict.fromkeys(("thinking_token_budget", "thinking_budget_tokens", "top_n_sigma"), off(-1)),
+    "guidance_scale": off(1),
+    "negative_prompt": off(),
 }
 
 
 def refuse_foreign(body: Body) -> None:
     """Fault (400) where a body has one of them, which names them all."""
-    found = {
-        name: FOREIGN[name][1] for name, value in (body.model_extra or {}).items() if name in FOREIGN and not FOREIGN[name][0].takes(value)
-    }
+    given = (body.model_extra or {}).items()
+    found = {name: FOREIGN[name].why for name, value in given if name in FOREIGN and not FOREIGN[name].takes(value)}
     if found:
         raise Fault("; ".join(f"{name}: {why}" for name, why in found.items()), param=next(iter(found)), code="invalid_value")

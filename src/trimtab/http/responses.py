@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from trimtab.http.limits import read_body
 from trimtab.http.replies import STREAM
 from trimtab.http.responses_schema import ResponsesBody, chat_of
 from trimtab.http.responses_write import ResponseWriter
-from trimtab.http.schema import takes
+from trimtab.http.schema import Chosen, takes
 from trimtab.http.steps import answered
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(caller)])
@@ -30,6 +31,7 @@ NAMES = {
     "response_format": "text.format",
 }
 """Fields of a chat, as this route names them."""
+CHATS = re.compile(r"\b(max_tokens|max_completion_tokens|response_format)\b")
 
 
 class ResponseReply(BaseModel):
@@ -75,4 +77,6 @@ def _own_names() -> Iterator[None]:
         if top in NAMES:
             fault.message = fault.message.replace(top, NAMES[top], 1)
             fault.param = NAMES[top] + "".join(rest[1:])
+        elif top in Chosen.model_fields:  # it contradicts a field that has another name here
+            fault.message = CHATS.sub(lambda name: NAMES[name[0]], fault.message)
         raise

@@ -127,10 +127,10 @@ class ResponsesBody(Chosen):
     prompt_cache_key: Any = Field(None, description="Changes nothing.")
     prompt_cache_retention: Any = Field(None, description="Changes nothing.")
 
-    messages: NotSupported = None
-    max_tokens: NotSupported = None
-    max_completion_tokens: NotSupported = None
-    response_format: NotSupported = None
+    messages: Annotated[Any, off(why="is input here")] = None
+    max_tokens: Annotated[Any, off(why="is max_output_tokens here")] = None
+    max_completion_tokens: Annotated[Any, off(why="is max_output_tokens here")] = None
+    response_format: Annotated[Any, off(why="is text.format here")] = None
     n: Annotated[Any, off(1)] = None
     echo: NotSupported = None
     prompt_logprobs: NotSupported = None

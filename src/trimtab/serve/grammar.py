@@ -1,5 +1,5 @@
-"""Answers that follow a grammar: a JSON schema, a regular expression, a choice, a grammar. llguidance says which tokens may come
-next.
+"""Answers that are constrained: to a JSON schema, a regular expression, a choice, or a grammar in Lark's form or GBNF. All are grammars
+to llguidance, which says which tokens may come next.
 
 What a grammar costs cannot be told from its text, and nothing can be stopped once it has begun: so all this runs in a process of its own
 (`grammar_process.py`), which may end at any call for want of time or memory. It imports neither torch nor transformers.
@@ -134,7 +134,7 @@ def _lark(text: str) -> str:
     try:
         return str(any_to_lark(text))
     except Exception as error:  # of its own kind, or whatever a text makes of it
-        raise GrammarError(f"this grammar cannot be read: {error}") from None
+        raise GrammarError(f"this grammar cannot be read: {_short(str(error))}") from None
 
 
 def _choices(text: str) -> list[str]:
