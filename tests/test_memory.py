@@ -56,6 +56,40 @@ def test_each_kind_is_known_and_says_how_much() -> None:
     assert ran_out(wrapped)
 
 
+ONEDNN = """
+import mmap, resource, psutil, torch
+from trimtab.memory import ran_out
+
+linear, W = torch.nn.functional.linear, torch.ones(64, 64, dtype=torch.bfloat16)
+rows = [torch.ones(n, 64, dtype=torch.bfloat16) for n in range(100, 140)]
+linear(rows[0][:7], W)
+spare, top = [bytearray(50_000) for _ in range(200)], bytearray(50_000)
+del spare  # the heap has room for what torch itself asks for
+resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**20,) * 2)
+kept = []
+for size in (2**16, 2**14, 2**12):
+    try:
+        while True:
+            kept.append(mmap.mmap(-1, size))
+    except OSError:
+        pass
+try:
+    for x in rows:
+        linear(x, W)
+except RuntimeError as error:
+    kept.clear()
+    print(ran_out(error), error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no oneDNN for bfloat16")
+def test_onednn_has_words_of_its_own() -> None:
+    """It has no room for the code of its kernels, and does not say so."""
+    ran = subprocess.run([sys.executable, "-c", ONEDNN], check=True, capture_output=True, text=True)
+    assert ran.stdout.startswith("True could not"), ran.stdout
+    assert not ran_out(RuntimeError("could not create a primitive descriptor for the matmul primitive. Run workload with"))
+
+
 def test_explained() -> None:
     with pytest.raises(
         OutOfMemory, match=r"memory ran out while baking: 1\.13e\+06 GB were asked for at once, .* GB are free\nfix: less flour"

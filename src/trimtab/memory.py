@@ -17,6 +17,8 @@ import psutil
 from trimtab.errors import TrimtabError
 
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "cannot allocate memory", "unable to allocate")
+_ONEDNN = re.compile(r"could not (create|execute) an? (primitive|memory|engine|stream)\s*$")
+"""oneDNN's errors where it gets no memory. What it cannot do at all it refuses earlier: "could not create a primitive descriptor"."""
 _UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "pib": 2**50}
 _ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) (bytes|[kmgtp]ib)", re.IGNORECASE)
 CGROUP_FILES = {
@@ -41,7 +43,8 @@ def ran_out(error: BaseException | None) -> bool:
         seen.add(id(error))
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
             return True
-        if not isinstance(error, TrimtabError) and any(word in str(error).lower() for word in _WORDS):
+        said = "" if isinstance(error, TrimtabError) else str(error).lower()
+        if any(word in said for word in _WORDS) or _ONEDNN.search(said):
             return True
         error = error.__cause__ or error.__context__
     return False

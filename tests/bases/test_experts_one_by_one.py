@@ -25,6 +25,7 @@ from tests.bases.test_stored import SETTINGS, packed_by_loop
 from tests.bases.test_text_tower import write_whole
 from tests.laws.common import difference, gradient_difference, noisy, tokens
 from trimtab.bases.fits import weight_bytes
+from trimtab.bases.pieces import Pieces
 from trimtab.bases.shapes import read_architecture
 from trimtab.bases.weights.experts import Experts
 from trimtab.errors import BaseError, NotMergeable
@@ -213,6 +214,11 @@ def _beyond(tensors: dict[str, Tensor]) -> None:
         tensors[name.replace("experts.3.", "experts.17.")] = tensors[name].clone()
 
 
+def _again(expert: str, part: str) -> Callable[[dict[str, Tensor]], object]:
+    """Under a second name of a number."""
+    return lambda t: t.update({n.replace("1.mlp.experts.3.", f"1.mlp.experts.{expert}."): x.clone() for n, x in t.items() if part in n})
+
+
 AT = "model.layers.1.mlp.experts"
 WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "one is missing": (_without(r"layers\.1\.mlp\.experts\.2\.up_proj"), rf"{AT}.gate_up_proj: the files have no expert 2's up_proj"),
@@ -225,6 +231,11 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "one with a bias": (
         lambda t: t.update({f"{AT}.3.up_proj.bias": torch.ones(96)}),
         rf"{AT}\.3\.up_proj: bias is not zero, and the model has no place for it",
+    ),
+    "one twice": (_again("03", "1.mlp.experts.3."), rf"twice, as {AT}\.03\.\w+ and as {AT}\.3\.\w+"),
+    "one twice, once dense": (
+        lambda t: t.update({f"{AT}.03.up_proj.weight": torch.ones(96, 64)}),
+        rf"{AT}.gate_up_proj: the files have one matrix twice, as {AT}\.03\.up_proj and as {AT}\.3\.up_proj",
     ),
 }
 
@@ -239,6 +250,37 @@ def test_what_is_wrong_with_experts(case: str, made: Callable[[str, str], tuple[
     with pytest.raises(BaseError, match="packed weights of the base in") as refusal:
         trimtab.load_base(str(tmp_path / "wrong"), dtype="float32")
     assert any(re.search(said, problem) for problem in refusal.value.problems), refusal.value.problems
+
+
+def test_numbers_that_nobody_counts_to(made: Callable[[str, str], tuple[Path, Any]], tmp_path: Path) -> None:
+    """A number of 5,000 digits, and a config that names a billion experts, of which the files have four."""
+    shutil.copytree(made("gptq", "qwen3_moe")[0], tmp_path / "wrong")
+    file = tmp_path / "wrong" / "model.safetensors"
+    tensors = load_file(file)
+    _again("9" * 5000, f"{AT}.3.up_proj")(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(BaseError, match="has packed weights where its model has no linear layer"):
+        trimtab.load_base(str(tmp_path / "wrong"), dtype="float32")
+    pieces = Pieces(["experts.*.up_proj.weight", "experts.*.gate_proj.weight"])
+    for expert in range(4):
+        for pattern in pieces.patterns:
+            pieces.add(expert, pattern, f"{expert}.{pattern}")
+    with pytest.raises(ValueError, match=r"no expert 4's up_proj, expert 4's gate_proj, expert 5's up_proj and 1,999,999,989 more"):
+        pieces.check(10**9)
+    pieces.check(4)
+
+
+def test_a_config_of_other_sizes(made: Callable[[str, str], tuple[Path, Any]], tmp_path: Path) -> None:
+    shutil.copytree(made("gptq", "qwen3_moe")[0], tmp_path / "wrong")
+    config = json.loads((tmp_path / "wrong" / "config.json").read_text())
+    for change, said in (
+        ({"num_local_experts": 3}, "the files have expert 3, where the model has experts 0 to 2"),
+        ({"vocab_size": 301}, r"lm_head\.weight is \[300, 64\] where \[301, 64\] belongs"),
+    ):
+        (tmp_path / "wrong" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(BaseError) as refusal:
+            trimtab.load_base(str(tmp_path / "wrong"), dtype="float32")
+        assert any(re.search(said, problem) for problem in refusal.value.problems), refusal.value.problems
 
 
 def test_such_a_base_is_planned_and_merges_into_nothing(made: Callable[[str, str], tuple[Path, Any]], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -98,6 +99,28 @@ def test_a_file_that_cannot_be_used(settings: Any, said: str, dense: Path, tmp_p
     _beside(tmp_path / "base", "quantize_config.json", settings)
     for reads in (load_base, read_architecture):
         with pytest.raises(BaseError, match=re.escape(said)):
+            reads(str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("what", ["nowhere", "itself", "a folder", "a pipe"])
+def test_such_a_file_that_is_none(what: str, dense: Path, tmp_path: Path) -> None:
+    """Without it the folder would be planned as a dense one."""
+    write_packed(dense, tmp_path / "base", partial(packed_by_loop, "gptq"), SETTINGS["gptq"])
+    _beside(tmp_path / "base", "quantize_config.json", {})
+    (file := tmp_path / "base" / "quantize_config.json").unlink()
+    {"a folder": file.mkdir, "a pipe": partial(os.mkfifo, file)}.get(what, partial(file.symlink_to, file if what == "itself" else "no"))()
+    for reads in (load_base, read_architecture):
+        with pytest.raises(BaseError, match=r"quantize_config\.json (is not a regular file|cannot be read)"):
+            reads(str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("settings", [[], [{"bits": 4}], "gptq", True])
+def test_a_config_whose_settings_are_no_object(settings: Any, dense: Path, tmp_path: Path) -> None:
+    shutil.copytree(dense, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    for reads in (load_base, read_architecture):
+        with pytest.raises(BaseError, match=r"config\.json has quantization_config: .*, where a JSON object belongs"):
             reads(str(tmp_path / "base"))
 
 

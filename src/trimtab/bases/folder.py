@@ -148,7 +148,16 @@ def _config_problems(folder: Path) -> list[str]:
         config = read_json(folder / "config.json")
     except ValueError as error:
         return [str(error)]
-    return [] if isinstance(config.get("model_type"), str) else ["config.json names no model_type"]
+    problems = [] if isinstance(config.get("model_type"), str) else ["config.json names no model_type"]
+    return problems + packing_problems(config)
+
+
+def packing_problems(config: dict[str, Any]) -> list[str]:
+    """What is wrong with how a config says that layers are packed."""
+    found = config.get("quantization_config")
+    if found is None or isinstance(found, dict):
+        return []
+    return [f"config.json has quantization_config: {json.dumps(found)[:40]}, where a JSON object belongs"]
 
 
 def _weight_problems(folder: Path) -> list[str]:

@@ -169,15 +169,16 @@ def _load_model(name: str, path: Path, dtype: torch.dtype | str, device: torch.d
     """The model on the device, with every weight from the files. transformers fills missing weights with random numbers; here they are an
     error."""
     try:
-        model, info = load_causal(path, device=device, dtype=dtype, output_loading_info=True, **options)
+        model, info = load_causal(path, device=device, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except Exception as error:  # unknown model_type, wrong shapes, not a causal LM, code of its own: the text says which
         if isinstance(error, TrimtabError) or ran_out(error):
             raise
         raise _unreadable(name, path, "model", error) from error
     missing = sorted(info["missing_keys"])
-    wrong = sorted(str(key) for key in info.get("mismatched_keys") or ())
+    wrong = sorted(info["mismatched_keys"])  # transformers would name none of them in its error
     if missing or wrong:
-        found = [f"missing tensor {key}" for key in missing] + [f"tensor of another shape {key}" for key in wrong]
+        found = [f"missing tensor {key}" for key in missing]
+        found += [f"{key} is {list(stored)} where {list(built)} belongs" for key, stored, built in wrong]
         raise BaseError(
             f"{name!r} does not hold all weights of its model: {path}",
             problems=first_of(found, 10),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,30 +21,47 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from trimtab.bases.weights.experts import put_dense, put_experts
 from trimtab.bases.weights.packed import KINDS, PackedLinear
 
-_EXPERT = re.compile(r"\.(\d+)\.")
+_EXPERT = re.compile(r"\.([0-9]{1,100})\.")
+"""A number in a module's name. Python makes none of more than 4,300 digits."""
+SHOWN = 3
 
 
 @dataclass
 class Pieces:
     """Of one parameter of experts. patterns: of the names of an expert's matrices, from the upper one down. at: (expert, number of its
-    pattern) -> what files call the module. strange: how transformers puts them together, where that is none of the ways above."""
+    pattern) -> what files call the module. twice: those that files have under two names, as with experts.3 and experts.03. strange: how
+    transformers puts them together, where that is none of the ways above."""
 
     patterns: list[str]
     at: dict[tuple[int, int], str] = field(default_factory=dict)
+    twice: dict[str, str] = field(default_factory=dict)
     strange: str = ""
+
+    def add(self, expert: int, pattern: str, module: str) -> None:
+        before = self.at.setdefault((expert, self.patterns.index(pattern)), module)
+        if before != module:
+            self.twice[module] = before
+
+    @property
+    def modules(self) -> set[str]:
+        """What files call all of them."""
+        return {*self.at.values(), *self.twice}
 
     def check(self, experts: int) -> None:
         """ValueError unless each of so many experts has its matrices, and no other one."""
         if self.strange:
             raise ValueError(f"its matrices are put together by {self.strange}, which packed ones are not")
+        if self.twice:
+            one, other = sorted(next(iter(self.twice.items())))
+            raise ValueError(f"the files have one matrix twice, as {one} and as {other}")
         if beyond := sorted({e for e, _ in self.at if e >= experts}):
             raise ValueError(f"the files have expert {beyond[0]}, where the model has experts 0 to {experts - 1}")
-        wanted = [(e, k) for e in range(experts) for k in range(len(self.patterns))]
-        if missing := [
-            f"expert {e}'s {self.patterns[k].split('*.')[-1].removesuffix('.weight')}" for e, k in wanted if (e, k) not in self.at
-        ]:
-            rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise ValueError(f"the files have no {', '.join(missing[:3])}{rest}")
+        lacking = experts * len(self.patterns) - len(self.at)
+        wanted = ((e, k) for e in range(experts) for k in range(len(self.patterns)))  # a config may name a billion
+        if missing := list(islice((at for at in wanted if at not in self.at), SHOWN)):
+            names = [f"expert {e}'s {self.patterns[k].split('*.')[-1].removesuffix('.weight')}" for e, k in missing]
+            rest = f" and {lacking - SHOWN:,} more" if lacking > SHOWN else ""
+            raise ValueError(f"the files have no {', '.join(names)}{rest}")
 
 
 class Names:
@@ -69,7 +87,7 @@ class Names:
                 if pattern is not None and parameter in experts:
                     converter = self._of_pattern[pattern]
                     own = found.setdefault(parameter, Pieces(list(converter.source_patterns), strange=_strange(converter)))
-                    own.at[int(number[-1]), converter.source_patterns.index(pattern)] = module
+                    own.add(int(number[-1]), pattern, module)
         return found
 
     def _renamed(self, name: str) -> tuple[str, str | None]:

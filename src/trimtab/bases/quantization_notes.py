@@ -5,6 +5,7 @@ AutoGPTQ and GPTQModel write `quantize_config.json`, AutoAWQ writes `quant_confi
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def settings_beside(folder: Path) -> dict[str, Any] | None:
 
 def _settings_beside(folder: Path) -> dict[str, Any] | None:
     for name, method in BESIDE.items():
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):  # a folder or a link to nowhere is told of, too
             said = read_json(folder / name)
             files = [file for file in weight_files(folder) if file.is_file()]
             if files and not any(t.name.endswith(".qweight") for file in files for t in read_header(file)):

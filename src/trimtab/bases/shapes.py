@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from trimtab.bases.folder import read_json
+from trimtab.bases.folder import packing_problems, read_json
 from trimtab.bases.locate import HUB_ID
 from trimtab.bases.progress import quiet_transformers
 from trimtab.bases.recipes import BITS, GGUF, check_quantize
@@ -125,11 +125,13 @@ def _folder_of(name: str) -> Path | None:
 
 
 def _check(config: Path, name: str) -> None:
-    """BaseError if a config is no JSON of the size that a config has."""
+    """BaseError if a config is no JSON of the size that a config has, or says of packed layers what nobody can read."""
     try:
-        read_json(config)
+        problems = packing_problems(read_json(config))
     except ValueError as error:
         raise BaseError(f"the config of {name!r} cannot be read: {error}", fix="fetch the file anew.") from error
+    if problems:
+        raise BaseError(f"the config of {name!r} cannot be read: {problems[0]}", fix="fetch the file anew.")
 
 
 def _unknown(name: str, why: str) -> BaseError:

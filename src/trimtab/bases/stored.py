@@ -91,8 +91,8 @@ class Packing:
             if (module := next((m for m in _above(name) if m in marked or m in dense), None)) is not None:
                 self._own.setdefault(module, {})[name.removeprefix(f"{module}.")] = name
         pieces = names.pieces(marked | dense, experts)
-        self._pieces = {n: p for n, p in pieces.items() if not marked.isdisjoint(p.at.values())}
-        one_by_one = {at for p in self._pieces.values() for at in p.at.values()}
+        self._pieces = {n: p for n, p in pieces.items() if not marked.isdisjoint(p.modules)}
+        one_by_one = {at for p in self._pieces.values() for at in p.modules}
         self._marked = {names.module(n): n for n in marked - one_by_one}
         self._marked_pieces = marked & one_by_one
 

@@ -72,7 +72,8 @@ def bits_of(settings: Mapping[str, Any]) -> float:
         try:
             bits, size = int4.told(settings)
         except ValueError as error:
-            raise BaseError(f"the base's quantization_config cannot be read: {error}", fix="check that config.json is whole") from None
+            fix = "check that config.json is whole, or quantize_config.json or quant_config.json where the folder has it"
+            raise BaseError(f"the base's quantization_config cannot be read: {error}", fix=fix) from None
         return max(bits, 4) + (40 / size if size else 0)
     if method_of(settings) == "compressed-tensors":
         return compressed.bits_of(settings)
