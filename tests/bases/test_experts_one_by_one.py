@@ -293,6 +293,13 @@ def test_such_a_base_is_planned_and_merges_into_nothing(made: Callable[[str, str
     ordered = made("gptq in an order", "qwen3_moe")[0]
     dense = read_architecture(str(ordered)).spec.weight_bytes(torch.float32)
     assert 0 <= trimtab.load_base(str(ordered), dtype="float32").spec.weight_bytes(torch.float32) - dense <= 0.01 * dense
+    config = json.loads((folder / "config.json").read_text())  # one group of all inputs has no order, whatever the config says
+    shutil.copytree(folder, tmp_path / "one group")
+    one = config["quantization_config"] | {"desc_act": True, "group_size": -1}
+    (tmp_path / "one group" / "config.json").write_text(json.dumps(config | {"quantization_config": one}))
+    assert weight_bytes(tmp_path / "one group", torch.float32) == (whole, own)
+    eight = made("gptq of 8 bits in an order", "qwen3_moe")[0]
+    assert weight_bytes(eight, torch.float32)[0] == pytest.approx(read_architecture(str(eight)).spec.weight_bytes(torch.float32), rel=0.05)
     assert own < there and whole < planned * 1.02 and weight_bytes(ordered, torch.float32)[1] >= own + dense - planned
     adapter = noisy(base, LoraConfig(r=2, target_modules=(), target_parameters=BOTH))
     with pytest.raises(NotMergeable, match="gptq"):

@@ -18,6 +18,7 @@ from trimtab.bases.fits import loading_bytes, refuse_too_large, weight_bytes
 from trimtab.bases.weights import stored_state
 from trimtab.cli import main
 from trimtab.memory import OutOfMemory, machine_memory
+from trimtab.places.shards import Shards
 
 CPU = torch.device("cpu")
 
@@ -50,15 +51,15 @@ def test_experts_are_put_together_and_packed(tmp_path: Path) -> None:
 def test_what_quantising_experts_takes_for_a_while_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_folder(tmp_path, "mixtral", dtype=torch.bfloat16)
     layer = 3 * 4 * 48 * 96 * 2  # matrices, experts, sides, bytes
-    assert loading_bytes(folder, torch.bfloat16, "nf4", shared=False) == 4 * layer
-    assert loading_bytes(folder, torch.bfloat16, "nf4", shared=True) == 4 * layer + int(2 * layer / 2 * 4.5 / 8)
-    assert loading_bytes(folder, torch.bfloat16, None, shared=True) == 0
-    _, own = weight_bytes(folder, torch.bfloat16, "nf4")
-    monkeypatch.setattr(fits, "obtainable_bytes", lambda: own + 4 * layer - 1)
-    with pytest.raises(OutOfMemory):
-        refuse_too_large("b", folder, torch.bfloat16, CPU, "nf4")
-    monkeypatch.setattr(fits, "obtainable_bytes", lambda: own + 4 * layer)
-    refuse_too_large("b", folder, torch.bfloat16, CPU, "nf4")
+    assert loading_bytes(folder, torch.bfloat16, "nf4") == 4 * layer
+    assert loading_bytes(folder, torch.bfloat16, None) == 0
+    whole, own = weight_bytes(folder, torch.bfloat16, "nf4")
+    for shards, needed in ((None, own + 4 * layer), (Shards(0, 2, 1), whole // 2 + 4 * layer)):  # each parameter is shared out once packed
+        monkeypatch.setattr(fits, "obtainable_bytes", lambda needed=needed: needed - 1)
+        with pytest.raises(OutOfMemory):
+            refuse_too_large("b", folder, torch.bfloat16, CPU, "nf4", shards)
+        monkeypatch.setattr(fits, "obtainable_bytes", lambda needed=needed: needed)
+        refuse_too_large("b", folder, torch.bfloat16, CPU, "nf4", shards)
 
 
 def large(folder: Path, gigabytes: int) -> Path:

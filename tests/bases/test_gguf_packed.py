@@ -203,6 +203,13 @@ def test_numbers_that_are_not_finite_are_told_with_their_tensor(quantize: str | 
     assert "blk.1.attn_v.weight" in str(refusal.value) or "layers.1.self_attn.v_proj" in str(refusal.value)
 
 
+def test_a_file_that_is_converted_is_not_read_again(file: Path, cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 150,000 tokens in it that takes 6 s."""
+    load_base(str(file), quantize="gguf")
+    monkeypatch.setattr(gguf, "_tensors_of", lambda path: pytest.fail("it is read again"))
+    load_base(str(file), quantize="gguf")
+
+
 def test_a_kind_that_gguf_cannot_dequantise_is_refused_by_name(cached: Path, tmp_path: Path) -> None:
     from gguf import GGMLQuantizationType, GGUFWriter
 

@@ -78,7 +78,7 @@ def test_error_lists_ten_and_says_how_to_mend_the_commonest(tmp_path):
         load(tmp_path, "a.jsonl")
     assert len([p for p in stopped.value.problems if p.startswith("a.jsonl:")]) == 10
     assert "and 2 more" in stopped.value.problems and "12 x over-long" in stopped.value.problems and "max_length" in stopped.value.fix
-    with pytest.raises(DataError, match="12 of 12"):
+    with pytest.raises(DataError, match=r"12 of 12 rows cannot be trained on\n"):
         write_jsonl(tmp_path / "a.jsonl", [{"prompt": "z" * 600, "completion": "y"}] * 12)
         load(tmp_path, Source("a.jsonl", max_dropped=1))
     with pytest.raises(DataError, match="no sources"):
@@ -326,6 +326,8 @@ def test_real_rows_with_the_real_tokenizer(tenant, monkeypatch, tmp_path):
 def test_a_data_set_says_what_its_sources_may_lose(tmp_path):
     """A source's own number goes first; what a file says of it decides, and nothing else of the run."""
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": "z" * 600, "completion": "y"}, *pairs(3)])
+    with pytest.raises(DataError, match=r"\(25%; allowed are 0.5%\)"):
+        load(tmp_path, Source("a.jsonl", max_dropped=0.005))
     data = DataConfig(train=[Source("a.jsonl"), Source("a.jsonl", max_dropped=0.2)], max_dropped=0.25)
     assert len(load(tmp_path, data.train[0]).examples) == 3
     with pytest.raises(DataError, match=r"1 of 4 rows .*\(25%; allowed are 20%\)"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.places import forked
@@ -26,6 +28,7 @@ from tests.train.test_rollouts import GRPO
 from tests.train.test_rollouts import config as sampled
 from tests.train.test_steering import Hand, cloned, tell
 from trimtab.errors import ConfigError
+from trimtab.places import ranks
 from trimtab.places.place import Place
 from trimtab.places.ranks import Ranks, joined
 from trimtab.places.shards import Shards
@@ -241,3 +244,31 @@ def test_ranks_have_restarted_where_torchrun_of_any_machine_says_so(tmp_path: Pa
 
     check_ended(in_ranks(2, work, tmp_path / "log"), tmp_path / "log", 0, KeyError())
     assert "KeyError" in (tmp_path / "log" / "0.txt").read_text()
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_here_is_not_taken_for_a_machine_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's error for it is a RuntimeError, as that of a connection that is gone. The other machine waits, and gives no sign."""
+
+    @contextmanager
+    def elsewhere() -> Iterator[Place]:
+        monkeypatch.setattr(socket, "gethostname", lambda: f"machine-{os.environ['RANK']}")
+        with joined() as place:
+            yield place
+
+    monkeypatch.setattr(forked, "joined", elsewhere)
+    monkeypatch.setattr(ranks, "SIGN_S", 0.5)
+
+    def no_room(tensor: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def work(place: Place) -> None:
+        if place.first:
+            monkeypatch.setattr(dist, "all_reduce", no_room)
+        with place.told():
+            place.add(torch.ones(3))
+
+    assert in_ranks(2, work, tmp_path / "log") == [1, 1]
+    first, second = ((tmp_path / "log" / f"{rank}.txt").read_text() for rank in range(2))
+    assert "rank 0 of 2 (machine-0, process" in first and "cannot go on with the others: OutOfMemoryError" in first, first
+    assert "has ended" not in first and "rank 0 of 2 (machine-0, process" in second and "Tried to allocate 2.00 GiB" in second, second

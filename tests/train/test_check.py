@@ -331,6 +331,24 @@ def test_every_turn_of_a_conversation_is_known_to_train() -> None:
     assert found.items == ("s:1: as t:1",)
 
 
+class Counted(int):
+    """Counts with how many others it is compared."""
+
+    compared = 0
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return int(self) == other
+
+
+def test_long_conversations_cost_what_their_length_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = tuple({"role": role, "content": "a"} for _ in range(200) for role in ("user", "assistant"))
+    monkeypatch.setattr(Row, "answers", property(lambda self: [Counted(i) for i in range(1, len(talk), 2)]))
+    assert len(turns(Row("s:1", messages=talk))) == 200
+    assert Counted.compared <= 4 * len(talk)
+
+
 def test_boilerplate_is_no_overlap_and_what_differs_is() -> None:
     """An instruction of every row tells nothing; it tells of a copy as long as few rows have it."""
     near = Near([(Row("s:1", text=""), words(f"{LONG} something else"))])
@@ -481,7 +499,7 @@ def test_a_hub_base_needs_no_weights(checked, tmp_path: Path, tiny_llama_folder:
 # ---- memory and time ------------------------------------------------------------
 
 
-def test_memory_counts_the_base_once_and_every_variant(checked, tiny_llama_folder: Path) -> None:
+def test_memory_counts_the_base_once_and_every_variant(checked, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variants = {n: METHODS[n] | {"data": "a"} for n in ("lora", "prefix", "full")}
     report = checked(variants=variants)
     e, base = report.estimate, read_architecture(str(tiny_llama_folder))
@@ -496,6 +514,11 @@ def test_memory_counts_the_base_once_and_every_variant(checked, tiny_llama_folde
     least, most = e.memory_bytes
     assert held + int(HEAP[0] * activations) <= least <= held + int(2 * HEAP[0] * activations)
     assert held + int(HEAP[1] * activations) <= most <= held + int(2 * HEAP[1] * activations)
+    monkeypatch.setenv("TRIMTAB_NATIVE", "0")  # then torch's own allocator stays
+    e = checked(variants=variants).estimate
+    assert e is not None
+    assert held + int(1.2 * activations) <= e.memory_bytes[0] <= held + int(2.4 * activations)
+    assert held + int(1.7 * activations) <= e.memory_bytes[1] <= held + int(3.4 * activations)
     by_name = {v.name: v for v in report.variants}
     assert e.forward_tokens == by_name["lora"].tokens_per_step + by_name["prefix"].tokens_per_step
     assert e.answers == 4

@@ -22,7 +22,7 @@ CHOICES = ("bfloat16", "float16")
 PACKED = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".scales", ".weight_scale_inv", ".weight_scale")
 """Ends of names of floating-point tensors that belong to packed weights, and are not converted."""
 CODES = (".qweight", ".weight_packed")
-"""Ends of names of codes of 4 bits, eight in an int32; those of 8 bits are taken for as many."""
+"""Ends of names of codes, several in an int32; of 4 bits each, where the config does not say how many."""
 IN_A_LAYER = re.compile(r"\.\d+\..*weight$")
 """Names of weights inside a list of layers, where those are that are packed."""
 IN_EXPERTS = re.compile(r"(.*?\.\d+\.)(?:.*\.)?experts\.")
@@ -52,7 +52,7 @@ def weight_bytes(folder: Path, dtype: torch.dtype | str, quantize: str | None = 
         size = t.stop - t.start
         experts = len(t.shape) == 3 and re.search(r"\.\d+\.", t.name) is not None
         if made and ordered and t.dtype == "I32" and t.name.endswith(CODES):
-            size = math.prod(t.shape) * 8 * (dtype.itemsize if isinstance(dtype, torch.dtype) else 2)
+            size = math.prod(t.shape) * 32 // bits * (dtype.itemsize if isinstance(dtype, torch.dtype) else 2)
         elif t.name.endswith(CODES):  # laid out anew, those of 2 and 3 bits in 4
             size, made = size * 4 // min(4, bits), True
         elif quantize is not None and (experts or (len(t.shape) == 2 and IN_A_LAYER.search(t.name))):
@@ -63,17 +63,16 @@ def weight_bytes(folder: Path, dtype: torch.dtype | str, quantize: str | None = 
     return whole, own
 
 
-def loading_bytes(folder: Path, dtype: torch.dtype | str, quantize: str | None, shared: bool) -> int:
+def loading_bytes(folder: Path, dtype: torch.dtype | str, quantize: str | None) -> int:
     """What quantising experts takes beside the weights while they are read. They are put together layer by layer: `PASSING` times a layer's
-    experts in `dtype`. shared: of a base that ranks share out; each has all packed experts until the last is read."""
+    experts in `dtype`."""
     if quantize is None:
         return 0
     layers, width = Counter[str](), dtype.itemsize if isinstance(dtype, torch.dtype) else 2
     for t in (t for file in weight_files(folder) for t in read_header(file)):
         if found := IN_EXPERTS.match(t.name):
             layers[found[1]] += math.prod(t.shape)
-    kept = int(layers.total() * BITS[quantize] / 8) if shared else 0
-    return int(PASSING * max(layers.values(), default=0) * width) + kept
+    return int(PASSING * max(layers.values(), default=0) * width)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -95,7 +94,7 @@ def refuse_too_large(
 
     def needed(wanted: torch.dtype | str, quantize: str | None = None) -> int:
         whole, own = weight_bytes(folder, wanted, quantize)
-        beside = loading_bytes(folder, wanted, quantize, shards is not None)
+        beside = loading_bytes(folder, wanted, quantize)
         if shards is not None:
             return (whole // shards.ranks + beside) * (shards.here if device.type == "cpu" else 1)
         return whole if device.type == "cuda" else own + beside

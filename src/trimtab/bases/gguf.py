@@ -60,7 +60,6 @@ def folder_for_gguf(path: Path, progress: Progress, *, packed: bool = False) -> 
         if file.read(4) != b"GGUF":
             raise BaseError(f"{str(path)!r} is not a GGUF file: it does not start with the letters GGUF", fix="fetch the file anew.")
     _refuse_parts(path)
-    _refuse_kinds(path)
     sha256 = sha256_of_file(path)
     folder = converted_folder(_plain(path.stem) + ("-packed" if packed else ""), sha256)
     convert(path, folder, sha256=sha256, progress=progress, packed=packed)
@@ -77,6 +76,7 @@ def convert(path: Path, folder: Path, *, sha256: str, progress: Progress, packed
     with locked(folder.name, progress):
         if is_converted(folder):
             return
+        _refuse_kinds(path)
         progress(f"unpacking {path.name} ({path.stat().st_size / 1e6:.0f} MB), once")
         try:
             with quiet_transformers():

@@ -91,10 +91,13 @@ def kinds_of(settings: Mapping[str, Any]) -> tuple[Kind, ...]:
 
 
 def in_an_order(settings: Mapping[str, Any]) -> bool:
-    """Whether the groups of inputs are in an order of each matrix' own, so that experts do not stay packed."""
+    """Whether the groups of inputs are in an order of each matrix' own, so that experts do not stay packed. One group has no order."""
     schemes = settings.get("config_groups")
     found = [s.get("weights") for s in schemes.values() if isinstance(s, Mapping)] if isinstance(schemes, Mapping) else []
-    return bool(settings.get("desc_act")) or any(isinstance(w, Mapping) and w.get("actorder") in ("group", "dynamic") for w in found)
+    several = settings.get("group_size", 128) not in (-1, None)
+    return bool(settings.get("desc_act") and several) or any(
+        isinstance(w, Mapping) and w.get("actorder") in ("group", "dynamic") for w in found
+    )
 
 
 def settings_of(config: Any, folder: Path | None) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from trimtab.bases.fits import available_bytes
 from trimtab.bases.shapes import Architecture
 from trimtab.bases.spec import Spec
 from trimtab.cost.plan import CostPlan, plan
-from trimtab.cost.room import HEAP, NOTHING_FITS, ROW_BYTES, Need, Pass, drawing, said_of, virtual_tokens
+from trimtab.cost.room import NOTHING_FITS, ROW_BYTES, Need, Pass, drawing, heap, said_of, virtual_tokens
 from trimtab.data import answer_of, order
 from trimtab.data.token_store import Examples
 from trimtab.errors import ConfigError, DataError
@@ -197,11 +197,12 @@ def flops_per_token(base: Architecture, method: Method, trainable: int, supervis
 def fitting_tokens(run: RunConfig, base: Architecture, variants: Sequence[VariantConfig], dtype: torch.dtype, length: int) -> int | None:
     """The largest half, quarter, … of `max_tokens` whose forwards fit the memory that is free, beside what is held already; None where none
     does, since a row longer than that runs alone."""
-    tokens, free, sequence = run.max_tokens // 2, available_bytes(torch.device("cpu")), min(length, base.spec.max_positions)
+    cpu = torch.device("cpu")
+    tokens, free, sequence, most = run.max_tokens // 2, available_bytes(cpu), min(length, base.spec.max_positions), heap(cpu)[1]
     while tokens >= max(64, length):
         name, again = str(dtype).removeprefix("torch."), run.activation_checkpointing
         options: dict[str, Any] = {"dtype": name, "batch_tokens": tokens, "sequence_length": sequence, "activation_checkpointing": again}
-        if HEAP[1] * max(plan(base, v.method, **options).activation_bytes for v in variants) <= free:
+        if most * max(plan(base, v.method, **options).activation_bytes for v in variants) <= free:
             return tokens
         tokens //= 2
     return None

@@ -81,8 +81,9 @@ class SourceRows:
                 f"{self.source.path}: split: none of the rows that are held out can be used", fix="mend the rows, or hold out more."
             )
         common = Counter(d.kind for d in self.dropped).most_common(1)[0][0]
+        shares = f" ({100 * lost / total:.3g}%; allowed are {100 * allowed:.3g}%)" if lost > allowed * total else ""
         return DataError(
-            f"{self.source.path}: {lost} of {total} rows cannot be trained on ({lost / total:.0%}; allowed are {allowed:.0%})",
+            f"{self.source.path}: {lost} of {total} rows cannot be trained on{shares}",
             problems=summarise_dropped(self.dropped),
             fix=FIXES.get(common, "mend the rows, or take them out of the file."),
         )

@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from trimtab.errors import ConfigError, TrimtabError
+from trimtab.memory import ran_out
 from trimtab.places.place import ONE_PROCESS, Place, RankLost
 from trimtab.places.shards import Shards, gather
 
@@ -221,7 +222,8 @@ class Ranks(Place):
     def _missed(self, error: Exception) -> RankLost:
         """Who does not answer: of this machine, whose process has ended; of others, those who leave no sign within `SIGN_S`. Where all do,
         the error is this rank's own."""
-        if not isinstance(error, RuntimeError):  # what torch.distributed raises where the other end of a connection is gone
+        # torch.distributed raises a RuntimeError where the other end of a connection is gone; torch another one where memory runs out
+        if not isinstance(error, RuntimeError) or ran_out(error):
             return self._failed(error)
         try:
             self._store.set(f"alive/{self.rank}", "")

@@ -59,8 +59,8 @@ def turns(row: Row) -> list[Turn]:
     if messages is None:
         read.go_on(row.text or "", words(row.text or ""))
         return [read.turn("", ())]
-    answers = row.answers if row.asked is None and row.read is None else ()
-    found, last = list[Turn](), answers[-1] if answers else None
+    answers = frozenset(row.answers if row.asked is None and row.read is None else ())
+    found, last = list[Turn](), max(answers, default=None)
     for i, message in enumerate(messages):
         text = said_by(message)
         said = words(text)
