@@ -208,6 +208,20 @@ def test_damage_is_told_with_its_file(case: str, dense: Path, tmp_path: Path) ->
     assert said in problem, problem
 
 
+@pytest.mark.parametrize(("kind", "name"), [("fp8", "activation_scale"), ("fp8 of outputs", "input_scale")])
+def test_scales_of_inputs_that_are_not_used_may_be_anything(kind: str, name: str, dense: Path, tmp_path: Path) -> None:
+    """Calibration leaves NaN where no token came, as in experts that no text was sent to."""
+
+    def by_loop(W: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, entries = packed_by_loop(kind, W)
+        return tensors | {name: torch.tensor(float("nan"))}, entries
+
+    matrices = write_packed(dense, tmp_path / "base", by_loop, SETTINGS[kind])
+    base = load_base(str(tmp_path / "base"), dtype="float32")
+    for n, W in matrices.items():
+        assert difference(base.matrix(n).dense(), W) < 1e-6, n
+
+
 def test_weights_under_a_name_of_their_own(dense: Path, tmp_path: Path) -> None:
     """AutoGPTQ named the file by its settings."""
     shutil.copytree(dense, tmp_path / "base")

@@ -34,6 +34,8 @@ from trimtab.places.shards import Shards
 _METHOD = "trimtab"
 _DENSE = ("BF16", "F16", "F32", "F64")
 """safetensors' names of dtypes in which matrices are stored as they are."""
+_OF_INPUTS = ("input_scale", "input_scale_ub", "activation_scale")
+"""How inputs are to be rounded, which is not done. Where calibration saw no token, as in an expert that got none, they may be NaN."""
 
 
 class Packing:
@@ -272,7 +274,7 @@ class Packing:
 
 def _not_finite(name: str, tensor: Tensor) -> int:
     """How many scales, or other numbers beside the codes, are NaN or infinite. bitsandbytes may keep codes as floating-point numbers."""
-    if name == "weight" or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+    if name == "weight" or name in _OF_INPUTS or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         return 0
     return tensor.numel() - int(tensor.isfinite().sum())
 
