@@ -90,7 +90,9 @@ def test_blanks_between_parts_are_bounded():
         ("json_schema", '{"$ref": "http://example.com/x"}', "cannot be followed"),
         ("json_schema", "[" * 60000, "not JSON"),
         ("json_schema", '{"description": "' + "x" * 70000 + '"}', "at most 65536"),
-        ("regex", "a(b", "cannot be followed"),
+        ("regex", "a(b", "cannot be followed: .*unclosed group"),
+        ("regex", r"(a)\1", "cannot be followed: .*backreferences are not supported"),
+        ("regex", "a" * 4000 + "(?=b)", "cannot be followed: .*look-around"),
         ("grammar", "start: (", "cannot be followed"),
         ("grammar", "root ::= (", "cannot be read"),
         ("grammar", "root ::= " + "(" * 30000, "cannot be read"),
@@ -106,6 +108,16 @@ def test_what_cannot_be_followed_is_refused_soon(kind, text, words):
     with pytest.raises(TrimtabError, match=words) as caught:
         COMPILER.matcher(kind, text)
     assert time.perf_counter() - began < 5 and caught.value.http_status == 400 and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [("json_schema", '{"$ref": "#"}'), ("grammar", "start: start"), ("grammar", "root ::= root"), ("regex", r"[^\s\S]")],
+)
+def test_a_grammar_that_no_text_follows(kind, text):
+    """llguidance says so with a word of its own, and only once it is asked for the first token."""
+    matcher = COMPILER.matcher(kind, text)
+    assert not any(matcher.mask) and matcher.error.startswith("no text follows it")
 
 
 def test_a_grammar_is_compiled_once_and_kept_for_a_while(monkeypatch):

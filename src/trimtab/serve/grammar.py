@@ -24,6 +24,8 @@ KEPT_BYTES = 16 << 20
 """Memory that compiled grammars may take which nobody uses at the moment."""
 WHITESPACE = r"[ \n]{0,16}"
 """Between the parts of a JSON answer: bounded, since a model may write blanks for ever."""
+_NOTHING = "NoExtensionBias"
+"""llguidance's word for a grammar of which no text is."""
 _NAMES = {"calls": "the grammar of these tools"}
 LEXER_FUEL, MAX_SIZE, MAX_STATES = 500_000, 100_000, 50_000
 """llguidance's limits, below its own; a state takes 1 to 2 kB. They bound time loosely: a unit of fuel may take 100 ns or 3 µs."""
@@ -154,4 +156,9 @@ def _parse(kind: str, text: str) -> Any:
 
 
 def _short(message: str) -> str:
-    return message.strip().splitlines()[0][:300] if message.strip() else "no reason given"
+    """Its first line; where that tells of a regex alone that it is invalid, with the reason, which is in a later one."""
+    first, *others = message.strip().splitlines() or ["no reason given"]
+    if first == _NOTHING:
+        return "no text follows it: each of its rules needs another one, or what it asks for cannot be"
+    reason = next((line.removeprefix("error:") for line in others if line.startswith("error:")), "")
+    return first[: 300 - len(reason[:200])] + reason[:200]
