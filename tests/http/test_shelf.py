@@ -109,6 +109,21 @@ def test_what_is_no_name_is_a_mistake(town, path: str, status: int):
     assert get(town, "acme", path).status_code == status
 
 
+@pytest.mark.parametrize(
+    ("run", "scores"),
+    [
+        ({"metrics": {"token_f1": 61.25, "loss": 0.5}}, {"token_f1": ["F1", True, "higher"], "loss": ["loss", False, "lower"]}),
+        ({"metrics": 5}, {}),
+        ({}, {}),
+    ],
+)
+def test_a_version_says_what_its_scores_mean(tmp_path: Path, run: dict, scores: dict):
+    store = Store(tmp_path / "store", create=True)
+    store.publish(stirred(base_of(), LoraConfig(r=4), seed=1).save(tmp_path / "adapter", run=run), "acme/a")
+    told = shelf.shown(store, shelf.LOCAL, "acme/a")["scores"]
+    assert {name: [m["title"], m["percent"], m["better"]] for name, m in told.items()} == scores
+
+
 def test_names_come_in_pages(store: Store, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shelf, "MAX_LISTED", 2)
     first = shelf.listed(store, shelf.LOCAL, "")

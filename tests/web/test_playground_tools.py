@@ -156,6 +156,30 @@ def test_a_forced_call_is_followed_by_a_free_answer(page: Any, served: tuple[Sit
     assert page.get_by_label("Tool choice").input_value() == "auto", "the tool that was to be called has gone"
 
 
+def test_an_answer_to_a_result_that_failed_is_asked_for_again(chromium: Any, served: tuple[Site, str]):
+    """By the keyboard alone: what was pressed goes away, and the focus goes to the answer."""
+    visit = Visit(chromium, served[1])
+    page = visit.page
+    page.get_by_label("acme/a", exact=True).uncheck()
+    define(page, json.dumps([WEATHER]))
+    with saying(served[0], as_text("get_weather", '{"city": "Bern"}')):
+        ask(page, "How is the weather?", 200)
+        column(page, "tiny").get_by_text("ended: tool_calls").wait_for()
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    column(page, "tiny").get_by_label("What get_weather returns").fill("sunny")
+    column(page, "tiny").get_by_label("What get_weather returns").press("Control+Enter")
+    column(page, "tiny").get_by_role("alert").wait_for()
+    page.unroute("**/v1/chat/completions")
+    with saying(served[0], "It is sunny."):
+        column(page, "tiny").get_by_role("button", name="Try again").press("Enter")
+        column(page, "tiny").get_by_text("It is sunny.").wait_for()
+        column(page, "tiny").get_by_text("ended: stop").wait_for()
+    assert page.evaluate("document.activeElement.ariaLabel") == "Answer 2" and column(page, "tiny").get_by_role("alert").count() == 0
+    assert [m["content"] for m in command(page, "tiny")["messages"]][2:] == ["sunny"]
+    visit.context.close()
+    assert all("ERR_FAILED" in told for told in visit.wrong), visit.wrong
+
+
 def command_before(page: Any) -> dict[str, Any]:
     page.get_by_label("Prompt").fill("hi")
     return command(page, "tiny")

@@ -257,6 +257,7 @@ def test_many_variants_are_found_by_name_and_leave_the_curves_in_sight(chromium:
         assert scores.locator("tbody tr").count() == 200
         more.click()
         scores.locator("tbody tr").nth(260).wait_for()
+        assert page.evaluate("document.activeElement.ariaLabel") == "Scores on a", "where the pressed button was"
         legend.get_by_role("button", name="Hide all").click()
         legend.get_by_label("Find variants").fill("v-25")
         legend.get_by_role("button", name="Show 11").click()

@@ -45,7 +45,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     made.publish(stirred(base, LoraConfig(r=4, lora_alpha=16), seed=2), "acme/support")
     made.publish(stirred(base, IA3Config(), seed=3), "bolt/billing")
     odd = stirred(Base(tiny_model("llama"), tiny_tokenizer(), name=HOSTILE_BASE, fingerprint=base.fingerprint), LoraConfig(r=4), seed=4)
-    run = {"options": {EVIL: EVIL}, "metrics": {EVIL: 1.5, "loss": 0.5}, "base_metrics": {"loss": 2.5}, "data_digest": EVIL}
+    scores = {"metrics": {EVIL: 1.5, "loss": 0.5, "token_f1": 61.25}, "base_metrics": {"loss": 2.5, "token_f1": 20}}
+    run = {"options": {EVIL: EVIL}, "data_digest": EVIL, **scores}
     folder = odd.save(tmp_path_factory.mktemp("odd") / "odd", run=run)
     made.publish(folder, "acme/odd")
     return made
@@ -228,6 +229,14 @@ def test_versions_cards_and_differences(chromium: Any, local: Served):
         assert "trimtab adapters alias acme/support@1 prod" in page.get_by_role("region", name="Aliases").inner_text()
         page.get_by_label("Compare to").select_option("acme/support@1")
         page.get_by_text("adapter_config.json says the same.").wait_for()
+
+
+def test_scores_have_the_names_that_a_runs_page_gives_them(chromium: Any, local: Served):
+    with Visit(chromium, local.url, "#/adapters/acme%2Fodd") as page:
+        table = page.get_by_role("region", name="Scores of this version")
+        table.wait_for()
+        rows = [row.locator("th, td").all_inner_texts() for row in table.locator("tbody tr").all()]
+        assert rows[1:] == [["test loss", "2.5", "0.5"], ["F1, %", "20.0", "61.3"]], rows
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1440, "dark"), (1024, "light"), (390, "dark")])

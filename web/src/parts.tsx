@@ -140,9 +140,10 @@ export function Table<Row>({
   narrow?: boolean;
 }) {
   const [whole, setWhole] = useState(false);
+  const frame = useRef<HTMLDivElement>(null);
   const shown = whole || rows.length <= MOST_ROWS ? rows : rows.slice(0, MOST_ROWS);
   return (
-    <div class="table-frame" role="region" aria-label={label} tabIndex={0}>
+    <div class="table-frame" role="region" aria-label={label} tabIndex={0} ref={frame}>
       <table role="table" class={narrow ? "narrow" : undefined}>
         <thead role="rowgroup">
           <tr role="row">
@@ -176,7 +177,7 @@ export function Table<Row>({
       {shown.length < rows.length && (
         <p class="note">
           These are the first {shown.length}.{" "}
-          <button type="button" class="quiet" onClick={() => setWhole(true)}>
+          <button type="button" class="quiet" onClick={() => (setWhole(true), frame.current?.focus({ preventScroll: true }))}>
             Show the other {rows.length - shown.length}
           </button>
         </p>

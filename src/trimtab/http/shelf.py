@@ -22,6 +22,7 @@ from trimtab.store.names import NoSuchAdapter, Ref
 from trimtab.store.registry import Store
 from trimtab.store.told import files_of, note_of, told_of
 from trimtab.store.version import Version
+from trimtab.train.past import meanings
 from trimtab.version import __version__
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ async def adapter(tenant: Caller, s: S, name: Given) -> dict[str, Any]:
 
 @own.get("/version")
 async def version(tenant: Caller, s: S, ref: Given) -> dict[str, Any]:
-    """One version with its files and trimtab.json."""
+    """One version with its files, trimtab.json, and what the names of its scores mean."""
     return await s.store_work.run(tenant.name, lambda: shown(s.catalog.store, tenant, ref))
 
 
@@ -117,7 +118,11 @@ def versions(store: Store | None, tenant: Tenant, name: str) -> dict[str, Any]:
 def shown(store: Store | None, tenant: Tenant, ref: str) -> dict[str, Any]:
     def read(store: Store, ref: Ref) -> dict[str, Any]:
         found = store.resolve(ref)
-        return told_of(found) | {"files": files_of(found), "note": note_of(store, found)}
+        note = note_of(store, found)
+        run = (note or {}).get("run")
+        scores = run.get("metrics") if isinstance(run, dict) else None
+        meant = meanings(scores if isinstance(scores, dict) else ())
+        return told_of(found) | {"files": files_of(found), "note": note, "scores": meant}
 
     return _seen(store, tenant, ref, read)
 

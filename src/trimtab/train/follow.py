@@ -25,18 +25,15 @@ from trimtab.train.answers import answered, answers, confusion
 from trimtab.train.beginning import log_of, read_log
 from trimtab.train.control import CONTROL, NOTHING, read_orders
 from trimtab.train.past import (
-    HIGHER_IS_BETTER,
-    LOWER_IS_BETTER,
-    PERCENT,
     PLAN,
     PastRun,
     PastVariant,
     doubts,
     load,
+    meanings,
     numbers,
     plan_of,
     read_without_metrics,
-    title,
 )
 from trimtab.train.run_folders import FILES, is_file, is_run, state, walk
 from trimtab.train.sendable import UNLIKE, clean, number, word
@@ -182,7 +179,7 @@ def facts_of(folder: Path, key: str, name: str) -> dict[str, Any]:
             "settings": settings,
             "base_fingerprint": run.summary.get("base_fingerprint") or {},
             "base_scores": base_scores,
-            "scores": _meanings(scores),
+            "scores": meanings(scores),
             "variants": variants,
             "answers": answered(run),
             **{k: value if isinstance(value := told.get(k), str | int | float) else None for k in facts},
@@ -312,12 +309,6 @@ def _objective(fields: Mapping[str, Any]) -> str:
         return word(repr(aimed_at(fields)))
     except (*UNLIKE, ConfigError):
         return word(str(fields.get("objective")))
-
-
-def _meanings(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Of each score: its title, whether it is a percentage, and which way is better ("higher", "lower", None: neither)."""
-    better = {**dict.fromkeys(LOWER_IS_BETTER, "lower"), **dict.fromkeys(HIGHER_IS_BETTER, "higher")}
-    return {n: {"title": title(n), "percent": n in PERCENT, "better": better.get(n)} for n in names}
 
 
 def _settings(flat: Mapping[str, Any], names: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,12 @@ class PastRun:
 def title(score: str) -> str:
     """A score's name as people write it."""
     return TITLES.get(score, score.replace("_", " "))
+
+
+def meanings(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Of each score: its title, whether it is a percentage, and which way is better ("higher", "lower", None: neither)."""
+    better = {**dict.fromkeys(LOWER_IS_BETTER, "lower"), **dict.fromkeys(HIGHER_IS_BETTER, "higher")}
+    return {n: {"title": title(n), "percent": n in PERCENT, "better": better.get(n)} for n in names}
 
 
 def numbers(scores: Mapping[str, Any] | None) -> dict[str, float]:

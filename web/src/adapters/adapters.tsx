@@ -3,9 +3,10 @@
 
 import { useEffect, useState } from "preact/hooks";
 import { type About, get } from "../api";
-import { bytes, number, quoted, short, value } from "../format";
+import { bytes, number, own, quoted, short, value } from "../format";
 import { type Column, Command, Empty, Facts, Failure, Section, Table, useLoaded } from "../parts";
 import { link } from "../route";
+import { type Meaning, scoreTitle, scoreValue } from "../runs/types";
 import { Aliases, CardDiff, Export, Publish, Push } from "./changes";
 
 export interface Version {
@@ -31,6 +32,8 @@ interface Listed {
 export interface Details extends Version {
   files: Record<string, { digest: string; bytes: number }>;
   note: Record<string, unknown> | null;
+  /** What the names of its scores mean. */
+  scores: Record<string, Meaning>;
 }
 
 interface Difference {
@@ -252,24 +255,24 @@ function Card({ refOf, changes }: { refOf: string; changes: boolean }) {
     ["training rows", run["data_digest"] ? String(run["data_digest"]) : "–"],
     ["digest", found.digest],
   ];
-  const [own, base] = [numbers(run["metrics"]), numbers(run["base_metrics"])];
+  const [scores, base] = [numbers(run["metrics"]), numbers(run["base_metrics"])];
   const settings = Object.entries({ ...object(found.note?.["fields"]), ...object(run["options"]) }).filter(([, x]) => x !== null && x !== "" && JSON.stringify(x) !== "{}");
   const q = quoted(found.ref);
   return (
     <Section title={found.ref} id="card">
       <Facts look="pairs" facts={facts} />
-      {own.length > 0 && (
+      {scores.length > 0 && (
         <>
           <h3>Scores on held-out rows</h3>
           <Table
             narrow
             label="Scores of this version"
-            rows={own}
+            rows={scores}
             rowKey={([name]) => name}
             columns={[
-              { key: "name", title: "score", cell: ([name]) => name.replaceAll("_", " ") },
-              { key: "base", title: "base", number: true, cell: ([name]) => number(base.find(([n]) => n === name)?.[1]) },
-              { key: "own", title: "with this adapter", number: true, cell: ([, x]) => number(x) },
+              { key: "name", title: "score", cell: ([name]) => scoreTitle(name, own(found.scores, name)) },
+              { key: "base", title: "base", number: true, cell: ([name]) => scoreValue(base.find(([n]) => n === name)?.[1], own(found.scores, name)) },
+              { key: "own", title: "with this adapter", number: true, cell: ([name, x]) => scoreValue(x, own(found.scores, name)) },
             ]}
           />
         </>

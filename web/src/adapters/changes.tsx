@@ -2,9 +2,9 @@
 
 import { useEffect, useState } from "preact/hooks";
 import { ApiError, get, post, request } from "../api";
-import { bytes, duration, number, quoted, value } from "../format";
+import { bytes, duration, number, own, quoted, value } from "../format";
 import { Command, Failure, Options, Section, Table, useLoaded } from "../parts";
-import type { RunLine } from "../runs/types";
+import { type RunLine, scoreTitle, scoreValue } from "../runs/types";
 import { type Details, numbers, object, type Version } from "./adapters";
 
 interface Job {
@@ -315,6 +315,9 @@ function told(v: Details): Record<string, string> {
   const facts: Record<string, string> = { base: v.base ?? "–", "base's fingerprint": v.fingerprint ?? "–", method: v.method ?? "–", parameters: number(v.parameters), size: bytes(v.bytes) };
   if (run["data_digest"]) facts["training rows"] = String(run["data_digest"]);
   for (const [name, x] of Object.entries(object(run["options"]))) facts[name] = value(x);
-  for (const [name, x] of numbers(run["metrics"])) facts[`score: ${name.replaceAll("_", " ")}`] = number(x);
+  for (const [name, x] of numbers(run["metrics"])) {
+    const meaning = own(v.scores, name);
+    facts[`score: ${scoreTitle(name, meaning)}`] = scoreValue(x, meaning);
+  }
   return facts;
 }

@@ -1,8 +1,8 @@
 // One model's answer: text as it streams, and of each token how likely it was and what else might have come.
 
-import { useState } from "preact/hooks";
+import { useEffect, useRef, useState } from "preact/hooks";
 import { duration, number, quoted } from "../format";
-import { Command } from "../parts";
+import { Command, Failure } from "../parts";
 import { type Answer, body, type Call, type Settings, type Token, type Turn } from "./ask";
 import { Calls } from "./calls";
 
@@ -16,15 +16,21 @@ interface Props {
   onTyped: (call: Call, text: string) => void;
   /** Sends the results of the last answer's calls. */
   onSend: () => void;
+  /** Asks once more for the last answer, which failed. */
+  onAgain: () => void;
 }
 
-export function AnswerColumn({ model, turns, settings, keyed, typed, onTyped, onSend }: Props) {
+export function AnswerColumn({ model, turns, settings, keyed, typed, onTyped, onSend, onAgain }: Props) {
+  const last = useRef<HTMLDivElement>(null);
+  useEffect(() => {
+    if (turns.length > 1 && document.activeElement === document.body) last.current?.focus({ preventScroll: true }); // what was pressed has gone
+  }, [turns.length, turns[turns.length - 1]?.answer.error]);
   return (
     <section class="card column" aria-label={`Answer of ${model}`}>
       <h2>{model}</h2>
       {turns.length === 0 && <Said answer={undefined} />}
       {turns.map((turn, i) => (
-        <div key={i} class="turn">
+        <div key={i} class="turn" role="group" aria-label={`Answer ${i + 1}`} tabIndex={-1} ref={i === turns.length - 1 ? last : undefined}>
           <Said answer={turn.answer} />
           {turn.answer.calls.length > 0 && (
             <Calls
@@ -36,11 +42,7 @@ export function AnswerColumn({ model, turns, settings, keyed, typed, onTyped, on
               onSend={turn.answer.running || turn.answer.error ? null : onSend}
             />
           )}
-          {turn.answer.error && (
-            <p class="failure" role="alert">
-              {turn.answer.error}
-            </p>
-          )}
+          {turn.answer.error && <Failure error={turn.answer.error} again={i > 0 ? onAgain : undefined} />}
           <p class="note figures">{figures(turn.answer)}</p>
         </div>
       ))}

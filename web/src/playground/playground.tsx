@@ -52,13 +52,13 @@ export function Playground({ about }: { about: About }) {
     for (const m of models) void ask(m, sent, [], mine.signal, (answer) => control.current === mine && take(m, answer));
   };
   const typed = (call: Call) => results.get(callKey(call)) ?? "";
-  const goOn = (wanted: string[]) => {
+  const answerTo = (m: string, before: Turn[]) => {
     const mine = control.current?.signal.aborted === false ? control.current : (control.current = new AbortController());
-    for (const m of wanted) {
-      const before = (turns.get(m) ?? []).map((t) => ({ ...t, results: t.results ?? t.answer.calls.map(typed) }));
-      setTurns((all) => new Map(all).set(m, [...before, { answer: UNASKED, results: null }]));
-      void ask(m, asked, before, mine.signal, (answer) => control.current === mine && take(m, answer));
-    }
+    setTurns((all) => new Map(all).set(m, [...before, { answer: UNASKED, results: null }]));
+    void ask(m, asked, before, mine.signal, (answer) => control.current === mine && take(m, answer));
+  };
+  const goOn = (wanted: string[]) => {
+    for (const m of wanted) answerTo(m, (turns.get(m) ?? []).map((t) => ({ ...t, results: t.results ?? t.answer.calls.map(typed) })));
   };
   const waiting = models.filter((m) => {
     const answer = last(turns.get(m) ?? [])?.answer;
@@ -177,6 +177,7 @@ export function Playground({ about }: { about: About }) {
                 typed={typed}
                 onTyped={(call, text) => setResults((all) => new Map(all).set(callKey(call), text))}
                 onSend={() => goOn([m])}
+                onAgain={() => answerTo(m, mine.slice(0, -1))}
               />
             );
           })}

@@ -5,7 +5,7 @@ import { bytes, duration, number, own, quoted, short } from "../format";
 import { type Column, Command, Section, Table } from "../parts";
 import { Swatch } from "./swatch";
 import type { Metrics } from "./series";
-import type { Meaning, RunFacts, Shown } from "./types";
+import { type Meaning, type RunFacts, scoreTitle, scoreValue, type Shown } from "./types";
 
 interface Row {
   key: string;
@@ -74,7 +74,7 @@ function OneSet({ data, shown, runs, meanings, metrics, ranked }: OneSetProps) {
       const meaning = meanings[n];
       return {
         key: n,
-        title: `${n === "loss" ? "test loss" : (meaning?.title ?? n)}${meaning?.percent ? ", %" : ""}`,
+        title: scoreTitle(n, meaning),
         number: true,
         class: (r) => (r.scores[n] !== undefined && r.scores[n] === best.get(n) ? "best" : undefined),
         cell: (r) => score(r, n, meaning),
@@ -129,7 +129,7 @@ export function Name({ shown }: { shown: Shown }) {
 function score(row: Row, name: string, meaning: Meaning | undefined): ComponentChildren {
   const value = row.scores[name];
   if (value === undefined) return "–";
-  const text = meaning?.percent ? value.toFixed(1) : number(value, 4);
+  const text = scoreValue(value, meaning);
   const base = row.shown ? row.base[name] : undefined;
   if (base === undefined)
     return (

@@ -1,5 +1,7 @@
 // What the server tells of runs: see trimtab/train/follow.py.
 
+import { number } from "../format";
+
 /** paused: all variants that have not ended are, and the run waits. */
 export type State = "running" | "paused" | "finished" | "stopped";
 
@@ -22,6 +24,10 @@ export interface Meaning {
   percent: boolean;
   better: "higher" | "lower" | null;
 }
+
+export const scoreTitle = (name: string, meaning: Meaning | undefined): string => `${name === "loss" ? "test loss" : (meaning?.title ?? name)}${meaning?.percent ? ", %" : ""}`;
+
+export const scoreValue = (value: number | undefined, meaning: Meaning | undefined): string => (value !== undefined && meaning?.percent ? value.toFixed(1) : number(value));
 
 export interface VariantFacts {
   name: string;
