@@ -222,8 +222,8 @@ class Ranks(Place):
     def _missed(self, error: Exception) -> RankLost:
         """Who does not answer: of this machine, whose process has ended; of others, those who leave no sign within `SIGN_S`. Where all do,
         the error is this rank's own."""
-        # torch.distributed raises a RuntimeError where the other end of a connection is gone; torch another one where memory runs out
-        if not isinstance(error, RuntimeError) or ran_out(error):
+        # where the other end of a connection is gone, torch.distributed raises a plain RuntimeError or one of its own
+        if (type(error) is not RuntimeError and not isinstance(error, dist.DistError)) or ran_out(error):
             return self._failed(error)
         try:
             self._store.set(f"alive/{self.rank}", "")
@@ -237,7 +237,8 @@ class Ranks(Place):
         except RuntimeError:  # the store is gone too, with the process that held it
             missing, said = [0], {}
         self.lost = missing
-        who = [f"rank {r} of {self.ranks} ({self._name(r)}) has ended" + (f": {said[r]}" if r in said else "") for r in missing]
+        seen = {r: "has ended" if self._has_ended(r) else "gives no sign" for r in missing}
+        who = [f"rank {r} of {self.ranks} ({self._name(r)}) {what}" + (f": {said[r]}" if r in said else "") for r, what in seen.items()]
         return RankLost("; ".join(who), fix=RESUME) if who else self._failed(error)
 
     def _failed(self, error: Exception) -> RankLost:
