@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +151,33 @@ def test_a_file_without_all_of_its_tensors_is_no_base(quantize: str | None, cach
         load_base(str(write(tmp_path / "tiny.gguf", 1)), quantize=quantize)
     with pytest.raises(BaseError, match="is one of several parts of a model"):
         load_base(str(write(tmp_path / "tiny-00001-of-00002.gguf", 1)), quantize=quantize)
+
+
+def _lying(path: Path, what: str) -> str:
+    """Change the value of one key of a file's header; what it is refused with."""
+    raw = bytearray(path.read_bytes())
+    at = raw.index(what.encode()) + len(what)
+    if what == "llama.block_count":
+        struct.pack_into("<I", raw, at + 4, 2**31)
+        said = r"block_count is 2,147,483,648, and it has \d+ tensors"
+    elif what == "llama.context_length":
+        struct.pack_into("<IIQ", raw, at, 9, 5, 2**60)
+        said = r"its header has 1,152,921,504,606,\d+,\d+ keys, tensors and elements of arrays; at most 4,194,304 are read"
+    else:
+        struct.pack_into("<IIQ", raw, at, 9, 5, 2**21)
+        said = rf"it ends at {len(raw):,} bytes, and its header goes on"
+    path.write_bytes(raw)
+    return said
+
+
+@pytest.mark.parametrize("what", ["llama.block_count", "llama.context_length", "general.architecture"])
+def test_a_header_that_names_more_than_the_file_has(what: str, cached: Path, tmp_path: Path) -> None:
+    """An array of 2**60 numbers, and layers without end, were read until memory was full."""
+    path = write(tmp_path / "lying.gguf")
+    said = _lying(path, what)
+    for reads in (load_base, partial(load_base, quantize="gguf"), read_architecture):
+        with pytest.raises(BaseError, match=f"cannot be read: .*{said}"):
+            reads(str(path))
 
 
 def _by_loop(kind: str, blocks: np.ndarray, inputs: int) -> np.ndarray:

@@ -114,6 +114,16 @@ def test_such_a_file_that_is_none(what: str, dense: Path, tmp_path: Path) -> Non
             reads(str(tmp_path / "base"))
 
 
+@pytest.mark.parametrize("layers", [{"num_hidden_layers": 10**12}, {"text_config": {"num_hidden_layers": 10**12}}])
+def test_a_config_of_more_layers_than_tensors(layers: dict[str, Any], dense: Path, tmp_path: Path) -> None:
+    """All would be built before the first is missed."""
+    shutil.copytree(dense, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | layers))
+    with pytest.raises(BaseError, match=r"config\.json has num_hidden_layers: 1000000000000, and there are \d+ tensors"):
+        load_base(str(tmp_path / "base"))
+
+
 @pytest.mark.parametrize("settings", [[], [{"bits": 4}], "gptq", True])
 def test_a_config_whose_settings_are_no_object(settings: Any, dense: Path, tmp_path: Path) -> None:
     shutil.copytree(dense, tmp_path / "base")

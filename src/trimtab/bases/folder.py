@@ -99,7 +99,7 @@ def folder_problems(folder: Path) -> list[str]:
     problems = [found for path in _read_whole(folder) if (found := _problem(path)) is not None]
     if problems:
         return problems
-    problems = _config_problems(folder) + _weight_problems(folder)
+    problems = _config_problems(folder) + _weight_problems(folder) or _layer_problems(folder)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         problems.append(f"no tokenizer (looked for {', '.join(TOKENIZER_FILES)})")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -184,6 +184,16 @@ def _weight_problems(folder: Path) -> list[str]:
         except (OSError, ValueError) as error:
             problems.append(str(error))
     return problems
+
+
+def _layer_problems(folder: Path) -> list[str]:
+    """Of a config that names more layers than there are tensors: each would be built before the first is missed."""
+    config, tensors = read_json(folder / "config.json"), sum(len(read_header(file)) for file in weight_files(folder))
+    for found in (config, config.get("text_config")):
+        layers = found.get("num_hidden_layers") if isinstance(found, dict) else None
+        if isinstance(layers, int) and layers > tensors:
+            return [f"config.json has num_hidden_layers: {layers}, and there are {tensors:,} tensors"]
+    return []
 
 
 def check_folder(folder: Path, *, name: str) -> None:

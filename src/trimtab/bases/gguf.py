@@ -17,6 +17,7 @@ from typing import Any
 
 from trimtab.bases.cache import cache_dir, locked, whole_folder
 from trimtab.bases.folder import folder_problems
+from trimtab.bases.gguf_header import refuse_damage
 from trimtab.bases.progress import Progress, quiet_transformers
 from trimtab.errors import BaseError, TrimtabError, first_of
 
@@ -132,6 +133,7 @@ def _refuse_kinds(path: Path) -> None:
 def _tensors_of(path: Path) -> Any:
     from gguf import GGUFReader
 
+    refuse_damage(path)
     try:
         return GGUFReader(path).tensors
     except Exception as error:  # it raises whatever a wrong number leads to

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from trimtab.bases.folder import packing_problems, read_json
+from trimtab.bases.gguf_header import refuse_damage
 from trimtab.bases.locate import HUB_ID
 from trimtab.bases.progress import quiet_transformers
 from trimtab.bases.recipes import BITS, GGUF, check_quantize
@@ -105,6 +106,8 @@ def _read_config(name: str) -> Any:
         options |= {"gguf_file": path.name} if source != path else {}
         if source == path:
             _check(path, name)
+        else:
+            refuse_damage(path)
     elif not HUB_ID.fullmatch(name):
         raise _unknown(name, "neither a known name, nor a folder or file here, nor written like a hub id (org/name)")
     try:
