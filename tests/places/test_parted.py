@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +246,18 @@ def test_ranks_have_restarted_where_torchrun_of_any_machine_says_so(tmp_path: Pa
     assert "KeyError" in (tmp_path / "log" / "0.txt").read_text()
 
 
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[Place]]:
+    """`joined` where each rank is on a machine of its own."""
+
+    @contextmanager
+    def join() -> Iterator[Place]:
+        monkeypatch.setattr(socket, "gethostname", lambda: f"machine-{os.environ['RANK']}")
+        with joined() as place:
+            yield place
+
+    return join
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("no room for 2.00 GiB"), RuntimeError("out of memory"), NotImplementedError("no room")]
@@ -255,13 +267,7 @@ def test_an_error_of_this_rank_is_not_taken_for_a_machine_that_is_gone(
 ) -> None:
     """Such errors are RuntimeErrors, as that of a connection that is gone. The other machine waits, and gives no sign."""
 
-    @contextmanager
-    def elsewhere() -> Iterator[Place]:
-        monkeypatch.setattr(socket, "gethostname", lambda: f"machine-{os.environ['RANK']}")
-        with joined() as place:
-            yield place
-
-    monkeypatch.setattr(forked, "joined", elsewhere)
+    monkeypatch.setattr(forked, "joined", elsewhere(monkeypatch))
     monkeypatch.setattr(ranks, "SIGN_S", 0.5)
 
     def fail(tensor: torch.Tensor) -> None:
@@ -276,4 +282,21 @@ def test_an_error_of_this_rank_is_not_taken_for_a_machine_that_is_gone(
     assert in_ranks(2, work, tmp_path / "log") == [1, 1]
     first, second = ((tmp_path / "log" / f"{rank}.txt").read_text().partition("\n")[0] for rank in range(2))
     assert "rank 0 of 2 (machine-0, process" in first and f"cannot go on with the others: {type(error).__name__}" in first, first
-    assert "rank 0 of 2 (machine-0, process" in second and f"gives no sign: {type(error).__name__}: {error}" in second, second
+    assert "rank 0 of 2 (machine-0, process" in second and f"has ended: {type(error).__name__}: {error}" in second, second
+
+
+@pytest.mark.slow
+def test_a_machine_that_tells_nothing_is_not_said_to_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its process has ended cannot be seen from here."""
+    monkeypatch.setattr(forked, "joined", elsewhere(monkeypatch))
+    monkeypatch.setattr(ranks, "SIGN_S", 0.5)
+
+    def work(place: Place) -> None:
+        if not place.first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with place.told():
+            place.add(torch.ones(3))
+
+    assert in_ranks(2, work, tmp_path / "log") == [1, -signal.SIGKILL]
+    said = (tmp_path / "log" / "0.txt").read_text()
+    assert "rank 1 of 2 (machine-1, process" in said and "gives no sign" in said and "has ended" not in said.split("Traceback")[0], said

@@ -237,7 +237,7 @@ class Ranks(Place):
         except RuntimeError:  # the store is gone too, with the process that held it
             missing, said = [0], {}
         self.lost = missing
-        seen = {r: "has ended" if self._has_ended(r) else "gives no sign" for r in missing}
+        seen = {r: "has ended" if r in said or self._has_ended(r) else "gives no sign" for r in missing}
         who = [f"rank {r} of {self.ranks} ({self._name(r)}) {what}" + (f": {said[r]}" if r in said else "") for r, what in seen.items()]
         return RankLost("; ".join(who), fix=RESUME) if who else self._failed(error)
 
