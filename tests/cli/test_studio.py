@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 from click.testing import CliRunner
 
 from tests.http.process import first_line
@@ -67,3 +68,15 @@ def test_a_store_that_is_not_there_yet_is_made_by_the_first_adapter(tmp_path: Pa
     assert _store(None) == (None, None), "a folder of something else is left alone"
     monkeypatch.setenv("TRIMTAB_STORE", str(tmp_path / "none"))
     assert _store(None) == (None, tmp_path / "none")
+
+
+@pytest.mark.parametrize(("store", "told"), [("new", True), ("made", False), (None, False)])
+def test_a_store_that_was_named_and_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str | None, told: bool):
+    """It may be a slip of the pen."""
+    Store(tmp_path / "made", create=True)
+    monkeypatch.setenv("TRIMTAB_STORE", str(tmp_path / "none"))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_: None)
+    named = ["--store", str(tmp_path / store)] if store else []
+    result = CliRunner().invoke(main, ["studio", str(tmp_path), "--port", "0", *named])
+    assert result.exit_code == 0 and f"showing the runs in {tmp_path}" in result.output
+    assert (f"there is no store in {tmp_path / 'new'} yet: the first adapter that is published makes it" in result.output) == told

@@ -73,6 +73,8 @@ def studio(runs: Path, data: tuple[Path, ...], base: str, root: Path | None, hos
         open_parts.callback(shown.close)
         app = create_studio(shown)
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}/#key={key}"
+        if root is not None and new_store is not None and not as_json:
+            say(f"there is no store in {root} yet: the first adapter that is published makes it")
         say(json.dumps({"url": where, "runs": str(folders.root)}) if as_json else f"showing the runs in {folders.root} at {where}")
         config = uvicorn.Config(app, ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False)
         uvicorn.Server(config).run([sock])
