@@ -145,7 +145,8 @@ def check_columns(
         raise DataError(
             f"{where}: no training form found in its columns: {', '.join(seen) or 'none'}",
             problems=[why],
-            fix="rename the columns, or map them, such as `columns: {chosen: better, rejected: worse}` (our name: the file's name).",
+            fix="rename the columns, or map them (our name: the file's name), in a run file with "
+            "`columns: {chosen: better, rejected: worse}`, for `trimtab eval` with `--column chosen=better --column rejected=worse`.",
         )
     if not problems:
         problems = [f"column {c!r}{hint}" for c in seen if c not in COLUMNS and (hint := nearest(c, COLUMNS))]
@@ -153,7 +154,8 @@ def check_columns(
     raise DataError(
         f"{where}: no training form found in its columns: {', '.join(seen) or 'none'}",
         problems=[*problems, f"understood: {UNDERSTOOD}"],
-        fix="rename the columns, or map them, such as `columns: {prompt: question, completion: answer}` (our name: the file's name).",
+        fix="rename the columns, or map them (our name: the file's name), in a run file with "
+        "`columns: {prompt: question, completion: answer}`, for `trimtab eval` with `--column prompt=question --column completion=answer`.",
     )
 
 
