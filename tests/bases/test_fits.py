@@ -63,13 +63,14 @@ def test_what_quantising_experts_takes_for_a_while_is_counted(tmp_path: Path, mo
 
 
 def large(folder: Path, gigabytes: int) -> Path:
-    """A base whose file is one of so many GB in float32, with nothing in it."""
+    """A base whose file is one of so many GB in float32, with nothing in it. It has a tensor for each of two layers."""
     tiny_folder(folder, "llama")
-    numbers = gigabytes * 10**9 // 4
-    header = json.dumps({"w": {"dtype": "F32", "shape": [numbers], "data_offsets": [0, 4 * numbers]}}).encode()
+    numbers = gigabytes * 10**9 // 8
+    ends = {"v": [0, 4 * numbers], "w": [4 * numbers, 8 * numbers]}
+    header = json.dumps({n: {"dtype": "F32", "shape": [numbers], "data_offsets": at} for n, at in ends.items()}).encode()
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + 4 * numbers)
+        file.truncate(8 + len(header) + 8 * numbers)
     return folder
 
 
