@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.train.past import run_folder, variant
 from trimtab.cli import main
 from trimtab.cli.studio import _store
 from trimtab.errors import TrimtabError
+from trimtab.http.server import MAX_HEAD
 from trimtab.store.registry import Store
 
 
@@ -45,6 +47,10 @@ def test_it_shows_runs_until_ctrl_c(tmp_path: Path, host: str) -> None:
                 assert len(token) >= 32 and httpx.get(f"{url}studio/runs").status_code == 401
             else:
                 assert len(token) >= 32 and httpx.get(f"{url}studio/runs", headers={"host": "evil.example"}).status_code == 403
+            with socket.create_connection(("127.0.0.1", httpx.URL(url).port)) as bad:
+                bad.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nx: " + b"a" * MAX_HEAD)
+                bad.settimeout(10)
+                assert bad.recv(4096).startswith(b"HTTP/1.1 431")
             process.send_signal(signal.SIGINT)
             assert process.wait(30) in (0, 130)
         finally:

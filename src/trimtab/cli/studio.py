@@ -76,7 +76,9 @@ def studio(runs: Path, data: tuple[Path, ...], base: str, root: Path | None, hos
         if root is not None and new_store is not None and not as_json:
             say(f"there is no store in {root} yet: the first adapter that is published makes it")
         say(json.dumps({"url": where, "runs": str(folders.root)}) if as_json else f"showing the runs in {folders.root} at {where}")
-        config = uvicorn.Config(app, ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False)
+        config = uvicorn.Config(
+            app, http=server.Protocol, ws="none", lifespan="off", log_level="warning", access_log=False, server_header=False
+        )
         uvicorn.Server(config).run([sock])
 
 
