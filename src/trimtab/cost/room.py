@@ -18,7 +18,6 @@ from trimtab.bases import resolve_device, resolve_dtype
 from trimtab.bases.fits import available_bytes, most_bytes
 from trimtab.bases.shapes import Architecture
 from trimtab.bases.spec import Spec
-from trimtab.compiler import find_compiler
 from trimtab.cost.activations import judging_bytes, packed_sizes
 from trimtab.cost.plan import CostPlan, plan
 from trimtab.data.sources import text_bytes
@@ -27,6 +26,7 @@ from trimtab.memory import OutOfMemory
 from trimtab.methods import FullConfig, Head
 from trimtab.objectives import Objective
 from trimtab.objectives.base import Taught
+from trimtab.ops.reuse import reuse_blocks
 from trimtab.train.config import RunConfig
 from trimtab.train.options import VariantConfig
 from trimtab.train.teachers import measured_by
@@ -35,7 +35,7 @@ HEAP = 0.95, 1.23
 """How many times its sum a process takes for what passes in a step on a CPU. Measured: 0.98 to 1.09 times in steps of equal rows, up to
 1.17 where rows differ in length and are scored (`tests/cost/test_peak.py`). Other devices' allocators are taken to be as wasteful."""
 HEAP_OF_TORCH = 1.2, 1.7
-"""The same with torch's own allocator on the CPU, where `ops.reuse` has no compiler. Measured: 1.4 and 1.47 times for LoRA and IA³."""
+"""The same with torch's own allocator on the CPU, where `ops.reuse` cannot change it. Measured: 1.4 and 1.47 times for LoRA and IA³."""
 
 ROW_BYTES = 200
 """Of a row's place among what the base says: an entry of a dict."""
@@ -172,7 +172,7 @@ def memory_bytes(
 
 def heap(device: torch.device) -> tuple[float, float]:
     """How many times its sum, at least and at most, a process takes for what passes in a step."""
-    return HEAP if device.type != "cpu" or find_compiler()[0] is not None else HEAP_OF_TORCH
+    return HEAP if device.type != "cpu" or reuse_blocks()[0] else HEAP_OF_TORCH
 
 
 def part_bytes(spec: Spec, dtype: torch.dtype, base_bytes: int, parts: int) -> int:
