@@ -62,7 +62,7 @@ class Visit:
             viewport={"width": width, "height": 900}, color_scheme=scheme, bypass_csp=bypass_csp, reduced_motion="reduce"
         )
         self.page, self.url = self.context.new_page(), url
-        self.page.set_default_timeout(15_000)
+        self.page.set_default_timeout(45_000)
         self.wrong: list[str] = []
         self.page.on("pageerror", lambda error: self.wrong.append(f"exception: {error} {error.stack}"))
         self.page.on(
