@@ -6,6 +6,8 @@ PEER is a virtual environment of its own with torch, transformers, trl, peft and
 turn, each in a fresh process; figures are medians over the repetitions, and only the ratios mean anything on a shared machine. Both
 supervise the last turn only, as the peer script does, and see the rows in the order that the peer's sampler draws with its seed. Both get
 the same GOMP_SPINCOUNT (see trimtab/__init__.py).
+
+With `--quantize nf4` both train on one folder that `trimtab quantize` has written; the peer then needs bitsandbytes.
 """
 
 from __future__ import annotations
@@ -28,16 +30,27 @@ from trimtab import bases
 def main() -> None:
     args = _arguments()
     if args.ours:
-        print(json.dumps(ours(args.ours, args.steps, args.batch)))
+        print(json.dumps(ours(args.base, args.ours, args.steps, args.batch)))
         return
-    model = bases.locate("smollm2-135m-instruct", print)
+    with tempfile.TemporaryDirectory() as folder:
+        compare(args, packed(args.quantize, Path(folder) / "base") if args.quantize else bases.locate("smollm2-135m-instruct", print))
+
+
+def packed(quantize: str, folder: Path) -> Path:
+    """The bundled base, quantised into a folder."""
+    command = [sys.executable, "-m", "trimtab", "quantize", "smollm2-135m-instruct", str(folder), "--to", quantize]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return folder
+
+
+def compare(args: argparse.Namespace, model: Path) -> None:
     table = []
     for name in args.sets:
         rows = (args.data / name / "train.jsonl").resolve()
         theirs, own = [], []
         for _ in range(args.repeat):
             theirs.append(peer(args, model, rows))
-            own.append(_run([sys.executable, __file__, "--ours", str(rows), "--steps", str(args.steps), "--batch", str(args.batch)])[0])
+            own.append(_run([sys.executable, __file__, "--ours", str(rows), "--base", str(model), *sizes(args)])[0])
         table.append(summary(name, theirs, own))
         print(json.dumps(table[-1]), flush=True)
     geometric = statistics.geometric_mean(row["ratio"] for row in table)
@@ -53,11 +66,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--quantize", choices=("nf4", "int8"), help="both train on the base in this form")
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--base", default="smollm2-135m-instruct", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def ours(rows: Path, steps: int, batch: int) -> dict[str, Any]:
+def sizes(args: argparse.Namespace) -> list[str]:
+    return ["--steps", str(args.steps), "--batch", str(args.batch)]
+
+
+def ours(base: str, rows: Path, steps: int, batch: int) -> dict[str, Any]:
     """One trimtab run on the first steps * batch rows, in the peer's order."""
     import torch
 
@@ -80,7 +99,7 @@ def ours(rows: Path, steps: int, batch: int) -> dict[str, Any]:
         options = {"lr": 2e-4, "max_steps": steps, "batch_size": batch, "schedule": "linear", "last_turn_only": True, "max_length": 1024}
         lora = {"data": "rows", "method": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
         content = {
-            "base": "smollm2-135m-instruct",
+            "base": base,
             "out": "out",
             "dtype": "bfloat16",
             "data": {"rows": {"train": "rows.jsonl"}},
@@ -98,7 +117,7 @@ def ours(rows: Path, steps: int, batch: int) -> dict[str, Any]:
 
 
 def peer(args: argparse.Namespace, model: Path, rows: Path) -> dict[str, Any]:
-    command = [args.peer_python, str(args.peer.resolve()), str(model), str(rows), "--steps", str(args.steps), "--batch", str(args.batch)]
+    command = [args.peer_python, str(args.peer.resolve()), str(model), str(rows), *sizes(args)]
     figures, text = _run(command)
     losses = [float(x) for x in re.findall(r"'loss': '?([0-9.]+)", text)]
     return {"tokens": figures["real_tokens"], "tokens_per_s": figures["tokens_per_s"], "peak_gb": figures["peak_gb"], "losses": losses}
