@@ -115,12 +115,3 @@ def test_nothing_needs_more_than_is_told_without_its_rows(objective: str, conten
     assert need is not None and most.referred >= need.referred > 0
     assert most.forward_tokens >= need.forward_tokens == max(found.tokens) and most.bytes()[0] >= need.bytes()[0]
     assert objective == "distil" or need.forward_tokens > longest
-
-
-def test_memory_that_torch_keeps_is_counted_where_its_allocator_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is the reason: no compiler, one that cannot build it, another malloc."""
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(room, "reuse_blocks", lambda: (True, ""))
-    assert room.heap(cpu) == room.HEAP
-    monkeypatch.setattr(room, "reuse_blocks", lambda: (False, "c++ could not build it"))
-    assert room.heap(cpu) == room.HEAP_OF_TORCH and room.heap(torch.device("meta")) == room.HEAP
