@@ -10,7 +10,7 @@ import pytest
 
 from tests.data.common import TALK, write_jsonl
 from trimtab.data import Source, opened, parse_sources, read_source
-from trimtab.data.sources import content_of
+from trimtab.data.source_rows import content_of
 from trimtab.errors import ConfigError, DataError
 
 PAIR = {"prompt": "Q", "completion": "A"}

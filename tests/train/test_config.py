@@ -14,7 +14,7 @@ from tests.train.common import run_file
 from trimtab.bases.locate import locate, refuse_hopeless
 from trimtab.bases.shapes import read_architecture
 from trimtab.data import Source
-from trimtab.data.sources import peek_source
+from trimtab.data.source_rows import peek_source
 from trimtab.errors import BaseError, ConfigError, DataError
 from trimtab.methods import LoraConfig
 from trimtab.train import RunConfig

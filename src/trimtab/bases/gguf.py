@@ -148,6 +148,8 @@ def _unpack(path: Path) -> tuple[Any, Any]:
     import transformers
     from transformers import AutoModelForCausalLM
 
+    from trimtab.bases.load_hooks import forget_quantization
+
     dtype = torch.float32 if path.stat().st_size < UNPACK_IN_FP32_BYTES else torch.bfloat16
     plan: dict[str, Any] = {}
     if (gguf_config := getattr(transformers, "GgufConfig", None)) is not None:
@@ -162,25 +164,13 @@ def _unpack(path: Path) -> tuple[Any, Any]:
     if packed:
         raise BaseError(f"{path.name} stays packed after unpacking: {packed[:3]}", fix="pass the model's safetensors folder instead.")
     model = model.to(torch.bfloat16)
-    _forget_quantization(model)
+    forget_quantization(model)
+    vars(model.config).pop("_model_name_or_path", None)
+    model.config.dtype = torch.bfloat16
     tokenizer = _tokenizer(path, model.config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
-
-
-def _forget_quantization(model: Any) -> None:
-    """Make a model that was read from blocks an ordinary dense one in transformers' eyes."""
-    import torch
-
-    for holder, names in (
-        (model.config, ("quantization_config", "_model_name_or_path")),
-        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
-    ):
-        for name in names:
-            if name in vars(holder):
-                delattr(holder, name)
-    model.config.dtype = torch.bfloat16
 
 
 def _tokenizer(path: Path, config: Any) -> Any:

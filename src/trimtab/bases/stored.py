@@ -16,22 +16,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from trimtab.bases.folder import read_header, weight_files
 from trimtab.bases.pieces import Names, Pieces, put_together
-from trimtab.bases.sharding import matrices_in, parts_of, shard
+from trimtab.bases.shared_load import ByLayer
 from trimtab.bases.stored_formats import STORED, method_of
-from trimtab.bases.structure import read_spec
 from trimtab.bases.weights.experts import parameters_of_experts, put_dense, put_experts
 from trimtab.bases.weights.packed import KINDS, PackedLinear
 from trimtab.errors import BaseError, first_of
 from trimtab.memory import release_files, release_freed, release_mapped
-from trimtab.places.shards import Shards
 
-_METHOD = "trimtab"
 _DENSE = ("BF16", "F16", "F32", "F64")
 """safetensors' names of dtypes in which matrices are stored as they are."""
 _OF_INPUTS = ("input_scale", "input_scale_ub", "activation_scale")
@@ -333,116 +327,3 @@ class _PackExperts(ConversionOps):
         self.packing.pack(model, full_layer_name, found[0] if isinstance(found, list) else found)
         missing_keys.discard(full_layer_name)
         return {}
-
-
-class ByLayer:
-    """Of a load that ranks share out: what has been read is, as soon as something of another part of the model is read. So a rank has its
-    own parts and one that is whole."""
-
-    def __init__(self, folder: Path, shards: Shards, device: torch.device):
-        self._files, self._shards, self._device = weight_files(folder), shards, device
-        self._parts: dict[str, nn.Module] = {}
-        self._whole: nn.Module | None = None
-
-    def __deepcopy__(self, memo: Any) -> ByLayer:
-        """transformers copies its options."""
-        return self
-
-    def prepare(self, model: Any) -> None:
-        names = {m: n for n, m in model.named_modules()}
-        self._parts = {names[part]: part for part in parts_of(model, read_spec(model))}
-
-    def packs(self, parameter: str) -> bool:
-        """Whether its reading is to be noticed."""
-        return self._part(parameter) is not None
-
-    def get_ops(self) -> ConversionOps:
-        return _Noticed(self)
-
-    def reached(self, name: str) -> None:
-        """Something of this name has been read."""
-        part = self._part(name)
-        if part is self._whole:
-            return
-        if self._whole is not None:
-            self._shards.add(self._whole, matrices_in(self._whole), self._device)
-            self._release()
-        self._whole = part
-
-    def share(self, parameter: str, made: nn.Module) -> None:
-        """Share out what has been packed of a part of the model, which comes later."""
-        if (part := self._part(parameter)) is not None:
-            self._shards.add(part, matrices_in(made), self._device)
-
-    def fill(self, model: Any) -> None:
-        """Nothing is left to be read."""
-
-    def finish(self, model: Any) -> None:
-        """Share out what was read last, and what is tied to it."""
-        shard(model, read_spec(model), self._shards, self._device)
-        self._release()
-
-    def _release(self) -> None:
-        release_files(self._files)  # what was read of them stays mapped
-        release_freed()  # what is kept lies between what quantising has freed
-
-    def _part(self, name: str) -> nn.Module | None:
-        return next((part for at, part in self._parts.items() if name == at or name.startswith(f"{at}.")), None)
-
-
-class _Noticed(ConversionOps):
-    def __init__(self, by_layer: ByLayer):
-        self.by_layer = by_layer
-
-    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str = "", **kwargs: Any) -> dict[str, Any]:
-        self.by_layer.reached(full_layer_name)
-        return input_dict
-
-
-@register_quantization_config(_METHOD)
-class _Config(QuantizationConfigMixin):
-    """What transformers calls back during a load."""
-
-    def __init__(self, packing: Packing | ByLayer):
-        self.quant_method, self.packing = _METHOD, packing
-
-
-@register_quantizer(_METHOD)
-class _Quantizer(HfQuantizer):
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        self.quantization_config.packing.prepare(model)
-        return model
-
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        self.quantization_config.packing.fill(model)
-        return model
-
-    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return self.quantization_config.packing.packs(param_name)
-
-    def get_quantize_ops(self) -> ConversionOps:
-        ops: ConversionOps = self.quantization_config.packing.get_ops()
-        return ops
-
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-
-def forget_quantization(model: Any) -> None:
-    """Make a model an ordinary one in transformers' eyes: whoever multiplies by its matrices asks the modules."""
-    for holder, names in (
-        (model.config, ("quantization_config", "_is_quantized")),
-        (model, ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions")),
-    ):
-        for name in names:
-            if name in vars(holder):
-                delattr(holder, name)
-
-
-def packing_options(packing: Packing | ByLayer) -> dict[str, Any]:
-    """The options of `from_pretrained` with which a load is packed."""
-    return {"quantization_config": _Config(packing)}

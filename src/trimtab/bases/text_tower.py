@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from trimtab.bases.folder import read_header, weight_files
-from trimtab.bases.stored import ByLayer, Packing, forget_quantization, packing_options
+from trimtab.bases.load_hooks import forget_quantization, load_options
+from trimtab.bases.shared_load import ByLayer
+from trimtab.bases.stored import Packing
 from trimtab.bases.stored_formats import settings_of, without_settings
 from trimtab.errors import BaseError, ConfigError
 from trimtab.places.shards import Shards
@@ -111,11 +113,11 @@ def load_causal(
     packed = settings is not None or quantize is not None
     by_layer = None if shards is None else ByLayer(folder, shards, device or torch.device("cpu"))
     if by_layer is not None and not packed:
-        options |= packing_options(by_layer)
+        options |= load_options(by_layer)
     if packed:
         dtype = text.dtype if options.get("dtype") == "auto" else options.get("dtype")
         packing = Packing(folder, dtype or torch.float32, settings, quantize, NAMES if text is not config else {}, experts, by_layer)
-        options |= {"config": without_settings(text), "dtype": packing.dtype} | packing_options(packing)
+        options |= {"config": without_settings(text), "dtype": packing.dtype} | load_options(packing)
     there = device is not None and device.type != "cpu"
     if there and not packed and shards is None:
         options["device_map"] = {"": device}

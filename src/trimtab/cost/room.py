@@ -20,7 +20,7 @@ from trimtab.bases.shapes import Architecture
 from trimtab.bases.spec import Spec
 from trimtab.cost.activations import judging_bytes, packed_sizes
 from trimtab.cost.plan import CostPlan, plan
-from trimtab.data.sources import text_bytes
+from trimtab.data.source_rows import text_bytes
 from trimtab.decode.generate import MAX_LIVE, MAX_ROWS
 from trimtab.memory import OutOfMemory
 from trimtab.methods import FullConfig, Head

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from trimtab.data.render import as_learnt
     from trimtab.data.rows import Dropped, Row, answer_of
     from trimtab.data.scores import SCORES, bleu, exact_match, has_bleu, perplexity, rouge_l, token_f1, valid_json
-    from trimtab.data.sources import Source, dropped_problem, parse_sources, part_problem, peek_source, read_source, sources_in
+    from trimtab.data.source_rows import peek_source, read_source
+    from trimtab.data.sources import Source, dropped_problem, parse_sources, part_problem, sources_in
 else:
     load_on_first_use(__name__)
 

@@ -26,7 +26,8 @@ from trimtab.data.examples import Example
 from trimtab.data.keys import ROW_KEYS, TURN_KEYS
 from trimtab.data.render import as_learnt
 from trimtab.data.rows import Dropped, Parts, Row, whole
-from trimtab.data.sources import MAX_DROPPED, Source, content_of, rows_of
+from trimtab.data.source_rows import content_of, rows_of
+from trimtab.data.sources import MAX_DROPPED, Source
 from trimtab.data.token_store import Examples, Tokens, TokenWriter, token_file
 from trimtab.errors import DataError
 from trimtab.version import __version__

@@ -21,7 +21,8 @@ from trimtab.data.forms import FORMS, form_of
 from trimtab.data.labels import MAX_LABELS
 from trimtab.data.pairs import marked
 from trimtab.data.rows import Dropped, to_segments
-from trimtab.data.sources import HUB, records_of
+from trimtab.data.source_rows import records_of
+from trimtab.data.sources import HUB
 from trimtab.errors import DataError
 from trimtab.objectives import OBJECTIVES, Objective, Sft
 
