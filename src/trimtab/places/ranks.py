@@ -199,7 +199,7 @@ class Ranks(Place):
             words = torch.empty(self.ranks, 2, dtype=torch.int64)
             gather(words.view(-1), torch.tensor([TALKS.index(what), number]))
             told = [(TALKS[kind], n) for kind, n in words.tolist()]
-            if any((kind, n if same else 0) != (what, number if same else 0) for kind, n in told):
+            if any(kind != what or (same and n != number) for kind, n in told):
                 raise self._apart(told)
             yield [n for _, n in told]
 
