@@ -16,6 +16,8 @@ MAX_VALUES = 1 << 22
 TEXT, ARRAY, DEEPEST = 8, 9, 4
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a number, by GGUF's number of its type."""
+WHOLE = {4: "I", 5: "i", 10: "Q", 11: "q"}
+"""Those of whole numbers of 32 and 64 bits, as `struct` names them."""
 
 
 def refuse_damage(path: Path) -> None:
@@ -36,8 +38,8 @@ def _walk(path: Path) -> None:
         for _ in header.counted(keys):
             name, kind, at = header.text(), header.number("I"), header.at
             header.value(kind)
-            if name.endswith(b".block_count") and kind in (4, 5, 10, 11):
-                (layers,) = struct.unpack_from(header.order + {4: "I", 5: "i", 10: "Q", 11: "q"}[kind], data, at)
+            if name.endswith(b".block_count") and kind in WHOLE:
+                (layers,) = struct.unpack_from(header.order + WHOLE[kind], data, at)
                 if layers > tensors:
                     raise ValueError(f"{name.decode(errors='replace')} is {layers:,}, and it has {tensors:,} tensors")
         for _ in header.counted(tensors):

@@ -123,13 +123,13 @@ def put_together(
         made.experts = experts
         put_experts(module, name, made)
         return
-    dtype, kept = kept[0].compute_dtype if kept else None, []
+    kept.clear()  # else they would stay in memory beside what is made of them
     whole: Tensor | None = None
     for number, at in enumerate(names):
         layer = read(at, each)
         own = layer if isinstance(layer, Tensor) else KINDS[layer.form](layer).dense()
         if whole is None:
-            whole = torch.empty(experts, parts, *each, dtype=dtype or own.dtype)
+            whole = torch.empty(experts, parts, *each, dtype=own.dtype)
         whole[divmod(number, parts)] = own
     assert whole is not None
     dense = whole.view(experts, outputs, inputs)

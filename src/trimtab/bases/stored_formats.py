@@ -66,28 +66,30 @@ def method_of(settings: Mapping[str, Any]) -> str:
 
 def bits_of(settings: Mapping[str, Any]) -> float:
     """How many bits an entry of a packed layer takes, as far as a `quantization_config` tells."""
-    if method_of(settings) == "bitsandbytes_4bit":
+    method = method_of(settings)
+    if method == "bitsandbytes_4bit":
         return BITS["nf4-double" if settings.get("bnb_4bit_use_double_quant") else "nf4"]
-    if method_of(settings) in ("gptq", "awq"):
+    if method in ("gptq", "awq"):
         try:
             bits, size = int4.told(settings)
         except ValueError as error:
             fix = "check that config.json is whole, or quantize_config.json or quant_config.json where the folder has it"
             raise BaseError(f"the base's quantization_config cannot be read: {error}", fix=fix) from None
         return max(bits, 4) + (40 / size if size else 0)
-    if method_of(settings) == "compressed-tensors":
+    if method == "compressed-tensors":
         return compressed.bits_of(settings)
-    if method_of(settings) == "mxfp4":
+    if method == "mxfp4":
         return 4.25
     bits = settings.get("bits", 8)  # of a .gguf file it is trimtab that writes them
-    return float(bits) if method_of(settings) == "gguf" and type(bits) in (int, float) and 0 < bits <= 32 else 8.0
+    return float(bits) if method == "gguf" and type(bits) in (int, float) and 0 < bits <= 32 else 8.0
 
 
 def kinds_of(settings: Mapping[str, Any]) -> tuple[Kind, ...]:
     """What a folder with this `quantization_config` has packed, as kinds of a `Spec`'s modules."""
-    if STORED[method_of(settings)].experts:
+    method = method_of(settings)
+    if STORED[method].experts:
         return ("experts",)
-    return ("linear",) if method_of(settings) == "gguf" or in_an_order(settings) else ("linear", "experts")
+    return ("linear",) if method == "gguf" or in_an_order(settings) else ("linear", "experts")
 
 
 def in_an_order(settings: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trimtab.bases.weights.int4 import IN_ORDER, Grouped, is_size, pack, unpack
+from trimtab.bases.weights.int4 import IN_ORDER, Grouped, consecutive, is_size, pack, unpack
 from trimtab.bases.weights.packed import Packed, PackedLinear, expect, in_one, rows_of, scales_in_one
 from trimtab.errors import BaseError
 
@@ -175,7 +175,7 @@ def _read_one(
         return _read_packed(tensors, shape, bias, dtype, scheme)
     if bits != 8 or kind not in ("int", "float"):
         raise ValueError(f"weights of type {kind!r} with num_bits {bits!r} are not read unless they are packed, only those with 8")
-    if "weight_g_idx" in tensors and not _consecutive(tensors["weight_g_idx"], _groups(scheme, shape)[0]):
+    if "weight_g_idx" in tensors and not _as_without(tensors["weight_g_idx"], _groups(scheme, shape)[0]):
         raise ValueError("weight_g_idx says that groups are not consecutive, which is read of packed weights alone")
     if kind == "float":
         return read_float(tensors, shape, bias, dtype, _block(scheme, shape) if strategy in ("block", "group") else None)
@@ -249,10 +249,10 @@ def _groups(scheme: Mapping[str, Any], shape: tuple[int, int]) -> tuple[int, tup
     return size, (O, I // size)
 
 
-def _consecutive(g_idx: Tensor, size: int) -> bool:
-    """Whether inputs have the groups that they would have without it; -1 throughout: as without it."""
+def _as_without(g_idx: Tensor, size: int) -> bool:
+    """Whether inputs have the groups that they would have without it. -1 throughout means that."""
     flat = g_idx.flatten().long()
-    return bool((flat == -1).all()) or torch.equal(flat, torch.arange(flat.numel()) // size)
+    return bool((flat == -1).all()) or consecutive(flat, size)
 
 
 def _block(scheme: Mapping[str, Any], shape: tuple[int, int]) -> tuple[int, int]:

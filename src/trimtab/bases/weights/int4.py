@@ -74,7 +74,7 @@ class Grouped(Packed):
             kept["g_idx"] = g_idx
             if order is not None:
                 derived["order"] = order
-            elif not _consecutive(g_idx, size):
+            elif not consecutive(g_idx, size):
                 derived["group"] = g_idx.long()
         made = GroupedLinear(cls.name, shape, dtype, kept, bias, block=size, derived=derived)
         made.scale_dtype, made.less_by_one = scale.dtype, less_by_one
@@ -272,14 +272,15 @@ def _pack_threes(numbers: Tensor) -> Tensor:
     return (three[..., :3] - (three[..., :3] >> 31 << 32)).to(torch.int32).flatten(1)
 
 
-def _consecutive(g_idx: Tensor, size: int) -> bool:
+def consecutive(g_idx: Tensor, size: int) -> bool:
+    """Whether inputs have the groups that they would have without `g_idx`."""
     return torch.equal(g_idx, torch.arange(len(g_idx), dtype=g_idx.dtype, device=g_idx.device) // size)
 
 
 def _order(g_idx: Tensor, size: int) -> Tensor | None:
     """The inputs group by group, where groups are not consecutive and each has its `size` inputs; else None."""
     whole = bool((torch.bincount(g_idx.long(), minlength=len(g_idx) // size) == size).all())
-    return g_idx.argsort(stable=True) if whole and not _consecutive(g_idx, size) else None
+    return g_idx.argsort(stable=True) if whole and not consecutive(g_idx, size) else None
 
 
 def _pairs(code_OI: Tensor) -> Tensor:
