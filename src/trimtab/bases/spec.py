@@ -165,6 +165,11 @@ class Spec:
         return math.prod(self.kv_shape)
 
     @property
+    def kv_numbers(self) -> int:
+        """What a KV cache keeps of one token, in all layers."""
+        return 2 * self.num_layers * self.kv_width
+
+    @property
     def layers_alike(self) -> bool:
         """Whether keys have one shape in all layers, and values one."""
         return len({(layer.num_kv_heads, layer.head_dim, layer.value_dim) for layer in self.layers}) == 1

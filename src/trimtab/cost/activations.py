@@ -136,7 +136,7 @@ def judging_bytes(spec: Spec, dtype: torch.dtype, tokens: int, length: int, slot
     losses = forward_bytes(spec, b, tokens, length) + min(tokens, loss_rows(spec.vocab_size, device)) * spec.vocab_size * (8 + b)
     if not slots:
         return losses
-    cache = slots * capacity * 2 * spec.num_layers * spec.kv_width * b
+    cache = slots * capacity * spec.kv_numbers * b
     rows = min(slots * capacity, MAX_ROWS + slots)
     return max(losses, cache + forward_bytes(spec, b, rows, capacity) + slots * spec.vocab_size * (4 + b))
 

@@ -193,7 +193,7 @@ def _costs_adapter(spec: Spec, method: Method, heads: Sequence[Site], work: _Wor
     saved_method, saved = method.export(params)
     prefix = saved_method.prefix(spec, saved, dtype)
     shapes = {name: shape for name, (_, shape) in expected([*saved_method.sites(spec), *heads]).items()}
-    kv = 2 * spec.num_layers * spec.kv_width * dtype.itemsize
+    kv = spec.kv_numbers * dtype.itemsize
     base, b = spec.weight_bytes(dtype), dtype.itemsize
     resident = variants * (prefix.length * kv if prefix else b * sum(t.numel() for t in saved.values()))
     resident += variants * 4 * head
@@ -226,7 +226,7 @@ def _costs_full(spec: Spec, work: _Work) -> dict[str, int]:
     sites = [Site(m.name, m.parameters, saved=True) for m in spec.modules.values()]
     shapes = {s.key(name): shape for s in sites for name, shape in s.shapes.items() if not (spec.tied_head and s.name == spec.head)}
     n, b = spec.num_parameters, dtype.itemsize
-    kv = tokens * 2 * spec.num_layers * spec.kv_width * b
+    kv = tokens * spec.kv_numbers * b
     return {
         "trainable": n,
         "adapter_file_bytes": file_bytes(shapes, torch.float32),

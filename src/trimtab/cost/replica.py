@@ -91,7 +91,7 @@ def plan_replica(
     weights = resident_bytes(spec, dtype, converted=dtype != base.dtype, on_cpu=on_cpu)
     work = forward_bytes(spec, dtype.itemsize, config.max_step_rows, min(length, config.max_step_rows))
     free = max(0, int(USABLE * device.memory_bytes) - weights)
-    per_token = 2 * spec.num_layers * spec.kv_width * dtype.itemsize
+    per_token = spec.kv_numbers * dtype.itemsize
     most = config.max_running * spec.max_positions
     if on_cpu:
         most = min(most, max(spec.max_positions, config.max_running * TYPICAL_TOKENS))
@@ -169,10 +169,9 @@ class _Speed:
         """Seconds. The embedding's rows are few, so its table counts only where it is the head too. Nobody reads experts that no stream is
         sent to."""
         spec, size = self.base.spec, self.dtype.itemsize
-        per_token = 2 * spec.num_layers * spec.kv_width * size
         embedding = 0 if spec.tied_head else self.table * size
         idle = spec.idle_parameters(streams) * spec.weight_bytes(self.dtype) / spec.num_parameters
-        moved = spec.weight_bytes(self.dtype) - embedding - idle + streams * (self.each + per_token * self.length / 2)
+        moved = spec.weight_bytes(self.dtype) - embedding - idle + streams * (self.each + spec.kv_numbers * size * self.length / 2)
         computing = 2 * self.numbers * streams / (self.device.flops * compute)
         return max(moved / (self.device.read_bytes * read), computing, self.launches * launch)
 

@@ -47,7 +47,7 @@ class Runner:
     def bytes_per_block(base: Base, block_size: int = 16) -> int:
         """Memory of one KV block over all layers."""
         s = base.spec
-        return 2 * s.num_layers * block_size * s.kv_width * torch.finfo(base.dtype).bits // 8
+        return s.kv_numbers * block_size * torch.finfo(base.dtype).bits // 8
 
     @torch.inference_mode()
     def __call__(self, feeds: Sequence[Feed]) -> Tensor:
