@@ -235,7 +235,7 @@ def test_numbers_that_are_not_finite_are_told_with_their_tensor(quantize: str | 
 def test_a_file_that_is_converted_is_not_read_again(file: Path, cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With 150,000 tokens in it that takes 6 s."""
     load_base(str(file), quantize="gguf")
-    monkeypatch.setattr(gguf, "_tensors_of", lambda path: pytest.fail("it is read again"))
+    monkeypatch.setattr(gguf, "_reader_of", lambda path: pytest.fail("it is read again"))
     load_base(str(file), quantize="gguf")
 
 

@@ -77,7 +77,8 @@ def convert(path: Path, folder: Path, *, sha256: str, progress: Progress, packed
     with locked(folder.name, progress):
         if is_converted(folder):
             return
-        _refuse_kinds(path)
+        reader = _reader_of(path)
+        _refuse_kinds(path, reader)
         progress(f"unpacking {path.name} ({path.stat().st_size / 1e6:.0f} MB), once")
         try:
             with quiet_transformers():
@@ -89,7 +90,7 @@ def convert(path: Path, folder: Path, *, sha256: str, progress: Progress, packed
                     if packed:
                         from trimtab.bases.gguf_packed import write_packed  # which loads torch
 
-                        tokenizer = _tokenizer(path, write_packed(path, work, progress))
+                        tokenizer = _tokenizer(path, write_packed(path, reader, work, progress))
                     else:
                         model.save_pretrained(work)
                     tokenizer.save_pretrained(work)
@@ -116,12 +117,12 @@ def _refuse_parts(path: Path) -> None:
         )
 
 
-def _refuse_kinds(path: Path) -> None:
+def _refuse_kinds(path: Path, reader: Any) -> None:
     """BaseError, with the tensors, for numbers in blocks that the package gguf cannot dequantise."""
     from gguf.quants import _type_traits
 
     read = {"F32", "F16", *(kind.name for kind in _type_traits)}
-    wrong = [f"{t.name} is {t.tensor_type.name}" for t in _tensors_of(path) if t.tensor_type.name not in read]
+    wrong = [f"{t.name} is {t.tensor_type.name}" for t in reader.tensors if t.tensor_type.name not in read]
     if wrong:
         raise BaseError(
             f"the GGUF file {str(path)!r} has tensors that cannot be dequantised",
@@ -130,12 +131,13 @@ def _refuse_kinds(path: Path) -> None:
         )
 
 
-def _tensors_of(path: Path) -> Any:
+def _reader_of(path: Path) -> Any:
+    """gguf's reader of a file. With 150,000 tokens in it, it takes some seconds to begin."""
     from gguf import GGUFReader
 
     refuse_damage(path)
     try:
-        return GGUFReader(path).tensors
+        return GGUFReader(path)
     except Exception as error:  # it raises whatever a wrong number leads to
         raise BaseError(
             f"the GGUF file {str(path)!r} cannot be read: {type(error).__name__}: {error}", fix="fetch the file anew."

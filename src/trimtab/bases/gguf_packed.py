@@ -19,16 +19,15 @@ from trimtab.bases.progress import Progress
 from trimtab.bases.weights.gguf_blocks import BLOCKS
 
 
-def write_packed(path: Path, folder: Path, progress: Progress) -> Any:
-    """Write config and weights of the .gguf file into a folder. Returns the config, for the tokenizer. progress: told what is
-    not kept packed."""
-    from gguf import GGUFReader
+def write_packed(path: Path, reader: Any, folder: Path, progress: Progress) -> Any:
+    """Write config and weights of the .gguf file into a folder. Returns the config, for the tokenizer. reader: gguf's, of the file.
+    progress: told what is not kept packed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    state, loosened = _tensors(GGUFReader(path), model)
+    state, loosened = _tensors(reader, model)
     if missing := sorted(set(_wanted(model)) - {_weight(name) for name in state}):
         raise ValueError(f"the file has no tensors for {', '.join(missing[:5])}")
     if loosened:
