@@ -82,7 +82,7 @@ def _directions(
             break
         if at == MOST_FORWARDS:
             raise _unsettled(method, found, settled)
-        if _tokens_read(method, examples) < min(pca.count for n, pca in found.items() if not settled[n]):
+        if int(_read_at(method, examples).sum()) < min(pca.count for n, pca in found.items() if not settled[n]):
             continue  # nothing could be told of so few
         with _reading(base, [n for n in found if not settled[n]]) as read:
             _forward(base, method, examples, partial(_fit, found, method.eva("tau")), read)
@@ -198,21 +198,19 @@ def _reading(base: Base, names: Sequence[str]) -> Iterator[dict[str, Any]]:
             handle.remove()
 
 
-def _tokens_read(method: LoraConfig, examples: Sequence[Example]) -> int:
-    """How many tokens of these rows inputs are read at: the supervised ones, or all where there are none."""
-    segments = [s for e in examples for s in e.segments]
-    supervised = sum(int(s.supervised.sum()) for s in segments) if method.eva("use_label_mask") else 0
-    return supervised or sum(len(s.ids) for s in segments)
+def _read_at(method: LoraConfig, examples: Sequence[Example]) -> Tensor:
+    """At which tokens of these rows inputs are read, bool [T]: the supervised ones, or all where there are none."""
+    supervised = torch.cat([torch.from_numpy(s.supervised.copy()) for e in examples for s in e.segments])
+    return supervised if method.eva("use_label_mask") and bool(supervised.any()) else torch.ones_like(supervised)
 
 
 @torch.no_grad()
 def _forward(base: Base, method: LoraConfig, examples: Sequence[Example], to: Any, read: dict[str, Any]) -> None:
-    """The base on some rows; `to` hears the inputs at their supervised tokens, or at all of them, in fp32."""
-    segments = [s for e in examples for s in e.segments]
-    wanted = torch.cat([torch.from_numpy(s.supervised.copy()) for s in segments]).to(base.device)
-    everywhere = not method.eva("use_label_mask") or not bool(wanted.any())
+    """The base on some rows; `to` hears the inputs at the tokens where they are read, in fp32."""
+    wanted = _read_at(method, examples).to(base.device)
+    everywhere = bool(wanted.all())
     read["to"] = lambda name, x_TI: to(name, (x_TI if everywhere else x_TI[wanted]).float())
-    pieces = [Piece(torch.from_numpy(s.ids.astype("int64"))) for s in segments]
+    pieces = [Piece(torch.from_numpy(s.ids.astype("int64"))) for e in examples for s in e.segments]
     hidden_TH = base.attached.forward(base.batch(pieces, Mix([])))
     if read["head"]:  # it reads these, and need not run
         read["to"](base.spec.head, hidden_TH)
