@@ -47,16 +47,16 @@ class Shown:
     commands: Commands = field(default_factory=Commands)
     downloads: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(DOWNLOADS))
 
-    _opened: list[Store] = field(default_factory=list)
-
     @property
     def shelf(self) -> Store | None:
         """The store; None as long as nothing has been published."""
-        if self.store is not None:
-            return self.store
-        if not self._opened and self.new_store is not None and (self.new_store / "index.json").is_file():
-            self._opened.append(Store(self.new_store))
-        return self._opened[0] if self._opened else None
+        made = self.store is None and self.new_store is not None and (self.new_store / "index.json").is_file()
+        return self._made if made else self.store
+
+    @cached_property
+    def _made(self) -> Store:
+        """The one that the first adapter has made."""
+        return Store(self.new_store)
 
     @cached_property
     def beginner(self) -> Beginner:
