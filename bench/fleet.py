@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,12 @@ def serve_logged(log: Path, args: list[str]) -> None:
     run()
 
 
+def _step(numbers: Sequence[float]) -> Step:
+    """Rows, sequences, adapters, tokens in the cache, and whether a mix is put together, of one step or as a mean of several."""
+    rows, sequences, adapters = (max(1, round(x)) for x in numbers[:3])
+    return Step(rows, sequences, adapters, round(numbers[3]), bool(numbers[4]))
+
+
 def of_run(logs: list[dict[str, Any]]) -> Speed:
     """The speed of servers by their own steps. Steps that are alike count together, as their mean: fitted one by one, long ones beside
     other programs would be taken for errors."""
@@ -152,16 +159,12 @@ def of_run(logs: list[dict[str, Any]]) -> Speed:
             if not loading:
                 alike.setdefault((int(4 * np.log2(numbers[0])), numbers[1], numbers[2], numbers[4]), []).append([*numbers, seconds])
     means = [(np.mean(found, axis=0), len(found)) for found in alike.values()]
-    steps = [
-        (Step(*(max(1, round(x)) for x in m[:3]), round(m[3]), bool(m[4])), float(m[5]))
-        for m, count in means
-        for _ in range(min(count, 50))
-    ]
+    steps = [(_step(m), float(m[5])) for m, count in means for _ in range(min(count, 50))]
     speed = fit(steps, "the servers' own steps")
 
     def longer(found: list[list[float]]) -> float:
         """What these steps took in all, as a part of what they are taken to take."""
-        return sum(m[5] for m in found) / sum(speed(Step(*(int(x) for x in m[:4]), bool(m[4]))) for m in found) if found else 1.0
+        return sum(m[5] for m in found) / sum(speed(_step(m)) for m in found) if found else 1.0
 
     factor = longer(free)
     more = {name: getattr(speed, name) * factor for name in ("sequence_s", "adapter_s", "context_s", "mix_s")}
