@@ -16,15 +16,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_every_item_runs() -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "bench" / "gpu.py"),
-        "--device",
-        "cpu",
-        "--tiny",
-        "--minutes",
-        "30",
-    ]  # a busy machine takes longer
+    long = ("--minutes", "30")  # a busy machine takes longer
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--device", "cpu", "--tiny", *long]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
