@@ -42,6 +42,10 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     "llava": ("qwen2", {"vision_config": VISION | {"model_type": "siglip_vision_model"}, "image_token_index": 9}),
     "idefics3": ("llama", {"vision_config": VISION | {"model_type": "idefics3_vision"}, "scale_factor": 2}),
     "voxtral": ("llama", {"audio_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}}),
+    "qwen2_audio": (
+        "llama",
+        {"audio_config": {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "num_mel_bins": 8}},
+    ),
     "minimax_m3_vl": ("minimax_m3_vl_text", {"vision_config": VISION, "projector_hidden_size": 24}),
     "kimi_k25": ("deepseek_v3", {"vision_config": VISION | {"projection_hidden_size": 48}}),
     "qwen2_vl": ("qwen2", {"vision_config": SEES | {"embed_dim": 16, "hidden_size": 48, "mlp_ratio": 2}}),
@@ -59,9 +63,8 @@ def write_whole(family: str, folder: Path) -> Any:
     config = transformers.AutoConfig.for_model(family, text_config=own, **rest)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        kind = (
-            transformers.AutoModelForMultimodalLM if family in ("voxtral", "granite_speech") else transformers.AutoModelForImageTextToText
-        )
+        hears = family in ("voxtral", "qwen2_audio", "granite_speech")
+        kind = transformers.AutoModelForMultimodalLM if hears else transformers.AutoModelForImageTextToText
         model = kind.from_config(config).float().eval()
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -531,6 +532,14 @@ def test_streams_beside_which_adapters_are_read_fit_the_base_and_go_on(monkeypat
     assert found.busy_load_s == pytest.approx(0.2) and set(server.busy_with) == {84}
     with pytest.raises(TrimtabError, match="too long"):  # a figure of adapters that are read alone would be taken for one beside streams
         asyncio.run(served._measured(SECOND, Shape(), 100, Server(most=60)))
+
+
+def test_what_a_load_takes_in_a_server_is_without_the_mix_that_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load takes 0.1 s, and delays a first token by 0.2: by itself, by 0.03 for the mix that the step puts together, and by its way to a
+    thread and back."""
+    monkeypatch.setattr(served, "PAUSE_S", 0.002)
+    found = asyncio.run(served._measured(replace(SECOND, mix_s=0.03), Shape(), 100, Server(most=84)))
+    assert (found.load_s, found.busy_load_s, found.mix_s) == pytest.approx((0.1 + 0.07, 0.1 + 0.07, 0.03))
 
 
 @pytest.mark.parametrize(

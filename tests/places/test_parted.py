@@ -216,14 +216,18 @@ def test_a_run_that_has_ended_on_one_machine_alone(where: str, tmp_path: Path) -
     assert f"whether `out` has a summary.json: {where == 'there'} on rank 1" in said and "an `out` that they share" in said, said
 
 
-def test_ranks_that_have_come_for_different_things_do_not_wait(tmp_path: Path) -> None:
+@pytest.mark.parametrize("things", [("'once' of 0", "'most' of 1"), ("'add_gradients' of 1", "'add_gradients' of 2")])
+def test_ranks_that_have_come_for_different_things_do_not_wait(things: tuple[str, str], tmp_path: Path) -> None:
     def work(place: Place) -> None:
         with place.told():
-            place.once(lambda: None) if place.first else place.most(1)
+            if "gradients" in things[0]:
+                place.add_gradients([[torch.ones(3, requires_grad=True)] * (1 + place.rank)])
+            else:
+                place.once(lambda: None) if place.first else place.most(1)
 
     assert in_ranks(2, work, tmp_path / "log") == [1, 1]
     said = read(tmp_path / "log").split("Traceback")[0]
-    assert "the ranks do not do the same any more: rank 0" in said and "at 'once'" in said and "at 'most'" in said, said
+    assert "the ranks do not do the same any more: rank 0" in said and all(f"at {thing}" in said for thing in things), said
 
 
 def test_ranks_have_restarted_where_torchrun_of_any_machine_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
