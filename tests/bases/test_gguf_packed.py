@@ -199,6 +199,8 @@ def _by_loop(kind: str, blocks: np.ndarray, inputs: int) -> np.ndarray:
 
 @pytest.mark.parametrize("quantize", [None, "gguf"])
 def test_what_does_not_stay_packed_is_dequantised(quantize: str | None, cached: Path, tmp_path: Path) -> None:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
     file = write(tmp_path / "others.gguf", kinds=OTHERS)
     plan = GgufConfig(dequantize=True)
     twin = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32, quantization_config=plan)
@@ -215,6 +217,12 @@ def test_what_does_not_stay_packed_is_dequantised(quantize: str | None, cached: 
     assert bool(told) == (quantize == "gguf")
     if told:
         assert told[0].startswith("matrices of IQ2_XXS, IQ3_S, IQ4_NL, IQ4_XS, MXFP4, Q2_K, Q3_K, Q4_1, Q5_0, Q5_1, Q5_K are kept")
+        kinds = [(kind, outputs * inputs) for own in OTHERS for kind, (_, outputs, inputs) in zip(own, MATRICES.values(), strict=True)]
+        loosened = [
+            (entries, *GGML_QUANT_SIZES[GGMLQuantizationType[k.upper()]]) for k, entries in kinds if k not in ("f16", "bf16", "f32")
+        ]
+        was, now = sum(n // block * size for n, block, size in loosened), sum(2 * n for n, *_ in loosened)
+        assert told[0].endswith(f" in bfloat16: {now / 1e9:.3g} GB in place of {was / 1e9:.3g}")
 
 
 @pytest.mark.parametrize("quantize", [None, "gguf"])

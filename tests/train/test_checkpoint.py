@@ -265,6 +265,14 @@ def test_settings_that_are_as_ever_are_named_as_ever(tmp_path: Path) -> None:
     assert keys == set(OLDER.split())
 
 
+def test_what_a_data_set_may_lose_reaches_its_sources_and_is_no_reason_not_to_go_on(tmp_path: Path) -> None:
+    content = run_file(tmp_path, ONE)
+    data = {"train": [{"path": "a.jsonl"}, {"path": "a.jsonl", "max_dropped": 0.2}], "test": "a-test.jsonl"}
+    runs = [RunConfig.from_dict(content | {"data": {"a": data | more}}, root=tmp_path) for more in ({}, {"max_dropped": 0.3})]
+    assert [[s.max_dropped for s in (*run.data["a"].train, *run.data["a"].test)] for run in runs] == [[None, 0.2, None], [0.3, 0.2, 0.3]]
+    assert settings(runs[0]) == settings(runs[1])
+
+
 def test_the_order_of_variants_counts(tmp_path: Path) -> None:
     two = {"v": ONE["v"], "w": ONE["v"]}
     interrupt(config(tmp_path, two), after=1)
