@@ -391,6 +391,8 @@ def test_a_folder_that_loops_have_packed(kind: str, dense: Path) -> None:
     for n, W in matrices.items():
         assert difference(base.matrix(n).dense(), W) < 1e-6, n
         assert all(t.is_contiguous() for t in base.matrix(n).packed.parts.values()), "kernels would copy it for each product"
+    there = sum({t.data_ptr(): t.nbytes for t in base.model.state_dict().values()}.values())
+    assert weight_bytes(folder, torch.float32)[0] > 0.94 * there, "codes of 2 and 3 bits take 4 in memory; scales are small in real bases"
     ids = tokens(40, 1)
     with torch.no_grad():
         assert difference(base.logits([ids])[0], twin(torch.tensor([ids])).logits[0]) < 1e-5

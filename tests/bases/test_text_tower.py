@@ -30,6 +30,7 @@ OF_THREE: dict[str, dict[str, Any]] = {
     },
     "glm4v": {
         "model_type": "glm4v_text",
+        "attention_bias": False,  # its class has them whatever the config says
         "head_dim": 12,
         "rope_parameters": ROPE | {"partial_rotary_factor": 1 / 3, "mrope_section": [1, 1, 0]},
     },

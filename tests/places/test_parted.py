@@ -234,12 +234,12 @@ def test_ranks_have_restarted_where_torchrun_of_any_machine_says_so(tmp_path: Pa
     """It counts restarts on the machine whose rank has failed, and on no other."""
 
     @contextmanager
-    def elsewhere() -> Iterator[Place]:
+    def counted() -> Iterator[Place]:
         os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ["RANK"]
         with joined() as place:
             yield place
 
-    monkeypatch.setattr(forked, "joined", elsewhere)
+    monkeypatch.setattr(forked, "joined", counted)
 
     def work(place: Place) -> None:
         assert place.restarted
