@@ -72,6 +72,17 @@ def test_dropped_rows_are_listed_and_too_many_stop(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("lost", "rows", "part"), [(29, 50, 0.58), (29, 100, 0.29), (63, 90, 0.7)])
+def test_exactly_the_part_that_may_be_dropped_is_allowed(lost, rows, part, tmp_path):
+    """Of all three the product as a float is a little below the whole number."""
+    bad = [{"prompt": "x"}] * lost
+    write_jsonl(tmp_path / "a.jsonl", [*pairs(rows - lost), *bad])
+    assert len(load(tmp_path, Source("a.jsonl", max_dropped=part)).dropped) == lost
+    write_jsonl(tmp_path / "a.jsonl", [*pairs(rows - lost), *bad, bad[0]])
+    with pytest.raises(DataError, match=f"{lost + 1} of {rows + 1} rows"):
+        load(tmp_path, Source("a.jsonl", max_dropped=part))
+
+
 def test_error_lists_ten_and_says_how_to_mend_the_commonest(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": "z" * 600, "completion": "y"}] * 12 + pairs(1))
     with pytest.raises(DataError) as stopped:

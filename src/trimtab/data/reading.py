@@ -75,14 +75,14 @@ class SourceRows:
         good, lost = len(self.examples), len(self.dropped)
         allowed = MAX_DROPPED if self.source.max_dropped is None else self.source.max_dropped
         total = good + lost
-        if good and lost <= allowed * total:
+        if good and lost / total <= allowed:  # 29 of 100 are 0.29, and 0.29 * 100 is a little below 29
             return None
         if not total:
             return DataError(
                 f"{self.source.path}: split: none of the rows that are held out can be used", fix="mend the rows, or hold out more."
             )
         common = Counter(d.kind for d in self.dropped).most_common(1)[0][0]
-        shares = f" ({100 * lost / total:.3g}%; allowed are {100 * allowed:.3g}%)" if lost > allowed * total else ""
+        shares = f" ({100 * lost / total:.3g}%; allowed are {100 * allowed:.3g}%)" if lost / total > allowed else ""
         return DataError(
             f"{self.source.path}: {lost} of {total} rows cannot be trained on{shares}",
             problems=summarise_dropped(self.dropped),
