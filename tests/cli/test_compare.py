@@ -133,6 +133,9 @@ def test_the_page_of_several_runs(two: list[Path], tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     text = (tmp_path / "c.html").read_text(encoding="utf-8")
     assert all(f'"name":"{name}"' in text for name in ("first", "second", "x", "y"))
+    for target in (tmp_path / "not" / "there.html", tmp_path / "c.html" / "x.html"):
+        result = call(*two, "--html", target)
+        assert result.exit_code == 2 and f"error: {target} cannot be written: No" in result.output.replace("\n", ""), result.output
 
 
 def line(name: str, step: int, tokens: int, **keys: object) -> dict:

@@ -87,7 +87,7 @@ def test_what_cannot_be_scored_is_said(report: trimtab.Report, tmp_path: Path) -
     with pytest.raises(TypeError, match=r"adapter: unknown \(did you mean 'adapters'"):
         trimtab.evaluate(good, base=report.base, adapter="x")  # type: ignore[call-arg]
     (tmp_path / "x").write_text("")
-    with pytest.raises(ConfigError, match="is a file"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         trimtab.evaluate(good, base=report.base, out=tmp_path / "x")
 
 
@@ -98,6 +98,8 @@ def test_runs_beside_each_other(report: trimtab.Report, tmp_path: Path) -> None:
     assert losses == sorted(losses) and {v["variant"] for v in found.variants} == {"lora", "ia3"}
     assert losses[0] == min(v["scores"]["loss"] for v in report.summary["variants"].values())
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!")
+    with pytest.raises(ConfigError, match="cannot be written: Is a directory"):
+        trimtab.compare(report, html=tmp_path)
     with pytest.raises(ConfigError, match=r"by = lss: no variant has that score \(did you mean 'loss'\?\)"):
         trimtab.compare(report.out, by="lss")
     with pytest.raises(ConfigError, match="no run was named"):

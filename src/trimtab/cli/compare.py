@@ -35,13 +35,13 @@ def compare(runs: tuple[str, ...], by: str | None, html: Path | None, as_json: b
     A run that has not finished is shown as far as it has come. Runs on different bases or rows are said not to be comparable.
     """
     from trimtab.train.comparison import compare as compare_runs
-    from trimtab.train.page import write_page
+    from trimtab.train.page import write_named
     from trimtab.train.past import run_folder, title
 
     folders = [run_folder(run) for run in runs]
     found = compare_runs(folders, by)
     if html is not None:
-        write_page(folders, html)
+        write_named(folders, html)
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=1))
         return

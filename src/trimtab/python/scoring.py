@@ -16,7 +16,7 @@ from trimtab.store import Adapter
 from trimtab.train.comparison import Comparison
 from trimtab.train.comparison import compare as compare_runs
 from trimtab.train.loop import Report
-from trimtab.train.page import write_page
+from trimtab.train.page import write_named
 from trimtab.train.past import run_folder
 from trimtab.train.scoring import Asked, Evaluation, Labels, reader, refuse_occupied
 from trimtab.train.scoring import evaluate as score
@@ -81,7 +81,7 @@ def compare(*runs: str | Path | Report, by: str | None = None, html: str | Path 
     folders = [run.out if isinstance(run, Report) else run_folder(run) for run in runs]
     found = compare_runs(folders, by)
     if html is not None:
-        write_page(folders, Path(html))
+        write_named(folders, Path(html))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -92,10 +92,14 @@ class Asked:
 
 
 def evaluate(base: Base, named: Mapping[str, Adapter], asked: Asked, listener: Listener, *, called: str, out: Path | None) -> Evaluation:
-    """Score the base and adapters in one pass of mixed batches. called: the base's name. out: the new folder for the results."""
+    """Score the base and adapters in one pass of mixed batches. called: the base's name. out: the new folder for the results. ConfigError
+    where it cannot be made, before anything is scored, or be written."""
     from trimtab.forward.batch import BASE
     from trimtab.train.evaluate import Contestant, Judge, read_held_out, write_predictions
 
+    if out is not None:
+        with _written(out):
+            out.mkdir(parents=True, exist_ok=True)
     aims = _aims(asked.source, list(named.values()))
     held = read_held_out(base, asked.source, asked.labels, asked.max_rows, listener, aims, asked.max_tokens)
     mix, members = base.mix(list(named.values()))
@@ -110,9 +114,9 @@ def evaluate(base: Base, named: Mapping[str, Adapter], asked: Asked, listener: L
     results = judge.judge(base.attached, mix, {stem: field}, {stem: held})
     found = _evaluation(called, asked.source.path, results[stem])
     if out is not None:
-        write_predictions(out / "predictions", results)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "scores.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        with _written(out):
+            write_predictions(out / "predictions", results)
+            (out / "scores.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
     return found
 
 
@@ -199,12 +203,21 @@ def _refuse_without_room(base: Base, adapters: Sequence[Adapter], held: HeldOut,
 
 
 def refuse_occupied(out: Path | None) -> None:
-    """ConfigError where results would be written over what is there."""
-    if out is not None and out.exists():
-        if not out.is_dir():
-            raise ConfigError(f"out = {str(out)!r} is a file", fix="name a folder")
-        if any(out.iterdir()):
+    """ConfigError where results would be written over what is there, or nothing can be."""
+    from trimtab.train.resume import refuse_no_folder
+
+    if out is not None:
+        refuse_no_folder(out)
+        if out.exists() and any(out.iterdir()):
             raise ConfigError(f"out = {str(out)!r} is not empty", fix="name another folder, or remove this one")
+
+
+@contextmanager
+def _written(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write into out = {str(out)!r}: {error.strerror}", fix="name a folder that can be written") from error
 
 
 def short_names(folders: Sequence[str]) -> dict[str, str]:
