@@ -77,6 +77,8 @@ def test_settings_in_a_file_of_their_own(program: str, dense: Path, tmp_path: Pa
         noisy(base, LoraConfig(r=2)).merge_into(tmp_path / "merged")
     with pytest.raises(ConfigError, match="is quantised already"):
         load_base(str(tmp_path / "base"), quantize="nf4")
+    with pytest.raises(ConfigError, match="is quantised already"):
+        read_architecture(str(tmp_path / "base"), "nf4")
 
 
 def test_such_a_file_beside_dense_weights_says_nothing(dense: Path, tmp_path: Path) -> None:

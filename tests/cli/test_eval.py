@@ -51,7 +51,11 @@ def test_it_says_what_the_run_said(trained: Path, tiny_llama_folder: Path, tmp_p
     again = call(*arguments(trained, tiny_llama_folder, "--out", tmp_path / "out"))
     assert again.exit_code == 2 and "is not empty" in again.output
     (tmp_path / "file").write_text("")
-    for target, words in ((tmp_path / "file", "is not a folder"), (tmp_path / "file" / "x", "is not a folder"), ("/proc/x", "cannot write")):
+    for target, words in (
+        (tmp_path / "file", "is not a folder"),
+        (tmp_path / "file" / "x", "is not a folder"),
+        ("/proc/x", "cannot write"),
+    ):
         refused = call(*arguments(trained, tiny_llama_folder, "--out", target))
         assert refused.exit_code == 2 and words in refused.output and "scoring" not in refused.output, refused.output
 

@@ -22,6 +22,7 @@ from trimtab.cost.plan import plan
 from trimtab.cost.room import HEAP
 from trimtab.data import Row, reading
 from trimtab.errors import BaseError, ConfigError, TrimtabError
+from trimtab.model import load_base
 from trimtab.train import RunConfig, train
 from trimtab.train.check import check
 from trimtab.train.findings import CheckReport, Finding
@@ -483,6 +484,19 @@ def test_a_base_that_is_not_there_and_one_whose_tokenizer_is_broken(checked, tmp
     (base / "tokenizer.json").write_text("{}")
     with pytest.raises(BaseError, match="cannot read the tokenizer"):
         checked(base=str(base))
+
+
+def test_a_base_that_cannot_be_quantised_is_refused_as_by_loading(checked, tmp_path: Path, tiny_llama_folder: Path) -> None:
+    shutil.copytree(tiny_llama_folder, packed := tmp_path / "packed")
+    config = json.loads((packed / "config.json").read_text())
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True}
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    for base, quantize in ((packed, "nf4"), (packed, "gguf"), (tiny_llama_folder, "gguf")):
+        with pytest.raises(ConfigError) as loaded:
+            load_base(str(base), dtype="float32", quantize=quantize)
+        with pytest.raises(ConfigError) as refused:
+            checked(base=str(base), quantize=quantize)
+        assert loaded.value.message in str(refused.value), (base, quantize)
 
 
 def test_a_hub_base_needs_no_weights(checked, tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

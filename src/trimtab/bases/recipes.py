@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from trimtab.errors import ConfigError, nearest
 
@@ -28,3 +29,12 @@ def check_quantize(name: str | None, base: str = "") -> None:
         raise ConfigError(f"quantize {name!r} is no format for a base{nearest(name, NAMES)}", fix=f"use one of {', '.join(NAMES)}")
     if name == GGUF and base and not base.lower().endswith(".gguf"):
         raise ConfigError(f"quantize {GGUF!r} keeps the blocks of a .gguf file, and {base!r} is none", fix=f"use one of {', '.join(BITS)}")
+
+
+def refuse_packed(name: str | None, settings: Mapping[str, Any] | None, base: str) -> None:
+    """ConfigError if a base that is packed by its own settings is to be packed once more."""
+    if name is not None and settings is not None:
+        raise ConfigError(
+            f"quantize {name!r}: the base in {base} is quantised already ({settings.get('quant_method')})",
+            fix="leave `quantize` out, or use the dense base",
+        )

@@ -14,7 +14,7 @@ from trimtab.bases.folder import packing_problems, read_json
 from trimtab.bases.gguf_header import refuse_damage
 from trimtab.bases.locate import HUB_ID
 from trimtab.bases.progress import quiet_transformers
-from trimtab.bases.recipes import BITS, GGUF, check_quantize
+from trimtab.bases.recipes import BITS, GGUF, check_quantize, refuse_packed
 from trimtab.bases.spec import Spec
 from trimtab.bases.stored_formats import bits_of, kinds_of, settings_of, without_settings
 from trimtab.bases.structure import read_spec
@@ -78,13 +78,14 @@ def read_architecture(name: str, quantize: str | None = None) -> Architecture:
         except Exception as error:  # sizes that do not fit each other, not a causal LM: transformers' text says which
             raise _unreadable(name, error) from error
     spec = read_spec(model)
+    refuse_packed(quantize, settings, name)
     if settings is not None or quantize is not None:
         check_quantize(quantize, name)
         if quantize == GGUF:  # the blocks of the whole file, of which the layers are the most
             bits = 8 * Path(name).stat().st_size / spec.num_parameters
         else:
             bits = BITS[quantize] if quantize is not None else bits_of(settings or {})
-        spec = spec.packed(bits) if settings is None or quantize is not None else spec.packed(bits, kinds_of(settings))
+        spec = spec.packed(bits) if settings is None else spec.packed(bits, kinds_of(settings))
     stored = getattr(config, "dtype", None)
     return Architecture(name, spec, spec.num_parameters, stored if isinstance(stored, torch.dtype) else torch.bfloat16)
 

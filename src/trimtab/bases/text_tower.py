@@ -15,10 +15,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from trimtab.bases.folder import read_header, weight_files
 from trimtab.bases.load_hooks import forget_quantization, load_options
+from trimtab.bases.recipes import refuse_packed
 from trimtab.bases.shared_load import ByLayer
 from trimtab.bases.stored import Packing
 from trimtab.bases.stored_formats import settings_of, without_settings
-from trimtab.errors import BaseError, ConfigError
+from trimtab.errors import BaseError
 from trimtab.places.shards import Shards
 
 IN_BOTH_DIRECTIONS = ("paligemma",)
@@ -105,11 +106,7 @@ def load_causal(
             text.dtype = config.dtype
         options |= {"config": text, "key_mapping": NAMES}
         _names_of_the_whole(config, text)
-    if settings is not None and quantize is not None:
-        raise ConfigError(
-            f"quantize {quantize!r}: the base in {folder} is quantised already ({settings.get('quant_method')})",
-            fix="leave `quantize` out, or use the dense base",
-        )
+    refuse_packed(quantize, settings, str(folder))
     packed = settings is not None or quantize is not None
     by_layer = None if shards is None else ByLayer(folder, shards, device or torch.device("cpu"))
     if by_layer is not None and not packed:

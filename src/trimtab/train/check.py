@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from trimtab.bases import BUNDLED_NAMES, locate, resolve_device, resolve_dtype
 from trimtab.bases.locate import HUB_ID
 from trimtab.bases.progress import quiet_transformers
-from trimtab.bases.recipes import GGUF
+from trimtab.bases.recipes import GGUF, check_quantize
 from trimtab.bases.shapes import Architecture, read_architecture
 from trimtab.bases.spec import Spec
 from trimtab.cost.estimate import estimate_run
@@ -137,6 +137,7 @@ def _base_of(run: RunConfig, status: Status) -> tuple[torch.device, Any, Archite
 def read_base(name: str, status: Status, quantize: str | None = None) -> tuple[Any, Architecture]:
     """(tokenizer, shape) of a base without its weights. Of a hub id that is not here, only the small files are fetched. BaseError where it
     cannot be found or read."""
+    check_quantize(quantize, name)
     on_hub = (
         name not in BUNDLED_NAMES
         and not user_path(name, BaseError, "base").exists()
