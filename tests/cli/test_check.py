@@ -57,6 +57,12 @@ def test_a_good_run(run_yaml: Path) -> None:
     assert "⟦a 2<|im_end|>⟧" in more and "⟦" not in call(run_yaml, "--rows", "0").stdout
 
 
+def test_memory_that_rounds_to_one_number_is_said_once(run_yaml: Path) -> None:
+    least, most = json.loads(call(run_yaml, "--json").stdout)["estimate"]["memory_bytes"]
+    assert f"{least / 1e9:.1f}" == f"{most / 1e9:.1f}", "the case is of two that round alike"
+    assert f"memory: {least / 1e9:.1f} GB for forwards of" in call(run_yaml).stdout
+
+
 def test_warnings_exit_with_0_and_strictly_with_2(run_yaml: Path) -> None:
     write(run_yaml.parent / "b-test.jsonl", pair("n 0 ", "a 0"))
     result = call(run_yaml)

