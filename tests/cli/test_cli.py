@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -53,6 +54,17 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
     assert result.exit_code == 0
     assert f"trimtab {name}" in result.output
     assert "Example" in result.output
+
+
+@pytest.mark.parametrize("name", ["runs", "store", "tenants"])
+def test_a_group_lists_its_commands_with_whole_sentences(name: str) -> None:
+    listed = call(name, "--help").output.partition("\nCommands:\n")[2]
+    described = re.findall(r"^  (\S+) +(\S.*(?:\n {3,}.*)*)", listed, re.MULTILINE)
+    assert len(described) >= 4
+    for command, text in described:
+        sentence = " ".join(text.split())
+        assert sentence.endswith(".") and not sentence.endswith("..."), sentence
+        assert sentence in " ".join(call(name, command, "--help").output.split())
 
 
 def test_a_mistake_exits_with_2_and_says_the_fix(tmp_path: Path) -> None:

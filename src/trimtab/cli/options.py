@@ -40,6 +40,14 @@ store_option = click.option(
 _differs = click.option("--base-differs", is_flag=True, help="Take adapters of another base too, as of this one in another precision.")
 
 
+class Group(click.Group):
+    """Lists its commands with the whole first sentence of each; click ends a sentence at the line's end with "..."."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(limit=1000)) for name, command in sorted(self.commands.items())])
+
+
 class DatabasePlace(click.ParamType):
     """A tenants database: the path of a file, or the URL of a PostgreSQL database, which stays a text."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trimtab.cli.options import Command, json_option
+from trimtab.cli.options import Command, Group, json_option
 from trimtab.cli.terminal import say
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LOOK_S = 0.1
 
 
-@click.group()
+@click.group(cls=Group)
 def runs() -> None:
     """Stop, pause, resume or clone variants of a run while the others go on. FOLDER is the run folder, the run file's `out`.
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import click
 
-from trimtab.cli.options import json_option, store_option
+from trimtab.cli.options import Group, json_option, store_option
 from trimtab.cli.terminal import say
 from trimtab.cli.transfer import megabytes
 
 MAX_SHOWN = 50
 
 
-@click.group()
+@click.group(cls=Group)
 def store() -> None:
     """The folder in which published adapters are kept: an OCI image layout, so that skopeo and oras can read it.
 

@@ -16,7 +16,7 @@ import click
 from rich.table import Table
 
 from trimtab.cli import show
-from trimtab.cli.options import DatabasePlace, json_option, store_option
+from trimtab.cli.options import DatabasePlace, Group, json_option, store_option
 from trimtab.cli.terminal import say
 from trimtab.errors import ConfigError, TrimtabError
 
@@ -28,7 +28,7 @@ DAY = 24 * 3600.0
 ONCE = "This key is shown this once and kept nowhere."
 
 
-@click.group()
+@click.group(cls=Group)
 def tenants() -> None:
     """Who may use a server: tenants, their API keys, what they have used.
 
