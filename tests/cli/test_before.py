@@ -51,7 +51,7 @@ def place(tmp_path: Path) -> Path:
         (["generate", "--file", "prompts.jsonl", "--out", "full"], ["--out", "cannot be written"]),
         (["chat", "--adapter", "gone"], ["gone'"]),
         (["eval", "gone.jsonl", "--adapter", "gone", "--out", "full"], ["gone.jsonl does not exist", "gone'", "'full' is not empty"]),
-        (["eval", "wrong.jsonl", "--out", "file"], ["no training form found in its columns: question", "is a file"]),
+        (["eval", "wrong.jsonl", "--out", "file"], ["no training form found in its columns: question", "'file' is not a folder"]),
         (["eval", "wrong.jsonl", "--labels", "a"], ["--labels"]),
         (["merge", "gone", "full"], ["gone'", "already holds mine"]),
         (["merge", "gone", "file/deeper"], ["gone'", "file is a file"]),

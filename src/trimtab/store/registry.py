@@ -59,7 +59,7 @@ class Store(StorePublisher):
         """
         ref = Ref.parse(ref)
         if all == bool(ref.selector):
-            fix = f"write {ref.path}@VERSION for one version, or {ref.path} and all of them"
+            fix = f"write {ref.path}@VERSION for one version, or {ref.path} with --all (all=True) for all of them"
             raise AdapterError(f"{ref} does not say what to remove", fix=fix)
         with self._changing(f"cannot remove {ref}"), self._layout.locked():
             name = self._find(ref)
