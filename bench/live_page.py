@@ -9,7 +9,8 @@ time by the clock, as well as the CPU that the server takes. A task of more than
 
 With `--training` a real training runs on this machine, of the bundled base on rows of one length. An open page follows it for some steps,
 and none for as many, in turn; which comes first alternates. Printed are, for each pair and as the median of all, what a step takes by the
-clock and of the training's CPU time, with the page against without it. Times by the clock hold every other program of the machine.
+clock and of the training's CPU time, with the page against without it. Times by the clock hold every other program of the machine. What the
+browser and the server take themselves is printed beside them.
 
 The first paint is that of a browser that has just started, with nothing in its cache; the first one is the server's first answer too.
 
@@ -31,10 +32,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
 FRAME_MS = 1000 / 60
@@ -73,6 +75,17 @@ def cpu_s(pid: int) -> float:
     """CPU time of a process, s."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def browser_cpu_s() -> float:
+    """CPU time of all processes of the browsers that this one has started, s."""
+    took = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            if "chrom" in process.name():
+                times = process.cpu_times()
+                took += times.user + times.system
+    return took
 
 
 def main_thread(trace: dict[str, Any]) -> list[dict[str, Any]]:
@@ -222,11 +235,10 @@ def window(root: Path, process: subprocess.Popen[bytes], steps: int) -> tuple[fl
 
 def loss_of_training(args: argparse.Namespace, root: Path) -> None:
     print(f"{args.train_variants} variants x {args.train_rows} rows; {args.pairs} pairs of {args.window} steps with a page, and without")
-    pairs = []
+    pairs, taken = [], [0.0, 0.0, 0.0]
     with studio(root) as (url, server), training(root, args) as process, sync_playwright() as p:
         until(root, process, args.window)  # until it is warm
         browser = launched(p)
-        served = cpu_s(server.pid)
         for pair in range(args.pairs):
             found = {}
             for opened in (True, False) if pair % 2 == 0 else (False, True):
@@ -237,7 +249,11 @@ def loss_of_training(args: argparse.Namespace, root: Path) -> None:
                     page.get_by_role("link", name="run", exact=True).click()
                     page.get_by_role("heading", name="Curves").wait_for(timeout=120_000)
                     page.wait_for_timeout(2000)
+                before = (time.monotonic(), browser_cpu_s(), cpu_s(server.pid))
                 found[opened] = window(root, process, args.window)
+                if opened:
+                    after = (time.monotonic(), browser_cpu_s(), cpu_s(server.pid))
+                    taken = [t + b - a for t, a, b in zip(taken, before, after, strict=True)]
                 context.close()
             pairs.append((found[True], found[False]))
             told = [
@@ -246,7 +262,7 @@ def loss_of_training(args: argparse.Namespace, root: Path) -> None:
             ]
             print(f"pair {pair + 1}: {', '.join(told)}", flush=True)
         browser.close()
-        print(f"server: {cpu_s(server.pid) - served:.1f} s of CPU in all")
+        print(f"browser: {taken[1] / taken[0]:.1%} of a core, server: {taken[2] / taken[0]:.1%}")
     for n, name in enumerate(KINDS):
         ratios = sorted(of[n] / out[n] - 1 for of, out in pairs)
         print(f"{name} of a step, with the page: median {statistics.median(ratios):+.1%}, from {ratios[0]:+.1%} to {ratios[-1]:+.1%}")
