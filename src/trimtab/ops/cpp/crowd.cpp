@@ -6,6 +6,9 @@
 // a process has more of them than there are cores. So threads that never run are added as long as the cores are taken. And as long, the
 // kernel is asked for short turns: a thread that wakes up has its turn soon, so those that wait for it at a barrier wait less. Its share of
 // the cores stays the same. No result depends on any of it: who computes what stays the same.
+//
+// Sleeping at once costs a quarter of the speed where nobody wants the cores. So it takes a second of others to begin with it, longer than a
+// browser draws a page or a program starts, and a third of a second without them to end it.
 
 #ifdef __linux__
 #include <dirent.h>
@@ -32,7 +35,7 @@
 
 namespace {
 
-const int SAMPLES = 32;
+const int TO_ENTER = 128, TO_LEAVE = 32;        // looks
 const long WORKING_MS = 10, RESTING_MS = 50;  // between two looks; the second where this process computes little
 const double WORKING = 0.05;                   // cores
 const double ENTER = 0.6, LEAVE = 0.3;         // runnable threads beyond the cores that there are
@@ -173,14 +176,14 @@ void set_crowded(bool crowded, int threads, bool asks) {
 void* watch(void* given) {
     const Watched watched = *(Watched*)given;
     delete (Watched*)given;
-    double wanted[SAMPLES], wall[SAMPLES], cpu[SAMPLES];
+    double wanted[TO_ENTER], wall[TO_ENTER], cpu[TO_ENTER];
     bool crowded = false, told = false;
     const bool asks = may_ask();  // at the beginning, when this process is still small
     long pause = WORKING_MS;
     for (int64_t i = 0;; i++) {
-        const timespec time{0, pause * 1000000};
-        nanosleep(&time, nullptr);
-        const int at = int(i % SAMPLES), first = int((i + 1) % SAMPLES);
+        const timespec nap{0, pause * 1000000};
+        nanosleep(&nap, nullptr);
+        const int at = int(i % TO_ENTER);
         wanted[at] = runnable(watched.loads), wall[at] = seconds(CLOCK_MONOTONIC), cpu[at] = seconds(CLOCK_PROCESS_CPUTIME_ID);
         if (wanted[at] < 0) {  // no file can be opened just now, say: nothing is known until there are enough looks again
             if (!told) return nullptr;
@@ -189,16 +192,19 @@ void* watch(void* given) {
             continue;
         }
         told = true;
-        if (i + 1 < SAMPLES) continue;
+        if (i + 1 < TO_ENTER) continue;
         cpu_set_t set;
         const double all = double(sysconf(_SC_NPROCESSORS_ONLN));
         const double cores = sched_getaffinity(0, sizeof(set), &set) == 0 ? double(CPU_COUNT(&set)) : all;
-        double sum = 0;
-        for (double one : wanted) sum += one;
-        const double used = (cpu[at] - cpu[first]) / (wall[at] - wall[first]);
+        const int64_t first = i + 1 - (crowded ? TO_LEAVE : TO_ENTER);
+        double sum = 0;  // each look stands for the time since the one before: a process that begins to compute looks more often
+        for (int64_t k = first + 1; k <= i; k++) sum += wanted[k % TO_ENTER] * (wall[k % TO_ENTER] - wall[(k - 1) % TO_ENTER]);
+        const double time = wall[at] - wall[first % TO_ENTER], used = (cpu[at] - cpu[first % TO_ENTER]) / time;
         // others run on cores that are not ours first, where there are some
-        const double others = std::max(0.0, sum / SAMPLES - used - std::max(0.0, all - cores));
+        const double others = std::max(0.0, sum / time - used - std::max(0.0, all - cores));
+        const bool before = crowded;
         crowded = others + double(watched.threads) - cores > (crowded ? LEAVE : ENTER);
+        if (before && !crowded) i = -1;  // what was seen of the others is over, and enters nothing again
         // one thread of those that park is there already, and the others make them more than the cores
         set_crowded(crowded, std::max(2, int(int64_t(cores) - watched.threads) + 2), asks);
         pause = used < WORKING ? RESTING_MS : WORKING_MS;
