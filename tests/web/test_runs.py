@@ -108,6 +108,33 @@ def test_a_running_run_is_followed(chromium: Any, folder: Path, site: str):
         page.get_by_text("another").wait_for()
 
 
+def test_a_page_that_nobody_is_at_is_read_less_often(chromium: Any, folder: Path, site: str):
+    """And at once when somebody comes back. The page's clock is the test's."""
+    run = run_folder(folder / "live", {"v": variant()}, steps=40, summary=False)
+    with locked(run), Visit(chromium, site) as page:
+        page.clock.install()
+        page.get_by_role("link", name="live").click()
+        page.get_by_text("tokens/s, all variants").wait_for()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+
+        def readings(seconds: int) -> int:
+            asked.clear()
+            for _ in range(4 * seconds):
+                page.clock.run_for(250)
+                page.wait_for_timeout(15)  # for the answer, which the clock does not hold
+            return len(asked)
+
+        page.mouse.move(5, 5)
+        assert 6 <= readings(16) <= 9
+        readings(12)
+        assert 4 <= readings(30) <= 6
+        asked.clear()
+        page.mouse.move(9, 9)
+        page.wait_for_timeout(300)
+        assert len(asked) == 1
+
+
 def test_a_line_counts_for_the_steps_that_it_stands_for(chromium: Any, folder: Path, site: str):
     """log_every: 10. The first line too, which stands for ten steps as the others do."""
     run = run_folder(folder / "r", {"v": variant()}, summary=False)

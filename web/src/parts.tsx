@@ -2,6 +2,7 @@
 
 import { type ComponentChildren, Fragment } from "preact";
 import { useCallback, useEffect, useRef, useState } from "preact/hooks";
+import { attended, onReturn } from "./attended";
 
 /** Copies a text; `copied` is true for a moment after it has. */
 export function useCopy(text: string): { copied: boolean; copy: () => Promise<void> } {
@@ -186,21 +187,31 @@ export function Table<Row>({
   );
 }
 
-/** Calls `work` now and then every `ms`, not while the page is hidden, and never twice at a time. ms: null: once. */
+const AWAY = 3; // times as long between two calls while nobody is at the page
+
+/** Calls `work` now and then every `ms`, less often while nobody is at the page, not while it is hidden, and never twice at a time. ms: null:
+ * once. */
 export function usePoll(work: () => Promise<void>, ms: number | null, depends: unknown[]): void {
   const latest = useRef(work);
   latest.current = work;
   useEffect(() => {
     let over = false;
-    let timer = 0;
+    let timer = 0; // of the next call; 0 during one
     const turn = async () => {
+      timer = 0;
       if (!document.hidden) await latest.current().catch(() => undefined);
-      if (!over && ms !== null) timer = window.setTimeout(turn, ms);
+      if (!over && ms !== null) timer = window.setTimeout(turn, attended() ? ms : AWAY * ms);
     };
+    const end = onReturn(() => {
+      if (timer === 0) return;
+      clearTimeout(timer);
+      void turn();
+    });
     void turn();
     return () => {
       over = true;
       clearTimeout(timer);
+      end();
     };
   }, [ms, ...depends]);
 }

@@ -11,6 +11,7 @@ import { server } from "./source";
 import type { RunFacts } from "./types";
 import { RunView } from "./view";
 
+const READ_MS = 2000;
 const REDRAW_MS = 1000; // while a long run is read, piece by piece
 
 export function RunPage({ ids, changes }: { ids: string[]; changes: boolean }) {
@@ -46,7 +47,7 @@ export function RunPage({ ids, changes }: { ids: string[]; changes: boolean }) {
         setError(failed);
       }
     },
-    1500,
+    READ_MS,
     [],
   );
 

@@ -5,7 +5,7 @@ import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { Answers } from "./answers";
 import { ConfusionMatrix } from "./confusion";
 import { Curves } from "./curves";
-import { never, soon } from "./frames";
+import { never, soon, spent } from "./frames";
 import { Scores } from "./scores";
 import type { Metrics } from "./series";
 import { Settings } from "./settings";
@@ -95,22 +95,26 @@ function everyVariant(runs: RunFacts[]): Shown[] {
 
 const GROWN = 1.005;
 const OLD_MS = 8000;
+const PART = 0.002; // of a core, for our pieces of drawing; the browser takes some five times as much to show them
 
 /** The version once there is so much more than was drawn that it can be seen, or what is drawn is old: half a percent of a long run's lines
- * moves a curve by a few pixels. Training goes on beside the page, maybe on the same cores. */
+ * moves a curve by a few pixels. Training goes on beside the page, maybe on the same cores: drawing that has taken long is not soon done
+ * again. */
 function useGrown(version: number, metrics: Map<string, Metrics>): number {
   const [drawn, setDrawn] = useState(version);
-  const last = useRef({ lines: 0, at: 0 });
+  const last = useRef({ lines: 0, at: 0, spent });
   useEffect(() => {
     let lines = 0;
     for (const m of metrics.values()) for (const v of m.variants.values()) lines += v.steps.length + v.valid.length;
     const draw = () => {
-      last.current = { lines, at: performance.now() };
+      last.current = { lines, at: performance.now(), spent };
       setDrawn(version);
     };
     const age = performance.now() - last.current.at;
-    if (lines < last.current.lines || lines >= GROWN * last.current.lines || age >= OLD_MS) return draw();
-    const timer = setTimeout(draw, OLD_MS - age);
+    const seen = lines < last.current.lines || lines >= GROWN * last.current.lines;
+    const wait = seen ? Math.min(OLD_MS, (spent - last.current.spent) / PART) : OLD_MS;
+    if (age >= wait) return draw();
+    const timer = setTimeout(draw, OLD_MS - age); // sooner it is drawn with the next lines, in the same frame as what else they change
     return () => clearTimeout(timer);
   }, [version]);
   return drawn;
