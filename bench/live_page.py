@@ -278,7 +278,9 @@ def main() -> None:
     parser.add_argument("--training", action="store_true", help="what a training loses to an open page, and nothing else")
     parser.add_argument("--pairs", type=int, default=6, help="of --training")
     parser.add_argument("--window", type=int, default=40, help="steps with the page, and without, in each pair")
-    parser.add_argument("--away", type=float, default=0.0, help="s before each: after 20 without keyboard and pointer the page reads less often")
+    parser.add_argument(
+        "--away", type=float, default=0.0, help="s before each: after 20 without keyboard and pointer the page reads less often"
+    )
     parser.add_argument("--train-variants", type=int, default=2)
     parser.add_argument("--train-rows", type=int, default=1, help="of each variant in a step")
     parser.add_argument("--save", type=Path, help="write the trace to this file")
