@@ -8,15 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from tests.train.common import METHODS, run_file
+from trimtab.cli import main
+from trimtab.cli import train as command_of_train
+from trimtab.places.place import ONE_PROCESS, Place
 from trimtab.train import ordering
 from trimtab.train.checkpoint import steps_of
+from trimtab.train.interrupt import Interrupted
 
 pytestmark = pytest.mark.slow
 LONG = METHODS["lora"] | {"data": "a", "max_steps": 100_000}
@@ -69,3 +75,23 @@ def test_ranks_that_are_ended_are_not_started_again(
         "after the last step, and none was made twice"
     )
     assert "saved in" in said.read_text() and "--resume" in said.read_text() and not (out / "summary.json").exists()
+
+
+def test_a_rank_that_is_interrupted_leaves_the_others_before_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ended with gloo's threads was aborted now and then, which torchrun takes for a failure: it started the ranks again."""
+    seen = []
+
+    @contextmanager
+    def joined() -> Iterator[Place]:
+        yield ONE_PROCESS
+        seen.append("left")
+
+    def interrupted(*_: object, **__: object) -> None:
+        seen.append("trained")
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(command_of_train, "_place", joined)
+    monkeypatch.setattr("trimtab.train.train", interrupted)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_file(tmp_path, {"v": LONG})))
+    result = CliRunner().invoke(main, ["train", str(tmp_path / "run.yaml")])
+    assert (result.exit_code, seen) == (143, ["trained", "left"]), result.output

@@ -112,7 +112,8 @@ def train(
     with ExitStack() as stack:
         place = stack.enter_context(_place())
         stack.enter_context(place.told())
-        _train(ctx, place, asked)
+        code = _train(place, asked)
+    ctx.exit(code)  # after the ranks have left each other: a process that ends with their threads may be aborted
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,8 @@ def _place() -> AbstractContextManager[Place]:
     return joined()
 
 
-def _train(ctx: click.Context, place: Place, asked: _Asked) -> None:
-    """In this process, as what it is of the place."""
+def _train(place: Place, asked: _Asked) -> int:
+    """In this process, as what it is of the place. The exit code."""
     from trimtab.train import RunConfig
 
     run = RunConfig.load(asked.run_file, asked.changes)  # before torch is loaded: a mistake in it is told at once
@@ -178,18 +179,18 @@ def _train(ctx: click.Context, place: Place, asked: _Asked) -> None:
     except Interrupted as e:
         code = end_of_rank(e.exit_code, place.first) if place.ranks > 1 else e.exit_code
         if not place.first:
-            ctx.exit(code)
+            return code
         saved = steps_of(run.out)[:1]
         say(f"{e}; {f'saved in {saved[0]}' if saved else 'nothing was saved yet'}", err=True)
         if place.here == place.ranks:  # of several machines, torchrun's command is the user's
             ranks = ["--ranks", str(place.ranks)] if place.ranks > 1 else []
             tell_how_to_resume("train", [asked.run_file], asked.out, asked.root, asked.changes, more=ranks)
-        ctx.exit(code)
+        return code
     if not place.first:
-        return
+        return 0
     if asked.as_json:
         click.echo(json.dumps(report.summary, indent=1))
-        return
+        return 0
     console = show.console()
     from trimtab.train.score_table import gain
 
@@ -204,6 +205,7 @@ def _train(ctx: click.Context, place: Place, asked: _Asked) -> None:
     console.print(f"saved in {report.where}: adapters/, metrics.jsonl, summary.json, report.html", highlight=False, soft_wrap=True)
     if published := [v["published"] for v in s["variants"].values() if "published" in v]:
         console.print(f"published: {', '.join(published)}", highlight=False, markup=False, soft_wrap=True)
+    return 0
 
 
 def _serving(port: int, listener: Listener) -> AbstractContextManager[Beside]:

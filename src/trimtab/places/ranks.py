@@ -80,6 +80,7 @@ class Ranks(Place):
         self._local, self.here = numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"]
         self._shards: Shards | None = None
         self.lost: list[int] = []
+        self._interrupted = False
         self._said: str | None = None
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self._restarts, self._store = restarts, PrefixStore(f"trimtab/{restarts}", store)
@@ -95,10 +96,11 @@ class Ranks(Place):
         return self._shards
 
     def leave(self) -> None:
-        """Before the process ends: hand out what others still want."""
+        """Before the process ends: hand out what others still want, if they do not end early as well."""
         if self._shards is not None:
             with suppress(RuntimeError):  # the others may be gone
-                self._shards.meet()
+                if not self._interrupted:
+                    self._shards.meet()
             self._shards.close()
 
     @property
@@ -272,6 +274,7 @@ class Ranks(Place):
         except SystemExit:
             raise
         except BaseException as error:  # it is interrupted: the others hear of it where they still have something to do
+            self._interrupted = True
             self._tell(str(error))
             raise
 
