@@ -81,6 +81,15 @@ class ConfigError(TrimtabError):
     """A run file, a flag or a method's field is wrong."""
 
 
+@contextmanager
+def writing(failed: str, fix: str) -> Iterator[None]:
+    """While what a user has named is written: ConfigError `failed`, with the system's reason, where it cannot be."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{failed}: {error.strerror}", fix=fix) from error
+
+
 class BaseError(TrimtabError):
     """The base model cannot be found, read or supported."""
 

@@ -96,12 +96,13 @@ class Ranks(Place):
         return self._shards
 
     def leave(self) -> None:
-        """Before the process ends: hand out what others still want, if they do not end early as well."""
-        if self._shards is not None:
+        """Before the process ends: hand out what others still want, unless they are interrupted too."""
+        if self._shards is None:
+            return
+        if not self._interrupted:
             with suppress(RuntimeError):  # the others may be gone
-                if not self._interrupted:
-                    self._shards.meet()
-            self._shards.close()
+                self._shards.meet()
+        self._shards.close()
 
     @property
     def leads(self) -> bool:

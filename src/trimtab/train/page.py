@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.atomic import atomic_write
-from trimtab.errors import ConfigError
+from trimtab.errors import writing
 from trimtab.train.answers import answers, confusion
 from trimtab.train.follow import facts_of, read, table
 from trimtab.train.past import Line, PastRun, doubts, read_runs
@@ -64,10 +64,8 @@ def write_page(folders: Sequence[Path], target: Path) -> None:
 
 def write_named(folders: Sequence[Path], target: Path) -> None:
     """The same, into a file that a user has named. ConfigError where that cannot be written."""
-    try:
+    with writing(f"{target} cannot be written", fix="name a file in a folder that is there"):
         write_page(folders, target)
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be written: {error.strerror}", fix="name a file in a folder that is there") from error
 
 
 def render(runs: Sequence[PastRun]) -> str:

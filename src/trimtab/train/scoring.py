@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from trimtab.data import Source, peek_source
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import ConfigError, DataError, writing
 from trimtab.objectives import OBJECTIVES, Objective, Sft, aimed_at
 from trimtab.tables import Cell, Table
 
@@ -98,7 +98,7 @@ def evaluate(base: Base, named: Mapping[str, Adapter], asked: Asked, listener: L
     from trimtab.train.evaluate import Contestant, Judge, read_held_out, write_predictions
 
     if out is not None:
-        with _written(out):
+        with _writing(out):
             out.mkdir(parents=True, exist_ok=True)
     aims = _aims(asked.source, list(named.values()))
     held = read_held_out(base, asked.source, asked.labels, asked.max_rows, listener, aims, asked.max_tokens)
@@ -114,7 +114,7 @@ def evaluate(base: Base, named: Mapping[str, Adapter], asked: Asked, listener: L
     results = judge.judge(base.attached, mix, {stem: field}, {stem: held})
     found = _evaluation(called, asked.source.path, results[stem])
     if out is not None:
-        with _written(out):
+        with _writing(out):
             write_predictions(out / "predictions", results)
             (out / "scores.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
     return found
@@ -212,12 +212,8 @@ def refuse_occupied(out: Path | None) -> None:
             raise ConfigError(f"out = {str(out)!r} is not empty", fix="name another folder, or remove this one")
 
 
-@contextmanager
-def _written(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"cannot write into out = {str(out)!r}: {error.strerror}", fix="name a folder that can be written") from error
+def _writing(out: Path) -> AbstractContextManager[None]:
+    return writing(f"cannot write into out = {str(out)!r}", fix="name a folder that can be written")
 
 
 def short_names(folders: Sequence[str]) -> dict[str, str]:

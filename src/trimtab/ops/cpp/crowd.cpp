@@ -35,7 +35,7 @@
 
 namespace {
 
-const int TO_ENTER = 128, TO_LEAVE = 32;        // looks
+const int TO_ENTER = 128, TO_LEAVE = 32;       // looks
 const long WORKING_MS = 10, RESTING_MS = 50;  // between two looks; the second where this process computes little
 const double WORKING = 0.05;                   // cores
 const double ENTER = 0.6, LEAVE = 0.3;         // runnable threads beyond the cores that there are
