@@ -29,7 +29,11 @@ UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{12}\.(?:new|old)")
 @contextmanager
 def atomic_write(target: Path) -> Iterator[BinaryIO]:
     """A new file to write to, which takes the name `target` when the block ends well; otherwise nothing of it stays. OSError where it
-    cannot be written."""
+    cannot be written, or where what has the name is no file: a device, say, which would be replaced."""
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "It is no regular file", str(target))
     work = _beside(target, "new")
     try:
         with work.open("xb") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,11 @@ def test_the_page_of_several_runs(two: list[Path], tmp_path: Path) -> None:
     for target in (tmp_path / "not" / "there.html", tmp_path / "c.html" / "x.html"):
         result = call(*two, "--html", target)
         assert result.exit_code == 2 and f"error: {target} cannot be written: No" in result.output.replace("\n", ""), result.output
+    os.mkfifo(tmp_path / "pipe")
+    for target, why in ((tmp_path / "pipe", "It is no regular file"), ("", "Is a directory")):
+        result = call(*two, "--html", target)
+        assert result.exit_code == 2 and f"cannot be written: {why}" in result.output.replace("\n", ""), result.output
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def line(name: str, step: int, tokens: int, **keys: object) -> dict:
