@@ -93,7 +93,8 @@ def evaluate(
     table.box, table.padding, table.header_style, table.columns[0].overflow = None, (0, 1), "bold", "fold"
     print_whole(console, table)
     if out is not None:
-        console.print(f"saved in {out}: scores.json, predictions/", highlight=False, soft_wrap=True)
+        answers = ", predictions/" if (out / "predictions").is_dir() else ""
+        console.print(f"saved in {out}: scores.json{answers}", highlight=False, soft_wrap=True)
 
 
 eval = evaluate  # the command's name, by which it is found
