@@ -24,7 +24,7 @@ GROWTH = 1.3
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """glibc's numbers of these settings of `mallopt`."""
 LARGEST_BLOCK, LARGEST_SPARED = 2**25, 2**20
-"""Bytes; what is larger is mapped and unmapped by itself: glibc takes no higher threshold; and where memory counts."""
+"""Bytes; what is larger, and fits into no freed piece, is mapped by itself: glibc takes no higher threshold; and where memory counts."""
 
 
 class Heap:
