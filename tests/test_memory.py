@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import resource
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ import yaml
 from click.testing import CliRunner
 
 from tests.train.common import METHODS, run_file, tiny_base
-from trimtab import model
+from trimtab import memory, model
 from trimtab.cli import main
 from trimtab.errors import ConfigError, TrimtabError
-from trimtab.memory import OutOfMemory, asked_bytes, explained, free_bytes, ran_out, release_mapped
+from trimtab.memory import OutOfMemory, asked_bytes, explained, free_bytes, ran_out, release_mapped, without_full_collections
 from trimtab.train import RunConfig, train
 
 HUGE = 2**50
@@ -242,3 +244,50 @@ def resident(tensor: torch.Tensor) -> int:
     lines = Path("/proc/self/smaps").read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith(f"{tensor.data_ptr():x}-"))
     return 1024 * int(next(line.split()[1] for line in lines[at:] if line.startswith("Rss:")))
+
+
+class _Ring:
+    def __init__(self) -> None:
+        self.me = self
+
+
+def test_rings_of_objects_are_found_without_looking_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python's own collector reports it: while rows are read, only young objects are looked at, and rings among them are freed."""
+    looked: list[int] = []
+    note = lambda phase, info: looked.append(info["generation"]) if phase == "start" else None  # noqa: E731
+    monkeypatch.setattr(memory, "YOUNG", 1000)
+    assert gc.isenabled()
+    gc.callbacks.append(note)
+    try:
+        with without_full_collections() as collect:
+            last = weakref.ref(_Ring())
+            kept = [[i] for i in range(200_000)]  # by itself the collector would have looked hundreds of times
+            assert not looked and last() is not None
+            collect()
+            assert looked == [1] and last() is None
+            collect()
+            assert looked == [1]
+    finally:
+        gc.callbacks.remove(note)
+    assert gc.isenabled() and len(kept) == 200_000
+
+
+def test_the_collector_is_as_it_was_afterwards() -> None:
+    """Behind an error, behind blocks that end in another order than they began in, and where the user has turned it off."""
+    with pytest.raises(KeyError), without_full_collections():
+        raise KeyError
+    assert gc.isenabled()
+    first, second = without_full_collections(), without_full_collections()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with without_full_collections() as collect:
+            collect()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

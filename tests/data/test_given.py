@@ -369,7 +369,7 @@ def test_each_key_means_in_memory_what_it_means_in_a_file(tmp_path: Path) -> Non
         by_file = read_source(Source(path.name), tmp_path, 0, notes[0].append)
         in_memory = read_source(only(list(rows)), tmp_path, 0, notes[1].append)
         told = [
-            ([(r.id, r.content_key()) for r in used], [(re.sub(r"^\D+\d+\]?", "", d.origin), d.reason) for d in dropped])
+            ([(r.id, r.content_key) for r in used], [(re.sub(r"^\D+\d+\]?", "", d.origin), d.reason) for d in dropped])
             for used, dropped in (by_file, in_memory)
         ]
         assert told[0] == told[1] and told[0][0] and told[0][1]

@@ -133,7 +133,7 @@ def test_tools_decide_the_prompt_and_the_cache() -> None:
     other = OPENAI | {"tools": [WEATHER | {"function": WEATHER["function"] | {"description": "Another"}}]}
     assert with_tools.ids.tolist() != example_of(other, "qwen3")[0].ids.tolist()
     a, b = to_row(OPENAI), to_row(other)
-    assert isinstance(a, Row) and isinstance(b, Row) and a.content_key() != b.content_key()
+    assert isinstance(a, Row) and isinstance(b, Row) and a.content_key != b.content_key
 
 
 def test_a_call_is_what_evaluation_asks_for() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from trimtab.data import Row, reading
 from trimtab.errors import BaseError, ConfigError, TrimtabError
 from trimtab.model import load_base
 from trimtab.train import RunConfig, train
+from trimtab.train import overlap as comparison
 from trimtab.train.check import check
 from trimtab.train.findings import CheckReport, Finding
-from trimtab.train.overlap import Contamination, Near, Repeats, turns, words
+from trimtab.train.overlap import BOILERPLATE_ROWS, NGRAM, Contamination, Near, Repeats, turns, words
 
 LORA = {"v": METHODS["lora"] | {"data": "a"}}
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -358,6 +360,34 @@ def test_boilerplate_is_no_overlap_and_what_differs_is() -> None:
     assert near.found([0])[0][0].startswith("s:1: 80%")
     near.add(Row("t:10", text=""), words(f"{LONG} 10"))
     assert near.found([0]) == ([], 0.0)
+
+
+def test_ngrams_of_few_words_are_found_as_by_comparing_all() -> None:
+    """Texts of three words hold many runs whose marks are those of another run, and some that are the same."""
+    rng = random.Random(0)
+    held, train = ([tuple(rng.choices("abc", k=rng.randint(5, 60))) for _ in range(n)] for n in (20, 300))
+    train[::30] = [held[i][1:-1] for i in range(10)]
+    near = Near([(Row(f"s:{i}", text=""), text) for i, text in enumerate(held)])
+    for i, text in enumerate(train):
+        near.add(Row(f"t:{i}", text=""), text)
+    runs = [{text[i : i + NGRAM] for i in range(len(text) - NGRAM + 1)} for text in train]
+    for i, text in enumerate(held):
+        mine = {text[k : k + NGRAM] for k in range(len(text) - NGRAM + 1)}
+        counts = [n for run in mine if (n := sum(run in others for others in runs)) <= BOILERPLATE_ROWS]
+        share = sum(n > 0 for n in counts) / len(counts) if counts else 0.0
+        found, most = near.found([i])
+        assert [line.split(", ")[0] for line in found] == ([f"s:{i}: {share:.0%}"] if share >= 0.5 else []) and (found or most == share)
+
+
+def test_words_are_those_of_each_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever texts were cut before, and whether their words are still known."""
+    monkeypatch.setattr(comparison, "KEPT_WORDS", 50)
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("aB1.,;(\"'…»ä \n_-", k=rng.randint(0, 90))) for _ in range(2000)] + [f"({'x' * 500})"]
+    for text in texts:
+        cut = [piece.strip(".,;:!?\"'`()[]{}«»“”‘’…。、！？") for piece in unicodedata.normalize("NFKC", text).casefold().split()]
+        assert words(text) == tuple(piece for piece in cut if piece), text
+    assert max(map(len, comparison._STRIPPED)) <= comparison.KEPT_LENGTH
 
 
 def test_rows_of_signs_alone_are_not_taken_for_each_other() -> None:

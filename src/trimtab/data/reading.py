@@ -30,6 +30,7 @@ from trimtab.data.source_rows import content_of, rows_of
 from trimtab.data.sources import MAX_DROPPED, Source
 from trimtab.data.token_store import Examples, Tokens, TokenWriter, token_file
 from trimtab.errors import DataError
+from trimtab.memory import without_full_collections
 from trimtab.version import __version__
 
 Hear = Callable[[Row], None]
@@ -136,10 +137,12 @@ class Reading:
         if later is not None:
             kept = iter(tokens.index["rows"][places].tolist())
             waited = next(kept, -1)
-            for row in rows_of(source, self.root, index, parts=self.parts):
-                if isinstance(row, Row) and row.id[1] == waited:
-                    later(as_learnt(row, self._template))
-                    waited = next(kept, -1)
+            with without_full_collections() as collect:
+                for row in rows_of(source, self.root, index, parts=self.parts):
+                    if isinstance(row, Row) and row.id[1] == waited:
+                        later(as_learnt(row, self._template))
+                        waited = next(kept, -1)
+                    collect()
             self._refuse_change(source, name, digest)
         for text in tokens.notes["said"]:
             note(source.path + text)
@@ -190,13 +193,15 @@ class Reading:
             for part in of_segments:
                 sha.update(part)
 
-        for batch, results in self._encoded(source, found, unread.append, content):
-            lost += [result for result in results if isinstance(result, Dropped)]
-            writer.add([result for result in results if isinstance(result, Example)])
-            if hear is not None:
-                for row, result in zip(batch, results, strict=True):
-                    if isinstance(result, Example):
-                        hear(as_learnt(row, self._template))
+        with without_full_collections() as collect:
+            for batch, results in self._encoded(source, found, unread.append, content):
+                lost += [result for result in results if isinstance(result, Dropped)]
+                writer.add([result for result in results if isinstance(result, Example)])
+                if hear is not None:
+                    for row, result in zip(batch, results, strict=True):
+                        if isinstance(result, Example):
+                            hear(as_learnt(row, self._template))
+                collect()
         key = "sha256:" + sha.hexdigest()
         writer.finish(digest, key, unread + lost, [text.removeprefix(source.path) for text in said])
 
@@ -256,7 +261,7 @@ def _batches(
             lost(row)
             continue
         batch.append(row)
-        of_segments = [segment.content_key() + b"\n" for segment in row.segments]
+        of_segments = [segment.content_key + b"\n" for segment in row.segments]
         content(of_segments)
         size += sum(map(len, of_segments))
         if len(batch) >= BATCH_ROWS or size >= BATCH_BYTES:

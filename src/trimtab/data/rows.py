@@ -23,6 +23,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from trimtab.bases.template import BadRow, Message
@@ -109,13 +110,14 @@ class Row:
         """What the chat template gets beside the messages."""
         return {**self.settings, **({"tools": list(self.tools)} if self.tools else {})}
 
-    @property
+    @cached_property
     def answers(self) -> list[int]:
         """Indexes in `conversation` of the assistant turns to train on; empty for plain text."""
         turns = self.conversation if self.messages is None else self.messages
         found = [i for i, m in enumerate(turns or ()) if m["role"] == "assistant" and i >= self.first_supervised]
         return [i for i in found if i not in self.unsupervised] if self.unsupervised else found
 
+    @cached_property
     def content_key(self) -> bytes:
         """All that decides the row's tokens, as canonical JSON: two rows with the same key tokenise alike. Origin and id are left out."""
         parts: list[Any] = [self.messages, self.prompt, self.completion, self.text, self.system, self.separator, self.first_supervised]

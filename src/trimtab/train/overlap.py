@@ -35,7 +35,24 @@ def words(text: str) -> tuple[str, ...]:
         folded = text.lower()
     else:
         folded = _LONE.sub(r" \1 ", unicodedata.normalize("NFKC", text).casefold())
-    return tuple([w for word in folded.split() if (w := word if word.isalnum() else word.strip(_EDGES))])
+    if len(_STRIPPED) > KEPT_WORDS:
+        _STRIPPED.clear()
+    return tuple(filter(None, map(_STRIPPED.__getitem__, folded.split())))
+
+
+class _Stripped(dict[str, str]):
+    """Words without the punctuation around them. Short ones are kept: a text is made of few words, again and again."""
+
+    def __missing__(self, word: str) -> str:
+        found = word if word.isalnum() else word.strip(_EDGES)
+        if len(word) <= KEPT_LENGTH:
+            self[word] = found
+        return found
+
+
+_STRIPPED = _Stripped()
+KEPT_WORDS, KEPT_LENGTH = 20_000, 32
+"""How many are kept before they are forgotten, and of how many characters at most."""
 
 
 class Turn(NamedTuple):
@@ -116,7 +133,7 @@ class Repeats:
     def add(self, row: Row, said: Sequence[Turn]) -> None:
         """said: the turns of the row's first segment."""
         every = [*said, *[turn for other in row.others for turn in turns(other)]]
-        self._exact.append(_number(b"\n".join([s.content_key() for s in row.segments])))
+        self._exact.append(_number(b"\n".join([s.content_key for s in row.segments])))
         self._folded.append(_number(b"".join([turn.folded for turn in every])))
         self._worded.append(any(turn.worded for turn in every))
 
@@ -221,16 +238,17 @@ class Near:
     def __init__(self, held: Sequence[tuple[Row, Sequence[str]]]):
         self._held = [(row, set(_ngrams(asked))) for row, asked in held]
         self._wanted: set[Gram] = set().union(*(grams for _, grams in self._held))
-        self._edges = {(gram[0], gram[-1]) for gram in self._wanted}
+        self._marks = {(gram[0], gram[NGRAM // 2], gram[-1]) for gram in self._wanted}
         self._seen: Counter[Gram] = Counter()
         self._where: dict[Gram, str] = {}
 
     def add(self, row: Row, asked: Sequence[str]) -> None:
-        """asked: the words of a training row's prompt. A run is made only where its first and last word are those of one that is wanted."""
-        edges, last = self._edges, asked[NGRAM - 1 :]
-        if edges.isdisjoint(zip(asked, last, strict=False)):
+        """asked: the words of a training row's prompt. A run is made only where its first, middle and last word are those of one that is
+        wanted."""
+        marks, middle, last = self._marks, asked[NGRAM // 2 :], asked[NGRAM - 1 :]
+        if marks.isdisjoint(zip(asked, middle, last, strict=False)):
             return
-        places = [i for i, pair in enumerate(zip(asked, last, strict=False)) if pair in edges]
+        places = [i for i, three in enumerate(zip(asked, middle, last, strict=False)) if three in marks]
         for gram in {tuple(asked[i : i + NGRAM]) for i in places} & self._wanted:
             self._seen[gram] += 1
             self._where.setdefault(gram, row.origin)
