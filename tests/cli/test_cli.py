@@ -6,7 +6,9 @@ import json
 import os
 import re
 import signal
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -221,3 +223,32 @@ def test_sigterm_unwinds_what_is_half_written(tmp_path: Path, monkeypatch: pytes
     ended = CliRunner().invoke(cli.main, ["merge"])
     assert ended.exit_code == 143 and list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_an_object_is_finalized_is_not_lost(
+    number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Python goes on behind an error of `__del__`; what another error was is still said by the hook that was there."""
+
+    class Closes:
+        def __init__(self, close: Callable[[], None]):
+            self.close = close
+
+        def __del__(self) -> None:
+            self.close()
+
+    @click.command()
+    def merge() -> None:
+        with staged(tmp_path / "merged"):
+            Closes(lambda: {}["key"])
+            Closes(lambda: os.kill(os.getpid(), number))
+            time.sleep(10)
+
+    said: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", hook := lambda lost: said.append(lost.exc_type))
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(merge=merge))
+    start = time.monotonic()
+    ended = CliRunner().invoke(cli.main, ["merge"])
+    assert ended.exit_code == code and list(tmp_path.iterdir()) == [] and time.monotonic() - start < 9
+    assert said == [KeyError] and sys.unraisablehook is hook

@@ -5,7 +5,9 @@ A user's mistake (`TrimtabError`) is printed with its fix and exits with code 2;
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,9 +53,15 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came. Like Ctrl-C it unwinds the command, so that what is half written goes."""
 
 
+LOST_S = 0.05
+
+
 @contextmanager
 def unwound_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises `Terminated` inside. Commands that end in their own way (train, sweep, serve) put their handlers in its place."""
+    """SIGTERM raises `Terminated` inside. Commands that end in their own way (train, sweep, serve) put their handlers in its place.
+
+    Python only prints an error that is raised while an object is finalized (`__del__`), and goes on. So this one, and Ctrl-C's, comes again
+    a moment later."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -61,11 +69,22 @@ def unwound_by_sigterm() -> Iterator[None]:
     def end(*_: object) -> None:
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, end)
+    def unraisable(lost: sys.UnraisableHookArgs) -> None:
+        if isinstance(lost.exc_value, KeyboardInterrupt):
+            number = signal.SIGTERM if isinstance(lost.exc_value, Terminated) else signal.SIGINT
+            again = threading.Timer(LOST_S, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+        else:
+            hook(lost)
+
+    before, hook = signal.signal(signal.SIGTERM, end), sys.unraisablehook
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
 
 
 class Commands(click.Group):
