@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ import pytest
 import torch
 from openai import OpenAI
 from peft import PeftModel
+from starlette.requests import Request
+from starlette.testclient import TestClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.store.remote_servers import free_port
 from trimtab.cluster.arguments import Args, read
+from trimtab.cluster.ingress import Ingress
 from trimtab.cluster.relayed import MAX_MODEL, Relayed, model_of
 from trimtab.cluster.serve import _refuse
 from trimtab.errors import ConfigError
@@ -237,6 +240,48 @@ def test_a_replica_that_dies_costs_honest_errors(url: str) -> None:
         for future in asking:
             future.result()
     assert set(statuses) <= {200, 503} and statuses[-1] == 200 and len(statuses) >= count + 40
+
+
+class Dying:
+    """A handle of replicas, as Serve's: the one that answers says what it is given and dies behind it."""
+
+    def __init__(self, *messages: dict[str, Any]):
+        self.messages = messages
+
+    def options(self, **_: Any) -> Dying:
+        return self
+
+    def remote(self, asked: Relayed) -> Dying:
+        return self
+
+    def cancel(self) -> None: ...
+
+    def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
+        return self
+
+    async def __anext__(self) -> dict[str, Any]:
+        messages, self.messages = self.messages, self.messages[1:]
+        if not messages:
+            raise OSError("the actor died")
+        return messages[0]
+
+
+@pytest.mark.parametrize("headers", [[(b"content-length", b"7")], []], ids=["of known length", "a stream"])
+def test_a_replica_that_dies_behind_its_headers_is_told_where_it_can_be(headers: list[tuple[bytes, bytes]]) -> None:
+    """An answer of known length is none until it is whole. A stream has begun, and is cut off."""
+    replicas = Dying({"type": "http.response.start", "status": 200, "headers": headers}, {"type": "http.response.body", "body": b"{"})
+    ingress = Ingress(replicas, "tiny")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await (await ingress(Request(scope, receive)))(scope, receive, send)
+
+    client = TestClient(app)
+    if headers:
+        answer = client.post("/v1/completions", json={"model": "acme/a0"})
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "replica_lost" and "retry-after" in answer.headers
+    else:
+        with pytest.raises(OSError, match="the actor died"):
+            client.post("/v1/completions", json={"model": "acme/a0"})
 
 
 def test_what_goes_between_processes_is_plain() -> None:

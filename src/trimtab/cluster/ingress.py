@@ -44,12 +44,18 @@ class Ingress:
         answer = named.remote(asked)
         try:
             head = await anext(answer)
+            # an answer of known length is sent when it is there: behind its headers nothing could be told of a replica that dies
+            whole = [m async for m in answer] if b"content-length" in dict(head["headers"]) else None
         except asyncio.CancelledError:
             answer.cancel()
             raise
         except Exception as error:  # of Ray, in as many ways as an actor can end
             return _fault(_gone(error))
-        response = StreamingResponse(_rest(answer), head["status"])
+        response: Response = (
+            StreamingResponse(_rest(answer), head["status"])
+            if whole is None
+            else Response(b"".join(m.get("body", b"") for m in whole), head["status"])
+        )
         by_serve = b"x-request-id" in dict(asked.scope["headers"])  # its proxy numbers requests, and answers with the number itself
         response.raw_headers = [h for h in head["headers"] if not (by_serve and h[0] == b"x-request-id")]
         return response
