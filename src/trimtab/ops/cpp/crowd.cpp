@@ -33,6 +33,8 @@
 #include <mutex>
 #include <vector>
 
+#include "crew.h"
+
 namespace {
 
 const int TO_ENTER = 128, TO_LEAVE = 32;       // looks
@@ -50,6 +52,7 @@ struct Parking {
     int64_t times = 0;  // that the cores were taken
 };
 Parking* const parking = new Parking;
+std::atomic<bool> taken{false};  // as parking->crowded, for who asks often
 
 struct Watched {
     char loads[256];
@@ -167,7 +170,7 @@ void ask_for_turns(uint64_t nanoseconds) {
 void set_crowded(bool crowded, int threads, bool asks) {
     std::lock_guard<std::mutex> lock(parking->mutex);
     if (parking->crowded == crowded) return;
-    parking->crowded = crowded;
+    taken = parking->crowded = crowded;
     if (asks) ask_for_turns(crowded ? TURN_NS : 0);
     if (!crowded) return parking->over.notify_all();
     start(park, new Parked{threads, ++parking->times});
@@ -212,6 +215,8 @@ void* watch(void* given) {
 }
 
 }  // namespace
+
+bool crowded() { return taken; }
 
 extern "C" {
 

@@ -68,8 +68,7 @@ void attend(const V* q, int64_t q_stride, const V* k_pool, const V* v_pool, V* o
         const int64_t from = std::max(first_token(length, work.window), item.chunk * CHUNK);
         return std::pair<int64_t, int64_t>(from, std::min(length, (item.chunk + 1) * CHUNK));
     };
-#pragma omp for schedule(dynamic, work.share)
-    for (int64_t i = 0; i < count; i++) {
+    const auto attend_item = [&](int64_t i) {
         const AttentionWork::Item& item = work.items[i];
         const int64_t from = range(item, item.row).first, n = range(item, item.row + item.rows - 1).second - from;
         find(item, k_pool, from, n, tokens);
@@ -90,15 +89,20 @@ void attend(const V* q, int64_t q_stride, const V* k_pool, const V* v_pool, V* o
                  scaling * LOG2_E, memory, to);
             for (int64_t h = 0; one && h < heads; h++) combine(to + h * size, 1, 0, out + (t * H + first + h) * D, D);
         }
+    };
+    if (in_crew()) {
+        share(count, WHOLE_TAKING, attend_item);
+    } else {
+#pragma omp for schedule(dynamic, work.share)
+        for (int64_t i = 0; i < count; i++) attend_item(i);
     }
     if (!work.cut) return;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < work.T * H; i++) {
+    share(work.T * H, 64 * D, [&](int64_t i) {
         const int64_t t = i / H, h = i % H;
-        if (work.count[t] <= 1) continue;
+        if (work.count[t] <= 1) return;
         const int64_t chunk = first_token(work.paging.length[t], work.window) / CHUNK;
         combine(work.parts.get() + ((work.first_part[t] + chunk) * H + h) * size, work.count[t], H * size, out + i * D, D);
-    }
+    });
 }
 
 template void attend(const bf16*, int64_t, const bf16*, const bf16*, bf16*, float, const AttentionWork&);

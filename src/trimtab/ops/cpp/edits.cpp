@@ -1,8 +1,6 @@
 // Edits at inference, row by row: LoRA, IA3 and bottleneck adapters, each row with the factors of its own slot.
 // T rows, I inputs, O outputs, R rank, S adapters.
 
-#include <omp.h>
-
 #include "edit_tiles.h"
 
 static inline int64_t most_ranks(const int32_t* rank, int64_t count) {
@@ -154,14 +152,17 @@ static inline void expand_rows(int64_t n, const float* f, int64_t f_stride, cons
         for (int64_t m = 0; m < n; m++) expand(f + m * f_stride, B, m ? nullptr : ahead, R, O, y + m * y_stride, O);
 }
 
-// Call f(first row, rows, slot, the slot that comes next or -1) for this thread's runs of at most `most` rows that share a slot.
+// Call f(first row, rows, slot, the slot that comes next or -1) for this thread's runs of at most `most` rows that share a slot. A crew cuts
+// the rows into more parts than it has threads.
 template <class F> static void each_run(const int32_t* slot, int64_t T, int64_t most, F f) {
-    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num(), end = T * (me + 1) / team;
-    for (int64_t t = T * me / team, n; t < end; t += n) {
-        for (n = 1; n < most && t + n < end && slot[t + n] == slot[t];) n++;
-        if (slot[t] >= 0) f(t, n, slot[t], t + n < end && slot[t + n] != slot[t] ? slot[t + n] : -1);
-    }
-#pragma omp barrier
+    const int64_t parts = in_crew() ? std::min<int64_t>(T, 8) : omp_get_num_threads();
+    share(parts, WHOLE_TAKING, [&](int64_t part) {
+        const int64_t end = T * (part + 1) / parts;
+        for (int64_t t = T * part / parts, n; t < end; t += n) {
+            for (n = 1; n < most && t + n < end && slot[t + n] == slot[t];) n++;
+            if (slot[t] >= 0) f(t, n, slot[t], t + n < end && slot[t + n] != slot[t] ? slot[t + n] : -1);
+        }
+    });
 }
 
 // For each part p: y[t, first[p]..] += (x[t] A^T) B^T with part p's A [R, I] and B^T [R, width[p]] of slot[t]; rows of slot -1 are left alone,
@@ -213,14 +214,13 @@ template void lora(const bf16*, int64_t, bf16*, int64_t, const int32_t*, const L
 // x[t] *= 1 + g of slot[t]; rows of slot -1 are left alone, and those whose g is null.
 template <class V>
 void scale(V* x, int64_t stride, const int32_t* slot, const int64_t* g, int64_t T, int64_t width) {
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < T; t++) {
+    share(T, 2 * width, [=](int64_t t) {
         const float* by = slot[t] < 0 ? nullptr : (const float*)g[slot[t]];
-        if (!by) continue;
+        if (!by) return;
         V* row = x + t * stride;
 #pragma omp simd
         for (int64_t i = 0; i < width; i++) down(up(row[i]) * (1.0f + by[i]), row + i);
-    }
+    });
 }
 
 template void scale(bf16*, int64_t, const int32_t*, const int64_t*, int64_t, int64_t);

@@ -6,8 +6,7 @@
 // x += y (where y is given), out = w * (x / sqrt(mean x^2 + eps)), x / … rounded before w as Llama does.
 template <class V>
 void add_rms_norm(V* x, const V* y, const V* w, V* out, int64_t T, int64_t width, float eps) {
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < T; t++) {
+    share(T, 4 * width, [=](int64_t t) {
         V* row = x + t * width;
         float sum = 0;
         if (y) {
@@ -25,7 +24,7 @@ void add_rms_norm(V* x, const V* y, const V* w, V* out, int64_t T, int64_t width
         float rstd = 1.0f / std::sqrt(sum / width + eps);
 #pragma omp simd
         for (int64_t i = 0; i < width; i++) down(rounded<V>(up(row[i]) * rstd) * up(w[i]), out + t * width + i);
-    }
+    });
 }
 
 template <class V> static void norm_head(V* head, const V* w, int64_t D, float eps) {
@@ -49,8 +48,7 @@ template <class V> static void rotate_head(const V* head, const V* cos, const V*
 template <class V>
 void rotate_and_write(V* qkv, int64_t stride, const V* cos, const V* sin, const V* q_norm, const V* k_norm, float eps,
                              V* k_pool, V* v_pool, const int64_t* write, int64_t T, int64_t H, int64_t G, int64_t D) {
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < T; t++) {
+    share(T, 4 * (H + 2 * G) * D, [=](int64_t t) {
         V* row = qkv + t * stride;
         const V *c = cos + t * D, *s = sin + t * D;
         V* k_out = k_pool + write[t] * G * D;
@@ -65,26 +63,24 @@ void rotate_and_write(V* qkv, int64_t stride, const V* cos, const V* sin, const 
             rotate_head(k + g * D, c, s, k_out + g * D, D);
         }
         std::memcpy(v_out, v, sizeof(V) * G * D);
-    }
+    });
 }
 
 // out = silu(gate) * up of rows [gate | up].
 template <class V> void swiglu(const V* gate_up, V* out, int64_t T, int64_t I) {
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < T; t++) {
+    share(T, 8 * I, [=](int64_t t) {
         const V *gate = gate_up + t * 2 * I, *value = gate + I;
 #pragma omp simd
         for (int64_t i = 0; i < I; i++) {
             float g = up(gate[i]);
             down(g / (1.0f + fast_exp(-g)) * up(value[i]), out + t * I + i);
         }
-    }
+    });
 }
 
 // Each row's largest value and the first place where it stands; NaN where the row holds one.
 template <class V> static void largest(const V* x, int64_t stride, float* value, int64_t* place, int64_t T, int64_t width) {
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < T; t++) {
+    share(T, 4 * width, [=](int64_t t) {
         const V* row = x + t * stride;
         float most = -std::numeric_limits<float>::infinity();
         int64_t bad = 0, at = 0;
@@ -93,7 +89,7 @@ template <class V> static void largest(const V* x, int64_t stride, float* value,
         while (at < width - 1 && up(row[at]) != most) at++;
         value[t] = bad ? std::numeric_limits<float>::quiet_NaN() : most;
         place[t] = at;
-    }
+    });
 }
 
 template void add_rms_norm(bf16*, const bf16*, const bf16*, bf16*, int64_t, int64_t, float);

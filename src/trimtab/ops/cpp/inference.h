@@ -2,11 +2,10 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include <vector>
 
 #include "common.h"
+#include "crew.h"
 
 #ifdef __AVX512BF16__
 static inline __m512bh bits(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -77,13 +76,7 @@ struct AttentionWork {
     bool cut;  // whether any row has several chunks
 };
 
-// Run f on every thread of a team. The kernels below are loops that the team which calls them shares, with a barrier at the end: so a kernel
-// is a call of its own, or a part of a larger one.
-template <class F> static inline void as_team(bool many, F f) {
-#pragma omp parallel if (many)
-    f();
-}
-
+// The kernels below are loops that the team which calls them shares: so a kernel is a call of its own, or a part of a larger one.
 template <class V> void add_rms_norm(V* x, const V* y, const V* w, V* out, int64_t T, int64_t width, float eps);
 template <class V>
 void rotate_and_write(V* qkv, int64_t stride, const V* cos, const V* sin, const V* q_norm, const V* k_norm, float eps, V* k_pool, V* v_pool,

@@ -74,12 +74,15 @@ template <class F> void products(F& f, const Quantized& W, const bf16* x, int64_
     memory.reserve((2 * blocks * 32 + PANEL) * padded * sizeof(bf16) + 32 * 32 * 4 + 512);
     bf16 *rows = memory.take<bf16>(blocks * 32 * padded), *right = memory.take<bf16>(blocks * 32 * padded), *panel = memory.take<bf16>(PANEL * padded);
     float* sums = memory.take<float>(32 * 32);
-    arrange<F>(x, x_stride, T, W.I, rows);
-    std::memset(rows + T * padded, 0, (blocks * 32 - T) * padded * sizeof(bf16));
-    for (int64_t m = 0; m < blocks; m++) columns(rows + m * 32 * padded, padded, right + m * 32 * padded);
+    bool arranged = false;
     Multiplying multiplying;
-#pragma omp for schedule(static)
-    for (int64_t p = 0; p < panels; p++) {
+    share(panels, 8 * W.I * std::min<int64_t>(T, 32), [&](int64_t p) {
+        if (!arranged) {
+            arrange<F>(x, x_stride, T, W.I, rows);
+            std::memset(rows + T * padded, 0, (blocks * 32 - T) * padded * sizeof(bf16));
+            for (int64_t m = 0; m < blocks; m++) columns(rows + m * 32 * padded, padded, right + m * 32 * padded);
+            arranged = true;
+        }
         const int64_t first = p * PANEL, count = std::min(PANEL, W.O - first);
         for (int64_t i = 0; i < PANEL; i++) decode_row(f, first + std::min(i, count - 1), 0, W.I, panel + i * padded);
         for (int64_t m = 0; m < blocks; m++) {
@@ -90,7 +93,7 @@ template <class F> void products(F& f, const Quantized& W, const bf16* x, int64_
                 for (int64_t i = 0; i < count; i++)
                     down(sums[i * 32 + t % 32] + (bias ? up(bias[first + i]) : 0.0f), y + t * y_stride + first + i);
         }
-    }
+    });
 }
 #else
 // y of R rows of x, 1, 2 or 4, for the next `count` outputs of 16 / R. x is arranged.
@@ -147,35 +150,39 @@ template <class F> void products(F& f, const Quantized& W, const bf16* x, int64_
     Scratch& memory = quantized_scratch;
     memory.reserve((T + 4) * padded * sizeof(bf16) + 256);
     bf16 *rows = memory.take<bf16>(T * padded), *panel = memory.take<bf16>(4 * padded);
-    arrange<F>(x, x_stride, T, K, rows);
+    bool arranged = false;
+    const auto take_rows = [&] {
+        if (!arranged) arrange<F>(x, x_stride, T, K, rows), arranged = true;
+    };
     if constexpr (F::RUN <= 128 && !F::DECODED)
         if (T == 1) {
-#pragma omp for schedule(static)
-            for (int64_t o = 0; o < W.O; o += 16) dots<1>(f, o, std::min<int64_t>(16, W.O - o), K, rows, padded, bias, y, y_stride);
+            share((W.O + 15) / 16, 16 * 4 * K, [&](int64_t i) {
+                take_rows();
+                dots<1>(f, 16 * i, std::min<int64_t>(16, W.O - 16 * i), K, rows, padded, bias, y, y_stride);
+            });
             return;
         }
-#pragma omp for schedule(static)
-    for (int64_t o = 0; o < W.O; o += 4) {
-        const int64_t count = std::min<int64_t>(4, W.O - o);
+    share((W.O + 3) / 4, 4 * (T + 3) * K, [&](int64_t i) {
+        take_rows();
+        const int64_t o = 4 * i, count = std::min<int64_t>(4, W.O - o);
         const bf16 *four = panel, *b = bias ? bias + o : nullptr;
         if constexpr (F::DECODED)
             four = f.row(o, 0);
         else
-            for (int64_t i = 0; i < count; i++) decode_row(f, o + i, 0, K, panel + i * padded);
+            for (int64_t j = 0; j < count; j++) decode_row(f, o + j, 0, K, panel + j * padded);
         FormatRows all{four, stride, (const char*)(four + (F::DECODED ? 4 * K : 0)), F::DECODED ? 64 / passes : 0};
         int64_t t = 0;
         for (; t + 4 <= T; t += 4) dots<4>(all, 0, count, stride, rows + t * padded, padded, b, y + t * y_stride + o, y_stride);
         if (t + 2 <= T) dots<2>(all, 0, count, stride, rows + t * padded, padded, b, y + t * y_stride + o, y_stride), t += 2;
         if (t < T) dots<1>(all, 0, count, stride, rows + t * padded, padded, b, y + t * y_stride + o, y_stride);
-    }
+    });
 }
 #endif
 
 // Rows of a tile, their numbers in order.
 template <class F>
 void decode_tile(F& f, const Quantized& W, int64_t row, int64_t rows, int64_t column, int64_t columns, bf16* to, int64_t stride) {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < rows; i++) {
+    share(rows, 4 * columns, [&](int64_t i) {
         const auto from = f.row(row + i, 0);
         bf16* line = to + i * stride;
         for (int64_t k = 0; k < columns; k += F::RUN) {
@@ -186,7 +193,7 @@ void decode_tile(F& f, const Quantized& W, int64_t row, int64_t rows, int64_t co
             for (int j = 0; j < F::RUN / 32; j++)
                 if (k + 32 * j < columns) _mm512_mask_storeu_epi16(line + k + 32 * j, first_lanes(columns - k - 32 * j), w[j]);
         }
-    }
+    });
 }
 
 }  // namespace
@@ -195,11 +202,13 @@ void decode_tile(F& f, const Quantized& W, int64_t row, int64_t rows, int64_t co
 namespace {
 
 template <class V> void plain_product(const Quantized& W, const V* x, int64_t x_stride, const V* bias, V* y, int64_t y_stride, int64_t T) {
-    std::vector<float> row(W.I), wide(T * W.I);
-    for (int64_t t = 0; t < T; t++)
-        for (int64_t k = 0; k < W.I; k++) wide[t * W.I + k] = up(x[t * x_stride + k]);
-#pragma omp for schedule(static)
-    for (int64_t o = 0; o < W.O; o++) {
+    std::vector<float> row(W.I), wide;
+    share(W.O, W.I * (T + 8), [&](int64_t o) {
+        if (wide.empty()) {
+            wide.resize(T * W.I);
+            for (int64_t t = 0; t < T; t++)
+                for (int64_t k = 0; k < W.I; k++) wide[t * W.I + k] = up(x[t * x_stride + k]);
+        }
         plain_row(W, o, 0, W.I, row.data());
         for (int64_t k = 0; k < W.I; k++) row[k] = rounded<V>(row[k]);
         for (int64_t t = 0; t < T; t++) {
@@ -209,17 +218,16 @@ template <class V> void plain_product(const Quantized& W, const V* x, int64_t x_
             for (int64_t k = 0; k < W.I; k++) sum += from[k] * row[k];
             down(sum + (bias ? up(bias[o]) : 0.0f), y + t * y_stride + o);
         }
-    }
+    });
 }
 
 template <class V>
 void plain_dense(const Quantized& W, int64_t row, int64_t rows, int64_t column, int64_t columns, V* to, int64_t stride) {
     std::vector<float> line(columns);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < rows; i++) {
+    share(rows, 8 * columns, [&](int64_t i) {
         plain_row(W, row + i, column, columns, line.data());
         for (int64_t k = 0; k < columns; k++) down(line[k], to + i * stride + k);
-    }
+    });
 }
 
 }  // namespace

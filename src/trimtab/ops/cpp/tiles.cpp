@@ -55,8 +55,7 @@ void matmul(const bf16* x, int64_t x_stride, const bf16* W, const bf16* bias, bf
     TileConfig config;
     alignas(64) float sums[32 * 32];
     int64_t configured = -1;
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < blocks; n++) {
+    share(blocks, 8 * K * std::min<int64_t>(M, 32), [&](int64_t n) {
         const bf16* w = W + n * steps * 1024;
         for (int64_t m = 0; m < M; m += 32) {
             const int64_t rows = std::min<int64_t>(32, M - m), upper = std::min<int64_t>(16, rows), lower = rows - upper;
@@ -83,7 +82,7 @@ void matmul(const bf16* x, int64_t x_stride, const bf16* W, const bf16* bias, bf
                     for (int64_t o = 0; o < width; o++) down(sums[i * 32 + o], to + o);
             }
         }
-    }
+    });
     _tile_release();
 }
 
