@@ -54,7 +54,7 @@ def told(tmp_path: Path, steps: str, **environment: str) -> str:
     kept = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")}
     done = subprocess.run(
         [sys.executable, "-c", LOOK.replace("STEPS", steps), str(tmp_path / "loadavg")],
-        env=kept | {"PYTHONPATH": str(SOURCE)} | environment,
+        env=kept | {"PYTHONPATH": f"{SOURCE}{os.pathsep}{SOURCE.parent}"} | environment,
         capture_output=True,
         text=True,
         timeout=240,

@@ -94,6 +94,8 @@ struct Crew {
 
 namespace {
 
+std::atomic<int64_t> works{0};
+
 // What a thread of a crew knows.
 thread_local Crew* my_crew = nullptr;
 thread_local Helper* my_helper = nullptr;  // null: it called
@@ -247,24 +249,14 @@ void Crew::finish(int64_t takings) {
     if (done.fetch_add(1) + 1 == takings) after(my_loop);
 }
 
-Loop::Loop(int64_t count, int64_t work) : crew(my_crew), count(count), each(count) {
-    if (crew) each = std::max<int64_t>(std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, work)), count / MOST_TAKINGS + 1);
-}
+Takings::Takings(int64_t count, int64_t work)
+    : count(count), each(std::max<int64_t>(std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, work)), count / MOST_TAKINGS + 1)) {}
 
-bool Loop::next(int64_t& from, int64_t& to) {
-    if (!crew) {
-        if (taken++) {
-#pragma omp barrier
-            return false;
-        }
-        const int64_t team = omp_get_num_threads(), me = omp_get_thread_num(), part = count / team, more = count % team;
-        from = part * me + std::min(me, more), to = from + part + (me < more);
-        return true;
-    }
+bool Takings::next(int64_t& from, int64_t& to) {
     const int64_t takings = std::max<int64_t>(1, (count + each - 1) / each);
-    if (taken++) crew->finish(takings);
+    if (taken++) my_crew->finish(takings);
     int64_t found;
-    if (crew->take(takings, found)) {
+    if (my_crew->take(takings, found)) {
         from = found * each, to = std::min(count, from + each);
         return true;
     }
@@ -284,22 +276,21 @@ bool crew_runs(void (*f)(void*), void* given) {
     crew->begin(f, given);
     f(given);
     crew->end();
+    works++;
     my_crew = nullptr;
     crew->taken.clear();
     return true;
 }
 #else
+namespace {
+const int64_t works = 0;
+}
 bool crowded() { return false; }
 bool in_crew() { return false; }
 bool crew_runs(void (*)(void*), void*) { return false; }
-Loop::Loop(int64_t count, int64_t) : crew(nullptr), count(count), each(count) {}
-bool Loop::next(int64_t& from, int64_t& to) {
-    if (taken++) {
-#pragma omp barrier
-        return false;
-    }
-    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num(), part = count / team, more = count % team;
-    from = part * me + std::min(me, more), to = from + part + (me < more);
-    return true;
-}
+Takings::Takings(int64_t count, int64_t) : count(count), each(count) {}
+bool Takings::next(int64_t&, int64_t&) { return false; }
 #endif
+
+// How often this process's crew has done a work.
+extern "C" int64_t crew_works() { return works; }

@@ -68,32 +68,35 @@ thread_local Scratch quantized_scratch;
 
 #ifdef TILES
 // The numbers of 32 outputs are decoded and multiplied with rows of x on matrix tiles, as `tiles.cpp` does with its blocks.
-template <class F> void products(F& f, const Quantized& W, const bf16* x, int64_t x_stride, const bf16* bias, bf16* y, int64_t y_stride, int64_t T) {
+template <class L, class F>
+INLINE void products_by(F& f, const Quantized& W, const bf16* x, int64_t x_stride, const bf16* bias, bf16* y, int64_t y_stride, int64_t T) {
     const int64_t padded = whole_runs<F>(W.I), steps = padded / 32, blocks = (T + 31) / 32, panels = (W.O + PANEL - 1) / PANEL;
     Scratch& memory = quantized_scratch;
     memory.reserve((2 * blocks * 32 + PANEL) * padded * sizeof(bf16) + 32 * 32 * 4 + 512);
     bf16 *rows = memory.take<bf16>(blocks * 32 * padded), *right = memory.take<bf16>(blocks * 32 * padded), *panel = memory.take<bf16>(PANEL * padded);
     float* sums = memory.take<float>(32 * 32);
-    bool arranged = false;
     Multiplying multiplying;
-    share(panels, 8 * W.I * std::min<int64_t>(T, 32), [&](int64_t p) {
-        if (!arranged) {
-            arrange<F>(x, x_stride, T, W.I, rows);
-            std::memset(rows + T * padded, 0, (blocks * 32 - T) * padded * sizeof(bf16));
-            for (int64_t m = 0; m < blocks; m++) columns(rows + m * 32 * padded, padded, right + m * 32 * padded);
-            arranged = true;
+    L loop(panels, 8 * W.I * std::min<int64_t>(T, 32));
+    int64_t from, to;
+    bool more = loop.next(from, to);
+    if (more) {
+        arrange<F>(x, x_stride, T, W.I, rows);
+        std::memset(rows + T * padded, 0, (blocks * 32 - T) * padded * sizeof(bf16));
+        for (int64_t m = 0; m < blocks; m++) columns(rows + m * 32 * padded, padded, right + m * 32 * padded);
+    }
+    for (; more; more = loop.next(from, to))
+        for (int64_t p = from; p < to; p++) {
+            const int64_t first = p * PANEL, count = std::min(PANEL, W.O - first);
+            for (int64_t i = 0; i < PANEL; i++) decode_row(f, first + std::min(i, count - 1), 0, W.I, panel + i * padded);
+            for (int64_t m = 0; m < blocks; m++) {
+                const bf16* b = right + m * 32 * padded;
+                multiply<false>(panel, panel + 16 * padded, padded, 32, b, b + 16 * padded, WHOLE, steps, sums, 32);
+                written();
+                for (int64_t t = m * 32; t < std::min(T, m * 32 + 32); t++)
+                    for (int64_t i = 0; i < count; i++)
+                        down(sums[i * 32 + t % 32] + (bias ? up(bias[first + i]) : 0.0f), y + t * y_stride + first + i);
+            }
         }
-        const int64_t first = p * PANEL, count = std::min(PANEL, W.O - first);
-        for (int64_t i = 0; i < PANEL; i++) decode_row(f, first + std::min(i, count - 1), 0, W.I, panel + i * padded);
-        for (int64_t m = 0; m < blocks; m++) {
-            const bf16* b = right + m * 32 * padded;
-            multiply<false>(panel, panel + 16 * padded, padded, 32, b, b + 16 * padded, WHOLE, steps, sums, 32);
-            written();
-            for (int64_t t = m * 32; t < std::min(T, m * 32 + 32); t++)
-                for (int64_t i = 0; i < count; i++)
-                    down(sums[i * 32 + t % 32] + (bias ? up(bias[first + i]) : 0.0f), y + t * y_stride + first + i);
-        }
-    });
 }
 #else
 // y of R rows of x, 1, 2 or 4, for the next `count` outputs of 16 / R. x is arranged.
@@ -145,39 +148,55 @@ INLINE void dots(F& f, int64_t o, int64_t count, int64_t K, const bf16* x, int64
 }
 
 // One row of x is multiplied with numbers as they come out of the registers; for several, those of four outputs are decoded to memory first.
-template <class F> void products(F& f, const Quantized& W, const bf16* x, int64_t x_stride, const bf16* bias, bf16* y, int64_t y_stride, int64_t T) {
+template <class L, class F>
+INLINE void products_by(F& f, const Quantized& W, const bf16* x, int64_t x_stride, const bf16* bias, bf16* y, int64_t y_stride, int64_t T) {
     const int64_t K = W.I, padded = whole_runs<F>(K), passes = std::max<int64_t>(1, (T + 3) / 4), stride = F::DECODED ? K : padded;
     Scratch& memory = quantized_scratch;
     memory.reserve((T + 4) * padded * sizeof(bf16) + 256);
     bf16 *rows = memory.take<bf16>(T * padded), *panel = memory.take<bf16>(4 * padded);
-    bool arranged = false;
-    const auto take_rows = [&] {
-        if (!arranged) arrange<F>(x, x_stride, T, K, rows), arranged = true;
-    };
+    int64_t from, to;
     if constexpr (F::RUN <= 128 && !F::DECODED)
         if (T == 1) {
-            share((W.O + 15) / 16, 16 * 4 * K, [&](int64_t i) {
-                take_rows();
-                dots<1>(f, 16 * i, std::min<int64_t>(16, W.O - 16 * i), K, rows, padded, bias, y, y_stride);
-            });
+            L loop((W.O + 15) / 16, 16 * 4 * K);
+            bool more = loop.next(from, to);
+            if (more) arrange<F>(x, x_stride, T, K, rows);
+            for (; more; more = loop.next(from, to)) {
+                const int64_t end = std::min(W.O, 16 * to);
+                for (int64_t o = 16 * from; o < end; o += 16) dots<1>(f, o, std::min<int64_t>(16, end - o), K, rows, padded, bias, y, y_stride);
+            }
             return;
         }
-    share((W.O + 3) / 4, 4 * (T + 3) * K, [&](int64_t i) {
-        take_rows();
-        const int64_t o = 4 * i, count = std::min<int64_t>(4, W.O - o);
-        const bf16 *four = panel, *b = bias ? bias + o : nullptr;
-        if constexpr (F::DECODED)
-            four = f.row(o, 0);
-        else
-            for (int64_t j = 0; j < count; j++) decode_row(f, o + j, 0, K, panel + j * padded);
-        FormatRows all{four, stride, (const char*)(four + (F::DECODED ? 4 * K : 0)), F::DECODED ? 64 / passes : 0};
-        int64_t t = 0;
-        for (; t + 4 <= T; t += 4) dots<4>(all, 0, count, stride, rows + t * padded, padded, b, y + t * y_stride + o, y_stride);
-        if (t + 2 <= T) dots<2>(all, 0, count, stride, rows + t * padded, padded, b, y + t * y_stride + o, y_stride), t += 2;
-        if (t < T) dots<1>(all, 0, count, stride, rows + t * padded, padded, b, y + t * y_stride + o, y_stride);
-    });
+    L loop((W.O + 3) / 4, 4 * (T + 3) * K);
+    bool more = loop.next(from, to);
+    if (more) arrange<F>(x, x_stride, T, K, rows);
+    for (; more; more = loop.next(from, to))
+        for (int64_t o = 4 * from; o < 4 * to; o += 4) {
+            const int64_t count = std::min<int64_t>(4, W.O - o);
+            const bf16 *four = panel, *b = bias ? bias + o : nullptr;
+            if constexpr (F::DECODED)
+                four = f.row(o, 0);
+            else
+                for (int64_t i = 0; i < count; i++) decode_row(f, o + i, 0, K, panel + i * padded);
+            FormatRows all{four, stride, (const char*)(four + (F::DECODED ? 4 * K : 0)), F::DECODED ? 64 / passes : 0};
+            int64_t t = 0;
+            for (; t + 4 <= T; t += 4) dots<4>(all, 0, count, stride, rows + t * padded, padded, b, y + t * y_stride + o, y_stride);
+            if (t + 2 <= T) dots<2>(all, 0, count, stride, rows + t * padded, padded, b, y + t * y_stride + o, y_stride), t += 2;
+            if (t < T) dots<1>(all, 0, count, stride, rows + t * padded, padded, b, y + t * y_stride + o, y_stride);
+        }
 }
 #endif
+
+template <class F>
+__attribute__((noinline)) void crew_products(F& f, const Quantized& W, const bf16* x, int64_t x_stride, const bf16* bias, bf16* y, int64_t y_stride,
+                                             int64_t T) {
+    products_by<Takings>(f, W, x, x_stride, bias, y, y_stride, T);
+}
+
+template <class F>
+__attribute__((noinline)) void products(F& f, const Quantized& W, const bf16* x, int64_t x_stride, const bf16* bias, bf16* y, int64_t y_stride, int64_t T) {
+    if (in_crew()) return crew_products(f, W, x, x_stride, bias, y, y_stride, T);
+    products_by<Part>(f, W, x, x_stride, bias, y, y_stride, T);
+}
 
 // Rows of a tile, their numbers in order.
 template <class F>
@@ -201,6 +220,14 @@ void decode_tile(F& f, const Quantized& W, int64_t row, int64_t rows, int64_t co
 
 namespace {
 
+// Not inlined: in two places GCC might add in two orders, and a row's result would depend on who computes it and beside what.
+__attribute__((noinline)) float dot(const float* a, const float* b, int64_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < n; k++) sum += a[k] * b[k];
+    return sum;
+}
+
 template <class V> void plain_product(const Quantized& W, const V* x, int64_t x_stride, const V* bias, V* y, int64_t y_stride, int64_t T) {
     std::vector<float> row(W.I), wide;
     share(W.O, W.I * (T + 8), [&](int64_t o) {
@@ -212,10 +239,7 @@ template <class V> void plain_product(const Quantized& W, const V* x, int64_t x_
         plain_row(W, o, 0, W.I, row.data());
         for (int64_t k = 0; k < W.I; k++) row[k] = rounded<V>(row[k]);
         for (int64_t t = 0; t < T; t++) {
-            const float* from = wide.data() + t * W.I;
-            float sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t k = 0; k < W.I; k++) sum += from[k] * row[k];
+            const float sum = dot(wide.data() + t * W.I, row.data(), W.I);
             down(sum + (bias ? up(bias[o]) : 0.0f), y + t * y_stride + o);
         }
     });
