@@ -306,8 +306,10 @@ template <class V> struct Plain {
     }
 };
 
-template <class V> void part(const V* q, const V* const* keys, const V* const* values, int64_t n, int64_t ahead, int64_t heads, int64_t rep,
-                             int64_t D, float scaling, Scratch& memory, float* out) {
+// Not inlined, as `indices` is not.
+template <class V>
+__attribute__((noinline)) void part(const V* q, const V* const* keys, const V* const* values, int64_t n, int64_t ahead, int64_t heads, int64_t rep,
+                                    int64_t D, float scaling, Scratch& memory, float* out) {
 #ifdef __AVX512BF16__
     if (D % 8 == 0) {
         (rep == 1 ? Wide<V, 1>::part : Wide<V, 4>::part)(q, keys, values, n, ahead, heads, rep, D, scaling, memory, out);

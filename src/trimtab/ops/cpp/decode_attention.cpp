@@ -94,7 +94,7 @@ void attend(const V* q, int64_t q_stride, const V* k_pool, const V* v_pool, V* o
         share(count, WHOLE_TAKING, attend_item);
     } else {
 #pragma omp for schedule(dynamic, work.share)
-        for (int64_t i = 0; i < count; i++) indices(attend_item, i, i + 1);
+        for (int64_t i = 0; i < count; i++) attend_item(i);
     }
     if (!work.cut) return;
     share(work.T * H, 64 * D, [&](int64_t i) {
