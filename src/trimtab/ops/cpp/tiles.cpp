@@ -48,10 +48,16 @@ static void multiply(const bf16* a, const bf16* b, int64_t stride, const bf16* w
     }
 }
 
+// At its end, also where a thread leaves a crew in the middle.
+struct Released {
+    ~Released() { _tile_release(); }
+};
+
 // y = x W^T + bias on tiles: W is packed in blocks of 32 outputs, each block a run of [K / 32][2][16 pairs][16 outputs][2]. A row's result
 // does not depend on how many rows there are.
 void matmul(const bf16* x, int64_t x_stride, const bf16* W, const bf16* bias, bf16* y, int64_t y_stride, int64_t M, int64_t K, int64_t O) {
     const int64_t blocks = (O + 31) / 32, steps = K / 32;
+    const Released released;
     TileConfig config;
     alignas(64) float sums[32 * 32];
     int64_t configured = -1;
@@ -83,7 +89,6 @@ void matmul(const bf16* x, int64_t x_stride, const bf16* W, const bf16* bias, bf
             }
         }
     });
-    _tile_release();
 }
 
 static void pack(const bf16* W, bf16* to, int64_t K, int64_t O) {
