@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +96,23 @@ with torch.no_grad():
 print(library.crew_works(), os.waitpid(child, 0)[1])
 """
     assert told(tmp_path, steps) == "1 0\n"
+
+
+@pytest.mark.parametrize(
+    "case, said", [("numbers end", "0 10"), ("fewer threads", "4 2"), ("bound threads", "0"), ("an exception in the middle", None)]
+)
+def test_its_limits(case: str, said: str | None, tmp_path: Path) -> None:
+    """Numbers of loops and works begin again; no more threads than OpenMP may use now; none that is bound to its caller's core; and what a
+    kernel throws ends the process as in a team, instead of leaving helpers in what is gone."""
+    compiler = find_compiler()[0]
+    assert compiler is not None
+    sources, program = SOURCE / "trimtab" / "ops" / "cpp", tmp_path / "limits"
+    asked = [compiler, "-O1", "-std=c++17", "-fopenmp", "-pthread", "-w", f"-I{sources}", "-o", str(program)]
+    subprocess.run([*asked, str(Path(__file__).with_name("crew_limits.cpp"))], check=True, timeout=120)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
+    bound = {"OMP_PROC_BIND": "true"} if case == "bound threads" else {}
+    done = subprocess.run([program, case], env=kept | bound, capture_output=True, text=True, timeout=120)
+    if said is None:
+        assert done.returncode == -signal.SIGABRT and not done.stdout
+    else:
+        assert (done.returncode, done.stdout.strip()) == (0, said)

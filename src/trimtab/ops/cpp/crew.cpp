@@ -24,6 +24,7 @@ namespace {
 
 const int64_t GRAIN = 100000;          // of `work` in one taking: some 5 microseconds
 const int64_t MOST_TAKINGS = 1 << 16;  // of a loop
+const uint64_t LOOPS = uint64_t(1) << 40;
 const int64_t LATE_NS = 6000;          // by which a tick may be late
 const int64_t LEAST_NS = 5000, MOST_NS = 100000;  // before a tick, without new indices
 const int64_t SPIN_NS = 30000;         // of a wait; then it sleeps
@@ -64,7 +65,8 @@ struct Helper {
 
 }  // namespace
 
-// `state`: the number of the loop that is shared, and how many takings of it are taken: loop << 24 | takings. Numbers of loops are not used again.
+// `state`: the number of the loop that is shared, and how many takings of it are taken: loop << 24 | takings. Numbers of loops are used
+// again after LOOPS, which no thread sleeps through.
 struct Crew {
     alignas(64) std::atomic<uint64_t> state{0};
     alignas(64) std::atomic<int64_t> done{0};  // takings of this loop
@@ -77,7 +79,7 @@ struct Crew {
     void* given = nullptr;
     std::atomic_flag taken = ATOMIC_FLAG_INIT;
     pid_t process = getpid();
-    std::atomic<int> count{0};
+    std::atomic<int> count{0}, wanted{0};  // helpers that there are, and that may take part now
     Helper helpers[MOST_HELPERS];
 
     void begin(void (*function)(void*), void* argument);
@@ -180,6 +182,7 @@ void Crew::help(Helper& me) {
             continue;
         }
         my_work = seen = number;
+        if (&me - helpers >= wanted.load()) continue;
         try {
             enter(me, number);
             my_loop = first.load();
@@ -226,9 +229,10 @@ void Crew::wait(uint64_t mine) {
 
 // Loop `mine` is finished.
 void Crew::after(uint64_t mine) {
+    const uint64_t next = (mine + 1) % LOOPS;
     done.store(0);
-    loop.store(uint32_t(mine + 1));
-    state.store((mine + 1) << 24);
+    loop.store(uint32_t(next));
+    state.store(next << 24);
     if (sleepers.load()) wake_all(loop);
 }
 
@@ -260,18 +264,21 @@ bool Takings::next(int64_t& from, int64_t& to) {
         from = found * each, to = std::min(count, from + each);
         return true;
     }
-    my_loop++;
+    my_loop = (my_loop + 1) % LOOPS;
     return false;
 }
 
 bool in_crew() { return my_crew != nullptr; }
 
-bool crew_runs(void (*f)(void*), void* given) {
+// Threads that are bound to cores stay a team: a helper would be bound to the core of the thread that starts it. What f throws ends the process,
+// as in a team: helpers may be in f.
+bool crew_runs(void (*f)(void*), void* given) noexcept {
     const int threads = omp_get_max_threads();
-    if (threads < 2 || my_crew || omp_in_parallel()) return false;
+    if (threads < 2 || my_crew || omp_in_parallel() || omp_get_proc_bind() != omp_proc_bind_false) return false;
     Crew* const crew = the_crew();
     if (crew->taken.test_and_set()) return false;
-    while (crew->count.load() < std::min(threads - 1, MOST_HELPERS) && start_helper(crew)) {}
+    crew->wanted.store(std::min(threads - 1, MOST_HELPERS));
+    while (crew->count.load() < crew->wanted.load() && start_helper(crew)) {}
     my_crew = crew, took_at = 0;
     crew->begin(f, given);
     f(given);
@@ -287,7 +294,7 @@ const int64_t works = 0;
 }
 bool crowded() { return false; }
 bool in_crew() { return false; }
-bool crew_runs(void (*)(void*), void*) { return false; }
+bool crew_runs(void (*)(void*), void*) noexcept { return false; }
 Takings::Takings(int64_t count, int64_t) : count(count), each(count) {}
 bool Takings::next(int64_t&, int64_t&) { return false; }
 #endif

@@ -68,7 +68,7 @@ template <class F> static inline void share(int64_t count, int64_t work, const F
 }
 
 // Whether the calling thread's crew has done f (given). False: f was not called, by anyone: the machine is quiet, or the crew has other work.
-bool crew_runs(void (*f)(void*), void* given);
+bool crew_runs(void (*f)(void*), void* given) noexcept;
 
 // Run f on every thread of a team: a kernel's loops, or those of several.
 template <class F> static inline void as_team(bool many, F f) {
