@@ -2,6 +2,7 @@
 
 #include "crew.cpp"
 
+#include <cfenv>
 #include <cstdio>
 #include <cstring>
 #include <mutex>
@@ -42,6 +43,21 @@ int main(int, char** asked) {
         const int before = threads_of(200);
         omp_set_num_threads(2);
         std::printf("%d %d\n", before, threads_of(200));
+    } else if (!std::strcmp(asked[1], "another rounding")) {
+        threads_of(20);
+        std::fesetround(FE_DOWNWARD);
+        const volatile float one = 1, three = 3;
+        const float down = one / three;
+        std::atomic<int> other{0};
+        for (int work = 0; work < 20; work++)
+            as_team(true, [&] {
+                share(20, WHOLE_TAKING, [&](int64_t) {
+                    const timespec time{0, 100000};
+                    nanosleep(&time, nullptr);
+                    other += one / three != down;
+                });
+            });
+        std::printf("%d\n", other.load());
     } else if (!std::strcmp(asked[1], "bound threads")) {
         threads_of(20);
         std::printf("%d\n", int(crew_works()));

@@ -99,11 +99,19 @@ print(library.crew_works(), os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize(
-    "case, said", [("numbers end", "0 10"), ("fewer threads", "4 2"), ("bound threads", "0"), ("an exception in the middle", None)]
+    "case, said",
+    [
+        ("numbers end", "0 10"),
+        ("fewer threads", "4 2"),
+        ("another rounding", "0"),
+        ("bound threads", "0"),
+        ("an exception in the middle", None),
+    ],
 )
 def test_its_limits(case: str, said: str | None, tmp_path: Path) -> None:
-    """Numbers of loops and works begin again; no more threads than OpenMP may use now; none that is bound to its caller's core; and what a
-    kernel throws ends the process as in a team, instead of leaving helpers in what is gone."""
+    """Numbers of loops and works begin again; no more threads than OpenMP may use now; all round and flush as their
+    caller does; none that is bound to its caller's core; and what a kernel throws ends the process as in a team, instead of
+    leaving helpers in what is gone."""
     compiler = find_compiler()[0]
     assert compiler is not None
     sources, program = SOURCE / "trimtab" / "ops" / "cpp", tmp_path / "limits"

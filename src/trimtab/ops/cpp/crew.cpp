@@ -11,6 +11,7 @@
 #include "common.h"
 
 #ifdef __linux__
+#include <fenv.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
@@ -77,6 +78,7 @@ struct Crew {
     std::atomic<uint64_t> first{0};            // its first loop
     void (*f)(void*) = nullptr;
     void* given = nullptr;
+    fenv_t rounding;  // and what becomes of denormal numbers, as the thread that calls has it
     std::atomic_flag taken = ATOMIC_FLAG_INIT;
     pid_t process = getpid();
     std::atomic<int> count{0}, wanted{0};  // helpers that there are, and that may take part now
@@ -147,6 +149,7 @@ Crew* the_crew() {
 }  // namespace
 
 void Crew::begin(void (*function)(void*), void* argument) {
+    fegetenv(&rounding);
     f = function, given = argument, my_loop = state.load() >> 24;
     first.store(my_loop);
     uint32_t number = work.load() + 1;
@@ -186,6 +189,7 @@ void Crew::help(Helper& me) {
         try {
             enter(me, number);
             my_loop = first.load();
+            fesetenv(&rounding);
             f(given);
             me.inside.store(false);
         } catch (const Over&) {
