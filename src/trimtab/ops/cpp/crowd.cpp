@@ -43,6 +43,7 @@ const double WORKING = 0.05;                   // cores
 const double ENTER = 0.6, LEAVE = 0.3;         // runnable threads beyond the cores that there are
 
 const uint64_t TURN_NS = 100000;  // the shortest that Linux gives
+const int LISTS = 8;              // of this process's threads, read at most
 
 // Not freed: threads may still wait here when the process ends.
 struct Parking {
@@ -151,20 +152,28 @@ bool may_ask() {
     return found == child && status == 0;
 }
 
-// Ask for turns of so many nanoseconds for every thread of this process; 0: as long as the kernel likes. Threads that they start have the
-// same. Linux before 6.12 does not listen.
-void ask_for_turns(uint64_t nanoseconds) {
+// Ask for turns of so many nanoseconds for every thread of this process that is listed and has others; 0: for turns as long as the kernel likes,
+// where they are ours. Whether there was one.
+bool ask_those_listed(uint64_t nanoseconds) {
     DIR* const threads = opendir("/proc/self/task");
-    if (threads == nullptr) return;
+    if (threads == nullptr) return false;
+    bool any = false;
     while (const dirent* const entry = readdir(threads)) {
         const long id = std::atol(entry->d_name);
         Attributes a{};
         if (id <= 0 || syscall(SYS_sched_getattr, id, &a, sizeof(a), 0) != 0) continue;
-        if (a.policy != SCHED_OTHER && a.policy != SCHED_BATCH) continue;
+        if ((a.policy != SCHED_OTHER && a.policy != SCHED_BATCH) || (a.runtime == TURN_NS) == (nanoseconds == TURN_NS)) continue;
         a.size = sizeof(a), a.runtime = nanoseconds;
-        syscall(SYS_sched_setattr, id, &a, 0);
+        any |= syscall(SYS_sched_setattr, id, &a, 0) == 0;
     }
     closedir(threads);
+    return any;
+}
+
+// For every thread. Those that they start have the same. A list ends early where one of its threads ends while it is read, so it is read until
+// it holds nobody to ask. Linux before 6.12 does not listen.
+void ask_for_turns(uint64_t nanoseconds) {
+    for (int i = 0; i < LISTS && ask_those_listed(nanoseconds);) i++;
 }
 
 void set_crowded(bool crowded, int threads, bool asks) {
