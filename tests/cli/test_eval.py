@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -66,6 +69,25 @@ def test_the_table_has_every_score_and_the_distance(trained: Path, tiny_llama_fo
     for word in ("loss", "ppl", "exact match", "F1", "ROUGE-L", "BLEU", "label accuracy", "lora", "prompt", "2 rows", "(+", "(-"):
         assert word in result.output, word
     assert "…" not in result.output, "a number was cut"
+
+
+@pytest.mark.parametrize("room", [100, 900], ids=["predictions", "scores"])
+def test_a_full_disk_leaves_nothing_that_the_next_try_stumbles_over(
+    room: int, trained: Path, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    """Files may have so many bytes: too few for the predictions; for those, and not for the scores."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        refused = call(*arguments(trained, tiny_llama_folder, "--out", tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert refused.exit_code == 2 and os.strerror(errno.EFBIG) in refused.output and "make room" in refused.output, refused.output
+    assert list((tmp_path / "out").iterdir()) == []
+    again = call(*arguments(trained, tiny_llama_folder, "--out", tmp_path / "out"))
+    assert again.exit_code == 0, again.output
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").rglob("*.json*")}
+    assert max(size for name, size in sizes.items() if name != "scores.json") < 900 < sizes["scores.json"] and min(sizes.values()) > 100
 
 
 def test_without_answers(trained: Path, tiny_llama_folder: Path) -> None:

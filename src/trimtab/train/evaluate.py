@@ -15,6 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
+from trimtab.atomic import atomic_write
 from trimtab.data import (
     SCORES,
     Example,
@@ -319,7 +320,8 @@ def write_predictions(folder: Path, results: Results) -> dict[tuple[str, str], P
             while path in written.values():  # data a with variant b-c, data a-b with variant c
                 count += 1
                 path = folder / f"{stem}~{count}.jsonl"
-            path.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in result.predictions), encoding="utf-8")
+            with atomic_write(path) as file:
+                file.writelines((json.dumps(p, ensure_ascii=False) + "\n").encode() for p in result.predictions)
             written[data, name] = path
     return written
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from trimtab.atomic import atomic_write
 from trimtab.data import Source, peek_source
 from trimtab.errors import ConfigError, DataError, writing
 from trimtab.objectives import OBJECTIVES, Objective, Sft, aimed_at
@@ -115,8 +117,13 @@ def evaluate(base: Base, named: Mapping[str, Adapter], asked: Asked, listener: L
     found = _evaluation(called, asked.source.path, results[stem])
     if out is not None:
         with _writing(out):
-            write_predictions(out / "predictions", results)
-            (out / "scores.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+            try:
+                write_predictions(out / "predictions", results)
+                with atomic_write(out / "scores.json") as file:
+                    file.write((json.dumps(found.to_dict(), indent=1) + "\n").encode())
+            except BaseException:
+                shutil.rmtree(out / "predictions", ignore_errors=True)  # the next try wants an empty folder
+                raise
     return found
 
 
@@ -213,7 +220,7 @@ def refuse_occupied(out: Path | None) -> None:
 
 
 def _writing(out: Path) -> AbstractContextManager[None]:
-    return writing(f"cannot write into out = {str(out)!r}", fix="name a folder that can be written")
+    return writing(f"cannot write into out = {str(out)!r}", fix="make room there, or name a folder that can be written")
 
 
 def short_names(folders: Sequence[str]) -> dict[str, str]:
