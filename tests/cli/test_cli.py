@@ -252,3 +252,30 @@ def test_a_signal_while_an_object_is_finalized_is_not_lost(
     ended = CliRunner().invoke(cli.main, ["merge"])
     assert ended.exit_code == code and list(tmp_path.iterdir()) == [] and time.monotonic() - start < 9
     assert said == [KeyError] and sys.unraisablehook is hook
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_is_lost_at_the_end_of_a_command_ends_the_command_and_nobody_else(
+    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not come again when the command is over, in the program that has called it; lost several times, it comes once."""
+
+    class Closes:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+
+    @click.command()
+    def merge() -> None:
+        for _ in range(5):
+            Closes()
+
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(merge=merge))
+    later: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: later.append(number))
+    try:
+        ended = CliRunner().invoke(cli.main, ["merge"])
+        time.sleep(2 * cli.LOST_S)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (ended.exit_code, later) == (code, [])
+    assert "interrupted" in ended.output and "Aborted" not in ended.output

@@ -61,7 +61,7 @@ def unwound_by_sigterm() -> Iterator[None]:
     """SIGTERM raises `Terminated` inside. Commands that end in their own way (train, sweep, serve) put their handlers in its place.
 
     Python only prints an error that is raised while an object is finalized (`__del__`), and goes on. So this one, and Ctrl-C's, comes again
-    a moment later."""
+    a moment later, and at the end of a command that ends before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -69,22 +69,31 @@ def unwound_by_sigterm() -> Iterator[None]:
     def end(*_: object) -> None:
         raise Terminated
 
+    coming: dict[type[BaseException], threading.Timer] = {}
+
+    def come(kind: type[BaseException]) -> None:
+        del coming[kind]  # first: it may be lost again at once
+        os.kill(os.getpid(), signal.SIGTERM if kind is Terminated else signal.SIGINT)
+
     def unraisable(lost: sys.UnraisableHookArgs) -> None:
-        if isinstance(lost.exc_value, KeyboardInterrupt):
-            number = signal.SIGTERM if isinstance(lost.exc_value, Terminated) else signal.SIGINT
-            again = threading.Timer(LOST_S, os.kill, (os.getpid(), number))
+        if not isinstance(lost.exc_value, KeyboardInterrupt):
+            hook(lost)
+        elif (kind := type(lost.exc_value)) not in coming:
+            coming[kind] = again = threading.Timer(LOST_S, come, (kind,))
             again.daemon = True
             again.start()
-        else:
-            hook(lost)
 
     before, hook = signal.signal(signal.SIGTERM, end), sys.unraisablehook
     sys.unraisablehook = unraisable
     try:
         yield
     finally:
+        for again in list(coming.values()):  # later it would end the program that has called the command
+            again.cancel()
         signal.signal(signal.SIGTERM, before)
         sys.unraisablehook = hook
+    for kind in coming:
+        raise kind
 
 
 class Commands(click.Group):
