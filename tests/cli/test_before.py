@@ -28,6 +28,9 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "full" / "mine").touch()
     (tmp_path / "file").write_text("x")
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a", "adapter": str(tmp_path / "gone")}) + "\n")
+    for variant in ("a", "b"):
+        (tmp_path / "run" / "adapters" / variant).mkdir(parents=True)
+        (tmp_path / "run" / "adapters" / variant / "adapter_config.json").write_text("{}")
     (tmp_path / "wrong.jsonl").write_text('{"question": "a"}\n')
     return tmp_path
 
@@ -35,17 +38,20 @@ def place(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["serve", "--local", "--store", "gone"], ["gone"]),
-        (["serve", "--local", "--store", "empty"], ["empty"]),
+        (["serve", "--local", "--port", "0", "--store", "gone"], ["gone"]),
+        (["serve", "--local", "--port", "0", "--store", "empty"], ["empty"]),
         (
-            ["serve", "--local", "--adapter", "a=gone", "--adapter", "b=empty", "--dtype", "bf16"],
+            ["serve", "--local", "--port", "0", "--adapter", "a=gone", "--adapter", "b=empty", "--dtype", "bf16"],
             ["gone'", "adapter_config.json", "bfloat16"],
         ),
-        (["serve", "--tenants", "gone.db"], ["gone.db"]),
+        (["serve", "--tenants", "gone.db", "--port", "0"], ["gone.db"]),
         (["generate", "--adapter", "gone", "--adapter", "base", "--adapter", "empty", "hi"], ["gone'", "adapter_config.json"]),
         (["generate", "--adapter", "acme/support@2", "--store", "gone", "hi"], ["acme/support@2", "no such folder"]),
         (["generate", "--adapter", "gone+0.5*base", "hi"], ["gone'", "'base' is the base itself"]),
         (["generate", "--file", "gone.jsonl", "--out", "x"], ["gone.jsonl"]),
+        (["generate", "--adapter", "run", "hi"], ["'run'", "holds adapters", "run/adapters/a, ", "run/adapters/b"]),
+        (["adapters", "publish", "run", "acme/a", "--store", "new"], ["'run'", "holds adapters", "run/adapters/a, "]),
+        (["merge", "run/adapters", "new"], ["'run/adapters'", "holds adapters", "run/adapters/a, "]),
         (["score", "--adapter", "base", "hi"], ["'base' is the base itself"]),
         (["generate", "--file", "prompts.jsonl", "--out", "gone/x"], ["adapter '", "gone'", "--out", "cannot be written"]),
         (["generate", "--file", "prompts.jsonl", "--out", "full"], ["--out", "cannot be written"]),
@@ -67,6 +73,11 @@ def test_all_of_it_at_once(place: Path, monkeypatch: pytest.MonkeyPatch, command
     assert all(word in shown.output for word in words), shown.output
     assert "Traceback" not in shown.output
     assert sorted(p.name for p in place.rglob("*")) == before
+
+
+def test_a_run_file_after_serve_is_no_port() -> None:
+    shown = call("train", "--serve", "run.yaml")
+    assert shown.exit_code == 2 and "trimtab train run.yaml --serve" in shown.output
 
 
 def test_an_interrupt_exits_as_the_signal_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -405,6 +405,32 @@ def test_a_notebook_of_unsloth(tmp_path: Path) -> None:
     assert (v["beta"], v["loss_type"]) == (0.001, "bnpo") and not carry.refused
 
 
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        (AXOLOTL, "datasets"),
+        ("base_model: org/base\nadapter: lora\nlora_r: 8\nlora_target_linear: true", None),
+        (LLAMA_FACTORY, "dataset"),
+        ("model_name_or_path: org/base\nstage: sft\nlora_rank: 8", None),
+        (TRL, "dataset_name"),
+        (UNSLOTH, "dataset"),
+    ],
+)
+def test_rows_that_are_named_beside_settings_take_the_place_of_theirs(tmp_path: Path, text: str, key: str | None) -> None:
+    carry = _read(tmp_path, text, data="mine.jsonl")
+    assert not carry.refused
+    (source,) = content(carry)["data"]["rows"]["train"]
+    assert source == "mine.jsonl" or source["path"] == "mine.jsonl"
+    aside = [note.key for note in carry.idle if "--data" in note.why]
+    assert aside == ([key] if key else [])
+
+
+def test_settings_without_rows_say_how_to_name_them(tmp_path: Path) -> None:
+    for text in ("base_model: org/base\nadapter: lora\nlora_r: 8", LLAMA_FACTORY, LLAMA_FACTORY.replace("dataset: talks,pairs", "")):
+        notes = [str(note) for note in _read(tmp_path, text).refused]
+        assert notes and all("with --data" in note for note in notes), notes
+
+
 def test_settings_of_unsloth_s_studio(tmp_path: Path) -> None:
     """Defaults of a model name neither a model nor rows."""
     text = "training: {num_epochs: 0, max_steps: 30, learning_rate: 2e-4}\nlora: {lora_r: 8}\nlogging: {log_frequency: 10}"
@@ -624,3 +650,5 @@ def test_a_first_run_file(tmp_path: Path) -> None:
     RunConfig.load(out)
     again = CliRunner().invoke(main, ["init", str(tmp_path / "d"), "--out", str(out)])
     assert again.exit_code == 2 and out.read_text() == text
+    lost = CliRunner().invoke(main, ["init", str(tmp_path / "d"), "--out", str(tmp_path / "gone" / "run.yaml")])
+    assert lost.exit_code == 2 and "there is no folder" in lost.output and not (tmp_path / "gone").exists()

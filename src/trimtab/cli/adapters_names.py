@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from trimtab.cli.options import OnBase, device_option, dtype_option, json_option, store_option
+from trimtab.cli.options import OnBase, device_option, dtype_option, json_option, refuse_folder_of_adapters, store_option
 from trimtab.cli.terminal import say
 from trimtab.store.told import told_of
 
@@ -43,6 +43,7 @@ def publish(
     """
     from trimtab.store.registry import Store
 
+    refuse_folder_of_adapters(folder)
     base = OnBase(base_name, dtype, device, quantize=quantize, base_differs=base_differs).open() if base_name is not None else None
     version = Store(root, create=True).publish(folder, name, base=base, aliases=aliases)
     if as_json:

@@ -34,7 +34,7 @@ STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 @click.argument("run_file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--rows", default=2, show_default=True, type=click.IntRange(min=0), help="Rows of each training source to show rendered.")
 @click.option("--strict", is_flag=True, help="Exit with 2 on warnings too.")
-@set_option
+@set_option("variants.v.lr=1e-4")
 @json_option("Print JSON.")
 @click.pass_context
 def check(ctx: click.Context, run_file: Path, rows: int, strict: bool, changes: tuple[str, ...], as_json: bool) -> None:

@@ -61,7 +61,7 @@ def generate(
     Every prompt and every adapter run in one mixed batch. A file may be long: its lines go through the serving engine.
     """
     if bool(prompts) == (file is not None) or (file is None) != (out is None) or (file is not None and len(adapters) > 1):
-        raise click.UsageError("give PROMPTS, or --file with --out and at most one --adapter, for lines that name none")
+        raise click.UsageError("give PROMPTS; or --file and --out, with at most one --adapter, which answers the lines that name none")
     if file is not None and out is not None:
         _answer_file(file, out, on, (*adapters, "base")[0], system, sampling, as_json)
         return

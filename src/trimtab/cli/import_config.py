@@ -15,9 +15,14 @@ from trimtab.cli.terminal import say
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The run file to write; without it, it is printed.")
 @click.option(
-    "--from", "program", help='axolotl, llama-factory, trl, peft or unsloth, where FILE does not tell; "trl dpo": and its trainer.'
+    "--from",
+    "program",
+    help='Whose settings FILE has, if it does not show: axolotl, llama-factory, trl, peft or unsloth. "trl dpo" names TRL\'s trainer too.',
 )
-@click.option("--data", help="A file of rows, for settings that name none; from the run file's folder.")
+@click.option(
+    "--data",
+    help="A file of rows, in the place of those that FILE names, or where it names none. Its path starts at the run file's folder.",
+)
 @click.option("--base", help="The base, in the place of the one that FILE names, or where it names none.")
 @click.option("--strict", is_flag=True, help="Exit with 2 if any key is not carried over.")
 @json_option("Print JSON: the run file's content, and what became of the other keys.")

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from trimtab.cli.options import write_new
+from trimtab.errors import ConfigError
 
 
 @click.command()
@@ -28,6 +29,8 @@ def init(data: str, out: Path, base: str) -> None:
     """
     from trimtab.train.initial import guess, run_text
 
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}", fix="make it, or name a file in a folder that is there")
     if not data.startswith("hf:"):
         data = os.path.relpath(data, out.parent)  # paths of a run file start at its folder
     write_new(out, run_text(guess(data, out.parent), base))

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import click
 
 from trimtab.cli.terminal import say
-from trimtab.errors import AdapterError, ConfigError, Mistakes
+from trimtab.errors import AdapterError, ConfigError, Mistakes, printable
 
 if TYPE_CHECKING:
     from trimtab.model import Base
     from trimtab.store import Adapter
 
 Command: TypeAlias = Callable[..., Any]
+
+MAX_BELOW = 8
+"""So many adapters of a run folder are named where the folder was given for one of them."""
 
 base_option = click.option(
     "--base", "base_name", default="smollm2-135m-instruct", show_default=True, help="Bundled name, folder, hub id or .gguf file."
@@ -78,14 +81,10 @@ def cluster_options(command: Command) -> Command:
     return click.option("--ray", "address", metavar="ADDRESS", help=where)(command)
 
 
-set_option = click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Use this value instead of the file's, such as variants.v.lr=1e-4; may be given several times.",
-)
-"""--set, as `changes`: what `RunConfig.load` and `Sweep.load` take."""
+def set_option(example: str) -> Callable[[Command], Command]:
+    """--set, as `changes`: what `RunConfig.load` and `Sweep.load` take. example: a change that such a file takes."""
+    help_text = f"Use this value instead of the file's, such as {example}; may be given several times."
+    return click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help=help_text)
 
 
 def write_new(path: Path, text: str) -> None:
@@ -204,5 +203,16 @@ def _find_adapter(name: str, root: Path | None) -> None:
         raise AdapterError("'base' is the base itself, and an adapter is needed here", fix="name a folder, or an adapter of the store")
     if not folder.is_dir():
         raise AdapterError(f"adapter {name!r}: there is no such folder", fix=f"looked for {folder.absolute()}")
+    refuse_folder_of_adapters(folder)
     if not (folder / "adapter_config.json").exists():
         raise AdapterError(f"adapter {name!r} has no adapter_config.json", fix="name an adapter's folder, or an adapter of the store")
+
+
+def refuse_folder_of_adapters(folder: Path) -> None:
+    """AdapterError where the folder is no adapter's but a run's, or that of a run's adapters: it names those adapters."""
+    if (folder / "adapter_config.json").exists():
+        return
+    below = sorted(file.parent for pattern in ("*", "adapters/*") for file in folder.glob(f"{pattern}/adapter_config.json"))
+    if below:
+        shown = ", ".join(printable(str(f)) for f in below[:MAX_BELOW]) + (", …" if len(below) > MAX_BELOW else "")
+        raise AdapterError(f"adapter {str(folder)!r}: this folder holds adapters and is none itself", fix=f"name one of them: {shown}")

@@ -33,7 +33,7 @@ class _MethodOption(click.Option):
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         from trimtab.methods import BY_NAME
 
-        self.help = f"One method: {', '.join(BY_NAME)}. Without it: all of them."
+        self.help = f"One method: {', '.join(BY_NAME)}. Full fine-tuning is shown beside it. Without it: all of them."
         return super().get_help_record(ctx)
 
 
@@ -81,8 +81,9 @@ def plan(
     BASE is a known shape (llama-2-7b, qwen3-8b, …), the bundled base, a folder or its config.json, a .gguf file, or a hub id.
     Parameters and file sizes are exact; memory is an estimate. MB and GB are 10^6 and 10^9 bytes.
 
-    With --device it says instead what fits where, tokens a second and cost, for training and for serving, and what that assumes. Then a
-    run file may stand in the place of BASE: its rows are read, and all its variants train together.
+    With --device it says instead what fits where, tokens a second and cost, for training and for serving, and what that assumes. A run
+    file may stand in the place of BASE: its rows are read, and all its variants train together. Without --device that is planned for this
+    machine (cpu).
     """
     from trimtab.cli.plan_device import Fleet, is_run_file, plan_base, plan_run, show_table
     from trimtab.errors import ConfigError

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trimtab.errors import ConfigError
+from trimtab.tables import counted
 
 if TYPE_CHECKING:
     from trimtab.bases.shapes import Architecture
@@ -203,7 +204,7 @@ def plan_run(path: str, fleet: Fleet, as_json: bool) -> None:
         run.activation_checkpointing,
         True,
     )
-    title = f"{path}: {len(run.variants)} variants on {run.base}, {_kept(base, dtype)}"
+    title = f"{path}: {counted(len(run.variants), 'variant')} on {run.base}, {_kept(base, dtype)}"
     _print(asked.planned(title, served.name, keys=True), as_json)
 
 

@@ -11,6 +11,7 @@ import click
 from trimtab.cli.options import Group, json_option, store_option
 from trimtab.cli.terminal import say
 from trimtab.cli.transfer import megabytes
+from trimtab.tables import counted
 
 MAX_SHOWN = 50
 
@@ -82,8 +83,8 @@ def verify(ctx: click.Context, root: Path | None, as_json: bool) -> None:
             say(problem, mark="!!", colour="red")
         if len(report.problems) > MAX_SHOWN:
             say(f"… and {len(report.problems) - MAX_SHOWN} more; --json has all")
-        read = f"{report.versions} versions, {report.blobs} blobs, {megabytes(report.bytes)}"
-        say(f"{read}: {f'{len(report.problems)} problems' if report.problems else 'all as it was published'}")
+        read = f"{counted(report.versions, 'version')}, {counted(report.blobs, 'blob')}, {megabytes(report.bytes)}"
+        say(f"{read}: {counted(len(report.problems), 'problem') if report.problems else 'all as it was published'}")
         if report.problems:
             say("fix: publish or pull what is damaged again; `trimtab adapters remove` takes a version away", err=True)
     ctx.exit(1 if report.problems else 0)

@@ -21,7 +21,7 @@ from trimtab.cli.terminal import print_whole, say
 @click.argument("sweep_file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=str), help="Write here instead of into the file's `out`.")
 @click.option("--resume", is_flag=True, help="Go on where the sweep in that folder was interrupted; what has finished is not repeated.")
-@set_option
+@set_option("defaults.epochs=1")
 @cluster_options
 @json_option("Print leaderboard.json at the end, and no progress.")
 @click.pass_context

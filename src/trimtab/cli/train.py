@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from trimtab.train.listen import Listener
 
 
+class _Port(click.IntRange):
+    """A port. Where a run file stands in its place, the error says where that belongs."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+            self.fail(f"{value!r} is no port: write the run file before it, as `trimtab train {value} --serve`", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command()
 @click.argument("run_files", nargs=-1, required=True, metavar="RUN_FILE…", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
@@ -33,14 +42,14 @@ if TYPE_CHECKING:
 @click.option(
     "--extend", is_flag=True, help="With --resume: train on to a larger `epochs` or `max_steps`, also where the run has finished."
 )
-@set_option
+@set_option("variants.v.lr=1e-4")
 @store_option
 @click.option(
     "--serve",
     "port",
     is_flag=False,
     flag_value=8000,
-    type=click.IntRange(0, 65535),
+    type=_Port(0, 65535),
     metavar="[PORT]",
     help="Serve the base and the variants at this port of 127.0.0.1 (8000; 0: any free one) while they train.",
 )

@@ -46,7 +46,10 @@ class Controlled:
         if not plan:
             raise ConfigError(f"{shown}: no run has begun in it", fix="name a folder that `trimtab train` writes to (a run file's `out`)")
         if not over and state(folder) == "finished":
-            raise ConfigError(f"the run in {shown} has finished", fix="train on with `trimtab train RUN.yaml --resume --extend`")
+            raise ConfigError(
+                f"the run in {shown} has finished",
+                fix="train on: `trimtab train RUN.yaml --resume --extend`; or write a run file of a variant: `trimtab runs clone --write`",
+            )
         variants, control = plan.get("variants"), plan.get("control") or {}
         if not isinstance(variants, dict) or not isinstance(control, dict):
             raise ConfigError(f"the run in {shown} was begun by a trimtab that takes no orders", fix="resume it with this one")

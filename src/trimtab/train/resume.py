@@ -186,7 +186,7 @@ def refuse_changes(then: Mapping[str, Any], now: Mapping[str, Any], what: str) -
 
 def _fix(keys: Sequence[str]) -> str:
     more = ", or train on with --extend" if all(k.endswith((".epochs", ".max_steps")) for k in keys) else ""
-    return f"undo the change{more}, or start a run of its own with another `out`"
+    return f"undo the change (values of --set must be given again){more}, or start a run of its own with another `out`"
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from trimtab.train.imported.carry import Carry, Note
 from trimtab.train.runfile import read_yaml, shown
 
 PROGRAMS: Mapping[str, Callable[[Carry, str | None], None]] = {
-    "axolotl": lambda c, data: axolotl.carry(c),
-    "llama-factory": lambda c, data: llama_factory.carry(c),
+    "axolotl": axolotl.carry,
+    "llama-factory": llama_factory.carry,
     "trl": trl.carry,
     "peft": trl.carry_adapter,
     "unsloth": unsloth.carry,
@@ -53,8 +53,8 @@ def read_settings(
     path: Path, program: str | None = None, data: str | None = None, root: Path | None = None, base: str | None = None
 ) -> Carry:
     """What becomes of a file of settings (YAML or JSON). program: whose they are, where the file does not tell; "trl dpo": and which of its
-    trainers reads them. data: a path of rows, for settings that name none. root: the run file's folder, where that is another one. base:
-    in the place of the one that they name, or do not name. ConfigError where it is no such file."""
+    trainers reads them. data: a path of rows, in the place of those that they name, or do not name. root: the run file's folder, where
+    that is another one. base: in the place of the one that they name, or do not name. ConfigError where it is no such file."""
     settings = read_yaml(path, "settings")
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{path}: settings are a mapping, this is {shown(settings)}", fix="name a YAML or JSON file of settings")
@@ -64,7 +64,7 @@ def read_settings(
             raise ConfigError(f"{path}: these settings are {whose}", fix="name the file of settings of the training")
         known = ", ".join(PROGRAMS)
         why = f"{program!r} is none of {known}{nearest(program, PROGRAMS)}" if program else f"they look like none of {known}"
-        raise ConfigError(f"{path}: whose settings these are is not known: {why}", fix="say it: --from axolotl")
+        raise ConfigError(f"{path}: whose settings these are is not known: {why}", fix="say it: --from axolotl, or another of them")
     if command and (program not in WITH_TRAINERS or command not in TRAINERS):
         fix = f"--from {program}" if program not in WITH_TRAINERS else f"one of {', '.join(TRAINERS)}{nearest(command, TRAINERS)}"
         raise ConfigError(f"--from {program} {command}: {program} has no trainer {command!r} that is known here", fix=fix)

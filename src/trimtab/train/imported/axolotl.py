@@ -38,14 +38,14 @@ PAIRED: Mapping[str, Mapping[str, str]] = {
 AIMS = {"dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo", "simpo": "simpo", "grpo": "grpo", "gdpo": "gdpo", "ebft": "ebft"}
 
 
-def carry(c: Carry) -> None:
+def carry(c: Carry, data: str | None) -> None:
     c.run["base"] = c.take("base_model")
     c.run["out"] = c.take("output_dir", "runs/axolotl")
     rate_and_steps(c)
     _adapter(c)
     _memory(c)
     _objective(c)
-    _data(c)
+    _data(c, data)
     c.end(IDLE, LOST, REFUSED)
 
 
@@ -194,7 +194,8 @@ def _objective(c: Carry) -> None:
         c.refuse("adapter", None, "the head that gives rewards is a part of an adapter: without one it is not trained")
 
 
-def _data(c: Carry) -> None:
+def _data(c: Carry, data: str | None) -> None:
+    c.set_aside(data, "datasets", "pretraining_dataset")
     if c.take("train_on_inputs"):
         c.lose("train_on_inputs", True, "what stands before an answer is never supervised")
     size = number(c.take("val_set_size", 0))
@@ -203,8 +204,9 @@ def _data(c: Carry) -> None:
         sets, texts = ([sets] if sets else []), ([texts] if texts else [])
     found = [_source(c, s, f"datasets[{i}]") for i, s in enumerate(sets)]
     found += [_text(c, s, f"pretraining_dataset[{i}]") for i, s in enumerate(texts or [])]
+    found += [data] if data else []
     if not found:
-        c.refuse("datasets", None, "there are no rows to train on")
+        c.refuse("datasets", None, "there are no rows to train on: name them with --data")
     rows: dict[str, Any] = {"train": [s for s in found if s is not None]}
     if tests:
         rows["valid"] = [s for i, t in enumerate(tests) if (s := _source(c, t, f"test_datasets[{i}]")) is not None]

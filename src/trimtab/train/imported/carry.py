@@ -69,6 +69,12 @@ class Carry:
     def refuse(self, key: str, value: Any, why: str) -> None:
         self.refused.append(Note(key, value, why))
 
+    def set_aside(self, data: str | None, *keys: str) -> None:
+        """Take these keys, which name rows, out of the settings where rows were named in their place."""
+        for key in keys if data is not None else ():
+            if (value := self.take(key)) is not None:
+                self.needless(key, value, "--data names the rows in its place")
+
     def option(self, ours: str, key: str, value: Any) -> None:
         """A training option, where this trimtab has it and takes the value."""
         if value is None:

@@ -65,7 +65,7 @@ STAGES = {"sft": "sft", "pt": "sft", "dpo": "dpo", "kto": "kto", "rm": "reward",
 PREFERENCES = {"sigmoid": "dpo", "hinge": "dpo", "ipo": "dpo", "orpo": "orpo", "simpo": "simpo", "kto_pair": "kto"}
 
 
-def carry(c: Carry) -> None:
+def carry(c: Carry, data: str | None) -> None:
     c.run["base"] = c.take("model_name_or_path")
     stage, kind = str(c.take("stage", "sft")), str(c.take("finetuning_type", "lora"))
     if kind not in ("lora", "full"):
@@ -94,7 +94,7 @@ def carry(c: Carry) -> None:
         _preference(c, stage)
     elif stage not in STAGES:
         c.refuse("stage", stage, "trimtab does not know it")
-    _data(c, stage)
+    _data(c, stage, data)
     c.end(IDLE, LOST, REFUSED)
 
 
@@ -139,12 +139,14 @@ def _preference(c: Carry, stage: str) -> None:
             c.lose("pref_ftx", mix, "write `loss_type` with sft and `loss_weights`")
 
 
-def _data(c: Carry, stage: str) -> None:
+def _data(c: Carry, stage: str, data: str | None) -> None:
+    named = _names(c.given.get("dataset"))
+    c.set_aside(data, "dataset")
     known = _descriptions(c)
     limit = number(c.take("max_samples"))
-    train = _sources(c, "dataset", known, limit, stage)
-    if not train:
-        c.refuse("dataset", None, "there are no rows to train on")
+    train = [source(data, limit=limit)] if data else _sources(c, "dataset", known, limit, stage)
+    if not train and not named:
+        c.refuse("dataset", None, "there are no rows to train on: name them with --data")
     rows: dict[str, Any] = {"train": train}
     if valid := _sources(c, "eval_dataset", known, limit, stage):
         rows["valid"] = valid
@@ -168,10 +170,11 @@ def _descriptions(c: Carry) -> Mapping[str, Any]:
 def _sources(c: Carry, key: str, known: Mapping[str, Any], limit: Any, stage: str) -> list[Any]:
     names = c.take(key)
     found = []
+    instead = ": name its rows with --data" if key == "dataset" else ""
     for name in _names(names) or []:
         described = known.get(name)
         if not isinstance(described, Mapping):
-            c.refuse(key, name, f"no dataset_info.json describes it (looked in {c.given.get('dataset_dir') or 'data'})")
+            c.refuse(key, name, f"no dataset_info.json describes it (looked in {c.given.get('dataset_dir') or 'data'}){instead}")
             continue
         found.append(_source(c, name, described, limit, stage))
     return found

@@ -80,6 +80,7 @@ def carry(c: Carry, data: str | None) -> None:
 
 def _data(c: Carry, data: str | None, validates: bool) -> None:
     """validates: TRL validates on the split `test`, unless another one is named, where `eval_strategy` is not `no`."""
+    c.set_aside(data, "dataset_name", "datasets")
     named, config = c.take("dataset_name"), c.take("dataset_config")
     mixture, split, test = c.take("datasets"), c.take("dataset_train_split", "train"), c.take("dataset_test_split")
     found: list[Any] = []

@@ -140,6 +140,7 @@ def _of(names: list[str], attention: bool, mlp: bool) -> list[str]:
 
 
 def _data(c: Carry, data: str | None) -> None:
+    c.set_aside(data, "dataset", "local_dataset")
     named: list[Any] = [d for d in [c.take("dataset"), *(c.take("local_dataset", []) or [])] if d]
     rows = in_column(c, [located(d, c) for d in named] or ([data] if data else []))
     if not rows:
