@@ -20,7 +20,8 @@ from trimtab.store.registry import Store
 
 
 def refused(*options: str | Path) -> str:
-    result = CliRunner().invoke(main, ["serve", *map(str, options)])
+    """What is said, on any free port: the usual one may be in use."""
+    result = CliRunner().invoke(main, ["serve", "--port", "0", *map(str, options)])
     assert result.exit_code == 2, result.output
     return " ".join(result.output.split())
 
@@ -56,8 +57,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_taken_port_is_told_before_the_base_is_loaded():
     with server.bind("127.0.0.1", 0) as taken:
-        said = refused("--local", "--base", "/no/such/base", "--port", str(taken.getsockname()[1]))
-    assert "cannot listen on" in said and "there is no base '/no/such/base'" in said
+        said = refused("--tenants", "/nowhere/t.db", "--base", "/no/such/base", "--port", str(taken.getsockname()[1]))
+    assert (
+        "cannot listen on" in said and "there is no base '/no/such/base'" in said and "there is no tenants database /nowhere/t.db" in said
+    )
 
 
 def test_an_adapter_that_is_refused_ends_it(tiny_llama_folder: Path, tmp_path: Path):

@@ -137,12 +137,15 @@ def _run(on: OnBase, asked: ServeOptions, adapters: dict[str, str], open_parts: 
     from trimtab.http.services import Limits
     from trimtab.serve.audit import Audit, audit_path
 
+    tenants = None
     with on.before_loading(adapters.values()) as mistakes:
         with mistakes.noted():
             store_at(on.root)
         with mistakes.noted():
             sock = open_parts.enter_context(server.bind(asked.host, asked.port))
-    tenants = None if asked.local else open_parts.enter_context(_tenants(asked.database))
+        if not asked.local:
+            with mistakes.noted():
+                tenants = open_parts.enter_context(_tenants(asked.database))
     audit = None if tenants is None else open_parts.enter_context(Audit(audit_path(tenants.where)))
     store = store_at(on.root)
     port = sock.getsockname()[1]
