@@ -80,6 +80,21 @@ def test_a_run_file_after_serve_is_no_port() -> None:
     assert shown.exit_code == 2 and "trimtab train run.yaml --serve" in shown.output
 
 
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        (["generat"], "did you mean 'generate'?"),
+        (["adapters", "publsh"], "did you mean 'publish'?"),
+        (["adapters", "xyzzy"], "No such command 'xyzzy'."),
+        (["sweep", "gone.yaml"], "examples/sweep.yaml"),
+        (["train", "gone.yaml"], "`trimtab init` writes a first one"),
+    ],
+)
+def test_what_there_is_not_is_told_with_what_there_is(command: list[str], word: str) -> None:
+    shown = call(*command)
+    assert shown.exit_code == 2 and word in shown.output, shown.output
+
+
 def test_an_interrupt_exits_as_the_signal_says(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -82,7 +82,7 @@ def test_combine_writes_an_adapter_and_its_error(saved: Path, tiny_llama_folder:
     wrong = call(tiny_llama_folder, "adapters", "combine", tmp_path / "w", saved / "a", saved / "ia3")
     assert wrong.exit_code == 2 and "different methods" in wrong.output and not (tmp_path / "w").exists()
     few = call(tiny_llama_folder, "adapters", "combine", tmp_path / "w", saved / "a", saved / "b", "--weight", "1")
-    assert few.exit_code == 2 and "1 weights for 2 adapters" in few.output
+    assert few.exit_code == 2 and "1 weight for 2 adapters" in few.output
 
 
 def test_compress_reports_what_it_lost(saved: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:

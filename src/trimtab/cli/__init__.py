@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from trimtab.cli.unknown import refuse_unknown
 from trimtab.errors import TrimtabError, printable
 from trimtab.memory import explained
 from trimtab.version import __version__
@@ -105,6 +106,10 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         file = name.replace("-", "_")
         return getattr(import_module(f"trimtab.cli.{file}"), file) if name in COMMANDS else None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        refuse_unknown(ctx, args, COMMANDS)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -6,6 +6,8 @@ from importlib import import_module
 
 import click
 
+from trimtab.cli.unknown import refuse_unknown
+
 SUBCOMMANDS = {
     "list": ("adapters_list", "The newest version of every name in the store."),
     "show": ("adapters_list", "One version: base, method, scores, files; and all versions of its name."),
@@ -34,6 +36,10 @@ class Subcommands(click.Group):
             return None
         found = vars(import_module(f"trimtab.cli.{SUBCOMMANDS[name][0]}")).values()
         return next(c for c in found if isinstance(c, click.Command) and c.name == name)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        refuse_unknown(ctx, args, SUBCOMMANDS)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -117,10 +117,10 @@ def print_report(console: Console, summary: Mapping[str, Any], said: Sequence[Ma
         console.print(f"  . {near}                         # puts trimtab on your path", highlight=False, markup=False, soft_wrap=True)
     for line in (
         f'trimtab generate --adapter {adapter} --system "You are Halyard support." "How do I cancel an invoice?"',
-        f"trimtab chat --adapter {adapter}",
+        f'trimtab chat --adapter {adapter} --system "You are Halyard support."',
         f"trimtab merge {adapter} merged-support        # an ordinary model folder",
         "trimtab plan llama-2-7b --all                  # the same on a large base, without its weights",
-        "trimtab train your-run.yaml                    # your own data: copy examples/desks.yaml",
+        "trimtab init your-rows.jsonl                   # your own data: writes a first run file for them",
     ):
         console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
 

@@ -141,9 +141,7 @@ def _speed(asked: Asked, on: OnBase, shape: Shape) -> Speed:
 
     given = [f"--{name.replace('_', '-')}" for name in GIVEN if getattr(asked, name)]
     if given and asked.step_ms is None:
-        raise ConfigError(
-            f"{', '.join(given)} say nothing without --step-ms", fix="add --step-ms, or leave them out and let it be measured"
-        )
+        raise ConfigError(f"{', '.join(given)}: of no use without --step-ms", fix="add --step-ms, or leave them out and let it be measured")
     if asked.step_ms is not None and asked.speed_file is not None:
         raise ConfigError("--step-ms and --speed both say how long a step takes", fix="leave out one of them")
     if asked.step_ms is not None:

@@ -104,7 +104,8 @@ class Trace:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"the trace {str(path)!r} cannot be read: {error}", fix="give a file of JSON lines") from error
+            why = f"the trace {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}"
+            raise DataError(why, fix="give a file of JSON lines") from error
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)

@@ -83,7 +83,10 @@ class Tenants:
         check(tenant)
         with self._writing() as db:
             if db.execute("SELECT 1 FROM tenants WHERE name = ? AND removed IS NULL", (name,)).fetchone():
-                raise ConfigError(f"there is a tenant {name!r} already", fix="choose another name, or remove that one first")
+                raise ConfigError(
+                    f"there is a tenant {name!r} already",
+                    fix=f"choose another name; `trimtab tenants key-create {name}` makes a further key, `update` changes what it may do",
+                )
             if before := db.execute("SELECT count(*) FROM tenants WHERE name = ?", (name,)).fetchone()[0]:
                 tenant = replace(tenant, id=f"{name}~{before + 1}")  # no name has a ~
             db.execute(

@@ -28,6 +28,7 @@ from trimtab.store.adapter import Adapter
 from trimtab.store.combine_edits import sum_bottleneck, sum_ia3
 from trimtab.store.factors import Factors, approximated, distance, factors_of, lora_from_factors, side_by_side, truncated
 from trimtab.store.sparsify import dare_linear, dare_ties, ties
+from trimtab.tables import counted
 
 HOW = ("exact", "svd", "ties", "dare_linear", "dare_ties")
 TRUNCATING, THINNING = HOW[1:], HOW[2:]
@@ -108,7 +109,7 @@ def _check_arguments(adapters: Sequence[Adapter], weights: Sequence[float], how:
     if len(adapters) < 2:
         problems.append(f"{len(adapters)} adapter(s): at least two are combined")
     if len(weights) != len(adapters):
-        problems.append(f"{len(weights)} weights for {len(adapters)} adapters: give one for each")
+        problems.append(f"{counted(len(weights), 'weight')} for {counted(len(adapters), 'adapter')}: give one for each")
     problems += [
         f"weight {w}: must be a finite number other than 0 (leave the adapter out)" for w in weights if w == 0 or not math.isfinite(w)
     ]

@@ -33,10 +33,11 @@ def with_changes(content: Any, changes: Sequence[str], where: str) -> Any:
         except (ValueError, yaml.YAMLError) as error:
             problems.append(f"--set {change[:160]}: {error}")
     if problems:
+        place = "--set 'sweep.search.lr=[1e-4, 1e-3]'" if "sweep" in content else "--set variants.v.lr=1e-4"
         raise ConfigError(
-            f"{where} cannot be changed so",
+            f"{where} cannot be changed in this way",
             problems=problems,
-            fix="name a place as the file has it, such as --set variants.v.lr=1e-4 or --set defaults.epochs=3",
+            fix=f"name a place as the file has it, such as {place} or --set defaults.epochs=3",
         )
     return content
 

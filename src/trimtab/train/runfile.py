@@ -21,6 +21,13 @@ MAX_BYTES = 2**22
 """A run file that somebody wrote has some thousand bytes."""
 
 
+_FIRST = {
+    "run file": "name the run file; `trimtab init` writes a first one",
+    "sweep file": "name the sweep file; examples/sweep.yaml of the checkout is one",
+}
+"""A kind of file -> what to do where there is none."""
+
+
 def read_yaml(path: Path, what: str) -> Any:
     """The content of a YAML file. what: its kind, for the message. ConfigError where it cannot be read, is not YAML, or has a key twice."""
     try:
@@ -37,7 +44,7 @@ def read_yaml(path: Path, what: str) -> Any:
     except UnicodeDecodeError as e:
         raise ConfigError(f"the {what} {path} is not UTF-8: byte 0x{data[e.start]:02x} at {e.start}", fix="save it as UTF-8") from None
     except FileNotFoundError:
-        raise ConfigError(f"there is no {what} {path}", fix=f"name the {what}; `trimtab init` writes a first one") from None
+        raise ConfigError(f"there is no {what} {path}", fix=_FIRST.get(what, f"name the {what}")) from None
     except OSError as e:
         raise ConfigError(f"cannot read the {what} {path}: {e.strerror}") from None
     except yaml.YAMLError as e:
