@@ -578,7 +578,7 @@ def test_the_command_says_what_it_was_told_and_compares_routings(tmp_path: Path)
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--load-ms", "5"], "--load-ms say nothing"),
+        (["--load-ms", "5"], "--load-ms: of no use"),
         (["--step-ms", "5", "--speed", "x"], "both say"),
         (["--speed", "missing.json"], "no speeds can be read"),
         (["--rate", "0", *GIVEN], "there is no such traffic"),
