@@ -631,6 +631,14 @@ def test_labels_of_few_rows_make_a_run_file(tmp_path: Path) -> None:
     RunConfig.from_dict(yaml.safe_load(first_file(found, "smollm2-135m-instruct")), root=tmp_path)
 
 
+@pytest.mark.parametrize(("text", "why"), [('[\n{\n"prompt": "a"\n}\n]\n', "r.jsonl:1: not JSON"), ('"a"\n', "r.jsonl:1: not an object")])
+def test_a_first_run_file_of_rows_that_cannot_be_read(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "r.jsonl").write_text(text)
+    with pytest.raises(DataError, match="holds no rows") as caught:
+        guess("r.jsonl", tmp_path)
+    assert why in str(caught.value) and str(caught.value).count("r.jsonl:") <= 3
+
+
 def test_a_first_run_file(tmp_path: Path) -> None:
     rows = [{"utterance": f"words {i}", "category": ["buy", "sell", "ask"][i % 3]} for i in range(60)]
     for name in ("intents-train.jsonl", "intents-test.jsonl"):

@@ -23,6 +23,7 @@ from trimtab.data.pairs import marked
 from trimtab.data.rows import Dropped, to_segments
 from trimtab.data.source_rows import records_of
 from trimtab.data.sources import HUB
+from trimtab.data.turns import kind_of
 from trimtab.errors import DataError
 from trimtab.objectives import OBJECTIVES, Objective, Sft
 
@@ -55,6 +56,9 @@ PLACEHOLDER: Mapping[str, Any] = {"reward": "length", "max_words": 100}
 CONTROL = re.compile(r"<\|[a-z_]+\|>|<start_of_turn>|\[INST\]|</s>")
 """Texts of control tokens of common bases."""
 
+SHOWN_BAD = 3
+"""Where no row can be read, so many are shown with the reason."""
+
 
 @dataclass
 class Guess:
@@ -76,10 +80,15 @@ class Guess:
 def guess(data: str, root: Path) -> Guess:
     """Look at the data. root: where its relative path starts. DataError where there is none, or no columns that rows could be made of."""
     splits, said = _splits(data, root)
-    records = [r for r in itertools.islice(records_of(Source(splits["train"]), root), LOOKED_AT) if not isinstance(r, Dropped)]
+    looked = list(itertools.islice(records_of(Source(splits["train"]), root), LOOKED_AT))
+    records = [r for r in looked if not isinstance(r, Dropped)]
     rows = [record for _, record in records if isinstance(record, dict)]
     if not rows:
-        raise DataError(f"{data} holds no rows", fix="name a file that has rows, or a folder of texts.")
+        dropped = [f"{r.origin}: {r.reason}" for r in looked if isinstance(r, Dropped)]
+        shapeless = [f"{origin}: not an object: the row is {kind_of(record)}" for origin, record in records]
+        raise DataError(
+            f"{data} holds no rows", problems=(dropped + shapeless)[:SHOWN_BAD], fix="name a file that has rows, or a folder of texts."
+        )
     names = list(dict.fromkeys(str(k) for row in rows for k in row))
     objective = _objective(rows[0])
     form, columns = (objective, {}) if objective else _form(rows[0], names)
