@@ -18,7 +18,7 @@ from trimtab.forward.buckets import lay_out, over_buckets
 from trimtab.forward.kv_cache import KVCache, Run
 from trimtab.methods import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from trimtab.model import Base
-from trimtab.ops import native, native_attention
+from trimtab.ops import native, native_attention, native_training
 
 flat_runs = pytest.mark.skipif(
     not native.attends_flat(), reason="this processor does not multiply bfloat16, or there are no native kernels"
@@ -93,6 +93,28 @@ def test_no_less_exact_than_the_buckets(H, G, D, prefix, window):
     ours, theirs = (differentiated(make(runs, D**-0.5, window), *tensors) for make in (flat, buckets))
     for a, b, want in zip(ours, theirs, exact, strict=True):
         assert error(a, want) <= 1.1 * error(b, want) and error(a, want) < 0.005
+
+
+@pytest.fixture
+def bfloat16_by_default():
+    """What a program may have set, and what another thread has while transformers builds a model there."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(before)
+
+
+@flat_runs
+def test_whatever_the_default_dtype(bfloat16_by_default):
+    """What a kernel writes in fp32 has room for it: half as much had been there, and the process ended."""
+    runs = batch(LENGTHS)
+    tensors = values(runs, 4, 2, 64)
+    exact = differentiated(formula(runs, 0.125, None), *(x.double() for x in tensors))
+    for a, want in zip(differentiated(flat(runs, 0.125, None), *tensors), exact, strict=True):
+        assert error(a, want) < 0.005
+    rows = torch.randn(300, 64, dtype=torch.float32).bfloat16()
+    _, rstd = native_training.rms_norm(rows, torch.ones(64), 1e-6)
+    torch.testing.assert_close(rstd, (rows.float().square().mean(-1, keepdim=True) + 1e-6).rsqrt())
 
 
 @flat_runs

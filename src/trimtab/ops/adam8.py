@@ -59,7 +59,7 @@ class Moment8:
     def zeros(cls, like: Tensor) -> Moment8:
         blocks = -(-like.numel() // BLOCK)
         codes = torch.zeros(blocks, BLOCK, dtype=torch.uint8, device=like.device)
-        return cls(codes, torch.zeros(blocks, device=like.device))
+        return cls(codes, torch.zeros(blocks, dtype=torch.float32, device=like.device))
 
 
 def adamw8(

@@ -128,7 +128,7 @@ class _Attention(torch.autograd.Function):
         blocks = _blocks(Q, S, offset, window)
         dq = torch.empty_like(q)
         dk, dv = torch.zeros_like(k_x), torch.zeros_like(v_x)
-        d_sinks = torch.zeros(H, device=q.device) if ctx.needs_input_grad[8] else None
+        d_sinks = torch.zeros(H, dtype=torch.float32, device=q.device) if ctx.needs_input_grad[8] else None
         for block in blocks:
             i, j, a, b = block
             q_x, do_x = _queries(q[:, i:j] * scaling, G), _queries(d_out[:, i:j], G)

@@ -101,7 +101,7 @@ def attend_rows(
     """`flat_attention` without gradients, into the rows of `out_THD` [T, H, D] (contiguous) that belong to the index's sequences. Returns
     [2, H, T] what the backward needs of each query: its largest score and the factor that makes its weights' sum 1."""
     (T, H, D), G = q_THD.shape, k_NGD.shape[1]
-    kept_2HT = torch.empty(2, H, T)
+    kept_2HT = torch.empty(2, H, T, dtype=torch.float32)
     run = native.function("attend_rows", q_THD.dtype, "pipipippppiiiiiifi")
     run(*_addresses(q_THD, k_NGD, v_NGD), out_THD.data_ptr(), kept_2HT.data_ptr(), index.sequence_S4.data_ptr(), index.key_K.data_ptr(),
         len(index.sequence_S4), index.longest, T, H, G, D, scaling, window or 0)  # fmt: skip
@@ -126,7 +126,7 @@ class _FlatAttention(torch.autograd.Function):
         d_out, dq = _as_rows(d_out), torch.empty(T, H, D, dtype=q.dtype)
         some = torch.empty if index.rows == N else torch.zeros  # rows that no sequence reads have no gradient
         dk, dv = some(N, G, D, dtype=q.dtype), some(N, G, D, dtype=q.dtype)
-        shares = torch.empty(2, int(index.first_R1[-1]), G, D)
+        shares = torch.empty(2, int(index.first_R1[-1]), G, D, dtype=torch.float32)
         run = native.function("attend_rows_backward", q.dtype, "pipipipippppppppppiiiiiiifi")
         run(*_addresses(q, k, v, d_out), kept_2HT.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), index.sequence_S4.data_ptr(),
             index.key_K.data_ptr(), index.slot_K.data_ptr(), shares.data_ptr(), index.shared_R.data_ptr(), index.first_R1.data_ptr(),

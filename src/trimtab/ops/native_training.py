@@ -18,7 +18,7 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor
     x, weight = x_TH.contiguous(), weight_H.contiguous()
     rows, width = _size(x)
     assert weight.shape == (width,)
-    y, rstd = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
+    y, rstd = torch.empty_like(x), torch.empty(*x.shape[:-1], 1, dtype=torch.float32)
     run = native.function("rms_norm_forward", x.dtype, "ppppiif")
     run(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rstd.data_ptr(), rows, width, eps)
     return y, rstd
