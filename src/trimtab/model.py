@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trimtab import bases
+from trimtab.bases.progress import quiet_transformers
 from trimtab.bases.quantization_notes import quantization_settings
 from trimtab.bases.sharding import shard
 from trimtab.bases.spec import Spec
@@ -70,7 +71,8 @@ class Base:
     ):
         self.tokenizer, self.name, self.path, self.fingerprint = tokenizer, name, path, fingerprint
         self.base_differs = base_differs
-        self.attached = Attached(model, spec=prove(model))
+        with quiet_transformers():  # other threads build no model while this one is compared with its class
+            self.attached = Attached(model, spec=prove(model))
         self._source: Any = None
         self._packed: WeakKeyDictionary[AdapterLike, _Kept] = WeakKeyDictionary()
 

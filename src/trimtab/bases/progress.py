@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 
 Progress = Callable[[str], None]
+_alone = threading.RLock()
 
 
 @contextmanager
@@ -39,18 +41,22 @@ def reporting(progress: Progress | None) -> Iterator[Progress]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' bars and warnings while we read a base; our own errors say what matters. Restores both afterwards."""
+    """Silence transformers' bars and warnings while we read a base; our own errors say what matters. Restores both afterwards.
+
+    One thread at a time: these settings are the process's, as are those under which transformers builds models, torch's default dtype among
+    them."""
     from logging import ERROR, getLogger
 
     from transformers.utils import logging
 
     getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)  # it warns on import of a kernel that it only tries to find
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+    with _alone:
+        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
+            if bars:
+                logging.enable_progress_bar()

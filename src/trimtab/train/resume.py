@@ -198,7 +198,9 @@ def occupied(out: Path, start: Checkpoint | None, warn: Callable[[str], None]) -
             (out / "adapters").mkdir(parents=True, exist_ok=True)
             hold = entered.enter_context(held(out, warn))
         except OSError as error:
-            raise ConfigError(f"cannot write into out = {str(out)!r}: {error.strerror}", fix="name a folder that can be written") from error
+            raise ConfigError(
+                f"cannot write into out = {str(out)!r}: {error.strerror}", fix="make room there, or name a folder that can be written"
+            ) from error
         if steps_of(out)[:1] != ([*start.rejected, start.path][:1] if start else []):
             raise Occupied(f"another process has just trained into out = {str(out)!r}", fix="resume once more")
         for path in start.rejected if start else ():
