@@ -113,8 +113,8 @@ class Table:
     @classmethod
     @lru_cache
     def of(cls, signed: bool, device: torch.device) -> Table:
-        numbers = torch.tensor(dynamic(signed))
-        middles = torch.cat([(numbers[1:] + numbers[:-1]) / 2, torch.tensor([torch.inf])])
+        numbers = torch.tensor(dynamic(signed), dtype=torch.float32)
+        middles = torch.cat([(numbers[1:] + numbers[:-1]) / 2, torch.tensor([torch.inf], dtype=torch.float32)])
         bits = torch.arange(2**16, dtype=torch.int32) << 16
         low = bits.view(torch.float32).nan_to_num(0.0)
         # of a negative number the bits behind the sixteenth lead away from 0: the lower end of its bucket is the next one's

@@ -36,7 +36,7 @@ class FourBit(Packed):
 
     @classmethod
     def of_matrix(cls, weight_OI: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
-        table = torch.tensor(TABLES[cls.table])
+        table = torch.tensor(TABLES[cls.table], dtype=torch.float32)
         codes, absmax = _quantised(weight_OI.contiguous().view(-1), table)
         shape = list(weight_OI.shape)
         state: dict[str, Any] = {"quant_type": cls.table, "blocksize": BLOCK, "dtype": str(dtype).removeprefix("torch."), "shape": shape}
@@ -190,7 +190,7 @@ def dynamic_table() -> Tensor:
     """bitsandbytes' table of 256 values in [-1, 1], fp32, sorted: the nearer to 0, the finer (arXiv 1511.04561)."""
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
         means = (10.0 ** (i - 6)) * (edges[:-1] + edges[1:]) / 2
         values += [*means.tolist(), *(-means).tolist()]
-    return torch.tensor(sorted(values))
+    return torch.tensor(sorted(values), dtype=torch.float32)

@@ -23,7 +23,7 @@ class Mxfp4(Packed):
 
     @classmethod
     def of_matrix(cls, weight_OI: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
-        values = torch.tensor(VALUES, device=weight_OI.device)
+        values = torch.tensor(VALUES, dtype=torch.float32, device=weight_OI.device)
         blocks = weight_OI.float().unflatten(1, (-1, BLOCK))
         exponent = blocks.abs().amax(-1).clamp_min(2.0**-BIAS).log2().floor() - LARGEST_EXPONENT
         scaled = blocks / torch.exp2(exponent)[..., None]
@@ -34,7 +34,7 @@ class Mxfp4(Packed):
 
     @classmethod
     def _made(cls, stored: Mapping[str, Tensor], shape: tuple[int, int], bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
-        table = torch.tensor([*VALUES, *(-v for v in VALUES)], device=stored["blocks"].device)
+        table = torch.tensor([*VALUES, *(-v for v in VALUES)], dtype=torch.float32, device=stored["blocks"].device)
         return PackedLinear(cls.name, shape, dtype, stored, bias, block=BLOCK, derived={"table": table})
 
     @classmethod
