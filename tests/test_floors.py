@@ -58,6 +58,7 @@ KERNELS = {"mm", "bmm", "baddbmm", "addmm", "addmm_", "torch.matmul", "einsum", 
 
 WEIGHTS = "trimtab.bases.weights"
 """Where a module's weight is read. Everybody else asks `weight_of` for a matrix and `norm_weight` for a norm's vector."""
+MADE_IN_THE_DEFAULT = {f"torch.{name}" for name in ("empty", "zeros", "ones", "full", "eye", "rand", "randn", "linspace", "logspace")}
 SHARES = {
     "serve": {"tenant", "request", "holding", "h", "self"},
     "fleet": {"request"},
@@ -140,6 +141,7 @@ def violations(files: Mapping[str, str]) -> list[str]:
         if module == "trimtab":
             continue  # the facade: it loads what it is asked for
         found += [f"{module}:{line}: {what} is read: a module's weight is read in {WEIGHTS}" for line, what in weights(module, source)]
+        found += [f"{module}:{line}: {what} has torch's default dtype: name one" for line, what in without_dtype(source)]
         if top(module) != "ops":
             found += [f"{module}:{line}: {what} is a kernel: kernels live in ops" for line, what in kernels(source)]
         for i in imports(module, source, files):
@@ -170,6 +172,18 @@ def kernels(source: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, f"{node.name}(autograd.Function)"
         elif isinstance(node, (ast.Import, ast.ImportFrom)) and "triton" in ast.unparse(node).split():
             yield node.lineno, "triton"
+
+
+def without_dtype(source: str) -> Iterator[tuple[int, str]]:
+    """Every tensor that is made in the dtype which the program, or another thread, has set last. Kernels once wrote fp32 into half the
+    room."""
+    for node in nodes(source):
+        if (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) in MADE_IN_THE_DEFAULT
+            and not {k.arg for k in node.keywords} & {"dtype", "out"}
+        ):
+            yield node.lineno, ast.unparse(node.func)
 
 
 def weights(module: str, source: str) -> Iterator[tuple[int, str]]:
@@ -236,6 +250,7 @@ IMPORTED = ("trimtab.methods.base", "trimtab.serve.engine", "trimtab.train.step"
         ("trimtab.train.full", "w = dict(head.named_parameters())['weight']", "['weight'] is read"),
         ("trimtab.serve.engine", "w = base.head.weight", "base.head.weight is read"),
         ("trimtab.train.step", "w = source.weight", "source.weight is read"),
+        ("trimtab.ops.edit", "y = torch.empty(3, device=x.device)", "trimtab.ops.edit:1: torch.empty has torch's default dtype"),
         ("trimtab.data.utils", "", "no utils"),
         ("trimtab.extras", "", "give 'extras' a floor"),
     ],

@@ -43,20 +43,23 @@ def reporting(progress: Progress | None) -> Iterator[Progress]:
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' bars and warnings while we read a base; our own errors say what matters. Restores both afterwards.
 
-    One thread at a time: these settings are the process's, as are those under which transformers builds models, torch's default dtype among
-    them."""
+    One thread at a time: these settings are the process's, as are those under which transformers builds models. Of these torch's default
+    dtype is fp32 inside: a program may have set another one, and the buffers that models compute when they are built would have it."""
     from logging import ERROR, getLogger
 
+    import torch
     from transformers.utils import logging
 
     getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)  # it warns on import of a kernel that it only tries to find
     with _alone:
-        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        level, bars, dtype = logging.get_verbosity(), logging.is_progress_bar_enabled(), torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
             yield
         finally:
+            torch.set_default_dtype(dtype)
             logging.set_verbosity(level)
             if bars:
                 logging.enable_progress_bar()

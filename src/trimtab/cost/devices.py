@@ -91,7 +91,7 @@ def measured_cpu(spec: Spec, dtype: torch.dtype, ranks: int = 1) -> Device:
 
 def read_speed(seconds: float = 0.2, size: int = 2**28) -> float:
     """Bytes a second that a sum over `size` bytes reads: the best of several, as other programs can only make it slower."""
-    block = torch.zeros(size // 4)
+    block = torch.zeros(size // 4, dtype=torch.float32)
     best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
         began = time.perf_counter()

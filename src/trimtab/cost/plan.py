@@ -184,7 +184,9 @@ def _cost_plan(architecture: Architecture, method: Method, work: _Work, costs: M
 def _costs_adapter(spec: Spec, method: Method, heads: Sequence[Site], work: _Work) -> dict[str, int]:
     dtype, tokens, length, variants = work.dtype, work.tokens, work.length, work.variants
     sites = method.sites_to_train(spec)
-    params = {site.key(name): torch.empty(shape, device="meta") for site in sites for name, shape in site.shapes.items()}
+    params = {
+        site.key(name): torch.empty(shape, device="meta", dtype=torch.float32) for site in sites for name, shape in site.shapes.items()
+    }
     fixed = {site.key(name) for site in sites for name in site.fixed}
     trained = {k: tuple(t.shape) for k, t in params.items() if k not in fixed}
     trainable, kept = (sum(map(math.prod, shapes)) for shapes in (trained.values(), (t.shape for t in params.values())))

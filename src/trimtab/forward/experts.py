@@ -87,8 +87,8 @@ def agrees(module: Any) -> bool:
     if first is None or first.dim() != 3 or LAST not in module._parameters:
         return False
     random, width = torch.Generator().manual_seed(0), first.shape[1 if module.is_transposed else 2]
-    x_TH = torch.randn(ROWS, width, generator=random).to(first.device)
-    chosen = torch.rand(ROWS, module.num_experts, generator=random).to(first.device).topk(min(2, module.num_experts))
+    x_TH = torch.randn(ROWS, width, generator=random, dtype=torch.float32).to(first.device)
+    chosen = torch.rand(ROWS, module.num_experts, generator=random, dtype=torch.float32).to(first.device).topk(min(2, module.num_experts))
 
     def product(parameter: str, x_PI: Tensor, routes: ops.Routes) -> Tensor:
         matrices, bias_EO = _read(module, parameter)

@@ -63,7 +63,7 @@ class PackedAdapter:
             layout = Layout.of(self.edits)
             return self._in_row(Arena(layout.size, each[0][2].device), layout, lambda placed: placed.write(self.edits))
         sizes = [-(-t.numel() * t.element_size() // ALIGNED) * ALIGNED for _, _, t in each]
-        arena = torch.empty(sum(sizes), dtype=torch.uint8, device=each[0][2].device) if each else torch.empty(0)
+        arena = torch.empty(sum(sizes), dtype=torch.uint8, device=each[0][2].device) if each else torch.empty(0, dtype=torch.float32)
         native.advise_huge(arena)
         typed = {dtype: arena.view(dtype) for dtype in {t.dtype for _, _, t in each}}
         tensors: dict[str, dict[str, Tensor]] = {site: {} for site in self.edits}

@@ -123,7 +123,10 @@ def _results(small: Any, spec: Spec) -> dict[str, list[Any]]:
 def _differences(small: Any, spec: Spec, sites: Mapping[str, int]) -> list[str]:
     """Where a small model's mixed forward, edited at these sites, is apart from transformers' own. The model is attached. Positions are
     those of a sequence's first tokens, and then the last ones that the base has."""
-    gains = {s: 0.3 * torch.randn(n, generator=torch.Generator().manual_seed(i)).to(small.device) for i, (s, n) in enumerate(sites.items())}
+    gains = {
+        s: 0.3 * torch.randn(n, generator=torch.Generator().manual_seed(i), dtype=torch.float32).to(small.device)
+        for i, (s, n) in enumerate(sites.items())
+    }
     ids, wanted, far = _ids(small), list[Tensor](), spec.max_positions - TOKENS
     starts = (0, far) if far > 0 else (0,)
     for start in starts:

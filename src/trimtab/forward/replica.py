@@ -91,7 +91,7 @@ def _stand_in(module: nn.Module, values: _Values, config: Any, replaced: Mapping
     fields["_buffers"] = dict(module._buffers)
     packed = {n: m for n, m in module._modules.items() if isinstance(m, PackedLinear) and m.experts}
     for n, experts in packed.items():
-        like = torch.empty(*_dense_shape(module, experts), device="meta")
+        like = torch.empty(*_dense_shape(module, experts), device="meta", dtype=torch.float32)
         fields["_parameters"][n] = values.like(like, n, experts.matrix.device)
     children = {n: m for n, m in module._modules.items() if n not in packed}
     fields["_modules"] = {n: None if m is None else _stand_in(m, values, config, replaced) for n, m in children.items()}
@@ -155,7 +155,7 @@ class _Values:
 
     @staticmethod
     def _random(seed: int, size: int) -> Tensor:
-        return torch.randn(min(PERIOD, size), generator=torch.Generator().manual_seed(seed))
+        return torch.randn(min(PERIOD, size), generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
     def _repeated(self, values: Tensor, size: int, device: torch.device) -> Tensor:
         return values.to(torch.bfloat16).to(device, self.dtype).repeat(-(-size // len(values)))

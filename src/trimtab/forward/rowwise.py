@@ -89,7 +89,7 @@ def _rms_norm(row_wise: RowWise) -> Forward:
 
 
 def _is_silu(mlp: Any) -> bool:
-    x = torch.linspace(-3, 3, 7)
+    x = torch.linspace(-3, 3, 7, dtype=torch.float32)
     return torch.equal((mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn)(x), silu(x))
 
 
@@ -147,7 +147,7 @@ def _inputs(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if not hasattr(module, "q_proj"):
         return {}, {}
     weight, T = weight_of(module.q_proj), sum(CHECKED)
-    angle_TD = torch.rand(1, T, module.head_dim // 2, generator=torch.Generator().manual_seed(1)).repeat(1, 1, 2)
+    angle_TD = torch.rand(1, T, module.head_dim // 2, generator=torch.Generator().manual_seed(1), dtype=torch.float32).repeat(1, 1, 2)
     turned = tuple(x.to(torch.bfloat16).to(weight.device, weight.dtype) for x in (angle_TD.cos(), angle_TD.sin()))
     starts = [sum(CHECKED[:i]) for i in range(len(CHECKED))]
     plan = AttentionPlan([Run(a, a + n, ((a, a + n),)) for a, n in zip(starts, CHECKED, strict=True)], weight.device)
@@ -158,7 +158,7 @@ def _inputs(module: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     window = window_of(module)
     if window is not None:
         seen_TT &= back_TT < window
-    mask = torch.zeros(1, 1, T, T).masked_fill(~seen_TT, torch.finfo(weight.dtype).min).to(weight.device, weight.dtype)
+    mask = torch.zeros(1, 1, T, T, dtype=torch.float32).masked_fill(~seen_TT, torch.finfo(weight.dtype).min).to(weight.device, weight.dtype)
     return {"position_embeddings": turned, "trimtab_plan": plan}, {"position_embeddings": turned, "attention_mask": mask}
 
 
@@ -168,7 +168,7 @@ def _with_gradients(module: Any, forward: Forward, inputs: dict[str, Any]) -> li
     vectors = [p.requires_grad_() for p in module.parameters() if p.dim() == 1]
     size = getattr(module, "variance_epsilon", 1.0) ** 0.5
     shape = (1, sum(CHECKED) if inputs else CHECKED[0], weight.shape[-1])
-    x, dy = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16) for i in (0, 1))
+    x, dy = (torch.randn(shape, generator=torch.Generator().manual_seed(i), dtype=torch.float32).to(torch.bfloat16) for i in (0, 1))
     leaf = (size * x).to(torch.bfloat16).to(weight.device, weight.dtype).requires_grad_()
     y = forward(leaf, **inputs)
     y = y[0] if isinstance(y, tuple) else y
@@ -202,7 +202,7 @@ def _compare_row_wise(dtype: torch.dtype, device: torch.device) -> Sequence[str]
     generator, off = torch.Generator().manual_seed(0), []
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(device, dtype)
 
     wide, heads, angles = [random(1, 5, 48) for _ in range(3)], random(5, 2, 16), [random(5, 16) for _ in range(2)]
     cases: dict[str, tuple[list[Tensor], list[Any]]] = {

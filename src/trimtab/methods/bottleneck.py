@@ -100,7 +100,7 @@ class BottleneckConfig(Method):
     def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:
         import torch
 
-        params = {name: torch.zeros(shape) for name, shape in site.shapes.items()}
+        params = {name: torch.zeros(shape, dtype=torch.float32) for name, shape in site.shapes.items()}
         params["adapter_down.weight"].normal_(std=0.02, generator=generator)
         return params
 

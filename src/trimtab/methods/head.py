@@ -52,7 +52,7 @@ class Head:
         import torch
 
         site = self.site(spec)
-        found = {site.key(name): torch.zeros(shape) for name, shape in site.shapes.items()}
+        found = {site.key(name): torch.zeros(shape, dtype=torch.float32) for name, shape in site.shapes.items()}
         found[site.key("weight")].normal_(std=STD, generator=generator)
         return found
 

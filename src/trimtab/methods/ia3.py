@@ -63,7 +63,7 @@ class IA3Config(TargetedMethod):
     def init(self, site: Site, base: BaseView, generator: torch.Generator) -> dict[str, Tensor]:
         import torch
 
-        return base.parameters_of(site.name) if site.saved else {"ia3_l": torch.ones(site.shapes["ia3_l"])}
+        return base.parameters_of(site.name) if site.saved else {"ia3_l": torch.ones(site.shapes["ia3_l"], dtype=torch.float32)}
 
     def pack(self, site: Site, params: Params, dtype: torch.dtype, matrix: Weight | None) -> Packed:
         if site.saved:

@@ -254,7 +254,7 @@ class LoraConfig(TargetedMethod):
             return base.parameters_of(site.name)
         import torch
 
-        params = {name: torch.zeros(shape) for name, shape in site.shapes.items()}
+        params = {name: torch.zeros(shape, dtype=torch.float32) for name, shape in site.shapes.items()}
         if "lora_embedding_B" in params:
             params["lora_embedding_B"].normal_(generator=generator)
         elif factor_A is not None:
@@ -311,7 +311,7 @@ class LoraConfig(TargetedMethod):
         import torch
 
         chosen = torch.tensor(sorted(set(self.target_experts)), device=A_ERI.device)
-        place = torch.full((len(A_ERI),), -1, device=A_ERI.device)
+        place = torch.full((len(A_ERI),), -1, device=A_ERI.device, dtype=torch.int64)
         place[chosen] = torch.arange(len(chosen), device=A_ERI.device)
         return Packed(
             ops.lora_experts, {n: t[chosen].to(dtype).contiguous() for n, t in tensors.items()} | {"place": place}, self.lora_dropout

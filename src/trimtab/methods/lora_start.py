@@ -79,12 +79,12 @@ def start(kind: bool | str, site: Site, base: BaseView, generator: torch.Generat
             "init_lora_weights = 'eva': it begins with what the base computes on a variant's rows", fix="train the variant from a run file"
         )
     if kind is True or kind == "gaussian":
-        factor = torch.empty(shape_A)
+        factor = torch.empty(shape_A, dtype=torch.float32)
         if kind is True:
             torch.nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
         else:
             factor.normal_(std=1 / site.rank, generator=generator)
-        return {A: factor, B: torch.zeros(shape_B)}
+        return {A: factor, B: torch.zeros(shape_B, dtype=torch.float32)}
     if kind == "loftq":
         lost_OI = base.unpacked(site.name).float() - base.matrix(site.name).dense().float().cpu()
         factor_B, factor_A = _halves(*_svd(lost_OI), site.rank)
@@ -129,7 +129,7 @@ def _largest(W_OI: Tensor, r: int, rounds: int, generator: torch.Generator) -> t
     """U, S, Vh of the r largest singular values, by subspace iteration from random directions."""
     import torch
 
-    Q, _ = torch.linalg.qr(W_OI @ torch.randn(W_OI.shape[1], r, generator=generator))
+    Q, _ = torch.linalg.qr(W_OI @ torch.randn(W_OI.shape[1], r, dtype=torch.float32, generator=generator))
     for _ in range(rounds):
         Q, _ = torch.linalg.qr(W_OI @ torch.linalg.qr(W_OI.T @ Q)[0])
     U, S, Vh = _svd(Q.T @ W_OI)

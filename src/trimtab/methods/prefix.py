@@ -102,7 +102,7 @@ class PrefixTuningConfig(Method):
             return {
                 "prompt_embeddings": torch.stack([keys_LNHD, values_LNHD], 1).float().flatten(3).permute(2, 0, 1, 3).reshape(shape).cpu()
             }
-        flat = torch.zeros(shape)
+        flat = torch.zeros(shape, dtype=torch.float32)
         return {"prompt_embeddings": flat if self.prefix_init == "ZERO" else flat.normal_(generator=generator)}
 
     def prefix(self, spec: Spec, params: Params, dtype: torch.dtype) -> Prefix:
@@ -135,6 +135,6 @@ def _fresh(name: str, shape: tuple[int, ...], site: Site, generator: torch.Gener
     import torch
 
     if name == "embedding.weight":
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, dtype=torch.float32, generator=generator)
     bound = 1 / math.sqrt(site.shapes[name.replace("bias", "weight")][1])
-    return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+    return (torch.rand(shape, dtype=torch.float32, generator=generator) * 2 - 1) * bound

@@ -79,7 +79,7 @@ class PromptTuningConfig(Method):
 
         n = self.num_virtual_tokens
         if self.prompt_tuning_init == "RANDOM":
-            return {"prompt_embeddings": torch.randn(site.shapes["prompt_embeddings"], generator=generator)}
+            return {"prompt_embeddings": torch.randn(site.shapes["prompt_embeddings"], dtype=torch.float32, generator=generator)}
         if self.prompt_tuning_init == "TEXT":
             ids = fit(base.encode(self.prompt_tuning_init_text or ""), n, "prompt_tuning_init_text")
         else:

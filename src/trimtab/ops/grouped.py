@@ -240,7 +240,7 @@ def _trusted(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `grouped_mm` agrees with plain products there, in the forms that are used: with a group that is empty, with spans of any
     length, with factors that lie apart."""
     generator, ends = torch.Generator().manual_seed(0), [23, 23, 64]
-    x, A, dt = (torch.randn(s, generator=generator).to(device, dtype) for s in ((64, 48), (3, 16, 48), (64, 16)))
+    x, A, dt = (torch.randn(s, generator=generator, dtype=torch.float32).to(device, dtype) for s in ((64, 48), (3, 16, 48), (64, 16)))
     end_N = torch.tensor(ends, dtype=torch.int32).to(device)
     spans = list(zip([0, *ends], ends, range(3), strict=False))
     apart = torch.cat([A, A], dim=1)[:, :16]

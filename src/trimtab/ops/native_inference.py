@@ -136,6 +136,6 @@ def bottleneck(h_TI: Tensor, y_TO: Tensor, slot_T: Tensor, packs: Any, activatio
 def largest(x_TV: Tensor) -> tuple[Tensor, Tensor]:
     """(each row's largest value in fp32, NaN where the row holds one; its index, the first of equals)."""
     T = x_TV.shape[0]
-    value, place = torch.empty(T), torch.empty(T, dtype=torch.int64)
+    value, place = torch.empty(T, dtype=torch.float32), torch.empty(T, dtype=torch.int64)
     function("largest", x_TV.dtype, "pippii")(x_TV.data_ptr(), x_TV.stride(0), value.data_ptr(), place.data_ptr(), *x_TV.shape)
     return value, place

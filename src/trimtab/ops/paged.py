@@ -107,7 +107,7 @@ def _compare(
     index = paged_index([(n, length, mine) for (n, length), mine in zip(shapes, pages, strict=True)], device)
     rows = sum(n for n, _ in shapes)
     sizes = [(rows, heads * repeat, head_dim), *[(len(order) * page, heads, head_dim)] * 2]
-    q, k, v = (torch.randn(s, generator=generator).to(device, dtype) for s in sizes)
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float32).to(device, dtype) for s in sizes)
     scaling, at, each = head_dim**-0.5, 0, []
     got = paged_attention(q, k, v, page, index, scaling, window, kernel)
     for (n, length), mine in zip(shapes, pages, strict=True):

@@ -149,7 +149,7 @@ def _compare(
     heads, rows, stored = 2, sum(n for _, n in SEQUENCES), max(p for p, _ in SEQUENCES)
     generator = torch.Generator().manual_seed(0)
     shapes = [(rows, heads * repeat, head_dim), *[(rows + stored, heads, head_dim)] * 2, (rows, heads * repeat, head_dim)]
-    q, k, v, d_out = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
+    q, k, v, d_out = (torch.randn(s, generator=generator, dtype=torch.float32).to(device, dtype) for s in shapes)
     runs, at = list[tuple[int, int, list[tuple[int, int]]]](), 0
     for before, n in SEQUENCES:
         runs.append((at, at + n, [*([(rows, rows + before)] if before else []), (at, at + n)]))

@@ -142,7 +142,7 @@ class _Penalties:
     """Tables of how often each sequence has had each token: a row for each sequence that has penalties."""
 
     def __init__(self, vocab_size: int, device: torch.device):
-        self.new_SV = torch.zeros(0, vocab_size, device=device)
+        self.new_SV = torch.zeros(0, vocab_size, dtype=torch.float32, device=device)
         self.seen_SV = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
         self._free: list[int] = []
 

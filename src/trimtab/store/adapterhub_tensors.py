@@ -77,7 +77,7 @@ def carry_bottleneck(options: Mapping[str, Any], tensors: Tensors, base: Base) -
         for t in s.shapes
     }
     tensors.check({theirs[s.key(t)]: shape for s in sites if s.name in places for t, shape in s.shapes.items()})
-    params = {s.key(t): torch.zeros(shape) for s in sites for t, shape in s.shapes.items()}
+    params = {s.key(t): torch.zeros(shape, dtype=torch.float32) for s in sites for t, shape in s.shapes.items()}
     return method, params | {key: tensors.found[name] for key, name in theirs.items()}
 
 

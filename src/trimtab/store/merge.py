@@ -111,7 +111,7 @@ def _refuse_unmergeable(base: Base, method: Method, sites: list[Site]) -> None:
         raise NotMergeable(reason, fix="serve the adapter beside the base")
     if not method.mergeable or method.invocation:
         site = sites[0]
-        method.merge(site, torch.empty(0), None, {})  # raises, with the method's own reason
+        method.merge(site, torch.empty(0, dtype=torch.float32), None, {})  # raises, with the method's own reason
         raise NotMergeable(f"{method.name} adapters cannot be merged into the base")
     stored = {m.name for s in sites if (m := base.attached.weights.of.get(s.name)) is not None and not m.stored_dense}
     if stored and not _has_dense_source(base):

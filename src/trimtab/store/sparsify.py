@@ -42,7 +42,7 @@ def _largest(delta: Tensor, density: float) -> Tensor:
 
 
 def _dropped(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    mask = torch.empty(delta.shape).bernoulli_(density, generator=generator).bool()
+    mask = torch.empty(delta.shape, dtype=torch.float32).bernoulli_(density, generator=generator).bool()
     return torch.where(mask, delta / density, 0.0)
 
 

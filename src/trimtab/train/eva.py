@@ -115,7 +115,7 @@ class _PCA:
         self.count, self.seen = count, 0
         self.settled = torch.zeros(count, dtype=torch.bool)
         self.components_NI: Tensor | None = None
-        self.values_N = self.explained_N = self.mean_I = self.variance_I = torch.empty(0)
+        self.values_N = self.explained_N = self.mean_I = self.variance_I = torch.empty(0, dtype=torch.float32)
 
     def fit(self, x_TI: Tensor, tau: float) -> None:
         """Nothing where there are fewer rows than components."""

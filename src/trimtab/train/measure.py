@@ -38,7 +38,7 @@ def mean_losses(attached: Attached, mix: Mix, asked: Sequence[Part], max_tokens:
 def base_log_probabilities(attached: Attached, examples: Examples, max_tokens: int, place: Place = ONE_PROCESS) -> Reference:
     """The base's log-probabilities of all segments. A function of these arguments alone, so that a resumed run has the same to the bit."""
     rows = _Once(examples)
-    values = torch.zeros(rows.targets)
+    values = torch.zeros(rows.targets, dtype=torch.float32)
     for chunk, own in rows.cut(max_tokens, place):
         logp_R = log_probabilities_of(attached, Mix([]), [(BASE, s) for e in own for s in e.segments]).cpu()
         rows.store(chunk, logp_R, values)
@@ -61,7 +61,7 @@ def likeliest(
     """The `count` likeliest tokens of a teacher at each target, and their log-probabilities among the first `vocab` tokens, at a
     temperature. The teacher: a member of the mix, or BASE."""
     rows = _Once(examples)
-    values, tokens = torch.zeros(rows.targets, count), torch.zeros(rows.targets, count, dtype=torch.int32)
+    values, tokens = torch.zeros(rows.targets, count, dtype=torch.float32), torch.zeros(rows.targets, count, dtype=torch.int32)
     for chunk, own in rows.cut(max_tokens, place):
         laid, batch = lay_out(attached, mix, [(member, s, None) for e in own for s in e.segments])  # one member: rows keep their order
         targets = Targets.of([(start, s) for _, start, s in laid], attached.device)
@@ -138,7 +138,7 @@ def _shortened(e: Example, room: int) -> Example:
 
 def _sums(attached: Attached, mix: Mix, todo: Sequence[tuple[int, Example]], max_tokens: int, place: Place) -> Tensor:
     """[n]: log p of the targets of each sequence, summed."""
-    found = torch.zeros(len(todo), device=attached.device)
+    found = torch.zeros(len(todo), dtype=torch.float32, device=attached.device)
     lengths = np.array([len(e.ids) for _, e in todo])
     mine = np.array(place.share(lengths.tolist()), dtype=np.int64)
     for some in _cuts(lengths[mine], max_tokens):

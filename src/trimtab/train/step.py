@@ -95,7 +95,9 @@ def gradient_norms(variants: Sequence[Variant]) -> list[Tensor]:
     gradients = [v.gradients() for v in variants]
     each = iter(torch._foreach_norm([g for mine in gradients for g in mine]) if any(gradients) else ())
     return [
-        torch.linalg.vector_norm(torch.stack([next(each) for _ in mine])) if mine else torch.zeros((), device=v.attached.device)
+        torch.linalg.vector_norm(torch.stack([next(each) for _ in mine]))
+        if mine
+        else torch.zeros((), dtype=torch.float32, device=v.attached.device)
         for v, mine in zip(variants, gradients, strict=True)
     ]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trimtab.bases.weights.base import Weight
 from trimtab.memory import release_mapped
 
-_NOTHING = torch.zeros(())
+_NOTHING = torch.zeros((), dtype=torch.float32)
 
 
 class Passing(nn.Parameter):
