@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from trimtab.atomic import atomic_write
+from trimtab.atomic import atomic_write, clear_unfinished
 from trimtab.data import (
     SCORES,
     Example,
@@ -310,6 +310,7 @@ def samples(predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def write_predictions(folder: Path, results: Results) -> dict[tuple[str, str], Path]:
     """One <data>-<contestant>.jsonl for every contestant that answered; returns each one's path. A second use of a name gets a number."""
     written: dict[tuple[str, str], Path] = {}
+    clear_unfinished(folder)
     for data, by_name in results.items():
         for name, result in by_name.items():
             if not result.predictions:
