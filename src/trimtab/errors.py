@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 MAX_LINE = 2000
 """Characters of one line of a message: a value from a hostile file may be a megabyte long."""
@@ -88,6 +89,11 @@ def writing(failed: str, fix: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{failed}: {error.strerror}", fix=fix) from error
+
+
+def writing_into(out: Path) -> AbstractContextManager[None]:
+    """The same of a run's or an evaluation's folder."""
+    return writing(f"cannot write into out = {str(out)!r}", fix="make room there, or name a folder that can be written")
 
 
 class BaseError(TrimtabError):

@@ -13,6 +13,7 @@ from tests.laws.common import CASES, base_of, method_of, tokens
 from tests.tiny import tiny_folder
 from tests.train.common import METHODS, metrics, run_file, tiny_base
 from tests.train.kill_harness import TIMING
+from trimtab.bases.weights.four_bit import FourBit, Fp4Double, Nf4Double
 from trimtab.decode.generate import Sampling
 from trimtab.methods import PrefixTuningConfig
 from trimtab.model import load_base
@@ -69,3 +70,17 @@ def test_runs(method: str, tmp_path: Path) -> None:
         losses = [{k: v for k, v in line.items() if k not in TIMING} for line in metrics(report)["v"]]
         found.append((weights, losses))
     assert found[0][0] and found[0] == found[1]
+
+
+@pytest.mark.parametrize("cls", [Nf4Double, Fp4Double])
+def test_four_bits(cls: type[FourBit]) -> None:
+    """Kernels read its tables as fp32."""
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with default(dtype):
+            found.append(dict(cls.of_matrix(weight, None, torch.float32).state_dict()))
+    expected, others = found
+    assert expected.keys() == others.keys() and len(expected) > 3
+    for name, tensor in expected.items():
+        assert others[name].dtype == tensor.dtype and torch.equal(others[name], tensor), name

@@ -12,7 +12,7 @@ from typing import Any
 
 from trimtab.atomic import clear_unfinished, is_unfinished, take_name
 from trimtab.bases import fingerprint_model
-from trimtab.errors import ConfigError, DataError
+from trimtab.errors import ConfigError, DataError, writing_into
 from trimtab.model import Base
 from trimtab.objectives.grpo import Grpo
 from trimtab.paths import user_path
@@ -194,13 +194,9 @@ def occupied(out: Path, start: Checkpoint | None, warn: Callable[[str], None]) -
     """The run folder, made and held for this process alone; what a killed one has left half-written is gone, damaged checkpoints are set
     aside under another name. ConfigError where another process holds it or it cannot be written. warn: see `held`."""
     with ExitStack() as entered:
-        try:
+        with writing_into(out):
             (out / "adapters").mkdir(parents=True, exist_ok=True)
             hold = entered.enter_context(held(out, warn))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write into out = {str(out)!r}: {error.strerror}", fix="make room there, or name a folder that can be written"
-            ) from error
         if steps_of(out)[:1] != ([*start.rejected, start.path][:1] if start else []):
             raise Occupied(f"another process has just trained into out = {str(out)!r}", fix="resume once more")
         for path in start.rejected if start else ():

@@ -6,14 +6,14 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from trimtab.atomic import atomic_write
 from trimtab.data import Source, peek_source
-from trimtab.errors import ConfigError, DataError, writing
+from trimtab.errors import ConfigError, DataError, writing_into
 from trimtab.objectives import OBJECTIVES, Objective, Sft, aimed_at
 from trimtab.tables import Cell, Table
 
@@ -100,7 +100,7 @@ def evaluate(base: Base, named: Mapping[str, Adapter], asked: Asked, listener: L
     from trimtab.train.evaluate import Contestant, Judge, read_held_out, write_predictions
 
     if out is not None:
-        with _writing(out):
+        with writing_into(out):
             out.mkdir(parents=True, exist_ok=True)
     aims = _aims(asked.source, list(named.values()))
     held = read_held_out(base, asked.source, asked.labels, asked.max_rows, listener, aims, asked.max_tokens)
@@ -116,7 +116,7 @@ def evaluate(base: Base, named: Mapping[str, Adapter], asked: Asked, listener: L
     results = judge.judge(base.attached, mix, {stem: field}, {stem: held})
     found = _evaluation(called, asked.source.path, results[stem])
     if out is not None:
-        with _writing(out):
+        with writing_into(out):
             try:
                 write_predictions(out / "predictions", results)
                 with atomic_write(out / "scores.json") as file:
@@ -217,10 +217,6 @@ def refuse_occupied(out: Path | None) -> None:
         refuse_no_folder(out)
         if out.exists() and any(out.iterdir()):
             raise ConfigError(f"out = {str(out)!r} is not empty", fix="name another folder, or remove this one")
-
-
-def _writing(out: Path) -> AbstractContextManager[None]:
-    return writing(f"cannot write into out = {str(out)!r}", fix="make room there, or name a folder that can be written")
 
 
 def short_names(folders: Sequence[str]) -> dict[str, str]:
